@@ -1,0 +1,94 @@
+"""Every error that featx raises on purpose, and how it reads.
+
+A user's mistake ends in one sentence that says what is wrong, where, what was expected, what was
+found and what to do next. The command line prints that sentence and exits with ``exit_code``;
+a traceback is for bugs of featx alone.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FeatxError(Exception):
+    """Base class: what went wrong, with up to four more slots that the message is made of.
+
+    Parameters
+    ----------
+    what : the problem, as a clause ("no such folder").
+    where : the file, field or argument it concerns.
+    expected, found : what was wanted and what was there instead.
+    hint : what to do next, as a sentence.
+    """
+
+    exit_code = 2
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: object = None,
+        expected: object = None,
+        found: object = None,
+        hint: str | None = None,
+    ) -> None:
+        self.what, self.where = what, where
+        self.expected, self.found, self.hint = expected, found, hint
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        text = self.what if self.where is None else f"{self.where}: {self.what}"
+        sides = [f"expected {self.expected}"] if self.expected is not None else []
+        sides += [f"found {self.found}"] if self.found is not None else []
+        if sides:
+            text += ": " + ", ".join(sides)
+        if self.hint:
+            text = text.rstrip(".") + ". " + self.hint
+        return text if text.endswith((".", "?", "!")) else text + "."
+
+
+class UsageError(FeatxError):
+    """The command or the arguments cannot be carried out as given."""
+
+
+class SourceError(FeatxError):
+    """The images or the manifest to read are not there or not usable."""
+
+
+class ImageError(FeatxError):
+    """One image that is refused; ``reason`` is the code that goes to the quarantine."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class WeightsError(FeatxError):
+    """Weights that are missing, altered, or made for another network."""
+
+
+class StoreError(FeatxError):
+    """A store that is damaged, foreign, incomplete or in use."""
+
+
+class MismatchError(FeatxError):
+    """Two things that must agree do not; the message names the field that differs."""
+
+
+class TooManyBadImages(FeatxError):
+    """More images were refused than ``--max-bad`` allows."""
+
+    exit_code = 4
+
+
+class Interrupted(FeatxError):
+    """Stopped by the user or the system; what was published stays, and the run can be resumed."""
+
+    exit_code = 130
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A hint that names the closest known names, or lists where to find them all."""
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+    return f"Did you mean {' or '.join(close)}?" if close else ""
