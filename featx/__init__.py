@@ -1,0 +1,1 @@
+"""featx: frozen CNN features, cached once; scikit-learn heads compared, chosen and served."""

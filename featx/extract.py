@@ -1,0 +1,304 @@
+"""Images through an engine into a store: every content once, whatever it is called.
+
+What is slow overlaps: child processes read, hash and decode ahead (:mod:`featx.decoders`), the engine computes,
+the writer publishes. What is remembered is not repeated: an unchanged file is recognised by size and time, a
+renamed or copied one by its digest.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featx.backbones import Backbone
+from featx.decoders import TIMEOUT, DecoderPool
+from featx.engines import Engine, make_engine
+from featx.errors import ImageError, Interrupted, TooManyBadImages
+from featx.images import decode_settings, decoder_version
+from featx.sources import ImageRef, ImageSet
+from featx.store import Index, Refused
+from featx.store_writer import StoreWriter
+
+MAX_BAD = 0.01
+MAX_BAD_IMAGES = 10
+"""Without an explicit ``max_bad``: a share of the images, but never fewer than this many."""
+
+_SETTLED_NS = 2_000_000_000
+"""A file changed this shortly before it was read may change again within the clock's resolution."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class ExtractSummary:
+    """What an extraction did.
+
+    ``images = embedded + reused + quarantined``: ``reused`` images had their content in the store already, or share
+    it with another image of the run.
+    """
+
+    images: int
+    embedded: int
+    reused: int
+    quarantined: int
+    seconds: float
+    images_per_second: float
+    fingerprint: str
+    backbone: str
+    engine: str
+    precision: str
+    device: str
+    pruned: int = 0
+    notes: tuple[str, ...] = ()
+    refused: tuple[Refused, ...] = field(default=(), repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types; the refused images stay in the store's quarantine."""
+        return {
+            "images": self.images,
+            "embedded": self.embedded,
+            "reused": self.reused,
+            "quarantined": self.quarantined,
+            "seconds": round(self.seconds, 3),
+            "images_per_second": round(self.images_per_second, 2),
+            "fingerprint": self.fingerprint,
+            "backbone": self.backbone,
+            "engine": self.engine,
+            "precision": self.precision,
+            "device": self.device,
+            "pruned": self.pruned,
+            "notes": list(self.notes),
+        }
+
+
+def extract_features(
+    images: ImageSet,
+    backbone: Backbone,
+    store: str | Path,
+    *,
+    engine: Engine | None = None,
+    workers: int | None = None,
+    max_bad: float | None = None,
+    prune: bool = False,
+    decode_timeout: float = TIMEOUT,
+    progress: Progress | None = None,
+) -> ExtractSummary:
+    """Embed every image whose content the store does not have, and let the index say what ``images`` says.
+
+    Parameters
+    ----------
+    images : what to embed.
+    backbone : the frozen network.
+    store : folder of the store; made, continued or updated.
+    engine : how the network is run; by default the fastest there is.
+    workers : number of decoding processes; by default one a core.
+    max_bad : share of images (0..1) that may be refused; by default 1 %, but at least ten images.
+    prune : drop embeddings that no image refers to any more.
+    decode_timeout : seconds after which a decoder counts as hanging.
+    progress : called as ``progress(done, total)``.
+
+    Raises
+    ------
+    TooManyBadImages
+        More than ``max_bad`` were refused. What was embedded is kept, the index stays as it was.
+    MismatchError, StoreError
+        See :class:`featx.store_writer.StoreWriter`.
+    Interrupted
+        KeyboardInterrupt came; what was computed is published, and the same call goes on from there.
+    """
+    started = time.perf_counter()
+    engine = engine or make_engine(backbone)
+    with StoreWriter(store, provenance_of(backbone, engine)) as writer:
+        run = _Run(images, writer, engine)
+        try:
+            run.embed(workers or len(os.sched_getaffinity(0)), decode_timeout, progress)
+        except KeyboardInterrupt as error:
+            writer.flush()
+            raise Interrupted(
+                "stopped",
+                where=store,
+                found=f"{run.done} of {len(images)} images done, {writer.rows} embeddings kept",
+                hint="Run the same command again to go on.",
+            ) from error
+        refused = tuple(run.refused)
+        allowed = max(MAX_BAD_IMAGES, MAX_BAD * len(images)) if max_bad is None else max_bad * len(images)
+        if len(refused) > allowed or len(refused) == len(images):
+            writer.flush()
+            writer.write_quarantine(refused)
+            raise _too_many(refused, len(images), allowed, writer.path)
+        notes = _notes(images, writer.manifest.source)
+        writer.finish(run.index(), refused, source=str(images.root))
+        pruned = writer.prune() if prune else 0
+        fingerprint = writer.manifest.fingerprint
+    seconds = time.perf_counter() - started
+    return ExtractSummary(
+        images=len(images),
+        embedded=run.embedded,
+        reused=len(images) - run.embedded - len(refused),
+        quarantined=len(refused),
+        seconds=seconds,
+        images_per_second=run.embedded / run.seconds if run.embedded else 0.0,
+        fingerprint=fingerprint,
+        backbone=backbone.name,
+        engine=engine.name,
+        precision=engine.precision,
+        device=engine.device,
+        pruned=pruned,
+        notes=notes,
+        refused=refused,
+    )
+
+
+def provenance_of(backbone: Backbone, engine: Engine, *, views: str = "center") -> dict[str, Any]:
+    """All that the embeddings depend on, or that one would want to know of them."""
+    return {
+        **backbone.provenance(),
+        "views": views,
+        "decode": decode_settings(),
+        "precision": engine.precision,
+        "decoder": decoder_version(),
+        "engine": engine.name,
+        "device": engine.device,
+        "versions": {name: _version(name) for name in ("featx", "torch", "torchvision", "timm", "openvino", "h5py")},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _notes(images: ImageSet, earlier_source: str) -> tuple[str, ...]:
+    notes = []
+    if images.ignored:
+        notes.append(f"{images.ignored} files that are no images by their names were passed over")
+    if earlier_source and earlier_source != str(images.root):
+        notes.append(
+            f"the store described {earlier_source} before and describes {images.root} now; "
+            "embeddings of both are kept until --prune"
+        )
+    return tuple(notes)
+
+
+def _too_many(refused: tuple[Refused, ...], total: int, allowed: float, store: Path) -> TooManyBadImages:
+    first = refused[0]
+    return TooManyBadImages(
+        "too many images were refused",
+        where=store / "quarantine.jsonl",
+        expected=f"at most {int(allowed)} of {total}" if len(refused) < total else "at least one good image",
+        found=f"{len(refused)}, such as {first.id} ({first.reason}: {first.message})",
+        hint="Good images are kept; mend or remove the bad ones, or allow more with --max-bad, and run it again.",
+    )
+
+
+class _Run:
+    """The state of one extraction."""
+
+    def __init__(self, images: ImageSet, writer: StoreWriter, engine: Engine) -> None:
+        self.images, self.writer, self.engine = images, writer, engine
+        self.refused: list[Refused] = []
+        self.done = self.embedded = 0
+        self.seconds = 0.0
+        self._digests: dict[str, bytes] = {}
+        self._read_at: dict[str, int] = {}
+        self._refusals: dict[bytes, ImageError] = {}
+
+    def embed(self, workers: int, timeout: float, progress: Progress | None) -> None:
+        """Find the digest of every image, and publish the embedding of every new content."""
+        total = len(self.images)
+        remembered = self._remembered()
+        pending = []
+        for ref in self.images.refs:
+            digest = remembered.get((ref.id, ref.size, ref.mtime_ns))
+            if digest is not None and self.writer.has(digest):
+                self._digests[ref.id] = digest
+            else:
+                pending.append(ref)
+        self.done = total - len(pending)
+        if progress is not None:
+            progress(self.done, total)
+        if not pending:
+            return
+        started = time.perf_counter()
+        batches: deque[list[bytes]] = deque()
+        backbone = self.engine.backbone
+        with DecoderPool(backbone.preprocess, workers=min(workers, len(pending)), timeout=timeout) as pool:
+            for outputs in self.engine.embed(self._batches(pool, pending, batches, progress)):
+                digests = batches.popleft()
+                self.writer.add(digests, outputs)
+                self.embedded += len(digests)
+        self.writer.flush()
+        self.seconds = time.perf_counter() - started
+
+    def _remembered(self) -> dict[tuple[str, int, int], bytes]:
+        index = self.writer.index
+        if index is None:
+            return {}
+        flat = index.digests.tobytes()
+        keys = zip(index.ids, index.sizes.tolist(), index.mtimes_ns.tolist(), strict=True)
+        return {key: flat[32 * row : 32 * row + 32] for row, key in enumerate(keys)}
+
+    def _batches(
+        self, pool: DecoderPool, pending: list[ImageRef], batches: deque[list[bytes]], progress: Progress | None
+    ) -> Iterator[NDArray[np.uint8]]:
+        """Batches of pixels for the engine; their digests go to ``batches``, refusals and known content to the run."""
+        size = self.engine.batch_size
+        digests: list[bytes] = []
+        pixels: list[NDArray[np.uint8]] = []
+        claimed: set[bytes] = set()
+        ahead = 2 * size + 2 * pool.workers
+        stream = pool.run((ref.path for ref in pending), self.writer.has, ahead=ahead)
+        for ref, decoded in zip(pending, stream, strict=True):
+            self.done += 1
+            if progress is not None:
+                progress(self.done, len(self.images))
+            if decoded.refusal is not None:
+                self._refuse(ref, decoded.digest, decoded.refusal)
+                continue
+            assert decoded.digest is not None
+            self._digests[ref.id] = decoded.digest
+            self._read_at[ref.id] = time.time_ns()
+            if decoded.pixels is None or decoded.digest in claimed:
+                continue
+            claimed.add(decoded.digest)
+            digests.append(decoded.digest)
+            pixels.append(decoded.pixels)
+            if len(pixels) == size:
+                batches.append(digests)
+                yield np.stack(pixels)
+                digests, pixels = [], []
+        if pixels:
+            batches.append(digests)
+            yield np.stack(pixels)
+
+    def _refuse(self, ref: ImageRef, digest: bytes | None, refusal: ImageError) -> None:
+        self.refused.append(Refused(ref.id, digest.hex() if digest else "", refusal.reason, refusal.what))
+
+    def index(self) -> Index:
+        """What the images are called, refused ones left out."""
+        refs = [ref for ref in self.images.refs if ref.id in self._digests]
+        names = self.images.class_names
+        number = {name: i for i, name in enumerate(names)}
+        # A file that changed while, or just before, it was read is hashed again the next time.
+        settled = [ref.mtime_ns + _SETTLED_NS <= self._read_at.get(ref.id, 2**63) for ref in refs]
+        times = np.array([ref.mtime_ns for ref in refs], np.int64)
+        return Index(
+            ids=[ref.id for ref in refs],
+            labels=np.array([-1 if ref.label is None else number[ref.label] for ref in refs], np.int64),
+            split=[ref.split for ref in refs],
+            digests=np.frombuffer(b"".join(self._digests[ref.id] for ref in refs), np.uint8).reshape(-1, 32),
+            class_names=names,
+            sizes=np.array([ref.size for ref in refs], np.int64),
+            mtimes_ns=np.where(settled, times, -1),
+        )

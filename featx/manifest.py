@@ -1,0 +1,209 @@
+"""The manifest: what is published in a store, and how it was made. The format is in :mod:`featx.store`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from featx._files import canonical_json, publish_bytes
+from featx.errors import MismatchError, StoreError
+from featx.hdf5 import RESTORE
+
+FORMAT = "featx-store"
+FORMAT_VERSION = 1
+FINGERPRINTED = ("backbone", "weights_sha256", "layers", "views", "preprocess", "decode", "precision")
+"""Fields of the provenance that change the numbers."""
+
+_SHARD_NAME = re.compile(r"[0-9]{5,9}-[0-9a-f]{8}\.h5")
+_HEX = re.compile(r"[0-9a-f]{64}")
+_MAX_MANIFEST = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One immutable file of embeddings, as the manifest lists it."""
+
+    name: str
+    rows: int
+    sha256: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "rows": self.rows, "sha256": self.sha256}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The published state of a store."""
+
+    provenance: Mapping[str, Any]
+    shards: tuple[Shard, ...] = ()
+    in_flux: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
+    splits: Mapping[str, int] | None = None
+    counts: Mapping[str, int] | None = None
+    source: str = ""
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.provenance)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return tuple(self.provenance["layers"])
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, with the checksum."""
+        fields: dict[str, Any] = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "provenance": dict(self.provenance),
+            "fingerprint": self.fingerprint,
+            "shards": [shard.to_json() for shard in self.shards],
+            "in_flux": list(self.in_flux),
+            "class_names": list(self.class_names),
+            "splits": dict(self.splits or {}),
+            "counts": dict(self.counts or {}),
+            "source": self.source,
+        }
+        return {**fields, "checksum": hashlib.sha256(canonical_json(fields)).hexdigest()}
+
+
+def fingerprint(provenance: Mapping[str, Any]) -> str:
+    """Hex sha256 of the fields that change the numbers."""
+    return hashlib.sha256(canonical_json({name: provenance.get(name) for name in FINGERPRINTED})).hexdigest()
+
+
+def check_same(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: Path) -> None:
+    """MismatchError naming the first field of the fingerprint in which two provenances differ."""
+    for name in FINGERPRINTED:
+        difference = _difference(name, stored.get(name), wanted.get(name))
+        if difference is not None:
+            field, was, now = difference
+            raise MismatchError(
+                f"the store was made with another {field}",
+                where=where,
+                expected=f"{was} (the store's)",
+                found=f"{now} (this run's)",
+                hint="Embeddings of the two cannot be mixed: repeat the store's setting, or choose another --out.",
+            )
+
+
+def _difference(name: str, stored: Any, wanted: Any) -> tuple[str, str, str] | None:
+    if isinstance(stored, Mapping) and isinstance(wanted, Mapping):
+        for key in sorted({*stored, *wanted}):
+            inner = _difference(f"{name}.{key}", stored.get(key), wanted.get(key))
+            if inner is not None:
+                return inner
+        return None
+    if stored == wanted:
+        return None
+    return name, json.dumps(stored), json.dumps(wanted)
+
+
+def _spell(fields: Mapping[str, Any]) -> bytes:
+    return (json.dumps(fields, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def write_manifest(store: Path, manifest: Manifest) -> None:
+    """Publish the manifest."""
+    publish_bytes(store / "manifest.json", _spell(manifest.to_json()))
+
+
+def read_manifest(store: Path) -> Manifest:
+    """Read and check the manifest of a store.
+
+    Raises
+    ------
+    StoreError
+        There is no store, it is damaged, or of a newer version.
+    """
+    path = store / "manifest.json"
+    if not store.exists():
+        raise StoreError("no such store", where=store, hint="Make it with: featx extract FOLDER --out STORE")
+    try:
+        if path.stat().st_size > _MAX_MANIFEST:
+            raise StoreError(f"larger than {_MAX_MANIFEST:,} bytes; refused", where=path)
+        raw = path.read_bytes()
+        fields = json.loads(raw)
+    except FileNotFoundError as error:
+        raise StoreError("not a featx store: it has no manifest.json", where=store) from error
+    except OSError as error:
+        raise StoreError(f"cannot be read ({error.strerror})", where=path) from error
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, "not JSON") from error
+    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+        raise damaged(path, f"its format is not {FORMAT!r}")
+    check_version(path, fields.get("format_version"))
+    claimed = fields.pop("checksum", None)
+    if claimed != hashlib.sha256(canonical_json(fields)).hexdigest():
+        raise damaged(path, "its checksum does not match")
+    if raw != _spell({**fields, "checksum": claimed}):
+        raise damaged(path, "bytes were changed")
+    return _parse_manifest(path, fields)
+
+
+def check_version(path: Path, version: Any) -> None:
+    """Refuse a format of the future."""
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise damaged(path, "it has no format_version")
+    if version > FORMAT_VERSION:
+        raise StoreError(
+            "made by a newer featx",
+            where=path,
+            expected=f"format_version up to {FORMAT_VERSION}",
+            found=version,
+            hint="Update featx: pip install -U featx",
+        )
+
+
+def _parse_manifest(path: Path, fields: dict[str, Any]) -> Manifest:
+    provenance, shards, in_flux = fields.get("provenance"), fields.get("shards"), fields.get("in_flux")
+    if not isinstance(provenance, dict) or not isinstance(shards, list):
+        raise damaged(path, "provenance or shards are missing")
+    layers = provenance.get("layers")
+    if not isinstance(layers, list) or not layers or not all(isinstance(name, str) for name in layers):
+        raise damaged(path, "provenance.layers is not a list of names")
+    if not isinstance(in_flux, list) or not all(isinstance(n, str) and _SHARD_NAME.fullmatch(n) for n in in_flux):
+        raise damaged(path, "in_flux is not a list of shard names")
+    names = fields.get("class_names")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise damaged(path, "class_names is not a list of names")
+    splits, counts, source = fields.get("splits"), fields.get("counts"), fields.get("source")
+    if not isinstance(splits, dict) or not isinstance(counts, dict) or not isinstance(source, str):
+        raise damaged(path, "splits, counts or source are missing")
+    manifest = Manifest(
+        provenance=provenance,
+        shards=tuple(_parse_shard(path, shard) for shard in shards),
+        in_flux=tuple(in_flux),
+        class_names=tuple(names),
+        splits=splits,
+        counts=counts,
+        source=source,
+    )
+    if len({shard.name for shard in manifest.shards}) != len(manifest.shards):
+        raise damaged(path, "a shard is listed twice")
+    if fields.get("fingerprint") != manifest.fingerprint:
+        raise damaged(path, "the fingerprint does not belong to the provenance")
+    return manifest
+
+
+def _parse_shard(path: Path, fields: Any) -> Shard:
+    if not isinstance(fields, dict):
+        raise damaged(path, "a shard is not an object")
+    name, rows, sha256 = fields.get("name"), fields.get("rows"), fields.get("sha256")
+    if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
+        raise damaged(path, f"{name!r} is not the name of a shard")
+    if not isinstance(rows, int) or isinstance(rows, bool) or not 0 < rows < 2**40:
+        raise damaged(path, f"shard {name} has no sensible number of rows")
+    if not isinstance(sha256, str) or not _HEX.fullmatch(sha256) or sha256[:8] != name[-11:-3]:
+        raise damaged(path, f"shard {name} and its sha256 do not belong together")
+    return Shard(name, rows, sha256)
+
+
+def damaged(path: Path, how: str) -> StoreError:
+    return StoreError(f"not a sound featx file: {how}", where=path, hint=RESTORE)

@@ -1,0 +1,261 @@
+"""Writing a store: one writer at a time, shards that appear whole, an index that follows them.
+
+The format, and the order that makes it safe, is in :mod:`featx.store`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featx import hdf5
+from featx._files import (
+    cannot_write,
+    publish,
+    publish_bytes,
+    remove_leftovers,
+    sha256_file,
+    writer_lock,
+)
+from featx.errors import StoreError
+from featx.manifest import Manifest, Shard, check_same, read_manifest, write_manifest
+from featx.store import (
+    SHARD_COLUMNS,
+    Index,
+    Refused,
+    digest_keys,
+    index_columns,
+    open_shard,
+    read_index,
+    shard_path,
+    spell_quarantine,
+)
+
+SHARD_ROWS = 4096
+SHARD_SECONDS = 30.0
+"""A shard is published when it has this many rows, or this long after the one before: a crash costs no more."""
+
+
+class StoreWriter:
+    """The one writer of a store; use it as a context manager.
+
+    Parameters
+    ----------
+    path : folder of the store, made if there is none.
+    provenance : how the embeddings are made; a store made otherwise is refused, naming the field.
+    shard_rows, shard_seconds : when a shard is published.
+
+    Raises
+    ------
+    StoreError
+        Another writer is at work (named by host and pid), or the store is damaged.
+    MismatchError
+        The store was made with other settings.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        provenance: Mapping[str, Any],
+        *,
+        shard_rows: int = SHARD_ROWS,
+        shard_seconds: float = SHARD_SECONDS,
+    ) -> None:
+        self.path, self.provenance = Path(path), provenance
+        self.shard_rows, self.shard_seconds = shard_rows, shard_seconds
+        self._stack = ExitStack()
+
+    def __enter__(self) -> StoreWriter:
+        if self.path.is_file():
+            raise StoreError("a file is in the way of the store", where=self.path, hint="Choose another --out.")
+        if self.path.is_dir() and not (self.path / "manifest.json").exists() and _foreign(self.path):
+            raise StoreError(
+                "a folder with other things in it", where=self.path, hint="Choose a new or empty folder for --out."
+            )
+        try:
+            (self.path / "shards").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+        self._stack.enter_context(writer_lock(self.path / ".lock"))
+        try:
+            self._begin()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def _begin(self) -> None:
+        remove_leftovers(self.path)
+        remove_leftovers(self.path / "shards")
+        if (self.path / "manifest.json").exists():
+            self.manifest = read_manifest(self.path)
+            check_same(self.manifest.provenance, self.provenance, self.path)
+        else:
+            self.manifest = Manifest(self.provenance)
+        self.index = read_index(self.path) if (self.path / "index.h5").exists() else None
+        listed = {shard.name for shard in self.manifest.shards}
+        for path in sorted((self.path / "shards").iterdir()):
+            if path.name in self.manifest.in_flux and path.name not in listed:
+                path.unlink()
+            elif path.name not in listed:
+                raise StoreError("a shard that the manifest does not name", where=path, hint="Move it away.")
+        if self.manifest.in_flux or not self.manifest.shards:
+            self._write_manifest(in_flux=())
+        digests = [np.empty((0, 32), np.uint8)]
+        for shard in self.manifest.shards:
+            with open_shard(self.path, shard, self.manifest.layers) as file:
+                digests.append(file.read("digests"))
+        self._published = np.sort(digest_keys(np.concatenate(digests)))
+        self._fresh: set[bytes] = set()
+        self._digests: list[bytes] = []
+        self._rows: list[list[NDArray[np.float32]]] = []
+        self._since = time.monotonic()
+
+    def _write_manifest(self, **changes: Any) -> None:
+        self.manifest = replace(self.manifest, **changes)
+        write_manifest(self.path, self.manifest)
+
+    def has(self, digest: bytes) -> bool:
+        """Whether the store has (or is about to publish) the embedding of this content. Thread-safe."""
+        if digest in self._fresh:
+            return True
+        at = int(np.searchsorted(self._published, np.bytes_(digest)))
+        return at < len(self._published) and self._published[at] == np.bytes_(digest)
+
+    @property
+    def rows(self) -> int:
+        """Number of embeddings that are published."""
+        return sum(shard.rows for shard in self.manifest.shards)
+
+    def add(self, digests: Sequence[bytes], embeddings: Sequence[NDArray[np.float32]]) -> None:
+        """Take new rows, and publish a shard when it is time.
+
+        Parameters
+        ----------
+        digests : n digests of 32 bytes that the store does not have.
+        embeddings : one float32 (n, d) array for each layer of the provenance.
+        """
+        for layer, block in zip(self.manifest.layers, embeddings, strict=True):
+            if not np.isfinite(block).all():
+                raise StoreError(
+                    f"layer {layer} came out as NaN or infinity; nothing of this batch was kept",
+                    where=self.path,
+                    hint="Try --precision fp32, and check the weights.",
+                )
+        self._digests.extend(digests)
+        self._fresh.update(digests)
+        self._rows.append(list(embeddings))
+        if len(self._digests) >= self.shard_rows or time.monotonic() - self._since >= self.shard_seconds:
+            self.flush()
+
+    def flush(self) -> None:
+        """Publish what was added since the last shard."""
+        if self._digests:
+            digests = np.frombuffer(b"".join(self._digests), np.uint8).reshape(-1, 32)
+            blocks = [np.concatenate(parts) for parts in zip(*self._rows, strict=True)]
+            self._publish_shard(digests, blocks)
+            self._published = np.sort(np.concatenate([self._published, digest_keys(digests)]))
+            self._digests, self._rows, self._fresh = [], [], set()
+        self._since = time.monotonic()
+
+    def _publish_shard(
+        self, digests: NDArray[np.uint8], blocks: Sequence[NDArray[np.float32]], *, replaces: Shard | None = None
+    ) -> None:
+        number = max((int(shard.name.split("-")[0]) for shard in self.manifest.shards), default=-1) + 1
+        columns = [hdf5.Column.of("digests", digests)]
+        for layer, block in zip(self.manifest.layers, blocks, strict=True):
+            columns.append(hdf5.Column.of(f"embeddings/{layer}", block.astype("<f4", copy=False)))
+        shards = list(self.manifest.shards)
+
+        def write(temp: Path) -> None:
+            hdf5.write(temp, columns, {"fingerprint": self.manifest.fingerprint})
+
+        def verify(temp: Path) -> str:
+            """Read back what was written, then announce the name that it will have."""
+            with hdf5.open_checked(temp, SHARD_COLUMNS) as file:
+                for column in columns:
+                    if not np.array_equal(file.read(column.name), next(iter(column.blocks))):
+                        raise StoreError("the disk did not keep what was written", where=temp)
+            sha256 = sha256_file(temp)
+            shard = Shard(f"{number:05d}-{sha256[:8]}.h5", len(digests), sha256)
+            shards.append(shard)
+            self._write_manifest(in_flux=(*self.manifest.in_flux, shard.name))
+            return shard.name
+
+        publish(self.path / "shards" / "shard.h5", write, verify)
+        if replaces is not None:
+            shards.remove(replaces)
+            self._write_manifest(shards=tuple(shards), in_flux=(*self.manifest.in_flux, replaces.name))
+            shard_path(self.path, replaces).unlink()
+        # An interrupt between rename and manifest leaves a file in flux: it stays named until the next run deletes it.
+        in_flux = [name for name in self.manifest.in_flux if (self.path / "shards" / name).exists()]
+        self._write_manifest(shards=tuple(shards), in_flux=tuple(set(in_flux) - {shard.name for shard in shards}))
+
+    def write_quarantine(self, refused: Sequence[Refused]) -> None:
+        """Publish the list of refused images."""
+        publish_bytes(self.path / "quarantine.jsonl", spell_quarantine(refused))
+
+    def finish(self, index: Index, refused: Sequence[Refused], *, source: str) -> None:
+        """Publish the rest, the quarantine and the index; from here on the store says what ``index`` says."""
+        self.flush()
+        self.write_quarantine(refused)
+
+        def write(temp: Path) -> None:
+            columns = [
+                *index_columns(index),
+                hdf5.Column.of("sizes", index.sizes.astype("<i8")),
+                hdf5.Column.of("mtimes_ns", index.mtimes_ns.astype("<i8")),
+            ]
+            hdf5.write(temp, columns, {"fingerprint": self.manifest.fingerprint}, seal=True)
+
+        publish(self.path / "index.h5", write)
+        self.index = index
+        self._write_manifest(
+            class_names=index.class_names,
+            splits=index.counts(index.split),
+            counts={"images": len(index), "embeddings": self.rows, "quarantined": len(refused)},
+            source=source,
+        )
+
+    def prune(self) -> int:
+        """Drop the embeddings that the index does not refer to; returns how many. Other shards are not touched."""
+        if self.index is None:
+            raise StoreError("nothing to compare with: the extraction has not finished", where=self.path)
+        used = digest_keys(self.index.digests)
+        dropped = 0
+        for shard in self.manifest.shards:
+            with open_shard(self.path, shard, self.manifest.layers) as file:
+                digests = file.read("digests")
+                keep = np.isin(digest_keys(digests), used)
+                if keep.all():
+                    continue
+                blocks = [file.read(f"embeddings/{layer}")[keep] for layer in self.manifest.layers]
+            dropped += int((~keep).sum())
+            if keep.any():
+                self._publish_shard(digests[keep], blocks, replaces=shard)
+            else:
+                rest = tuple(other for other in self.manifest.shards if other != shard)
+                self._write_manifest(shards=rest, in_flux=(shard.name,))
+                shard_path(self.path, shard).unlink()
+                self._write_manifest(in_flux=())
+        if dropped:
+            self._write_manifest(counts={**(self.manifest.counts or {}), "embeddings": self.rows})
+        return dropped
+
+
+def _foreign(folder: Path) -> bool:
+    """Whether a folder without a manifest holds anything that an interrupted first run would not have left."""
+    return any(path.name not in ("shards", ".lock") and not path.name.startswith(".tmp-") for path in folder.iterdir())
