@@ -1,0 +1,287 @@
+"""How a frozen network is run: the choice among engines, and torch, the reference.
+
+An engine takes batches of uint8 pixels and gives float32 embeddings, in order. All engines give the same
+embeddings (cosine >= 0.9999 to plain torch at fp32, >= 0.999 at bf16 and fp16), and an image's embedding does not
+depend on what else is in its batch: short batches are padded, so every batch has the one shape.
+
+``TorchEngine`` runs anywhere torch does, and on CUDA. :mod:`featx.openvino_engine` is 5 to 20 times faster on a CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import ctypes
+import importlib.util
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featx.backbones import Backbone
+from featx.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+Batch = NDArray[np.uint8]
+"""Pixels of shape (n, height, width, 3), as :func:`featx.images.pixels` gives them."""
+
+Embeddings = tuple[NDArray[np.float32], ...]
+"""One array (n, d) per layer."""
+
+ENGINES = ("auto", "torch", "openvino")
+DEVICES = ("auto", "cpu", "cuda")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+BATCH_SIZES = {"cpu": 16, "cuda": 256}
+"""Images per batch, by device: large enough that larger ones gain nothing."""
+
+
+class Engine(Protocol):
+    """Runs one backbone on one device at one precision."""
+
+    name: str
+    device: str
+    precision: str
+    batch_size: int
+
+    def embed(self, batches: Iterable[Batch]) -> Iterator[Embeddings]:
+        """Embed each batch of 1 to ``batch_size`` images; results come in order.
+
+        The engine may take a few batches more than it has given results for, and works on them meanwhile.
+        """
+        ...
+
+
+def make_engine(
+    backbone: Backbone,
+    *,
+    engine: str = "auto",
+    device: str = "auto",
+    precision: str = "auto",
+    batch_size: int | None = None,
+    threads: int | None = None,
+) -> Engine:
+    """Choose and start an engine.
+
+    Parameters
+    ----------
+    backbone : the network to run.
+    engine : "auto" is torch on CUDA if there is a GPU, else OpenVINO if it is installed, else torch.
+    device : "auto" is a GPU if there is one that torch can use and the engine can too.
+    precision : "auto" is fp32 on a CPU, bf16 on a GPU that has it.
+    batch_size : images per batch; None takes what suits the device.
+    threads : of the CPU; None takes as many as this process may use.
+
+    Raises
+    ------
+    UsageError
+        For a combination that is impossible here; the message says what to do.
+    WeightsError
+        If the backbone's weights do not fit its network.
+    """
+    for value, allowed, what in ((engine, ENGINES, "engine"), (device, DEVICES, "device")):
+        _check_choice(value, allowed, what)
+    _check_choice(precision, PRECISIONS, "precision")
+    for number, what in ((batch_size, "batch size"), (threads, "threads")):
+        if number is not None and number < 1:
+            raise UsageError("must be 1 or more", where=what, found=number)
+    if engine == "openvino" and device == "cuda":
+        raise UsageError("the engine openvino runs on the CPU", where="device", hint="Use --engine torch for CUDA.")
+    if engine == "openvino" and not _installed("openvino"):
+        raise UsageError(
+            "OpenVINO is not installed",
+            where="engine",
+            hint="Install it (pip install openvino), or use --engine torch.",
+        )
+    if engine != "openvino" and device != "cpu" and _cuda():
+        return TorchEngine(backbone, device="cuda", precision=precision, batch_size=batch_size, threads=threads)
+    if device == "cuda":
+        raise UsageError(
+            "torch finds no CUDA device here",
+            where="device",
+            hint="Use --device cpu, or install a torch and a driver that match the GPU.",
+        )
+    if precision == "fp16":
+        raise UsageError("fp16 is for CUDA", where="precision", hint="On a CPU use fp32 or bf16.")
+    if engine == "torch" or not _installed("openvino"):
+        return TorchEngine(backbone, device="cpu", precision=precision, batch_size=batch_size, threads=threads)
+    from featx.openvino_engine import OpenVINOEngine
+
+    return OpenVINOEngine(
+        backbone,
+        precision="fp32" if precision == "auto" else precision,
+        batch_size=batch_size or BATCH_SIZES["cpu"],
+        threads=threads or available_cpus(),
+    )
+
+
+def available_cpus() -> int:
+    """How many CPUs this process may run on, which can be fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def fill(padded: Batch, batch: Batch) -> int:
+    """Copy ``batch`` to the front of ``padded``, zero the rest, and return how many images it has."""
+    n = len(batch)
+    if batch.dtype != np.uint8 or batch.shape[1:] != padded.shape[1:] or not 1 <= n <= len(padded):
+        raise ValueError(
+            f"expected uint8 (1..{len(padded)}, {', '.join(map(str, padded.shape[1:]))}), "
+            f"got {batch.dtype} {batch.shape}"
+        )
+    padded[:n] = batch
+    padded[n:] = 0
+    return n
+
+
+class TorchEngine:
+    """Plain torch: the reference on a CPU, and the fast path on CUDA.
+
+    On CUDA uint8 pixels travel from pinned memory on a stream of their own, are normalised on the device, and run
+    channels-last under autocast, while the next batch is being prepared.
+    """
+
+    name = "torch"
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        device: str = "cpu",
+        precision: str = "auto",
+        batch_size: int | None = None,
+        threads: int | None = None,
+    ) -> None:
+        import torch
+
+        self.device = device
+        self.batch_size = batch_size or BATCH_SIZES[device]
+        self.precision = _cuda_precision(precision) if device == "cuda" else precision.replace("auto", "fp32")
+        self._shape = (self.batch_size, *backbone.preprocess.crop, 3)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        network = backbone.network()
+        if device == "cuda":  # a copy: the backbone's own stays where it is
+            network = copy.deepcopy(network).to(device).to(memory_format=torch.channels_last)
+        self._network = network
+        # In the scale of uint8 pixels, so that one subtraction and one division normalise.
+        self._mean = torch.tensor(backbone.preprocess.mean, device=device).mul(255).view(1, 3, 1, 1)
+        self._std = torch.tensor(backbone.preprocess.std, device=device).mul(255).view(1, 3, 1, 1)
+
+    def embed(self, batches: Iterable[Batch]) -> Iterator[Embeddings]:
+        """See :meth:`Engine.embed`; on CUDA two batches are under way."""
+        lanes = [_Lane(self._shape, cuda=self.device == "cuda") for _ in range(2 if self.device == "cuda" else 1)]
+        busy: deque[_Lane] = deque()
+        for number, batch in enumerate(batches):
+            lane = lanes[number % len(lanes)]
+            if len(busy) == len(lanes):  # the lane is free again once its result is taken
+                yield busy.popleft().take()
+            lane.start(batch, self._run)
+            busy.append(lane)
+            if self.device == "cpu":  # nothing runs ahead: torch has done the work already
+                yield busy.popleft().take()
+        while busy:
+            yield busy.popleft().take()
+
+    def _run(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Normalise uint8 (n, h, w, 3) on its device and run the network."""
+        import torch
+
+        # The permuted view of NHWC pixels is channels-last already; only the CPU reference is made contiguous.
+        images = pixels.permute(0, 3, 1, 2).float().sub_(self._mean).div_(self._std)
+        if self.device == "cpu":
+            images = images.contiguous()
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        # Without this, "fp32" convolutions on CUDA are TF32: ten bits of mantissa.
+        exact: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if self.device == "cuda" and dtype is None:
+            exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        with torch.inference_mode(), exact, torch.autocast(self.device, dtype=dtype, enabled=dtype is not None):
+            outputs: tuple[torch.Tensor, ...] = self._network(images)
+            return tuple(output.float() for output in outputs)
+
+
+class _Lane:
+    """Buffers of one batch on its way through torch; on CUDA they are pinned and everything is asynchronous."""
+
+    def __init__(self, shape: tuple[int, ...], *, cuda: bool) -> None:
+        import torch
+
+        self._cuda = cuda
+        self._input = torch.zeros(shape, dtype=torch.uint8, pin_memory=cuda)
+        self._outputs: tuple[torch.Tensor, ...] = ()
+        self._n = 0
+        cuda_module: Any = torch.cuda  # partly annotated
+        if cuda:
+            self._copying, self._done = cuda_module.Stream(), cuda_module.Event()
+
+    def start(self, batch: Batch, run: Any) -> None:
+        """Begin to embed a batch; the lane must be free."""
+        import torch
+
+        self._n = fill(self._input.numpy(), batch)
+        if not self._cuda:
+            self._outputs = run(self._input)
+            return
+        with torch.cuda.stream(self._copying):
+            pixels = self._input.to("cuda", non_blocking=True)
+        compute = torch.cuda.current_stream()
+        compute.wait_stream(self._copying)
+        pixels.record_stream(compute)  # or the copy stream could reuse its memory too early
+        outputs = run(pixels)
+        if not self._outputs:
+            self._outputs = tuple(torch.empty(o.shape, dtype=o.dtype, pin_memory=True) for o in outputs)
+        for host, output in zip(self._outputs, outputs, strict=True):
+            host.copy_(output, non_blocking=True)
+        self._done.record(compute)
+
+    def take(self) -> Embeddings:
+        """Wait for the batch, and return copies of its embeddings."""
+        if self._cuda:
+            self._done.synchronize()
+        return tuple(output[: self._n].numpy().copy() for output in self._outputs)
+
+
+def _cuda_precision(precision: str) -> str:
+    import torch
+
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "auto":
+        return "bf16" if has_bf16 else "fp32"
+    if precision == "bf16" and not has_bf16:
+        raise UsageError("this GPU has no bf16", where="precision", hint="Use --precision fp16 or fp32.")
+    return precision
+
+
+def _cuda() -> bool:
+    """Whether torch can use a GPU. Where there is no driver, torch (seconds to import) is not asked."""
+    if not _has_driver():
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _has_driver() -> bool:
+    for name in ("libcuda.so.1", "nvcuda.dll", "libamdhip64.so"):
+        try:
+            ctypes.CDLL(name)
+        except OSError:
+            continue
+        return True
+    return False
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _check_choice(value: str, allowed: tuple[str, ...], what: str) -> None:
+    if value not in allowed:
+        raise UsageError("not a choice", where=what, expected=" or ".join(allowed), found=value)
