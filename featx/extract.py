@@ -118,7 +118,7 @@ def extract_features(
     started = time.perf_counter()
     engine = engine or make_engine(backbone)
     with StoreWriter(store, provenance_of(backbone, engine)) as writer:
-        run = _Run(images, writer, engine)
+        run = _Run(images, writer, backbone, engine)
         try:
             run.embed(workers or len(os.sched_getaffinity(0)), decode_timeout, progress)
         except KeyboardInterrupt as error:
@@ -205,14 +205,13 @@ def _too_many(refused: tuple[Refused, ...], total: int, allowed: float, store: P
 class _Run:
     """The state of one extraction."""
 
-    def __init__(self, images: ImageSet, writer: StoreWriter, engine: Engine) -> None:
-        self.images, self.writer, self.engine = images, writer, engine
+    def __init__(self, images: ImageSet, writer: StoreWriter, backbone: Backbone, engine: Engine) -> None:
+        self.images, self.writer, self.backbone, self.engine = images, writer, backbone, engine
         self.refused: list[Refused] = []
         self.done = self.embedded = 0
         self.seconds = 0.0
         self._digests: dict[str, bytes] = {}
         self._read_at: dict[str, int] = {}
-        self._refusals: dict[bytes, ImageError] = {}
 
     def embed(self, workers: int, timeout: float, progress: Progress | None) -> None:
         """Find the digest of every image, and publish the embedding of every new content."""
@@ -232,8 +231,7 @@ class _Run:
             return
         started = time.perf_counter()
         batches: deque[list[bytes]] = deque()
-        backbone = self.engine.backbone
-        with DecoderPool(backbone.preprocess, workers=min(workers, len(pending)), timeout=timeout) as pool:
+        with DecoderPool(self.backbone.preprocess, workers=min(workers, len(pending)), timeout=timeout) as pool:
             for outputs in self.engine.embed(self._batches(pool, pending, batches, progress)):
                 digests = batches.popleft()
                 self.writer.add(digests, outputs)

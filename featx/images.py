@@ -19,18 +19,43 @@ import io
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import PIL
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import (
+    AvifImagePlugin,
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageOps,
+    JpegImagePlugin,
+    MpoImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+    WebPImagePlugin,
+)
 
 from featx.errors import ImageError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "MPO")
-"""Decoders that are allowed to see a file. MPO is the JPEG of many phones and stereo cameras."""
+_READERS = (
+    JpegImagePlugin.JpegImageFile,
+    PngImagePlugin.PngImageFile,
+    WebPImagePlugin.WebPImageFile,
+    GifImagePlugin.GifImageFile,
+    BmpImagePlugin.BmpImageFile,
+    TiffImagePlugin.TiffImageFile,
+    PpmImagePlugin.PpmImageFile,
+    AvifImagePlugin.AvifImageFile,
+    MpoImagePlugin.MpoImageFile,  # the JPEG of many phones and stereo cameras
+)
+FORMATS = tuple(reader.format for reader in _READERS if reader.format in Image.OPEN)
+"""Decoders that are allowed to see a file (those of the list that this Pillow was built with)."""
 
 MAX_PIXELS = 89_478_485
 """Above this (a quarter of 2**30 bytes at 3 bytes a pixel, Pillow's own bound) a file is refused by its header."""
@@ -150,6 +175,13 @@ def decode(data: bytes) -> Image.Image:
 def pixels(data: bytes, preprocess: Preprocess) -> NDArray[np.uint8]:
     """Decode, resize and centre-crop one file's bytes: uint8 ``(height, width, 3)``, not normalised."""
     return resize_crop(decode(data), preprocess)
+
+
+def save_png(array: NDArray[np.uint8], path: Path) -> None:
+    """Write grey ``(h, w)`` or RGB ``(h, w, 3)`` pixels as a PNG that appears whole or not at all."""
+    temp = path.with_name(f".tmp-{path.name}")
+    Image.fromarray(array).save(temp, format="PNG")
+    temp.replace(path)
 
 
 def resize_crop(image: Image.Image, preprocess: Preprocess) -> NDArray[np.uint8]:

@@ -285,6 +285,14 @@ def _read_features(reader: FeatureReader, layer: str, splits: Sequence[str] | No
     )
 
 
+def stored_precision(path: Path) -> str | None:
+    """The precision that a store was made with, or None where there is no store yet."""
+    if not (path / "manifest.json").is_file():
+        return None
+    precision = read_manifest(path).provenance.get("precision")
+    return precision if isinstance(precision, str) else None
+
+
 def _state(store: Path) -> bytes:
     manifest = store / "manifest.json"
     return manifest.read_bytes() if manifest.is_file() else b""

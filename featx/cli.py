@@ -1,0 +1,461 @@
+"""The command line: the one place that puts the parts together.
+
+``--json`` prints exactly one JSON object on stdout, whatever happens; text for people goes to stderr then.
+Exit codes: 0 done; 2 wrong usage, wrong or foreign file, mismatch; 3 done, but images were quarantined; 4 more bad
+images than ``--max-bad``; 130 interrupted, resumable.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from featx.errors import FeatxError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from featx.splits import Shots
+    from featx.terminal import ProgressLine
+
+QUARANTINED = 3
+
+# Typer has brought click along in two ways; wherever it lives, this is the base of its usage errors.
+ClickException: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+app = typer.Typer(
+    name="featx",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help=(
+        "From a folder of labelled photos to a classifier you can trust, when there are few of them.\n\n"
+        "A frozen network looks at every photo once; its embeddings are kept in a store; comparing, choosing and "
+        "serving heads on them takes seconds.\n\n"
+        "Start with [bold]featx demo[/bold], then: [bold]featx extract photos --out photos.featx[/bold] and "
+        "[bold]featx sweep photos.featx[/bold]"
+    ),
+)
+
+
+class EngineName(StrEnum):
+    auto = "auto"
+    torch = "torch"
+    openvino = "openvino"
+
+
+class Device(StrEnum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Precision(StrEnum):
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="A store, or a file made by featx pack.")]
+Seed = Annotated[int, typer.Option(help="Seed of every random draw.")]
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(f"featx {installed('featx')}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit
+
+
+@app.command(epilog="Example:  featx backbones --json")
+def backbones(as_json: Json = False) -> None:
+    """List the networks that can be used, and which of them work without an internet."""
+    from featx.backbones import list_backbones
+
+    known = list_backbones()
+    if as_json:
+        _print_json({"backbones": [_plain(info) for info in known]})
+        return
+    from rich.table import Table
+
+    table = Table("backbone", "dimensions", "parameters", "licence of the weights", "offline now", box=None)
+    for info in known:
+        size = f"{info.parameters / 1e6:.1f} M"
+        table.add_row(info.name, str(info.embedding_dim), size, info.licence, "yes" if info.offline else "")
+    _out().print(table)
+    print("\nAny timm model too, as timm:NAME. Weights of your own: --weights FILE.")
+
+
+@app.command(
+    epilog="Examples:  featx extract photos --out photos.featx  |  featx extract list.csv -o s.featx --engine torch"
+)
+def extract(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE", help="Folder of class folders (train/ val/ test/ may be above them), or a CSV/JSONL list."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="STORE", help="The store: made, continued or updated.")],
+    backbone: Annotated[str, typer.Option(help="See: featx backbones.")] = "efficientnet_lite0",
+    weights: Annotated[str, typer.Option(help="default, none (random, as a control), or a file.")] = "default",
+    layer: Annotated[
+        list[str] | None, typer.Option(help="Layer to embed with; may be repeated. [default: penultimate]")
+    ] = None,
+    device: Annotated[Device, typer.Option(help="auto is cuda where there is one.")] = Device.auto,
+    engine: Annotated[EngineName, typer.Option(help="auto is torch on cuda, else openvino.")] = EngineName.auto,
+    precision: Annotated[
+        Precision, typer.Option(help="auto is the store's own, else fp32 on a CPU and bf16 on a GPU.")
+    ] = Precision.auto,
+    batch_size: Annotated[int | None, typer.Option(min=1, max=4096, help="[default: measured for the engine]")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, max=256, help="Decoding processes. [default: cores]")] = None,
+    max_bad: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Share of images that may be refused. [default: 0.01, but at least ten]"),
+    ] = None,
+    prune: Annotated[bool, typer.Option("--prune", help="Drop embeddings that no image refers to any more.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Embed every image of SOURCE once, into STORE.
+
+    Run it again after adding, renaming or relabelling images: only new content is computed. An interrupted run goes
+    on where it stopped.
+    """
+    from featx.sources import ImageSet
+    from featx.store import stored_precision
+
+    images = ImageSet.from_source(source)
+    _check_output(out, source)
+
+    from featx.backbones import load_backbone
+    from featx.engines import make_engine
+    from featx.extract import extract_features
+
+    with _progress("embedding") as line:
+        network = load_backbone(backbone, weights=weights, layers=tuple(layer or ("penultimate",)), progress=line.say)
+        wanted = stored_precision(out) if precision is Precision.auto else None
+        chosen = make_engine(
+            network,
+            engine=engine.value,
+            device=device.value,
+            precision=wanted or precision.value,
+            batch_size=batch_size,
+        )
+        summary = extract_features(
+            images,
+            network,
+            out,
+            engine=chosen,
+            workers=workers,
+            max_bad=max_bad,
+            prune=prune,
+            progress=line.update,
+        )
+    console = _err() if as_json else _out()
+    for note in summary.notes:
+        _err().print(f"Note: {note}.", markup=False, highlight=False, soft_wrap=True)
+    if as_json:
+        _print_json(summary.to_json())
+    rate = f", {summary.images_per_second:.0f} images/s" if summary.embedded else ""
+    console.print(
+        f"{summary.images} images: {summary.embedded} embedded, {summary.reused} reused, "
+        f"{summary.quarantined} quarantined, in {summary.seconds:.1f} s{rate} "
+        f"({summary.backbone}, {summary.engine} on {summary.device}, {summary.precision}).",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    for item in summary.refused[:10]:
+        _err().print(
+            f"  refused {item.id}: {item.reason}, {item.message}", markup=False, highlight=False, soft_wrap=True
+        )
+    if summary.quarantined:
+        _err().print(f"All refused images: {out / 'quarantine.jsonl'}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(QUARANTINED)
+    if not as_json:
+        console.print(f"Next: featx sweep {out}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command(epilog="Example:  featx info photos.featx --json")
+def info(store: StoreArgument, as_json: Json = False) -> None:
+    """What a store holds: images, classes, splits, and how it was made."""
+    from featx.store_tools import info as describe
+
+    facts = describe(store)
+    if as_json:
+        _print_json(facts)
+        return
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None)
+    for name in facts:
+        if name in ("images", "embedding_dim", "provenance"):
+            continue
+        value = facts[name]
+        text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+        table.add_row(name, text or "none")
+    _out().print(table)
+
+
+@app.command(epilog="Example:  featx verify photos.featx")
+def verify(store: StoreArgument, as_json: Json = False) -> None:
+    """Compare every byte of a store with its checksums, and its parts with each other."""
+    from featx.store_tools import content_hash
+    from featx.store_tools import verify as check
+
+    problems = check(store)
+    if as_json:
+        _print_json(
+            {"sound": not problems, "problems": problems, "content_hash": None if problems else content_hash(store)}
+        )
+    elif not problems:
+        print(f"{store}: sound.")
+    for problem in problems:
+        _err().print(problem, markup=False, highlight=False, soft_wrap=True)
+    if problems:
+        raise typer.Exit(2)
+
+
+@app.command(epilog="Example:  featx pack photos.featx photos.h5")
+def pack(
+    store: StoreArgument,
+    out: Annotated[Path, typer.Argument(metavar="OUT.h5", help="The file to make.")],
+    as_json: Json = False,
+) -> None:
+    """Make one plain HDF5 file of a store, which anything that reads HDF5 can open."""
+    from featx.store_tools import pack as make
+
+    made = make(store, out)
+    if as_json:
+        _print_json({"path": str(made), "bytes": made.stat().st_size})
+    else:
+        print(f"{made}: {made.stat().st_size:,} bytes.")
+
+
+@app.command(
+    epilog="Examples:  featx sweep photos.featx  |  featx sweep photos.featx --heads logreg,knn --shots 5,20 --json"
+)
+def sweep(
+    store: StoreArgument,
+    heads: Annotated[str, typer.Option(help="Names separated by commas, or all.")] = "all",
+    shots: Annotated[
+        str | None,
+        typer.Option(help="Labelled images a class. [default: 1,2,5,10,20,all, as far as they go]"),
+    ] = None,
+    episodes: Annotated[int, typer.Option(min=2, max=10_000, help="Random draws for each number of shots.")] = 20,
+    layer: Annotated[str, typer.Option(help="Which of the store's layers.")] = "penultimate",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="DIR", help="The report. [default: beside the store]")
+    ] = None,
+    n_jobs: Annotated[int | None, typer.Option(help="Parallel workers. [default: cores]")] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Compare heads on a store: how good with how few labels, and how sure can one be."""
+    run_sweep(
+        store,
+        heads=heads,
+        shots=shots,
+        episodes=episodes,
+        layer=layer,
+        out=out,
+        n_jobs=n_jobs,
+        seed=seed,
+        as_json=as_json,
+    )
+
+
+def run_sweep(
+    store: Path,
+    *,
+    heads: str = "all",
+    shots: str | None = None,
+    episodes: int = 20,
+    layer: str = "penultimate",
+    out: Path | None = None,
+    n_jobs: int | None = None,
+    seed: int = 0,
+    as_json: bool = False,
+) -> None:
+    """What ``featx sweep`` and ``scripts/sweep_heads.py`` do."""
+    import numpy as np
+
+    from featx.report import render_table, write_report
+    from featx.store import read_features
+    from featx.sweep import sweep_heads
+
+    features = read_features(store, layer=layer)
+    out = out or store.with_name(store.name.removesuffix(".featx").removesuffix(".h5") + ".report")
+    _check_writable(out)
+    # Test images are for the one judgement at the end; they take no part in choosing.
+    rows = np.flatnonzero(features.splits != "test")
+    if len(rows) < len(features):
+        _err().print(
+            f"Note: {len(features) - len(rows)} images of the split test are left out.", highlight=False, soft_wrap=True
+        )
+    with _progress("comparing heads") as line:
+        result = sweep_heads(
+            features.embeddings[rows],
+            features.labels[rows],
+            class_names=features.class_names,
+            groups=np.unique(features.digests[rows], axis=0, return_inverse=True)[1].reshape(-1),
+            heads=_names(heads),
+            shots=_shots(shots),
+            episodes=episodes,
+            random_state=seed,
+            n_jobs=n_jobs,
+            progress=line.update,
+        )
+        where = write_report(result, out, title=store.name, provenance=dict(features.provenance))
+    if as_json:
+        _print_json({**result.to_json(), "report": str(where)})
+    console = _err() if as_json else _out()
+    for part in render_table(result):
+        console.print(part)
+    console.print(f"Report: {where}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command(epilog="Example:  featx demo")
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where images, store and report go.")] = Path("data"), seed: Seed = 0
+) -> None:
+    """The main job on data that is already there: 1,797 scanned digits of scikit-learn. Works offline."""
+    from featx.demo import write_digits
+
+    _check_writable(folder)
+    images = folder / "digits"
+    count = write_digits(images)
+    print(f"1. {count} images of ten digits are class folders in {images}")
+    print(f"2. featx extract {images} --out {folder / 'digits.featx'}")
+    extract(images, folder / "digits.featx")
+    print(f"3. featx sweep {folder / 'digits.featx'}")
+    run_sweep(folder / "digits.featx", seed=seed)
+    print("\nNow with your own photos, one folder for each class:")
+    print("  featx extract photos --out photos.featx\n  featx sweep photos.featx")
+
+
+# --- arguments ----------------------------------------------------------------------------------------------------
+
+
+def _names(text: str) -> tuple[str, ...] | None:
+    names = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not names:
+        raise UsageError("--heads is empty", expected="names separated by commas, or all")
+    return None if names == ("all",) else names
+
+
+def _shots(text: str | None) -> tuple[Shots, ...] | None:
+    if text is None:
+        return None
+    shots: list[Shots] = []
+    for part in (part.strip() for part in text.split(",")):
+        if part == "all":
+            shots.append("all")
+        elif part.isascii() and part.isdigit() and int(part) > 0:
+            shots.append(int(part))
+        else:
+            raise UsageError("--shots cannot be read", expected="such as 1,5,20,all", found=repr(text))
+    return tuple(dict.fromkeys(shots))
+
+
+def _check_output(out: Path, source: Path) -> None:
+    if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+        raise UsageError(
+            "the store would lie inside the folder of images", where=out, hint="Choose an --out beside it, not in it."
+        )
+    _check_writable(out)
+
+
+def _check_writable(out: Path) -> None:
+    """Say now, not after minutes of work, that nothing can be written there."""
+    parent = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not parent.is_dir():
+        raise UsageError("a file is in the way", where=parent, hint="Choose another folder for the output.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UsageError("no permission to write", where=parent, hint="Choose another folder for the output.")
+
+
+# --- output -------------------------------------------------------------------------------------------------------
+
+
+def _out() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
+def _err() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[ProgressLine]:
+    from featx.terminal import ProgressLine
+
+    with ProgressLine(what) as line:
+        yield line
+
+
+def _plain(record: Any) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(record)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"Error: {message}", file=sys.stderr)
+    if "--json" in sys.argv[1:]:
+        _print_json({"error": message, "exit_code": code})
+    sys.stdout.flush()
+    raise SystemExit(code)
+
+
+def _terminate(number: int, frame: object) -> None:
+    # One way to stop: SIGTERM (schedulers, systemd) does what Ctrl-C does.
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Entry point of ``featx``."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = app(standalone_mode=False)
+    except FeatxError as error:
+        _fail(str(error), error.exit_code)
+    except ClickException as error:
+        error.show()
+        if "--json" in sys.argv[1:]:
+            _print_json({"error": error.format_message(), "exit_code": 2})
+        code = 2
+    except (typer.Abort, KeyboardInterrupt):
+        _fail("Interrupted.", 130)
+    except BrokenPipeError:
+        # The reader of our output (head, less) has gone: nothing to say, and nobody to say it to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    raise SystemExit(code if isinstance(code, int) else 0)

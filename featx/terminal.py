@@ -1,0 +1,61 @@
+"""Progress on a terminal, and in the log of a job that has none."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+LOG_SECONDS = 10.0
+
+
+class ProgressLine:
+    """A bar on stderr; where stderr is a file, a line every ten seconds."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._logged = time.monotonic()
+
+    def __enter__(self) -> ProgressLine:
+        if sys.stderr.isatty():
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, done: int, total: int, what: str = "") -> None:
+        """Show that ``done`` of ``total`` are done."""
+        self._show(what or self.what, done, total)
+
+    def say(self, sentence: str) -> None:
+        """Say what is about to be done."""
+        if self._bar is not None:
+            self._bar.console.print(sentence, markup=False, highlight=False)
+        else:
+            print(sentence, file=sys.stderr, flush=True)
+
+    def _show(self, what: str, done: int, total: int) -> None:
+        if self._bar is not None:
+            if self._task is None:
+                self._task = self._bar.add_task(what, total=total)
+            self._bar.update(self._task, completed=done, total=total, description=what)
+        elif time.monotonic() - self._logged >= LOG_SECONDS:
+            self._logged = time.monotonic()
+            print(f"{what}: {done} of {total}", file=sys.stderr, flush=True)

@@ -1,0 +1,119 @@
+"""What several tests need: real photos if there are any, images made on the spot, and the real command."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from featx.backbones import Backbone
+from featx.images import Preprocess
+
+TINY = Preprocess(resize=24, crop=(24, 24), interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3)
+
+
+@pytest.fixture(scope="session")
+def photos() -> Path:
+    """The folder of real photos: class folders of five image sets."""
+    folder = os.environ.get("FEATX_PHOTOS")
+    if not folder:
+        pytest.skip("FEATX_PHOTOS does not name a folder of real photos")
+    return Path(folder)
+
+
+@dataclass
+class Ran:
+    """What a command printed, and how it ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """The one JSON object on stdout."""
+        value = json.loads(self.out)
+        assert isinstance(value, dict)
+        return value
+
+
+Featx = Callable[..., Ran]
+
+
+@pytest.fixture(scope="session")
+def featx() -> Featx:
+    """Run the real ``featx`` in a process of its own, with warnings as errors."""
+
+    def run(*arguments: object, cwd: Path | None = None, env: dict[str, str] | None = None) -> Ran:
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-m", "featx", *map(str, arguments)],
+            cwd=cwd,
+            env={**os.environ, "COLUMNS": "120", **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        assert "Traceback" not in done.stderr, done.stderr
+        return Ran(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+def picture(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
+    """A smooth random RGB image, different for every seed."""
+    noise = np.random.default_rng(seed).integers(0, 256, (5, 4, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+
+
+def class_folders(root: Path, names: Iterable[str] = ("ants", "bees"), each: int = 4, first: int = 0) -> Path:
+    """Class folders of PNG pictures, all different."""
+    number = first
+    for name in names:
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for _ in range(each):
+            picture(number).save(root / name / f"{number:03d}.png")
+            number += 1
+    return root
+
+
+class TinyEngine:
+    """A real engine of the smallest kind: a fixed random projection of the pixels."""
+
+    name = "torch"
+    device = "cpu"
+    precision = "fp32"
+
+    def __init__(self, batch_size: int = 3, dim: int = 8) -> None:
+        self.batch_size = batch_size
+        self.batches: list[int] = []
+        height, width = TINY.crop
+        self._weights = np.random.default_rng(0).normal(size=(height * width * 3, dim)).astype(np.float32)
+
+    def embed(self, batches: Iterable[NDArray[np.uint8]]) -> Iterator[tuple[NDArray[np.float32], ...]]:
+        """One row at a time, so that a row does not depend on its batch."""
+        for batch in batches:
+            self.batches.append(len(batch))
+            yield (np.stack([row.reshape(-1) / np.float32(255) @ self._weights for row in batch]),)
+
+
+def tiny_backbone(**changes: Any) -> Backbone:
+    """The record that goes with :class:`TinyEngine`."""
+    fields: dict[str, Any] = {
+        "name": "tiny",
+        "weights": "none",
+        "weights_sha256": "0" * 64,
+        "preprocess": TINY,
+        "layers": ("penultimate",),
+    }
+    return Backbone(**{**fields, **changes})
