@@ -1,1 +1,65 @@
-"""featx: frozen CNN features, cached once; scikit-learn heads compared, chosen and served."""
+"""featx: frozen CNN features, cached once; scikit-learn heads compared, chosen and served.
+
+    images = ImageSet.from_folder("photos")
+    extract_features(images, load_backbone("efficientnet_lite0"), "photos.featx")
+    features = read_features("photos.featx")
+    cross_val_score(make_head("logreg"), features.embeddings, features.labels, cv=KShotSplit(5))
+
+Names are imported when they are first used, so ``import featx`` costs nothing and never imports torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from featx.backbones import list_backbones, load_backbone
+    from featx.engines import make_engine
+    from featx.errors import FeatxError
+    from featx.extract import extract_features
+    from featx.heads import make_head
+    from featx.sources import ImageSet
+    from featx.splits import KShotSplit
+    from featx.store import FeatureSet, iter_features, read_features
+    from featx.sweep import sweep_heads
+
+_HOME = {
+    "FeatureSet": "store",
+    "FeatxError": "errors",
+    "ImageSet": "sources",
+    "KShotSplit": "splits",
+    "extract_features": "extract",
+    "iter_features": "store",
+    "list_backbones": "backbones",
+    "load_backbone": "backbones",
+    "make_engine": "engines",
+    "make_head": "heads",
+    "read_features": "store",
+    "sweep_heads": "sweep",
+}
+
+__all__ = [  # noqa: RUF022 - in the order of use
+    "ImageSet",
+    "load_backbone",
+    "list_backbones",
+    "make_engine",
+    "extract_features",
+    "read_features",
+    "iter_features",
+    "FeatureSet",
+    "make_head",
+    "KShotSplit",
+    "sweep_heads",
+    "FeatxError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'featx' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"featx.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -74,6 +74,8 @@ class DecoderPool:
         for child in self._children:
             child.stop()  # a thread that waits for it gets EOF, and ends
         self._threads.shutdown(wait=True, cancel_futures=True)
+        for child in self._children:
+            child.close()
 
     def run(self, paths: Iterable[Path], known: Callable[[bytes], bool], *, ahead: int) -> Iterator[Decoded]:
         """Yield what became of each path, in order, working up to ``ahead`` files ahead of the consumer.
@@ -147,6 +149,11 @@ class _Child:
         self._stopped = True
         self._process.kill()
         self._process.wait()
+
+    def close(self) -> None:
+        self._socket.close()
+        self._memory.close()
+        self._file.close()
 
     def restart(self) -> None:
         self._process.kill()

@@ -1,0 +1,241 @@
+"""Extraction: what is computed, what is reused, what is refused, and what an interruption leaves."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY, TinyEngine, class_folders, picture, tiny_backbone
+from numpy.typing import NDArray
+from PIL import Image
+
+from featx.errors import Interrupted, MismatchError, TooManyBadImages
+from featx.extract import ExtractSummary, extract_features
+from featx.images import pixels
+from featx.sources import ImageSet
+from featx.store import read_features, read_quarantine
+from featx.store_tools import content_hash, info, verify
+
+
+def run(source: Path, store: Path, **options: object) -> ExtractSummary:
+    engine = options.pop("engine", None) or TinyEngine()
+    images = ImageSet.from_source(source)
+    return extract_features(images, tiny_backbone(), store, engine=engine, workers=2, **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return class_folders(tmp_path / "photos", each=5)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return tmp_path / "photos.featx"
+
+
+def test_every_image_gets_its_own_embedding(source: Path, store: Path) -> None:
+    summary = run(source, store)
+    assert (summary.images, summary.embedded, summary.reused, summary.quarantined) == (10, 10, 0, 0)
+    features = read_features(store)
+    assert features.ids.tolist() == sorted(f"{path.parent.name}/{path.name}" for path in source.rglob("*.png"))
+    for row, name in enumerate(features.ids):
+        data = (source / name).read_bytes()
+        (expected,) = next(iter(TinyEngine().embed([pixels(data, TINY)[None]])))
+        assert np.array_equal(features.embeddings[row], expected[0])
+        assert features.digests[row].tobytes() == hashlib.sha256(data).digest()
+        assert features.class_names[features.labels[row]] == name.split("/")[0]
+    assert verify(store) == []
+
+
+def test_batches_are_full_but_for_the_last(source: Path, store: Path) -> None:
+    engine = TinyEngine(batch_size=4)
+    run(source, store, engine=engine)
+    assert engine.batches == [4, 4, 2]
+
+
+def test_a_second_run_embeds_nothing_and_does_not_even_read(source: Path, store: Path) -> None:
+    run(source, store)
+    for path in source.rglob("*.png"):
+        assert path.stat().st_mtime_ns < 2**62
+    engine = TinyEngine()
+    again = run(source, store, engine=engine)
+    assert (again.embedded, again.reused) == (0, 10)
+    assert engine.batches == []
+
+
+def test_only_added_images_are_embedded(source: Path, store: Path) -> None:
+    run(source, store)
+    class_folders(source, names=("ants",), each=3, first=100)
+    again = run(source, store)
+    assert (again.images, again.embedded, again.reused) == (13, 3, 10)
+    assert info(store)["classes"] == {"ants": 8, "bees": 5}
+
+
+def test_renamed_and_relabelled_images_are_not_embedded_again(source: Path, store: Path) -> None:
+    run(source, store)
+    before = read_features(store)
+    by_digest = {before.digests[i].tobytes(): before.embeddings[i] for i in range(len(before))}
+    for number, path in enumerate(sorted(source.rglob("*.png"))):
+        target = source / ("wasps" if number % 2 else path.parent.name) / f"new {number}.png"
+        target.parent.mkdir(exist_ok=True)
+        path.rename(target)
+    again = run(source, store)
+    assert (again.embedded, again.reused) == (0, 10)
+    after = read_features(store)
+    assert after.class_names == ("ants", "bees", "wasps")
+    assert all("new" in name for name in after.ids)
+    for i in range(len(after)):
+        assert np.array_equal(after.embeddings[i], by_digest[after.digests[i].tobytes()])
+        assert after.class_names[after.labels[i]] == str(after.ids[i]).split("/")[0]
+
+
+def test_copies_are_embedded_once(source: Path, store: Path) -> None:
+    first = sorted((source / "ants").iterdir())[0]
+    shutil.copy(first, source / "bees" / "copy.png")
+    summary = run(source, store)
+    assert (summary.images, summary.embedded, summary.reused) == (11, 10, 1)
+    features = read_features(store)
+    one, other = (features.ids.tolist().index(name) for name in (f"ants/{first.name}", "bees/copy.png"))
+    assert np.array_equal(features.embeddings[one], features.embeddings[other])
+    assert features.labels[one] != features.labels[other]
+
+
+def test_an_image_changed_in_place_is_embedded_again(source: Path, store: Path) -> None:
+    run(source, store)
+    changed = sorted(source.rglob("*.png"))[0]
+    size = changed.stat().st_size
+    picture(777).save(changed)
+    assert run(source, store).embedded == 1
+    # The same size and time, but different bytes, right after the last run: not to be trusted, so read again.
+    data = bytearray(changed.read_bytes())
+    assert size
+    data[-20] ^= 1
+    changed.write_bytes(bytes(data))
+    assert run(source, store).quarantined == 1
+
+
+def bad_images(folder: Path) -> dict[str, str]:
+    """Eight awkward files; returns the reason for each that has to be refused."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "text.jpg").write_text("this is not a picture")
+    out = io.BytesIO()
+    picture(1, (300, 200)).save(out, format="JPEG")
+    (folder / "truncated.jpg").write_bytes(out.getvalue()[: len(out.getvalue()) // 2])
+    Image.fromarray(np.linspace(0, 65535, 1024, dtype=np.uint16).reshape(32, 32)).save(folder / "sixteen.png")
+    picture(2).convert("CMYK").save(folder / "cmyk.jpg")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 4), dtype=np.uint8)).save(folder / "clear.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(3).save(folder / "rotated.jpg", exif=exif)
+    frames = [picture(4), picture(5)]
+    frames[0].save(folder / "animated.gif", save_all=True, append_images=frames[1:])
+    picture(6, (1, 1)).save(folder / "pixel.png")
+    return {"text.jpg": "not_an_image", "truncated.jpg": "truncated", "pixel.png": "too_small"}
+
+
+def test_bad_images_are_refused_with_a_reason_and_the_good_ones_kept(source: Path, store: Path) -> None:
+    expected = bad_images(source / "ants")
+    summary = run(source, store)
+    assert (summary.images, summary.embedded, summary.quarantined) == (18, 15, 3)
+    refused = {item.id: item for item in read_quarantine(store)}
+    assert {name: item.reason for name, item in refused.items()} == {f"ants/{k}": v for k, v in expected.items()}
+    for name, item in refused.items():
+        assert item.digest == hashlib.sha256((source / name).read_bytes()).hexdigest()
+        assert item.message
+    assert not set(refused) & set(read_features(store).ids.tolist())
+    # Mended, they come in; the quarantine then is empty.
+    for name in refused:
+        picture(50 + len(name)).save(source / name, format="PNG")
+    assert run(source, store).embedded == 3
+    assert read_quarantine(store) == []
+
+
+def test_missing_and_unreadable_files_of_a_manifest(source: Path, store: Path) -> None:
+    manifest = source.parent / "list.csv"
+    lines = [f"photos/{path.parent.name}/{path.name},{path.parent.name}" for path in sorted(source.rglob("*.png"))]
+    manifest.write_text("\n".join(["path,label", *lines, "photos/lost.png,ants", "photos,ants"]) + "\n")
+    summary = run(manifest, store)
+    assert (summary.embedded, summary.quarantined) == (10, 2)
+    assert {item.id: item.reason for item in summary.refused} == {"photos/lost.png": "missing", "photos": "unreadable"}
+
+
+def test_more_bad_images_than_allowed(source: Path, store: Path) -> None:
+    bad_images(source / "ants")
+    with pytest.raises(TooManyBadImages, match=r"quarantine.jsonl.*at most 1 of 18, found 3.*--max-bad") as caught:
+        run(source, store, max_bad=0.1)
+    assert caught.value.exit_code == 4
+    assert not (store / "index.h5").exists()
+    assert len(read_quarantine(store)) == 3
+    assert run(source, store, max_bad=0.5).reused == 15  # nothing was lost
+
+
+def test_nothing_good_at_all_is_an_error(tmp_path: Path, store: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        (tmp_path / "photos" / name / "x.jpg").write_text("no")
+    with pytest.raises(TooManyBadImages, match="at least one good image, found 2"):
+        run(tmp_path / "photos", store)
+
+
+class Interrupting(TinyEngine):
+    """Ctrl-C after a number of batches."""
+
+    def __init__(self, batches: int) -> None:
+        super().__init__()
+        self.left = batches
+
+    def embed(self, batches: Iterable[NDArray[np.uint8]]) -> Iterator[tuple[NDArray[np.float32], ...]]:
+        for outputs in super().embed(batches):
+            if not self.left:
+                raise KeyboardInterrupt
+            self.left -= 1
+            yield outputs
+
+
+def test_an_interrupted_run_keeps_what_it_has_and_goes_on(source: Path, store: Path, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted, match=r"6 embeddings kept.*same command again") as caught:
+        run(source, store, engine=Interrupting(2))
+    assert caught.value.exit_code == 130
+    again = run(source, store)
+    assert (again.embedded, again.reused) == (4, 6)
+    run(source, tmp_path / "other.featx")
+    assert content_hash(store) == content_hash(tmp_path / "other.featx")
+
+
+def test_other_settings_are_named(source: Path, store: Path) -> None:
+    run(source, store)
+    images = ImageSet.from_source(source)
+    for changes, field in (
+        ({"name": "other"}, "backbone"),
+        ({"weights_sha256": "1" * 64}, "weights_sha256"),
+        ({"layers": ("features.3",)}, "layers"),
+        ({"preprocess": TINY.__class__(24, (20, 20), "bilinear", TINY.mean, TINY.std)}, "preprocess.crop"),
+        ({"preprocess": TINY.__class__(24, (24, 24), "bicubic", TINY.mean, TINY.std)}, "preprocess.interpolation"),
+    ):
+        with pytest.raises(MismatchError, match=rf"another {field}: expected .*\(the store's\), found"):
+            extract_features(images, tiny_backbone(**changes), store, engine=TinyEngine())
+    assert verify(store) == []
+
+
+def test_progress_counts_to_the_end(source: Path, store: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    run(source, store, progress=lambda done, total: seen.append((done, total)))
+    assert seen[0] == (0, 10)
+    assert seen[-1] == (10, 10)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_another_source_is_noted(source: Path, store: Path, tmp_path: Path) -> None:
+    run(source, store)
+    other = class_folders(tmp_path / "others", each=2, first=60)
+    summary = run(other, store)
+    assert any("describes" in note for note in summary.notes)
+    assert len(read_features(store)) == 4
+    assert run(source, store).embedded == 0  # both are kept ...
+    assert run(source, store, prune=True).pruned == 4  # ... until they are pruned
+    assert verify(store) == []

@@ -1,0 +1,116 @@
+"""The layers of the package: imports go downwards only, and each heavy dependency has one door."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import featx
+
+PACKAGE = Path(featx.__file__).parent
+
+LAYERS = [
+    {"errors", "_files"},
+    {"images", "sources", "decoders"},
+    {"catalogue", "backbones", "checkpoints", "networks", "timm_models", "engines", "openvino_engine"},
+    {"hdf5", "manifest", "store", "store_writer", "store_tools", "heads", "solvers", "splits", "stats", "choose"},
+    {"extract", "sweep", "results"},
+    {"report", "demo", "terminal"},
+    {"cli", "__main__", "__init__"},
+]
+"""From the floor upwards. A module may import from its own layer and from those below."""
+
+DOORS = {
+    "PIL": {"images"},
+    "h5py": {"hdf5"},
+    "torch": {"networks", "checkpoints", "timm_models", "engines", "openvino_engine", "backbones"},
+    "torchvision": {"networks", "checkpoints", "timm_models", "backbones"},
+    "timm": {"networks", "timm_models", "backbones"},
+    "openvino": {"openvino_engine"},
+    "typer": {"cli"},
+    "rich": {"cli", "terminal", "report"},
+    "matplotlib": {"report"},
+    "sklearn": {"heads", "solvers", "splits", "stats", "choose", "sweep", "demo"},
+}
+"""Who may import what; a library that is not named is free."""
+
+
+def modules() -> dict[str, ast.Module]:
+    return {path.stem: ast.parse(path.read_text()) for path in sorted(PACKAGE.glob("*.py"))}
+
+
+def imported(tree: ast.Module) -> set[str]:
+    """Dotted names of all imports, those inside functions too; those for type checkers only are left out."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            node.body = []
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "absolute imports only"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+    return names
+
+
+def test_every_module_has_a_layer() -> None:
+    assert set(modules()) == set().union(*LAYERS)
+    assert sum(map(len, LAYERS)) == len(set().union(*LAYERS))
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_imports_go_downwards(name: str) -> None:
+    level = next(i for i, layer in enumerate(LAYERS) if name in layer)
+    allowed = set().union(*LAYERS[: level + 1])
+    inside = {dotted.split(".")[1] for dotted in imported(modules()[name]) if dotted.startswith("featx.")}
+    assert inside <= allowed, f"{name} imports {inside - allowed} from above"
+
+
+@pytest.mark.parametrize("library", sorted(DOORS))
+def test_each_library_has_its_doors(library: str) -> None:
+    users = {name for name, tree in modules().items() if library in {i.split(".")[0] for i in imported(tree)}}
+    assert users <= DOORS[library], f"{users - DOORS[library]} must not import {library}"
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import featx",
+        "import featx.cli",
+        "import featx.store, featx.sweep, featx.heads, featx.report",
+        "import featx.extract",
+    ],
+)
+def test_torch_is_not_imported_before_it_is_needed(statement: str) -> None:
+    heavy = ("torch", "torchvision", "timm", "openvino", "matplotlib")
+    code = f"{statement}\nimport sys\nprint([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_no_cycles() -> None:
+    edges = {
+        name: {d.split(".")[1] for d in imported(tree) if d.startswith("featx.")} & set(modules())
+        for name, tree in modules().items()
+    }
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join((*path, name))
+        if name not in done:
+            for other in edges[name]:
+                visit(other, (*path, name))
+            done.add(name)
+
+    for name in edges:
+        visit(name, ())
+
+
+def test_modules_are_small() -> None:
+    lines = {path.name: len(path.read_text().splitlines()) for path in PACKAGE.glob("*.py")}
+    assert max(lines.values()) <= 450, {name: n for name, n in lines.items() if n > 450}
