@@ -1,0 +1,275 @@
+"""Normaliser and penalty of a head, chosen inside the support and nowhere else.
+
+The choice is by grouped, stratified cross-validation of the support, by a proper score where the head
+has one (log-loss for probabilities, squared error for ridge). All penalties of all folds are solved
+together on one projection where the normaliser treats each row by itself. Where a class has fewer than
+two different images there is nothing to validate on, and the head's stated defaults hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.neighbors import KNeighborsClassifier
+
+from featx.heads import (
+    ROWWISE,
+    Centroid,
+    Discriminant,
+    Head,
+    Kind,
+    Logistic,
+    Normalise,
+    Ridge,
+    SquaredHinge,
+    mean_squared_norm,
+    signs,
+    softmax,
+    with_constant,
+)
+from featx.solvers import Array, RowSpace, discriminant_path, newton_path, ridge_coefficients, ridge_loo
+from featx.splits import Index, distinct_counts, fold_numbers
+
+N_FOLDS = 5
+#: Below this many different images of the smallest class the default normaliser is taken: choosing among
+#: several inside five shots loses more than it gains.
+SHOTS_FOR_KIND = 10
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen, and on what grounds.
+
+    Attributes
+    ----------
+    params : for :meth:`featx.heads.Head.build`.
+    score : mean out-of-fold loss of the choice, or None where the defaults were taken. It was used to
+        select and is too optimistic to report as a result.
+    n_folds : 0 where the defaults were taken.
+    converged : whether every fit on the way did.
+    """
+
+    params: dict[str, Any]
+    score: float | None
+    n_folds: int
+    converged: bool
+
+
+def choose(
+    head: Head, rows: NDArray[np.floating], labels: NDArray[np.integer], groups: Index, *, random_state: Any = 0
+) -> Choice:
+    """Choose the parameters of ``head`` on a support.
+
+    Parameters
+    ----------
+    rows : (n, d) embeddings of the support.
+    labels : (n,) in 0 .. c-1, every class present.
+    groups : (n,) dense numbers of duplicates, which stay in one fold.
+    random_state : seed or seeds of the folds.
+    """
+    n_classes = int(labels.max()) + 1
+    smallest = int(distinct_counts(labels, groups, n_classes).min())
+    kinds = head.kinds if smallest >= SHOTS_FOR_KIND else head.kinds[:1]
+    if smallest < 2 or (len(kinds) == 1 and not head.parameter):
+        return Choice(head.default, None, 0, True)
+    folds = fold_numbers(labels, groups, N_FOLDS, random_state)
+    start = head.default[head.parameter] if head.parameter else 0.0
+    kind, converged, score = kinds[0], True, 0.0
+    if len(kinds) > 1:
+        each = []
+        for name in kinds:
+            losses, fine = out_of_fold_losses(head, name, rows, labels, folds, (start,))
+            each.append(losses[0])
+            converged &= fine
+        kind = kinds[_clearly_best(np.stack(each))]
+        score = float(each[kinds.index(kind)].mean())
+    if not head.parameter:
+        return Choice({"kind": kind}, score, int(folds.max()) + 1, converged)
+    values = head.values
+    if head.estimator is KNeighborsClassifier:
+        values = tuple(k for k in values if k <= len(rows) - int(np.bincount(folds).max()))
+    losses, fine = out_of_fold_losses(head, kind, rows, labels, folds, values)
+    means = losses.mean(axis=1)
+    # Equal losses are common for accuracies: the value nearest to the default is then as good as any.
+    ties = np.flatnonzero(means <= means.min() * (1 + 1e-12))
+    best = int(ties[np.argmin(np.abs(np.log(np.array(values)[ties] / start)))])
+    params = {"kind": kind, head.parameter: values[best]}
+    return Choice(params, float(means[best]), int(folds.max()) + 1, converged and fine)
+
+
+def _clearly_best(losses: Array) -> int:
+    """Row of losses (kinds, n) to take: the first, unless another is better by more than a standard error."""
+    best = int(losses.mean(axis=1).argmin())
+    gain = losses[0] - losses[best]
+    return best if gain.mean() > gain.std() / np.sqrt(len(gain)) else 0
+
+
+Scores: TypeAlias = tuple[Array, bool]
+Family: TypeAlias = Callable[[Array, NDArray[np.integer], Index, list[int], tuple[float, ...], bool], Scores]
+
+
+def out_of_fold_losses(
+    head: Head,
+    kind: Kind,
+    rows: NDArray[np.floating],
+    labels: NDArray[np.integer],
+    folds: Index,
+    values: tuple[float, ...],
+    *,
+    scale_free: bool = True,
+) -> tuple[Array, bool]:
+    """Loss (v, n) of every row for every value of the head's parameter, by fits without the row's fold.
+
+    The loss is the head's criterion. The second value says whether all fits converged.
+    """
+    family = _FAMILIES[head.estimator]
+    numbers = list(range(int(folds.max()) + 1))
+    if kind in ROWWISE:
+        scores, converged = family(Normalise(kind).fit_transform(rows), labels, folds, numbers, values, scale_free)
+    else:
+        scores, converged = np.zeros(0), True
+        for number in numbers:
+            normalised = Normalise(kind).fit(rows[folds != number]).transform(rows)
+            some, fine = family(normalised, labels, folds, [number], values, scale_free)
+            scores = some if not scores.size else np.where((folds == number)[None, :, None], some, scores)
+            converged &= fine
+    return _losses(head, scores, labels), converged
+
+
+def _losses(head: Head, scores: Array, labels: NDArray[np.integer]) -> Array:
+    n_classes = int(labels.max()) + 1
+    if head.criterion == "log_loss":
+        picked = [softmax(each)[np.arange(len(labels)), labels] for each in scores]
+        return np.asarray(-np.log(np.maximum(np.stack(picked), np.finfo(np.float64).tiny)))
+    if head.criterion == "accuracy":
+        named = scores.argmax(axis=2) if scores.shape[2] > 1 else (scores[:, :, 0] > 0)
+        return np.asarray(named != labels, dtype=np.float64)
+    targets = signs(labels, n_classes)
+    gaps = targets - scores if head.criterion == "squared_error" else np.maximum(1 - targets * scores, 0)
+    return np.asarray((gaps**2).sum(axis=2))
+
+
+def _penalised(
+    rows: Array,
+    labels: NDArray[np.integer],
+    folds: Index,
+    numbers: list[int],
+    values: tuple[float, ...],
+    scale_free: bool,
+    *,
+    hinge: bool,
+) -> Scores:
+    space = RowSpace.of(with_constant(rows), centre=False) if hinge else RowSpace.of(rows)
+    weights = np.stack([(folds != number).astype(np.float64) for number in numbers])
+    z = space.coordinates
+    unit = np.array([mean_squared_norm(z, w) if scale_free else 1.0 for w in weights])
+    path = newton_path(
+        z, labels, int(labels.max()) + 1, weights, [value / unit for value in values],
+        loss="squared_hinge" if hinge else "softmax", fit_intercept=not hinge,
+    )  # fmt: skip
+    out, converged = [], True
+    for point in path:
+        scores = np.zeros((len(rows), point.coef.shape[2]))
+        for i, number in enumerate(numbers):
+            held = folds == number
+            scores[held] = z[held] @ point.coef[i] + point.intercept[i]
+        out.append(scores)
+        converged &= bool(point.converged.all())
+    return np.stack(out), converged
+
+
+def _logistic(*args: Any) -> Scores:
+    return _penalised(*args, hinge=False)
+
+
+def _squared_hinge(*args: Any) -> Scores:
+    return _penalised(*args, hinge=True)
+
+
+def _ridge(
+    rows: Array,
+    labels: NDArray[np.integer],
+    folds: Index,
+    numbers: list[int],
+    values: tuple[float, ...],
+    scale_free: bool,
+) -> Scores:
+    targets = signs(labels, int(labels.max()) + 1)
+    if len(numbers) == len(rows):  # every row its own fold: the closed form
+        unit = mean_squared_norm(rows) if scale_free else 1.0
+        return ridge_loo(RowSpace.of(rows), targets, [value * unit for value in values]), True
+    out = np.zeros((len(values), *targets.shape))
+    for number in numbers:
+        held = folds == number
+        space = RowSpace.of(rows[~held])
+        unit = mean_squared_norm(space.coordinates) if scale_free else 1.0
+        for i, value in enumerate(values):
+            coef, offset = ridge_coefficients(space, targets[~held], value * unit)
+            out[i, held] = rows[held] @ coef.T + offset
+    return out, True
+
+
+def _discriminant(
+    rows: Array,
+    labels: NDArray[np.integer],
+    folds: Index,
+    numbers: list[int],
+    values: tuple[float, ...],
+    scale_free: bool,
+) -> Scores:
+    n_classes = int(labels.max()) + 1
+    out = np.zeros((len(values), len(rows), n_classes))
+    for number in numbers:
+        held = folds == number
+        path = discriminant_path(RowSpace.of(rows[~held]), labels[~held], n_classes, values)
+        for i, (coef, offset) in enumerate(path):
+            out[i, held] = rows[held] @ coef.T + offset
+    return out, True
+
+
+def _centroid(
+    rows: Array,
+    labels: NDArray[np.integer],
+    folds: Index,
+    numbers: list[int],
+    values: tuple[float, ...],
+    scale_free: bool,
+) -> Scores:
+    n_classes = int(labels.max()) + 1
+    out = np.zeros((1, len(rows), n_classes))
+    for number in numbers:
+        held = folds == number
+        means = np.stack([rows[~held & (labels == c)].mean(axis=0) for c in range(n_classes)])
+        out[0, held] = rows[held] @ means.T - 0.5 * np.einsum("ij,ij->i", means, means)
+    return out, True
+
+
+def _neighbours(
+    rows: Array,
+    labels: NDArray[np.integer],
+    folds: Index,
+    numbers: list[int],
+    values: tuple[float, ...],
+    scale_free: bool,
+) -> Scores:
+    lengths = np.einsum("ij,ij->i", rows, rows)
+    distance = lengths[:, None] + lengths[None] - 2.0 * rows @ rows.T
+    distance[folds[:, None] == folds[None]] = np.inf
+    nearest = np.argsort(distance, axis=1, kind="stable")[:, : int(max(values))]
+    hot = (labels[nearest][:, :, None] == np.arange(int(labels.max()) + 1)).astype(np.float64)
+    votes = np.cumsum(hot, axis=1)
+    return np.stack([votes[:, int(k) - 1] for k in values]), True
+
+
+_FAMILIES: dict[type, Family] = {
+    Logistic: _logistic,
+    SquaredHinge: _squared_hinge,
+    Ridge: _ridge,
+    Discriminant: _discriminant,
+    Centroid: _centroid,
+    KNeighborsClassifier: _neighbours,
+}

@@ -1,0 +1,390 @@
+"""The heads: classifiers on embeddings, each an unfitted scikit-learn pipeline with its normaliser inside.
+
+:data:`HEADS` is the whole catalogue, a literal; :func:`make_head` builds one. Linear heads measure their
+penalty in units of the support's own spread (*scale-free*): ``C`` is divided by the mean squared norm of
+the centred support, so that one number means the same for raw and for normalised embeddings, for any
+backbone and any ``n_shots``. ``scale_free=False`` gives scikit-learn's penalty.
+
+Not learnt here: the embeddings. A head sees arrays (n, d) only.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator, ClassifierMixin, OneToOneFeatureMixin, TransformerMixin
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import Pipeline
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from featx.errors import UsageError, did_you_mean
+from featx.solvers import Array, RowSpace, discriminant_path, newton_path, ridge_coefficients
+
+Kind: TypeAlias = Literal["none", "l2", "centre_l2", "standardise", "power_l2"]
+KINDS: tuple[Kind, ...] = ("none", "l2", "centre_l2", "standardise", "power_l2")
+#: Kinds that treat each row by itself: what they give does not depend on which rows are in the support.
+ROWWISE: frozenset[Kind] = frozenset({"none", "l2", "power_l2"})
+
+
+class Normalise(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
+    """What happens to an embedding before a head sees it.
+
+    Parameters
+    ----------
+    kind : ``"none"``; ``"l2"`` to unit length; ``"centre_l2"`` minus the mean, then unit length;
+        ``"standardise"`` minus the mean, by the standard deviation; ``"power_l2"`` signed square root,
+        then unit length.
+    mean : (d,) a mean from elsewhere for ``"centre_l2"`` (an unlabelled pool); by default the support's.
+    """
+
+    def __init__(self, kind: Kind = "l2", mean: ArrayLike | None = None) -> None:
+        self.kind = kind
+        self.mean = mean
+
+    def fit(self, X: ArrayLike, y: ArrayLike | None = None) -> Normalise:
+        """Learn the mean and the standard deviation (d,), for the kinds that need them."""
+        if self.kind not in KINDS:
+            raise ValueError(f"kind of Normalise must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        rows = validate_data(self, X, dtype=np.float64)
+        self.mean_ = rows.mean(axis=0) if self.mean is None else np.asarray(self.mean, dtype=np.float64)
+        if self.mean_.shape != rows.shape[1:]:
+            raise ValueError(f"mean of Normalise must have shape {rows.shape[1:]}, got {self.mean_.shape}")
+        deviation = rows.std(axis=0)
+        self.scale_ = np.where(deviation > 0.0, deviation, 1.0)
+        return self
+
+    def transform(self, X: ArrayLike) -> Array:
+        """Normalised rows (n, d), float64."""
+        check_is_fitted(self)
+        rows: Array = validate_data(self, X, dtype=np.float64, reset=False)
+        if self.kind == "standardise":
+            return (rows - self.mean_) / self.scale_
+        if self.kind == "centre_l2":
+            rows = rows - self.mean_
+        elif self.kind == "power_l2":
+            rows = np.sign(rows) * np.sqrt(np.abs(rows))
+        if self.kind == "none":
+            return rows
+        length = np.linalg.norm(rows, axis=1, keepdims=True)
+        return rows / np.where(length > 0.0, length, 1.0)
+
+
+def mean_squared_norm(rows: Array, weights: Array | None = None) -> float:
+    """Mean squared distance of rows (n, d) to their mean; 1 where all rows are the same."""
+    spread = np.average(rows**2, axis=0, weights=weights) - np.average(rows, axis=0, weights=weights) ** 2
+    total = float(spread.sum())
+    return total if total > 1e-12 else 1.0
+
+
+class _Linear(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+    """What every linear head shares: validation, ``coef_`` (c, d), ``intercept_`` (c,), scores."""
+
+    classes_: NDArray[Any]
+    coef_: Array
+    intercept_: Array
+
+    def fit(self, X: ArrayLike, y: ArrayLike) -> _Linear:
+        rows, target = validate_data(self, X, y, dtype=np.float64)
+        check_classification_targets(target)
+        self.classes_, labels = np.unique(target, return_inverse=True)
+        if len(self.classes_) < 2:
+            raise ValueError(f"a head needs rows of at least 2 classes, got the class {self.classes_[0]!r} only")
+        self._fit(rows, labels)
+        return self
+
+    def _fit(self, rows: Array, labels: NDArray[np.intp]) -> None:
+        raise NotImplementedError
+
+    def decision_function(self, X: ArrayLike) -> Array:
+        """Scores (n, c), or (n,) for the second of two classes."""
+        check_is_fitted(self)
+        rows = validate_data(self, X, dtype=np.float64, reset=False)
+        scores: Array = rows @ self.coef_.T + self.intercept_
+        return scores.reshape(-1) if scores.shape[1] == 1 else scores
+
+    def predict(self, X: ArrayLike) -> NDArray[Any]:
+        scores = self.decision_function(X)
+        which = (scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(axis=1)
+        return np.asarray(self.classes_[which])
+
+
+def softmax(scores: Array) -> Array:
+    """Probabilities (n, c) of scores (n, c), or of (n,) log-odds for the second of two classes."""
+    both = np.column_stack([np.zeros(len(scores)), scores]) if scores.ndim == 1 else scores
+    power: Array = np.exp(both - both.max(axis=1, keepdims=True))
+    power /= power.sum(axis=1, keepdims=True)
+    return power
+
+
+class _Penalised(_Linear):
+    """A head with scikit-learn's penalty parameter ``C``, by default in units of the support's spread."""
+
+    def __init__(self, C: float = 1.0, *, scale_free: bool = True) -> None:
+        self.C = C
+        self.scale_free = scale_free
+
+    def penalty(self, rows: Array) -> Array:
+        """The plain C (1,) that a fit on these rows uses."""
+        if not self.C > 0:
+            raise ValueError(f"C of {type(self).__name__} must be positive, got {self.C!r}")
+        return np.array([self.C / mean_squared_norm(rows) if self.scale_free else self.C])
+
+    def _warn(self, converged: NDArray[np.bool_]) -> None:
+        self.converged_ = bool(converged.all())
+        if not self.converged_:
+            message = f"{type(self).__name__}(C={self.C}) stopped before the optimum"
+            warnings.warn(message, ConvergenceWarning, stacklevel=4)
+
+
+class Logistic(_Penalised):
+    """Multinomial logistic regression; with ``scale_free=False`` equal to ``LogisticRegression(C=C)``."""
+
+    def __init__(self, C: float = 316.0, *, scale_free: bool = True) -> None:
+        super().__init__(C, scale_free=scale_free)
+
+    def _fit(self, rows: Array, labels: NDArray[np.intp]) -> None:
+        space, n_classes = RowSpace.of(rows), len(self.classes_)
+        weights = np.ones((1, len(rows)))
+        cs = [self.penalty(rows)]
+        point = next(newton_path(space.coordinates, labels, n_classes, weights, cs, loss="softmax"))
+        coef, offset = (space.basis @ point.coef[0]).T, point.intercept[0]
+        if n_classes == 2:
+            coef, offset = coef[1:] - coef[:1], offset[1:] - offset[:1]
+        self.coef_, self.intercept_ = coef, offset - coef @ space.origin
+        self._warn(point.converged)
+
+    def predict_proba(self, X: ArrayLike) -> Array:
+        return softmax(self.decision_function(X))
+
+
+class SquaredHinge(_Penalised):
+    """Linear SVM, one against the rest; with ``scale_free=False`` equal to ``LinearSVC(C=C)``."""
+
+    def __init__(self, C: float = 10.0, *, scale_free: bool = True) -> None:
+        super().__init__(C, scale_free=scale_free)
+
+    def _fit(self, rows: Array, labels: NDArray[np.intp]) -> None:
+        n_classes = len(self.classes_)
+        space = RowSpace.of(with_constant(rows), centre=False)
+        cs = [self.penalty(rows)]
+        weights = np.ones((1, len(rows)))
+        path = newton_path(space.coordinates, labels, n_classes, weights, cs, loss="squared_hinge", fit_intercept=False)
+        point = next(path)
+        coef = (space.basis @ point.coef[0]).T
+        self.coef_, self.intercept_ = coef[:, :-1], coef[:, -1]
+        self._warn(point.converged)
+
+
+def with_constant(rows: Array) -> Array:
+    """Rows (n, d + 1) with a last column of ones, whose coefficient is a penalised intercept."""
+    return np.hstack([rows, np.ones((len(rows), 1))])
+
+
+def signs(labels: NDArray[np.integer], n_classes: int) -> Array:
+    """Targets of -1 and 1, (n, c); a single column for two classes, as in scikit-learn."""
+    hot = np.where(labels[:, None] == np.arange(n_classes), 1.0, -1.0)
+    return hot[:, 1:] if n_classes == 2 else hot
+
+
+class Ridge(_Linear):
+    """Least squares on targets -1 and 1; with ``scale_free=False`` equal to ``RidgeClassifier(alpha)``.
+
+    ``alpha`` is in units of the mean squared norm of the centred support.
+    """
+
+    def __init__(self, alpha: float = 1.0, *, scale_free: bool = True) -> None:
+        self.alpha = alpha
+        self.scale_free = scale_free
+
+    def _fit(self, rows: Array, labels: NDArray[np.intp]) -> None:
+        if not self.alpha > 0:
+            raise ValueError(f"alpha of Ridge must be positive, got {self.alpha!r}")
+        alpha = self.alpha * mean_squared_norm(rows) if self.scale_free else self.alpha
+        targets = signs(labels, len(self.classes_))
+        self.coef_, self.intercept_ = ridge_coefficients(RowSpace.of(rows), targets, alpha)
+
+
+class Discriminant(_Linear):
+    """Linear discriminant analysis; equal to ``LinearDiscriminantAnalysis("lsqr", shrinkage)``.
+
+    Where no class has two distinct rows, scikit-learn's has a covariance of zero; this one then takes
+    the spread of all rows, the same in every direction.
+    """
+
+    def __init__(self, shrinkage: float = 0.5) -> None:
+        self.shrinkage = shrinkage
+
+    def _fit(self, rows: Array, labels: NDArray[np.intp]) -> None:
+        if not 0 < self.shrinkage <= 1:
+            raise ValueError(f"shrinkage of Discriminant must lie in (0, 1], got {self.shrinkage!r}")
+        n_classes = len(self.classes_)
+        coef, offset = next(discriminant_path(RowSpace.of(rows), labels, n_classes, [self.shrinkage]))
+        if n_classes == 2:
+            coef, offset = coef[1:] - coef[:1], offset[1:] - offset[:1]
+        self.coef_, self.intercept_ = coef, offset
+
+    def predict_proba(self, X: ArrayLike) -> Array:
+        return softmax(self.decision_function(X))
+
+
+class Centroid(_Linear):
+    """The class whose mean is nearest; the same labels as ``NearestCentroid``, written as a linear head."""
+
+    def _fit(self, rows: Array, labels: NDArray[np.intp]) -> None:
+        means = np.stack([rows[labels == c].mean(axis=0) for c in range(len(self.classes_))])
+        coef, offset = means, -0.5 * np.einsum("ij,ij->i", means, means)
+        if len(means) == 2:
+            coef, offset = coef[1:] - coef[:1], offset[1:] - offset[:1]
+        self.coef_, self.intercept_ = coef, offset
+
+
+Criterion: TypeAlias = Literal["log_loss", "squared_error", "squared_hinge", "accuracy"]
+
+
+@dataclass(frozen=True)
+class Head:
+    """One entry of the catalogue.
+
+    Attributes
+    ----------
+    name : what ``--heads`` takes.
+    estimator : class of the classifier; its own defaults are those of the head.
+    kinds : normalisers to choose from; the first is the default.
+    parameter : the one hyper-parameter of the classifier, or "" for none.
+    values : its grid, ascending in the order in which a path is fastest.
+    criterion : what chooses among them, out of fold, inside the support.
+    summary : one line for people.
+    """
+
+    name: str
+    estimator: type[BaseEstimator]
+    kinds: tuple[Kind, ...]
+    parameter: str
+    values: tuple[float, ...]
+    criterion: Criterion
+    summary: str
+    fixed: tuple[tuple[str, Any], ...] = ()
+
+    def build(self, **params: Any) -> Pipeline:
+        """Unfitted pipeline with the steps ``normalise`` and ``classify``."""
+        steps = [("normalise", Normalise(self.kinds[0])), ("classify", self.estimator(**dict(self.fixed)))]
+        try:
+            return Pipeline(steps).set_params(**{_full(name): value for name, value in params.items()})
+        except ValueError as error:
+            known = sorted({"kind", *self.estimator().get_params()})
+            raise UsageError(
+                f"head {self.name} does not take these parameters", expected=", ".join(known), found=params
+            ) from error
+
+    @property
+    def grid(self) -> dict[str, list[Any]]:
+        """The same choices in the form that ``GridSearchCV`` takes."""
+        values = {f"classify__{self.parameter}": list(self.values)} if self.parameter else {}
+        return {"normalise__kind": list(self.kinds), **values}
+
+    @property
+    def default(self) -> dict[str, Any]:
+        """Parameters that are used where nothing can be cross-validated."""
+        start: dict[str, Any] = {"kind": self.kinds[0]}
+        if self.parameter:
+            start[self.parameter] = getattr(self.estimator(**dict(self.fixed)), self.parameter)
+        return start
+
+    @property
+    def probabilistic(self) -> bool:
+        """Whether its fitted pipeline has ``predict_proba``."""
+        return hasattr(self.estimator, "predict_proba")
+
+
+def _full(name: str) -> str:
+    if "__" in name:
+        return name
+    return f"normalise__{name}" if name in ("kind", "mean") else f"classify__{name}"
+
+
+_CS = (3.16, 10.0, 31.6, 100.0, 316.0, 1000.0, 3160.0)
+
+
+class Catalogue(Mapping[str, Head]):
+    """Immutable mapping of names to heads; a name that is not there is a usage error."""
+
+    recommended: ClassVar[str] = "logreg"
+
+    def __init__(self, *heads: Head) -> None:
+        self._heads = {head.name: head for head in heads}
+        if len(self._heads) < len(heads):
+            raise UsageError("two heads of the catalogue share a name", found=[head.name for head in heads])
+
+    def __getitem__(self, name: str) -> Head:
+        name = self.recommended if name == "auto" else name
+        if name not in self._heads:
+            known = [*self._heads, "auto"]
+            hint = did_you_mean(name, known) or None
+            raise UsageError("no such head", expected=f"one of {', '.join(known)}", found=name, hint=hint)
+        return self._heads[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._heads)
+
+    def __len__(self) -> int:
+        return len(self._heads)
+
+    def __contains__(self, name: object) -> bool:
+        return name == "auto" or name in self._heads
+
+
+HEADS = Catalogue(
+    Head(
+        "logreg", Logistic, ("l2", "none", "centre_l2", "standardise", "power_l2"), "C", _CS, "log_loss",
+        "logistic regression, calibrated",
+    ),
+    Head(
+        "linear_svm", SquaredHinge, ("l2", "none", "centre_l2", "standardise", "power_l2"),
+        "C", (0.1, 0.316, 1.0, 3.16, 10.0, 31.6, 100.0), "squared_hinge", "linear SVM, one against the rest",
+    ),
+    Head(
+        "ridge", Ridge, ("l2", "none", "centre_l2", "standardise", "power_l2"),
+        "alpha", (0.01, 0.0316, 0.1, 0.316, 1.0, 3.16, 10.0), "squared_error", "least squares with a penalty",
+    ),
+    Head(
+        "lda", Discriminant, ("l2", "none", "centre_l2", "standardise", "power_l2"),
+        "shrinkage", (0.1, 0.25, 0.5, 0.75, 0.9, 1.0), "log_loss", "linear discriminant, shrunk covariance",
+    ),
+    Head(
+        "nearest_centroid", Centroid, ("centre_l2", "l2", "none", "standardise", "power_l2"),
+        "", (), "accuracy", "nearest class mean",
+    ),
+    Head(
+        "knn", KNeighborsClassifier, ("l2", "none", "centre_l2", "standardise", "power_l2"),
+        "n_neighbors", (1, 3, 5, 9, 15), "accuracy", "nearest neighbours", (("n_neighbors", 1),),
+    ),
+)  # fmt: skip
+
+
+def make_head(name: str = "auto", **params: Any) -> Pipeline:
+    """Build a head: an unfitted scikit-learn pipeline of a normaliser and a classifier.
+
+    Parameters
+    ----------
+    name : a name of :data:`HEADS`, or ``"auto"`` for the recommended one.
+    **params : ``kind`` of the normaliser and parameters of the classifier (``C``, ``alpha``, ...), also in
+        the long form ``classify__C``.
+
+    Raises
+    ------
+    UsageError
+        There is no such head, or it does not take such a parameter.
+
+    Examples
+    --------
+    >>> make_head("logreg", C=100.0).named_steps["classify"].C
+    100.0
+    """
+    return HEADS[name].build(**params)

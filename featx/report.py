@@ -1,0 +1,188 @@
+"""What people read of a sweep: a table for the terminal, CSV and JSON for machines, a figure.
+
+Numbers come from :class:`featx.results.SweepResult`; nothing is computed here that is not shown there.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from featx.errors import UsageError
+from featx.results import HeadResult, SweepResult
+from featx.splits import Shots
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def shots_label(n_shots: Shots) -> str:
+    """The words for an n_shots: "1 shot", "5 shots", "all but a fifth"."""
+    if n_shots == "all":
+        return "all but a fifth"
+    return f"{n_shots} shot{'' if n_shots == 1 else 's'}"
+
+
+def render_table(result: SweepResult) -> Table:
+    """Ranked table: one section for each n_shots, 95 % intervals, ``=`` where the best is not better for sure."""
+    table = Table(
+        title=f"{len(result.labels)} images, {len(result.class_names)} classes, {result.episodes} draws",
+        caption="= cannot be told from the best of its section. ECE: confidence against accuracy, points.",
+        caption_justify="left",
+    )
+    table.add_column("shots", no_wrap=True)
+    table.add_column("head", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for name in ("right %", "95 % interval", "balanced", "ECE", "fit s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for n_shots in result.shots:
+        for each in ranked(result, n_shots):
+            best = each.rank == 1
+            table.add_row(
+                Text(str(n_shots) if best else ""),
+                Text(each.head, style="bold" if each.tied else ""),
+                Text("" if best else "=" if each.tied else ""),
+                Text(f"{100 * each.accuracy.mean:.1f}", style="bold" if each.tied else ""),
+                f"{100 * each.accuracy.low:.1f} - {100 * each.accuracy.high:.1f}",
+                f"{100 * each.balanced_accuracy.mean:.1f}",
+                "" if each.ece is None else f"{100 * each.ece:.1f}",
+                f"{each.fit_seconds:.2f}",
+                end_section=each.rank == len(result.heads),
+            )
+    return table
+
+
+def render(result: SweepResult) -> Group:
+    """The table, the conclusion and the notes, for a rich console."""
+    baseline = f"Always naming the largest class would be right in {100 * result.majority_baseline:.1f} %."
+    notes = [Text(note, style="yellow") for note in (*result.notes, *duplicate_notes(result))]
+    return Group(render_table(result), Text(conclusion(result), style="bold"), Text(baseline), *notes)
+
+
+def ranked(result: SweepResult, n_shots: Shots) -> list[HeadResult]:
+    """Results at one n_shots, best first."""
+    return sorted((each for each in result.results if each.n_shots == n_shots), key=lambda each: each.rank)
+
+
+def conclusion(result: SweepResult) -> str:
+    """One sentence: who wins at the most telling n_shots, who cannot be told apart, who is beaten."""
+    n_shots = 5 if 5 in result.shots else result.shots[len(result.shots) // 2]
+    rows = ranked(result, n_shots)
+    where = f"with {shots_label(n_shots)}" if n_shots == "all" else f"at {shots_label(n_shots)}"
+    best = f"{rows[0].head} is right in {100 * rows[0].accuracy.mean:.1f} %"
+    tied = [each.head for each in rows[1:] if each.tied]
+    beaten = [each.head for each in rows[1:] if not each.tied]
+    if not rows[1:]:
+        return f"{best} {where}."
+    if not tied:
+        return f"{best} {where} and beats {_and(beaten)}."
+    same = f"{_and([rows[0].head, *tied])} cannot be told apart {where} (best: {100 * rows[0].accuracy.mean:.1f} %)"
+    return f"{same}; {rows[0].head} beats {_and(beaten)}." if beaten else f"{same}."
+
+
+def duplicate_notes(result: SweepResult) -> list[str]:
+    """A sentence on copies among the images, if there are any."""
+    found = result.duplicates
+    if not found.n_groups:
+        return []
+    counted = f"{found.exact} exact and {found.near} near duplicates"
+    return [f"{counted} in {found.n_groups} groups: no group is in support and query at once."]
+
+
+def _and(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def write_report(
+    result: SweepResult, out_dir: str | Path, *, title: str, provenance: Mapping[str, Any] | None = None
+) -> Path:
+    """Write ``trials.csv``, ``summary.json`` and ``accuracy_vs_shots.png`` into a folder, and return it.
+
+    Parameters
+    ----------
+    result : of :func:`featx.sweep.sweep_heads`.
+    out_dir : made if it is not there; files of an earlier report are replaced.
+    title : what was swept, for the figure.
+    provenance : of the embeddings; goes into the summary as it is.
+
+    Raises
+    ------
+    UsageError
+        The folder cannot be written.
+    """
+    folder = Path(out_dir)
+    summary = {"title": title, "provenance": dict(provenance or {}), **result.to_json()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / "trials.csv", _csv(result))
+        _write(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+        picture = folder / "accuracy_vs_shots.tmp.png"
+        draw_accuracy(result, title=title).savefig(picture, dpi=150)
+        picture.replace(folder / "accuracy_vs_shots.png")
+    except OSError as error:
+        hint = "Choose another folder with --out."
+        raise UsageError("cannot write the report", where=folder, found=error.strerror, hint=hint) from error
+    return folder
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all: a report that is being read never shows half a file."""
+    part = path.with_name(path.name + ".tmp")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)  # noqa: PTH105 (the two-argument form reads as what it does)
+
+
+def _csv(result: SweepResult) -> str:
+    """One row for each trial; empty cells where a head has no such number."""
+    rows = [trial.row() for trial in result.trials]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    lines = _Lines()
+    writer = csv.DictWriter(lines, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return "".join(lines)
+
+
+class _Lines(list[str]):
+    def write(self, text: str) -> int:
+        self.append(text)
+        return len(text)
+
+
+# Okabe and Ito: told apart by colour-blind readers; marks differ as well.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKS = "osD^vPX"
+
+
+def draw_accuracy(result: SweepResult, *, title: str) -> Figure:
+    """Accuracy against images a class, with 95 % bands and the majority baseline."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    places = range(len(result.shots))
+    for i, head in enumerate(result.heads):
+        rows = [each for each in result.results if each.head == head]
+        colour = _COLOURS[i % len(_COLOURS)]
+        means = [100 * each.accuracy.mean for each in rows]
+        low, high = ([100 * getattr(each.accuracy, end) for each in rows] for end in ("low", "high"))
+        axes.plot(places, means, color=colour, marker=_MARKS[i % len(_MARKS)], markersize=5, label=head)
+        axes.fill_between(places, low, high, color=colour, alpha=0.12, linewidth=0)
+    axes.axhline(100 * result.majority_baseline, color="#777777", linestyle=":", label="largest class")
+    axes.set_xticks(list(places), ["all but\na fifth" if n == "all" else str(n) for n in result.shots])
+    axes.set_xlabel("images of each class in the support")
+    axes.set_ylabel("accuracy on the rest, %")
+    axes.set_title(title)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=9)
+    return figure

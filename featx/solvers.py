@@ -1,0 +1,316 @@
+"""Exact shortcuts for L2-penalised linear heads: same optimum as scikit-learn, less work.
+
+A penalised linear head depends on its ``n`` support rows only through the space they span, so ``d``
+features shrink to at most ``n - 1`` directions without changing a single prediction
+(:class:`RowSpace`). There, in the eigenbasis, a damped Newton method with a diagonal preconditioner
+needs a handful of products a fit; folds share the design matrix as 0/1 weights and are solved side by
+side; each penalty starts where the last one ended (:func:`newton_path`). One eigendecomposition serves
+every ridge penalty and its leave-one-out predictions (:func:`ridge_loo`), and every shrinkage of a
+linear discriminant (:func:`discriminant_path`).
+
+Nothing here is approximate: every function states the plain scikit-learn estimator that it equals, and
+``tests/test_solvers.py`` holds it to that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import linalg
+
+Array: TypeAlias = NDArray[np.float64]
+Loss: TypeAlias = Literal["softmax", "squared_hinge"]
+
+_MAX_NEWTON = 60
+_MAX_CG = 250
+_TOLERANCE = 1e-9  # of the squared Newton decrement, per row: twice the nats still to be gained
+
+
+@dataclass(frozen=True)
+class RowSpace:
+    """The directions in which the support varies, strongest first.
+
+    Attributes
+    ----------
+    origin : (d,) the support's mean, or zeros where it was not centred.
+    basis : (d, r) orthonormal columns, r <= min(n - 1, d) when centred, else r <= min(n, d).
+    coordinates : (n, r) the support in this basis; ``coordinates.T @ coordinates`` is diagonal.
+    """
+
+    origin: Array
+    basis: Array
+    coordinates: Array
+
+    @classmethod
+    def of(cls, rows: NDArray[np.floating], *, centre: bool = True) -> RowSpace:
+        """Span ``rows`` (n, d) by the eigenvectors of the smaller of the two Gram matrices."""
+        dense = np.asarray(rows, dtype=np.float64)
+        origin = dense.mean(axis=0) if centre else np.zeros(dense.shape[1])
+        centred = dense - origin if centre else dense
+        tall = len(dense) > dense.shape[1]
+        gram = centred.T @ centred if tall else centred @ centred.T
+        values, vectors = linalg.eigh(gram, overwrite_a=True, check_finite=False)
+        # Rounding leaves eigenvalues of about eps * largest where the true one is zero.
+        keep = np.flatnonzero(values > max(values[-1], 0.0) * len(gram) * 1e-14)[::-1]
+        vectors = vectors[:, keep]
+        if tall:
+            return cls(origin, vectors, centred @ vectors)
+        singular = np.sqrt(values[keep])
+        return cls(origin, (centred.T @ vectors) / singular, vectors * singular)
+
+    def project(self, rows: NDArray[np.floating]) -> Array:
+        """Coordinates (m, r) of other rows (m, d); what lies outside the span cannot matter."""
+        return (np.asarray(rows, dtype=np.float64) - self.origin) @ self.basis
+
+
+@dataclass(frozen=True)
+class PathPoint:
+    """The solutions of all weightings at one penalty.
+
+    ``coef`` (f, r, c), ``intercept`` (f, c) and ``converged`` (f,): f weightings, r directions and c score
+    columns (one for each class; a single one for two classes with the squared hinge).
+    """
+
+    coef: Array
+    intercept: Array
+    converged: NDArray[np.bool_]
+
+
+def newton_path(
+    rows: Array,
+    labels: NDArray[np.integer],
+    n_classes: int,
+    weights: Array,
+    cs: Sequence[Array],
+    *,
+    loss: Loss,
+    fit_intercept: bool = True,
+) -> Iterator[PathPoint]:
+    """Minimise ``C * sum_i w_i loss_i + |W|^2 / 2`` for several weightings at once, C by C.
+
+    Parameters
+    ----------
+    rows : (n, r) coordinates, best in the eigenbasis of :class:`RowSpace`, for which the
+        preconditioner is made. Any basis gives the right answer, only later.
+    labels : (n,) in ``0 .. n_classes - 1``.
+    weights : (f, n) one row of 0/1 (or any non-negative) weights for each problem, e.g. each fold.
+    cs : for each point of the path the penalty parameter C of each problem, (f,); ascending is fastest.
+    loss : ``"softmax"`` equals ``LogisticRegression(C=C)``, two classes included, and its intercept is
+        free. ``"squared_hinge"`` equals one-vs-rest ``LinearSVC(C=C)``; its penalised intercept is a
+        constant column that the caller appends, with ``fit_intercept=False``.
+
+    Yields
+    ------
+    PathPoint
+        One for each entry of ``cs``; generated, so that a long path need not be held in memory.
+    """
+    problem = _Problem(rows, labels, n_classes, weights, loss, fit_intercept)
+    solution = np.zeros(problem.shape)
+    for c in cs:
+        solution, converged = _newton(problem, np.asarray(c, dtype=np.float64), solution)
+        inner = solution[:-1] if fit_intercept else solution
+        last = solution[-1] if fit_intercept else np.zeros(solution.shape[1:])
+        yield PathPoint(np.moveaxis(inner, 1, 0).copy(), last.copy(), converged)
+
+
+class _Problem:
+    """Loss, gradient and curvature of ``f`` weightings over the same rows."""
+
+    def __init__(
+        self,
+        rows: Array,
+        labels: NDArray[np.integer],
+        n_classes: int,
+        weights: Array,
+        loss: Loss,
+        fit_intercept: bool,
+    ) -> None:
+        n = len(rows)
+        self.design = np.hstack([rows, np.ones((n, 1))]) if fit_intercept else rows
+        self.spread = np.einsum("ij,ij->j", self.design, self.design) / n
+        self.weights = np.ascontiguousarray(weights.T, dtype=np.float64)[:, :, None]  # (n, f, 1)
+        self.total = weights.sum(axis=1)
+        self.loss, self.fit_intercept = loss, fit_intercept
+        hot = np.zeros((n, 1, n_classes))
+        hot[np.arange(n), 0, labels] = 1.0
+        if loss == "squared_hinge":
+            hot = 2.0 * hot[:, :, 1:] - 1.0 if n_classes == 2 else 2.0 * hot - 1.0
+        self.target = hot
+        # Two softmax columns w, -w carry half the penalty of the one vector 2w of a binomial model.
+        self.penalty_scale = 2.0 if loss == "softmax" and n_classes == 2 else 1.0
+        self.shape = (self.design.shape[1], len(weights), hot.shape[2])
+
+    def apply(self, solution: Array) -> Array:
+        flat: Array = self.design @ solution.reshape(len(solution), -1)
+        return flat.reshape(-1, *self.shape[1:])
+
+    def back(self, scores: Array) -> Array:
+        flat: Array = self.design.T @ scores.reshape(len(scores), -1)
+        return flat.reshape(self.shape)
+
+    def value(self, scores: Array) -> Array:
+        """Weighted loss (f,) of scores (n, f, c)."""
+        if self.loss == "softmax":
+            top = scores.max(axis=2, keepdims=True)
+            each = np.log(np.exp(scores - top).sum(axis=2)) + top[:, :, 0]
+            each -= np.einsum("nfc,nfc->nf", scores, np.broadcast_to(self.target, scores.shape))
+        else:
+            each = (np.maximum(1.0 - self.target * scores, 0.0) ** 2).sum(axis=2)
+        total: Array = np.einsum("nf,nf->f", each, self.weights[:, :, 0])
+        return total
+
+    def slopes(self, scores: Array) -> tuple[Array, Array]:
+        """Gradient with respect to the scores, and what ``bend`` needs: probabilities or active rows."""
+        if self.loss == "softmax":
+            state = np.exp(scores - scores.max(axis=2, keepdims=True))
+            state /= state.sum(axis=2, keepdims=True)
+            return (state - self.target) * self.weights, state
+        short = np.maximum(1.0 - self.target * scores, 0.0)
+        return -2.0 * self.target * short * self.weights, (short > 0.0).astype(np.float64)
+
+    def bend(self, state: Array, scores: Array) -> Array:
+        """The Hessian of the loss with respect to the scores, times ``scores``."""
+        if self.loss == "softmax":
+            pulled = scores * state
+            pulled -= state * pulled.sum(axis=2, keepdims=True)
+            return pulled * self.weights
+        return 2.0 * state * scores * self.weights
+
+    def curvature(self, state: Array) -> Array:
+        """Mean diagonal curvature (f, c): what the preconditioner takes for the Hessian's middle."""
+        diagonal = state * (1.0 - state) if self.loss == "softmax" else 2.0 * state
+        total: Array = np.einsum("nfc,nf->fc", diagonal, self.weights[:, :, 0])
+        return total
+
+
+def _newton(problem: _Problem, c: Array, start: Array) -> tuple[Array, NDArray[np.bool_]]:
+    """One penalty: damped Newton steps, each by preconditioned conjugate gradients."""
+    ridge = np.zeros(problem.shape)
+    ridge += (problem.penalty_scale / c)[None, :, None]
+    if problem.fit_intercept:
+        ridge[-1] = 0.0
+    solution = start.copy()
+    scores = problem.apply(solution)
+    value = problem.value(scores) + 0.5 * _dots(ridge * solution, solution)
+    converged = np.zeros(problem.shape[1], dtype=np.bool_)
+    for _ in range(_MAX_NEWTON):
+        slope, state = problem.slopes(scores)
+        gradient = problem.back(slope) + ridge * solution
+        gradient[:, converged] = 0.0
+        middle = problem.curvature(state)
+        preconditioner = ridge + np.maximum(problem.spread[:, None, None] * middle[None], 1e-12)
+        step = _conjugate_gradients(problem, state, ridge, gradient, preconditioner)
+        decrement = -_dots(gradient, step)
+        along = problem.apply(step)
+        size = np.ones(len(c))
+        for _ in range(30):
+            trial = solution + size[None, :, None] * step
+            moved = scores + size[None, :, None] * along
+            reached = problem.value(moved) + 0.5 * _dots(ridge * trial, trial)
+            # The slack is what rounding makes of a sum of this size.
+            worse = reached > value - 1e-4 * size * decrement + 1e-13 * (np.abs(value) + 1.0)
+            if not worse.any():
+                break
+            size[worse] *= 0.5
+        solution, scores, value = trial, moved, reached
+        converged |= (decrement <= _TOLERANCE * problem.total) & (size == 1.0)
+        if converged.all():
+            break
+    return solution, converged
+
+
+def _conjugate_gradients(
+    problem: _Problem, state: Array, ridge: Array, gradient: Array, preconditioner: Array
+) -> Array:
+    """Solve ``H step = -gradient`` for every problem side by side, to a tenth or better."""
+    step = np.zeros_like(gradient)
+    residual = -gradient
+    direction = residual / preconditioner
+    power = _dots(residual, direction)
+    # Inexact far from the optimum, sharp near it: superlinear steps at the price of few products.
+    goal = power * np.minimum(0.1, np.sqrt(power / (problem.total + 1e-300))) ** 2
+    direction = direction.copy()
+    for _ in range(_MAX_CG):
+        active = power > goal
+        if not active.any():
+            break
+        bent = problem.back(problem.bend(state, problem.apply(direction))) + ridge * direction
+        curved = _dots(direction, bent)
+        length = np.where(active & (curved > 0.0), power / np.where(curved > 0.0, curved, 1.0), 0.0)
+        step += length[None, :, None] * direction
+        residual -= length[None, :, None] * bent
+        scaled = residual / preconditioner
+        fresh = _dots(residual, scaled)
+        ratio = np.where(active, fresh / np.where(power > 0.0, power, 1.0), 0.0)
+        direction = scaled + ratio[None, :, None] * direction
+        power = np.where(active, fresh, power)
+    return step
+
+
+def _dots(left: Array, right: Array) -> Array:
+    """Inner product of each problem, (f,), of arrays (r, f, c)."""
+    total: Array = np.einsum("rfc,rfc->f", left, right)
+    return total
+
+
+def ridge_coefficients(space: RowSpace, targets: Array, alpha: float) -> tuple[Array, Array]:
+    """``Ridge(alpha).fit``: coefficients (c, d) and intercept (c,) for targets (n, c)."""
+    z = space.coordinates
+    offset = targets.mean(axis=0)
+    inner = (z.T @ (targets - offset)) / (np.einsum("ij,ij->j", z, z) + alpha)[:, None]
+    coef = (space.basis @ inner).T
+    return coef, offset - coef @ space.origin
+
+
+def ridge_loo(space: RowSpace, targets: Array, alphas: Sequence[float]) -> Array:
+    """Leave-one-out predictions (a, n, c) of ``Ridge(alpha)`` with a free intercept, without refits.
+
+    The left-out residual of a linear smoother is ``(y - fit) / (1 - leverage)``; exact as long as the
+    rows themselves do not depend on the others (so not after centring or standardising them).
+    """
+    z = space.coordinates
+    offset = targets.mean(axis=0)
+    power = np.einsum("ij,ij->j", z, z)
+    loaded = z.T @ (targets - offset)
+    out = np.empty((len(alphas), *targets.shape))
+    for i, alpha in enumerate(alphas):
+        shrunk = z / (power + alpha)
+        leverage = 1.0 / len(z) + np.einsum("ij,ij->i", shrunk, z)
+        residual = targets - offset - shrunk @ loaded
+        out[i] = targets - residual / np.maximum(1.0 - leverage, 1e-12)[:, None]
+    return out
+
+
+def discriminant_path(
+    space: RowSpace, labels: NDArray[np.integer], n_classes: int, shrinkages: Sequence[float]
+) -> Iterator[tuple[Array, Array]]:
+    """``LinearDiscriminantAnalysis(solver="lsqr", shrinkage=s)`` for every s from one decomposition.
+
+    Yields coefficients (c, d) and intercepts (c,). Where no class has two distinct rows there is no
+    spread within classes to shrink; then the spread of all rows, the same in every direction, takes its
+    place, which is a nearest centroid with probabilities.
+    """
+    z, d = space.coordinates, len(space.origin)
+    counts = np.bincount(labels, minlength=n_classes).astype(np.float64)
+    means = np.zeros((n_classes, z.shape[1]))
+    np.add.at(means, labels, z)
+    means /= counts[:, None]
+    within = z - means[labels]
+    values, vectors = linalg.eigh(within.T @ within / len(z), check_finite=False)
+    values = np.maximum(values, 0.0)
+    spread = values.sum() / d
+    log_prior = np.log(counts / counts.sum())
+    rotated = means @ vectors
+    flat = values.sum() <= 1e-12 * np.einsum("ij,ij->", z, z)
+    for shrinkage in shrinkages:
+        scale = (1.0 - shrinkage) * values + shrinkage * spread
+        if flat:
+            scale = np.full_like(values, np.einsum("ij,ij->", z, z) / len(z))
+        inner = rotated / scale
+        coef = (space.basis @ vectors @ inner.T).T
+        half = 0.5 * np.einsum("ij,ij->i", rotated, inner)
+        yield coef, log_prior - half - coef @ space.origin

@@ -1,0 +1,229 @@
+"""Who is in the support and who is in the query: nested k-shot draws, folds, duplicates.
+
+Every draw depends on ``(random_state, episode)`` alone, so that all heads see the same rows and every
+comparison is paired. Draws are nested: the 1-shot support of an episode lies inside its 5-shot support.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import sparse
+from scipy.sparse.csgraph import connected_components
+
+from featx.errors import UsageError
+
+Shots: TypeAlias = int | Literal["all"]
+Index: TypeAlias = NDArray[np.intp]
+
+#: Part of each class that is held out when ``n_shots`` is "all".
+HOLD_OUT = 0.2
+
+
+class KShotSplit:
+    """Scikit-learn splitter: ``n_shots`` rows of each class are the support, all the others the query.
+
+    Parameters
+    ----------
+    n_shots : rows of each class in the support, or ``"all"``: then a fifth of each class is the query.
+    n_episodes : how many draws.
+    random_state : seed; episode ``e`` depends on ``(random_state, e)`` only.
+
+    Notes
+    -----
+    Rows that share a group (duplicates) are drawn once: one of them goes to the support, the others are
+    left out of the query. ``"all"`` keeps whole groups on one side.
+    """
+
+    def __init__(self, n_shots: Shots, *, n_episodes: int = 20, random_state: int = 0) -> None:
+        self.n_shots = n_shots
+        self.n_episodes = n_episodes
+        self.random_state = random_state
+
+    def __repr__(self) -> str:
+        return f"KShotSplit({self.n_shots!r}, n_episodes={self.n_episodes}, random_state={self.random_state})"
+
+    def get_n_splits(self, X: Any = None, y: Any = None, groups: Any = None) -> int:
+        """Number of episodes."""
+        return self.n_episodes
+
+    def split(self, X: Any, y: ArrayLike, groups: ArrayLike | None = None) -> Iterator[tuple[Index, Index]]:
+        """Yield (support, query) row numbers of each episode.
+
+        Parameters
+        ----------
+        X : ignored, as the draw depends on labels and groups only.
+        y : (n,) labels.
+        groups : (n,) rows with the same value are copies of each other; by default there are none.
+
+        Raises
+        ------
+        UsageError
+            There are fewer than two classes, or a class has too few rows.
+        """
+        names, labels = np.unique(np.asarray(y), return_inverse=True)
+        grouping = _dense(groups, len(labels))
+        check_shots(labels, grouping, self.n_shots, [str(name) for name in names])
+        for episode in range(self.n_episodes):
+            yield self.episode(labels, grouping, episode)
+
+    def episode(self, labels: NDArray[np.integer], groups: Index, episode: int) -> tuple[Index, Index]:
+        """The draw number ``episode`` of labels (n,) in 0 .. c-1 and dense groups (n,)."""
+        keys = np.random.default_rng([self.random_state, episode]).random(len(labels))
+        order = np.argsort(keys, kind="stable")
+        queues = [order[labels[order] == c] for c in range(int(labels.max()) + 1)]
+        if self.n_shots == "all":
+            return _hold_out(queues, groups)
+        return _take(queues, groups, self.n_shots)
+
+
+def _take(queues: Sequence[Index], groups: Index, n_shots: int) -> tuple[Index, Index]:
+    taken = np.zeros(int(groups.max()) + 1, dtype=np.bool_)
+    support: list[int] = []
+    heads = [iter(queue) for queue in queues]
+    # Round by round, so that what a smaller n_shots draws is a prefix even where classes share a group.
+    for _ in range(n_shots):
+        for head in heads:
+            row = next((int(row) for row in head if not taken[groups[row]]), None)
+            if row is None:
+                raise UsageError(
+                    "a class runs out of distinct images because copies of them carry another label",
+                    hint="Remove the duplicates with conflicting labels, or ask for fewer shots.",
+                )
+            taken[groups[row]] = True
+            support.append(row)
+    query = np.flatnonzero(~taken[groups])
+    return np.sort(np.array(support, dtype=np.intp)), query
+
+
+def _hold_out(queues: Sequence[Index], groups: Index) -> tuple[Index, Index]:
+    held = np.zeros(int(groups.max()) + 1, dtype=np.bool_)
+    kept = np.zeros_like(held)
+    # From the end of the queue: few-shot supports are drawn from its start, and stay inside "all".
+    for queue in queues:
+        own = list(dict.fromkeys(groups[queue].tolist()))
+        n_query = max(1, round(HOLD_OUT * len(own)))
+        held[own[-n_query:]] = True
+        kept[own[:-n_query]] = True
+    query = np.flatnonzero(held[groups] & ~kept[groups])
+    return np.flatnonzero(kept[groups]), query
+
+
+def _dense(groups: ArrayLike | None, n: int) -> Index:
+    if groups is None:
+        return np.arange(n)
+    return np.unique(np.asarray(groups), return_inverse=True)[1].reshape(-1)
+
+
+def distinct_counts(labels: NDArray[np.integer], groups: Index, n_classes: int) -> Index:
+    """Number of different images of each class (n_classes,), copies counted once."""
+    pairs = np.unique(np.column_stack([labels, groups]), axis=0)
+    return np.bincount(pairs[:, 0], minlength=n_classes)
+
+
+def check_shots(labels: NDArray[np.integer], groups: Index, n_shots: Shots, class_names: Sequence[str]) -> None:
+    """Refuse a draw that cannot be made, naming the class and both numbers."""
+    if len(class_names) < 2:
+        found = f"only {class_names[0]!r}" if class_names else "no labelled image"
+        raise UsageError("comparing heads takes at least two classes", expected="2 classes", found=found)
+    if n_shots != "all" and n_shots < 1:
+        raise UsageError("n_shots must be at least 1", found=n_shots)
+    counts = distinct_counts(labels, groups, len(class_names))
+    smallest = int(counts.argmin())
+    needed = 2 if n_shots == "all" else n_shots + 1
+    if counts[smallest] < needed:
+        copies = " once copies are counted once" if (labels == smallest).sum() > counts[smallest] else ""
+        shots = "a support and a query" if n_shots == "all" else f"{n_shots} shots and one query image"
+        raise UsageError(
+            f"class {class_names[smallest]!r} has too few images",
+            expected=f"at least {needed} for {shots}",
+            found=f"{counts[smallest]}{copies}",
+            hint="Ask for fewer shots, add images, or leave the class out.",
+        )
+
+
+def feasible_shots(labels: NDArray[np.integer], groups: Index, shots: Sequence[Shots]) -> list[Shots]:
+    """Those of the shots that the smallest class can give, one image being left for the query."""
+    smallest = int(distinct_counts(labels, groups, int(labels.max()) + 1).min())
+    return [n for n in shots if smallest >= (2 if n == "all" else n + 1)]
+
+
+def fold_numbers(labels: NDArray[np.integer], groups: Index, n_folds: int, random_state: int | Sequence[int]) -> Index:
+    """Fold (n,) of each row, stratified, with whole groups; 0 .. n_folds - 1.
+
+    ``n_folds`` is lowered to the number of different images of the smallest class; with fewer than two
+    of them there is nothing to validate on, and every row gets fold 0.
+    """
+    n_folds = min(n_folds, int(distinct_counts(labels, groups, int(labels.max()) + 1).min()))
+    if n_folds < 2:
+        return np.zeros(len(labels), dtype=np.intp)
+    order = np.argsort(np.random.default_rng(random_state).random(len(labels)), kind="stable")
+    fold_of = np.full(int(groups.max()) + 1, -1, dtype=np.intp)
+    for c in range(int(labels.max()) + 1):
+        own = dict.fromkeys(groups[order[labels[order] == c]].tolist())
+        fresh = [group for group in own if fold_of[group] < 0]
+        fold_of[fresh] = np.arange(len(fresh)) % n_folds
+    return fold_of[groups]
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """Copies among the rows.
+
+    Attributes
+    ----------
+    groups : (n,) dense numbers; rows with the same number are copies of each other.
+    exact : rows that repeat the bytes of an earlier row.
+    near : further rows that are nearly the same as an earlier one.
+    n_groups : groups of two or more rows.
+    """
+
+    groups: Index
+    exact: int
+    near: int
+    n_groups: int
+
+    def to_json(self) -> dict[str, int]:
+        """Counts as ``summary.json`` has them."""
+        return {"exact": self.exact, "near": self.near, "groups": self.n_groups}
+
+
+def find_duplicates(
+    embeddings: NDArray[np.floating], groups: ArrayLike | None = None, *, threshold: float | None = 0.98
+) -> Duplicates:
+    """Group exact copies (given as ``groups``, e.g. of equal digests) and near ones by their embeddings.
+
+    Parameters
+    ----------
+    embeddings : (n, d), finite.
+    groups : (n,) rows with the same value are exact copies; by default none are.
+    threshold : rows with at least this cosine are near duplicates; None looks for none. Similarity is
+        taken as transitive.
+    """
+    n = len(embeddings)
+    exact = _dense(groups, n)
+    n_exact = int(exact.max()) + 1 if n else 0
+    joined = exact
+    if threshold is not None and n:
+        first = np.unique(exact, return_index=True)[1]
+        joined = _near(embeddings[first], threshold)[exact]
+    sizes = np.bincount(joined) if n else np.zeros(0, dtype=np.intp)
+    return Duplicates(joined, n - n_exact, n_exact - len(sizes), int((sizes > 1).sum()))
+
+
+def _near(rows: NDArray[np.floating], threshold: float) -> Index:
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    unit = (rows / np.where(length > 0, length, 1.0)).astype(np.float32)
+    block = 1024  # 1,024 rows against 50,000 make a block of 200 MB
+    pairs: list[NDArray[np.intp]] = []
+    for start in range(0, len(unit), block):
+        left, right = np.nonzero(unit[start : start + block] @ unit[start:].T >= threshold)
+        upper = left < right
+        pairs.append(np.stack([left[upper] + start, right[upper] + start]))
+    ends = np.concatenate(pairs, axis=1)
+    graph = sparse.coo_array((np.ones(ends.shape[1], dtype=np.int8), (ends[0], ends[1])), shape=(len(unit),) * 2)
+    return np.asarray(connected_components(graph, directed=False)[1], dtype=np.intp)

@@ -1,0 +1,152 @@
+"""Scores, calibration, intervals and paired comparisons. Pure: arrays in, numbers out.
+
+Episodes are not independent: they share images. Treating them as independent finds winners among equals,
+so every variance here is corrected for what is shared (:func:`resampled_variance`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+Array: TypeAlias = NDArray[np.float64]
+Labels: TypeAlias = NDArray[np.integer]
+Verdict: TypeAlias = Literal["better", "worse", "cannot tell"]
+
+
+def accuracy(labels: Labels, predicted: Labels) -> float:
+    """Share of rows (n,) that are predicted right."""
+    return float((labels == predicted).mean())
+
+
+def balanced_accuracy(labels: Labels, predicted: Labels) -> float:
+    """Mean over the classes that occur of the share of their rows that are predicted right."""
+    counts = np.bincount(labels)
+    hits = np.bincount(labels, weights=labels == predicted, minlength=len(counts))
+    return float((hits[counts > 0] / counts[counts > 0]).mean())
+
+
+def majority_baseline(labels: Labels) -> float:
+    """Accuracy of always naming the most frequent class."""
+    return float(np.bincount(labels).max() / len(labels))
+
+
+def log_loss(labels: Labels, probabilities: Array) -> float:
+    """Mean of minus the log of the probability (n, c) of the true class, in nats."""
+    true = probabilities[np.arange(len(labels)), labels]
+    return float(-np.log(np.maximum(true, np.finfo(np.float64).tiny)).mean())
+
+
+def brier(labels: Labels, probabilities: Array) -> float:
+    """Mean squared distance of the probabilities (n, c) to the truth, summed over classes: 0 to 2."""
+    distance = probabilities.copy()
+    distance[np.arange(len(labels)), labels] -= 1.0
+    return float((distance**2).sum(axis=1).mean())
+
+
+def expected_calibration_error(confidence: Array, correct: NDArray[np.bool_], *, bins: int = 15) -> float:
+    """Mean gap of confidence and accuracy over equally wide bins of the confidence (n,); 0 to 1."""
+    which = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    gap = np.bincount(which, weights=confidence - correct, minlength=bins)
+    return float(np.abs(gap).sum() / len(confidence))
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with the limits of its confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def to_json(self) -> dict[str, float]:
+        """The three numbers as ``summary.json`` has them."""
+        return {"mean": self.mean, "low": self.low, "high": self.high}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Head a minus head b over the same draws; ``p`` is two-sided, ``adjusted`` by Holm over all pairs."""
+
+    interval: Interval
+    p: float
+    adjusted: float = math.nan
+
+    @property
+    def verdict(self) -> Verdict:
+        """What may be said about a at a 5 % error rate over all pairs together."""
+        if not self.adjusted < 0.05:
+            return "cannot tell"
+        return "better" if self.interval.mean > 0 else "worse"
+
+
+def resampled_variance(scores: Array, images: Array, n_support: float, n_query: float) -> float:
+    """Variance of the mean of ``scores`` over new data, from episodes that share their images.
+
+    Nadeau and Bengio (2003) multiply the variance between episodes by ``1/J + n_query/n_support``: what
+    is shared counts as one observation. That is used where the query is the smaller part. At a few
+    shots their ratio would be large and empty, because then supports hardly overlap and queries are
+    nearly the same images in every episode; so there the overlap is that of the supports,
+    ``n_support/n_query``, and the finite set of query images adds its own variance, that of a mean over
+    images.
+
+    Parameters
+    ----------
+    scores : (j,) one number for each episode.
+    images : (m,) mean of the same number for each image over the episodes that queried it.
+    n_support, n_query : mean sizes of the two parts.
+    """
+    j, m = len(scores), len(images)
+    between = float(scores.var(ddof=1)) if j > 1 else 0.0
+    of_images = float(images.var(ddof=1)) / m if m > 1 else 0.0
+    if j > 1 and n_query <= n_support:
+        return between * (1.0 / j + n_query / n_support)
+    return between * (1.0 / j + min(n_support / n_query, 1.0)) + of_images
+
+
+def _freedom(scores: Array, images: Array) -> int:
+    return max(len(scores) - 1, 1) if len(scores) > 1 else max(len(images) - 1, 1)
+
+
+def mean_interval(scores: Array, images: Array, n_support: float, n_query: float, *, level: float = 0.95) -> Interval:
+    """Mean accuracy over episodes with its interval, within 0 and 1; arguments as in :func:`resampled_variance`.
+
+    Where every image is always right (or wrong) the variance is zero and says nothing; then the limit is
+    the share that could still give that many in a row (Clopper and Pearson).
+    """
+    mean = float(scores.mean())
+    variance = resampled_variance(scores, images, n_support, n_query)
+    margin = float(stats.t.ppf(0.5 + level / 2, _freedom(scores, images))) * math.sqrt(variance)
+    blind = 1.0 - ((1.0 - level) / 2) ** (1.0 / max(len(images), 1))
+    low = min(mean - margin, 1.0 - blind) if mean >= 1.0 else mean - margin
+    high = max(mean + margin, blind) if mean <= 0.0 else mean + margin
+    return Interval(mean, max(low, 0.0), min(high, 1.0))
+
+
+def paired_difference(
+    scores: Array, images: Array, n_support: float, n_query: float, *, level: float = 0.95
+) -> Difference:
+    """Compare two heads on the same draws; the arguments are differences, as in :func:`resampled_variance`."""
+    mean = float(scores.mean())
+    variance = resampled_variance(scores, images, n_support, n_query)
+    freedom = _freedom(scores, images)
+    margin = float(stats.t.ppf(0.5 + level / 2, freedom)) * math.sqrt(variance)
+    # Without any variance no image ever differed, or all did alike: there is no spread to judge by.
+    p = float(2 * stats.t.sf(abs(mean) / math.sqrt(variance), freedom)) if variance > 0 else 1.0
+    return Difference(Interval(mean, mean - margin, mean + margin), p)
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """P-values adjusted for all of them together (Holm's step-down), in the given order."""
+    order = np.argsort(ps, kind="stable")
+    adjusted, highest = [0.0] * len(ps), 0.0
+    for rank, i in enumerate(order):
+        highest = max(highest, min(1.0, (len(ps) - rank) * ps[int(i)]))
+        adjusted[int(i)] = highest
+    return adjusted

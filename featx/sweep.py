@@ -1,0 +1,278 @@
+"""Compare heads on embeddings: many small draws, the same for every head, everything chosen inside them.
+
+Takes arrays, not paths. A *trial* is one head on one episode; each episode draws a support of
+``n_shots`` rows a class and is judged on the rest. See :mod:`featx.splits` for the draws,
+:mod:`featx.choose` for what is chosen inside the support and :mod:`featx.stats` for the intervals.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import joblib
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from sklearn.exceptions import ConvergenceWarning
+from threadpoolctl import threadpool_limits
+
+from featx import stats
+from featx.choose import choose
+from featx.errors import UsageError
+from featx.heads import HEADS
+from featx.results import SweepResult, Trial
+from featx.splits import (
+    Duplicates,
+    Index,
+    KShotSplit,
+    Shots,
+    check_shots,
+    distinct_counts,
+    feasible_shots,
+    find_duplicates,
+)
+
+DEFAULT_SHOTS: tuple[Shots, ...] = (1, 2, 5, 10, 20, "all")
+Progress = Callable[[int, int, str], None]
+
+
+def sweep_heads(
+    embeddings: NDArray[np.floating],
+    labels: ArrayLike,
+    *,
+    class_names: Sequence[str],
+    groups: ArrayLike | None = None,
+    heads: Sequence[str] | None = None,
+    shots: Sequence[Shots] | None = None,
+    episodes: int = 20,
+    random_state: int = 0,
+    n_jobs: int | None = None,
+    near_duplicates: float | None = 0.98,
+    progress: Progress | None = None,
+) -> SweepResult:
+    """Compare heads by repeated few-shot draws, all choices inside the support.
+
+    Parameters
+    ----------
+    embeddings : (n, d), finite.
+    labels : (n,) in 0 .. c-1; rows with a negative label are left out.
+    class_names : c names, of which those without any row are left out.
+    groups : (n,) rows with the same value are exact copies (e.g. equal digests).
+    heads : names of :data:`featx.heads.HEADS` or "auto"; all of them by default.
+    shots : by default 1, 2, 5, 10, 20 and "all", less those that the smallest class cannot give, which
+        ``notes`` then says; shots that were asked for and cannot be given are an error.
+    episodes : draws for each n_shots.
+    random_state : seed of the draws and folds; the result does not depend on ``n_jobs``.
+    n_jobs : joblib workers, one BLAS thread each; by default one for each core.
+    near_duplicates : cosine from which two rows count as copies; None looks for exact copies only.
+    progress : called as ``progress(done, total, what)``.
+
+    Raises
+    ------
+    UsageError
+        Fewer than two classes, a class with too few images, an unknown head, or arrays that do not fit.
+    """
+    started = time.perf_counter()
+    names = tuple(HEADS[name].name for name in dict.fromkeys(HEADS if heads is None else heads))
+    names = tuple(dict.fromkeys(names))
+    if not names:
+        raise UsageError("no head to compare", expected=", ".join(HEADS))
+    if episodes < 1:
+        raise UsageError("a sweep needs at least one episode", found=episodes)
+    data = _Data.of(embeddings, labels, class_names, groups, near_duplicates)
+    wanted, notes = _plan_shots(data, shots)
+    tasks = [(n_shots, episode) for n_shots in wanted for episode in range(episodes)]
+    done: dict[tuple[Shots, int], tuple[list[Trial], Index]] = {}
+    for task, outcome in _run(data, names, tasks, random_state, n_jobs, progress):
+        done[task] = outcome
+    by_head = {(t.head, t.n_shots, t.episode): t for trials, _ in done.values() for t in trials}
+    trials = tuple(by_head[head, *task] for head in names for task in tasks)
+    return SweepResult(
+        heads=names,
+        shots=tuple(wanted),
+        episodes=episodes,
+        class_names=data.class_names,
+        labels=data.labels,
+        rows=data.rows,
+        trials=trials,
+        queries={task: done[task][1] for task in tasks},
+        duplicates=data.duplicates,
+        notes=(*data.notes, *notes, *_convergence_notes(trials)),
+        random_state=random_state,
+        seconds=time.perf_counter() - started,
+    )
+
+
+@dataclass(frozen=True)
+class _Data:
+    """The rows that take part: labelled, of classes that have any, with their duplicates."""
+
+    embeddings: NDArray[np.floating]
+    labels: NDArray[np.int64]
+    rows: Index
+    class_names: tuple[str, ...]
+    duplicates: Duplicates
+    notes: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls,
+        embeddings: NDArray[np.floating],
+        labels: ArrayLike,
+        class_names: Sequence[str],
+        groups: ArrayLike | None,
+        near_duplicates: float | None,
+    ) -> _Data:
+        every = np.asarray(labels, dtype=np.int64)
+        if embeddings.ndim != 2 or every.shape != embeddings.shape[:1]:
+            raise UsageError(
+                "embeddings and labels do not fit", expected="(n, d) and (n,)",
+                found=f"{embeddings.shape} and {every.shape}",
+            )  # fmt: skip
+        if every.size and every.max() >= len(class_names):
+            raise UsageError("a label has no class name", expected=f"< {len(class_names)}", found=every.max())
+        rows = np.flatnonzero(every >= 0)
+        kept = embeddings[rows]
+        if not np.isfinite(kept).all():
+            bad = int(rows[np.flatnonzero(~np.isfinite(kept).all(axis=1))[0]])
+            raise UsageError("embeddings must be finite", where=f"row {bad}", hint="Extract them again.")
+        present, dense = np.unique(every[rows], return_inverse=True)
+        notes = []
+        if len(rows) < len(every):
+            notes.append(f"{len(every) - len(rows)} images without a label were left out.")
+        empty = [str(name) for i, name in enumerate(class_names) if i not in set(present.tolist())]
+        if empty:
+            notes.append(f"Classes without any labelled image were left out: {', '.join(empty)}.")
+        names = tuple(str(class_names[int(i)]) for i in present)
+        exact = None if groups is None else np.asarray(groups)[rows]
+        duplicates = find_duplicates(kept, exact, threshold=near_duplicates)
+        return cls(kept, dense.reshape(-1).astype(np.int64), rows, names, duplicates, tuple(notes))
+
+
+def _plan_shots(data: _Data, shots: Sequence[Shots] | None) -> tuple[list[Shots], list[str]]:
+    groups, names = data.duplicates.groups, data.class_names
+    if shots is not None:
+        if not shots:
+            raise UsageError("no n_shots to sweep", expected="numbers of images of each class, or all")
+        for n_shots in shots:
+            check_shots(data.labels, groups, n_shots, names)
+        return list(dict.fromkeys(shots)), []
+    check_shots(data.labels, groups, 1, names)
+    wanted = feasible_shots(data.labels, groups, DEFAULT_SHOTS)
+    missing = [str(n) for n in DEFAULT_SHOTS if n not in wanted]
+    if not missing:
+        return wanted, []
+    counts = distinct_counts(data.labels, groups, len(names))
+    name = names[int(counts.argmin())]
+    note = f"n_shots {', '.join(missing)} left out: class {name!r} has {counts.min()} different images only."
+    return wanted, [note]
+
+
+def _run(
+    data: _Data,
+    heads: tuple[str, ...],
+    tasks: list[tuple[Shots, int]],
+    random_state: int,
+    n_jobs: int | None,
+    progress: Progress | None,
+) -> Iterator[tuple[tuple[Shots, int], tuple[list[Trial], Index]]]:
+    """Outcomes of all tasks, in chunks, so that any joblib backend can report progress."""
+    workers = joblib.cpu_count() if n_jobs is None else joblib.effective_n_jobs(n_jobs)
+    chunk = max(1, 4 * workers) if workers > 1 else 1
+    arguments = (data.embeddings, data.labels, data.duplicates.groups, heads, random_state)
+    with joblib.Parallel(n_jobs=min(workers, len(tasks))) as pool:
+        for start in range(0, len(tasks), chunk):
+            some = tasks[start : start + chunk]
+            if progress:
+                progress(start, len(tasks), f"{_shots(some[0][0])}, draw {some[0][1] + 1}")
+            outcomes = pool(joblib.delayed(_episode)(*arguments, *task) for task in some)
+            yield from zip(some, outcomes, strict=True)
+    if progress:
+        progress(len(tasks), len(tasks), "done")
+
+
+def _shots(n_shots: Shots) -> str:
+    return "all shots" if n_shots == "all" else f"{n_shots} shot{'s' if n_shots > 1 else ''}"
+
+
+def _episode(
+    embeddings: NDArray[np.floating],
+    labels: NDArray[np.int64],
+    groups: Index,
+    heads: tuple[str, ...],
+    random_state: int,
+    n_shots: Shots,
+    episode: int,
+) -> tuple[list[Trial], Index]:
+    """All heads on one draw, on one BLAS thread."""
+    support, query = KShotSplit(n_shots, random_state=random_state).episode(labels, groups, episode)
+    local = np.unique(groups[support], return_inverse=True)[1]
+    with threadpool_limits(limits=1, user_api="blas"):
+        trials = [
+            _trial(
+                head, embeddings[support], labels[support], local, embeddings[query], labels[query],
+                n_shots=n_shots, episode=episode, random_state=random_state,
+            )
+            for head in heads
+        ]  # fmt: skip
+    return trials, query
+
+
+def _trial(
+    name: str,
+    rows: NDArray[np.floating],
+    labels: NDArray[np.int64],
+    groups: Index,
+    query: NDArray[np.floating],
+    truth: NDArray[np.int64],
+    *,
+    n_shots: Shots,
+    episode: int,
+    random_state: int,
+) -> Trial:
+    started = time.perf_counter()
+    head = HEADS[name]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ConvergenceWarning)
+        choice = choose(head, rows, labels, groups, random_state=[random_state, episode])
+        model = head.build(**choice.params).fit(rows, labels)
+    converged = choice.converged
+    for each in caught:
+        if issubclass(each.category, ConvergenceWarning):
+            converged = False
+        else:
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+    seconds = time.perf_counter() - started
+    probabilities = model.predict_proba(query) if head.probabilistic else None
+    predicted = model.predict(query).astype(np.int32)
+    confidence = None if probabilities is None else probabilities.max(axis=1)
+    return Trial(
+        head=name,
+        n_shots=n_shots,
+        episode=episode,
+        n_support=len(rows),
+        n_query=len(query),
+        accuracy=stats.accuracy(truth, predicted),
+        balanced_accuracy=stats.balanced_accuracy(truth, predicted),
+        log_loss=None if probabilities is None else stats.log_loss(truth, probabilities),
+        ece=None if confidence is None else stats.expected_calibration_error(confidence, predicted == truth),
+        brier=None if probabilities is None else stats.brier(truth, probabilities),
+        params=choice.params,
+        selection_score=choice.score,
+        converged=converged,
+        fit_seconds=seconds,
+        predictions=predicted,
+        confidences=None if confidence is None else confidence.astype(np.float32),
+    )
+
+
+def _convergence_notes(trials: Sequence[Trial]) -> list[str]:
+    notes = []
+    for head in dict.fromkeys(t.head for t in trials):
+        own = [t for t in trials if t.head == head]
+        failed = sum(not t.converged for t in own)
+        if failed:
+            notes.append(f"{head} did not converge in {failed} of {len(own)} trials.")
+    return notes
