@@ -132,8 +132,11 @@ class StoreWriter:
         """Whether the store has (or is about to publish) the embedding of this content. Thread-safe."""
         if digest in self._fresh:
             return True
-        at = int(np.searchsorted(self._published, np.bytes_(digest)))
-        return at < len(self._published) and self._published[at] == np.bytes_(digest)
+        published = self._published
+        # As arrays of one: a numpy scalar would lose the zero bytes that a digest may end in.
+        key = digest_keys(np.frombuffer(digest, np.uint8).reshape(1, 32))
+        at = int(np.searchsorted(published, key)[0])
+        return bool((published[at : at + 1] == key).all()) and at < len(published)
 
     @property
     def rows(self) -> int:
