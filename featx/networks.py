@@ -159,7 +159,8 @@ def build(
         body = _catalogue_body(network, preprocess, random_state)
         classifier = last_layer(body)
         aliases = (classifier,)
-    if weights is not None and not timm_default:
+    timms_own = timm_default and name.startswith("timm:")
+    if weights is not None and not timms_own:
         load_checkpoint(body, weights, network=name, classifiers=aliases)
     return FrozenNetwork(body, layers, classifier, preprocess.crop, name)
 
