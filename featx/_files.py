@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: publishing by rename, hashes, and one writer at a time."""
+"""Files that are there whole or not at all: publishing by rename, hashes, one writer at a time, late signals."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ import fcntl
 import hashlib
 import json
 import os
+import signal
 import socket
+import stat
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from featx.errors import FeatxError, StoreError
@@ -47,11 +51,11 @@ def publish(
     temp = path.parent / f"{TEMP_PREFIX}{os.getpid()}-{time.monotonic_ns():x}-{path.name}"
     try:
         write(temp)
-        _fsync(temp)
+        fsync_path(temp)
         name = verify(temp) if verify is not None else None
         final = path.parent / name if name else path
         temp.replace(final)
-        _fsync(path.parent)
+        fsync_path(path.parent)
         return final
     except OSError as error:
         raise cannot_write(path, error) from error
@@ -69,6 +73,102 @@ def publish_bytes(path: Path, data: bytes) -> Path:
     return publish(path, write)
 
 
+def read_regular(path: Path, limit: int | None = None) -> bytes:
+    """A file's bytes; StoreError for a pipe or a device, which may never end, and for more than ``limit`` bytes."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise StoreError("not a regular file; refused", where=path)
+        if limit is not None and status.st_size > limit:
+            raise StoreError(f"larger than {limit:,} bytes; refused", where=path)
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise StoreError(f"cannot be read ({error.strerror})", where=path) from error
+
+
+class LatchedFile:
+    """A new file for a library that cannot bear a failing write (HDF5 crashes the process at exit after a full disk).
+
+    The first error is kept for :meth:`check`. From then on all writes succeed as far as the library can tell: they
+    are kept in memory, and reads see them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.error: OSError | None = None
+        self._late: list[tuple[int, bytes]] = []
+        self._at = 0
+        self._file = path.open("x+b", buffering=0)
+
+    def __enter__(self) -> LatchedFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def check(self) -> None:
+        """Raise the first error, if there was one."""
+        if self.error is not None:
+            raise self.error
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """As of a file; the end is that of the file with what is kept in memory."""
+        if whence == os.SEEK_END:
+            offset += max([os.fstat(self._file.fileno()).st_size, *(at + len(data) for at, data in self._late)])
+        self._at = offset
+        return offset
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int) -> bytes:
+        """``size`` bytes; h5py takes an object for a file by this method, and uses :meth:`readinto`."""
+        buffer = bytearray(size)
+        self.readinto(buffer)
+        return bytes(buffer)
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer; what was never written reads as zeros."""
+        view = memoryview(buffer).cast("B")
+        start, stop = self._at, self._at + len(view)
+        data = os.pread(self._file.fileno(), len(view), start)
+        view[:] = data.ljust(len(view), b"\0")
+        for at, late in self._late:
+            low, high = max(at, start), min(at + len(late), stop)
+            if low < high:
+                view[low - start : high - start] = late[low - at : high - at]
+        self._at = stop
+        return len(view)
+
+    def write(self, data: Any) -> int:
+        """Take all of it, whatever the disk says."""
+        rest = memoryview(data).cast("B")
+        size = len(rest)
+        while rest and self.error is None:
+            try:
+                count = os.pwrite(self._file.fileno(), rest, self._at)
+            except OSError as error:
+                self.error = error
+            else:
+                self._at, rest = self._at + count, rest[count:]
+        if rest:
+            self._late.append((self._at, bytes(rest)))
+            self._at += len(rest)
+        return size
+
+    def truncate(self, size: int) -> int:
+        """Set the length."""
+        try:
+            self._file.truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+        return size
+
+    def flush(self) -> None:
+        """Nothing is buffered here."""
+
+
 def cannot_write(path: Path, error: OSError) -> FeatxError:
     """The sentence for a full disk, a read-only folder and their like."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -76,6 +176,12 @@ def cannot_write(path: Path, error: OSError) -> FeatxError:
             "the disk is full",
             where=path.parent,
             hint="What was published is intact; free some space and run the same command again.",
+        )
+    if error.errno == errno.EFBIG:
+        return StoreError(
+            "a file may not become that large here",
+            where=path.parent,
+            hint="Raise the limit (ulimit -f), or choose another file system; what was published is intact.",
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return StoreError("no permission to write", where=path.parent, hint="Choose another folder for the output.")
@@ -85,7 +191,21 @@ def cannot_write(path: Path, error: OSError) -> FeatxError:
 def remove_leftovers(folder: Path) -> None:
     """Delete the temporary files of writers that died; call it with the writer's lock held."""
     for temp in folder.glob(f"{TEMP_PREFIX}*"):
-        temp.unlink(missing_ok=True)
+        try:
+            temp.unlink(missing_ok=True)
+        except OSError as error:
+            raise cannot_write(temp, error) from error
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, so that they are still there after a power cut."""
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        for folder in new:
+            fsync_path(folder.parent)
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 @contextlib.contextmanager
@@ -96,10 +216,15 @@ def writer_lock(path: Path) -> Iterator[None]:
     The file's text only says whom to blame.
     """
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        # Never through a link: the file is truncated, and a foreign store may have it point anywhere.
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
     except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise StoreError("not the lock of a store; refused", where=path, hint="Delete it.") from error
         raise cannot_write(path, error) from error
     try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise StoreError("not the lock of a store; refused", where=path, hint="Delete it.")
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -109,13 +234,30 @@ def writer_lock(path: Path) -> Iterator[None]:
                 found=_holder(path),
                 hint="Wait for it, or stop it; reading is possible meanwhile.",
             ) from error
-        text = json.dumps({"host": socket.gethostname(), "pid": os.getpid()})
-        os.truncate(handle, 0)
-        os.pwrite(handle, text.encode(), 0)
+        except OSError as error:
+            raise StoreError(
+                f"this file system has no locks ({error.strerror}), so a second writer could not be kept out",
+                where=path.parent,
+                hint="Choose a local disk for the output.",
+            ) from error
+        try:
+            os.truncate(handle, 0)
+            os.pwrite(handle, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)
+        except OSError as error:
+            raise cannot_write(path, error) from error
         yield
-        os.truncate(handle, 0)
+        with contextlib.suppress(OSError):  # the text is a courtesy; what counts goes with the handle
+            os.truncate(handle, 0)
     finally:
         os.close(handle)
+
+
+def refuse_second_writer(store: Path) -> None:
+    """StoreError if some process is writing to a store just now: to say so before work begins, not after."""
+    lock = store / ".lock"
+    if lock.exists():
+        with writer_lock(lock):
+            pass
 
 
 def _holder(path: Path) -> str:
@@ -129,9 +271,46 @@ def _holder(path: Path) -> str:
     return "a process that has not written its name"
 
 
-def _fsync(path: Path) -> None:
+def fsync_path(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold SIGINT and SIGTERM back until the block is done, so that no Ctrl-C, nor a second one, cuts it in two.
+
+    Only where Python handles the signal (a default action still ends the process, as kill -9 would), and only in
+    the main thread, which is the one that gets them.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before: dict[int, Callable[[int, FrameType | None], Any]] = {}
+    held: list[int] = []
+    passing = False
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        if passing:
+            before[number](number, frame)
+        else:
+            held.append(number)
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
+            if callable(handler):
+                before[number] = handler
+                signal.signal(number, hold)
+        yield
+    finally:
+        # First let signals pass: if one interrupts the lines below, the handler that is left behind does no harm.
+        passing = True
+        for held_back, previous in before.items():
+            signal.signal(held_back, previous)
+        if held:
+            signal.raise_signal(held[0])

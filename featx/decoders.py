@@ -4,6 +4,9 @@ A decoder is native code that meets bytes from anywhere: now and then one takes 
 comes back. Here that costs the one file. Each worker is a child process that does nothing but read, hash and
 decode; its pixels come back through shared memory. The child never imports torch, never unpickles, and does not
 run the caller's main module, so a script needs no ``if __name__ == "__main__"``.
+
+A child ends with its parent, however that ends: an idle one reads end-of-file, and one that hangs in a decoder is
+ended by its own alarm, which the kernel delivers without asking the interpreter.
 """
 
 from __future__ import annotations
@@ -11,13 +14,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import mmap
 import os
 import queue
+import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,14 +32,22 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featx.errors import ImageError
+from featx._files import uninterrupted
+from featx.errors import FeatxError, ImageError
 from featx.images import Preprocess, pixels
 
 ATTEMPTS = 2
+MAX_BYTES = 2**30
+"""A larger file is refused unread: no honest image has that many bytes, and a child would keep them in memory."""
+
+_START_TIMEOUT = 60.0
+_MAX_ANSWER = 65_536
+_READY = b"!"
 _READ, _DECODE = b"R", b"G"
 TIMEOUT = 30.0
 """Seconds that one image may take; the slowest honest one (89 megapixels of PNG) takes about five."""
@@ -60,7 +75,15 @@ class DecoderPool:
     def __init__(self, preprocess: Preprocess, *, workers: int, timeout: float = TIMEOUT) -> None:
         self.preprocess, self.workers, self.timeout = preprocess, workers, timeout
         self._idle: queue.SimpleQueue[_Child] = queue.SimpleQueue()
-        self._children = [_Child(preprocess) for _ in range(workers)]
+        self._children: list[_Child] = []
+        try:
+            for _ in range(workers):
+                self._children.append(_Child(preprocess, timeout))
+        except BaseException:
+            for child in self._children:
+                child.stop()
+                child.close()
+            raise
         for child in self._children:
             self._idle.put(child)
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="featx-decode")
@@ -71,9 +94,12 @@ class DecoderPool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for child in self._children:
-            child.stop()  # a thread that waits for it gets EOF, and ends
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        with uninterrupted():
+            for child in self._children:
+                child.stop()  # a thread that waits for it gets EOF, and ends
+            self._threads.shutdown(wait=True, cancel_futures=True)
+            for child in self._children:
+                child.close()
         for child in self._children:
             child.close()
 
@@ -96,7 +122,7 @@ class DecoderPool:
             reason, digest = "decoder_crash", None
             for _ in range(ATTEMPTS):
                 try:
-                    return child.decode(path, known, self.timeout)
+                    return child.decode(path, known)
                 except _Lost as lost:
                     reason, digest = lost.reason, lost.digest
                     child.restart()
@@ -117,62 +143,106 @@ class _Lost(Exception):
 class _Child:
     """One process, the socket to it, and the memory that it puts pixels into."""
 
-    def __init__(self, preprocess: Preprocess) -> None:
-        self.preprocess = preprocess
+    def __init__(self, preprocess: Preprocess, timeout: float) -> None:
+        self.preprocess, self.timeout = preprocess, timeout
         self.shape = (*preprocess.crop, 3)
-        # An unlinked file: shared by descriptor, and gone with its users however they end.
-        folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - lives as long as the child
-        size = int(np.prod(self.shape))
-        self._file.truncate(size)
-        self._memory = mmap.mmap(self._file.fileno(), size)
+        self._file = _shared_file(math.prod(self.shape))
+        self._memory = mmap.mmap(self._file.fileno(), math.prod(self.shape))
+        self._changing = threading.Lock()
         self._stopped = False
-        self._start()
+        try:
+            self._start()
+        except BaseException:
+            self._memory.close()
+            self._file.close()
+            raise
 
     def _start(self) -> None:
+        self._ready = False
+        self._words = tempfile.TemporaryFile()  # noqa: SIM115 - what it says before it is ready, for the error message
         ours, theirs = socket.socketpair()
-        root = str(Path(__file__).resolve().parent.parent)
-        inherited = os.environ.get("PYTHONPATH")
         with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "featx.decoders", str(theirs.fileno()), str(self._file.fileno())],
-                pass_fds=(theirs.fileno(), self._file.fileno()),
-                stdin=subprocess.DEVNULL,
-                # A group of its own: Ctrl-C is for the parent, which then ends the child.
-                process_group=0,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join([root, inherited] if inherited else [root])},
-            )
+            handles = (theirs.fileno(), self._file.fileno())
+            try:
+                self._process = subprocess.Popen(
+                    # -P: a numpy.py in the working folder must not become part of the decoder.
+                    [sys.executable, "-P", "-c", _MAIN, *map(str, handles), json.dumps([*map(str, sys.path)])],
+                    pass_fds=handles,
+                    stdin=subprocess.DEVNULL,
+                    stderr=self._words,
+                    # A group of its own: Ctrl-C is for the parent, which then ends the child.
+                    process_group=0,
+                )
+            except OSError as error:
+                ours.close()
+                self._words.close()
+                raise FeatxError(
+                    f"a decoding process cannot be started ({error.strerror})",
+                    where=sys.executable,
+                    hint="Try fewer of them: --workers 1.",
+                ) from error
         self._socket = Connection(ours.detach())
-        self._socket.send_bytes(json.dumps(self.preprocess.to_json()).encode())
+        said = {"preprocess": self.preprocess.to_json(), "timeout": self.timeout}
+        with contextlib.suppress(OSError):  # it has ended already: _wait_until_ready says why
+            self._socket.send_bytes(json.dumps(said).encode())
+
+    def _wait_until_ready(self) -> None:
+        """The first answer of a child. One that cannot even start is no fault of the image."""
+        if self._ready:
+            return
+        try:
+            self._ready = self._socket.poll(_START_TIMEOUT) and self._socket.recv_bytes(_MAX_ANSWER) == _READY
+        except (EOFError, OSError):
+            self._ready = False
+        if not self._ready and not self._stopped:
+            self._words.seek(0)
+            words = self._words.read()[-2000:].decode(errors="replace").strip().splitlines()
+            raise FeatxError(
+                "a decoding process does not start",
+                where=sys.executable,
+                found=words[-1] if words else "no answer",
+                hint="Does this Python import featx.decoders?",
+            )
 
     def stop(self) -> None:
-        self._stopped = True
-        self._process.kill()
-        self._process.wait()
+        """End the process, for good."""
+        with self._changing:
+            self._stopped = True
+            self._end()
 
     def close(self) -> None:
+        """Give back what a stopped child held; nobody may use it any more."""
         self._socket.close()
+        self._words.close()
         self._memory.close()
         self._file.close()
 
     def restart(self) -> None:
+        """Another process in place of this one."""
+        with self._changing:
+            self._end()
+            if not self._stopped:
+                self._socket.close()
+                self._words.close()
+                self._start()
+
+    def _end(self) -> None:
         self._process.kill()
         self._process.wait()
-        self._socket.close()
-        if not self._stopped:
-            self._start()
 
-    def decode(self, path: Path, known: Callable[[bytes], bool], timeout: float) -> Decoded:
+    def decode(self, path: Path, known: Callable[[bytes], bool]) -> Decoded:
+        """What becomes of one file; _Lost when the process does not survive it."""
+        self._wait_until_ready()
         digest: bytes | None = None
         try:
             self._socket.send_bytes(_READ + os.fsencode(path))
-            answer = self._answer(timeout, digest)
+            answer = self._answer(digest)
             if answer[:1] == b"D":
                 digest = answer[1:]
                 if known(digest):
                     return Decoded(digest)
                 self._socket.send_bytes(_DECODE)
-                answer = self._answer(timeout, digest)
+                answer = self._answer(digest)
             if answer[:1] == b"E":
                 reason, message = json.loads(answer[1:])
                 return Decoded(digest, refusal=ImageError(reason, message))
@@ -181,35 +251,82 @@ class _Child:
         pixels = np.frombuffer(self._memory, dtype=np.uint8).reshape(self.shape).copy()
         return Decoded(digest, pixels)
 
-    def _answer(self, timeout: float, digest: bytes | None) -> bytes:
-        if not self._socket.poll(timeout):
+    def _answer(self, digest: bytes | None) -> bytes:
+        if not self._socket.poll(self.timeout):
             raise _Lost("decoder_timeout", digest)
-        return self._socket.recv_bytes()
+        return self._socket.recv_bytes(_MAX_ANSWER)
+
+
+def _shared_file(size: int) -> BinaryIO:
+    """An unlinked file: shared by descriptor, and gone with its users however they end."""
+    for folder in ("/dev/shm", None):
+        try:
+            file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - lives as long as the child
+        except OSError:
+            continue
+        try:
+            # Reserved now: a page that cannot be had later on would kill the decoder, as if by the image.
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)
+        except OSError:
+            file.close()
+            continue
+        return file
+    raise FeatxError("no room for temporary files", where=tempfile.gettempdir(), hint="Free some space, or set TMPDIR.")
+
+
+_MAIN = """\
+import json, sys
+sys.path[:] = json.loads(sys.argv[3])
+from featx.decoders import serve
+serve(int(sys.argv[1]), int(sys.argv[2]))
+"""
 
 
 def serve(socket_handle: int, memory_handle: int) -> None:
     """The child's side: answer requests until the parent is gone."""
     with contextlib.suppress(EOFError, ConnectionError), Connection(socket_handle) as parent:
-        preprocess = Preprocess.from_json(json.loads(parent.recv_bytes()))
+        said = json.loads(parent.recv_bytes())
+        preprocess, timeout = Preprocess.from_json(said["preprocess"]), said["timeout"]
         memory = mmap.mmap(memory_handle, 0)
         out = np.frombuffer(memory, dtype=np.uint8).reshape((*preprocess.crop, 3))
         data = b""
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # it would be ignored if it was so in a parent of the parent
+        # From here on native code speaks to nobody: libtiff, for one, has much to say about sound files.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        parent.send_bytes(_READY)
         while True:
             message = parent.recv_bytes()
+            # The parent is patient for ``timeout``; the alarm is for the case that there is no parent any more.
+            signal.setitimer(signal.ITIMER_REAL, timeout + 5.0)
             if message == _DECODE:
                 try:
                     out[...] = pixels(data, preprocess)
-                    parent.send_bytes(b"K")
+                    answer = b"K"
                 except ImageError as error:
-                    parent.send_bytes(b"E" + json.dumps([error.reason, error.what]).encode())
-                continue
-            try:
-                data = Path(os.fsdecode(message[1:])).read_bytes()
-                parent.send_bytes(b"D" + hashlib.sha256(data).digest())
-            except OSError as error:
-                reason = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
-                parent.send_bytes(b"E" + json.dumps([reason, error.strerror or str(error)]).encode())
+                    answer = b"E" + json.dumps([error.reason, error.what[:4096]]).encode()
+            else:
+                try:
+                    data = _read(os.fsdecode(message[1:]))
+                    answer = b"D" + hashlib.sha256(data).digest()
+                except ImageError as error:
+                    answer = b"E" + json.dumps([error.reason, error.what[:4096]]).encode()
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            parent.send_bytes(answer)
 
 
-if __name__ == "__main__":
-    serve(int(sys.argv[1]), int(sys.argv[2]))
+def _read(path: str) -> bytes:
+    try:
+        # Not blocking: opening a pipe would wait for its writer.
+        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:  # noqa: PTH123
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ImageError("unreadable", "not a regular file")
+            if status.st_size > MAX_BYTES:
+                raise ImageError("too_large", f"{status.st_size:,} bytes; at most {MAX_BYTES:,} are read")
+            return file.read(MAX_BYTES)
+    except (OSError, ValueError) as error:
+        reason = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
+        raise ImageError(reason, getattr(error, "strerror", None) or str(error)) from error

@@ -24,8 +24,8 @@ from featx.decoders import TIMEOUT, DecoderPool
 from featx.engines import Engine, make_engine
 from featx.errors import ImageError, Interrupted, TooManyBadImages
 from featx.images import decode_settings, decoder_version
+from featx.index import Index, Refused
 from featx.sources import ImageRef, ImageSet
-from featx.store import Index, Refused
 from featx.store_writer import StoreWriter
 
 MAX_BAD = 0.01

@@ -13,6 +13,7 @@ holds the sha256 of all bytes after it. Shards are guarded by the manifest.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,12 +24,15 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from featx._files import LatchedFile
 from featx.errors import StoreError
 
 USER_BLOCK = 512
+MAX_STRING = 4_096
+"""Bytes that an id or the name of a class may have: the longest path that Linux knows."""
+
 _SEAL = b"featx sha256 "
-_MAX_ATTRIBUTE = 65_536
-_MAX_STRING = 4_096
+_MAX_ATTRIBUTE = 65_000  # HDF5 keeps an attribute with its name in a message of less than 64 kB
 RESTORE = "Restore it from a copy, or delete the store and extract again."
 
 
@@ -55,38 +59,55 @@ def strings(values: Sequence[str]) -> NDArray[np.bytes_]:
 
 
 def write(path: Path, columns: Iterable[Column], attributes: Mapping[str, str], *, seal: bool = False) -> None:
-    """Write a new file of equally long columns; with ``seal`` it carries its own sha256."""
-    with h5py.File(path, "w-", userblock_size=USER_BLOCK if seal else 0) as file:
-        for name, value in attributes.items():
-            text = value.encode()
-            file.attrs.create(name, text, dtype=h5py.string_dtype("utf-8", max(len(text), 1)))
-        for column in columns:
-            dtype = column.dtype
-            if dtype.kind == "S":
-                dtype = h5py.string_dtype("utf-8", dtype.itemsize)
-            # Whole-row chunks of about 256 kB: one read a row, and a checksum over little.
-            width = int(np.prod(column.row_shape, dtype=np.int64)) * dtype.itemsize
-            chunk = max(64, min(256, 2**18 // max(width, 1)))
-            dataset = file.create_dataset(
-                column.name,
-                shape=(column.rows, *column.row_shape),
-                dtype=dtype,
-                chunks=(max(1, min(chunk, column.rows)), *column.row_shape) if column.rows else None,
-                fletcher32=True if column.rows else None,
-                track_times=False,
-            )
-            at = 0
-            for block in column.blocks:
-                dataset[at : at + len(block)] = block.view(dtype) if dtype.kind == "S" else block
-                at += len(block)
-            if at != column.rows:
-                raise ValueError(f"column {column.name}: {at} rows were given, {column.rows} were announced")
+    """Write a new file of equally long columns; with ``seal`` it carries its own sha256.
+
+    Raises
+    ------
+    OSError
+        The disk is full, or fails otherwise.
+    """
+    with LatchedFile(path) as raw:
+        with h5py.File(raw, "w", userblock_size=USER_BLOCK if seal else 0) as file:
+            for name, value in attributes.items():
+                text = value.encode()
+                if len(text) > _MAX_ATTRIBUTE:
+                    raise StoreError(f"the {name} is longer than {_MAX_ATTRIBUTE:,} bytes", where=path.parent)
+                file.attrs.create(name, text, dtype=h5py.string_dtype("utf-8", max(len(text), 1)))
+            for column in columns:
+                _write_column(file, column, raw)
+        raw.check()
     if seal:
         with path.open("r+b") as raw:
             raw.seek(USER_BLOCK)
             digest = hashlib.file_digest(raw, "sha256").hexdigest()
             raw.seek(0)
             raw.write((_SEAL + digest.encode() + b"\n").ljust(USER_BLOCK, b"\0"))
+
+
+def _write_column(file: h5py.File, column: Column, raw: LatchedFile) -> None:
+    dtype = column.dtype
+    if dtype.kind == "S":
+        if dtype.itemsize > MAX_STRING:
+            raise StoreError(f"a text is longer than {MAX_STRING:,} bytes", where=f"column {column.name}")
+        dtype = h5py.string_dtype("utf-8", dtype.itemsize)
+    # Whole-row chunks of about 256 kB: one read a row, and a checksum over little.
+    width = int(np.prod(column.row_shape, dtype=np.int64)) * dtype.itemsize
+    chunk = max(64, min(256, 2**18 // max(width, 1)))
+    dataset = file.create_dataset(
+        column.name,
+        shape=(column.rows, *column.row_shape),
+        dtype=dtype,
+        chunks=(max(1, min(chunk, column.rows)), *column.row_shape) if column.rows and width else None,
+        fletcher32=True if column.rows and width else None,
+        track_times=False,
+    )
+    at = 0
+    for block in column.blocks:
+        dataset[at : at + len(block)] = block.view(dtype) if dtype.kind == "S" else block
+        at += len(block)
+        raw.check()
+    if at != column.rows:
+        raise ValueError(f"column {column.name}: {at} rows were given, {column.rows} were announced")
 
 
 def check_seal(path: Path) -> str:
@@ -111,16 +132,8 @@ class CheckedFile:
 
     def attribute(self, name: str) -> str:
         """One text attribute of the file."""
-        if name not in self._file.attrs:
-            raise StoreError(f"no attribute {name!r}", where=self.path, hint="It is not a file that featx wrote.")
-        described = self._file.attrs.get_id(name)
-        kind = described.get_type()
-        if not isinstance(kind, h5py.h5t.TypeStringID) or kind.is_variable_str() or described.shape != ():
-            raise StoreError(f"attribute {name!r} is not fixed-length text", where=self.path)
-        if kind.get_size() > _MAX_ATTRIBUTE:
-            raise StoreError(f"attribute {name!r} is larger than {_MAX_ATTRIBUTE} bytes", where=self.path)
-        value = self._file.attrs[name]
-        return value.decode() if isinstance(value, bytes) else str(value)
+        with _reading(self.path):
+            return _attribute(self.path, self._file, name)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Rows ``start`` to ``stop`` of one column; embeddings are checked to be finite."""
@@ -138,6 +151,42 @@ class CheckedFile:
             raise StoreError(f"{name} is not UTF-8", where=self.path) from error
 
 
+def read_attributes(path: Path, names: Iterable[str]) -> dict[str, str]:
+    """Text attributes of a file, before anything else in it is looked at: what it is decides what it must hold."""
+    with _reading(path), _open(path) as file:
+        return {name: _attribute(path, file, name) for name in names}
+
+
+def _attribute(path: Path, file: h5py.File, name: str) -> str:
+    if name not in file.attrs:
+        raise StoreError(f"no attribute {name!r}", where=path, hint="It is not a file that featx wrote.")
+    described = file.attrs.get_id(name)
+    kind = described.get_type()
+    if not _is_text(kind) or described.shape != ():
+        raise StoreError(f"attribute {name!r} is not fixed-length text; refused", where=path)
+    if kind.get_size() > _MAX_ATTRIBUTE:
+        raise StoreError(f"attribute {name!r} is larger than {_MAX_ATTRIBUTE:,} bytes; refused", where=path)
+    value = np.empty((), dtype=f"S{kind.get_size()}")
+    described.read(value, mtype=kind)
+    return bytes(value.item()).decode()
+
+
+def _is_text(kind: h5py.h5t.TypeID) -> bool:
+    return (
+        isinstance(kind, h5py.h5t.TypeStringID)
+        and not kind.is_variable_str()
+        and kind.get_cset() == h5py.h5t.CSET_UTF8
+        and kind.get_strpad() == h5py.h5t.STR_NULLPAD
+    )
+
+
+def _open(path: Path) -> h5py.File:
+    # Only a regular file: a pipe would be waited for.
+    if path.exists() and not path.is_file():
+        raise StoreError("not a regular file; refused", where=path)
+    return h5py.File(path, "r", locking=False)
+
+
 @contextmanager
 def open_checked(path: Path, expected: Mapping[str, str]) -> Iterator[CheckedFile]:
     """Open a file for reading after comparing its structure with what is expected of it.
@@ -149,11 +198,11 @@ def open_checked(path: Path, expected: Mapping[str, str]) -> Iterator[CheckedFil
     """
     with _reading(path):
         size = path.stat().st_size
-        file = h5py.File(path, "r", locking=False)
+        file = _open(path)
     try:
         with _reading(path):
             columns = _check_structure(path, file, expected, size)
-        lengths = {len(column) for name, column in columns.items() if not name.startswith("class_names")}
+        lengths = {int(column.shape[0]) for name, column in columns.items() if name != "class_names"}
         if len(lengths) > 1:
             raise StoreError("the datasets have different numbers of rows", where=path, found=sorted(lengths))
         yield CheckedFile(path, file, columns, lengths.pop() if lengths else 0)
@@ -206,29 +255,38 @@ def _check_dataset(path: Path, name: str, item: Any, kind: str, size: int) -> h5
         code = creation.get_filter(index)[0]
         if code != h5py.h5z.FILTER_FLETCHER32:
             raise refuse("uses a filter other than fletcher32", f"filter {code}")
-    wanted: dict[str, tuple[str, int]] = {
-        "float32 matrix": ("<f4", 2),
-        "uint8 matrix": ("|u1", 2),
-        "int64": ("<i8", 1),
-        "text": ("S", 1),
-    }
-    code, dimensions = wanted[kind]
-    stored = item.id.get_type()
-    if code == "S":
-        right = isinstance(stored, h5py.h5t.TypeStringID) and not stored.is_variable_str()
-        right = right and stored.get_size() <= _MAX_STRING
-    else:
-        right = isinstance(stored, h5py.h5t.TypeIntegerID | h5py.h5t.TypeFloatID) and item.dtype == np.dtype(code)
-    if not right or item.shape is None or len(item.shape) != dimensions:
-        raise refuse(f"is not {kind}", f"{item.dtype} {item.shape}")
+    stored, shape = item.id.get_type(), item.shape
+    exact, dimensions = _KINDS[kind]
+    right = _is_text(stored) and stored.get_size() <= MAX_STRING if exact is None else stored.equal(exact)
+    if not right or shape is None or len(shape) != dimensions:
+        raise refuse(f"is not {kind}", f"{type(stored).__name__} of {stored.get_size()} bytes, shape {shape}")
     # Nothing is compressed, so a dataset cannot hold more than the file: this is what stops a shape bomb.
-    declared = int(np.prod([int(n) for n in item.shape], dtype=object)) * stored.get_size()
-    if declared > size or item.id.get_storage_size() < declared:
-        raise refuse("declares more data than the file holds", f"{declared:,} bytes in a file of {size:,}")
+    declared = math.prod(map(int, shape)) * stored.get_size()
+    allocated = item.id.get_storage_size()
+    if declared > size or allocated > size:
+        raise refuse("declares more data than the file holds", f"{max(declared, allocated):,} bytes in {size:,}")
+    if shape[0] and not declared:
+        raise refuse("has rows of no width")
+    # What was never written would read as zeros: every chunk must be there, or the one block.
     chunks = item.chunks
-    if chunks is not None and int(np.prod([int(n) for n in chunks], dtype=object)) * stored.get_size() > size:
-        raise refuse("declares chunks larger than the file")
+    if chunks is not None:
+        if chunks[1:] != shape[1:] or math.prod(map(int, chunks)) * stored.get_size() > size:
+            raise refuse("is not cut into whole rows", f"chunks {chunks}")
+        there = item.id.get_num_chunks() == -(-int(shape[0]) // int(chunks[0]))
+    else:
+        there = not declared or allocated >= declared
+    if not there:
+        raise refuse("has parts that were never written")
     return item
+
+
+_KINDS: dict[str, tuple[h5py.h5t.TypeID | None, int]] = {
+    "float32 matrix": (h5py.h5t.IEEE_F32LE, 2),
+    "uint8 matrix": (h5py.h5t.STD_U8LE, 2),
+    "int64": (h5py.h5t.STD_I64LE, 1),
+    "text": (None, 1),
+}
+"""The exact type that is stored (None: fixed-length UTF-8 padded with zeros), and the number of dimensions."""
 
 
 @contextmanager
@@ -240,6 +298,6 @@ def _reading(path: Path) -> Iterator[None]:
         raise StoreError("the file is missing", where=path, hint=RESTORE) from error
     except PermissionError as error:
         raise StoreError("no permission to read", where=path) from error
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, OverflowError) as error:
         reason = " ".join(str(error).split())[:200]
         raise StoreError(f"damaged, or not HDF5 ({reason})", where=path, hint=RESTORE) from error

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from featx._files import canonical_json, publish_bytes
+from featx._files import canonical_json, publish_bytes, read_regular
 from featx.errors import MismatchError, StoreError
 from featx.hdf5 import RESTORE
 
@@ -21,7 +21,9 @@ FINGERPRINTED = ("backbone", "weights_sha256", "layers", "views", "preprocess", 
 
 _SHARD_NAME = re.compile(r"[0-9]{5,9}-[0-9a-f]{8}\.h5")
 _HEX = re.compile(r"[0-9a-f]{64}")
-_MAX_MANIFEST = 64 * 2**20
+_MAX_BYTES = 4 * 2**20
+_MAX_VALUES = 2**17
+"""Enough for a hundred million images, or a hundred thousand classes; what is larger costs memory just to parse."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,18 @@ def _spell(fields: Mapping[str, Any]) -> bytes:
 
 def write_manifest(store: Path, manifest: Manifest) -> None:
     """Publish the manifest."""
-    publish_bytes(store / "manifest.json", _spell(manifest.to_json()))
+    raw = _spell(manifest.to_json())
+    if not _reasonable(raw):
+        raise StoreError(
+            "too many classes or shards for one store", where=store, hint="Divide the images among several."
+        )
+    publish_bytes(store / "manifest.json", raw)
+
+
+def _reasonable(raw: bytes) -> bool:
+    """Whether parsing takes little memory, told without parsing."""
+    values = raw.count(b",") + raw.count(b"[") + raw.count(b"{")
+    return len(raw) <= _MAX_BYTES and values <= _MAX_VALUES and raw.isascii()
 
 
 def read_manifest(store: Path) -> Manifest:
@@ -123,27 +136,41 @@ def read_manifest(store: Path) -> Manifest:
         There is no store, it is damaged, or of a newer version.
     """
     path = store / "manifest.json"
-    if not store.exists():
-        raise StoreError("no such store", where=store, hint="Make it with: featx extract FOLDER --out STORE")
+    raw = manifest_bytes(store)
+    if not raw:
+        try:
+            there = store.exists()
+        except OSError as error:
+            raise StoreError(f"cannot be looked at ({error.strerror})", where=store) from error
+        if not there:
+            raise StoreError("no such store", where=store, hint="Make it with: featx extract FOLDER --out STORE")
+        raise StoreError("not a featx store: it has no manifest.json", where=store)
+    return _parse(path, raw)
+
+
+def manifest_bytes(store: Path) -> bytes:
+    """What the manifest's file holds just now, b"" where there is none: two equal answers mean that nothing changed."""
     try:
-        if path.stat().st_size > _MAX_MANIFEST:
-            raise StoreError(f"larger than {_MAX_MANIFEST:,} bytes; refused", where=path)
-        raw = path.read_bytes()
+        return read_regular(store / "manifest.json", _MAX_BYTES)
+    except FileNotFoundError:
+        return b""
+
+
+def _parse(path: Path, raw: bytes) -> Manifest:
+    if not _reasonable(raw):
+        raise damaged(path, "it has more values than a manifest needs, or is not ASCII")
+    try:
         fields = json.loads(raw)
-    except FileNotFoundError as error:
-        raise StoreError("not a featx store: it has no manifest.json", where=store) from error
-    except OSError as error:
-        raise StoreError(f"cannot be read ({error.strerror})", where=path) from error
+        if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+            raise damaged(path, f"its format is not {FORMAT!r}")
+        check_version(path, fields.get("format_version"))
+        claimed = fields.pop("checksum", None)
+        if claimed != hashlib.sha256(canonical_json(fields)).hexdigest():
+            raise damaged(path, "its checksum does not match")
+        if raw != _spell({**fields, "checksum": claimed}):
+            raise damaged(path, "bytes were changed")
     except (ValueError, RecursionError) as error:
         raise damaged(path, "not JSON") from error
-    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
-        raise damaged(path, f"its format is not {FORMAT!r}")
-    check_version(path, fields.get("format_version"))
-    claimed = fields.pop("checksum", None)
-    if claimed != hashlib.sha256(canonical_json(fields)).hexdigest():
-        raise damaged(path, "its checksum does not match")
-    if raw != _spell({**fields, "checksum": claimed}):
-        raise damaged(path, "bytes were changed")
     return _parse_manifest(path, fields)
 
 

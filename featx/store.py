@@ -5,8 +5,9 @@ Format, version 1
 A store is a folder. MUST, MAY and SHOULD are meant as in RFC 2119.
 
 ``manifest.json``
-    The list of what is published. One JSON object, spelled exactly as :func:`_spell` spells it (sorted keys, two
-    spaces of indent), of at most 64 MiB, with these fields; a reader MUST refuse others missing, and MAY find more:
+    The list of what is published. One JSON object, spelled as ``json.dumps(..., indent=2, sort_keys=True)`` spells it
+    and a newline (so ASCII), of at most 4 MiB, with these fields; a reader MUST refuse one that lacks any, and MAY find
+    more:
     ``format`` ("featx-store"), ``format_version`` (int; a reader MUST refuse a greater one), ``provenance`` (object),
     ``fingerprint`` (hex sha256 of the provenance fields of :data:`FINGERPRINTED`), ``shards`` (list of ``{name, rows,
     sha256}``), ``in_flux`` (names of shard files that MAY or may not exist and MUST NOT be read: about to appear, or
@@ -40,66 +41,32 @@ every instant the index speaks of published rows only, and a shard that the mani
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featx import hdf5
-from featx._files import canonical_json, sha256_file
+from featx._files import sha256_file
 from featx.errors import StoreError, UsageError, did_you_mean
 from featx.hdf5 import RESTORE
-from featx.manifest import Shard, check_version, damaged, fingerprint, read_manifest
+from featx.index import NAME_COLUMNS, SPLITS, read_index, read_names
+from featx.manifest import Shard, check_version, damaged, fingerprint, manifest_bytes, read_manifest
 
 PACKED_FORMAT = "featx-packed"
-_RETRIES = 3
+T = TypeVar("T")
+
+_RETRIES = 5
+_WINDOW = 4096
+"""Rows that are read at a time: what memory a reader needs beside the answer."""
 
 SHARD_COLUMNS = {"embeddings/*": "float32 matrix", "digests": "uint8 matrix"}
-NAME_COLUMNS = {
-    "ids": "text",
-    "labels": "int64",
-    "split": "text",
-    "digests": "uint8 matrix",
-    "class_names": "text",
-}
-INDEX_COLUMNS = {**NAME_COLUMNS, "sizes": "int64", "mtimes_ns": "int64"}
 PACKED_COLUMNS = {**NAME_COLUMNS, "embeddings/*": "float32 matrix"}
-
-
-@dataclass(frozen=True)
-class Index:
-    """What the images of a store are called: columns of equal length, sorted by id.
-
-    ``labels`` are rows of ``class_names`` or -1; ``digests`` is uint8 (n, 32); ``sizes`` (bytes) and ``mtimes_ns``
-    recognise unchanged files.
-    """
-
-    ids: Sequence[str]
-    labels: NDArray[np.int64]
-    split: Sequence[str]
-    digests: NDArray[np.uint8]
-    class_names: tuple[str, ...]
-    sizes: NDArray[np.int64]
-    mtimes_ns: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def counts(self, values: Sequence[str]) -> dict[str, int]:
-        """How often each value occurs, sorted by value; empty ones are left out."""
-        names, counts = np.unique(np.asarray(values, dtype=object).astype(str), return_counts=True)
-        return {str(n): int(c) for n, c in zip(names, counts, strict=True) if n}
-
-    @property
-    def labels_as_text(self) -> list[str]:
-        """The class name of each image, "" where there is none."""
-        return [self.class_names[label] if label >= 0 else "" for label in self.labels.tolist()]
 
 
 @dataclass(frozen=True)
@@ -155,86 +122,11 @@ def open_shard(store: Path, shard: Shard, layers: Sequence[str], *, hashed: bool
     if found != shard.sha256:
         raise StoreError("the shard was altered: its sha256 does not match", where=path, hint=RESTORE)
     with hdf5.open_checked(path, SHARD_COLUMNS) as file:
-        found_layers = {name.removeprefix("embeddings/") for name in file.columns if name != "digests"}
-        if file.rows != shard.rows or found_layers != set(layers):
+        if file.rows != shard.rows or set(_layers(file)) != set(layers):
             raise StoreError("the shard is not what the manifest says", where=path, hint=RESTORE)
         if file.columns["digests"].shape[1] != 32:
             raise StoreError("digests are not 32 bytes", where=path)
         yield file
-
-
-def read_index(store: Path) -> Index:
-    """Read and check the index of a store; StoreError where the extraction has not finished."""
-    path = store / "index.h5"
-    if not path.is_file():
-        raise StoreError(
-            "the store has no index: its extraction has not finished",
-            where=store,
-            hint="Run the same featx extract command again; what is there is kept.",
-        )
-    hdf5.check_seal(path)
-    with hdf5.open_checked(path, INDEX_COLUMNS) as file:
-        return read_names(file, sizes=file.read("sizes"), mtimes_ns=file.read("mtimes_ns"))
-
-
-def read_names(file: hdf5.CheckedFile, *, sizes: NDArray[np.int64], mtimes_ns: NDArray[np.int64]) -> Index:
-    """The columns that name images, of an index or a packed file, checked against each other."""
-    class_names = tuple(file.text("class_names"))
-    ids, labels, split, digests = file.text("ids"), file.read("labels"), file.text("split"), file.read("digests")
-    if len(labels) and not (labels.min() >= -1 and labels.max() < len(class_names)):
-        raise StoreError("labels point outside class_names", where=file.path, hint=RESTORE)
-    if digests.shape[1:] != (32,) or not set(split) <= {"", "train", "val", "test"}:
-        raise StoreError("digests or splits are not what the format allows", where=file.path, hint=RESTORE)
-    if len(set(ids)) != len(ids):
-        raise StoreError("an id occurs twice", where=file.path, hint=RESTORE)
-    return Index(ids, labels, split, digests, class_names, sizes, mtimes_ns)
-
-
-def index_columns(index: Index) -> list[hdf5.Column]:
-    """The columns that name images, as an index and a packed file hold them."""
-    return [
-        hdf5.Column.of("ids", hdf5.strings(index.ids)),
-        hdf5.Column.of("labels", index.labels.astype("<i8")),
-        hdf5.Column.of("split", hdf5.strings(index.split)),
-        hdf5.Column.of("digests", index.digests),
-        hdf5.Column.of("class_names", hdf5.strings(index.class_names)),
-    ]
-
-
-@dataclass(frozen=True)
-class Refused:
-    """One line of the quarantine. ``digest`` is hex, or "" where the file could not be read."""
-
-    id: str
-    digest: str
-    reason: str
-    message: str
-
-
-def spell_quarantine(refused: Sequence[Refused]) -> bytes:
-    """The quarantine's bytes."""
-    lines = []
-    for item in refused:
-        fields = {"id": item.id, "digest": item.digest, "reason": item.reason, "message": item.message}
-        lines.append(canonical_json({**fields, "checksum": hashlib.sha256(canonical_json(fields)).hexdigest()[:16]}))
-    return b"".join(line + b"\n" for line in lines)
-
-
-def read_quarantine(store: Path) -> list[Refused]:
-    """The images that the last extraction refused."""
-    path = store / "quarantine.jsonl"
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        return []
-    try:
-        rows = [json.loads(line) for line in raw.decode().splitlines()]
-        refused = [Refused(row["id"], row["digest"], row["reason"], row["message"]) for row in rows]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise damaged(path, "a line is not what featx wrote") from error
-    if spell_quarantine(refused) != raw:
-        raise damaged(path, "its checksum does not match")
-    return refused
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
@@ -255,17 +147,27 @@ def read_features(path: str | Path, *, layer: str = "penultimate", splits: Seque
     StoreError
         No store there, or it is damaged, foreign, unfinished, or of a newer version.
     UsageError
-        The store has no such layer.
+        The store has no such layer, or there is no such split.
     """
+    if splits is not None and (isinstance(splits, str) or not set(splits) <= set(SPLITS)):
+        raise UsageError("no such split", where="splits", expected="a list of train, val, test", found=splits)
+    return _steady(Path(path), lambda: _read_features(FeatureReader(path), layer, splits))
+
+
+def _steady(store: Path, read: Callable[[], T]) -> T:
+    """Read again where a writer published, or a prune replaced shards, between two steps of the reading."""
     for _ in range(_RETRIES):
-        before = _state(Path(path))
+        before = _state(store)
         try:
-            return _read_features(FeatureReader(path), layer, splits)
+            return read()
         except StoreError:
-            # A prune may have replaced shards between two reads; anything else is what the error says.
-            if _state(Path(path)) == before:
-                raise
-    raise StoreError("changes faster than it can be read", where=path)
+            if _state(store) == before:
+                raise  # nothing moved: it is what the error says
+    raise StoreError("changes faster than it can be read", where=store, hint="Read it when the writer is done.")
+
+
+def _state(store: Path) -> bytes:
+    return b"" if store.is_file() else manifest_bytes(store)
 
 
 def _read_features(reader: FeatureReader, layer: str, splits: Sequence[str] | None) -> FeatureSet:
@@ -293,11 +195,6 @@ def stored_precision(path: Path) -> str | None:
     return precision if isinstance(precision, str) else None
 
 
-def _state(store: Path) -> bytes:
-    manifest = store / "manifest.json"
-    return manifest.read_bytes() if manifest.is_file() else b""
-
-
 def iter_features(
     path: str | Path, *, layer: str = "penultimate", block_rows: int = 4096
 ) -> Iterator[tuple[slice, NDArray[np.float32]]]:
@@ -321,29 +218,29 @@ class FeatureReader:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._verified: set[str] = set()
+        self._verified: dict[Path, tuple[int, ...]] = {}
         if self.path.is_file():
             self._open_packed()
         else:
-            self._open_store()
+            _steady(self.path, self._open_store)
 
     def _open_packed(self) -> None:
-        hdf5.check_seal(self.path)
-        with hdf5.open_checked(self.path, PACKED_COLUMNS) as file:
-            if file.attribute("format") != PACKED_FORMAT:
-                raise damaged(self.path, f"its format is not {PACKED_FORMAT!r}")
-            try:
-                version, provenance = (
-                    json.loads(file.attribute("format_version")),
-                    json.loads(file.attribute("provenance")),
-                )
-            except (ValueError, RecursionError) as error:
-                raise damaged(self.path, "its attributes are not JSON") from error
+        self._state = _signature(self.path)
+        self._seal = hdf5.check_seal(self.path)
+        said = hdf5.read_attributes(self.path, ("format", "format_version", "provenance", "fingerprint"))
+        if said["format"] != PACKED_FORMAT:
+            raise damaged(self.path, f"its format is not {PACKED_FORMAT!r}")
+        try:
+            version, provenance = json.loads(said["format_version"]), json.loads(said["provenance"])
             check_version(self.path, version)
-            if not isinstance(provenance, dict) or not isinstance(provenance.get("layers"), list):
-                raise damaged(self.path, "it has no provenance")
-            if file.attribute("fingerprint") != fingerprint(provenance):
+            if not isinstance(provenance, dict) or said["fingerprint"] != fingerprint(provenance):
                 raise damaged(self.path, "the fingerprint does not belong to the provenance")
+        except (ValueError, RecursionError) as error:
+            raise damaged(self.path, "its attributes are not JSON") from error
+        with hdf5.open_checked(self.path, PACKED_COLUMNS) as file:
+            layers = provenance.get("layers")
+            if not isinstance(layers, list) or sorted(map(str, layers)) != sorted(_layers(file)):
+                raise damaged(self.path, "its layers are not those of the provenance")
             unknown = np.full(file.rows, -1, dtype=np.int64)
             self.index = read_names(file, sizes=unknown, mtimes_ns=unknown)
         self.provenance: Mapping[str, Any] = provenance
@@ -352,16 +249,22 @@ class FeatureReader:
 
     def _open_store(self) -> None:
         manifest = read_manifest(self.path)
-        self.index = read_index(self.path)
+        self.index = read_index(self.path, manifest)
         self.provenance, self._shards = manifest.provenance, manifest.shards
         digests, shard_of, row_of = [np.empty((0, 32), np.uint8)], [], []
+        widths = set()
         for number, shard in enumerate(manifest.shards):
             with self._part(number) as file:
                 digests.append(file.read("digests"))
+                widths.add(tuple(_dims(file, layer) for layer in manifest.layers))
+            if len(widths) > 1:
+                raise StoreError("its embeddings have another length", where=shard_path(self.path, shard), hint=RESTORE)
             shard_of.append(np.full(shard.rows, number))
             row_of.append(np.arange(shard.rows))
         keys, wanted = digest_keys(np.concatenate(digests)), digest_keys(self.index.digests)
         order = np.argsort(keys)
+        if (keys[order[1:]] == keys[order[:-1]]).any():
+            raise StoreError("two shards have an embedding of the same image", where=self.path, hint=RESTORE)
         at = np.searchsorted(keys, wanted, sorter=order)
         found = at < len(keys)
         found[found] = keys[order[at[found]]] == wanted[found]
@@ -377,12 +280,17 @@ class FeatureReader:
     @contextmanager
     def _part(self, number: int) -> Iterator[hdf5.CheckedFile]:
         if not self._shards:
+            if _signature(self.path) != self._state and hdf5.check_seal(self.path) != self._seal:
+                raise StoreError("the file was replaced while it was read", where=self.path, hint="Open it again.")
             with hdf5.open_checked(self.path, PACKED_COLUMNS) as file:
                 yield file
             return
         shard = self._shards[number]
-        with open_shard(self.path, shard, self.provenance["layers"], hashed=shard.name in self._verified) as file:
-            self._verified.add(shard.name)
+        path = shard_path(self.path, shard)
+        state = _signature(path)
+        hashed = bool(state) and self._verified.get(path) == state
+        with open_shard(self.path, shard, self.provenance["layers"], hashed=hashed) as file:
+            self._verified[path] = state
             yield file
 
     def read(self, rows: NDArray[np.integer[Any]], *, layer: str = "penultimate") -> NDArray[np.float32]:
@@ -400,14 +308,46 @@ class FeatureReader:
         for number in np.unique(shards).tolist():
             places = np.flatnonzero(shards == number)
             inside = self._row_of[rows[places]]
+            order = np.argsort(inside, kind="stable")
+            places, inside = places[order], inside[order]
             with self._part(number) as file:
-                # One contiguous read, then a gather: HDF5's own fancy indexing is far slower.
-                low, high = int(inside.min()), int(inside.max()) + 1
-                block = file.read(f"embeddings/{layer}", low, high)
-            if out is None:
-                out = np.empty((len(rows), block.shape[1]), np.float32)
-            out[places] = block[inside - low]
-        return np.empty((0, 0), np.float32) if out is None else out
+                if out is None:
+                    out = np.empty((len(rows), _dims(file, layer)), np.float32)
+                start = 0
+                while start < len(inside):
+                    # One contiguous read, then a gather: HDF5's own fancy indexing is far slower.
+                    low = int(inside[start])
+                    stop = int(np.searchsorted(inside, low + _WINDOW))
+                    block = file.read(f"embeddings/{layer}", low, int(inside[stop - 1]) + 1)
+                    out[places[start:stop]] = block[inside[start:stop] - low]
+                    start = stop
+        if out is None:
+            out = np.empty((0, self.dims(layer)), np.float32)
+        return out
+
+    def dims(self, layer: str) -> int:
+        """Length of a layer's embeddings; 0 for a store that has none yet."""
+        if self.path.is_dir() and not self._shards:
+            return 0
+        with self._part(0) as file:
+            return _dims(file, layer)
+
+
+def _dims(file: hdf5.CheckedFile, layer: str) -> int:
+    return int(file.columns[f"embeddings/{layer}"].shape[1])
+
+
+def _layers(file: hdf5.CheckedFile) -> list[str]:
+    return [name.removeprefix("embeddings/") for name in file.columns if name.startswith("embeddings/")]
+
+
+def _signature(path: Path) -> tuple[int, ...]:
+    """What changes when a file is written to or replaced; () where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def digest_keys(digests: NDArray[np.uint8]) -> NDArray[np.bytes_]:

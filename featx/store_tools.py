@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,13 @@ from numpy.typing import NDArray
 from featx import hdf5
 from featx._files import canonical_json, publish
 from featx.errors import StoreError
-from featx.manifest import FORMAT_VERSION, fingerprint, read_manifest
-from featx.store import (
-    PACKED_COLUMNS,
-    PACKED_FORMAT,
-    FeatureReader,
-    digest_keys,
-    index_columns,
-    open_shard,
-    read_index,
-    read_quarantine,
-)
+from featx.hdf5 import RESTORE
+from featx.index import name_columns, read_index, read_quarantine
+from featx.manifest import FORMAT_VERSION, Manifest, Shard, fingerprint, manifest_bytes, read_manifest
+from featx.store import PACKED_FORMAT, FeatureReader, digest_keys, open_shard
 
 _BLOCK_ROWS = 4096
+_RETRIES = 5
 
 
 def info(path: str | Path) -> dict[str, Any]:
@@ -35,15 +29,15 @@ def info(path: str | Path) -> dict[str, Any]:
     if path.is_file():
         reader = FeatureReader(path)
         index, provenance, shards, quarantined = reader.index, reader.provenance, 1, 0
-        with hdf5.open_checked(path, PACKED_COLUMNS) as file:
-            dims = _dims(file)
+        dims = {layer: reader.dims(layer) for layer in provenance["layers"]}
     else:
-        manifest, index = read_manifest(path), read_index(path)
+        manifest = read_manifest(path)
+        index = read_index(path, manifest)
         provenance, shards, quarantined = manifest.provenance, len(manifest.shards), len(read_quarantine(path))
-        dims = {}
+        dims = dict.fromkeys(manifest.layers, 0)
         if manifest.shards:
             with open_shard(path, manifest.shards[0], manifest.layers, hashed=True) as file:
-                dims = _dims(file)
+                dims = {layer: int(file.columns[f"embeddings/{layer}"].shape[1]) for layer in manifest.layers}
     return {
         "rows": len(index),
         "images": len(index),
@@ -60,14 +54,6 @@ def info(path: str | Path) -> dict[str, Any]:
     }
 
 
-def _dims(file: hdf5.CheckedFile) -> dict[str, int]:
-    return {
-        name.removeprefix("embeddings/"): int(column.shape[1])
-        for name, column in file.columns.items()
-        if name.startswith("embeddings/")
-    }
-
-
 def verify(path: str | Path) -> list[str]:
     """Check every byte of a store against its checksums, and its parts against each other.
 
@@ -76,56 +62,74 @@ def verify(path: str | Path) -> list[str]:
     One sentence for each problem, naming the file; an empty list for a sound store.
     """
     path = Path(path)
-    problems: list[str] = []
     if path.is_file():
+        return _problems(lambda: _verify_packed(path))
+    for _ in range(_RETRIES):
         try:
-            reader = FeatureReader(path)
-            for start in range(0, len(reader.index), _BLOCK_ROWS):
-                for layer in reader.provenance["layers"]:
-                    reader.read(np.arange(start, min(start + _BLOCK_ROWS, len(reader.index))), layer=layer)
+            before = manifest_bytes(path)
+            problems = _verify_store(path, read_manifest(path))
+            if not problems or manifest_bytes(path) == before:
+                break  # else a writer was at work, and what looked wrong may have been its doing
         except StoreError as error:
-            problems.append(str(error))
-        return problems
-    try:
-        manifest = read_manifest(path)
-    except StoreError as error:
-        return [str(error)]
-    seen: list[NDArray[np.bytes_]] = [np.empty(0, "S32")]
-    for shard in manifest.shards:
-        try:
-            with open_shard(path, shard, manifest.layers) as file:
-                seen.append(digest_keys(file.read("digests")))
-                for layer in manifest.layers:
-                    file.read(f"embeddings/{layer}")
-        except StoreError as error:
-            problems.append(str(error))
-    known = np.concatenate(seen)
-    if len(np.unique(known)) != len(known):
-        problems.append(f"{path}: a digest is in two shards.")
-    problems += _foreign_files(path, {shard.name for shard in manifest.shards} | set(manifest.in_flux))
-    try:
-        index = read_index(path)
-        lost = ~np.isin(digest_keys(index.digests), known)
-        if lost.any() and not problems:
-            problems.append(f"{path / 'index.h5'}: {int(lost.sum())} images have no embedding in any shard.")
-    except StoreError as error:
-        problems.append(str(error))
-    try:
-        read_quarantine(path)
-    except StoreError as error:
-        problems.append(str(error))
+            return [str(error)]
     return problems
 
 
+def _problems(check: Callable[[], object]) -> list[str]:
+    try:
+        check()
+    except StoreError as error:
+        return [str(error)]
+    return []
+
+
+def _verify_packed(path: Path) -> None:
+    reader = FeatureReader(path)
+    for start in range(0, len(reader.index), _BLOCK_ROWS):
+        for layer in reader.provenance["layers"]:
+            reader.read(np.arange(start, min(start + _BLOCK_ROWS, len(reader.index))), layer=layer)
+
+
+def _verify_store(path: Path, manifest: Manifest) -> list[str]:
+    problems: list[str] = []
+    seen: list[tuple[NDArray[np.bytes_], tuple[int, ...]]] = []
+    for shard in manifest.shards:
+        problems += _problems(lambda shard=shard: seen.append(_verify_shard(path, shard, manifest)))  # type: ignore[misc]
+    known = np.concatenate([np.empty(0, "S32"), *(keys for keys, _ in seen)])
+    if len(np.unique(known)) != len(known):
+        problems.append(f"{path / 'manifest.json'}: it lists two shards with embeddings of the same image.")
+    if len({widths for _, widths in seen}) > 1:
+        problems.append(f"{path / 'shards'}: embeddings of different length.")
+    problems += _foreign_files(path, {shard.name for shard in manifest.shards} | set(manifest.in_flux))
+    complete = len(seen) == len(manifest.shards)
+    problems += _problems(lambda: _verify_index(path, manifest, known if complete else None))
+    return problems + _problems(lambda: read_quarantine(path))
+
+
+def _verify_shard(path: Path, shard: Shard, manifest: Manifest) -> tuple[NDArray[np.bytes_], tuple[int, ...]]:
+    with open_shard(path, shard, manifest.layers) as file:
+        widths = tuple(file.read(f"embeddings/{layer}").shape[1] for layer in manifest.layers)
+        return digest_keys(file.read("digests")), widths
+
+
+def _verify_index(path: Path, manifest: Manifest, known: NDArray[np.bytes_] | None) -> None:
+    index = read_index(path, manifest)
+    lost = 0 if known is None else int((~np.isin(digest_keys(index.digests), known)).sum())
+    if lost:
+        raise StoreError(f"{lost} images have no embedding in any shard", where=path / "index.h5", hint=RESTORE)
+
+
 def _foreign_files(path: Path, shards: set[str]) -> list[str]:
-    expected = {"manifest.json", "index.h5", "quarantine.jsonl", ".lock", "shards"}
-    names = [(path / "shards" / item.name, item.name in shards) for item in (path / "shards").iterdir()]
-    names += [(item, item.name in expected) for item in path.iterdir()]
+    """Files that do not belong; hidden ones are no part of a store (a lock, leftovers, what file managers leave)."""
+    expected = {"manifest.json", "index.h5", "quarantine.jsonl", "shards"}
+    if not (path / "shards").is_dir():
+        return [f"{path / 'shards'}: the folder is missing. {RESTORE}"] if shards else []
+    found = [(item, item.name in shards) for item in (path / "shards").iterdir()]
+    found += [(item, item.name in expected) for item in path.iterdir()]
     return [
         f"{item}: not a file that the manifest names. Move it away."
-        for item, good in sorted(names)
-        # Leftovers of a dead writer are no part of the store, and the next writer deletes them.
-        if not good and not item.name.startswith(".tmp-")
+        for item, good in sorted(found)
+        if not good and not item.name.startswith(".")
     ]
 
 
@@ -162,6 +166,8 @@ def pack(store: str | Path, out: str | Path) -> Path:
         raise StoreError("there is a file of this name already", where=out, hint="Delete it, or choose another name.")
     if not out.parent.is_dir():
         raise StoreError("no such folder", where=out.parent)
+    if out.resolve().is_relative_to(Path(store).resolve()):
+        raise StoreError("the file would lie inside the store", where=out, hint="Choose a place beside it, not in it.")
     reader = FeatureReader(store)
     rows = len(reader.index)
 
@@ -169,10 +175,10 @@ def pack(store: str | Path, out: str | Path) -> Path:
         for start in range(0, rows, _BLOCK_ROWS):
             yield reader.read(np.arange(start, min(start + _BLOCK_ROWS, rows)), layer=layer)
 
-    columns = index_columns(reader.index)
+    columns = name_columns(reader.index)
     for layer in reader.provenance["layers"]:
-        dim = reader.read(np.arange(min(rows, 1)), layer=layer).shape[1]
-        columns.append(hdf5.Column(f"embeddings/{layer}", np.dtype("<f4"), (dim,), rows, blocks(layer)))
+        width = (reader.dims(layer),)
+        columns.append(hdf5.Column(f"embeddings/{layer}", np.dtype("<f4"), width, rows, blocks(layer)))
     attributes = {
         "format": PACKED_FORMAT,
         "format_version": json.dumps(FORMAT_VERSION),
@@ -183,4 +189,7 @@ def pack(store: str | Path, out: str | Path) -> Path:
     def write(temp: Path) -> None:
         hdf5.write(temp, columns, attributes, seal=True)
 
-    return publish(out, write)
+    def verify(temp: Path) -> None:
+        FeatureReader(temp)
+
+    return publish(out, write, verify)

@@ -5,8 +5,9 @@ The format, and the order that makes it safe, is in :mod:`featx.store`.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -19,25 +20,19 @@ from numpy.typing import NDArray
 from featx import hdf5
 from featx._files import (
     cannot_write,
+    fsync_path,
+    make_folder,
     publish,
     publish_bytes,
     remove_leftovers,
     sha256_file,
+    uninterrupted,
     writer_lock,
 )
 from featx.errors import StoreError
+from featx.index import Index, Refused, check_index, read_index, spell_quarantine, write_index
 from featx.manifest import Manifest, Shard, check_same, read_manifest, write_manifest
-from featx.store import (
-    SHARD_COLUMNS,
-    Index,
-    Refused,
-    digest_keys,
-    index_columns,
-    open_shard,
-    read_index,
-    shard_path,
-    spell_quarantine,
-)
+from featx.store import SHARD_COLUMNS, digest_keys, open_shard, shard_path
 
 SHARD_ROWS = 4096
 SHARD_SECONDS = 30.0
@@ -80,10 +75,7 @@ class StoreWriter:
             raise StoreError(
                 "a folder with other things in it", where=self.path, hint="Choose a new or empty folder for --out."
             )
-        try:
-            (self.path / "shards").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise cannot_write(self.path, error) from error
+        make_folder(self.path / "shards")
         self._stack.enter_context(writer_lock(self.path / ".lock"))
         try:
             self._begin()
@@ -105,13 +97,18 @@ class StoreWriter:
             check_same(self.manifest.provenance, self.provenance, self.path)
         else:
             self.manifest = Manifest(self.provenance)
-        self.index = read_index(self.path) if (self.path / "index.h5").exists() else None
+        has_index = (self.path / "index.h5").exists()
+        self.index = read_index(self.path, self.manifest) if has_index else None
         listed = {shard.name for shard in self.manifest.shards}
-        for path in sorted((self.path / "shards").iterdir()):
-            if path.name in self.manifest.in_flux and path.name not in listed:
+        with _changing(self.path):
+            for path in sorted((self.path / "shards").iterdir()):
+                if path.name in listed or path.name.startswith("."):
+                    continue
+                if path.name not in self.manifest.in_flux:
+                    raise StoreError("a shard that the manifest does not name", where=path, hint="Move it away.")
                 path.unlink()
-            elif path.name not in listed:
-                raise StoreError("a shard that the manifest does not name", where=path, hint="Move it away.")
+            # Forgotten only when it is gone for good: after a power cut it would come back without a name.
+            fsync_path(self.path / "shards")
         if self.manifest.in_flux or not self.manifest.shards:
             self._write_manifest(in_flux=())
         digests = [np.empty((0, 32), np.uint8)]
@@ -120,13 +117,13 @@ class StoreWriter:
                 digests.append(file.read("digests"))
         self._published = np.sort(digest_keys(np.concatenate(digests)))
         self._fresh: set[bytes] = set()
-        self._digests: list[bytes] = []
-        self._rows: list[list[NDArray[np.float32]]] = []
+        self._pending: list[tuple[Sequence[bytes], Sequence[NDArray[np.float32]]]] = []
         self._since = time.monotonic()
 
     def _write_manifest(self, **changes: Any) -> None:
-        self.manifest = replace(self.manifest, **changes)
-        write_manifest(self.path, self.manifest)
+        manifest = replace(self.manifest, **changes)
+        write_manifest(self.path, manifest)
+        self.manifest = manifest
 
     def has(self, digest: bytes) -> bool:
         """Whether the store has (or is about to publish) the embedding of this content. Thread-safe."""
@@ -158,21 +155,25 @@ class StoreWriter:
                     where=self.path,
                     hint="Try --precision fp32, and check the weights.",
                 )
-        self._digests.extend(digests)
+        # One step, so that an interrupt finds digests and rows together.
+        self._pending.append((digests, embeddings))
         self._fresh.update(digests)
-        self._rows.append(list(embeddings))
-        if len(self._digests) >= self.shard_rows or time.monotonic() - self._since >= self.shard_seconds:
+        if len(self._fresh) >= self.shard_rows or time.monotonic() - self._since >= self.shard_seconds:
             self.flush()
 
     def flush(self) -> None:
-        """Publish what was added since the last shard."""
-        if self._digests:
-            digests = np.frombuffer(b"".join(self._digests), np.uint8).reshape(-1, 32)
-            blocks = [np.concatenate(parts) for parts in zip(*self._rows, strict=True)]
-            self._publish_shard(digests, blocks)
-            self._published = np.sort(np.concatenate([self._published, digest_keys(digests)]))
-            self._digests, self._rows, self._fresh = [], [], set()
-        self._since = time.monotonic()
+        """Publish what was added since the last shard. Signals wait until that is done."""
+        with uninterrupted():
+            if self._pending:
+                digests = np.frombuffer(b"".join(d for part, _ in self._pending for d in part), np.uint8).reshape(
+                    -1, 32
+                )
+                blocks = [np.concatenate(parts) for parts in zip(*(rows for _, rows in self._pending), strict=True)]
+                self._publish_shard(digests, blocks)
+                # In this order: another thread may ask has() between two lines.
+                self._published = np.sort(np.concatenate([self._published, digest_keys(digests)]))
+                self._pending, self._fresh = [], set()
+            self._since = time.monotonic()
 
     def _publish_shard(
         self, digests: NDArray[np.uint8], blocks: Sequence[NDArray[np.float32]], *, replaces: Shard | None = None
@@ -199,13 +200,23 @@ class StoreWriter:
             return shard.name
 
         publish(self.path / "shards" / "shard.h5", write, verify)
-        if replaces is not None:
-            shards.remove(replaces)
-            self._write_manifest(shards=tuple(shards), in_flux=(*self.manifest.in_flux, replaces.name))
-            shard_path(self.path, replaces).unlink()
-        # An interrupt between rename and manifest leaves a file in flux: it stays named until the next run deletes it.
-        in_flux = [name for name in self.manifest.in_flux if (self.path / "shards" / name).exists()]
-        self._write_manifest(shards=tuple(shards), in_flux=tuple(set(in_flux) - {shard.name for shard in shards}))
+        if replaces is None:
+            self._write_manifest(shards=tuple(shards), in_flux=self._in_flux(shards))
+        else:
+            self._drop(replaces, tuple(shard for shard in shards if shard != replaces))
+
+    def _drop(self, shard: Shard, rest: tuple[Shard, ...]) -> None:
+        """Take one shard out: off the list, off the disk, forgotten, in this order."""
+        self._write_manifest(shards=rest, in_flux=(*self._in_flux(rest), shard.name))
+        with _changing(self.path):
+            shard_path(self.path, shard).unlink(missing_ok=True)
+            fsync_path(self.path / "shards")
+        self._write_manifest(in_flux=self._in_flux(rest))
+
+    def _in_flux(self, listed: Sequence[Shard]) -> tuple[str, ...]:
+        """What a failed write may have left stays named, until the next run deletes it."""
+        names = set(self.manifest.in_flux) - {shard.name for shard in listed}
+        return tuple(sorted(name for name in names if (self.path / "shards" / name).exists()))
 
     def write_quarantine(self, refused: Sequence[Refused]) -> None:
         """Publish the list of refused images."""
@@ -214,22 +225,24 @@ class StoreWriter:
     def finish(self, index: Index, refused: Sequence[Refused], *, source: str) -> None:
         """Publish the rest, the quarantine and the index; from here on the store says what ``index`` says."""
         self.flush()
-        self.write_quarantine(refused)
 
         def write(temp: Path) -> None:
-            columns = [
-                *index_columns(index),
-                hdf5.Column.of("sizes", index.sizes.astype("<i8")),
-                hdf5.Column.of("mtimes_ns", index.mtimes_ns.astype("<i8")),
-            ]
-            hdf5.write(temp, columns, {"fingerprint": self.manifest.fingerprint}, seal=True)
+            write_index(temp, index, self.manifest.fingerprint)
 
-        publish(self.path / "index.h5", write)
+        def verify(temp: Path) -> None:
+            check_index(temp, index, self.manifest)
+
+        with uninterrupted():
+            self.write_quarantine(refused)
+            publish(self.path / "index.h5", write, verify)
+            self._finished(index, len(refused), source)
+
+    def _finished(self, index: Index, refused: int, source: str) -> None:
         self.index = index
         self._write_manifest(
             class_names=index.class_names,
             splits=index.counts(index.split),
-            counts={"images": len(index), "embeddings": self.rows, "quarantined": len(refused)},
+            counts={"images": len(index), "embeddings": self.rows, "quarantined": refused},
             source=source,
         )
 
@@ -247,18 +260,24 @@ class StoreWriter:
                     continue
                 blocks = [file.read(f"embeddings/{layer}")[keep] for layer in self.manifest.layers]
             dropped += int((~keep).sum())
-            if keep.any():
-                self._publish_shard(digests[keep], blocks, replaces=shard)
-            else:
-                rest = tuple(other for other in self.manifest.shards if other != shard)
-                self._write_manifest(shards=rest, in_flux=(shard.name,))
-                shard_path(self.path, shard).unlink()
-                self._write_manifest(in_flux=())
+            with uninterrupted():
+                if keep.any():
+                    self._publish_shard(digests[keep], blocks, replaces=shard)
+                else:
+                    self._drop(shard, tuple(other for other in self.manifest.shards if other != shard))
         if dropped:
             self._write_manifest(counts={**(self.manifest.counts or {}), "embeddings": self.rows})
         return dropped
 
 
+@contextlib.contextmanager
+def _changing(store: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(store / "shards", error) from error
+
+
 def _foreign(folder: Path) -> bool:
     """Whether a folder without a manifest holds anything that an interrupted first run would not have left."""
-    return any(path.name not in ("shards", ".lock") and not path.name.startswith(".tmp-") for path in folder.iterdir())
+    return any(path.name != "shards" and not path.name.startswith(".") for path in folder.iterdir())

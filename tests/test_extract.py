@@ -17,8 +17,9 @@ from PIL import Image
 from featx.errors import Interrupted, MismatchError, TooManyBadImages
 from featx.extract import ExtractSummary, extract_features
 from featx.images import pixels
+from featx.index import read_quarantine
 from featx.sources import ImageSet
-from featx.store import read_features, read_quarantine
+from featx.store import read_features
 from featx.store_tools import content_hash, info, verify
 
 

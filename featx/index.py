@@ -1,0 +1,160 @@
+"""What the images of a store are called, and which were refused. The format is in :mod:`featx.store`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featx import hdf5
+from featx._files import canonical_json, read_regular
+from featx.errors import StoreError
+from featx.hdf5 import RESTORE
+from featx.manifest import Manifest, damaged
+
+SPLITS = ("train", "val", "test")
+
+NAME_COLUMNS = {
+    "ids": "text",
+    "labels": "int64",
+    "split": "text",
+    "digests": "uint8 matrix",
+    "class_names": "text",
+}
+INDEX_COLUMNS = {**NAME_COLUMNS, "sizes": "int64", "mtimes_ns": "int64"}
+
+
+@dataclass(frozen=True)
+class Index:
+    """What the images of a store are called: columns of equal length, sorted by id.
+
+    ``labels`` are rows of ``class_names`` or -1; ``digests`` is uint8 (n, 32); ``sizes`` (bytes) and ``mtimes_ns``
+    recognise unchanged files.
+    """
+
+    ids: Sequence[str]
+    labels: NDArray[np.int64]
+    split: Sequence[str]
+    digests: NDArray[np.uint8]
+    class_names: tuple[str, ...]
+    sizes: NDArray[np.int64]
+    mtimes_ns: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def counts(self, values: Sequence[str]) -> dict[str, int]:
+        """How often each value occurs, sorted by value; empty ones are left out."""
+        names, counts = np.unique(np.asarray(values, dtype=object).astype(str), return_counts=True)
+        return {str(n): int(c) for n, c in zip(names, counts, strict=True) if n}
+
+    @property
+    def labels_as_text(self) -> list[str]:
+        """The class name of each image, "" where there is none."""
+        return [self.class_names[label] if label >= 0 else "" for label in self.labels.tolist()]
+
+
+def read_index(store: Path, manifest: Manifest) -> Index:
+    """Read and check the index of a store; StoreError where the extraction has not finished."""
+    path = store / "index.h5"
+    if not path.exists():
+        raise StoreError(
+            "the store has no index: its extraction has not finished",
+            where=store,
+            hint="Run the same featx extract command again; what is there is kept.",
+        )
+    return _read_index(path, manifest)
+
+
+def _read_index(path: Path, manifest: Manifest) -> Index:
+    hdf5.check_seal(path)
+    with hdf5.open_checked(path, INDEX_COLUMNS) as file:
+        if file.attribute("fingerprint") != manifest.fingerprint:
+            raise StoreError("the index of another store, made with other settings", where=path, hint=RESTORE)
+        return read_names(file, sizes=file.read("sizes"), mtimes_ns=file.read("mtimes_ns"))
+
+
+def read_names(file: hdf5.CheckedFile, *, sizes: NDArray[np.int64], mtimes_ns: NDArray[np.int64]) -> Index:
+    """The columns that name images, of an index or a packed file, checked against each other."""
+    class_names = tuple(file.text("class_names"))
+    ids, labels, split, digests = file.text("ids"), file.read("labels"), file.text("split"), file.read("digests")
+    if len(labels) and not (labels.min() >= -1 and labels.max() < len(class_names)):
+        raise StoreError("labels point outside class_names", where=file.path, hint=RESTORE)
+    if digests.shape[1:] != (32,) or not set(split) <= {"", *SPLITS}:
+        raise StoreError("digests or splits are not what the format allows", where=file.path, hint=RESTORE)
+    if len(set(ids)) != len(ids):
+        raise StoreError("an id occurs twice", where=file.path, hint=RESTORE)
+    return Index(ids, labels, split, digests, class_names, sizes, mtimes_ns)
+
+
+def write_index(path: Path, index: Index, fingerprint: str) -> None:
+    """Write an index that :func:`read_index` will take."""
+    columns = [
+        *name_columns(index),
+        hdf5.Column.of("sizes", index.sizes.astype("<i8")),
+        hdf5.Column.of("mtimes_ns", index.mtimes_ns.astype("<i8")),
+    ]
+    hdf5.write(path, columns, {"fingerprint": fingerprint}, seal=True)
+
+
+def check_index(path: Path, index: Index, manifest: Manifest) -> None:
+    """StoreError if a file that was just written does not read as ``index``."""
+    found = _read_index(path, manifest)
+    same = list(found.ids) == list(index.ids) and found.class_names == index.class_names
+    same = same and list(found.split) == list(index.split)
+    for name in ("labels", "digests", "sizes", "mtimes_ns"):
+        same = same and np.array_equal(getattr(found, name), getattr(index, name))
+    if not same:
+        raise StoreError("the disk did not keep what was written", where=path)
+
+
+def name_columns(index: Index) -> list[hdf5.Column]:
+    """The columns that name images, as an index and a packed file hold them."""
+    return [
+        hdf5.Column.of("ids", hdf5.strings(index.ids)),
+        hdf5.Column.of("labels", index.labels.astype("<i8")),
+        hdf5.Column.of("split", hdf5.strings(index.split)),
+        hdf5.Column.of("digests", index.digests),
+        hdf5.Column.of("class_names", hdf5.strings(index.class_names)),
+    ]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """One line of the quarantine. ``digest`` is hex, or "" where the file could not be read."""
+
+    id: str
+    digest: str
+    reason: str
+    message: str
+
+
+def spell_quarantine(refused: Sequence[Refused]) -> bytes:
+    """The quarantine's bytes."""
+    lines = []
+    for item in refused:
+        fields = {"id": item.id, "digest": item.digest, "reason": item.reason, "message": item.message}
+        lines.append(canonical_json({**fields, "checksum": hashlib.sha256(canonical_json(fields)).hexdigest()[:16]}))
+    return b"".join(line + b"\n" for line in lines)
+
+
+def read_quarantine(store: Path) -> list[Refused]:
+    """The images that the last extraction refused."""
+    path = store / "quarantine.jsonl"
+    try:
+        raw = read_regular(path)
+    except FileNotFoundError:
+        return []
+    try:
+        rows = [json.loads(line) for line in raw.splitlines()]
+        refused = [Refused(row["id"], row["digest"], row["reason"], row["message"]) for row in rows]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise damaged(path, "a line is not what featx wrote") from error
+    if spell_quarantine(refused) != raw:
+        raise damaged(path, "its checksum does not match")
+    return refused
