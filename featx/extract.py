@@ -23,6 +23,7 @@ from featx.backbones import Backbone
 from featx.decoders import TIMEOUT, DecoderPool
 from featx.engines import Engine, make_engine
 from featx.errors import ImageError, Interrupted, TooManyBadImages
+from featx.hdf5 import MAX_STRING
 from featx.images import decode_settings, decoder_version
 from featx.index import Index, Refused
 from featx.sources import ImageRef, ImageSet
@@ -121,6 +122,15 @@ def extract_features(
         run = _Run(images, writer, backbone, engine)
         try:
             run.embed(workers or len(os.sched_getaffinity(0)), decode_timeout, progress)
+            refused = tuple(run.refused)
+            allowed = max(MAX_BAD_IMAGES, MAX_BAD * len(images)) if max_bad is None else max_bad * len(images)
+            if len(refused) > allowed or len(refused) == len(images):
+                writer.flush()
+                writer.write_quarantine(refused)
+                raise _too_many(refused, len(images), allowed, writer.path)
+            notes = _notes(images, writer.manifest.source)
+            writer.finish(run.index(), refused, source=str(images.root))
+            pruned = writer.prune() if prune else 0
         except KeyboardInterrupt as error:
             writer.flush()
             raise Interrupted(
@@ -129,15 +139,6 @@ def extract_features(
                 found=f"{run.done} of {len(images)} images done, {writer.rows} embeddings kept",
                 hint="Run the same command again to go on.",
             ) from error
-        refused = tuple(run.refused)
-        allowed = max(MAX_BAD_IMAGES, MAX_BAD * len(images)) if max_bad is None else max_bad * len(images)
-        if len(refused) > allowed or len(refused) == len(images):
-            writer.flush()
-            writer.write_quarantine(refused)
-            raise _too_many(refused, len(images), allowed, writer.path)
-        notes = _notes(images, writer.manifest.source)
-        writer.finish(run.index(), refused, source=str(images.root))
-        pruned = writer.prune() if prune else 0
         fingerprint = writer.manifest.fingerprint
     seconds = time.perf_counter() - started
     return ExtractSummary(
@@ -219,6 +220,10 @@ class _Run:
         remembered = self._remembered()
         pending = []
         for ref in self.images.refs:
+            problem = _name_problem(ref)
+            if problem:
+                self._refuse(ref, None, ImageError("bad_name", problem))
+                continue
             digest = remembered.get((ref.id, ref.size, ref.mtime_ns))
             if digest is not None and self.writer.has(digest):
                 self._digests[ref.id] = digest
@@ -286,7 +291,7 @@ class _Run:
     def index(self) -> Index:
         """What the images are called, refused ones left out."""
         refs = [ref for ref in self.images.refs if ref.id in self._digests]
-        names = self.images.class_names
+        names = tuple(name for name in self.images.class_names if not _text_problem(name))
         number = {name: i for i, name in enumerate(names)}
         # A file that changed while, or just before, it was read is hashed again the next time.
         settled = [ref.mtime_ns + _SETTLED_NS <= self._read_at.get(ref.id, 2**63) for ref in refs]
@@ -300,3 +305,22 @@ class _Run:
             sizes=np.array([ref.size for ref in refs], np.int64),
             mtimes_ns=np.where(settled, times, -1),
         )
+
+
+def _name_problem(ref: ImageRef) -> str:
+    """Why a path or a label cannot be kept, or "" if it can."""
+    if problem := _text_problem(ref.id):
+        return f"the path {problem}"
+    if problem := _text_problem(ref.label or ""):
+        return f"the label {problem}"
+    return ""
+
+
+def _text_problem(text: str) -> str:
+    if "\0" in text:
+        return "has a zero byte"
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        return "is not Unicode text; rename it"
+    return f"has {size:,} bytes; at most {MAX_STRING:,} can be kept" if size > MAX_STRING else ""

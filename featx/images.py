@@ -68,6 +68,7 @@ BACKGROUND = (255, 255, 255)
 REASONS: Mapping[str, str] = MappingProxyType(
     {
         "empty": "the file has no bytes",
+        "bad_name": "the path or the label cannot be stored as text",
         "unreadable": "the operating system cannot read the file",
         "missing": "the manifest names a file that is not there",
         "not_an_image": "no allowed decoder recognises the bytes",
