@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from sklearn.neighbors import KNeighborsClassifier
 
 from featx.heads import (
-    ROWWISE,
     Centroid,
     Discriminant,
     Head,
@@ -38,6 +37,11 @@ N_FOLDS = 5
 #: Below this many different images of the smallest class the default normaliser is taken: choosing among
 #: several inside five shots loses more than it gains.
 SHOTS_FOR_KIND = 10
+#: A larger support is thinned to about this many rows for the choice (not for the fit that follows):
+#: penalties are scale-free, and more rows hardly change which one is best.
+MAX_ROWS = 400
+#: Enough to rank penalties; the fit that follows is exact.
+_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,9 @@ def choose(
     kinds = head.kinds if smallest >= SHOTS_FOR_KIND else head.kinds[:1]
     if smallest < 2 or (len(kinds) == 1 and not head.parameter):
         return Choice(head.default, None, 0, True)
+    if len(rows) > MAX_ROWS:
+        some = _thin(labels, random_state)
+        rows, labels, groups = rows[some], labels[some], np.unique(groups[some], return_inverse=True)[1]
     folds = fold_numbers(labels, groups, N_FOLDS, random_state)
     start = head.default[head.parameter] if head.parameter else 0.0
     kind, converged, score = kinds[0], True, 0.0
@@ -101,6 +108,15 @@ def choose(
     return Choice(params, float(means[best]), int(folds.max()) + 1, converged and fine)
 
 
+def _thin(labels: NDArray[np.integer], random_state: Any) -> Index:
+    """About MAX_ROWS rows, the same share of every class but never fewer than twice the folds."""
+    order = np.argsort(np.random.default_rng(random_state).random(len(labels)), kind="stable")
+    counts = np.bincount(labels)
+    wanted = np.maximum(np.rint(counts * MAX_ROWS / len(labels)).astype(int), 2 * N_FOLDS)
+    picked = [order[labels[order] == c][: wanted[c]] for c in range(len(counts))]
+    return np.sort(np.concatenate(picked))
+
+
 def _clearly_best(losses: Array) -> int:
     """Row of losses (kinds, n) to take: the first, unless another is better by more than a standard error."""
     best = int(losses.mean(axis=1).argmin())
@@ -109,7 +125,7 @@ def _clearly_best(losses: Array) -> int:
 
 
 Scores: TypeAlias = tuple[Array, bool]
-Family: TypeAlias = Callable[[Array, NDArray[np.integer], Index, list[int], tuple[float, ...], bool], Scores]
+Family: TypeAlias = Callable[[Array, NDArray[np.integer], Index, tuple[float, ...]], Scores]
 
 
 def out_of_fold_losses(
@@ -119,24 +135,13 @@ def out_of_fold_losses(
     labels: NDArray[np.integer],
     folds: Index,
     values: tuple[float, ...],
-    *,
-    scale_free: bool = True,
 ) -> tuple[Array, bool]:
     """Loss (v, n) of every row for every value of the head's parameter, by fits without the row's fold.
 
-    The loss is the head's criterion. The second value says whether all fits converged.
+    The loss is the head's criterion. The normaliser sees the whole support, without labels, so that all
+    folds share one projection. The second value says whether all fits converged.
     """
-    family = _FAMILIES[head.estimator]
-    numbers = list(range(int(folds.max()) + 1))
-    if kind in ROWWISE:
-        scores, converged = family(Normalise(kind).fit_transform(rows), labels, folds, numbers, values, scale_free)
-    else:
-        scores, converged = np.zeros(0), True
-        for number in numbers:
-            normalised = Normalise(kind).fit(rows[folds != number]).transform(rows)
-            some, fine = family(normalised, labels, folds, [number], values, scale_free)
-            scores = some if not scores.size else np.where((folds == number)[None, :, None], some, scores)
-            converged &= fine
+    scores, converged = _FAMILIES[head.estimator](Normalise(kind).fit_transform(rows), labels, folds, values)
     return _losses(head, scores, labels), converged
 
 
@@ -157,25 +162,23 @@ def _penalised(
     rows: Array,
     labels: NDArray[np.integer],
     folds: Index,
-    numbers: list[int],
     values: tuple[float, ...],
-    scale_free: bool,
     *,
     hinge: bool,
 ) -> Scores:
     space = RowSpace.of(with_constant(rows), centre=False) if hinge else RowSpace.of(rows)
-    weights = np.stack([(folds != number).astype(np.float64) for number in numbers])
+    weights = np.stack([(folds != number).astype(np.float64) for number in range(int(folds.max()) + 1)])
     z = space.coordinates
-    unit = np.array([mean_squared_norm(z, w) if scale_free else 1.0 for w in weights])
+    unit = np.array([mean_squared_norm(z, w) for w in weights])
     path = newton_path(
         z, labels, int(labels.max()) + 1, weights, [value / unit for value in values],
-        loss="squared_hinge" if hinge else "softmax", fit_intercept=not hinge,
+        loss="squared_hinge" if hinge else "softmax", fit_intercept=not hinge, tolerance=_TOLERANCE,
     )  # fmt: skip
     out, converged = [], True
     for point in path:
         scores = np.zeros((len(rows), point.coef.shape[2]))
-        for i, number in enumerate(numbers):
-            held = folds == number
+        for i in range(len(weights)):
+            held = folds == i
             scores[held] = z[held] @ point.coef[i] + point.intercept[i]
         out.append(scores)
         converged &= bool(point.converged.all())
@@ -194,19 +197,18 @@ def _ridge(
     rows: Array,
     labels: NDArray[np.integer],
     folds: Index,
-    numbers: list[int],
     values: tuple[float, ...],
-    scale_free: bool,
 ) -> Scores:
     targets = signs(labels, int(labels.max()) + 1)
-    if len(numbers) == len(rows):  # every row its own fold: the closed form
-        unit = mean_squared_norm(rows) if scale_free else 1.0
+    if int(folds.max()) + 1 == len(rows):  # every row is a fold of its own: the closed form
+        unit = mean_squared_norm(rows)
         return ridge_loo(RowSpace.of(rows), targets, [value * unit for value in values]), True
+    rows = RowSpace.of(rows).coordinates
     out = np.zeros((len(values), *targets.shape))
-    for number in numbers:
+    for number in range(int(folds.max()) + 1):
         held = folds == number
         space = RowSpace.of(rows[~held])
-        unit = mean_squared_norm(space.coordinates) if scale_free else 1.0
+        unit = mean_squared_norm(space.coordinates)
         for i, value in enumerate(values):
             coef, offset = ridge_coefficients(space, targets[~held], value * unit)
             out[i, held] = rows[held] @ coef.T + offset
@@ -217,15 +219,16 @@ def _discriminant(
     rows: Array,
     labels: NDArray[np.integer],
     folds: Index,
-    numbers: list[int],
     values: tuple[float, ...],
-    scale_free: bool,
 ) -> Scores:
     n_classes = int(labels.max()) + 1
     out = np.zeros((len(values), len(rows), n_classes))
-    for number in numbers:
+    n_features = rows.shape[1]
+    rows = RowSpace.of(rows).coordinates
+    for number in range(int(folds.max()) + 1):
         held = folds == number
-        path = discriminant_path(RowSpace.of(rows[~held]), labels[~held], n_classes, values)
+        space = RowSpace.of(rows[~held])
+        path = discriminant_path(space, labels[~held], n_classes, values, n_features=n_features)
         for i, (coef, offset) in enumerate(path):
             out[i, held] = rows[held] @ coef.T + offset
     return out, True
@@ -235,13 +238,11 @@ def _centroid(
     rows: Array,
     labels: NDArray[np.integer],
     folds: Index,
-    numbers: list[int],
     values: tuple[float, ...],
-    scale_free: bool,
 ) -> Scores:
     n_classes = int(labels.max()) + 1
     out = np.zeros((1, len(rows), n_classes))
-    for number in numbers:
+    for number in range(int(folds.max()) + 1):
         held = folds == number
         means = np.stack([rows[~held & (labels == c)].mean(axis=0) for c in range(n_classes)])
         out[0, held] = rows[held] @ means.T - 0.5 * np.einsum("ij,ij->i", means, means)
@@ -252,9 +253,7 @@ def _neighbours(
     rows: Array,
     labels: NDArray[np.integer],
     folds: Index,
-    numbers: list[int],
     values: tuple[float, ...],
-    scale_free: bool,
 ) -> Scores:
     lengths = np.einsum("ij,ij->i", rows, rows)
     distance = lengths[:, None] + lengths[None] - 2.0 * rows @ rows.T

@@ -1,0 +1,176 @@
+"""Every shortcut against the plain scikit-learn estimator that it claims to equal."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import Ridge as SkRidge
+from sklearn.svm import LinearSVC
+
+from featx.solvers import RowSpace, discriminant_path, newton_path, ridge_coefficients, ridge_loo
+
+Array = NDArray[np.float64]
+
+
+def blobs(n_classes: int, shots: int, d: int, seed: int = 0, spread: float = 1.0) -> tuple[Array, NDArray[np.int64]]:
+    """Embeddings as a ReLU network makes them: non-negative, with an offset shared by all."""
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(n_classes, d))
+    labels = np.repeat(np.arange(n_classes), shots)
+    rows = np.maximum(centres[labels] * spread + rng.normal(size=(len(labels), d)) + 0.5, 0)
+    return rows, labels
+
+
+def softmax(scores: Array) -> Array:
+    power: Array = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return np.asarray(power / power.sum(axis=1, keepdims=True))
+
+
+@pytest.mark.parametrize("shape", [(12, 40), (40, 12), (20, 20)])
+@pytest.mark.parametrize("centre", [True, False])
+def test_row_space_keeps_every_inner_product(shape: tuple[int, int], centre: bool) -> None:
+    rows = np.random.default_rng(1).normal(size=shape) + 3.0
+    space = RowSpace.of(rows, centre=centre)
+    centred = rows - rows.mean(axis=0) if centre else rows
+    assert space.basis.shape[1] == np.linalg.matrix_rank(centred)
+    np.testing.assert_allclose(space.basis.T @ space.basis, np.eye(space.basis.shape[1]), atol=1e-9)
+    np.testing.assert_allclose(space.coordinates @ space.coordinates.T, centred @ centred.T, atol=1e-9)
+    np.testing.assert_allclose(space.project(rows), space.coordinates, atol=1e-9)
+    gram = space.coordinates.T @ space.coordinates
+    np.testing.assert_allclose(gram, np.diag(np.diag(gram)), atol=1e-8)
+    assert (np.diff(np.diag(gram)) <= 1e-9).all()
+
+
+def test_row_space_of_equal_rows_is_empty() -> None:
+    assert RowSpace.of(np.ones((4, 6))).basis.shape == (6, 0)
+
+
+@pytest.mark.parametrize("n_classes", [2, 3, 7])
+@pytest.mark.parametrize("d", [5, 60])
+def test_logistic_path_equals_logistic_regression(n_classes: int, d: int) -> None:
+    rows, labels = blobs(n_classes, 8, d, spread=0.4)
+    other = blobs(n_classes, 20, d, seed=1, spread=0.4)[0]
+    space = RowSpace.of(rows)
+    cs = [1e-3, 0.1, 10.0]
+    path = newton_path(
+        space.coordinates, labels, n_classes, np.ones((1, len(rows))), [np.array([c]) for c in cs], loss="softmax"
+    )
+    for c, point in zip(cs, path, strict=True):
+        plain = LogisticRegression(C=c, tol=1e-10, max_iter=20_000).fit(rows, labels)
+        ours = softmax(space.project(other) @ point.coef[0] + point.intercept[0])
+        assert point.converged.all()
+        np.testing.assert_allclose(ours, plain.predict_proba(other), atol=2e-5)
+
+
+def test_folds_as_weights_equal_fits_of_each_fold() -> None:
+    rows, labels = blobs(3, 10, 30, spread=0.3)
+    folds = np.tile(np.arange(5), 6)
+    weights = np.stack([(folds != f).astype(float) for f in range(5)])
+    space = RowSpace.of(rows)
+    point = next(newton_path(space.coordinates, labels, 3, weights, [np.full(5, 0.5)], loss="softmax"))
+    for f in range(5):
+        plain = LogisticRegression(C=0.5, tol=1e-10, max_iter=20_000).fit(rows[folds != f], labels[folds != f])
+        ours = softmax(space.coordinates @ point.coef[f] + point.intercept[f])
+        np.testing.assert_allclose(ours, plain.predict_proba(rows), atol=2e-5)
+
+
+@pytest.mark.parametrize("n_classes", [2, 5])
+def test_squared_hinge_path_equals_linear_svc(n_classes: int) -> None:
+    rows, labels = blobs(n_classes, 9, 40, spread=0.3)
+    other = blobs(n_classes, 20, 40, seed=1, spread=0.3)[0]
+    with_one = np.hstack([rows, np.ones((len(rows), 1))])
+    space = RowSpace.of(with_one, centre=False)
+    cs = [1e-3, 0.1, 10.0]
+    path = newton_path(
+        space.coordinates,
+        labels,
+        n_classes,
+        np.ones((1, len(rows))),
+        [np.array([c]) for c in cs],
+        loss="squared_hinge",
+        fit_intercept=False,
+    )
+    for c, point in zip(cs, path, strict=True):
+        plain = LinearSVC(C=c, tol=1e-10, max_iter=200_000).fit(rows, labels).decision_function(other)
+        ours = space.project(np.hstack([other, np.ones((len(other), 1))])) @ point.coef[0]
+        np.testing.assert_allclose(ours.reshape(plain.shape), plain, atol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.floats(-3, 4), st.sampled_from(["softmax", "squared_hinge"]))
+def test_no_step_from_the_solution_gains(seed: int, exponent: float, loss: str) -> None:
+    """The optimum of a convex function: its gradient is zero, checked by differences in random directions."""
+    rows, labels = blobs(3, 4, 8, seed=seed, spread=0.5)
+    space, c = RowSpace.of(rows), 10.0**exponent
+    weights = np.ones((1, len(rows)))
+    point = next(newton_path(space.coordinates, labels, 3, weights, [np.array([c])], loss=loss))  # type: ignore[arg-type]
+    assert point.converged.all()
+    target = labels[:, None] == np.arange(3)
+
+    def objective(coef: Array, intercept: Array) -> float:
+        scores = space.coordinates @ coef + intercept
+        if loss == "softmax":
+            total = -np.log(softmax(scores)[target]).sum()
+        else:
+            total = (np.maximum(1 - np.where(target, 1, -1) * scores, 0) ** 2).sum()
+        return float(total + (coef**2).sum() / (2 * c))
+
+    best = objective(point.coef[0], point.intercept[0])
+    rng = np.random.default_rng(seed)
+    for _ in range(10):
+        step = rng.normal(size=point.coef[0].shape)
+        step *= 1e-2 * np.linalg.norm(point.coef[0]) / np.linalg.norm(step)
+        assert objective(point.coef[0] + step, point.intercept[0]) >= best - 1e-7
+        assert objective(point.coef[0], point.intercept[0] + 1e-2 * rng.normal(size=3)) >= best - 1e-7
+
+
+@pytest.mark.parametrize("d", [6, 50])
+def test_ridge_equals_ridge_and_its_leave_one_out(d: int) -> None:
+    rows, labels = blobs(3, 6, d)
+    targets = np.where(labels[:, None] == np.arange(3), 1.0, -1.0)
+    space, alphas = RowSpace.of(rows), [0.1, 10.0]
+    loo = ridge_loo(space, targets, alphas)
+    for i, alpha in enumerate(alphas):
+        plain = SkRidge(alpha=alpha, solver="svd").fit(rows, targets)
+        coef, offset = ridge_coefficients(space, targets, alpha)
+        np.testing.assert_allclose(coef, plain.coef_, atol=1e-9)
+        np.testing.assert_allclose(offset, plain.intercept_, atol=1e-9)
+        for row in range(len(rows)):
+            rest = np.arange(len(rows)) != row
+            left = SkRidge(alpha=alpha, solver="svd").fit(rows[rest], targets[rest]).predict(rows[row : row + 1])[0]
+            np.testing.assert_allclose(loo[i, row], left, atol=1e-8)
+
+
+@pytest.mark.parametrize("d", [6, 50])
+def test_discriminants_equal_linear_discriminant_analysis(d: int) -> None:
+    rows, labels = blobs(4, 7, d, spread=0.5)
+    other = blobs(4, 20, d, seed=1, spread=0.5)[0]
+    shrinkages = [0.1, 0.5, 1.0]
+    for shrinkage, (coef, offset) in zip(
+        shrinkages, discriminant_path(RowSpace.of(rows), labels, 4, shrinkages), strict=True
+    ):
+        plain = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage).fit(rows, labels)
+        np.testing.assert_allclose(softmax(other @ coef.T + offset), plain.predict_proba(other), atol=1e-7)
+
+
+def test_discriminant_without_spread_is_the_nearest_centroid() -> None:
+    rows, _ = blobs(5, 1, 30)
+    coef, offset = next(discriminant_path(RowSpace.of(rows), np.arange(5), 5, [0.5]))
+    other = blobs(5, 30, 30, seed=3)[0]
+    nearest = ((other[:, None] - rows[None]) ** 2).sum(axis=2).argmin(axis=1)
+    np.testing.assert_array_equal((other @ coef.T + offset).argmax(axis=1), nearest)
+
+
+def test_reaching_the_limit_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("featx.solvers._MAX_NEWTON", 1)
+    rows, labels = blobs(3, 8, 20)
+    with warnings.catch_warnings():
+        path = newton_path(rows, labels, 3, np.ones((1, len(rows))), [np.array([100.0])], loss="softmax")
+        assert not next(path).converged.any()
