@@ -7,25 +7,23 @@ images than ``--max-bad``; 130 interrupted, resumable.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import asdict
 from enum import StrEnum
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from featx._files import refuse_second_writer
 from featx.errors import FeatxError, UsageError
+from featx.terminal import ProgressLine, print_json, say, show
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from featx.splits import Shots
-    from featx.terminal import ProgressLine
 
 QUARANTINED = 3
 
@@ -93,7 +91,7 @@ def backbones(as_json: Json = False) -> None:
 
     known = list_backbones()
     if as_json:
-        _print_json({"backbones": [_plain(info) for info in known]})
+        print_json({"backbones": [asdict(info) for info in known]})
         return
     from rich.table import Table
 
@@ -101,7 +99,7 @@ def backbones(as_json: Json = False) -> None:
     for info in known:
         size = f"{info.parameters / 1e6:.1f} M"
         table.add_row(info.name, str(info.embedding_dim), size, info.licence, "yes" if info.offline else "")
-    _out().print(table)
+    show(table)
     print("\nAny timm model too, as timm:NAME. Weights of your own: --weights FILE.")
 
 
@@ -150,7 +148,7 @@ def extract(
     from featx.engines import make_engine
     from featx.extract import extract_features
 
-    with _progress("embedding") as line:
+    with ProgressLine("embedding") as line:
         network = load_backbone(backbone, weights=weights, layers=tuple(layer or ("penultimate",)), progress=line.say)
         wanted = stored_precision(out) if precision is Precision.auto else None
         chosen = make_engine(
@@ -170,29 +168,24 @@ def extract(
             prune=prune,
             progress=line.update,
         )
-    console = _err() if as_json else _out()
     for note in summary.notes:
-        _err().print(f"Note: {note}.", markup=False, highlight=False, soft_wrap=True)
+        say(f"Note: {note}.", err=True)
     if as_json:
-        _print_json(summary.to_json())
+        print_json(summary.to_json())
     rate = f", {summary.images_per_second:.0f} images/s" if summary.embedded else ""
-    console.print(
+    say(
         f"{summary.images} images: {summary.embedded} embedded, {summary.reused} reused, "
         f"{summary.quarantined} quarantined, in {summary.seconds:.1f} s{rate} "
         f"({summary.backbone}, {summary.engine} on {summary.device}, {summary.precision}).",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
+        err=as_json,
     )
     for item in summary.refused[:10]:
-        _err().print(
-            f"  refused {item.id}: {item.reason}, {item.message}", markup=False, highlight=False, soft_wrap=True
-        )
+        say(f"  refused {item.id}: {item.reason}, {item.message}", err=True)
     if summary.quarantined:
-        _err().print(f"All refused images: {out / 'quarantine.jsonl'}", markup=False, highlight=False, soft_wrap=True)
+        say(f"All refused images: {out / 'quarantine.jsonl'}", err=True)
         raise typer.Exit(QUARANTINED)
     if not as_json:
-        console.print(f"Next: featx sweep {out}", markup=False, highlight=False, soft_wrap=True)
+        say(f"Next: featx sweep {out}")
 
 
 @app.command(epilog="Example:  featx info photos.featx --json")
@@ -202,7 +195,7 @@ def info(store: StoreArgument, as_json: Json = False) -> None:
 
     facts = describe(store)
     if as_json:
-        _print_json(facts)
+        print_json(facts)
         return
     from rich.table import Table
 
@@ -213,7 +206,7 @@ def info(store: StoreArgument, as_json: Json = False) -> None:
         value = facts[name]
         text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
         table.add_row(name, text or "none")
-    _out().print(table)
+    show(table)
 
 
 @app.command(epilog="Example:  featx verify photos.featx")
@@ -224,13 +217,13 @@ def verify(store: StoreArgument, as_json: Json = False) -> None:
 
     problems = check(store)
     if as_json:
-        _print_json(
+        print_json(
             {"sound": not problems, "problems": problems, "content_hash": None if problems else content_hash(store)}
         )
     elif not problems:
         print(f"{store}: sound.")
     for problem in problems:
-        _err().print(problem, markup=False, highlight=False, soft_wrap=True)
+        say(problem, err=True)
     if problems:
         raise typer.Exit(2)
 
@@ -246,7 +239,7 @@ def pack(
 
     made = make(store, out)
     if as_json:
-        _print_json({"path": str(made), "bytes": made.stat().st_size})
+        print_json({"path": str(made), "bytes": made.stat().st_size})
     else:
         print(f"{made}: {made.stat().st_size:,} bytes.")
 
@@ -299,7 +292,7 @@ def run_sweep(
     """What ``featx sweep`` and ``scripts/sweep_heads.py`` do."""
     import numpy as np
 
-    from featx.report import render_table, write_report
+    from featx.report import render, write_report
     from featx.store import read_features
     from featx.sweep import sweep_heads
 
@@ -309,10 +302,8 @@ def run_sweep(
     # Test images are for the one judgement at the end; they take no part in choosing.
     rows = np.flatnonzero(features.splits != "test")
     if len(rows) < len(features):
-        _err().print(
-            f"Note: {len(features) - len(rows)} images of the split test are left out.", highlight=False, soft_wrap=True
-        )
-    with _progress("comparing heads") as line:
+        say(f"Note: {len(features) - len(rows)} images of the split test are left out.", err=True)
+    with ProgressLine("comparing heads") as line:
         result = sweep_heads(
             features.embeddings[rows],
             features.labels[rows],
@@ -327,11 +318,9 @@ def run_sweep(
         )
         where = write_report(result, out, title=store.name, provenance=dict(features.provenance))
     if as_json:
-        _print_json({**result.to_json(), "report": str(where)})
-    console = _err() if as_json else _out()
-    for part in render_table(result):
-        console.print(part)
-    console.print(f"Report: {where}", markup=False, highlight=False, soft_wrap=True)
+        print_json({**result.to_json(), "report": str(where)})
+    show(render(result), err=as_json)
+    say(f"Report: {where}", err=as_json)
 
 
 @app.command(epilog="Example:  featx demo")
@@ -383,6 +372,7 @@ def _check_output(out: Path, source: Path) -> None:
             "the store would lie inside the folder of images", where=out, hint="Choose an --out beside it, not in it."
         )
     _check_writable(out)
+    refuse_second_writer(out)
 
 
 def _check_writable(out: Path) -> None:
@@ -394,43 +384,13 @@ def _check_writable(out: Path) -> None:
         raise UsageError("no permission to write", where=parent, hint="Choose another folder for the output.")
 
 
-# --- output -------------------------------------------------------------------------------------------------------
-
-
-def _out() -> Console:
-    from rich.console import Console
-
-    return Console()
-
-
-def _err() -> Console:
-    from rich.console import Console
-
-    return Console(stderr=True)
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[ProgressLine]:
-    from featx.terminal import ProgressLine
-
-    with ProgressLine(what) as line:
-        yield line
-
-
-def _plain(record: Any) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return asdict(record)
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value, ensure_ascii=False, allow_nan=False))
+# --- the end ------------------------------------------------------------------------------------------------------
 
 
 def _fail(message: str, code: int) -> NoReturn:
     print(f"Error: {message}", file=sys.stderr)
     if "--json" in sys.argv[1:]:
-        _print_json({"error": message, "exit_code": code})
+        print_json({"error": message, "exit_code": code})
     sys.stdout.flush()
     raise SystemExit(code)
 
@@ -443,6 +403,9 @@ def _terminate(number: int, frame: object) -> None:
 def main() -> None:
     """Entry point of ``featx``."""
     signal.signal(signal.SIGTERM, _terminate)
+    if isinstance(sys.stdout, TextIOWrapper):
+        # A file name that is no text must not end the output; in JSON the escape even means the same.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = app(standalone_mode=False)
     except FeatxError as error:
@@ -450,10 +413,10 @@ def main() -> None:
     except ClickException as error:
         error.show()
         if "--json" in sys.argv[1:]:
-            _print_json({"error": error.format_message(), "exit_code": 2})
+            print_json({"error": error.format_message(), "exit_code": 2})
         code = 2
     except (typer.Abort, KeyboardInterrupt):
-        _fail("Interrupted.", 130)
+        _fail("interrupted; what was published is kept. Run the same command again to go on.", 130)
     except BrokenPipeError:
         # The reader of our output (head, less) has gone: nothing to say, and nobody to say it to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,15 +1,35 @@
-"""Progress on a terminal, and in the log of a job that has none."""
+"""What people see on a terminal, and what the log of a job without one shows."""
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.progress import Progress, TaskID
 
 LOG_SECONDS = 10.0
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print one line of text, as it is."""
+    print(text, file=sys.stderr if err else sys.stdout, flush=True)
+
+
+def show(table: RenderableType, *, err: bool = False) -> None:
+    """Print a table or another of rich's renderables."""
+    from rich.console import Console
+
+    Console(stderr=err).print(table)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """Print the one JSON object of a command."""
+    print(json.dumps(value, ensure_ascii=False, allow_nan=False), flush=True)
 
 
 class ProgressLine:
@@ -23,6 +43,9 @@ class ProgressLine:
 
     def __enter__(self) -> ProgressLine:
         if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -49,7 +72,7 @@ class ProgressLine:
         if self._bar is not None:
             self._bar.console.print(sentence, markup=False, highlight=False)
         else:
-            print(sentence, file=sys.stderr, flush=True)
+            say(sentence, err=True)
 
     def _show(self, what: str, done: int, total: int) -> None:
         if self._bar is not None:
@@ -58,4 +81,4 @@ class ProgressLine:
             self._bar.update(self._task, completed=done, total=total, description=what)
         elif time.monotonic() - self._logged >= LOG_SECONDS:
             self._logged = time.monotonic()
-            print(f"{what}: {done} of {total}", file=sys.stderr, flush=True)
+            say(f"{what}: {done} of {total}", err=True)

@@ -1,0 +1,296 @@
+"""The real command in its own process: what it prints, and how it ends."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from conftest import Featx, class_folders, picture
+from test_extract import bad_images
+
+from featx.store import read_features
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return class_folders(tmp_path_factory.mktemp("cli") / "photos", names=("ants", "bees", "wasps"), each=8)
+
+
+@pytest.fixture(scope="module")
+def store(source: Path, featx: Featx) -> Path:
+    out = source.parent / "photos.featx"
+    ran = featx("extract", source, "--out", out, "--json")
+    assert ran.code == 0, ran.err
+    summary = ran.json
+    assert summary["images"] == summary["embedded"] == 24
+    assert (summary["reused"], summary["quarantined"]) == (0, 0)
+    assert summary["backbone"] == "efficientnet_lite0"
+    assert summary["device"] in ("cpu", "cuda")
+    assert summary["precision"] in ("fp32", "bf16")
+    assert summary["engine"] in ("torch", "openvino")
+    assert len(summary["fingerprint"]) == 64
+    assert summary["seconds"] > 0
+    assert summary["images_per_second"] > 0
+    return out
+
+
+def test_extract_again_embeds_nothing(source: Path, store: Path, featx: Featx) -> None:
+    summary = featx("extract", source, "--out", store, "--json").json
+    assert (summary["embedded"], summary["reused"]) == (0, 24)
+    ran = featx("extract", source, "--out", store)
+    assert ran.out.startswith("24 images: 0 embedded, 24 reused, 0 quarantined")
+    assert f"featx sweep {store}" in ran.out
+
+
+def test_info_verify_and_pack(store: Path, tmp_path: Path, featx: Featx) -> None:
+    facts = featx("info", store, "--json").json
+    assert facts["rows"] == facts["images"] == 24
+    assert facts["embedding_dim"] == 1280
+    assert facts["layers"] == {"penultimate": 1280}
+    assert facts["classes"] == {"ants": 8, "bees": 8, "wasps": 8}
+    assert facts["splits"] == {}
+    assert (facts["shards"], facts["quarantined"]) == (1, 0)
+    assert "ants 8" in featx("info", store).out
+
+    sound = featx("verify", store, "--json").json
+    assert sound["sound"] is True
+    packed = tmp_path / "photos.h5"
+    assert featx("pack", store, packed).code == 0
+    assert featx("verify", packed, "--json").json["content_hash"] == sound["content_hash"]
+    assert featx("info", packed, "--json").json["classes"] == facts["classes"]
+    features = read_features(store)
+    with h5py.File(packed) as plain:  # by h5py alone
+        assert np.array_equal(plain["embeddings/penultimate"][()], features.embeddings)
+        assert [name.decode() for name in plain["ids"][()]] == features.ids.tolist()
+        assert plain["labels"][()].tolist() == features.labels.tolist()
+    ran = featx("pack", store, packed)
+    assert ran.code == 2
+    assert "there is a file of this name already" in ran.err
+
+
+def test_sweep_ranks_heads_and_writes_a_report(store: Path, tmp_path: Path, featx: Featx) -> None:
+    arguments = ("sweep", store, "--shots", "1,5", "--episodes", 5, "--out", tmp_path / "report")
+    ran = featx(*arguments, "--json")
+    assert ran.code == 0, ran.err
+    found = ran.json
+    assert {row["head"] for row in found["results"]} >= {"logreg", "linear_svm", "ridge", "lda", "knn"}
+    assert found["winner"] in {row["head"] for row in found["results"]}
+    for row in found["results"]:
+        assert row["n_shots"] in (1, 5)
+        assert row["episodes"] == 5
+        assert 0 <= row["accuracy"]["low"] <= row["accuracy"]["mean"] <= row["accuracy"]["high"] <= 1
+        assert 0 <= row["balanced_accuracy"] <= 1
+        assert row["fit_seconds"] > 0
+        assert isinstance(row["params"], dict)
+    for pair in found["comparisons"]:
+        assert pair["verdict"] in ("better", "worse", "cannot tell")
+        assert pair["low"] <= pair["difference"] <= pair["high"]
+        assert 0 <= pair["p"] <= 1
+    assert found["duplicates"]["exact"] == 0
+    files = {path.name for path in (tmp_path / "report").iterdir()}
+    assert {"summary.json", "trials.csv", "accuracy_vs_shots.png"} <= files
+    saved = json.loads((tmp_path / "report" / "summary.json").read_text())
+    assert saved["results"] == found["results"]
+    with (tmp_path / "report" / "trials.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 5 * len(found["results"])
+    again = featx(*arguments, "--json", "--n-jobs", 1).json
+    strip = [{k: v for k, v in row.items() if k != "fit_seconds"} for row in found["results"]]
+    assert strip == [{k: v for k, v in row.items() if k != "fit_seconds"} for row in again["results"]]
+
+
+def test_the_scripts_are_the_commands(source: Path, store: Path, tmp_path: Path) -> None:
+    scripts = Path(__file__).parent.parent / "scripts"
+    for script, arguments in (
+        ("extract_features.py", [source, "--out", tmp_path / "s.featx"]),
+        (
+            "sweep_heads.py",
+            [store, "--shots", "2", "--heads", "logreg,knn", "--episodes", "3", "--out", tmp_path / "r"],
+        ),
+    ):
+        command = [sys.executable, str(scripts / script), *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout.strip()
+    assert (tmp_path / "r" / "summary.json").exists()
+
+
+def test_test_images_take_no_part_in_choosing(tmp_path: Path, featx: Featx) -> None:
+    class_folders(tmp_path / "photos" / "train", each=6)
+    class_folders(tmp_path / "photos" / "test", each=6, first=50)
+    store = tmp_path / "s.featx"
+    assert featx("extract", tmp_path / "photos", "--out", store).code == 0
+    assert featx("info", store, "--json").json["splits"] == {"test": 12, "train": 12}
+    ran = featx("sweep", store, "--shots", "2", "--heads", "knn", "--episodes", "3", "--json")
+    assert "12 images of the split test are left out" in ran.err
+    assert ran.json["images"] == 12
+
+
+def test_awkward_images_end_with_exit_code_3(source: Path, tmp_path: Path, featx: Featx) -> None:
+    photos = tmp_path / "photos"
+    shutil.copytree(source, photos)
+    expected = bad_images(photos / "ants")
+    store = tmp_path / "s.featx"
+    ran = featx("extract", photos, "--out", store, "--json")
+    assert ran.code == 3, ran.err
+    assert (ran.json["images"], ran.json["embedded"], ran.json["quarantined"]) == (32, 29, 3)
+    lines = [json.loads(line) for line in (store / "quarantine.jsonl").read_text().splitlines()]
+    assert {line["id"]: line["reason"] for line in lines} == {f"ants/{k}": v for k, v in expected.items()}
+    assert all(line["message"] and len(line["digest"]) == 64 for line in lines)
+    assert "ants/text.jpg: not_an_image" in ran.err
+    assert featx("extract", photos, "--out", store, "--max-bad", 0).code == 4
+
+
+def mistake(ran: object, code: int, *words: str) -> None:
+    """One sentence on stderr, nothing else, and the exit code."""
+    assert getattr(ran, "code") == code, ran  # noqa: B009 - any Ran
+    text = getattr(ran, "err")  # noqa: B009
+    assert text.startswith("Error: "), text
+    assert text.count("\n") == 1, text
+    for word in words:
+        assert word in text
+
+
+def test_mistakes_end_with_one_sentence_and_exit_code_2(
+    source: Path, store: Path, tmp_path: Path, featx: Featx
+) -> None:
+    out = tmp_path / "new.featx"
+    (tmp_path / "empty").mkdir()
+    class_folders(tmp_path / "single", names=("ants",))
+    mistake(featx("extract", tmp_path / "nowhere", "--out", out), 2, "nowhere: no such folder or manifest")
+    mistake(featx("extract", tmp_path / "empty", "--out", out), 2, "no images in this folder")
+    mistake(featx("extract", tmp_path / "single", "--out", out), 2, "only one class folder", "at least two folders")
+    mistake(featx("extract", source, "--out", out, "--backbone", "resnet81"), 2, "resnet81", "Did you mean resnet18")
+    mistake(featx("extract", source, "--out", source / "s.featx"), 2, "inside the folder of images")
+    mistake(featx("extract", source, "--out", tmp_path / "empty" / "x" / "s.featx", "--layer", "nolayer"), 2, "nolayer")
+    mistake(featx("extract", source, "--out", store, "--weights", "none"), 2, "another weights_sha256")
+    mistake(featx("extract", source, "--out", tmp_path), 2, "a folder with other things in it")
+    mistake(featx("extract", source, "--out", out, "--device", "cuda"), 2, "no CUDA device")
+    mistake(featx("sweep", tmp_path / "nowhere"), 2, "no such store")
+    mistake(featx("sweep", store, "--shots", "1,30"), 2, "too few images", "expected at least", "found 8")
+    mistake(featx("sweep", store, "--shots", "many"), 2, "--shots cannot be read")
+    mistake(featx("sweep", store, "--heads", "logrge"), 2, "logrge", "logreg")
+    mistake(featx("sweep", store, "--layer", "penultima"), 2, "no layer 'penultima'", "Did you mean penultimate?")
+    mistake(featx("info", source), 2, "not a featx store: it has no manifest.json")
+    mistake(featx("info", Path(__file__)), 2, "test_cli.py")
+    mistake(featx("pack", store, tmp_path / "no" / "x.h5"), 2, "no such folder")
+
+
+def test_a_store_with_one_class_cannot_be_swept(tmp_path: Path, featx: Featx) -> None:
+    folder = class_folders(tmp_path / "photos", names=("ants",)) / "ants"
+    assert featx("extract", folder, "--out", tmp_path / "s.featx").code == 0  # unlabelled: fine for retrieval
+    mistake(featx("sweep", tmp_path / "s.featx"), 2, "class")
+
+
+def test_mistakes_are_json_too(tmp_path: Path, featx: Featx) -> None:
+    for arguments in (
+        ("info", tmp_path / "nowhere", "--json"),
+        ("extract", "--json"),
+        ("backbones", "--json", "--jsn"),
+    ):
+        ran = featx(*arguments)
+        assert ran.code == 2
+        assert set(ran.json) == {"error", "exit_code"}
+
+
+def test_no_permission_to_write(source: Path, tmp_path: Path, featx: Featx) -> None:
+    if os.geteuid() == 0:  # root may write anywhere but in the kernel's own folders
+        if not Path("/sys/kernel").is_dir():
+            pytest.skip("root may write anywhere here")
+        out = Path("/sys/kernel/photos.featx")
+    else:
+        (tmp_path / "locked").mkdir(mode=0o555)
+        out = tmp_path / "locked" / "photos.featx"
+    mistake(featx("extract", source, "--out", out), 2, "no permission to write", "another folder")
+
+
+def test_usage_errors_suggest(featx: Featx) -> None:
+    ran = featx("sweeep", "x")
+    assert ran.code == 2
+    assert "Did you mean 'sweep'" in ran.err
+    assert featx("extract").code == 2
+    assert featx("extract", "x", "--out", "y", "--precision", "fp8").code == 2
+
+
+def test_help_is_quick_and_names_every_command(featx: Featx) -> None:
+    ran = featx("--help")
+    assert ran.code == 0
+    for name in ("demo", "backbones", "extract", "info", "verify", "pack", "sweep"):
+        assert name in ran.out
+        help_of = featx(name, "--help")
+        assert help_of.code == 0
+        assert "Example" in help_of.out
+    assert featx("--version").out.startswith("featx ")
+
+
+def test_backbones_lists_the_offline_default(featx: Featx) -> None:
+    rows = {row["name"]: row for row in featx("backbones", "--json").json["backbones"]}
+    assert rows["efficientnet_lite0"]["offline"] is True
+    assert rows["efficientnet_lite0"]["embedding_dim"] == 1280
+    assert rows["resnet50"]["embedding_dim"] == 2048
+    assert all({"name", "embedding_dim", "parameters", "licence", "offline"} <= set(row) for row in rows.values())
+    assert "efficientnet_lite0" in featx("backbones").out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_extraction_says_how_to_go_on(tmp_path: Path, number: signal.Signals, featx: Featx) -> None:
+    source = class_folders(tmp_path / "photos", each=150)
+    store = tmp_path / "s.featx"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "featx", "extract", str(source), "--out", str(store)],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (store / "manifest.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.4)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Run the same command again to go on" in err
+    assert "Traceback" not in err
+    assert not list(store.rglob(".tmp-*"))
+    done = featx("extract", source, "--out", store, "--json").json
+    assert done["embedded"] + done["reused"] == 300
+
+
+def test_output_into_a_closed_pipe_is_no_error(store: Path) -> None:
+    command = f"{sys.executable} -m featx info {store} --json | true"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
+    assert done.returncode in (0, 1, 141)  # whoever notices first
+
+
+@pytest.mark.slow
+def test_the_demo(tmp_path: Path, featx: Featx) -> None:
+    ran = featx("demo", "--folder", tmp_path / "data")
+    assert ran.code == 0, ran.err
+    assert len(list((tmp_path / "data" / "digits").rglob("*.png"))) == 1797
+    report = tmp_path / "data" / "digits.report"
+    assert str(report) in ran.out
+    summary = json.loads((report / "summary.json").read_text())
+    best = {row["n_shots"]: row["accuracy"]["mean"] for row in summary["results"] if row["head"] == summary["winner"]}
+    assert best[5] > 0.6
+    assert best[20] > 0.8
+
+
+def test_photos_of_ants_and_bees(photos: Path, tmp_path: Path, featx: Featx) -> None:
+    store = tmp_path / "h.featx"
+    assert featx("extract", photos / "hymenoptera", "--out", store, "--json").json["embedded"] == 397
+    found = featx("sweep", store, "--shots", "5", "--heads", "logreg,linear_svm,knn", "--json").json
+    best = next(row for row in found["results"] if row["head"] == found["winner"])
+    assert best["accuracy"]["mean"] > 0.90
+
+
+def test_pictures_are_really_different() -> None:
+    assert not np.array_equal(np.asarray(picture(1)), np.asarray(picture(2)))
