@@ -370,7 +370,7 @@ _NETWORKS = (
     Network("vgg19_bn", 4096, 143_678_248, "vgg19_bn-c79401a0.pth"),
     Network("vit_b_16", 768, 86_567_656, "vit_b_16-c867db91.pth"),
     Network("vit_b_32", 768, 88_224_232, "vit_b_32-d86f8d99.pth"),
-    Network("vit_h_14", 1280, 632_045_800, "vit_h_14_swag-80465313.pth"),
+    Network("vit_h_14", 1280, 633_470_440, "vit_h_14_swag-80465313.pth"),
     Network("vit_l_16", 1024, 304_326_632, "vit_l_16-852ce7e3.pth"),
     Network("vit_l_32", 1024, 306_535_400, "vit_l_32-c7638314.pth"),
     Network("wide_resnet101_2", 2048, 126_886_696, "wide_resnet101_2-d733dc28.pth"),

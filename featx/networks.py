@@ -64,11 +64,12 @@ class FrozenNetwork(nn.Module):
         _check_names(body, self.layers, classifier, where)
         if classifier is not None:
             body.set_submodule(classifier, nn.Identity())
-        self.body = body.eval().requires_grad_(False)
+        self.body = body.eval().requires_grad_(False)  # eval before the probe, which would move running statistics
         self._poolings: dict[str, Pooling] = {}
         for name in self.layers:
             self._hook(name)
         self._poolings = self._probe(where)
+        self.eval()
 
     def train(self, mode: bool = True) -> FrozenNetwork:
         """Frozen: asking for training mode changes nothing."""
@@ -156,7 +157,7 @@ def build(
         aliases = _timm_classifiers(body)
     else:
         network = NETWORKS[name]
-        body = _catalogue_body(network, preprocess, random_state)
+        body = catalogue_body(network, preprocess, random_state)
         classifier = last_layer(body)
         aliases = (classifier,)
     timms_own = timm_default and name.startswith("timm:")
@@ -190,7 +191,8 @@ def _seeded(random_state: int) -> Iterator[None]:
         yield
 
 
-def _catalogue_body(network: Network, preprocess: Preprocess, random_state: int) -> nn.Module:
+def catalogue_body(network: Network, preprocess: Preprocess, random_state: int) -> nn.Module:
+    """A catalogue network whole, with its 1,000-class layer, initialised from the seed."""
     if network.source == "featx":
         return _timm_body(network.architecture, random_state, None, num_classes=1000)[0]
     import torchvision.models
@@ -244,7 +246,7 @@ def _look(output: Any) -> tuple[tuple[int, ...] | str, bool]:
     """The shape of a layer's output (or what it is instead of a tensor), and whether it is finite."""
     if not isinstance(output, Tensor):
         return f"a {type(output).__name__}", True
-    return tuple(output.shape), bool(output.isfinite().all())
+    return tuple(output.shape), output.is_meta or bool(output.isfinite().all())
 
 
 def _pooling(shape: tuple[int, ...] | str, name: str, where: str) -> Pooling:
