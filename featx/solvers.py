@@ -113,6 +113,9 @@ def newton_path(
     solution = np.zeros(problem.shape)
     for c in cs:
         solution, converged = _newton(problem, np.asarray(c, dtype=np.float64), solution, tolerance)
+        if fit_intercept and loss == "softmax":
+            # The same constant on every class changes nothing; scikit-learn's intercepts sum to zero.
+            solution[-1] -= solution[-1].mean(axis=-1, keepdims=True)
         inner = solution[:-1] if fit_intercept else solution
         last = solution[-1] if fit_intercept else np.zeros(solution.shape[1:])
         yield PathPoint(np.moveaxis(inner, 1, 0).copy(), last.copy(), converged)

@@ -1,0 +1,153 @@
+"""The draws: stratified, nested, paired, free of duplicates on both sides; and what they refuse."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.model_selection import cross_val_score
+
+from featx.errors import UsageError
+from featx.heads import make_head
+from featx.splits import KShotSplit, feasible_shots, find_duplicates, fold_numbers
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(7, 30), min_size=2, max_size=5),
+    seed=st.integers(0, 2**32 - 1),
+    copies=st.integers(1, 3),
+)
+def test_draws_are_stratified_nested_and_free_of_copies(sizes: list[int], seed: int, copies: int) -> None:
+    labels = np.repeat(np.arange(len(sizes)), np.array(sizes) * copies)
+    groups = np.concatenate(
+        [1000 * c + np.tile(np.arange(size), copies) for c, size in enumerate(sizes)]
+    )  # every image is there `copies` times
+    smaller: set[int] = set()
+    for n_shots in (1, 3, 6):
+        ((support, query),) = KShotSplit(n_shots, n_episodes=1, random_state=seed).split(None, labels, groups)
+        assert np.bincount(labels[support]).tolist() == [n_shots] * len(sizes)
+        assert len(set(groups[support])) == len(support)
+        assert not set(groups[support]) & set(groups[query])
+        assert set(labels[query]) == set(range(len(sizes)))
+        assert len(query) == len(labels) - copies * len(support)
+        assert smaller <= set(support)
+        smaller = set(support)
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes=st.lists(st.integers(2, 40), min_size=2, max_size=5), seed=st.integers(0, 1000))
+def test_all_holds_out_a_fifth_of_each_class_with_whole_groups(sizes: list[int], seed: int) -> None:
+    labels = np.repeat(np.arange(len(sizes)), np.array(sizes) * 2)
+    groups = np.concatenate([1000 * c + np.tile(np.arange(size), 2) for c, size in enumerate(sizes)])
+    ((support, query),) = KShotSplit("all", n_episodes=1, random_state=seed).split(None, labels, groups)
+    assert sorted([*support, *query]) == list(range(len(labels)))
+    assert not set(groups[support]) & set(groups[query])
+    for c, size in enumerate(sizes):
+        assert (labels[query] == c).sum() == 2 * max(1, round(0.2 * size))
+
+
+def test_few_shots_lie_inside_all() -> None:
+    labels = np.repeat([0, 1], 30)
+    for few, every in zip(
+        KShotSplit(20, n_episodes=5).split(None, labels),
+        KShotSplit("all", n_episodes=5).split(None, labels),
+        strict=True,
+    ):
+        assert set(few[0]) <= set(every[0])
+
+
+def test_an_episode_depends_on_seed_and_number_only() -> None:
+    labels = np.repeat(["a", "b", "c"], 12)
+    many = list(KShotSplit(2, n_episodes=9, random_state=5).split(None, labels))
+    few = list(KShotSplit(2, n_episodes=3, random_state=5).split(None, labels))
+    for (a, _), (b, _) in zip(few, many, strict=False):
+        np.testing.assert_array_equal(a, b)
+    assert len({tuple(support) for support, _ in many}) == 9
+    other = list(KShotSplit(2, n_episodes=3, random_state=6).split(None, labels))
+    assert all(tuple(a[0]) != tuple(b[0]) for a, b in zip(few, other, strict=True))
+    assert KShotSplit(2, n_episodes=9).get_n_splits() == 9
+
+
+def test_every_image_is_drawn_equally_often() -> None:
+    labels = np.repeat([0, 1], 10)
+    drawn = np.zeros(20)
+    for support, _ in KShotSplit(2, n_episodes=2000).split(None, labels):
+        drawn[support] += 1
+    assert np.abs(drawn / 2000 - 0.2).max() < 0.04  # 4.5 standard errors
+
+
+def test_it_is_a_scikit_learn_splitter() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1, 2], 15)
+    rows = rng.normal(size=(3, 8))[labels] * 4 + rng.normal(size=(45, 8))
+    scores = cross_val_score(make_head("logreg"), rows, labels, cv=KShotSplit(5, n_episodes=4))
+    assert scores.shape == (4,)
+    assert scores.mean() > 0.9
+
+
+def test_a_class_with_too_few_images_is_named_with_both_numbers() -> None:
+    with pytest.raises(
+        UsageError,
+        match=r"^class 'bees' has too few images: expected at least 6 for 5 shots and one query image, found 4\. Ask",
+    ):
+        next(KShotSplit(5).split(None, ["ants"] * 9 + ["bees"] * 4))
+    with pytest.raises(UsageError, match=r"class 'b' has too few images.* found 2 once copies are counted once"):
+        next(KShotSplit(2).split(None, ["a"] * 5 + ["b"] * 5, [0, 1, 2, 3, 4, 5, 5, 5, 6, 6]))
+    with pytest.raises(UsageError, match=r"at least two classes: expected 2 classes, found only 'a'"):
+        next(KShotSplit(1).split(None, ["a", "a", "a"]))
+    with pytest.raises(UsageError, match=r"n_shots must be at least 1: found 0"):
+        next(KShotSplit(0).split(None, [0, 0, 1, 1]))
+
+
+def test_one_image_under_two_labels_is_drawn_for_one_of_them_only() -> None:
+    labels = np.array([0, 0, 0, 0, 1, 1, 1, 1])
+    groups = np.array([0, 1, 2, 3, 0, 4, 5, 6])
+    for support, query in KShotSplit(2, n_episodes=50).split(None, labels, groups):
+        assert len(set(groups[support])) == 4
+        assert not set(groups[support]) & set(groups[query])
+
+
+def test_feasible_shots_leave_one_image_for_the_query() -> None:
+    labels = np.repeat([0, 1], [6, 50])
+    assert feasible_shots(labels, np.arange(56), (1, 2, 5, 6, 10, "all")) == [1, 2, 5, "all"]
+
+
+def test_folds_are_stratified_and_keep_groups_together() -> None:
+    labels = np.repeat([0, 1, 2], [20, 11, 8])
+    groups = np.arange(39)
+    groups[1] = groups[0]
+    groups[25] = groups[24] = groups[23]
+    folds = fold_numbers(labels, groups, 5, 0)
+    assert folds[0] == folds[1]
+    assert folds[23] == folds[24] == folds[25]
+    for c in range(3):
+        counts = np.bincount(folds[labels == c], minlength=5)
+        assert counts.min() >= 1
+        assert np.ptp(counts) <= 3  # groups of up to three rows
+    assert fold_numbers(np.array([0, 0, 0, 1, 1]), np.arange(5), 5, 0).max() == 1
+    assert fold_numbers(np.array([0, 0, 1]), np.arange(3), 5, 0).tolist() == [0, 0, 0]
+
+
+def test_duplicates_are_grouped_and_counted() -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(10, 64))
+    rows[1] = rows[0]  # the same bytes
+    rows[2] = rows[0] + 0.01 * rng.normal(size=64)  # nearly the same
+    rows[5] = 3.0 * rows[4]  # the same direction
+    found = find_duplicates(rows, [0, 0, *range(2, 10)])
+    assert found.to_json() == {"exact": 1, "near": 2, "groups": 2}
+    assert found.groups[0] == found.groups[1] == found.groups[2]
+    assert found.groups[4] == found.groups[5]
+    assert len(set(found.groups)) == 7
+    only = find_duplicates(rows, [0, 0, *range(2, 10)], threshold=None)
+    assert only.to_json() == {"exact": 1, "near": 0, "groups": 1}
+
+
+def test_blocks_of_the_duplicate_search_meet() -> None:
+    rows = np.random.default_rng(1).normal(size=(1500, 16)).astype(np.float32)
+    rows[1400] = rows[3]
+    found = find_duplicates(rows, threshold=0.9999)
+    assert found.to_json() == {"exact": 0, "near": 1, "groups": 1}
+    assert found.groups[3] == found.groups[1400]

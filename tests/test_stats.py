@@ -1,0 +1,104 @@
+"""Scores against scikit-learn, and what intervals and verdicts promise, by simulation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn import metrics
+
+from featx import stats
+
+
+def test_scores_equal_scikit_learn() -> None:
+    rng = np.random.default_rng(0)
+    labels, predicted = rng.integers(0, 4, 200), rng.integers(0, 4, 200)
+    probabilities = rng.dirichlet(np.ones(4), 200)
+    assert stats.accuracy(labels, predicted) == pytest.approx(metrics.accuracy_score(labels, predicted))
+    assert stats.balanced_accuracy(labels, predicted) == pytest.approx(
+        metrics.balanced_accuracy_score(labels, predicted)
+    )
+    assert stats.log_loss(labels, probabilities) == pytest.approx(metrics.log_loss(labels, probabilities))
+    assert stats.brier(labels, probabilities) == pytest.approx(
+        ((probabilities - np.eye(4)[labels]) ** 2).sum(axis=1).mean()
+    )
+    assert stats.majority_baseline(np.array([0, 0, 1, 2])) == 0.5
+
+
+def test_calibration_error_of_known_cases() -> None:
+    correct = np.arange(1000) % 10 < 7
+    assert stats.expected_calibration_error(np.full(1000, 0.7), correct) == pytest.approx(0.0, abs=1e-12)
+    assert stats.expected_calibration_error(np.full(1000, 1.0), correct) == pytest.approx(0.3)
+    both = np.repeat([0.6, 0.9], 500)  # one part over-, the other under-confident: gaps do not cancel
+    right = np.concatenate([np.arange(500) < 250, np.arange(500) < 500])
+    assert stats.expected_calibration_error(both, right) == pytest.approx(0.1)
+
+
+def test_holm_by_hand() -> None:
+    assert stats.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert stats.holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    assert stats.holm([]) == []
+
+
+def test_nadeau_and_bengio_where_the_query_is_the_smaller_part() -> None:
+    scores, images = np.array([0.8, 0.9, 0.7, 0.8]), np.array([1.0, 0.5])
+    expected = scores.var(ddof=1) * (1 / 4 + 20 / 80)
+    assert stats.resampled_variance(scores, images, 80, 20) == pytest.approx(expected)
+
+
+def test_verdict_needs_a_small_adjusted_p() -> None:
+    up = stats.Interval(0.1, 0.05, 0.15)
+    assert stats.Difference(up, 0.001, 0.01).verdict == "better"
+    assert stats.Difference(stats.Interval(-0.1, -0.2, -0.05), 0.001, 0.01).verdict == "worse"
+    assert stats.Difference(up, 0.04, 0.2).verdict == "cannot tell"
+    assert stats.Difference(up, 0.001).verdict == "cannot tell"  # never adjusted
+
+
+def test_perfect_scores_do_not_make_a_perfect_interval() -> None:
+    interval = stats.mean_interval(np.ones(20), np.ones(50), 10, 50)
+    assert (interval.mean, interval.high) == (1.0, 1.0)
+    assert interval.low == pytest.approx(0.025 ** (1 / 50))
+    nothing = stats.paired_difference(np.zeros(20), np.zeros(50), 10, 50)
+    assert nothing.p == 1.0
+
+
+def draw(
+    rng: np.random.Generator, n_images: int, n_support: int, n_query: int, episodes: int, gap: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Differences of two heads: images that suit one or the other, supports that do, and noise of both.
+
+    Supports are drawn without replacement from the same images, whose influence adds up: the overlap that
+    makes episodes dependent is the real one.
+    """
+    suits = rng.normal(0, 0.3, n_images)
+    influence = rng.normal(0, 0.15 / np.sqrt(n_support), n_images)
+    total, seen = np.zeros(n_images), np.zeros(n_images)
+    scores = np.empty(episodes)
+    for e in range(episodes):
+        order = rng.permutation(n_images)
+        support, query = order[:n_support], order[n_support : n_support + n_query]
+        lean = np.clip(gap + suits[query] + influence[support].sum(), -0.95, 0.95)
+        signs = np.where(rng.random(n_query) < 0.5 + lean / 2, 1.0, -1.0)
+        each = np.where(rng.random(n_query) < 0.4, signs, 0.0)
+        scores[e] = each.mean()
+        total[query] += each
+        seen[query] += 1
+    return scores, total[seen > 0] / seen[seen > 0]
+
+
+@pytest.mark.parametrize(("n_support", "n_query"), [(10, 190), (40, 160), (100, 100), (160, 40)])
+def test_equal_heads_are_seldom_told_apart_and_intervals_cover(n_support: int, n_query: int) -> None:
+    rng = np.random.default_rng(n_support)
+    found = [
+        stats.paired_difference(*draw(rng, 200, n_support, n_query, 20, 0.0), n_support, n_query) for _ in range(1000)
+    ]
+    claimed = np.mean([each.p < 0.05 for each in found])
+    better = np.mean([each.p < 0.05 and each.interval.mean > 0 for each in found])
+    assert better <= 0.05
+    assert claimed <= 0.065  # 5 % and two standard errors of 1,000 simulations
+    assert np.mean([each.interval.low <= 0 <= each.interval.high for each in found]) >= 0.935
+
+
+def test_a_real_difference_is_found() -> None:
+    rng = np.random.default_rng(3)
+    found = [stats.paired_difference(*draw(rng, 400, 50, 350, 20, 0.3), 50, 350) for _ in range(100)]
+    assert np.mean([each.p < 0.05 and each.interval.mean > 0 for each in found]) > 0.9

@@ -1,0 +1,241 @@
+"""The sweep as a whole: honest on random labels, the same for any n_jobs, everything chosen inside."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from sklearn.model_selection import GridSearchCV, PredefinedSplit
+
+from featx.choose import choose, out_of_fold_losses
+from featx.errors import UsageError
+from featx.heads import HEADS, Head
+from featx.splits import KShotSplit, fold_numbers
+from featx.sweep import sweep_heads
+
+Rows = NDArray[np.float32]
+
+
+def blobs(sizes: list[int], d: int = 32, gap: float = 0.8, seed: int = 0) -> tuple[Rows, NDArray[np.int64], list[str]]:
+    """Embeddings of classes of these sizes, named a, b, c, ..."""
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    rows = gap * rng.normal(size=(len(sizes), d))[labels] + rng.normal(size=(len(labels), d))
+    return np.maximum(rows + 0.5, 0).astype(np.float32), labels, list("abcdefgh"[: len(sizes)])
+
+
+@pytest.fixture(scope="module")
+def result() -> Any:
+    rows, labels, names = blobs([40, 30, 35])
+    return sweep_heads(rows, labels, class_names=names, episodes=6, shots=(1, 5, 12, "all"), n_jobs=1)
+
+
+def test_json_has_what_the_design_lists_in_plain_types(result: Any) -> None:
+    found = result.to_json()
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert found["winner"] in HEADS
+    assert len(found["results"]) == 6 * 4
+    for row in found["results"]:
+        assert {"head", "n_shots", "episodes", "accuracy", "balanced_accuracy", "params", "fit_seconds"} <= set(row)
+        assert 0 <= row["accuracy"]["low"] <= row["accuracy"]["mean"] <= row["accuracy"]["high"] <= 1
+        assert row["episodes"] == 6
+        assert row["params"].keys() == HEADS[row["head"]].default.keys()
+        assert (row["ece"] is None) == (not HEADS[row["head"]].probabilistic)
+    assert len(found["comparisons"]) == 15 * 4
+    for pair in found["comparisons"]:
+        assert {"a", "b", "n_shots", "difference", "low", "high", "p", "verdict"} <= set(pair)
+        assert pair["verdict"] in ("better", "worse", "cannot tell")
+        assert pair["p"] >= pair["p_unadjusted"]
+    assert found["duplicates"] == {"exact": 0, "near": 0, "groups": 0}
+    assert found["majority_baseline"] == pytest.approx(40 / 105)
+    assert found["classes"] == {"a": 40, "b": 30, "c": 35}
+    assert found["seconds"] > 0
+
+
+def test_trials_are_what_the_draws_and_pipelines_give(result: Any) -> None:
+    rows, labels, _ = blobs([40, 30, 35])
+    for n_shots in (1, 5, "all"):
+        for episode, (support, query) in enumerate(KShotSplit(n_shots, n_episodes=6).split(rows, labels)):
+            for head in ("logreg", "knn"):
+                trial = result.of(head, n_shots)[episode]
+                model = HEADS[head].build(**trial.params).fit(rows[support], labels[support])
+                assert trial.accuracy == model.score(rows[query], labels[query])
+                assert (trial.n_support, trial.n_query) == (len(support), len(query))
+                np.testing.assert_array_equal(result.queries[n_shots, episode], query)
+
+
+def test_ranks_follow_the_means_and_the_best_is_tied_with_itself(result: Any) -> None:
+    for n_shots in result.shots:
+        rows = [each for each in result.results if each.n_shots == n_shots]
+        assert [each.rank for each in rows] == [1, 2, 3, 4, 5, 6]
+        assert all(a.accuracy.mean >= b.accuracy.mean for a, b in pairwise(rows))
+        assert rows[0].tied
+
+
+def test_one_shot_takes_the_stated_defaults(result: Any) -> None:
+    for trial in result.trials:
+        if trial.n_shots == 1:
+            assert trial.params == HEADS[trial.head].default
+            assert trial.selection_score is None
+
+
+@pytest.mark.parametrize("n_jobs", [2])
+def test_the_result_does_not_depend_on_the_number_of_workers(result: Any, n_jobs: int) -> None:
+    rows, labels, names = blobs([40, 30, 35])
+    seen: list[tuple[int, int, str]] = []
+    again = sweep_heads(
+        rows, labels, class_names=names, episodes=6, shots=(1, 5, 12, "all"), n_jobs=n_jobs,
+        progress=lambda *args: seen.append(args),
+    )  # fmt: skip
+    drop = {"seconds", "fit_seconds"}
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(inner) for key, inner in value.items() if key not in drop}
+        return [plain(inner) for inner in value] if isinstance(value, list) else value
+
+    assert plain(again.to_json()) == plain(result.to_json())
+    assert seen[0] == (0, 24, "1 shot, draw 1")
+    assert seen[-1] == (24, 24, "done")
+    assert [done for done, _, _ in seen] == sorted(done for done, _, _ in seen)
+
+
+def test_random_labels_with_duplicated_images_stay_at_chance() -> None:
+    rng = np.random.default_rng(0)
+    originals = np.maximum(rng.normal(size=(400, 48)) + 0.3, 0)
+    originals_labels = rng.permutation(np.arange(400) % 2)
+    rows = np.repeat(originals, 3, axis=0)
+    rows[1::3] += 0.02 * rng.normal(size=originals.shape)  # a third are near, a third exact duplicates
+    labels = np.repeat(originals_labels, 3)
+    digests = np.arange(1200) // 3 * 3 + (np.arange(1200) % 3 == 1)
+    found = sweep_heads(
+        rows.astype(np.float32), labels, class_names=["a", "b"], groups=digests, shots=(5, 20, "all"), n_jobs=1,
+        heads=["logreg", "ridge", "nearest_centroid", "knn"], episodes=10,
+    )  # fmt: skip
+    assert found.duplicates.to_json() == {"exact": 400, "near": 400, "groups": 400}
+    for each in found.results:
+        assert abs(each.accuracy.mean - 0.5) <= 0.05, (each.head, each.n_shots)
+        assert each.accuracy.low <= 0.5 <= each.accuracy.high
+    assert all(pair.difference.verdict == "cannot tell" for pair in found.comparisons)
+    leaky = sweep_heads(
+        rows.astype(np.float32), labels, class_names=["a", "b"], heads=["knn"], shots=("all",), n_jobs=1,
+        near_duplicates=None, episodes=5,
+    )  # fmt: skip
+    assert leaky.results[0].accuracy.mean > 0.8  # what the grouping protects from
+
+
+def test_default_shots_that_cannot_be_given_are_left_out_and_named() -> None:
+    rows, labels, names = blobs([30, 8])
+    found = sweep_heads(rows, labels, class_names=names, heads=["ridge"], episodes=2, n_jobs=1)
+    assert found.shots == (1, 2, 5, "all")
+    assert found.notes == ("n_shots 10, 20 left out: class 'b' has 8 different images only.",)
+    with pytest.raises(UsageError, match=r"class 'b' has too few images: expected at least 11 .* found 8\."):
+        sweep_heads(rows, labels, class_names=names, heads=["ridge"], shots=(5, 10), n_jobs=1)
+
+
+def test_unlabelled_rows_and_empty_classes_are_left_out_and_named() -> None:
+    rows, labels, _ = blobs([10, 10, 10])
+    labels[:5] = -1
+    labels[labels == 1] = -1
+    found = sweep_heads(rows, labels, class_names=["a", "b", "c"], heads=["ridge"], shots=(2,), episodes=2, n_jobs=1)
+    assert found.class_names == ("a", "c")
+    assert found.rows.tolist() == [*range(5, 10), *range(20, 30)]
+    assert found.notes == (
+        "15 images without a label were left out.",
+        "Classes without any labelled image were left out: b.",
+    )
+
+
+def test_bad_arguments_are_usage_errors() -> None:
+    rows, labels, names = blobs([10, 10])
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("takes at least two classes: expected 2 classes, found only 'a'", {"labels": np.zeros(20, dtype=int)}),
+        ("takes at least two classes: expected 2 classes, found no labelled", {"labels": np.full(20, -1)}),
+        ("no such head: .*found logrek", {"heads": ["logrek"]}),
+        ("embeddings and labels do not fit", {"labels": labels[:-1]}),
+        ("a label has no class name: expected < 1, found 1", {"class_names": ["a"]}),
+        ("at least one episode: found 0", {"episodes": 0}),
+        ("no head to compare", {"heads": []}),
+        ("no n_shots to sweep", {"shots": []}),
+        ("row 3: embeddings must be finite", {"embeddings": np.where(np.arange(20)[:, None] == 3, np.nan, rows)}),
+    ]
+    for message, change in cases:
+        arguments: dict[str, Any] = {"embeddings": rows, "labels": labels, "class_names": names, "n_jobs": 1, **change}
+        with pytest.raises(UsageError, match=message):
+            sweep_heads(arguments.pop("embeddings"), arguments.pop("labels"), **arguments)
+
+
+def test_an_interrupt_passes_through() -> None:
+    rows, labels, names = blobs([10, 10])
+
+    def stop(done: int, total: int, what: str) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep_heads(rows, labels, class_names=names, heads=["ridge"], shots=(1, 2), n_jobs=1, progress=stop)
+
+
+def test_what_does_not_converge_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("featx.solvers._MAX_NEWTON", 2)
+    rows, labels, names = blobs([10, 10])
+    found = sweep_heads(rows, labels, class_names=names, heads=["logreg", "ridge"], shots=(5,), episodes=3, n_jobs=1)
+    assert found.notes == ("logreg did not converge in 3 of 3 trials.",)
+    assert [t.converged for t in found.trials] == [False] * 3 + [True] * 3
+
+
+@pytest.mark.parametrize("name", ["logreg", "linear_svm", "ridge", "lda", "knn", "nearest_centroid"])
+@pytest.mark.parametrize("n_classes", [2, 3])
+def test_out_of_fold_losses_are_those_of_pipelines_fitted_fold_by_fold(name: str, n_classes: int) -> None:
+    rows, labels, _ = blobs([12] * n_classes, gap=0.4)
+    head: Head = HEADS[name]
+    folds = fold_numbers(labels, np.arange(len(labels)), 4, 0)
+    values = head.values[:3] or (0.0,)
+    losses, converged = out_of_fold_losses(head, "l2", rows, labels, folds, values)
+    assert converged
+    for i, value in enumerate(values):
+        params = {head.parameter: value} if head.parameter else {}
+        for fold in range(4):
+            held = folds == fold
+            model = head.build(kind="l2", **params).fit(rows[~held], labels[~held])
+            if head.criterion == "log_loss":
+                expected = -np.log(model.predict_proba(rows[held])[np.arange(held.sum()), labels[held]])
+            elif head.criterion == "accuracy":
+                expected = (model.predict(rows[held]) != labels[held]).astype(float)
+            else:
+                scores = model.decision_function(rows[held]).reshape(held.sum(), -1)
+                signs = np.where(labels[held][:, None] == np.arange(n_classes), 1, -1)[:, -scores.shape[1] :]
+                gaps = signs - scores if head.criterion == "squared_error" else np.maximum(1 - signs * scores, 0)
+                expected = (gaps**2).sum(axis=1)
+            np.testing.assert_allclose(losses[i, held], expected, atol=2e-3)
+
+
+def test_the_choice_is_that_of_grid_search_on_the_same_folds() -> None:
+    agreed = 0
+    for seed in range(10):
+        rows, labels, _ = blobs([5] * 3, gap=0.4, seed=seed)
+        head = HEADS["logreg"]
+        choice = choose(head, rows, labels, np.arange(len(labels)), random_state=seed)
+        folds = fold_numbers(labels, np.arange(len(labels)), 5, seed)
+        grid = {"classify__C": list(head.values)}
+        plain = GridSearchCV(head.build(), grid, cv=PredefinedSplit(folds), scoring="neg_log_loss").fit(rows, labels)
+        agreed += choice.params == {"kind": "l2", "C": plain.best_params_["classify__C"]}
+        assert choice.score == pytest.approx(-plain.best_score_, rel=1e-3)
+    assert agreed >= 9
+
+
+def test_the_choice_does_not_see_the_query(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, labels, names = blobs([15, 15])
+    before = sweep_heads(rows, labels, class_names=names, shots=(5,), episodes=3, n_jobs=1)
+    for episode, (support, query) in enumerate(KShotSplit(5, n_episodes=3).split(rows, labels)):
+        other = rows.copy()
+        other[query] = np.random.default_rng(1).permutation(other[query])
+        after = sweep_heads(other, labels, class_names=names, shots=(5,), episodes=3, n_jobs=1)
+        for a, b in zip(before.trials, after.trials, strict=True):
+            if a.episode == episode:
+                assert (a.params, a.selection_score) == (b.params, b.selection_score)
+        assert len(support) == 10
