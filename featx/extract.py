@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,8 @@ from featx.decoders import TIMEOUT, DecoderPool
 from featx.engines import Engine, make_engine
 from featx.errors import ImageError, Interrupted, TooManyBadImages
 from featx.hdf5 import MAX_STRING
-from featx.images import decode_settings, decoder_version
 from featx.index import Index, Refused
+from featx.provenance import provenance_of
 from featx.sources import ImageRef, ImageSet
 from featx.store_writer import StoreWriter
 
@@ -157,27 +156,6 @@ def extract_features(
         notes=notes,
         refused=refused,
     )
-
-
-def provenance_of(backbone: Backbone, engine: Engine, *, views: str = "center") -> dict[str, Any]:
-    """All that the embeddings depend on, or that one would want to know of them."""
-    return {
-        **backbone.provenance(),
-        "views": views,
-        "decode": decode_settings(),
-        "precision": engine.precision,
-        "decoder": decoder_version(),
-        "engine": engine.name,
-        "device": engine.device,
-        "versions": {name: _version(name) for name in ("featx", "torch", "torchvision", "timm", "openvino", "h5py")},
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
 
 
 def _notes(images: ImageSet, earlier_source: str) -> tuple[str, ...]:

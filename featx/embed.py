@@ -1,0 +1,124 @@
+"""Embedding single images exactly as a store's (or a bundle's) were: what search, predict and the service share.
+
+The provenance says which network, weights, preprocessing and precision that was; if one of them cannot be had
+here, or has changed, this is an error that names it, never a silent near miss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featx.backbones import Backbone, load_backbone
+from featx.decoders import DecoderPool
+from featx.engines import Engine, available_cpus, make_engine
+from featx.errors import ImageError, WeightsError
+from featx.images import pixels
+from featx.manifest import check_same
+from featx.provenance import provenance_of
+
+
+class Embedder:
+    """A backbone on an engine, checked against the provenance of what its embeddings will be compared with.
+
+    Parameters
+    ----------
+    backbone : the network.
+    engine : how it is run.
+    """
+
+    def __init__(self, backbone: Backbone, engine: Engine) -> None:
+        self.backbone, self.engine = backbone, engine
+
+    @classmethod
+    def like(
+        cls,
+        provenance: Mapping[str, Any],
+        *,
+        where: Path,
+        weights: str | Path | None = None,
+        device: str = "auto",
+        engine: str = "auto",
+        batch_size: int | None = None,
+    ) -> Embedder:
+        """What made the embeddings of ``where``, ready to make more.
+
+        Parameters
+        ----------
+        provenance : of a store or a bundle.
+        where : the store or bundle, for messages.
+        weights : the weights file, where the provenance names one of the user's own.
+
+        Raises
+        ------
+        WeightsError
+            The weights are a file of the user's that has to be given.
+        MismatchError
+            What is installed here makes other embeddings; the field is named.
+        """
+        named = str(provenance.get("weights", "default"))
+        if weights is None and named not in ("default", "none"):
+            raise WeightsError(
+                "made with weights of your own, which are needed again",
+                where=where,
+                expected=named,
+                hint="Name the file with --weights FILE.",
+            )
+        backbone = load_backbone(
+            str(provenance.get("backbone", "")), weights=weights or named, layers=tuple(provenance["layers"])
+        )
+        precision = str(provenance.get("precision", "auto"))
+        chosen = make_engine(backbone, engine=engine, device=device, precision=precision, batch_size=batch_size)
+        wanted = provenance_of(backbone, chosen, views=str(provenance.get("views", "center")))
+        check_same(provenance, wanted, where)
+        return cls(backbone, chosen)
+
+    def embed_pixels(self, images: Sequence[NDArray[np.uint8]]) -> tuple[NDArray[np.float32], ...]:
+        """Embeddings (n, d), one array a layer, of decoded images (h, w, 3)."""
+        size = self.engine.batch_size
+        batches = (np.stack(images[start : start + size]) for start in range(0, len(images), size))
+        parts = list(self.engine.embed(batches))
+        return tuple(np.concatenate(layer) for layer in zip(*parts, strict=True))
+
+    def embed_bytes(self, data: bytes) -> tuple[NDArray[np.float32], ...]:
+        """Embeddings (1, d) of one image file's bytes, decoded in this process; ImageError when it is refused."""
+        return self.embed_pixels([pixels(data, self.backbone.preprocess)])
+
+    def embed_files(self, paths: Iterable[Path]) -> Iterator[tuple[Path, tuple[NDArray[np.float32], ...] | ImageError]]:
+        """Embeddings (d,), one a layer, or the refusal of each file, in order; decoded in processes of their own."""
+        waiting: list[Path] = []
+        images: list[NDArray[np.uint8]] = []
+        refused: dict[int, ImageError] = {}
+
+        def flush() -> Iterator[tuple[Path, tuple[NDArray[np.float32], ...] | ImageError]]:
+            layers = self.embed_pixels(images) if images else ()
+            row = 0
+            for place, path in enumerate(waiting):
+                if place in refused:
+                    yield path, refused[place]
+                else:
+                    yield path, tuple(layer[row] for layer in layers)
+                    row += 1
+            waiting.clear()
+            images.clear()
+            refused.clear()
+
+        given = list(paths)
+        if not given:
+            return
+        workers = min(available_cpus(), len(given))
+        with DecoderPool(self.backbone.preprocess, workers=workers) as pool:
+            stream = pool.run(given, lambda digest: False, ahead=2 * self.engine.batch_size + workers)
+            for path, decoded in zip(given, stream, strict=True):
+                waiting.append(path)
+                if decoded.refusal is not None:
+                    refused[len(waiting) - 1] = decoded.refusal
+                elif decoded.pixels is not None:
+                    images.append(decoded.pixels)
+                if len(images) == self.engine.batch_size:
+                    yield from flush()
+            yield from flush()

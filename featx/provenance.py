@@ -1,0 +1,31 @@
+"""What embeddings depend on: the record that a store keeps of how it was made."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from featx.backbones import Backbone
+from featx.engines import Engine
+from featx.images import decode_settings, decoder_version
+
+
+def provenance_of(backbone: Backbone, engine: Engine, *, views: str = "center") -> dict[str, Any]:
+    """All that the embeddings depend on, or that one would want to know of them."""
+    return {
+        **backbone.provenance(),
+        "views": views,
+        "decode": decode_settings(),
+        "precision": engine.precision,
+        "decoder": decoder_version(),
+        "engine": engine.name,
+        "device": engine.device,
+        "versions": {name: _version(name) for name in ("featx", "torch", "torchvision", "timm", "openvino", "h5py")},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
