@@ -148,6 +148,8 @@ class StoreWriter:
         digests : n digests of 32 bytes that the store does not have.
         embeddings : one float32 (n, d) array for each layer of the provenance.
         """
+        if len(set(digests)) < len(digests) or any(map(self.has, digests)):
+            raise ValueError("an embedding of this content is in the store already")
         for layer, block in zip(self.manifest.layers, embeddings, strict=True):
             if not np.isfinite(block).all():
                 raise StoreError(

@@ -1,0 +1,243 @@
+"""What the tests of the store share: stores made by hand, a light extraction, and a process to kill.
+
+Run as a program it is a server of processes: for each line of JSON on stdin it forks one that runs a whole
+extraction (real images, real decoding processes, a light engine) and says its pid, then how it ended.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import featx.extract
+from featx.backbones import Backbone
+from featx.errors import Interrupted
+from featx.extract import ExtractSummary, extract_features
+from featx.images import Preprocess
+from featx.index import Index, Refused
+from featx.manifest import read_manifest
+from featx.sources import ImageSet
+from featx.store import digest_keys, open_shard
+from featx.store_writer import StoreWriter
+
+SIDE = 8
+DIM = 8
+PREPROCESS = Preprocess(resize=SIDE, crop=(SIDE, SIDE), interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3)
+
+
+def provenance(**changes: Any) -> dict[str, Any]:
+    """A provenance with every field of the fingerprint."""
+    return {
+        "backbone": "tiny",
+        "weights": "none",
+        "weights_sha256": "0" * 64,
+        "layers": ["penultimate"],
+        "views": "center",
+        "preprocess": PREPROCESS.to_json(),
+        "decode": {"mode": "full"},
+        "precision": "fp32",
+        **changes,
+    }
+
+
+def digests_of(names: Iterable[str]) -> list[bytes]:
+    """A digest for each name."""
+    return [hashlib.sha256(name.encode()).digest() for name in names]
+
+
+def rows_of(digests: Sequence[bytes], dim: int = DIM) -> NDArray[np.float32]:
+    """The embedding that belongs to each digest: a function of it, so that a reader can tell a wrong row."""
+    raw = b"".join((digest * (dim // 32 + 1))[:dim] for digest in digests)
+    return (np.frombuffer(raw, np.uint8).reshape(-1, dim) / np.float32(16) - 8).astype(np.float32)
+
+
+def index_of(names: Sequence[str], classes: Sequence[str] = ("ants", "bees")) -> Index:
+    """An index with alternating labels and splits."""
+    n = len(names)
+    return Index(
+        ids=list(names),
+        labels=np.arange(n, dtype=np.int64) % (len(classes) + 1) - 1,
+        split=[("train", "val", "test", "")[i % 4] for i in range(n)],
+        digests=np.frombuffer(b"".join(digests_of(names)), np.uint8).reshape(-1, 32),
+        class_names=tuple(classes),
+        sizes=np.full(n, 10, np.int64),
+        mtimes_ns=np.full(n, 10, np.int64),
+    )
+
+
+def names_of(count: int, first: int = 0) -> list[str]:
+    """Ids in sorted order, not all of them ASCII."""
+    return [f"bienen/käfer {i:06d}.png" for i in range(first, first + count)]
+
+
+def make_store(
+    path: Path,
+    names: Sequence[str] | None = None,
+    *,
+    shard_rows: int = 5,
+    layers: Sequence[str] = ("penultimate",),
+    refused: Sequence[Refused] = (Refused("x/bad.png", "", "empty", "the file is empty"),),
+) -> Path:
+    """A finished store of made-up rows, written by the real writer."""
+    names = names_of(12) if names is None else names
+    with StoreWriter(path, provenance(layers=list(layers)), shard_rows=shard_rows) as writer:
+        for start in range(0, len(names), shard_rows):
+            digests = [digest for digest in digests_of(names[start : start + shard_rows]) if not writer.has(digest)]
+            if digests:
+                writer.add(digests, [rows_of(digests, DIM + i) for i in range(len(layers))])
+        writer.finish(index_of(names), refused, source="by hand")
+    return path
+
+
+class LightEngine:
+    """Means over a grid of the pixels, times a fixed matrix; each batch that is computed leaves a line in a log."""
+
+    name = "torch"
+    device = "cpu"
+    precision = "fp32"
+
+    def __init__(self, batch_size: int = 4, dim: int = DIM, log: Path | None = None, pause: float = 0.0) -> None:
+        self.batch_size, self.log, self.pause = batch_size, log, pause
+        self._weights = np.random.default_rng(0).normal(size=(SIDE * SIDE * 3, dim)).astype(np.float32)
+
+    def embed(self, batches: Iterable[NDArray[np.uint8]]) -> Iterator[tuple[NDArray[np.float32], ...]]:
+        """One row at a time, so that a row does not depend on its batch."""
+        for batch in batches:
+            time.sleep(self.pause)
+            if self.log is not None:
+                with self.log.open("ab") as file:
+                    file.write(b"%d\n" % len(batch))
+            yield (np.stack([row.reshape(-1) / np.float32(255) @ self._weights for row in batch]),)
+
+
+def light_backbone(**changes: Any) -> Backbone:
+    """The record that goes with :class:`LightEngine`."""
+    fields: dict[str, Any] = {"name": "tiny", "weights": "none", "weights_sha256": "0" * 64}
+    return Backbone(**{**fields, "preprocess": PREPROCESS, "layers": ("penultimate",), **changes})
+
+
+def write_png(path: Path, seed: int) -> None:
+    """A PNG of 4x4 random pixels, made without Pillow (thousands of them take a second)."""
+    import struct
+    import zlib
+
+    pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    raw = b"".join(b"\0" + row.tobytes() for row in pixels)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 4, 4, 8, 2, 0, 0, 0)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw, 1)) + chunk(b"IEND", b"")
+    )
+
+
+def png_folders(root: Path, count: int, first: int = 0) -> Path:
+    """``count`` different PNGs in the class folders ants and bees, with times of long ago."""
+    for name in ("ants", "bees"):
+        (root / name).mkdir(parents=True, exist_ok=True)
+    for number in range(first, first + count):
+        path = root / ("ants", "bees")[number % 2] / f"{number:06d}.png"
+        write_png(path, number)
+        os.utime(path, ns=(10**18, 10**18))
+    return root
+
+
+def extract(
+    source: Path, store: Path, *, log: Path | None = None, pause: float = 0.0, **options: Any
+) -> ExtractSummary:
+    """A light extraction with one decoding process."""
+    images = ImageSet.from_folder(source)
+    engine = LightEngine(log=log, pause=pause)
+    return extract_features(images, light_backbone(), store, engine=engine, **{"workers": 1, **options})
+
+
+def check_published(store: Path) -> int:
+    """Assert that all that a store has published is sound, whatever else was going on; the number of rows."""
+    if not (store / "manifest.json").exists():
+        return 0
+    manifest = read_manifest(store)
+    keys = []
+    for shard in manifest.shards:
+        with open_shard(store, shard, manifest.layers) as file:
+            assert file.rows == shard.rows
+            for layer in manifest.layers:
+                assert len(file.read(f"embeddings/{layer}")) == shard.rows
+            keys.append(digest_keys(file.read("digests")))
+    rows = sum(shard.rows for shard in manifest.shards)
+    assert len(np.unique(np.concatenate([np.empty(0, "S32"), *keys]))) == rows
+    files = {path.name for path in (store / "shards").iterdir() if not path.name.startswith(".tmp-")}
+    assert {shard.name for shard in manifest.shards} <= files
+    assert files <= {shard.name for shard in manifest.shards} | set(manifest.in_flux)
+    return rows
+
+
+class Zygote:
+    """Starts extractions quickly: a process that has imported everything, and forks."""
+
+    def __enter__(self) -> Zygote:
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).resolve())], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait(10)
+
+    def start(self, **job: object) -> int:
+        """Begin one extraction: ``source``, ``store``, ``shard_rows`` and perhaps ``log``, ``pause``; the pid."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in job.items()}) + "\n")
+        self._process.stdin.flush()
+        return int(self._line())
+
+    def ended(self) -> int:
+        """Wait for it: the exit code, or minus the signal."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return int(self._line())
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline()
+
+
+def _run_job(job: dict[str, Any]) -> int:
+    def writer(path: Path, provenance: dict[str, Any]) -> StoreWriter:
+        return StoreWriter(path, provenance, shard_rows=job["shard_rows"])
+
+    featx.extract.StoreWriter = writer  # type: ignore[attr-defined, assignment]
+    log = Path(job["log"]) if "log" in job else None
+    try:
+        extract(Path(job["source"]), Path(job["store"]), log=log, pause=job.get("pause", 0.0))
+    except Interrupted as error:
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            os._exit(_run_job(json.loads(line)))
+        print(pid, flush=True)
+        sys.stdin.readline()  # until then it may be killed by its pid, ended or not
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)

@@ -1,0 +1,416 @@
+"""Crashes: kill -9 at 100 random instants of a light run and 12 of the real one, signals at 150 places and 6 of the
+real one, disks that are full or read-only, and the order of publication as the kernel saw it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import pytest
+import storekit
+from conftest import Featx
+from storekit import Zygote, check_published, digests_of, index_of, make_store, names_of, provenance, rows_of
+
+from featx import _files, store_writer
+from featx._files import LatchedFile
+from featx.errors import StoreError
+from featx.store import read_features
+from featx.store_tools import content_hash, verify
+from featx.store_writer import StoreWriter
+
+if TYPE_CHECKING:
+    from _typeshed import TraceFunction
+
+KILLS = 100
+REAL_KILLS = 12
+SHARD_ROWS = 4
+
+
+def computed(log: Path) -> int:
+    """Rows that the engine gave out."""
+    return sum(map(int, log.read_text().split())) if log.exists() else 0
+
+
+@pytest.mark.slow
+def test_a_hundred_kills(tmp_path: Path) -> None:
+    source = storekit.png_folders(tmp_path / "photos", 32)
+    storekit.extract(source, tmp_path / "whole.featx")
+    expected = content_hash(tmp_path / "whole.featx")
+
+    def kill_again_and_again(worker: int) -> tuple[int, int, int]:
+        """Kill runs on one store; kills that met a living run, runs that came to an end, most rows lost by a kill."""
+        store, log = tmp_path / f"{worker}.featx", tmp_path / f"{worker}.log"
+        job = {"source": source, "store": store, "log": log, "shard_rows": SHARD_ROWS}
+        rng = random.Random(worker)
+        killed = finished = lost = rows = 0
+        with Zygote() as zygote:
+            whole = 0.0
+            while killed < KILLS // 2:
+                log.unlink(missing_ok=True)
+                started = time.perf_counter()
+                pid = zygote.start(**job)
+                if finished:  # else the run is to the end, and measured
+                    time.sleep(rng.random() * whole)
+                    os.kill(pid, signal.SIGKILL)
+                code = zygote.ended()
+                assert code in (0, -signal.SIGKILL)
+                killed += code != 0
+                kept = check_published(store)
+                lost = max(lost, computed(log) - (kept - rows))
+                rows = kept
+                if code == 0:
+                    whole = whole or time.perf_counter() - started
+                    finished += 1
+                    assert content_hash(store) == expected
+                    assert verify(store) == []
+                    assert list(store.rglob(".tmp-*")) == []
+                    shutil.rmtree(store)
+                    rows = 0
+        return killed, finished, lost
+
+    with ThreadPoolExecutor(2) as pool:
+        killed, finished, lost = zip(*pool.map(kill_again_and_again, range(2)), strict=True)
+    assert sum(killed) >= KILLS
+    assert min(finished) >= 3
+    assert 0 < max(lost) <= SHARD_ROWS
+
+
+@pytest.fixture(scope="module")
+def photos_to_extract(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return storekit.png_folders(tmp_path_factory.mktemp("real") / "photos", 200)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_run(photos_to_extract: Path, featx: Featx) -> tuple[str, float]:
+    """Content hash of the whole store, and seconds that the command takes."""
+    store = photos_to_extract.parent / "whole.featx"
+    started = time.perf_counter()
+    assert featx("extract", photos_to_extract, "--out", store).code == 0
+    return content_hash(store), time.perf_counter() - started
+
+
+def launch(source: Path, store: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "featx", "extract", str(source), "--out", str(store), "--json"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen[str], seconds: float = 60) -> None:
+    """Until the condition holds or the process has ended."""
+    until = time.monotonic() + seconds
+    while not condition() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.0005)
+
+
+@pytest.mark.slow
+def test_kills_of_the_real_command(
+    photos_to_extract: Path, uninterrupted_run: tuple[str, float], tmp_path: Path, featx: Featx
+) -> None:
+    expected, whole = uninterrupted_run
+    store = tmp_path / "s.featx"
+    rng = random.Random(1)
+    for number in range(REAL_KILLS):
+        process = launch(photos_to_extract, store)
+        if number % 2:  # about the moment when something is published, which is short
+            wait_for(lambda: any(store.glob("shards/*")) or any(store.glob("shards/.tmp*")), process)
+            time.sleep(rng.random() * 0.05)
+        else:
+            time.sleep(rng.random() * whole)
+        process.kill()
+        process.communicate()
+        check_published(store)
+        if (store / "index.h5").exists():
+            assert content_hash(store) == expected
+            shutil.rmtree(store)
+    assert featx("extract", photos_to_extract, "--out", store).code == 0
+    assert content_hash(store) == expected
+    assert list(store.rglob(".tmp-*")) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_to_the_real_command(
+    number: signal.Signals, photos_to_extract: Path, uninterrupted_run: tuple[str, float], tmp_path: Path, featx: Featx
+) -> None:
+    expected, whole = uninterrupted_run
+    store = tmp_path / "s.featx"
+    lock = store / ".lock"  # has the name of the process, once that has taken it
+    rng = random.Random(int(number))
+    interrupted = 0
+    for _ in range(3):
+        process = launch(photos_to_extract, store)
+        wait_for(lambda: lock.exists() and str(process.pid) in lock.read_text(), process)  # noqa: B023 - called at once
+        time.sleep(rng.random() * whole / 4)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode in (0, 130), err
+        if process.returncode:
+            interrupted += 1
+            assert "again to go on" in err
+            assert json.loads(out)["exit_code"] == 130
+            assert "Traceback" not in err
+        check_published(store)
+    assert interrupted
+    assert featx("extract", photos_to_extract, "--out", store).code == 0
+    assert content_hash(store) == expected
+    assert list(store.rglob(".tmp-*")) == []
+
+
+# --- signals at every line of the writer --------------------------------------------------------------------------
+
+
+def write_in_two_runs(store: Path) -> None:
+    """Every way in which the writer changes a store: new, continued, updated, pruned."""
+    for first, last in ((0, 12), (4, 16)):
+        names = names_of(last - first, first)
+        with StoreWriter(store, provenance(), shard_rows=5) as writer:
+            try:
+                for start in range(0, len(names), 2):
+                    fresh = [digest for digest in digests_of(names[start : start + 2]) if not writer.has(digest)]
+                    if fresh:
+                        writer.add(fresh, [rows_of(fresh)])
+                writer.finish(index_of(names), [], source="by hand")
+                writer.prune()
+            except KeyboardInterrupt:
+                writer.flush()  # as an extraction does
+                raise
+
+
+class At:
+    """Sends this process SIGINT at the given line events of the writer's modules (a second one comes 3 lines later)."""
+
+    def __init__(self, *wanted: int) -> None:
+        self.wanted, self.count = wanted, 0
+        self._files = {_files.__file__, store_writer.__file__}
+
+    def __enter__(self) -> At:
+        sys.settrace(self._trace)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(None)
+
+    def _trace(self, frame: FrameType, event: str, argument: object) -> TraceFunction | None:
+        if frame.f_code.co_filename not in self._files:
+            return None
+        if event == "line":
+            self.count += 1
+            if self.count in self.wanted:
+                signal.raise_signal(signal.SIGINT)
+        return self._trace
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_150_lines_of_the_writer(tmp_path: Path) -> None:
+    with At() as counted:
+        write_in_two_runs(tmp_path / "whole.featx")
+    expected = content_hash(tmp_path / "whole.featx")
+    assert counted.count > 500
+    step = counted.count / 150
+    for k in range(150):
+        line, store = int(step * k) + 1, tmp_path / f"{k}.featx"
+        with pytest.raises(KeyboardInterrupt), At(line, line + 3):
+            write_in_two_runs(store)
+        check_published(store) if (store / "shards").exists() else None
+        write_in_two_runs(store)
+        assert content_hash(store) == expected, line
+        assert verify(store) == [], line
+        shutil.rmtree(store)
+
+
+# --- the order of publication -------------------------------------------------------------------------------------
+
+CALL = re.compile(r"^\d+\s+(openat|fsync|rename\w*|unlink\w*)\((.*)\)\s+= (-?\d+)(?:<(.*?)>)?")
+
+
+def system_calls(trace: Path) -> Iterator[tuple[str, list[str]]]:
+    """Name and the paths of each successful call; of fsync, the path of the file."""
+    for line in trace.read_text().splitlines():
+        found = CALL.match(line)
+        if found is None or int(found[3]) < 0:
+            continue
+        name, arguments = found[1], found[2]
+        if name == "fsync":
+            yield name, [arguments[arguments.index("<") + 1 : arguments.rindex(">")]]
+        else:
+            yield name.removesuffix("at2").removesuffix("at"), re.findall(r'"([^"]*)"', arguments)
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+def test_order_of_publication_as_the_kernel_saw_it(tmp_path: Path) -> None:
+    store = tmp_path / "s.featx"
+    code = f"from storekit import *; make_store(Path({str(store)!r}))"
+    trace = tmp_path / "trace"
+    watched = "trace=openat,fsync,rename,renameat,renameat2,unlink,unlinkat"
+    done = subprocess.run(
+        ["strace", "-f", "-y", "-s", "4096", "-o", str(trace), "-e", watched, sys.executable, "-c", code],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "PTRACE_TRACEME" in done.stderr or "Operation not permitted" in done.stderr:
+        pytest.skip("this machine does not allow strace")
+    assert done.returncode == 0, done.stderr
+    calls = [call for call in system_calls(trace) if any(str(store) in path for path in call[1])]
+    renames = [i for i, (name, _) in enumerate(calls) if name == "rename"]
+    shards = sorted(path.name for path in (store / "shards").iterdir())
+    targets = [Path(calls[i][1][1]).relative_to(store).as_posix() for i in renames]
+    # 3 shards, each announced before and listed after; the first manifest, quarantine, index, last manifest.
+    each = [name for shard in shards for name in ("manifest.json", f"shards/{shard}", "manifest.json")]
+    assert targets == ["manifest.json", *each, "quarantine.jsonl", "index.h5", "manifest.json"]
+    for i in renames:
+        temp, final = calls[i][1]
+        before = calls[:i]
+        opened = [k for k, (name, paths) in enumerate(before) if name == "open" and paths[-1] == temp]
+        synced = [k for k, (name, paths) in enumerate(before) if name == "fsync" and paths[-1] == temp]
+        written = opened[0]
+        assert len(synced) == 1 and written < synced[0]
+        if final.endswith(".h5"):  # read back after the fsync, before the rename
+            assert any(k > synced[0] for k in opened)
+        # Nothing of the store is touched between the rename and the fsync of the folder.
+        assert calls[i + 1][0] == "open" and calls[i + 2] == ("fsync", [str(Path(final).parent)])
+
+
+# --- disks --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [0, 600, 2000, 4000, 9000])
+def test_hdf5_survives_a_full_disk(tmp_path: Path, limit: int) -> None:
+    """In a process of its own: what HDF5 does after a failed write, it does at exit."""
+    code = f"""
+import resource, signal
+from pathlib import Path
+import numpy as np
+from featx import hdf5
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+columns = [hdf5.Column.of(name, np.ones((300, 64), np.float32)) for name in "ab"]
+try:
+    hdf5.write(Path({str(tmp_path / "x.h5")!r}), columns, {{}}, seal=True)
+except OSError as error:
+    raise SystemExit(error.errno)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (27, "")  # EFBIG, and no complaint of HDF5
+
+
+def test_latched_file_reads_what_the_disk_did_not_take(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    plain = bytearray()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
+    try:
+        with LatchedFile(tmp_path / "x") as file:
+            for _ in range(500):
+                at, data = rng.randrange(1000), rng.randbytes(rng.randrange(1, 60))
+                plain.extend(bytes(max(0, at + len(data) - len(plain))))
+                plain[at : at + len(data)] = data
+                file.seek(at)
+                assert file.write(data) == len(data)
+                at = rng.randrange(1000)
+                file.seek(at)
+                assert file.read(80) == bytes(plain[at : at + 80]).ljust(80, b"\0")
+                assert file.seek(0, os.SEEK_END) == len(plain)
+            with pytest.raises(OSError, match="too large"):
+                file.check()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 400 kB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=400k", "featx-test", str(disk)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if mounted.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_full_disk(small_disk: Path) -> None:
+    store, slack = small_disk / "s.featx", small_disk / "slack"
+    make_store(store)
+    slack.write_bytes(bytes(60_000))
+    before = content_hash(store)
+    names = names_of(5000)
+    with (
+        StoreWriter(store, provenance(), shard_rows=1000) as writer,
+        pytest.raises(StoreError, match=r"the disk is full.*is intact; free some space"),
+    ):
+        for start in range(0, len(names), 500):
+            digests = [digest for digest in digests_of(names[start : start + 500]) if not writer.has(digest)]
+            writer.add(digests, [rows_of(digests)])
+        writer.finish(index_of(names), [], source="by hand")
+    assert check_published(store) > 12
+    assert content_hash(store) == before
+    assert verify(store) == []
+    filler = small_disk / "filler"
+    with pytest.raises(OSError, match="No space"), filler.open("wb") as file:
+        while True:
+            file.write(bytes(4096))
+    with pytest.raises(StoreError, match="the disk is full"):
+        make_store(store)
+    filler.unlink()
+    slack.unlink()
+    make_store(store)
+    assert content_hash(store) == before
+
+
+@pytest.mark.slow
+def test_full_disk_with_the_real_command(small_disk: Path, tmp_path: Path, featx: Featx) -> None:
+    source = storekit.png_folders(tmp_path / "photos", 20)
+    store = small_disk / "s.featx"
+    assert featx("extract", source, "--out", store).code == 0
+    before = content_hash(store)
+    ran = featx("extract", storekit.png_folders(source, 60, first=20), "--out", store)
+    assert ran.code == 2
+    assert ran.err.count("\n") == 1 and "the disk is full" in ran.err and "intact" in ran.err
+    assert content_hash(store) == before
+    assert verify(store) == []
+
+
+def test_read_only_folder(tmp_path: Path, featx: Featx) -> None:
+    source, store = storekit.png_folders(tmp_path / "photos", 4), tmp_path / "s.featx"
+    make_store(store)
+    before = content_hash(store)
+    folders = [store, store / "shards"]
+    if os.geteuid() == 0:  # whom permissions do not stop
+        if subprocess.run(["chattr", "+i", *folders], capture_output=True, check=False).returncode:
+            pytest.skip("root, and a file system without chattr +i")
+        undo = ["chattr", "-i", *map(str, folders)]
+    else:
+        for folder in folders:
+            folder.chmod(0o555)
+        undo = ["chmod", "755", *map(str, folders)]
+    try:
+        with pytest.raises(StoreError, match="no permission to write"):
+            make_store(store)
+        assert content_hash(store) == before
+        assert len(read_features(store)) == 12
+        ran = featx("extract", source, "--out", store / "inside.featx")
+        assert ran.code == 2 and "no permission to write" in ran.err
+    finally:
+        subprocess.run(undo, check=True)
+    assert verify(store) == []
