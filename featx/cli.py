@@ -23,6 +23,10 @@ from featx.errors import FeatxError, UsageError
 from featx.terminal import ProgressLine, print_json, say, show
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from rich.table import Table
+
     from featx.splits import Shots
 
 QUARANTINED = 3
@@ -44,6 +48,11 @@ app = typer.Typer(
         "[bold]featx sweep photos.featx[/bold]"
     ),
 )
+
+
+class Decode(StrEnum):
+    full = "full"
+    scaled = "scaled"
 
 
 class EngineName(StrEnum):
@@ -125,12 +134,16 @@ def extract(
         Precision, typer.Option(help="auto is the store's own, else fp32 on a CPU and bf16 on a GPU.")
     ] = Precision.auto,
     batch_size: Annotated[int | None, typer.Option(min=1, max=4096, help="[default: measured for the engine]")] = None,
+    decode: Annotated[
+        Decode, typer.Option(help="scaled decodes of a large JPEG only what the resize needs.")
+    ] = Decode.full,
     workers: Annotated[int | None, typer.Option(min=1, max=256, help="Decoding processes. [default: cores]")] = None,
     max_bad: Annotated[
         float | None,
         typer.Option(min=0, max=1, help="Share of images that may be refused. [default: 0.01, but at least ten]"),
     ] = None,
     prune: Annotated[bool, typer.Option("--prune", help="Drop embeddings that no image refers to any more.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Show where the time went.")] = False,
     as_json: Json = False,
 ) -> None:
     """Embed every image of SOURCE once, into STORE.
@@ -164,6 +177,7 @@ def extract(
             out,
             engine=chosen,
             workers=workers,
+            decode=decode.value,
             max_bad=max_bad,
             prune=prune,
             progress=line.update,
@@ -179,6 +193,8 @@ def extract(
         f"({summary.backbone}, {summary.engine} on {summary.device}, {summary.precision}).",
         err=as_json,
     )
+    if profile:
+        show(_stages(summary.stages, summary.embedded), err=as_json)
     for item in summary.refused[:10]:
         say(f"  refused {item.id}: {item.reason}, {item.message}", err=True)
     if summary.quarantined:
@@ -340,6 +356,16 @@ def demo(
     run_sweep(folder / "digits.featx", seed=seed)
     print("\nNow with your own photos, one folder for each class:")
     print("  featx extract photos --out photos.featx\n  featx sweep photos.featx")
+
+
+def _stages(stages: Mapping[str, float], images: int) -> Table:
+    from rich.table import Table
+
+    table = Table("stage", "seconds", "ms an image", box=None, title="where the time went")
+    for name, seconds in stages.items():
+        table.add_row(name, f"{seconds:.2f}", f"{1000 * seconds / max(images, 1):.2f}")
+    table.caption = "the first four are summed over the decoding processes, beside the rest"
+    return table
 
 
 # --- arguments ----------------------------------------------------------------------------------------------------

@@ -21,10 +21,12 @@ import queue
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,7 +41,7 @@ from numpy.typing import NDArray
 
 from featx._files import uninterrupted
 from featx.errors import FeatxError, ImageError
-from featx.images import Preprocess, pixels
+from featx.images import MAX_PIXELS, Preprocess, decode, resize_crop
 
 ATTEMPTS = 2
 MAX_BYTES = 2**30
@@ -49,8 +51,13 @@ _START_TIMEOUT = 60.0
 _MAX_ANSWER = 65_536
 _READY = b"!"
 _READ, _DECODE = b"R", b"G"
+_TIMES = struct.Struct("<dd")
 TIMEOUT = 30.0
 """Seconds that one image may take; the slowest honest one (89 megapixels of PNG) takes about five."""
+
+
+Seconds = tuple[float, float, float, float]
+"""Time in a worker for reading, hashing, decoding and resizing."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,7 @@ class Decoded:
     digest: bytes | None
     pixels: NDArray[np.uint8] | None = None
     refusal: ImageError | None = None
+    seconds: Seconds = (0.0, 0.0, 0.0, 0.0)
 
 
 class DecoderPool:
@@ -70,15 +78,25 @@ class DecoderPool:
     preprocess : what the pixels are resized and cropped to.
     workers : number of processes.
     timeout : seconds after which a decoder counts as hanging.
+    mode : of :data:`featx.images.DECODE_MODES`.
+    max_pixels : a larger image is refused by its header.
     """
 
-    def __init__(self, preprocess: Preprocess, *, workers: int, timeout: float = TIMEOUT) -> None:
+    def __init__(
+        self,
+        preprocess: Preprocess,
+        *,
+        workers: int,
+        timeout: float = TIMEOUT,
+        mode: str = "full",
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
         self.preprocess, self.workers, self.timeout = preprocess, workers, timeout
         self._idle: queue.SimpleQueue[_Child] = queue.SimpleQueue()
         self._children: list[_Child] = []
         try:
             for _ in range(workers):
-                self._children.append(_Child(preprocess, timeout))
+                self._children.append(_Child(preprocess, timeout, mode, max_pixels))
         except BaseException:
             for child in self._children:
                 child.stop()
@@ -100,8 +118,6 @@ class DecoderPool:
             self._threads.shutdown(wait=True, cancel_futures=True)
             for child in self._children:
                 child.close()
-        for child in self._children:
-            child.close()
 
     def run(self, paths: Iterable[Path], known: Callable[[bytes], bool], *, ahead: int) -> Iterator[Decoded]:
         """Yield what became of each path, in order, working up to ``ahead`` files ahead of the consumer.
@@ -143,8 +159,8 @@ class _Lost(Exception):
 class _Child:
     """One process, the socket to it, and the memory that it puts pixels into."""
 
-    def __init__(self, preprocess: Preprocess, timeout: float) -> None:
-        self.preprocess, self.timeout = preprocess, timeout
+    def __init__(self, preprocess: Preprocess, timeout: float, mode: str, max_pixels: int) -> None:
+        self.preprocess, self.timeout, self.mode, self.max_pixels = preprocess, timeout, mode, max_pixels
         self.shape = (*preprocess.crop, 3)
         self._file = _shared_file(math.prod(self.shape))
         self._memory = mmap.mmap(self._file.fileno(), math.prod(self.shape))
@@ -182,7 +198,12 @@ class _Child:
                     hint="Try fewer of them: --workers 1.",
                 ) from error
         self._socket = Connection(ours.detach())
-        said = {"preprocess": self.preprocess.to_json(), "timeout": self.timeout}
+        said = {
+            "preprocess": self.preprocess.to_json(),
+            "timeout": self.timeout,
+            "mode": self.mode,
+            "max_pixels": self.max_pixels,
+        }
         with contextlib.suppress(OSError):  # it has ended already: _wait_until_ready says why
             self._socket.send_bytes(json.dumps(said).encode())
 
@@ -237,19 +258,21 @@ class _Child:
         try:
             self._socket.send_bytes(_READ + os.fsencode(path))
             answer = self._answer(digest)
+            reading, decoding = (0.0, 0.0), (0.0, 0.0)
             if answer[:1] == b"D":
-                digest = answer[1:]
+                digest, reading = answer[1:33], _TIMES.unpack(answer[33:])
                 if known(digest):
-                    return Decoded(digest)
+                    return Decoded(digest, seconds=(*reading, *decoding))
                 self._socket.send_bytes(_DECODE)
                 answer = self._answer(digest)
             if answer[:1] == b"E":
                 reason, message = json.loads(answer[1:])
                 return Decoded(digest, refusal=ImageError(reason, message))
+            decoding = _TIMES.unpack(answer[1:])
         except (EOFError, OSError) as error:
             raise _Lost("decoder_crash", digest) from error
         pixels = np.frombuffer(self._memory, dtype=np.uint8).reshape(self.shape).copy()
-        return Decoded(digest, pixels)
+        return Decoded(digest, pixels, seconds=(*reading, *decoding))
 
     def _answer(self, digest: bytes | None) -> bytes:
         if not self._socket.poll(self.timeout):
@@ -290,6 +313,7 @@ def serve(socket_handle: int, memory_handle: int) -> None:
     with contextlib.suppress(EOFError, ConnectionError), Connection(socket_handle) as parent:
         said = json.loads(parent.recv_bytes())
         preprocess, timeout = Preprocess.from_json(said["preprocess"]), said["timeout"]
+        max_pixels = said["max_pixels"]
         memory = mmap.mmap(memory_handle, 0)
         out = np.frombuffer(memory, dtype=np.uint8).reshape((*preprocess.crop, 3))
         data = b""
@@ -303,14 +327,21 @@ def serve(socket_handle: int, memory_handle: int) -> None:
             signal.setitimer(signal.ITIMER_REAL, timeout + 5.0)
             if message == _DECODE:
                 try:
-                    out[...] = pixels(data, preprocess)
-                    answer = b"K"
+                    started = time.perf_counter()
+                    enough_for = preprocess if said["mode"] == "scaled" else None
+                    image = decode(data, enough_for=enough_for, max_pixels=max_pixels)
+                    decoded = time.perf_counter()
+                    out[...] = resize_crop(image, preprocess)
+                    answer = b"K" + _TIMES.pack(decoded - started, time.perf_counter() - decoded)
                 except ImageError as error:
                     answer = b"E" + json.dumps([error.reason, error.what[:4096]]).encode()
             else:
                 try:
+                    started = time.perf_counter()
                     data = _read(os.fsdecode(message[1:]))
-                    answer = b"D" + hashlib.sha256(data).digest()
+                    read = time.perf_counter()
+                    digest = hashlib.sha256(data).digest()
+                    answer = b"D" + digest + _TIMES.pack(read - started, time.perf_counter() - read)
                 except ImageError as error:
                     answer = b"E" + json.dumps([error.reason, error.what[:4096]]).encode()
             signal.setitimer(signal.ITIMER_REAL, 0)

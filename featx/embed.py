@@ -29,10 +29,11 @@ class Embedder:
     ----------
     backbone : the network.
     engine : how it is run.
+    decode : "full" or "scaled", see :data:`featx.images.DECODE_MODES`.
     """
 
-    def __init__(self, backbone: Backbone, engine: Engine) -> None:
-        self.backbone, self.engine = backbone, engine
+    def __init__(self, backbone: Backbone, engine: Engine, *, decode: str = "full") -> None:
+        self.backbone, self.engine, self.decode = backbone, engine, decode
 
     @classmethod
     def like(
@@ -73,9 +74,10 @@ class Embedder:
         )
         precision = str(provenance.get("precision", "auto"))
         chosen = make_engine(backbone, engine=engine, device=device, precision=precision, batch_size=batch_size)
-        wanted = provenance_of(backbone, chosen, views=str(provenance.get("views", "center")))
+        decode = str(dict(provenance.get("decode", {})).get("mode", "full"))
+        wanted = provenance_of(backbone, chosen, views=str(provenance.get("views", "center")), decode=decode)
         check_same(provenance, wanted, where)
-        return cls(backbone, chosen)
+        return cls(backbone, chosen, decode=decode)
 
     def embed_pixels(self, images: Sequence[NDArray[np.uint8]]) -> tuple[NDArray[np.float32], ...]:
         """Embeddings (n, d), one array a layer, of decoded images (h, w, 3)."""
@@ -86,7 +88,7 @@ class Embedder:
 
     def embed_bytes(self, data: bytes) -> tuple[NDArray[np.float32], ...]:
         """Embeddings (1, d) of one image file's bytes, decoded in this process; ImageError when it is refused."""
-        return self.embed_pixels([pixels(data, self.backbone.preprocess)])
+        return self.embed_pixels([pixels(data, self.backbone.preprocess, mode=self.decode)])
 
     def embed_files(self, paths: Iterable[Path]) -> Iterator[tuple[Path, tuple[NDArray[np.float32], ...] | ImageError]]:
         """Embeddings (d,), one a layer, or the refusal of each file, in order; decoded in processes of their own."""
@@ -111,7 +113,7 @@ class Embedder:
         if not given:
             return
         workers = min(available_cpus(), len(given))
-        with DecoderPool(self.backbone.preprocess, workers=workers) as pool:
+        with DecoderPool(self.backbone.preprocess, workers=workers, mode=self.decode) as pool:
             stream = pool.run(given, lambda digest: False, ahead=2 * self.engine.batch_size + workers)
             for path, decoded in zip(given, stream, strict=True):
                 waiting.append(path)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,10 @@ MAX_BAD_IMAGES = 10
 _SETTLED_NS = 2_000_000_000
 """A file changed this shortly before it was read may change again within the clock's resolution."""
 
+STAGES = ("read", "hash", "decode", "resize", "wait for pixels", "network", "write")
+"""Where the time of an extraction goes, in seconds: the first four are summed over the decoding processes, which work
+beside the rest; the last three add up to the time that passes."""
+
 Progress = Callable[[int, int], None]
 
 
@@ -58,6 +62,7 @@ class ExtractSummary:
     precision: str
     device: str
     pruned: int = 0
+    stages: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     refused: tuple[Refused, ...] = field(default=(), repr=False)
 
@@ -76,6 +81,7 @@ class ExtractSummary:
             "precision": self.precision,
             "device": self.device,
             "pruned": self.pruned,
+            "stages": {name: round(seconds, 4) for name, seconds in self.stages.items()},
             "notes": list(self.notes),
         }
 
@@ -89,6 +95,7 @@ def extract_features(
     workers: int | None = None,
     max_bad: float | None = None,
     prune: bool = False,
+    decode: str = "full",
     decode_timeout: float = TIMEOUT,
     progress: Progress | None = None,
 ) -> ExtractSummary:
@@ -103,6 +110,7 @@ def extract_features(
     workers : number of decoding processes; by default one a core.
     max_bad : share of images (0..1) that may be refused; by default 1 %, but at least ten images.
     prune : drop embeddings that no image refers to any more.
+    decode : "full", or "scaled": of a large JPEG only as much as the resize needs. Part of the fingerprint.
     decode_timeout : seconds after which a decoder counts as hanging.
     progress : called as ``progress(done, total)``.
 
@@ -117,8 +125,8 @@ def extract_features(
     """
     started = time.perf_counter()
     engine = engine or make_engine(backbone)
-    with StoreWriter(store, provenance_of(backbone, engine)) as writer:
-        run = _Run(images, writer, backbone, engine)
+    with StoreWriter(store, provenance_of(backbone, engine, decode=decode)) as writer:
+        run = _Run(images, writer, backbone, engine, decode)
         try:
             run.embed(workers or len(os.sched_getaffinity(0)), decode_timeout, progress)
             refused = tuple(run.refused)
@@ -153,6 +161,7 @@ def extract_features(
         precision=engine.precision,
         device=engine.device,
         pruned=pruned,
+        stages=run.stages,
         notes=notes,
         refused=refused,
     )
@@ -184,8 +193,10 @@ def _too_many(refused: tuple[Refused, ...], total: int, allowed: float, store: P
 class _Run:
     """The state of one extraction."""
 
-    def __init__(self, images: ImageSet, writer: StoreWriter, backbone: Backbone, engine: Engine) -> None:
+    def __init__(self, images: ImageSet, writer: StoreWriter, backbone: Backbone, engine: Engine, decode: str) -> None:
         self.images, self.writer, self.backbone, self.engine = images, writer, backbone, engine
+        self.decode = decode
+        self.stages = dict.fromkeys(STAGES, 0.0)
         self.refused: list[Refused] = []
         self.done = self.embedded = 0
         self.seconds = 0.0
@@ -214,13 +225,23 @@ class _Run:
             return
         started = time.perf_counter()
         batches: deque[list[bytes]] = deque()
-        with DecoderPool(self.backbone.preprocess, workers=min(workers, len(pending)), timeout=timeout) as pool:
+        with DecoderPool(
+            self.backbone.preprocess, workers=min(workers, len(pending)), timeout=timeout, mode=self.decode
+        ) as pool:
+            writing = 0.0
             for outputs in self.engine.embed(self._batches(pool, pending, batches, progress)):
                 digests = batches.popleft()
+                before = time.perf_counter()
                 self.writer.add(digests, outputs)
+                writing += time.perf_counter() - before
                 self.embedded += len(digests)
+        before = time.perf_counter()
         self.writer.flush()
-        self.seconds = time.perf_counter() - started
+        done = time.perf_counter()
+        self.seconds = done - started
+        self.stages["write"] = writing + done - before
+        # This thread decodes nothing: what it neither waits nor writes, it spends in the engine.
+        self.stages["network"] = self.seconds - self.stages["wait for pixels"] - self.stages["write"]
 
     def _remembered(self) -> dict[tuple[str, int, int], bytes]:
         index = self.writer.index
@@ -240,7 +261,12 @@ class _Run:
         claimed: set[bytes] = set()
         ahead = 2 * size + 2 * pool.workers
         stream = pool.run((ref.path for ref in pending), self.writer.has, ahead=ahead)
-        for ref, decoded in zip(pending, stream, strict=True):
+        for ref in pending:
+            before = time.perf_counter()
+            decoded = next(stream)
+            self.stages["wait for pixels"] += time.perf_counter() - before
+            for stage, seconds in zip(STAGES, decoded.seconds, strict=False):
+                self.stages[stage] += seconds
             self.done += 1
             if progress is not None:
                 progress(self.done, len(self.images))

@@ -57,6 +57,9 @@ _READERS = (
 FORMATS = tuple(reader.format for reader in _READERS if reader.format in Image.OPEN)
 """Decoders that are allowed to see a file (those of the list that this Pillow was built with)."""
 
+DECODE_MODES = ("full", "scaled")
+"""How much of a JPEG is decoded: everything, or (for large photos) only as much as the resize needs."""
+
 MAX_PIXELS = 89_478_485
 """Above this (a quarter of 2**30 bytes at 3 bytes a pixel, Pillow's own bound) a file is refused by its header."""
 
@@ -133,9 +136,9 @@ class Preprocess:
         return int(self.resize * width / height), self.resize
 
 
-def decode_settings() -> dict[str, Any]:
+def decode_settings(mode: str = "full") -> dict[str, Any]:
     """What of this module changes pixels: part of a store's fingerprint."""
-    return {"mode": "full", "background": list(BACKGROUND), "orientation": "exif", "frame": 0}
+    return {"mode": mode, "background": list(BACKGROUND), "orientation": "exif", "frame": 0}
 
 
 def decoder_version() -> str:
@@ -143,8 +146,14 @@ def decoder_version() -> str:
     return f"Pillow {PIL.__version__}"
 
 
-def decode(data: bytes) -> Image.Image:
-    """Decode one file's bytes to an upright RGB image of its full size.
+def decode(data: bytes, *, enough_for: Preprocess | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode one file's bytes to an upright RGB image.
+
+    Parameters
+    ----------
+    enough_for : decode a JPEG at a half, a quarter or an eighth of its size, as long as that is no smaller than what
+        this resizes to (decode mode "scaled"). By default the image has its full size.
+    max_pixels : a larger image is refused by its header.
 
     Raises
     ------
@@ -155,11 +164,13 @@ def decode(data: bytes) -> Image.Image:
         raise ImageError("empty", "the file is empty")
     image = _open(data)
     width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise _too_large(f"{width}x{height}")
+    if width * height > max_pixels:
+        raise _too_large(f"{width}x{height}", max_pixels)
     if min(width, height) < MIN_SIDE:
         raise ImageError("too_small", f"{width}x{height} pixels; at least {MIN_SIDE} a side are needed")
     try:
+        if enough_for is not None:
+            image.draft("RGB", enough_for.resized(width, height))
         image.load()
         # Most files are upright already, and exif_transpose copies.
         if image.getexif().get(0x0112, 1) != 1:
@@ -173,9 +184,16 @@ def decode(data: bytes) -> Image.Image:
         raise _refusal(error) from error
 
 
-def pixels(data: bytes, preprocess: Preprocess) -> NDArray[np.uint8]:
+def pixels(data: bytes, preprocess: Preprocess, *, mode: str = "full") -> NDArray[np.uint8]:
     """Decode, resize and centre-crop one file's bytes: uint8 ``(height, width, 3)``, not normalised."""
-    return resize_crop(decode(data), preprocess)
+    return resize_crop(decode(data, enough_for=preprocess if mode == "scaled" else None), preprocess)
+
+
+def encode(array: NDArray[np.uint8], *, form: str = "PNG") -> bytes:
+    """Bytes of a "PNG" or "JPEG" file with grey ``(h, w)`` or RGB ``(h, w, 3)`` pixels."""
+    out = io.BytesIO()
+    Image.fromarray(array).save(out, format=form)
+    return out.getvalue()
 
 
 def save_png(array: NDArray[np.uint8], path: Path) -> None:
@@ -250,8 +268,8 @@ def _from_16_bits(wide: NDArray[np.uint16]) -> Image.Image:
     return Image.fromarray(((wide.astype(np.uint32) + 128) // 257).astype(np.uint8)).convert("RGB")
 
 
-def _too_large(found: str) -> ImageError:
-    return ImageError("too_large", f"more than {MAX_PIXELS:,} pixels are declared ({found})")
+def _too_large(found: str, most: int = MAX_PIXELS) -> ImageError:
+    return ImageError("too_large", f"more than {most:,} pixels are declared ({found})")
 
 
 def _refusal(error: Exception) -> ImageError:

@@ -10,12 +10,12 @@ from featx.engines import Engine
 from featx.images import decode_settings, decoder_version
 
 
-def provenance_of(backbone: Backbone, engine: Engine, *, views: str = "center") -> dict[str, Any]:
+def provenance_of(backbone: Backbone, engine: Engine, *, views: str = "center", decode: str = "full") -> dict[str, Any]:
     """All that the embeddings depend on, or that one would want to know of them."""
     return {
         **backbone.provenance(),
         "views": views,
-        "decode": decode_settings(),
+        "decode": decode_settings(decode),
         "precision": engine.precision,
         "decoder": decoder_version(),
         "engine": engine.name,

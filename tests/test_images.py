@@ -218,3 +218,19 @@ def test_real_photos_decode_like_the_transforms(photos: Path) -> None:
 def test_preprocess_survives_json() -> None:
     for preprocess, _ in TRANSFORMS:
         assert Preprocess.from_json(preprocess.to_json()) == preprocess
+
+
+def test_scaled_decoding_gives_nearly_the_same_pixels() -> None:
+    data = encoded(picture(7, (2400, 1800)), "JPEG", quality=92)
+    assert decode(data, enough_for=IMAGENET).size == (600, 450)
+    assert decode(data).size == (2400, 1800)
+    full, scaled = pixels(data, IMAGENET).astype(int), pixels(data, IMAGENET, mode="scaled").astype(int)
+    assert np.abs(full - scaled).mean() < 1.5
+    small = encoded(picture(7, (400, 300)), "JPEG")  # nothing to save: the very same pixels
+    assert np.array_equal(pixels(small, IMAGENET), pixels(small, IMAGENET, mode="scaled"))
+
+
+def test_scaled_decoding_never_goes_below_what_the_resize_needs() -> None:
+    for size in ((511, 400), (512, 512), (2048, 300), (1030, 1025), (5000, 260)):
+        image = decode(encoded(picture(1, size), "JPEG"), enough_for=IMAGENET)
+        assert min(image.size) >= 256 or image.size == size
