@@ -72,6 +72,10 @@ class StoreError(FeatxError):
     """A store that is damaged, foreign, incomplete or in use."""
 
 
+class BundleError(FeatxError):
+    """A kept head that is damaged, altered, foreign, or does not give the values that it gave when it was made."""
+
+
 class MismatchError(FeatxError):
     """Two things that must agree do not; the message names the field that differs."""
 
