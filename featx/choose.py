@@ -27,10 +27,9 @@ from featx.heads import (
     SquaredHinge,
     mean_squared_norm,
     signs,
-    softmax,
     with_constant,
 )
-from featx.solvers import Array, RowSpace, discriminant_path, newton_path, ridge_coefficients, ridge_loo
+from featx.solvers import Array, RowSpace, discriminant_path, newton_path, ridge_held_out, softmax
 from featx.splits import Index, distinct_counts, fold_numbers
 
 N_FOLDS = 5
@@ -100,6 +99,11 @@ def choose(
     if head.estimator is KNeighborsClassifier:
         values = tuple(k for k in values if k <= len(rows) - int(np.bincount(folds).max()))
     losses, fine = out_of_fold_losses(head, kind, rows, labels, folds, values)
+    if head.cautious:
+        order = [values.index(start), *(i for i, value in enumerate(values) if value != start)]
+        best = order[_clearly_best(losses[order])]
+        params = {"kind": kind, head.parameter: values[best]}
+        return Choice(params, float(losses[best].mean()), int(folds.max()) + 1, converged and fine)
     means = losses.mean(axis=1)
     # Equal losses are common for accuracies: the value nearest to the default is then as good as any.
     ties = np.flatnonzero(means <= means.min() * (1 + 1e-12))
@@ -200,19 +204,9 @@ def _ridge(
     values: tuple[float, ...],
 ) -> Scores:
     targets = signs(labels, int(labels.max()) + 1)
-    if int(folds.max()) + 1 == len(rows):  # every row is a fold of its own: the closed form
-        unit = mean_squared_norm(rows)
-        return ridge_loo(RowSpace.of(rows), targets, [value * unit for value in values]), True
-    rows = RowSpace.of(rows).coordinates
-    out = np.zeros((len(values), *targets.shape))
-    for number in range(int(folds.max()) + 1):
-        held = folds == number
-        space = RowSpace.of(rows[~held])
-        unit = mean_squared_norm(space.coordinates)
-        for i, value in enumerate(values):
-            coef, offset = ridge_coefficients(space, targets[~held], value * unit)
-            out[i, held] = rows[held] @ coef.T + offset
-    return out, True
+    space = RowSpace.of(rows)
+    unit = mean_squared_norm(space.coordinates)
+    return np.stack([ridge_held_out(space, targets, value * unit, folds) for value in values]), True
 
 
 def _discriminant(

@@ -25,7 +25,16 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from featx.errors import UsageError, did_you_mean
-from featx.solvers import Array, RowSpace, discriminant_path, newton_path, ridge_coefficients
+from featx.solvers import (
+    Array,
+    RowSpace,
+    discriminant_path,
+    newton_path,
+    ridge_coefficients,
+    ridge_held_out,
+    softmax,
+    temperature,
+)
 
 Kind: TypeAlias = Literal["none", "l2", "centre_l2", "standardise", "power_l2"]
 KINDS: tuple[Kind, ...] = ("none", "l2", "centre_l2", "standardise", "power_l2")
@@ -115,14 +124,6 @@ class _Linear(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return np.asarray(self.classes_[which])
 
 
-def softmax(scores: Array) -> Array:
-    """Probabilities (n, c) of scores (n, c), or of (n,) log-odds for the second of two classes."""
-    both = np.column_stack([np.zeros(len(scores)), scores]) if scores.ndim == 1 else scores
-    power: Array = np.exp(both - both.max(axis=1, keepdims=True))
-    power /= power.sum(axis=1, keepdims=True)
-    return power
-
-
 class _Penalised(_Linear):
     """A head with scikit-learn's penalty parameter ``C``, by default in units of the support's spread."""
 
@@ -196,7 +197,9 @@ def signs(labels: NDArray[np.integer], n_classes: int) -> Array:
 class Ridge(_Linear):
     """Least squares on targets -1 and 1; with ``scale_free=False`` equal to ``RidgeClassifier(alpha)``.
 
-    ``alpha`` is in units of the mean squared norm of the centred support.
+    ``alpha`` is in units of the mean squared norm of the centred support. Probabilities are a softmax of
+    the scores times ``temperature_``, which is learnt from the support alone: see
+    :func:`featx.solvers.temperature`. At one shot there is nothing to learn it from, and it keeps its prior.
     """
 
     def __init__(self, alpha: float = 1.0, *, scale_free: bool = True) -> None:
@@ -207,8 +210,29 @@ class Ridge(_Linear):
         if not self.alpha > 0:
             raise ValueError(f"alpha of Ridge must be positive, got {self.alpha!r}")
         alpha = self.alpha * mean_squared_norm(rows) if self.scale_free else self.alpha
-        targets = signs(labels, len(self.classes_))
-        self.coef_, self.intercept_ = ridge_coefficients(RowSpace.of(rows), targets, alpha)
+        targets, space = signs(labels, len(self.classes_)), RowSpace.of(rows)
+        self.coef_, self.intercept_ = ridge_coefficients(space, targets, alpha)
+        counts = np.bincount(labels)
+        held_out = ridge_held_out(space, targets, alpha, round_robin(labels, min(int(counts.min()), 10)))
+        self.temperature_ = 8.0 if counts.min() < 2 else temperature(_both(held_out), labels)
+
+    def predict_proba(self, X: ArrayLike) -> Array:
+        scores = self.decision_function(X)
+        return softmax(self.temperature_ * _both(scores.reshape(len(scores), -1)))
+
+
+def _both(scores: Array) -> Array:
+    """Scores (n, c) of every class: a single column stands for the second of two."""
+    return np.hstack([-scores, scores]) if scores.shape[1] == 1 else scores
+
+
+def round_robin(labels: NDArray[np.integer], n_folds: int) -> NDArray[np.intp]:
+    """Fold (n,) of each row: the rows of each class are dealt out in their order."""
+    folds = np.zeros(len(labels), dtype=np.intp)
+    for c in range(int(labels.max()) + 1):
+        own = labels == c
+        folds[own] = np.arange(own.sum()) % max(n_folds, 1)
+    return folds
 
 
 class Discriminant(_Linear):
@@ -261,6 +285,8 @@ class Head:
     values : its grid, ascending in the order in which a path is fastest.
     criterion : what chooses among them, out of fold, inside the support.
     summary : one line for people.
+    fixed : parameters of the classifier that differ from its own defaults.
+    cautious : whether the default stays unless another value is better by more than a standard error.
     """
 
     name: str
@@ -271,6 +297,7 @@ class Head:
     criterion: Criterion
     summary: str
     fixed: tuple[tuple[str, Any], ...] = ()
+    cautious: bool = False
 
     def build(self, **params: Any) -> Pipeline:
         """Unfitted pipeline with the steps ``normalise`` and ``classify``."""
@@ -315,7 +342,7 @@ _CS = (3.16, 10.0, 31.6, 100.0, 316.0, 1000.0, 3160.0)
 class Catalogue(Mapping[str, Head]):
     """Immutable mapping of names to heads; a name that is not there is a usage error."""
 
-    recommended: ClassVar[str] = "logreg"
+    recommended: ClassVar[str] = "ridge"
 
     def __init__(self, *heads: Head) -> None:
         self._heads = {head.name: head for head in heads}
@@ -347,11 +374,13 @@ HEADS = Catalogue(
     ),
     Head(
         "linear_svm", SquaredHinge, ("l2", "none", "centre_l2", "standardise", "power_l2"),
-        "C", (0.1, 0.316, 1.0, 3.16, 10.0, 31.6, 100.0), "squared_hinge", "linear SVM, one against the rest",
+        "C", (0.1, 0.316, 1.0, 3.16, 10.0, 31.6, 100.0), "squared_hinge",
+        "linear SVM, one against the rest", cautious=True,
     ),
     Head(
         "ridge", Ridge, ("l2", "none", "centre_l2", "standardise", "power_l2"),
-        "alpha", (0.01, 0.0316, 0.1, 0.316, 1.0, 3.16, 10.0), "squared_error", "least squares with a penalty",
+        "alpha", (0.01, 0.0316, 0.1, 0.316, 1.0, 3.16, 10.0), "squared_error",
+        "least squares with a penalty, calibrated by held-out rows", cautious=True,
     ),
     Head(
         "lda", Discriminant, ("l2", "none", "centre_l2", "standardise", "power_l2"),

@@ -5,7 +5,7 @@ features shrink to at most ``n - 1`` directions without changing a single predic
 (:class:`RowSpace`). There, in the eigenbasis, a damped Newton method with a diagonal preconditioner
 needs a handful of products a fit; folds share the design matrix as 0/1 weights and are solved side by
 side; each penalty starts where the last one ended (:func:`newton_path`). One eigendecomposition serves
-every ridge penalty and its leave-one-out predictions (:func:`ridge_loo`), and every shrinkage of a
+every ridge penalty and its held-out predictions (:func:`ridge_held_out`), and every shrinkage of a
 linear discriminant (:func:`discriminant_path`).
 
 Nothing here is approximate: every function states the plain scikit-learn estimator that it equals, and
@@ -20,6 +20,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import optimize
 
 Array: TypeAlias = NDArray[np.float64]
 Loss: TypeAlias = Literal["softmax", "squared_hinge"]
@@ -270,23 +271,54 @@ def ridge_coefficients(space: RowSpace, targets: Array, alpha: float) -> tuple[A
     return coef, offset - coef @ space.origin
 
 
-def ridge_loo(space: RowSpace, targets: Array, alphas: Sequence[float]) -> Array:
-    """Leave-one-out predictions (a, n, c) of ``Ridge(alpha)`` with a free intercept, without refits.
+def ridge_held_out(space: RowSpace, targets: Array, alpha: float, folds: NDArray[np.integer] | None = None) -> Array:
+    """Predictions (n, c) of ``Ridge(alpha)`` for every row by the fit without its fold, and without refits.
 
-    The left-out residual of a linear smoother is ``(y - fit) / (1 - leverage)``; exact as long as the
-    rows themselves do not depend on the others (so not after centring or standardising them).
+    For a linear smoother with hat matrix H the residuals of a held-out block are ``(1 - H_bb)^-1`` times
+    those of the whole fit; exact as long as the rows themselves do not depend on the others. By default each
+    row is a fold of its own (leave-one-out).
     """
     z = space.coordinates
     offset = targets.mean(axis=0)
-    power = np.einsum("ij,ij->j", z, z)
-    loaded = z.T @ (targets - offset)
-    out = np.empty((len(alphas), *targets.shape))
-    for i, alpha in enumerate(alphas):
-        shrunk = z / (power + alpha)
+    shrunk = z / (np.einsum("ij,ij->j", z, z) + alpha)
+    residual = targets - offset - shrunk @ (z.T @ (targets - offset))
+    if folds is None:
         leverage = 1.0 / len(z) + np.einsum("ij,ij->i", shrunk, z)
-        residual = targets - offset - shrunk @ loaded
-        out[i] = targets - residual / np.maximum(1.0 - leverage, 1e-12)[:, None]
+        return np.asarray(targets - residual / np.maximum(1.0 - leverage, 1e-12)[:, None])
+    out = np.empty_like(targets)
+    for fold in range(int(folds.max()) + 1):
+        own = np.flatnonzero(folds == fold)
+        left = np.eye(len(own)) - 1.0 / len(z) - shrunk[own] @ z[own].T
+        # Holding out every row of the only fold leaves nothing to fit: the block is singular.
+        out[own] = targets[own] - np.linalg.lstsq(left, residual[own], rcond=None)[0]
     return out
+
+
+def softmax(scores: Array) -> Array:
+    """Probabilities (n, c) of scores (n, c), or of (n,) log-odds for the second of two classes."""
+    both = np.column_stack([np.zeros(len(scores)), scores]) if scores.ndim == 1 else scores
+    power: Array = np.exp(both - both.max(axis=1, keepdims=True))
+    power /= power.sum(axis=1, keepdims=True)
+    return power
+
+
+def temperature(scores: Array, labels: NDArray[np.integer], *, prior: float = 8.0, spread: float = 0.35) -> float:
+    """The factor t for which ``softmax(t * scores)`` of held-out scores (n, c) suits the labels best.
+
+    Most probable value under a log-normal prior: few rows that all happen to be right would ask for an
+    infinite factor. The prior is that of ridge scores on targets -1 and 1 with a penalty of one mean squared
+    norm, over image sets and numbers of shots.
+    """
+
+    def cost(log_t: float) -> float:
+        z = np.exp(log_t) * scores
+        top = z.max(axis=1)
+        nats = np.log(np.exp(z - top[:, None]).sum(axis=1)) + top - z[np.arange(len(z)), labels]
+        return float(nats.sum() + 0.5 * ((log_t - np.log(prior)) / spread) ** 2)
+
+    middle = np.log(prior)
+    found = optimize.minimize_scalar(cost, bounds=(middle - 3, middle + 3), method="bounded", options={"xatol": 1e-4})
+    return float(np.exp(found.x))
 
 
 def discriminant_path(

@@ -14,7 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.linear_model import Ridge as SkRidge
 from sklearn.svm import LinearSVC
 
-from featx.solvers import RowSpace, discriminant_path, newton_path, ridge_coefficients, ridge_loo
+from featx.solvers import RowSpace, discriminant_path, newton_path, ridge_coefficients, ridge_held_out, temperature
 
 Array = NDArray[np.float64]
 
@@ -132,20 +132,26 @@ def test_no_step_from_the_solution_gains(seed: int, exponent: float, loss: str) 
 
 
 @pytest.mark.parametrize("d", [6, 50])
-def test_ridge_equals_ridge_and_its_leave_one_out(d: int) -> None:
+def test_ridge_equals_ridge_and_its_held_out_predictions(d: int) -> None:
     rows, labels = blobs(3, 6, d)
     targets = np.where(labels[:, None] == np.arange(3), 1.0, -1.0)
     space, alphas = RowSpace.of(rows), [0.1, 10.0]
-    loo = ridge_loo(space, targets, alphas)
-    for i, alpha in enumerate(alphas):
+    folds = np.tile(np.arange(3), 6)
+    for alpha in alphas:
         plain = SkRidge(alpha=alpha, solver="svd").fit(rows, targets)
         coef, offset = ridge_coefficients(space, targets, alpha)
         np.testing.assert_allclose(coef, plain.coef_, atol=1e-9)
         np.testing.assert_allclose(offset, plain.intercept_, atol=1e-9)
+        loo = ridge_held_out(space, targets, alpha)
+        blocks = ridge_held_out(space, targets, alpha, folds)
+        for fold in range(3):
+            held = folds == fold
+            left = SkRidge(alpha=alpha, solver="svd").fit(rows[~held], targets[~held]).predict(rows[held])
+            np.testing.assert_allclose(blocks[held], left, atol=1e-8)
         for row in range(len(rows)):
             rest = np.arange(len(rows)) != row
             left = SkRidge(alpha=alpha, solver="svd").fit(rows[rest], targets[rest]).predict(rows[row : row + 1])[0]
-            np.testing.assert_allclose(loo[i, row], left, atol=1e-8)
+            np.testing.assert_allclose(loo[row], left, atol=1e-8)
 
 
 @pytest.mark.parametrize("d", [6, 50])
@@ -174,3 +180,14 @@ def test_reaching_the_limit_is_reported(monkeypatch: pytest.MonkeyPatch) -> None
     with warnings.catch_warnings():
         path = newton_path(rows, labels, 3, np.ones((1, len(rows))), [np.array([100.0])], loss="softmax")
         assert not next(path).converged.any()
+
+
+def test_temperature_recovers_the_one_that_made_the_labels_and_stays_finite() -> None:
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(40_000, 4))
+    truth = softmax(3.0 * scores)
+    labels = (rng.random((40_000, 1)) > truth.cumsum(axis=1)).sum(axis=1)
+    assert temperature(scores, labels) == pytest.approx(3.0, rel=0.05)
+    right = scores.argmax(axis=1)  # never wrong: the likelihood alone asks for infinity
+    assert 8.0 < temperature(scores[:10], right[:10]) < 30.0
+    assert temperature(scores[:0], right[:0]) == pytest.approx(8.0, rel=1e-3)
