@@ -8,7 +8,7 @@ two different images there is nothing to validate on, and the head's stated defa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -29,7 +29,7 @@ from featx.heads import (
     signs,
     with_constant,
 )
-from featx.solvers import Array, RowSpace, discriminant_path, newton_path, ridge_held_out, softmax
+from featx.solvers import Array, Loss, RowSpace, discriminant_path, newton_path, ridge_held_out, softmax
 from featx.splits import Index, distinct_counts, fold_numbers
 
 N_FOLDS = 5
@@ -41,6 +41,7 @@ SHOTS_FOR_KIND = 10
 MAX_ROWS = 400
 #: Enough to rank penalties; the fit that follows is exact.
 _TOLERANCE = 1e-6
+_SEARCH_TOLERANCE = 1e-7
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,60 @@ def _penalised(
         out.append(scores)
         converged &= bool(point.converged.all())
     return np.stack(out), converged
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a grid search over plain penalties found; see :func:`search_penalty`.
+
+    ``accuracies`` (v,) are means over folds; ``best`` is the first of the highest, as in ``GridSearchCV``; ``coef``
+    (c, d) and ``intercept`` (c,) are those of the refit.
+    """
+
+    accuracies: Array
+    best: int
+    coef: Array
+    intercept: Array
+    converged: bool
+
+
+def search_penalty(
+    loss: Loss, rows: NDArray[np.floating], labels: NDArray[np.integer], folds: Index, cs: Sequence[float]
+) -> Search:
+    """``GridSearchCV`` of ``LogisticRegression`` or ``LinearSVC`` over C, with its refit, on shared work.
+
+    Parameters
+    ----------
+    loss : ``"softmax"`` or ``"squared_hinge"``.
+    rows : (n, d); labels : (n,) in 0 .. c-1; folds : (n,) in 0 .. f-1.
+    cs : ascending plain values of C.
+    """
+    hinge = loss == "squared_hinge"
+    space = RowSpace.of(with_constant(np.asarray(rows)), centre=False) if hinge else RowSpace.of(rows)
+    z, n_folds = space.coordinates, int(folds.max()) + 1
+    # The last weighting is the whole support: its point of the path is the refit.
+    weights = np.array([*(folds != number for number in range(n_folds)), np.ones(len(z))], dtype=np.float64)
+    path = newton_path(
+        z, labels, int(labels.max()) + 1, weights, [np.full(n_folds + 1, c) for c in cs], loss=loss,
+        fit_intercept=not hinge, tolerance=_SEARCH_TOLERANCE,
+    )  # fmt: skip
+    accuracies, fits, converged = np.empty(len(cs)), [], True
+    for i, point in enumerate(path):
+        right = np.empty(n_folds)
+        for number in range(n_folds):
+            held = folds == number
+            scores = z[held] @ point.coef[number] + point.intercept[number]
+            named = scores.argmax(axis=1) if scores.shape[1] > 1 else scores[:, 0] > 0
+            right[number] = (named == labels[held]).mean()
+        accuracies[i] = right.mean()
+        fits.append((point.coef[-1], point.intercept[-1]))
+        converged &= bool(point.converged.all())
+    best = int(np.argmax(np.round(accuracies, 12)))
+    inner, offset = fits[best]
+    coef = (space.basis @ inner).T
+    if hinge:
+        return Search(accuracies, best, coef[:, :-1], coef[:, -1], converged)
+    return Search(accuracies, best, coef, offset - coef @ space.origin, converged)
 
 
 def _logistic(*args: Any) -> Scores:

@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, PredefinedSplit
+from sklearn.svm import LinearSVC
 
-from featx.choose import choose, out_of_fold_losses
+from featx.choose import choose, out_of_fold_losses, search_penalty
 from featx.errors import UsageError
 from featx.heads import HEADS, Head, Normalise, mean_squared_norm
+from featx.solvers import softmax
 from featx.splits import KShotSplit, fold_numbers
 from featx.sweep import sweep_heads
 
@@ -242,3 +245,22 @@ def test_the_choice_does_not_see_the_query(monkeypatch: pytest.MonkeyPatch) -> N
             if a.episode == episode:
                 assert (a.params, a.selection_score) == (b.params, b.selection_score)
         assert len(support) == 10
+
+
+@pytest.mark.parametrize(("loss", "plain"), [("softmax", LogisticRegression), ("squared_hinge", LinearSVC)])
+@pytest.mark.parametrize("n_classes", [2, 3])
+def test_search_penalty_is_grid_search(loss: Any, plain: Any, n_classes: int) -> None:
+    rows, labels, _ = blobs([15] * n_classes, gap=0.3)
+    folds, cs = fold_numbers(labels, np.arange(len(labels)), 5, 0), [1e-3, 1e-2, 1e-1, 1.0]
+    ours = search_penalty(loss, rows, labels, folds, cs)
+    model = plain(tol=1e-8, max_iter=50_000)
+    theirs = GridSearchCV(model, {"C": cs}, cv=PredefinedSplit(folds)).fit(rows.astype(np.float64), labels)
+    np.testing.assert_allclose(ours.accuracies, theirs.cv_results_["mean_test_score"], atol=1e-9)
+    assert cs[ours.best] == theirs.best_params_["C"]
+    assert ours.converged
+    scores = rows @ ours.coef.T + ours.intercept
+    if loss == "softmax":
+        np.testing.assert_allclose(softmax(scores), theirs.predict_proba(rows.astype(np.float64)), atol=1e-4)
+    else:
+        expected = theirs.decision_function(rows.astype(np.float64)).reshape(scores.shape)
+        np.testing.assert_allclose(scores, expected, atol=1e-4)
