@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import joblib
 import numpy as np
@@ -22,6 +23,7 @@ from featx import stats
 from featx.choose import choose
 from featx.errors import UsageError
 from featx.heads import HEADS
+from featx.journal import Journal, plan_hash
 from featx.results import SweepResult, Trial
 from featx.splits import (
     Duplicates,
@@ -50,6 +52,7 @@ def sweep_heads(
     random_state: int = 0,
     n_jobs: int | None = None,
     near_duplicates: float | None = 0.98,
+    journal: str | Path | None = None,
     progress: Progress | None = None,
 ) -> SweepResult:
     """Compare heads by repeated few-shot draws, all choices inside the support.
@@ -67,6 +70,8 @@ def sweep_heads(
     random_state : seed of the draws and folds; the result does not depend on ``n_jobs``.
     n_jobs : joblib workers, one BLAS thread each; by default one for each core.
     near_duplicates : cosine from which two rows count as copies; None looks for exact copies only.
+    journal : file of finished draws, from which an interrupted sweep of the same data and plan goes on;
+        removed at the end. Seconds in trials that were resumed are those of their first run.
     progress : called as ``progress(done, total, what)``.
 
     Raises
@@ -85,8 +90,20 @@ def sweep_heads(
     wanted, notes = _plan_shots(data, shots)
     tasks = [(n_shots, episode) for n_shots in wanted for episode in range(episodes)]
     done: dict[tuple[Shots, int], tuple[list[Trial], Index]] = {}
-    for task, outcome in _run(data, names, tasks, random_state, n_jobs, progress):
+    kept = None
+    if journal is not None:
+        grids = [(HEADS[name].grid, HEADS[name].default) for name in names]
+        groups_of = data.duplicates.groups
+        plan = plan_hash(data.embeddings, data.labels, groups_of, names, grids, random_state)
+        kept = Journal(Path(journal), plan)
+        done = {task: outcome for task, outcome in kept.done.items() if task in set(tasks)}
+    left = [task for task in tasks if task not in done]
+    for task, outcome in _run(data, names, left, len(done), random_state, n_jobs, progress):
         done[task] = outcome
+        if kept:
+            kept.add(task, outcome)
+    if kept:
+        kept.close()
     by_head = {(t.head, t.n_shots, t.episode): t for trials, _ in done.values() for t in trials}
     trials = tuple(by_head[head, *task] for head in names for task in tasks)
     return SweepResult(
@@ -174,6 +191,7 @@ def _run(
     data: _Data,
     heads: tuple[str, ...],
     tasks: list[tuple[Shots, int]],
+    already: int,
     random_state: int,
     n_jobs: int | None,
     progress: Progress | None,
@@ -182,15 +200,15 @@ def _run(
     workers = joblib.cpu_count() if n_jobs is None else joblib.effective_n_jobs(n_jobs)
     chunk = max(1, 4 * workers) if workers > 1 else 1
     arguments = (data.embeddings, data.labels, data.duplicates.groups, heads, random_state)
-    with joblib.Parallel(n_jobs=min(workers, len(tasks))) as pool:
+    with joblib.Parallel(n_jobs=max(1, min(workers, len(tasks)))) as pool:
         for start in range(0, len(tasks), chunk):
             some = tasks[start : start + chunk]
             if progress:
-                progress(start, len(tasks), f"{_shots(some[0][0])}, draw {some[0][1] + 1}")
+                progress(already + start, already + len(tasks), f"{_shots(some[0][0])}, draw {some[0][1] + 1}")
             outcomes = pool(joblib.delayed(_episode)(*arguments, *task) for task in some)
             yield from zip(some, outcomes, strict=True)
     if progress:
-        progress(len(tasks), len(tasks), "done")
+        progress(already + len(tasks), already + len(tasks), "done")
 
 
 def _shots(n_shots: Shots) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -264,3 +265,53 @@ def test_search_penalty_is_grid_search(loss: Any, plain: Any, n_classes: int) ->
     else:
         expected = theirs.decision_function(rows.astype(np.float64)).reshape(scores.shape)
         np.testing.assert_allclose(scores, expected, atol=1e-4)
+
+
+def test_an_interrupted_sweep_resumes_from_its_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, labels, names = blobs([10, 10])
+    plan: dict[str, Any] = {"class_names": names, "heads": ["logreg", "linear_svm"], "shots": (1, 2), "episodes": 3}
+    whole = sweep_heads(rows, labels, **plan, n_jobs=1)
+    path = tmp_path / "deep" / "journal.jsonl"
+
+    def stop(done: int, total: int, what: str) -> None:
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep_heads(rows, labels, **plan, n_jobs=1, journal=path, progress=stop)
+    assert len(path.read_text().splitlines()) == 1 + 4
+    with path.open("ab") as file:
+        file.write(b'{"task": [2, 1], "que')  # cut short by a crash
+    seen: list[int] = []
+    resumed = sweep_heads(
+        rows, labels, **plan, n_jobs=1, journal=path, progress=lambda done, total, what: seen.append(done)
+    )
+    assert seen == [4, 5, 6]
+    for ours, theirs in zip(resumed.trials, whole.trials, strict=True):
+        assert (ours.accuracy, ours.params, ours.ece) == (theirs.accuracy, theirs.params, theirs.ece)
+        np.testing.assert_array_equal(ours.predictions, theirs.predictions)
+    assert resumed.results[0].accuracy == whole.results[0].accuracy
+    assert not path.exists()
+
+
+def test_a_journal_of_another_plan_is_not_used(tmp_path: Path) -> None:
+    rows, labels, names = blobs([10, 10])
+    path = tmp_path / "journal.jsonl"
+
+    for seed, change, expected in [(0, 0.0, 0), (1, 0.0, 0), (1, 1.0, 0), (1, 1.0, 2)]:
+        seen: list[int] = []
+
+        def watch(done: int, total: int, what: str, seen: list[int] = seen) -> None:
+            seen.append(done)
+            if done == 2:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            sweep_heads(
+                rows + np.float32(change), labels, class_names=names, heads=["ridge"], shots=(1,), episodes=4,
+                random_state=seed, n_jobs=1, journal=path, progress=watch,
+            )  # fmt: skip
+        assert seen[0] == expected
+    path.with_name("file").write_text("")
+    with pytest.raises(UsageError, match="cannot write the journal"):
+        sweep_heads(rows, labels, class_names=names, shots=(1,), n_jobs=1, journal=path.with_name("file") / "x")
