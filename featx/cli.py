@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from featx import cli_model
 from featx._files import refuse_second_writer
+from featx.cli_model import Device, EngineName, Json
 from featx.errors import FeatxError, UsageError
 from featx.terminal import ProgressLine, print_json, say, show
 
@@ -55,18 +57,6 @@ class Decode(StrEnum):
     scaled = "scaled"
 
 
-class EngineName(StrEnum):
-    auto = "auto"
-    torch = "torch"
-    openvino = "openvino"
-
-
-class Device(StrEnum):
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
 class Precision(StrEnum):
     auto = "auto"
     fp32 = "fp32"
@@ -74,7 +64,6 @@ class Precision(StrEnum):
     fp16 = "fp16"
 
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="A store, or a file made by featx pack.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random draw.")]
 
@@ -366,6 +355,9 @@ def _stages(stages: Mapping[str, float], images: int) -> Table:
         table.add_row(name, f"{seconds:.2f}", f"{1000 * seconds / max(images, 1):.2f}")
     table.caption = "the first four are summed over the decoding processes, beside the rest"
     return table
+
+
+cli_model.register(app)
 
 
 # --- arguments ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,203 @@
+"""The commands about a kept head: fit, predict, export, serve."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from featx.errors import ImageError, UsageError
+from featx.terminal import ProgressLine, print_json, say, show
+
+if TYPE_CHECKING:
+    from featx.bundle import Bundle
+
+REFUSED = 3
+_STDIN = Path("-")
+_MAX_STDIN = 2**30
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help="A file made by featx fit.")]
+Weights = Annotated[
+    Path | None, typer.Option(help="The weights file, where the features were made with weights of your own.")
+]
+
+
+class EngineName(StrEnum):
+    auto = "auto"
+    torch = "torch"
+    openvino = "openvino"
+
+
+class Device(StrEnum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+EngineOption = Annotated[EngineName, typer.Option(help="auto is torch on cuda, else openvino.")]
+DeviceOption = Annotated[Device, typer.Option(help="auto is cuda where there is one.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    app.command(epilog="Example:  featx fit photos.featx --out photos.model")(fit)
+    app.command(
+        epilog="Examples:  featx predict photos.model new/*.jpg  |  cat a.jpg | featx predict photos.model - --json"
+    )(predict)
+
+
+def fit(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="A store, or a file made by featx pack.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="MODEL", help="The file to make.")],
+    head: Annotated[
+        str, typer.Option(help="A head, several separated by commas, or all: the best of them is taken.")
+    ] = "auto",
+    layer: Annotated[str, typer.Option(help="Which of the store's layers.")] = "penultimate",
+    max_error: Annotated[
+        float, typer.Option(help="Share of answers that may be wrong; where that cannot be held, abstain.")
+    ] = 0.05,
+    weights: Weights = None,
+    engine: EngineOption = EngineName.auto,
+    device: DeviceOption = Device.auto,
+    seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Choose a head, calibrate it on images it has not seen, refit it on all, and keep it in one file."""
+    from featx.bundle import write_bundle
+    from featx.embed import Embedder
+    from featx.fit import fit_bundle, summary
+    from featx.heads import HEADS
+    from featx.store import read_features
+
+    _check_out(out)
+    heads = tuple(HEADS) if head == "all" else tuple(name.strip() for name in head.split(",") if name.strip())
+    if not heads:
+        raise UsageError("--head is empty", expected="a name, names separated by commas, auto or all")
+    for name in heads:
+        HEADS[name]
+    features = read_features(store, layer=layer)
+    embedder = Embedder.like(
+        features.provenance, where=store, weights=weights, engine=engine.value, device=device.value
+    )
+    with ProgressLine("fitting") as line:
+        bundle = fit_bundle(
+            features, embedder, heads=heads, max_error=max_error, random_state=seed, progress=line.update
+        )
+    write_bundle(bundle, out)
+    for note in bundle.notes:
+        say(f"Note: {note}", err=True)
+    if as_json:
+        print_json(summary(bundle, out))
+    say(_story(bundle), err=as_json)
+    say(f"Model: {out}", err=as_json)
+    if not as_json:
+        say(f"Next: featx predict {out} photo.jpg")
+
+
+def _story(bundle: Bundle) -> str:
+    metrics: Any = bundle.metrics
+    params = ", ".join(f"{name} {value}" for name, value in bundle.params.items())
+    lines = [f"{bundle.head} ({params}) on {metrics['images']} images of {metrics['classes']} classes."]
+    for key, where in (("out_of_fold", "On images it had not seen"), ("test", "On the split test")):
+        found = metrics.get(key)
+        if found:
+            accuracy = found["accuracy"]
+            error = found["error_among_answered"]
+            wrong = "" if error is None else f", {error:.1%} of these answers wrong"
+            lines.append(
+                f"{where}: accuracy {accuracy['mean']:.1%} ({accuracy['low']:.1%} to {accuracy['high']:.1%}), "
+                f"calibration error {found['ece']:.1%}; answers {found['answered']:.1%}{wrong}."
+            )
+    if bundle.threshold is not None:
+        lines.append(f"Abstains below a probability of {bundle.threshold:.3f} (--max-error {bundle.max_error:g}).")
+    return "\n".join(lines)
+
+
+def predict(
+    model: ModelArgument,
+    images: Annotated[
+        list[Path], typer.Argument(metavar="IMAGE...", help="Files, folders, or - for an image on standard input.")
+    ],
+    weights: Weights = None,
+    engine: EngineOption = EngineName.auto,
+    device: DeviceOption = Device.auto,
+    as_json: Json = False,
+) -> None:
+    """Say what is on photos: label, probability, and whether it would rather not say."""
+    from featx.bundle import read_bundle
+    from featx.predictor import layer_number, open_embedder, predict_files
+
+    bundle = read_bundle(model)
+    with tempfile.TemporaryDirectory(prefix="featx-") as folder:
+        named = _name_files(images, Path(folder))
+        embedder = open_embedder(bundle, model, weights=weights, engine=engine.value, device=device.value)
+        predictions: list[dict[str, Any]] = []
+        refused: list[dict[str, Any]] = []
+        paths = [path for _, path in named]
+        with ProgressLine("predicting") as line:
+            found = predict_files(bundle, embedder, layer_number(bundle), paths)
+            for (name, _), (_, answer) in zip(named, found, strict=True):
+                if isinstance(answer, ImageError):
+                    refused.append({"id": name, "reason": answer.reason, "message": answer.what})
+                else:
+                    predictions.append({"id": name, **answer.to_json()})
+                line.update(len(predictions) + len(refused), len(named))
+    if as_json:
+        print_json({"predictions": predictions, "refused": refused})
+    else:
+        _table(predictions, bundle.score_kind)
+    for item in refused:
+        say(f"  refused {item['id']}: {item['reason']}, {item['message']}", err=True)
+    if refused:
+        raise typer.Exit(REFUSED)
+
+
+def _name_files(images: list[Path], folder: Path) -> list[tuple[str, Path]]:
+    """Each image under the name that results carry; what comes on standard input becomes a file in ``folder``."""
+    from featx.predictor import image_files
+
+    named: list[tuple[str, Path]] = []
+    for path in images:
+        if path == _STDIN:
+            if any(name == "-" for name, _ in named):
+                raise UsageError("standard input can be read once only", where="-")
+            data = sys.stdin.buffer.read(_MAX_STDIN)
+            (folder / "stdin").write_bytes(data)
+            named.append(("-", folder / "stdin"))
+        elif path.is_dir():
+            inside = image_files(path)
+            if not inside:
+                raise UsageError("no images in this folder", where=path, expected="files such as .jpg or .png")
+            named += [(str(each), each) for each in inside]
+        elif path.exists():
+            named.append((str(path), path))
+        else:
+            raise UsageError("no such file", where=path)
+    return named
+
+
+def _table(predictions: list[dict[str, Any]], kind: str) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("image", "label", kind, "", box=None)
+    for each in predictions:
+        doubt = "abstains" if each["abstain"] else ""
+        table.add_row(Text(each["id"], overflow="fold"), Text(each["label"]), f"{each['score']:.3f}", doubt)
+    if predictions:
+        show(table)
+
+
+def _check_out(out: Path) -> None:
+    """Say now, not after the work, that nothing can be written there."""
+    if out.is_dir():
+        raise UsageError("a folder is in the way", where=out, hint="Name a file, such as photos.model.")
+    parent = out.absolute().parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UsageError("cannot write there", where=parent, hint="Choose another --out.")

@@ -1,0 +1,308 @@
+"""One head for keeps: chosen, calibrated on scores of images it had not seen, refitted on all, and packed.
+
+Out-of-fold scores repeat the whole choice in every fold (nested cross-validation), with copies of an image in one
+fold, so the calibration, the threshold and the numbers in ``metrics`` are about new images. The split ``test`` takes
+no part in any of it; where there is one, it judges the finished head once.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import beta
+from sklearn.exceptions import ConvergenceWarning
+from threadpoolctl import threadpool_limits
+
+from featx import stats
+from featx.bundle import Bundle
+from featx.calibrate import fit_sharpness, fit_threshold
+from featx.choose import N_FOLDS, choose
+from featx.embed import Embedder
+from featx.errors import UsageError
+from featx.heads import HEADS
+from featx.images import encode
+from featx.scoring import Array, Scorer, softmax
+from featx.splits import Index, distinct_counts, find_duplicates, fold_numbers
+from featx.store import FeatureSet
+from featx.sweep import sweep_heads
+
+N_GOLDEN = 16
+"""Rows that are kept with the scores they got, to find out at loading whether the head still gives them."""
+
+_SEED_OF_GOLDEN = 20
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class FittedHead:
+    """What :func:`fit_head` finds; fields as of :class:`featx.bundle.Bundle`."""
+
+    scorer: Scorer
+    class_names: tuple[str, ...]
+    head: str
+    params: dict[str, Any]
+    sharpness: float | None
+    threshold: float | None
+    max_error: float
+    metrics: dict[str, Any]
+    notes: tuple[str, ...]
+
+
+def fit_head(
+    embeddings: NDArray[np.floating],
+    labels: NDArray[np.integer],
+    *,
+    class_names: Sequence[str],
+    groups: NDArray[np.integer] | None = None,
+    heads: Sequence[str] = ("auto",),
+    max_error: float = 0.05,
+    random_state: int = 0,
+    progress: Progress | None = None,
+) -> FittedHead:
+    """Choose, calibrate and fit a head.
+
+    Parameters
+    ----------
+    embeddings : (n, d), finite.
+    labels : (n,) in 0 .. c-1; rows with a negative label are left out.
+    class_names : c names, of which those without any row are left out.
+    groups : (n,) rows with the same value are exact copies.
+    heads : names of :data:`featx.heads.HEADS`; of several, the sweep's winner when all images but a fifth are shots.
+    max_error : share of answers that may be wrong; below the threshold that follows the head abstains.
+    random_state : seed of the folds.
+    progress : called as ``progress(done, total, what)``.
+
+    Raises
+    ------
+    UsageError
+        Fewer than two classes with images, or no such head.
+    """
+    if not 0 < max_error < 1:
+        raise UsageError("--max-error is a share of the answers", expected="between 0 and 1", found=max_error)
+    kept = np.flatnonzero(np.asarray(labels) >= 0)
+    present, dense = np.unique(np.asarray(labels)[kept], return_inverse=True)
+    if len(present) < 2:
+        raise UsageError("a head needs images of at least two classes", found=f"{len(present)}")
+    names = tuple(class_names[int(i)] for i in present)
+    rows, y = np.asarray(embeddings)[kept], dense.reshape(-1).astype(np.int64)
+    if not np.isfinite(rows).all():
+        raise UsageError("embeddings must be finite", hint="Extract them again.")
+    copies = find_duplicates(rows, None if groups is None else np.asarray(groups)[kept]).groups
+    say: Progress = progress or (lambda done, total, what: None)
+    notes = _notes(len(labels) - len(kept), class_names, names)
+
+    chosen = [HEADS[name].name for name in dict.fromkeys(heads)]
+    if len(chosen) > 1:
+        swept = sweep_heads(
+            rows, y, class_names=names, groups=copies, heads=chosen, shots=("all",), episodes=10,
+            random_state=random_state, near_duplicates=None, progress=progress,
+        )  # fmt: skip
+        notes.append(f"{swept.winner} had the highest accuracy of {', '.join(chosen)} over 10 draws.")
+        chosen = [swept.winner]
+    name = chosen[0]
+    folds = fold_numbers(y, copies, N_FOLDS, random_state)
+    n_folds = int(folds.max()) + 1
+    total = 1 + (n_folds if n_folds > 1 else 0)
+    say(0, total, f"fitting {name}")
+    scorer, params, converged = _fit(name, rows, y, copies, random_state)
+    say(1, total, f"fitting {name}")
+    scores = None
+    if n_folds > 1:
+        scores = np.zeros((len(rows), len(names)))
+        for fold in range(n_folds):
+            held = folds == fold
+            inner = np.unique(copies[~held], return_inverse=True)[1].reshape(-1)
+            part, _, fine = _fit(name, rows[~held], y[~held], inner, random_state)
+            scores[held] = part.scores(rows[held])
+            converged &= fine
+            say(2 + fold, total, "scoring images out of fold")
+    else:
+        smallest = names[int(distinct_counts(y, copies, len(names)).argmin())]
+        notes.append(
+            f"Class {smallest!r} has a single image, so nothing could be validated: "
+            "scores are margins, not probabilities, and every answer abstains."
+        )
+    if not converged:
+        notes.append("A fit stopped before its optimum.")
+    sharpness = None if scores is None else fit_sharpness(scores, y)
+    threshold, metrics = _judge(scores, sharpness, y, copies, max_error)
+    if scores is not None and threshold is None:
+        notes.append(
+            f"An error rate of at most {max_error:g} cannot be shown on {len(rows)} images, so every answer "
+            "abstains. Add images, or allow more with --max-error."
+        )
+    return FittedHead(
+        scorer=scorer,
+        class_names=names,
+        head=name,
+        params=params,
+        sharpness=sharpness,
+        threshold=threshold,
+        max_error=max_error,
+        metrics=metrics,
+        notes=tuple(notes),
+    )
+
+
+def _notes(unlabelled: int, class_names: Sequence[str], present: Sequence[str]) -> list[str]:
+    notes = [f"{unlabelled} images without a label were left out."] if unlabelled else []
+    empty = [name for name in class_names if name not in present]
+    return [*notes, f"Classes without images were left out: {', '.join(empty)}."] if empty else notes
+
+
+def _fit(
+    name: str, rows: NDArray[np.floating], labels: NDArray[np.int64], groups: Index, random_state: int
+) -> tuple[Scorer, dict[str, Any], bool]:
+    """A head fitted as the sweep fits it: normaliser and parameters chosen on these rows alone."""
+    with threadpool_limits(limits=1, user_api="blas"), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ConvergenceWarning)
+        choice = choose(HEADS[name], rows, labels, groups, random_state=random_state)
+        model = HEADS[name].build(**choice.params).fit(rows, labels)
+    failed = False
+    for each in caught:
+        if issubclass(each.category, ConvergenceWarning):
+            failed = True
+        else:
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+    return Scorer.of(model), choice.params, choice.converged and not failed
+
+
+def _judge(
+    scores: Array | None, sharpness: float | None, labels: NDArray[np.int64], groups: Index, max_error: float
+) -> tuple[float | None, dict[str, Any]]:
+    """The threshold, and what is to be expected of new images, from scores (n, c) out of fold."""
+    counts = {"images": len(labels), "duplicates": len(labels) - len(np.unique(groups))}
+    counts["classes"] = int(labels.max()) + 1
+    if scores is None or sharpness is None:
+        return None, {**counts, "out_of_fold": None}
+    probabilities = softmax(scores, sharpness)
+    predicted = scores.argmax(axis=1)
+    confidence = probabilities[np.arange(len(labels)), predicted]
+    # Copies of an image are not evidence of their own: one of each group counts.
+    one = np.unique(groups, return_index=True)[1]
+    threshold = fit_threshold(confidence[one], predicted[one] == labels[one], max_error)
+    return threshold, {
+        **counts,
+        "out_of_fold": measure(labels[one], scores[one], probabilities[one], threshold),
+    }
+
+
+def measure(labels: NDArray[np.int64], scores: Array, probabilities: Array, threshold: float | None) -> dict[str, Any]:
+    """Accuracy with its 95 % interval, calibration and abstention of scores (m, c) and probabilities (m, c)."""
+    predicted = scores.argmax(axis=1)
+    correct = predicted == labels
+    confidence = probabilities[np.arange(len(labels)), predicted]
+    answered = np.zeros(len(labels), bool) if threshold is None else confidence >= threshold
+    low, high = _clopper_pearson(int(correct.sum()), len(labels))
+    return {
+        "images": len(labels),
+        "accuracy": {"mean": float(correct.mean()), "low": low, "high": high},
+        "balanced_accuracy": stats.balanced_accuracy(labels, predicted),
+        "majority_baseline": stats.majority_baseline(labels),
+        "log_loss": stats.log_loss(labels, probabilities),
+        "brier": stats.brier(labels, probabilities),
+        "ece": stats.expected_calibration_error(confidence, correct),
+        "answered": float(answered.mean()),
+        "error_among_answered": float(1 - correct[answered].mean()) if answered.any() else None,
+    }
+
+
+def _clopper_pearson(right: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    tail = (1 - level) / 2
+    low = float(beta.ppf(tail, right, n - right + 1)) if right else 0.0
+    high = float(beta.ppf(1 - tail, right + 1, n - right)) if right < n else 1.0
+    return low, high
+
+
+# --- the bundle ---------------------------------------------------------------------------------------------------
+
+
+def fit_bundle(
+    features: FeatureSet,
+    embedder: Embedder,
+    *,
+    heads: Sequence[str] = ("auto",),
+    max_error: float = 0.05,
+    random_state: int = 0,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Fit a head on a store's images, but not on its split ``test``, and pack it with its backbone's provenance.
+
+    Parameters
+    ----------
+    features : of the store.
+    embedder : what made them (:meth:`Embedder.like`); it embeds the probe image.
+    heads, max_error, random_state, progress : as of :func:`fit_head`.
+    """
+    use = np.flatnonzero(features.splits != "test")
+    groups = np.unique(features.digests, axis=0, return_inverse=True)[1].reshape(-1)
+    fitted = fit_head(
+        features.embeddings[use],
+        features.labels[use],
+        class_names=features.class_names,
+        groups=groups[use],
+        heads=heads,
+        max_error=max_error,
+        random_state=random_state,
+        progress=progress,
+    )
+    probe = encode(probe_pixels())
+    layer = list(features.provenance["layers"]).index(features.layer)
+    golden = np.sort(np.random.default_rng(_SEED_OF_GOLDEN).permutation(use)[:N_GOLDEN])
+    bundle = Bundle(
+        scorer=fitted.scorer,
+        class_names=fitted.class_names,
+        head=fitted.head,
+        params=fitted.params,
+        layer=features.layer,
+        provenance={**features.provenance, "fingerprint": features.fingerprint},
+        sharpness=fitted.sharpness,
+        threshold=fitted.threshold,
+        max_error=fitted.max_error,
+        golden=features.embeddings[golden],
+        probe=probe,
+        probe_embedding=embedder.embed_bytes(probe)[layer][0],
+        metrics=fitted.metrics,
+        versions={name: version(name) for name in ("featx", "numpy", "scikit-learn")},
+        notes=fitted.notes,
+    )
+    return replace(bundle, metrics={**bundle.metrics, "test": _test(bundle, features, groups)})
+
+
+def _test(bundle: Bundle, features: FeatureSet, groups: Index) -> dict[str, Any] | None:
+    """How the finished head does on the split ``test``, less copies of what it was fitted on."""
+    test = features.splits == "test"
+    place = {name: i for i, name in enumerate(bundle.class_names)}
+    known = np.array([name in place for name in features.class_names] + [False])  # label -1 is the last
+    use = np.flatnonzero(test & known[features.labels] & ~np.isin(groups, groups[~test]))
+    if not len(use) or bundle.sharpness is None:
+        return None
+    labels = np.array([place[features.class_names[int(i)]] for i in features.labels[use]])
+    scores = bundle.scorer.scores(features.embeddings[use])
+    return measure(labels, scores, softmax(scores, bundle.sharpness), bundle.threshold)
+
+
+def probe_pixels(height: int = 240, width: int = 320) -> NDArray[np.uint8]:
+    """A picture of nobody's, uint8 (height, width, 3): waves of every direction and several lengths."""
+    y, x = np.mgrid[0:height, 0:width].astype(np.float64)
+    channels = []
+    for phase in (0.0, 2.1, 4.2):
+        waves = np.sin(x / 9 + phase) + np.sin(y / 23 - phase) + np.sin((x + y) / 41 + 2 * phase)
+        channels.append(waves + np.sin(np.hypot(x - 90, y - 130) / 5 + phase))
+    scaled = (np.stack(channels, axis=-1) + 4.0) / 8.0
+    return np.rint(255 * scaled).astype(np.uint8)
+
+
+def summary(bundle: Bundle, path: Path) -> dict[str, Any]:
+    """What ``featx fit --json`` prints."""
+    told = bundle.describe()
+    told.pop("provenance")
+    return {**told, "model": str(path), "backbone": bundle.provenance.get("backbone"), "score_kind": bundle.score_kind}

@@ -1,0 +1,83 @@
+"""A kept head together with the network that its embeddings come from: images in, answers out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featx.bundle import Answer, Bundle
+from featx.embed import Embedder
+from featx.errors import ImageError, MismatchError
+from featx.sources import IMAGE_SUFFIXES
+
+PROBE_COSINE = {"fp32": 0.9999}
+"""What the engines promise of each other; 0.999 at the precisions that are not named."""
+
+
+class Model(Protocol):
+    """What answers for embeddings (n, d): a bundle, or what was exported from one."""
+
+    def answer(self, embeddings: NDArray[np.floating]) -> list[Answer]:
+        """Label, score and abstention of each row."""
+        ...
+
+
+def open_embedder(
+    bundle: Bundle,
+    path: Path,
+    *,
+    weights: Path | None = None,
+    device: str = "auto",
+    engine: str = "auto",
+    batch_size: int | None = None,
+) -> Embedder:
+    """The network that a bundle's embeddings come from, proved on its probe image.
+
+    Raises
+    ------
+    MismatchError
+        What is installed here makes other embeddings.
+    WeightsError
+        The weights are a file of the user's that has to be given.
+    """
+    embedder = Embedder.like(
+        bundle.provenance, where=path, weights=weights, device=device, engine=engine, batch_size=batch_size
+    )
+    found = embedder.embed_bytes(bundle.probe)[layer_number(bundle)][0].astype(np.float64)
+    expected = bundle.probe_embedding.astype(np.float64)
+    precision = str(bundle.provenance.get("precision"))
+    wanted = PROBE_COSINE.get(precision, 0.999)
+    length = float(np.linalg.norm(found) * np.linalg.norm(expected))
+    cosine = float(found @ expected) / length if length else 0.0
+    gap = float(np.linalg.norm(found - expected) / max(float(np.linalg.norm(expected)), 1e-12))
+    if not cosine >= wanted or gap > 0.1:
+        raise MismatchError(
+            "the network here does not see the model's probe image as the one it was made with",
+            where=path,
+            expected=f"a cosine of at least {wanted}",
+            found=f"{cosine:.6f}",
+            hint="Another version of a library may be the reason; the model keeps those it was made with.",
+        )
+    return embedder
+
+
+def layer_number(bundle: Bundle) -> int:
+    """Which of the embedder's layers the head is on."""
+    return list(bundle.provenance["layers"]).index(bundle.layer)
+
+
+def predict_files(
+    model: Model, embedder: Embedder, layer: int, paths: Iterable[Path]
+) -> Iterator[tuple[Path, Answer | ImageError]]:
+    """The answer about each file, or why it was refused, in order."""
+    for path, found in embedder.embed_files(paths):
+        yield path, found if isinstance(found, ImageError) else model.answer(found[layer][None])[0]
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Files below a folder whose names promise an image, sorted."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
