@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from featx.errors import UsageError
+from featx.html import Thumbnail, render_page
 from featx.results import HeadResult, SweepResult
 from featx.splits import Shots
 
@@ -102,9 +103,16 @@ def _and(names: Sequence[str]) -> str:
 
 
 def write_report(
-    result: SweepResult, out_dir: str | Path, *, title: str, provenance: Mapping[str, Any] | None = None
+    result: SweepResult,
+    out_dir: str | Path,
+    *,
+    title: str,
+    provenance: Mapping[str, Any] | None = None,
+    command: str = "",
+    ids: Sequence[str] | None = None,
+    thumbnail: Thumbnail | None = None,
 ) -> Path:
-    """Write ``trials.csv``, ``summary.json`` and ``accuracy_vs_shots.png`` into a folder, and return it.
+    """Write ``report.html``, ``trials.csv``, ``summary.json`` and ``accuracy_vs_shots.png`` into a folder.
 
     Parameters
     ----------
@@ -112,6 +120,14 @@ def write_report(
     out_dir : made if it is not there; files of an earlier report are replaced.
     title : what was swept, for the figure.
     provenance : of the embeddings; goes into the summary as it is.
+    command : the command line that made this, for the page.
+    ids : names of all rows of the sweep's input; by default their numbers.
+    thumbnail : small JPEG or PNG of an input row, or None where the image is not at hand.
+
+    Returns
+    -------
+    Path
+        The folder.
 
     Raises
     ------
@@ -124,6 +140,11 @@ def write_report(
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder / "trials.csv", _csv(result))
         _write(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+        page = render_page(
+            result, title=title, sentence=conclusion(result), provenance=provenance or {}, command=command,
+            ids=ids, thumbnail=thumbnail,
+        )  # fmt: skip
+        _write(folder / "report.html", page)
         picture = folder / "accuracy_vs_shots.tmp.png"
         draw_accuracy(result, title=title).savefig(picture, dpi=150)
         picture.replace(folder / "accuracy_vs_shots.png")

@@ -211,6 +211,32 @@ class SweepResult:
         means = {h: np.mean([t.accuracy for t in self.trials if t.head == h]) for h in self.heads}
         return max(self.heads, key=lambda head: means[head])
 
+    def votes(self, head: str, n_shots: Shots) -> NDArray[np.int64]:
+        """How often (n, c) each image was named as each class while it was in the query."""
+        out = np.zeros((len(self.labels), len(self.class_names)), dtype=np.int64)
+        for trial in self.of(head, n_shots):
+            out[self.queries[n_shots, trial.episode], trial.predictions] += 1
+        return out
+
+    def confusion(self, head: str, n_shots: Shots) -> NDArray[np.int64]:
+        """Counts (c, c) over all draws: rows are true classes, columns named ones."""
+        out = np.zeros((len(self.class_names),) * 2, dtype=np.int64)
+        np.add.at(out, self.labels, self.votes(head, n_shots))
+        return out
+
+    def reliability(self, head: str, n_shots: Shots, *, bins: int = 10) -> list[tuple[float, float, int]]:
+        """Mean confidence, accuracy and count of each bin of the confidence that has any; over all draws."""
+        confidence, right = [], []
+        for trial in self.of(head, n_shots):
+            if trial.confidences is None:
+                return []
+            confidence.append(trial.confidences)
+            right.append(trial.predictions == self.labels[self.queries[n_shots, trial.episode]])
+        sure, hit = np.concatenate(confidence), np.concatenate(right)
+        which = np.minimum((sure * bins).astype(int), bins - 1)
+        inside = [which == i for i in range(bins)]
+        return [(float(sure[at].mean()), float(hit[at].mean()), int(at.sum())) for at in inside if at.any()]
+
     def to_json(self) -> dict[str, Any]:
         """What ``featx sweep --json`` prints and ``summary.json`` holds."""
         return {

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+from html.parser import HTMLParser
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from PIL import Image
 from rich.console import Console
 
 from featx.errors import UsageError
+from featx.html import suspects
 from featx.report import conclusion, render, write_report
 from featx.results import SweepResult
 from featx.sweep import sweep_heads
@@ -60,7 +64,9 @@ def test_the_conclusion_names_ties_and_the_beaten(result: SweepResult) -> None:
 
 def test_files_of_the_report(result: SweepResult, tmp_path: Path) -> None:
     folder = write_report(result, tmp_path / "deep" / "report", title="insects", provenance={"backbone": "tiny"})
-    assert sorted(path.name for path in folder.iterdir()) == ["accuracy_vs_shots.png", "summary.json", "trials.csv"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "accuracy_vs_shots.png", "report.html", "summary.json", "trials.csv",
+    ]  # fmt: skip
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["title"] == "insects"
     assert summary["provenance"] == {"backbone": "tiny"}
@@ -85,3 +91,74 @@ def test_a_folder_that_cannot_be_written_is_a_usage_error(result: SweepResult, t
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"cannot write the report.* Choose another folder with --out\."):
         write_report(result, tmp_path / "file", title="x")
+
+
+class Page(HTMLParser):
+    """Text, tags and attributes of a page, with every tag closed in order."""
+
+    VOID: ClassVar[set[str]] = {"meta", "img", "br"}
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def test_the_page_is_one_file_that_loads_nothing_and_escapes_names(result: SweepResult, tmp_path: Path) -> None:
+    dot = io.BytesIO()
+    Image.new("RGB", (4, 4), "red").save(dot, "PNG")
+    names = [f"<i>{i}</i>.jpg" for i in range(120)]
+    folder = write_report(
+        result, tmp_path, title="<b>insects</b>", provenance={"backbone": "tiny", "fingerprint": "f00d"},
+        command="featx sweep 'a & b'", ids=names, thumbnail=lambda row: dot.getvalue() if row % 2 else None,
+    )  # fmt: skip
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    tags = {tag for tag, _ in page.tags}
+    assert not tags & {"script", "link", "iframe", "object", "b", "i"}
+    for tag, attributes in page.tags:
+        for name in ("src", "href"):
+            assert (attributes.get(name) or "data:").startswith(("data:", "#")), tag
+        if tag == "img":
+            assert attributes["alt"]
+    assert "http" not in text.replace("http-equiv", "").replace("http://www.w3.org/2000/svg", "")
+    words = " ".join(" ".join(page.words).split())
+    assert "<b>insects</b>" in words
+    assert "featx sweep 'a & b'" in words
+    assert "f00d" in words
+    assert conclusion(result) in words
+    assert "prefers-color-scheme: dark" in text
+    for each in result.results:
+        assert f"{100 * each.accuracy.mean:.1f}" in words
+
+
+def test_likely_mislabelled_images_are_found() -> None:
+    rng = np.random.default_rng(1)
+    labels = np.repeat([0, 1], 40)
+    rows = 3.0 * rng.normal(size=(2, 32))[labels] + rng.normal(size=(80, 32))
+    labels[[5, 50]] = 1 - labels[[5, 50]]
+    found = sweep_heads(rows, labels, class_names=["a", "b"], heads=["ridge"], shots=(10,), episodes=8, n_jobs=1)
+    assert sorted(each.row for each in suspects(found, "ridge", 10)) == [5, 50]
+    confusion = found.confusion("ridge", 10)
+    assert confusion.sum() == sum(t.n_query for t in found.trials)
+    assert np.trace(confusion) / confusion.sum() == pytest.approx(found.results[0].accuracy.mean, abs=0.01)
+    bins = found.reliability("ridge", 10)
+    assert sum(count for _, _, count in bins) == confusion.sum()
+    assert all(0 <= value <= 1 for sure, hit, _ in bins for value in (sure, hit))

@@ -1,0 +1,316 @@
+"""The report as one HTML file: no script, nothing loaded from elsewhere, light and dark, phone and desktop."""
+
+from __future__ import annotations
+
+import base64
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib.metadata import version
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from featx.results import HeadResult, SweepResult
+from featx.splits import Shots
+
+Thumbnail: TypeAlias = Callable[[int], bytes | None]
+
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#777777")
+
+_STYLE = """
+:root { color-scheme: light dark; --page: #fff; --ink: #1a1c1f; --soft: #5d6570; --line: #d9dee5; --fill: 0,114,178;
+  --warn: #8a4b00; }
+@media (prefers-color-scheme: dark) { :root { --page: #14171b; --ink: #e8eaed; --soft: #a0a8b3; --line: #343b45;
+  --fill: 86,180,233; --warn: #f0b060; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 60rem; padding: 1.2rem 1rem 3rem; background: var(--page); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.5rem; margin: 0 0 .2rem; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
+h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; } p { margin: .4rem 0; } .lead { font-size: 1.1rem; font-weight: 600; }
+.soft, figcaption, caption { color: var(--soft); font-size: .88rem; } .warn { color: var(--warn); }
+caption { text-align: left; caption-side: bottom; padding-top: .3rem; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
+th, td { padding: .25rem .6rem .25rem 0; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; } thead th { color: var(--soft); font-weight: 500; }
+tr.tied td:first-child { font-weight: 600; } .confusion { width: auto; }
+.confusion td { text-align: center; min-width: 2.6rem; padding: .25rem; border: 1px solid var(--line); }
+svg { width: 100%; height: auto; display: block; } svg text { fill: var(--soft); font: 12px system-ui, sans-serif; }
+svg .axis { stroke: var(--line); } figure { margin: 0; } .small { max-width: 26rem; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .8rem; }
+.card { border: 1px solid var(--line); border-radius: .4rem; padding: .5rem; font-size: .85rem;
+  overflow-wrap: anywhere; }
+.card img { width: 100%; height: 7rem; object-fit: cover; border-radius: .25rem; display: block;
+  margin-bottom: .3rem; }
+code { font-family: ui-monospace, monospace; font-size: .88rem; overflow-wrap: anywhere; }
+.legend span { display: inline-block; margin-right: 1rem; white-space: nowrap; font-size: .88rem; }
+.legend em { display: inline-block; width: .8rem; height: .8rem; border-radius: 50%; margin-right: .35rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: 0; } dd { margin: 0;
+  overflow-wrap: anywhere; } dt { color: var(--soft); }
+"""
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """An image that the head names otherwise nearly every time it has not learnt from it."""
+
+    row: int
+    label: str
+    named: str
+    share: float
+    times: int
+
+
+def suspects(result: SweepResult, head: str, n_shots: Shots, *, limit: int = 24) -> list[Suspect]:
+    """Likely mislabelled images: in the query at least twice and named as one other class in 4 of 5 cases.
+
+    ``row`` is a position in the input of the sweep. The worst come first.
+    """
+    votes = result.votes(head, n_shots)
+    times, named = votes.sum(axis=1), votes.argmax(axis=1)
+    share = votes.max(axis=1) / np.maximum(times, 1)
+    wrong = np.flatnonzero((times >= 2) & (named != result.labels) & (share >= 0.8))
+    worst = sorted(wrong.tolist(), key=lambda row: (-share[row], -times[row], row))[:limit]
+    names = result.class_names
+    return [
+        Suspect(int(result.rows[row]), names[result.labels[row]], names[named[row]], float(share[row]), int(times[row]))
+        for row in worst
+    ]
+
+
+def render_page(
+    result: SweepResult,
+    *,
+    title: str,
+    sentence: str,
+    provenance: Mapping[str, Any],
+    command: str,
+    ids: Sequence[str] | None,
+    thumbnail: Thumbnail | None,
+) -> str:
+    """The whole page as text; the arguments are those of :func:`featx.report.write_report`."""
+    n_shots = result.shots[-1]
+    images = _Images(ids, thumbnail)
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        f'<p class="soft">{len(result.labels)} images, {len(result.class_names)} classes, {result.episodes} draws. '
+        f"Always naming the largest class is right in {_points(result.majority_baseline)} %.</p>",
+        f'<p class="lead">{escape(sentence)}</p>',
+        *(f'<p class="warn">{escape(note)}</p>' for note in result.notes),
+        "<h2>Accuracy against images a class</h2>",
+        _curves(result),
+        "<h2>Heads, ranked</h2>",
+        *(_ranking(result, n) for n in result.shots),
+        f"<h2>What {escape(result.winner)} confuses</h2>",
+        _confusion(result, n_shots),
+        _reliability(result, n_shots),
+        *_suspects(result, n_shots, images),
+        *_duplicates(result, images),
+        "<h2>How this was made</h2>",
+        _made(result, provenance, command),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+        "style-src 'unsafe-inline'\">\n"
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(parts)
+        + "\n</body>\n</html>\n"
+    )
+
+
+@dataclass(frozen=True)
+class _Images:
+    ids: Sequence[str] | None
+    thumbnail: Thumbnail | None
+
+    def card(self, row: int, text: str) -> str:
+        """A picture, if it is at hand, above its name and ``text`` (which is HTML)."""
+        name = self.ids[row] if self.ids is not None else f"row {row}"
+        data = self.thumbnail(row) if self.thumbnail else None
+        picture = ""
+        if data:
+            kind = "png" if data.startswith(b"\x89PNG") else "jpeg"
+            code = base64.b64encode(data).decode()
+            picture = f'<img alt="{escape(name)}" src="data:image/{kind};base64,{code}">'
+        return f'<div class="card">{picture}<code>{escape(name)}</code><br>{text}</div>'
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _words(n_shots: Shots) -> str:
+    if n_shots == "all":
+        return "all but a fifth of the images"
+    return f"{n_shots} image{'' if n_shots == 1 else 's'} a class"
+
+
+def _ranked(result: SweepResult, n_shots: Shots) -> list[HeadResult]:
+    return sorted((each for each in result.results if each.n_shots == n_shots), key=lambda each: each.rank)
+
+
+def _ranking(result: SweepResult, n_shots: Shots) -> str:
+    rows = []
+    for each in _ranked(result, n_shots):
+        mark = "" if each.rank == 1 or not each.tied else " ="
+        bar = f"background:linear-gradient(90deg,rgba(var(--fill),.22) {100 * each.accuracy.mean:.1f}%,transparent 0)"
+        params = ", ".join(f"{name} {value:g}" if isinstance(value, float) else str(value)
+                           for name, value in each.params.items())  # fmt: skip
+        rows.append(
+            f"<tr{' class=tied' if each.tied else ''}><td>{escape(each.head)}{mark}</td>"
+            f'<td style="{bar}">{_points(each.accuracy.mean)}</td>'
+            f"<td>{_points(each.accuracy.low)} - {_points(each.accuracy.high)}</td>"
+            f"<td>{_points(each.balanced_accuracy.mean)}</td><td>{'' if each.ece is None else _points(each.ece)}</td>"
+            f"<td>{'' if each.brier is None else f'{each.brier:.3f}'}</td><td>{escape(params)}</td>"
+            f"<td>{each.fit_seconds:.2f}</td></tr>"
+        )
+    return (
+        f'<h3>{_words(n_shots)}</h3><div class="wide"><table><thead><tr><th>head</th><th>right %</th>'
+        "<th>95 % interval</th><th>balanced</th><th>ECE</th><th>Brier</th><th>chosen most often</th><th>fit s</th>"
+        f"</tr></thead><tbody>{''.join(rows)}</tbody><caption>= cannot be told from the best. Chosen inside the "
+        "support of each draw.</caption></table></div>"
+    )
+
+
+def _curves(result: SweepResult) -> str:
+    width, height, left, bottom = 720, 340, 44, 34
+    results = result.results
+    floor = min([each.accuracy.low for each in results] + [result.majority_baseline])
+    low = max(0.0, np.floor(10 * floor) / 10)
+
+    def x(i: int) -> float:
+        return left + 20 + i * (width - left - 40) / max(len(result.shots) - 1, 1)
+
+    def y(value: float) -> float:
+        return float(10 + (1 - value) / (1 - low + 1e-9) * (height - bottom - 10))
+
+    out = []
+    for tick in np.arange(low, 1.001, 0.1):
+        out.append(f'<path class="axis" d="M{left} {y(tick):.1f}H{width}"/>')
+        out.append(f'<text x="{left - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{100 * tick:.0f}</text>')
+    for i, n_shots in enumerate(result.shots):
+        out.append(f'<text x="{x(i):.1f}" y="{height - 12}" text-anchor="middle">{n_shots}</text>')
+    base = y(result.majority_baseline)
+    out.append(f'<path d="M{left} {base:.1f}H{width}" stroke="#888" stroke-dasharray="2 4"/>')
+    legend = []
+    for k, head in enumerate(result.heads):
+        colour = _COLOURS[k % len(_COLOURS)]
+        own = [each for each in results if each.head == head]
+        upper = [f"{x(i):.1f},{y(each.accuracy.high):.1f}" for i, each in enumerate(own)]
+        lower = [f"{x(i):.1f},{y(each.accuracy.low):.1f}" for i, each in enumerate(own)]
+        line = [f"{x(i):.1f},{y(each.accuracy.mean):.1f}" for i, each in enumerate(own)]
+        out.append(f'<polygon points="{" ".join(upper + lower[::-1])}" fill="{colour}" fill-opacity=".1"/>')
+        out.append(f'<polyline points="{" ".join(line)}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        for i, each in enumerate(own):
+            tip = f"{head}, {_words(each.n_shots)}: {_points(each.accuracy.mean)} %"
+            out.append(
+                f'<circle cx="{x(i):.1f}" cy="{y(each.accuracy.mean):.1f}" r="3.5" fill="{colour}">'
+                f"<title>{escape(tip)}</title></circle>"
+            )
+        legend.append(f'<span><em style="background:{colour}"></em>{escape(head)}</span>')
+    return (
+        f'<figure><svg viewBox="0 0 {width} {height}" role="img" aria-label="accuracy against images a class">'
+        f'{"".join(out)}</svg><p class="legend">{"".join(legend)}</p><figcaption>Accuracy in % on the images that are '
+        "not in the support, with 95 % intervals; dotted: the largest class.</figcaption></figure>"
+    )
+
+
+def _confusion(result: SweepResult, n_shots: Shots) -> str:
+    counts = result.confusion(result.winner, n_shots)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    names = result.class_names
+    off = [(float(shares[i, j]), i, j) for i in range(len(names)) for j in range(len(names)) if i != j and shares[i, j]]
+    worst = [f"{escape(names[i])} as {escape(names[j])} {_points(s)} %" for s, i, j in sorted(off, reverse=True)[:5]]
+    text = f"<p>With {_words(n_shots)}. Most confused: {'; '.join(worst)}.</p>" if worst else "<p>Nothing.</p>"
+    if len(names) > 30:
+        return text + '<p class="soft">More than 30 classes: the matrix is left out.</p>'
+    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+    rows = "".join(
+        f"<tr><td>{escape(names[i])}</td>"
+        + "".join(f'<td style="background:rgba(var(--fill),{0.75 * s:.3f})">{100 * s:.0f}</td>' for s in shares[i])
+        + "</tr>"
+        for i in range(len(names))
+    )
+    return (
+        f'{text}<div class="wide"><table class="confusion"><thead><tr><th>true</th>{head}</tr></thead><tbody>{rows}'
+        "</tbody><caption>Rows are true classes, columns what they were named, in % of the row.</caption></table></div>"
+    )
+
+
+def _reliability(result: SweepResult, n_shots: Shots) -> str:
+    for head in [result.winner, *(each.head for each in _ranked(result, n_shots))]:
+        bins = result.reliability(head, n_shots)
+        if bins:
+            break
+    else:
+        return '<p class="soft">None of these heads gives probabilities.</p>'
+    most = max(count for _, _, count in bins)
+    points = "".join(
+        f'<circle cx="{40 + 250 * sure:.1f}" cy="{270 - 250 * hit:.1f}" r="{3 + 9 * (count / most) ** 0.5:.1f}" '
+        f'fill="{_COLOURS[0]}" fill-opacity=".7"><title>said {_points(sure)} %, right {_points(hit)} %, {count} '
+        "times</title></circle>"
+        for sure, hit, count in bins
+    )
+    ticks = "".join(
+        f'<text x="{40 + 250 * t:.0f}" y="288" text-anchor="middle">{100 * t:.0f}</text>'
+        f'<text x="34" y="{274 - 250 * t:.0f}" text-anchor="end">{100 * t:.0f}</text>'
+        for t in (0.0, 0.5, 1.0)
+    )
+    return (
+        f'<h3>Can its probabilities be believed? ({escape(head)})</h3><figure class="small"><svg viewBox="0 0 310 300" '
+        'role="img" aria-label="reliability diagram"><path class="axis" d="M40 20V270H290" fill="none"/>'
+        f'<path d="M40 270L290 20" stroke="#888" stroke-dasharray="2 4"/>{ticks}{points}</svg>'
+        "<figcaption>Across: what it said, %. Up: how often it was right, %. On the dotted line is honest; larger dots are more images."
+        "</figcaption></figure>"
+    )
+
+
+def _suspects(result: SweepResult, n_shots: Shots, images: _Images) -> list[str]:
+    found = suspects(result, result.winner, n_shots)
+    if not found:
+        return []
+    cards = [
+        images.card(each.row, f"labelled {escape(each.label)}, named <strong>{escape(each.named)}</strong> "
+                              f"in {each.share * each.times:.0f} of {each.times}")
+        for each in found
+    ]  # fmt: skip
+    return [
+        "<h2>Likely mislabelled, or hard</h2>",
+        f'<p class="soft">{escape(result.winner)} had not learnt from these images when it named them.</p>',
+        f'<div class="cards">{"".join(cards)}</div>',
+    ]
+
+
+def _duplicates(result: SweepResult, images: _Images) -> list[str]:
+    found = result.duplicates
+    if not found.n_groups:
+        return []
+    sizes = np.bincount(found.groups)
+    cards = []
+    for group in np.flatnonzero(sizes > 1)[:12]:
+        rows = np.flatnonzero(found.groups == group)
+        for row in rows[:4]:
+            cards.append(images.card(int(result.rows[row]), escape(result.class_names[result.labels[row]])))
+    return [
+        "<h2>Duplicates</h2>",
+        f"<p>{found.exact} exact and {found.near} near duplicates in {found.n_groups} groups. No group is in support "
+        'and query at once.</p><p class="soft">The first of them:</p>',
+        f'<div class="cards">{"".join(cards)}</div>',
+    ]
+
+
+def _made(result: SweepResult, provenance: Mapping[str, Any], command: str) -> str:
+    rows: dict[str, Any] = {"command": command} if command else {}
+    rows |= {name: value for name, value in provenance.items() if isinstance(value, str | int | float)}
+    rows |= {f"version of {name}": version(name) for name in ("featx", "scikit-learn", "numpy", "scipy")}
+    rows |= {
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "seed": result.random_state,
+        "seconds": f"{result.seconds:.1f}",
+    }
+    cells = "".join(f"<dt>{escape(str(k))}</dt><dd><code>{escape(str(v))}</code></dd>" for k, v in rows.items())
+    return f"<dl>{cells}</dl>"
