@@ -18,18 +18,18 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from featx import cli_model
+from featx import cli_model, cli_sweep
 from featx._files import refuse_second_writer
 from featx.cli_model import Device, EngineName, Json
+from featx.cli_sweep import run_sweep
 from featx.errors import FeatxError, UsageError
-from featx.terminal import ProgressLine, print_json, say, show
+from featx.terminal import ProgressLine, check_writable, print_json, say, show
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from rich.table import Table
 
-    from featx.splits import Shots
 
 QUARANTINED = 3
 
@@ -249,85 +249,6 @@ def pack(
         print(f"{made}: {made.stat().st_size:,} bytes.")
 
 
-@app.command(
-    epilog="Examples:  featx sweep photos.featx  |  featx sweep photos.featx --heads logreg,knn --shots 5,20 --json"
-)
-def sweep(
-    store: StoreArgument,
-    heads: Annotated[str, typer.Option(help="Names separated by commas, or all.")] = "all",
-    shots: Annotated[
-        str | None,
-        typer.Option(help="Labelled images a class. [default: 1,2,5,10,20,all, as far as they go]"),
-    ] = None,
-    episodes: Annotated[int, typer.Option(min=2, max=10_000, help="Random draws for each number of shots.")] = 20,
-    layer: Annotated[str, typer.Option(help="Which of the store's layers.")] = "penultimate",
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="DIR", help="The report. [default: beside the store]")
-    ] = None,
-    n_jobs: Annotated[int | None, typer.Option(help="Parallel workers. [default: cores]")] = None,
-    seed: Seed = 0,
-    as_json: Json = False,
-) -> None:
-    """Compare heads on a store: how good with how few labels, and how sure can one be."""
-    run_sweep(
-        store,
-        heads=heads,
-        shots=shots,
-        episodes=episodes,
-        layer=layer,
-        out=out,
-        n_jobs=n_jobs,
-        seed=seed,
-        as_json=as_json,
-    )
-
-
-def run_sweep(
-    store: Path,
-    *,
-    heads: str = "all",
-    shots: str | None = None,
-    episodes: int = 20,
-    layer: str = "penultimate",
-    out: Path | None = None,
-    n_jobs: int | None = None,
-    seed: int = 0,
-    as_json: bool = False,
-) -> None:
-    """What ``featx sweep`` and ``scripts/sweep_heads.py`` do."""
-    import numpy as np
-
-    from featx.report import render, write_report
-    from featx.store import read_features
-    from featx.sweep import sweep_heads
-
-    features = read_features(store, layer=layer)
-    out = out or store.with_name(store.name.removesuffix(".featx").removesuffix(".h5") + ".report")
-    _check_writable(out)
-    # Test images are for the one judgement at the end; they take no part in choosing.
-    rows = np.flatnonzero(features.splits != "test")
-    if len(rows) < len(features):
-        say(f"Note: {len(features) - len(rows)} images of the split test are left out.", err=True)
-    with ProgressLine("comparing heads") as line:
-        result = sweep_heads(
-            features.embeddings[rows],
-            features.labels[rows],
-            class_names=features.class_names,
-            groups=np.unique(features.digests[rows], axis=0, return_inverse=True)[1].reshape(-1),
-            heads=_names(heads),
-            shots=_shots(shots),
-            episodes=episodes,
-            random_state=seed,
-            n_jobs=n_jobs,
-            progress=line.update,
-        )
-        where = write_report(result, out, title=store.name, provenance=dict(features.provenance))
-    if as_json:
-        print_json({**result.to_json(), "report": str(where)})
-    show(render(result), err=as_json)
-    say(f"Report: {where}", err=as_json)
-
-
 @app.command(epilog="Example:  featx demo")
 def demo(
     folder: Annotated[Path, typer.Option(help="Where images, store and report go.")] = Path("data"), seed: Seed = 0
@@ -335,7 +256,7 @@ def demo(
     """The main job on data that is already there: 1,797 scanned digits of scikit-learn. Works offline."""
     from featx.demo import write_digits
 
-    _check_writable(folder)
+    check_writable(folder)
     images = folder / "digits"
     count = write_digits(images)
     print(f"1. {count} images of ten digits are class folders in {images}")
@@ -358,30 +279,10 @@ def _stages(stages: Mapping[str, float], images: int) -> Table:
 
 
 cli_model.register(app)
+cli_sweep.register(app)
 
 
 # --- arguments ----------------------------------------------------------------------------------------------------
-
-
-def _names(text: str) -> tuple[str, ...] | None:
-    names = tuple(part.strip() for part in text.split(",") if part.strip())
-    if not names:
-        raise UsageError("--heads is empty", expected="names separated by commas, or all")
-    return None if names == ("all",) else names
-
-
-def _shots(text: str | None) -> tuple[Shots, ...] | None:
-    if text is None:
-        return None
-    shots: list[Shots] = []
-    for part in (part.strip() for part in text.split(",")):
-        if part == "all":
-            shots.append("all")
-        elif part.isascii() and part.isdigit() and int(part) > 0:
-            shots.append(int(part))
-        else:
-            raise UsageError("--shots cannot be read", expected="such as 1,5,20,all", found=repr(text))
-    return tuple(dict.fromkeys(shots))
 
 
 def _check_output(out: Path, source: Path) -> None:
@@ -389,17 +290,8 @@ def _check_output(out: Path, source: Path) -> None:
         raise UsageError(
             "the store would lie inside the folder of images", where=out, hint="Choose an --out beside it, not in it."
         )
-    _check_writable(out)
+    check_writable(out)
     refuse_second_writer(out)
-
-
-def _check_writable(out: Path) -> None:
-    """Say now, not after minutes of work, that nothing can be written there."""
-    parent = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not parent.is_dir():
-        raise UsageError("a file is in the way", where=parent, hint="Choose another folder for the output.")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise UsageError("no permission to write", where=parent, hint="Choose another folder for the output.")
 
 
 # --- the end ------------------------------------------------------------------------------------------------------

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+
+from featx.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -30,6 +34,15 @@ def show(table: RenderableType, *, err: bool = False) -> None:
 def print_json(value: dict[str, Any]) -> None:
     """Print the one JSON object of a command."""
     print(json.dumps(value, ensure_ascii=False, allow_nan=False), flush=True)
+
+
+def check_writable(out: Path) -> None:
+    """Say now, not after minutes of work, that nothing can be written there."""
+    parent = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not parent.is_dir():
+        raise UsageError("a file is in the way", where=parent, hint="Choose another folder for the output.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UsageError("no permission to write", where=parent, hint="Choose another folder for the output.")
 
 
 class ProgressLine:

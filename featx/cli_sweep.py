@@ -1,0 +1,125 @@
+"""The command that compares heads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from featx.errors import Interrupted, UsageError
+from featx.terminal import ProgressLine, check_writable, print_json, say, show
+
+if TYPE_CHECKING:
+    from featx.splits import Shots
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command of this module."""
+    app.command(
+        epilog="Examples:  featx sweep photos.featx  |  featx sweep photos.featx --heads logreg,knn --shots 5,20 --json"
+    )(sweep)
+
+
+def sweep(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="A store, or a file made by featx pack.")],
+    heads: Annotated[str, typer.Option(help="Names separated by commas, or all.")] = "all",
+    shots: Annotated[
+        str | None,
+        typer.Option(help="Labelled images a class. [default: 1,2,5,10,20,all, as far as they go]"),
+    ] = None,
+    episodes: Annotated[int, typer.Option(min=2, max=10_000, help="Random draws for each number of shots.")] = 20,
+    layer: Annotated[str, typer.Option(help="Which of the store's layers.")] = "penultimate",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="DIR", help="The report. [default: beside the store]")
+    ] = None,
+    n_jobs: Annotated[int | None, typer.Option(help="Parallel workers. [default: cores]")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of every random draw.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Compare heads on a store: how good with how few labels, and how sure can one be."""
+    run_sweep(
+        store,
+        heads=heads,
+        shots=shots,
+        episodes=episodes,
+        layer=layer,
+        out=out,
+        n_jobs=n_jobs,
+        seed=seed,
+        as_json=as_json,
+    )
+
+
+def run_sweep(
+    store: Path,
+    *,
+    heads: str = "all",
+    shots: str | None = None,
+    episodes: int = 20,
+    layer: str = "penultimate",
+    out: Path | None = None,
+    n_jobs: int | None = None,
+    seed: int = 0,
+    as_json: bool = False,
+) -> None:
+    """What ``featx sweep`` and the last step of ``featx demo`` do."""
+    import numpy as np
+
+    from featx.report import render, write_report
+    from featx.store import read_features
+    from featx.sweep import sweep_heads
+
+    wanted_heads, wanted_shots = _names(heads), _shots(shots)
+    features = read_features(store, layer=layer)
+    out = out or store.with_name(store.name.removesuffix(".featx").removesuffix(".h5") + ".report")
+    check_writable(out)
+    # Test images are for the one judgement at the end; they take no part in choosing.
+    rows = np.flatnonzero(features.splits != "test")
+    if len(rows) < len(features):
+        say(f"Note: {len(features) - len(rows)} images of the split test are left out.", err=True)
+    try:
+        with ProgressLine("comparing heads") as line:
+            result = sweep_heads(
+                features.embeddings[rows],
+                features.labels[rows],
+                class_names=features.class_names,
+                groups=np.unique(features.digests[rows], axis=0, return_inverse=True)[1].reshape(-1),
+                heads=wanted_heads,
+                shots=wanted_shots,
+                episodes=episodes,
+                random_state=seed,
+                n_jobs=n_jobs,
+                journal=out / "journal.jsonl",
+                progress=line.update,
+            )
+            where = write_report(result, out, title=store.name, provenance=dict(features.provenance))
+    except KeyboardInterrupt as error:
+        raise Interrupted(
+            "stopped; finished draws are kept", where=out, hint="Run the same command again to go on."
+        ) from error
+    if as_json:
+        print_json({**result.to_json(), "report": str(where)})
+    show(render(result), err=as_json)
+    say(f"Report: {where}", err=as_json)
+
+
+def _names(text: str) -> tuple[str, ...] | None:
+    names = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not names:
+        raise UsageError("--heads is empty", expected="names separated by commas, or all")
+    return None if names == ("all",) else names
+
+
+def _shots(text: str | None) -> tuple[Shots, ...] | None:
+    if text is None:
+        return None
+    shots: list[Shots] = []
+    for part in (part.strip() for part in text.split(",")):
+        if part == "all":
+            shots.append("all")
+        elif part.isascii() and part.isdigit() and int(part) > 0:
+            shots.append(int(part))
+        else:
+            raise UsageError("--shots cannot be read", expected="such as 1,5,20,all", found=repr(text))
+    return tuple(dict.fromkeys(shots))
