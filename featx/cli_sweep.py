@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -66,8 +68,9 @@ def run_sweep(
     """What ``featx sweep`` and the last step of ``featx demo`` do."""
     import numpy as np
 
+    from featx.originals import Originals
     from featx.report import render, write_report
-    from featx.store import read_features
+    from featx.store import read_features, source_of
     from featx.sweep import sweep_heads
 
     wanted_heads, wanted_shots = _names(heads), _shots(shots)
@@ -93,7 +96,16 @@ def run_sweep(
                 journal=out / "journal.jsonl",
                 progress=line.update,
             )
-            where = write_report(result, out, title=store.name, provenance=dict(features.provenance))
+            originals = Originals(source_of(store), features.ids[rows].tolist(), features.digests[rows])
+            where = write_report(
+                result,
+                out,
+                title=store.name,
+                provenance={**features.provenance, "fingerprint": features.fingerprint},
+                command=shlex.join(["featx", *sys.argv[1:]]),
+                ids=originals.ids,
+                thumbnail=originals.thumbnail,
+            )
     except KeyboardInterrupt as error:
         raise Interrupted(
             "stopped; finished draws are kept", where=out, hint="Run the same command again to go on."

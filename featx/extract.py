@@ -136,7 +136,7 @@ def extract_features(
                 writer.write_quarantine(refused)
                 raise _too_many(refused, len(images), allowed, writer.path)
             notes = _notes(images, writer.manifest.source)
-            writer.finish(run.index(), refused, source=str(images.root))
+            writer.finish(run.index(), refused, source=str(images.root.absolute()))
             pruned = writer.prune() if prune else 0
         except KeyboardInterrupt as error:
             writer.flush()
@@ -171,9 +171,9 @@ def _notes(images: ImageSet, earlier_source: str) -> tuple[str, ...]:
     notes = []
     if images.ignored:
         notes.append(f"{images.ignored} files that are no images by their names were passed over")
-    if earlier_source and earlier_source != str(images.root):
+    if earlier_source and earlier_source != str(images.root.absolute()):
         notes.append(
-            f"the store described {earlier_source} before and describes {images.root} now; "
+            f"the store described {earlier_source} before and describes {images.root.absolute()} now; "
             "embeddings of both are kept until --prune"
         )
     return tuple(notes)

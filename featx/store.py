@@ -166,6 +166,11 @@ def _steady(store: Path, read: Callable[[], T]) -> T:
     raise StoreError("changes faster than it can be read", where=store, hint="Read it when the writer is done.")
 
 
+def source_of(path: Path) -> str:
+    """The folder or manifest that a store was made from; "" for a packed store, which does not keep it."""
+    return "" if path.is_file() else read_manifest(path).source
+
+
 def _state(store: Path) -> bytes:
     return b"" if store.is_file() else manifest_bytes(store)
 
