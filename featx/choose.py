@@ -123,10 +123,14 @@ def _thin(labels: NDArray[np.integer], random_state: Any) -> Index:
 
 
 def _clearly_best(losses: Array) -> int:
-    """Row of losses (kinds, n) to take: the first, unless another is better by more than a standard error."""
+    """Row of losses (v, n) to take: the first, unless another is better by more than two standard errors.
+
+    Fewer than that was measured to lose: on five image sets a choice by one standard error costs 0.1 to 0.2
+    points at every number of shots against a sensible default.
+    """
     best = int(losses.mean(axis=1).argmin())
     gain = losses[0] - losses[best]
-    return best if gain.mean() > gain.std() / np.sqrt(len(gain)) else 0
+    return best if gain.mean() > 2.0 * gain.std() / np.sqrt(len(gain)) else 0
 
 
 Scores: TypeAlias = tuple[Array, bool]

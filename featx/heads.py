@@ -286,7 +286,7 @@ class Head:
     criterion : what chooses among them, out of fold, inside the support.
     summary : one line for people.
     fixed : parameters of the classifier that differ from its own defaults.
-    cautious : whether the default stays unless another value is better by more than a standard error.
+    cautious : whether the default stays unless another value is better by more than two standard errors.
     """
 
     name: str

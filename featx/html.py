@@ -263,7 +263,8 @@ def _reliability(result: SweepResult, n_shots: Shots) -> str:
         f'<h3>Can its probabilities be believed? ({escape(head)})</h3><figure class="small"><svg viewBox="0 0 310 300" '
         'role="img" aria-label="reliability diagram"><path class="axis" d="M40 20V270H290" fill="none"/>'
         f'<path d="M40 270L290 20" stroke="#888" stroke-dasharray="2 4"/>{ticks}{points}</svg>'
-        "<figcaption>Across: what it said, %. Up: how often it was right, %. On the dotted line is honest; larger dots are more images."
+        "<figcaption>Across: what it said, %. Up: how often it was right, %. The dotted line "
+        "is honest; larger dots are more images."
         "</figcaption></figure>"
     )
 

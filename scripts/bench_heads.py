@@ -91,7 +91,9 @@ def auto(rows: Rows, labels: Any) -> Any:
     return head.build(**choice.params).fit(rows, labels)
 
 
-def one(data: tuple[Rows, Any, Any], n_shots: int, episode: int, max_query: int) -> dict[str, tuple[float, float]]:
+def one(
+    data: tuple[Rows, Any, Any], n_shots: int, episode: int, max_query: int, peers: list[str]
+) -> dict[str, tuple[float, float]]:
     """Accuracy and calibration error of every head on one draw, in points."""
     rows, labels, groups = data
     out = {}
@@ -100,7 +102,7 @@ def one(data: tuple[Rows, Any, Any], n_shots: int, episode: int, max_query: int)
         warnings.simplefilter("ignore")
         support, query = KShotSplit(n_shots).episode(labels, groups, episode)
         query = np.random.default_rng(episode).permutation(query)[:max_query]
-        for name, fit in {"featx": auto, **PEERS}.items():
+        for name, fit in {"featx": auto, **{peer: PEERS[peer] for peer in peers}}.items():
             model = fit(rows[support], labels[support])
             right = model.predict(rows[query]) == labels[query]
             has = hasattr(model, "predict_proba") and name != "SimpleShot"
@@ -117,6 +119,7 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=20)
     parser.add_argument("--n-jobs", type=int, default=joblib.cpu_count())
     parser.add_argument("--max-query", type=int, default=1000, help="query images of a draw, at most")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), metavar="PEER")
     options = parser.parse_args()
     scores, ece = {}, {}
     for path in options.stores:
@@ -126,16 +129,18 @@ def main() -> None:
         digests = np.unique(features.digests[known], axis=0, return_inverse=True)[1].reshape(-1)
         data = (rows, features.labels[known], find_duplicates(rows, digests).groups)
         tasks = [(n, e) for n in SHOTS for e in range(options.episodes)]
-        done = joblib.Parallel(options.n_jobs)(joblib.delayed(one)(data, n, e, options.max_query) for n, e in tasks)
+        done = joblib.Parallel(options.n_jobs)(
+            joblib.delayed(one)(data, n, e, options.max_query, options.peers) for n, e in tasks
+        )
         for task, found in zip(tasks, done, strict=True):
             for name, (right, gap) in found.items():
                 scores[path.name, name, *task], ece[path.name, name, *task] = right, gap
-    report(scores, ece, [path.name for path in options.stores], options.episodes)
+    report(scores, ece, [path.name for path in options.stores], options.peers, options.episodes)
 
 
-def report(scores: dict[Any, float], ece: dict[Any, float], stores: list[str], episodes: int) -> None:
+def report(scores: dict[Any, float], ece: dict[Any, float], stores: list[str], peers: list[str], episodes: int) -> None:
     """Two tables: accuracy and calibration; then featx minus each peer."""
-    names = ["featx", *PEERS]
+    names = ["featx", *peers]
 
     def cube(values: dict[Any, float], name: str) -> NDArray[np.float64]:
         return np.array([[[values[s, name, n, e] for e in range(episodes)] for n in SHOTS] for s in stores])
@@ -147,7 +152,7 @@ def report(scores: dict[Any, float], ece: dict[Any, float], stores: list[str], e
         shown = "none" if np.isnan(gaps).all() else " ".join(f"{gap:5.1f}" for gap in gaps)
         print(f"{name:<12}" + "".join(f"{m:8.2f}" for m in means) + f"{means.mean():8.2f}   {shown}")
     print(f"\n{'featx minus':<12}" + "".join(f"{n:>15}" for n in SHOTS) + f"{'all':>15}   worst data set")
-    for name in PEERS:
+    for name in peers:
         gap = cube(scores, "featx") - cube(scores, name)
         # Draws are the unit, data sets are fixed: the mean over data sets has the variance of a stratified mean.
         error = np.sqrt(gap.var(axis=2, ddof=1).sum(axis=0) / episodes) / len(stores)
