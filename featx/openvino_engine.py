@@ -8,6 +8,7 @@ hash of the rest, and one that does not match is made again.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 import struct
@@ -19,12 +20,13 @@ from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 
 from featx._files import canonical_json, publish_bytes
 from featx.backbones import Backbone
-from featx.engines import Batch, Embeddings, fill
+from featx.engines import EXACT_START, Batch, Embeddings, fill
 from featx.errors import FeatxError
 
 CACHE_VERSION = 1
@@ -41,7 +43,7 @@ class OpenVINOEngine:
     Parameters
     ----------
     backbone : the network to run.
-    precision : "fp32", or "bf16" on a CPU that has it.
+    precision : "fp32" or "bf16"; a CPU without bf16 instructions emulates it, slowly.
     batch_size, threads : as in :func:`featx.engines.make_engine`.
     """
 
@@ -53,6 +55,8 @@ class OpenVINOEngine:
         self.precision = precision
         self.batch_size = batch_size
         graph, constants = _cached_graph(backbone, batch_size)
+        if precision == "bf16":
+            graph = exact_start(graph)
         self._compiled: Any = core.compile_model(
             core.read_model(graph, constants),
             "CPU",
@@ -117,6 +121,28 @@ def cache_file(backbone: Backbone, batch_size: int) -> Path:
     }
     key = hashlib.sha256(canonical_json(decides)).hexdigest()[:24]
     return cache_folder() / "openvino" / f"{re.sub(r'[^A-Za-z0-9_.-]', '-', backbone.name)}-{key}.ir"
+
+
+def exact_start(graph: bytes) -> bytes:
+    """Mark the start of a network with depthwise convolutions to stay fp32 when the rest runs at bf16.
+
+    See :data:`featx.engines.EXACT_START`. The mark is the one by which OpenVINO itself keeps layers precise; its CPU
+    plugin honours it for bf16 too.
+    """
+    root = ElementTree.fromstring(graph)
+    layers = root.findall("./layers/layer")
+    convolutions = [i for i, layer in enumerate(layers) if layer.get("type") in ("Convolution", "GroupConvolution")]
+    if not any(layer.get("type") == "GroupConvolution" for layer in layers):
+        return graph
+    for layer in layers[: convolutions[math.ceil(EXACT_START * len(convolutions))]]:
+        if layer.get("type") in ("Parameter", "Const"):
+            continue
+        info = layer.find("rt_info")
+        if info is None:
+            info = ElementTree.Element("rt_info")
+            layer.insert(0 if layer.find("data") is None else 1, info)
+        ElementTree.SubElement(info, "attribute", {"name": "precise", "version": "0"})
+    return bytes(ElementTree.tostring(root))
 
 
 def _result(request: Any, n: int) -> Embeddings:
