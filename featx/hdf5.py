@@ -112,6 +112,7 @@ def _write_column(file: h5py.File, column: Column, raw: LatchedFile) -> None:
 
 def check_seal(path: Path) -> str:
     """Compare a sealed file with its own sha256, and return that; StoreError when they differ."""
+    _must_be_regular(path)
     with _reading(path), path.open("rb") as raw:
         block = raw.read(USER_BLOCK)
         found = hashlib.file_digest(raw, "sha256").hexdigest()
@@ -181,10 +182,14 @@ def _is_text(kind: h5py.h5t.TypeID) -> bool:
 
 
 def _open(path: Path) -> h5py.File:
-    # Only a regular file: a pipe would be waited for.
+    _must_be_regular(path)
+    return h5py.File(path, "r", locking=False)
+
+
+def _must_be_regular(path: Path) -> None:
+    # A pipe would be waited for, and a device may never end.
     if path.exists() and not path.is_file():
         raise StoreError("not a regular file; refused", where=path)
-    return h5py.File(path, "r", locking=False)
 
 
 @contextmanager

@@ -113,12 +113,17 @@ def _spell(fields: Mapping[str, Any]) -> bytes:
 
 def write_manifest(store: Path, manifest: Manifest) -> None:
     """Publish the manifest."""
+    publish_bytes(store / "manifest.json", spell_manifest(store, manifest))
+
+
+def spell_manifest(store: Path, manifest: Manifest) -> bytes:
+    """The manifest's bytes; StoreError where a reader would refuse them."""
     raw = _spell(manifest.to_json())
     if not _reasonable(raw):
         raise StoreError(
             "too many classes or shards for one store", where=store, hint="Divide the images among several."
         )
-    publish_bytes(store / "manifest.json", raw)
+    return raw
 
 
 def _reasonable(raw: bytes) -> bool:

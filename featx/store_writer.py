@@ -31,7 +31,7 @@ from featx._files import (
 )
 from featx.errors import StoreError
 from featx.index import Index, Refused, check_index, read_index, spell_quarantine, write_index
-from featx.manifest import Manifest, Shard, check_same, read_manifest, write_manifest
+from featx.manifest import Manifest, Shard, check_same, read_manifest, spell_manifest, write_manifest
 from featx.store import SHARD_COLUMNS, digest_keys, open_shard, shard_path
 
 SHARD_ROWS = 4096
@@ -234,19 +234,18 @@ class StoreWriter:
         def verify(temp: Path) -> None:
             check_index(temp, index, self.manifest)
 
+        changes: dict[str, Any] = {
+            "class_names": index.class_names,
+            "splits": index.counts(index.split),
+            "counts": {"images": len(index), "embeddings": self.rows, "quarantined": len(refused)},
+            "source": source,
+        }
+        spell_manifest(self.path, replace(self.manifest, **changes))  # it may be too long: before anything is changed
         with uninterrupted():
             self.write_quarantine(refused)
             publish(self.path / "index.h5", write, verify)
-            self._finished(index, len(refused), source)
-
-    def _finished(self, index: Index, refused: int, source: str) -> None:
-        self.index = index
-        self._write_manifest(
-            class_names=index.class_names,
-            splits=index.counts(index.split),
-            counts={"images": len(index), "embeddings": self.rows, "quarantined": refused},
-            source=source,
-        )
+            self.index = index
+            self._write_manifest(**changes)
 
     def prune(self) -> int:
         """Drop the embeddings that the index does not refer to; returns how many. Other shards are not touched."""
