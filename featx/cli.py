@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from featx import cli_model, cli_sweep
+from featx import cli_model, cli_search, cli_sweep
 from featx._files import refuse_second_writer
 from featx.cli_model import Device, EngineName, Json
 from featx.cli_sweep import run_sweep
@@ -279,6 +279,7 @@ def _stages(stages: Mapping[str, float], images: int) -> Table:
 
 
 cli_model.register(app)
+cli_search.register(app)
 cli_sweep.register(app)
 
 

@@ -1,0 +1,211 @@
+"""Contact sheets as one HTML file: pictures inside it, no script, nothing loaded from elsewhere, light and dark."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import TypeAlias
+
+from featx._files import publish_bytes
+from featx.decoders import DecoderPool
+from featx.errors import StoreError, UsageError
+from featx.images import Preprocess, jpeg_bytes
+from featx.manifest import read_manifest
+from featx.search import DuplicateGroup, Match, label_of
+from featx.store import FeatureSet, is_packed
+
+Found: TypeAlias = list[tuple[str, Path | int, list[Match]]]
+"""For each query its name, its file or its row in the store, and what was found."""
+
+MAX_GROUPS = 200
+"""More groups of duplicates make a sheet that no browser likes."""
+
+SIDE = 160
+"""Pixels of a thumbnail: the centre square, which is what a network with a centre crop sees of a picture."""
+
+_THUMBNAIL = Preprocess(resize=SIDE, crop=(SIDE, SIDE), interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3)
+
+_STYLE = """
+:root { color-scheme: light dark; --page: #fff; --ink: #1a1c1f; --soft: #5d6570; --line: #d9dee5; --mark: #0072b2;
+  --warn: #8a4b00; }
+@media (prefers-color-scheme: dark) { :root { --page: #14171b; --ink: #e8eaed; --soft: #a0a8b3; --line: #343b45;
+  --mark: #56b4e9; --warn: #f0b060; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 80rem; padding: 1.2rem 1rem 3rem; background: var(--page); color: var(--ink);
+  font: 15px/1.45 system-ui, sans-serif; }
+h1 { font-size: 1.4rem; margin: 0 0 .2rem; overflow-wrap: anywhere; }
+h2 { font-size: 1rem; margin: 1.6rem 0 .5rem; overflow-wrap: anywhere; } p { margin: .3rem 0; }
+.soft { color: var(--soft); } .warn { color: var(--warn); }
+.row { display: grid; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); gap: .7rem; }
+figure { margin: 0; border: 1px solid var(--line); border-radius: .4rem; padding: .4rem; font-size: .82rem;
+  overflow-wrap: anywhere; } figure.mark { border: 2px solid var(--mark); }
+img, .none { width: 100%; aspect-ratio: 1; border-radius: .25rem; display: block; margin-bottom: .3rem; }
+.none { display: grid; place-items: center; text-align: center; padding: .5rem; color: var(--soft);
+  border: 1px dashed var(--line); }
+code { font-family: ui-monospace, monospace; font-size: .8rem; }
+"""
+
+
+@dataclass(frozen=True)
+class Card:
+    """One picture with its name.
+
+    Parameters
+    ----------
+    name : shown below it.
+    picture : the file, or None where there is none.
+    text : a line of plain text below the name.
+    mark : draw a frame around it (the query).
+    digest : the sha256 that the file must have; a file that has changed since is not shown. None takes any.
+    """
+
+    name: str
+    picture: Path | None
+    text: str = ""
+    mark: bool = False
+    digest: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, a warning (or ""), and cards in a row."""
+
+    title: str
+    cards: Sequence[Card]
+    warning: str = ""
+
+
+def image_root(store: Path, source: Path | None) -> Path:
+    """The folder that a store's ids are relative to.
+
+    Parameters
+    ----------
+    source : folder or manifest that the user names; by default the one that the store was made of.
+
+    Raises
+    ------
+    UsageError
+        It is not known or not there.
+    """
+    hint = "Name the folder (or the list) of the images with --source."
+    if source is None:
+        if is_packed(store):
+            raise UsageError("a packed store does not know where its images are", where=store, hint=hint)
+        source = Path(read_manifest(store).source)
+    if source.is_dir():
+        return source
+    if source.is_file():
+        return source.parent
+    raise UsageError("the images of the store are not there, and the sheet shows them", where=source, hint=hint)
+
+
+def write_sheet(path: Path, *, title: str, facts: Iterable[str], sections: Sequence[Section]) -> int:
+    """Write a sheet, and return how many of its pictures could not be shown; each says why in its place.
+
+    Parameters
+    ----------
+    path : the HTML file; replaced if it is there.
+    facts : sentences below the title.
+
+    Raises
+    ------
+    StoreError
+        It cannot be written.
+    """
+    pictures = _thumbnails([card for section in sections for card in section.cards])
+    body = [f"<h1>{escape(title)}</h1>", *(f'<p class="soft">{escape(fact)}</p>' for fact in facts)]
+    for section in sections:
+        body.append(f"<h2>{escape(section.title)}</h2>")
+        if section.warning:
+            body.append(f'<p class="warn">{escape(section.warning)}</p>')
+        body.append(f'<div class="row">{"".join(_figure(card, pictures) for card in section.cards)}</div>')
+    page = (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+        "style-src 'unsafe-inline'\">\n"
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(body)
+        + "\n</body>\n</html>\n"
+    )
+    if path.is_dir():
+        raise StoreError("a folder is in the way", where=path)
+    publish_bytes(path, page.encode("utf-8", errors="backslashreplace"))
+    return sum(not isinstance(found, bytes) for found in pictures.values())
+
+
+def _thumbnails(cards: Sequence[Card]) -> Mapping[Card, bytes | str]:
+    """A JPEG for each card, or why there is none. Files are decoded in processes of their own, as for extraction."""
+    out: dict[Card, bytes | str] = {card: "no picture" for card in cards if card.picture is None}
+    wanted = {card: card.picture for card in cards if card.picture is not None}
+    files = list(dict.fromkeys(wanted.values()))
+    if not files:
+        return out
+    workers = min(2, len(files))
+    with DecoderPool(_THUMBNAIL, workers=workers, mode="scaled") as pool:
+        decoded = dict(zip(files, pool.run(files, lambda digest: False, ahead=4 * workers), strict=True))
+    for card, file in wanted.items():
+        found = decoded[file]
+        if found.refusal is not None:
+            out[card] = found.refusal.what
+        elif card.digest is not None and found.digest != card.digest:
+            out[card] = "the file has changed since it was embedded"
+        else:
+            assert found.pixels is not None
+            out[card] = jpeg_bytes(found.pixels)
+    return out
+
+
+def _figure(card: Card, pictures: Mapping[Card, bytes | str]) -> str:
+    found = pictures[card]
+    if isinstance(found, bytes):
+        code = base64.b64encode(found).decode()
+        shown = f'<img alt="{escape(card.name)}" src="data:image/jpeg;base64,{code}">'
+    else:
+        shown = f'<div class="none">{escape(found)}</div>'
+    mark = ' class="mark"' if card.mark else ""
+    return f"<figure{mark}>{shown}<code>{escape(card.name)}</code><br>{escape(card.text)}</figure>"
+
+
+def search_sheet(path: Path, store: Path, root: Path, features: FeatureSet, found: Found) -> int:
+    """The sheet of ``featx search``: each query with its matches. Arguments and result are those of the above."""
+    sections = []
+    for name, origin, matches in found:
+        if isinstance(origin, int):
+            query = Card(name, root / name, "the query", True, features.digests[origin].tobytes())
+        else:
+            query = Card(name, origin, "the query", True)
+        cards = [
+            Card(
+                match.id,
+                root / match.id,
+                f"{match.label or 'unlabelled'}, {match.score:.3f}",
+                digest=features.digests[match.row].tobytes(),
+            )
+            for match in matches
+        ]
+        sections.append(Section(name, [query, *cards]))
+    facts = [f"{len(features)} images in {store.name}; the number below a match is its cosine with the query."]
+    return write_sheet(path, title=f"What looks alike in {store.name}", facts=facts, sections=sections)
+
+
+def duplicate_sheet(path: Path, store: Path, root: Path, features: FeatureSet, groups: Sequence[DuplicateGroup]) -> int:
+    """The sheet of ``featx duplicates``: the first ``MAX_GROUPS`` groups."""
+    sections = []
+    for number, group in enumerate(groups[:MAX_GROUPS], 1):
+        cards = []
+        for row, similarity, exact in zip(group.rows, group.similarity, group.exact, strict=True):
+            name, split = str(features.ids[row]), str(features.splits[row])
+            said = [label_of(features, row) or "unlabelled", split, "same bytes" if exact else f"{similarity:.4f}"]
+            digest = features.digests[row].tobytes()
+            cards.append(Card(name, root / name, ", ".join(filter(None, said)), digest=digest))
+        warnings = ["It is on both sides of a split."] if group.across_splits else []
+        warnings += ["Its labels differ."] if group.conflicting else []
+        sections.append(Section(group.title(number), cards, " ".join(warnings)))
+    facts = [f"{len(groups)} groups among {len(features)} images; numbers are cosines with the first of a group."]
+    if len(groups) > MAX_GROUPS:
+        facts.append(f"The first {MAX_GROUPS} groups are shown; featx duplicates --json lists all.")
+    return write_sheet(path, title=f"Duplicates in {store.name}", facts=facts, sections=sections)
