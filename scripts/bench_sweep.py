@@ -12,7 +12,6 @@ tolerance is further from it than featx is.
 from __future__ import annotations
 
 import argparse
-import os
 import time
 import warnings
 from collections.abc import Callable
@@ -75,9 +74,7 @@ def main() -> None:
     loky = {"inner_max_num_threads": 1}
     with joblib.parallel_config("loky", **loky):
         single, plain = timed(lambda: [[grid_search(t, model, jobs) for _, model in PLAN] for t in tasks])
-    os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = str(joblib.cpu_count())
-    with joblib.parallel_config("loky", inner_max_num_threads=joblib.cpu_count()):
-        crowded, _ = timed(lambda: [[grid_search(t, model, jobs) for _, model in PLAN] for t in tasks])
+    crowded, _ = timed(lambda: [[grid_search(t, model, jobs) for _, model in PLAN] for t in tasks])
     print(f"{len(tasks)} draws x 2 heads x 12 penalties x 5 folds, {jobs} workers")
     for name, seconds in [
         ("GridSearchCV, BLAS threads as they come", crowded),
