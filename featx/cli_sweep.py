@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +16,11 @@ from featx.terminal import ProgressLine, check_writable, print_json, say, show
 
 if TYPE_CHECKING:
     from featx.splits import Shots
+
+
+class Split(StrEnum):
+    val = "val"
+    test = "test"
 
 
 def register(app: typer.Typer) -> None:
@@ -31,6 +38,9 @@ def sweep(
         typer.Option(help="Labelled images a class. [default: 1,2,5,10,20,all, as far as they go]"),
     ] = None,
     episodes: Annotated[int, typer.Option(min=2, max=10_000, help="Random draws for each number of shots.")] = 20,
+    test: Annotated[
+        Split | None, typer.Option(help="Judge the winner once on this split, which takes no part in choosing.")
+    ] = None,
     layer: Annotated[str, typer.Option(help="Which of the store's layers.")] = "penultimate",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="DIR", help="The report. [default: beside the store]")
@@ -45,6 +55,7 @@ def sweep(
         heads=heads,
         shots=shots,
         episodes=episodes,
+        test=test,
         layer=layer,
         out=out,
         n_jobs=n_jobs,
@@ -59,6 +70,7 @@ def run_sweep(
     heads: str = "all",
     shots: str | None = None,
     episodes: int = 20,
+    test: Split | None = None,
     layer: str = "penultimate",
     out: Path | None = None,
     n_jobs: int | None = None,
@@ -72,15 +84,20 @@ def run_sweep(
     from featx.report import render, write_report
     from featx.store import read_features, source_of
     from featx.sweep import sweep_heads
+    from featx.testset import judge
 
     wanted_heads, wanted_shots = _names(heads), _shots(shots)
     features = read_features(store, layer=layer)
-    out = out or store.with_name(store.name.removesuffix(".featx").removesuffix(".h5") + ".report")
+    out = out or store.with_name(_stem(store) + ".report")
     check_writable(out)
     # Test images are for the one judgement at the end; they take no part in choosing.
-    rows = np.flatnonzero(features.splits != "test")
-    if len(rows) < len(features):
-        say(f"Note: {len(features) - len(rows)} images of the split test are left out.", err=True)
+    if test and test.value not in features.splits:
+        found = ", ".join(sorted(set(features.splits.tolist()) - {""})) or "no splits"
+        raise UsageError(f"no images in the split {test.value}", where=store, found=found)
+    held = {"test"} | ({test.value} if test else set())
+    rows = np.flatnonzero(~np.isin(features.splits, sorted(held)))
+    for name in sorted(held & set(features.splits.tolist())):
+        say(f"Note: {int((features.splits == name).sum())} images of the split {name} are left out.", err=True)
     try:
         with ProgressLine("comparing heads") as line:
             result = sweep_heads(
@@ -96,6 +113,10 @@ def run_sweep(
                 journal=out / "journal.jsonl",
                 progress=line.update,
             )
+            judged = None
+            if test:
+                judged = judge(features, test.value, result.winner, _ledger(store), random_state=seed)
+                result = replace(result, notes=(*result.notes, judged.sentence))
             originals = Originals(source_of(store), features.ids[rows].tolist(), features.digests[rows])
             where = write_report(
                 result,
@@ -111,9 +132,17 @@ def run_sweep(
             "stopped; finished draws are kept", where=out, hint="Run the same command again to go on."
         ) from error
     if as_json:
-        print_json({**result.to_json(), "report": str(where)})
+        print_json({**result.to_json(), "test": judged.to_json() if judged else None, "report": str(where)})
     show(render(result), err=as_json)
     say(f"Report: {where}", err=as_json)
+
+
+def _stem(store: Path) -> str:
+    return store.name.removesuffix(".featx").removesuffix(".h5")
+
+
+def _ledger(store: Path) -> Path:
+    return store.with_name(_stem(store) + ".test-uses.jsonl")
 
 
 def _names(text: str) -> tuple[str, ...] | None:

@@ -1,0 +1,142 @@
+"""One judgement on images that took no part in choosing, and an honest count of how often that was done.
+
+A test set is spent by use: whoever looks at it twice has begun to choose on it. So every use is written down beside
+the store, under a hash of the test images and their labels, and every report says how many there have been.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import binomtest
+from threadpoolctl import threadpool_limits
+
+from featx import stats
+from featx._files import cannot_write
+from featx.choose import choose
+from featx.errors import UsageError
+from featx.heads import HEADS
+from featx.splits import find_duplicates
+from featx.store import FeatureSet
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Accuracy of one head, trained on everything else, on the images of one split.
+
+    ``low`` and ``high`` are the exact 95 % interval (Clopper and Pearson, 1934) over images; ``copies`` test images
+    were left out because the training images have them too; ``used`` counts this use.
+    """
+
+    split: str
+    head: str
+    params: Mapping[str, Any]
+    training_images: int
+    images: int
+    copies: int
+    accuracy: float
+    low: float
+    high: float
+    balanced_accuracy: float
+    majority_baseline: float
+    used: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        interval = {"mean": fields.pop("accuracy"), "low": fields.pop("low"), "high": fields.pop("high")}
+        return {**fields, "params": dict(self.params), "accuracy": interval}
+
+    @property
+    def sentence(self) -> str:
+        """The result in words, with the number of uses."""
+        times = "the first use" if self.used == 1 else f"use number {self.used}"
+        warning = "" if self.used == 1 else " What was chosen after an earlier look makes this too good."
+        return (
+            f"On the {self.images} images of the split {self.split}, {self.head} is right in {100 * self.accuracy:.1f} % "
+            f"({100 * self.low:.1f} to {100 * self.high:.1f}). This is {times} of this test set.{warning}"
+        )
+
+
+def judge(features: FeatureSet, split: str, head: str, ledger: Path, *, random_state: int = 0) -> Judgement:
+    """Train ``head`` on all labelled images outside ``split`` and "test", and judge it on ``split``.
+
+    Parameters
+    ----------
+    ledger : file that every use is added to.
+
+    Raises
+    ------
+    UsageError
+        No labelled images in the split or outside it, or classes that only the split has.
+    """
+    labelled = features.labels >= 0
+    inside = labelled & (features.splits == split)
+    outside = labelled & (features.splits != split) & (features.splits != "test")
+    for rows, what in ((inside, f"in the split {split}"), (outside, f"outside the split {split}")):
+        if not rows.any():
+            raise UsageError(
+                f"no labelled images {what}", found=", ".join(sorted(set(features.splits.tolist()) - {""}))
+            )
+    both = np.flatnonzero(inside | outside)
+    exact = np.unique(features.digests[both], axis=0, return_inverse=True)[1].reshape(-1)
+    groups = find_duplicates(features.embeddings[both], exact).groups
+    here = outside[both]
+    copied = inside[both] & np.isin(groups, groups[here])
+    train, test = both[here], both[~here & ~copied]
+    if not len(test):
+        raise UsageError(f"every image of the split {split} is a copy of a training image")
+    classes, labels = np.unique(features.labels[train], return_inverse=True)
+    unknown = sorted(set(features.labels[test].tolist()) - set(classes.tolist()))
+    if unknown:
+        raise UsageError(
+            f"a class that only the split {split} has",
+            found=", ".join(features.class_names[label] for label in unknown),
+            hint="Give it training images, or leave it out.",
+        )
+    dense = np.unique(groups[here], return_inverse=True)[1]
+    with threadpool_limits(limits=1, user_api="blas"):
+        choice = choose(HEADS[head], features.embeddings[train], labels, dense, random_state=[random_state, 0])
+        model = HEADS[head].build(**choice.params).fit(features.embeddings[train], labels)
+        predicted = classes[model.predict(features.embeddings[test])]
+    truth = features.labels[test]
+    right = int((predicted == truth).sum())
+    interval = binomtest(right, len(test)).proportion_ci(method="exact")
+    digest = hashlib.sha256()
+    for row in np.argsort(features.ids[inside]):
+        digest.update(features.digests[inside][row].tobytes() + int(features.labels[inside][row]).to_bytes(8, "little"))
+    accuracy = right / len(test)
+    used = _write_down(ledger, {"test_set": digest.hexdigest(), "split": split, "head": head, "accuracy": accuracy})
+    return Judgement(
+        split=split,
+        head=head,
+        params=choice.params,
+        training_images=len(train),
+        images=len(test),
+        copies=int(copied.sum()),
+        accuracy=accuracy,
+        low=float(interval.low),
+        high=float(interval.high),
+        balanced_accuracy=stats.balanced_accuracy(truth, predicted),
+        majority_baseline=stats.majority_baseline(truth),
+        used=used,
+    )
+
+
+def _write_down(ledger: Path, use: dict[str, Any]) -> int:
+    """Add a use to the ledger; returns how many of this test set there are now."""
+    line = json.dumps({**use, "time": datetime.now(UTC).isoformat(timespec="seconds")})
+    try:
+        with ledger.open("a") as file:
+            file.write(line + "\n")
+        lines = ledger.read_text().splitlines()
+    except OSError as error:
+        raise cannot_write(ledger, error) from error
+    return sum(f'"test_set": "{use["test_set"]}"' in each for each in lines)
