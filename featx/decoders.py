@@ -209,12 +209,15 @@ class _Child:
 
     def _wait_until_ready(self) -> None:
         """The first answer of a child. One that cannot even start is no fault of the image."""
-        if self._ready:
-            return
-        try:
-            self._ready = self._socket.poll(_START_TIMEOUT) and self._socket.recv_bytes(_MAX_ANSWER) == _READY
-        except (EOFError, OSError):
-            self._ready = False
+        for attempt in range(ATTEMPTS):
+            if self._ready or self._stopped:
+                return
+            if attempt:
+                self.restart()  # something may have killed the first one, such as a lack of memory
+            try:
+                self._ready = self._socket.poll(_START_TIMEOUT) and self._socket.recv_bytes(_MAX_ANSWER) == _READY
+            except (EOFError, OSError):
+                self._ready = False
         if not self._ready and not self._stopped:
             self._words.seek(0)
             words = self._words.read()[-2000:].decode(errors="replace").strip().splitlines()
@@ -253,10 +256,14 @@ class _Child:
 
     def decode(self, path: Path, known: Callable[[bytes], bool]) -> Decoded:
         """What becomes of one file; _Lost when the process does not survive it."""
+        try:
+            name = os.fsencode(path)
+        except UnicodeEncodeError:
+            return Decoded(None, refusal=ImageError("bad_name", "the path is no text that a file system knows"))
         self._wait_until_ready()
         digest: bytes | None = None
         try:
-            self._socket.send_bytes(_READ + os.fsencode(path))
+            self._socket.send_bytes(_READ + name)
             answer = self._answer(digest)
             reading, decoding = (0.0, 0.0), (0.0, 0.0)
             if answer[:1] == b"D":
