@@ -1,8 +1,9 @@
 """How a frozen network is run: the choice among engines, and torch, the reference.
 
 An engine takes batches of uint8 pixels and gives float32 embeddings, in order. All engines give the same
-embeddings (cosine >= 0.9999 to plain torch at fp32, >= 0.999 at bf16 and fp16), and an image's embedding does not
-depend on what else is in its batch: short batches are padded, so every batch has the one shape.
+embeddings (cosine to plain torch >= 0.9999 at fp32, >= 0.999 at bf16). Short batches are padded, so every batch has
+the one shape, and an image's embedding does not depend on what else is in its batch: bit for bit at fp32, and at bf16
+for the convolutional networks that were tried (a vision transformer on OpenVINO is not position-independent there).
 
 ``TorchEngine`` runs anywhere torch does, and on CUDA. :mod:`featx.openvino_engine` is 5 to 20 times faster on a CPU.
 """
