@@ -50,6 +50,7 @@ def register(app: typer.Typer) -> None:
     app.command(
         epilog="Examples:  featx predict photos.model new/*.jpg  |  cat a.jpg | featx predict photos.model - --json"
     )(predict)
+    app.command(epilog="Example:  featx serve photos.model --store photos.featx")(serve)
 
 
 def fit(
@@ -156,6 +157,72 @@ def predict(
         say(f"  refused {item['id']}: {item['reason']}, {item['message']}", err=True)
     if refused:
         raise typer.Exit(REFUSED)
+
+
+def serve(
+    model: ModelArgument,
+    store: Annotated[
+        Path | None, typer.Option(help="The store it was fitted on: the nearest labelled images come along.")
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="The folder of the store's images, for the page. [default: what the store says]")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address; any but this machine's own needs an API key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="A file with the API key, if it is not in FEATX_API_KEY.")
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Let anyone in who can reach the address.")] = False,
+    log_json: Annotated[bool, typer.Option("--log-json", help="Log lines as JSON.")] = False,
+    weights: Weights = None,
+    engine: EngineOption = EngineName.auto,
+    device: DeviceOption = Device.auto,
+) -> None:
+    """Answer over HTTP, with a page to drop photos on. Ctrl-C or SIGTERM ends it in order."""
+    try:
+        import featx.service_run
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("featx"):
+            raise
+        raise UsageError(
+            f"the service needs packages that are not installed ({error.name})",
+            hint="Install them with: pip install 'featx[serve]'",
+        ) from error
+    from featx.bundle import read_bundle
+    from featx.predictor import open_embedder
+    from featx.service_batch import BATCH_SIZES
+    from featx.service_evidence import Evidence
+    from featx.service_work import Service
+
+    key = _api_key(api_key_file)
+    featx.service_run.check_address(host, key, insecure=insecure)
+    bundle = read_bundle(model)
+    evidence = None if store is None else Evidence(store, bundle, images)
+    embedder = open_embedder(
+        bundle, model, weights=weights, engine=engine.value, device=device.value, batch_sizes=BATCH_SIZES
+    )
+    featx.service_run.serve(
+        Service(bundle, embedder, evidence),
+        host=host,
+        port=port,
+        api_key=key,
+        insecure=insecure,
+        log_json=log_json,
+        started=lambda url: say(f"Serving {model} at {url} (page at {url}/, API at {url}/docs). Ctrl-C ends it."),
+    )
+
+
+def _api_key(file: Path | None) -> str:
+    """From a file or the environment, never from the arguments, which every user of a machine can read."""
+    if file is None:
+        return os.environ.get("FEATX_API_KEY", "").strip()
+    try:
+        key = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError("the API key cannot be read", where=file) from error
+    if not key:
+        raise UsageError("the API key is empty", where=file)
+    return key
 
 
 def _name_files(images: list[Path], folder: Path) -> list[tuple[str, Path]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -33,9 +33,16 @@ def open_embedder(
     weights: Path | None = None,
     device: str = "auto",
     engine: str = "auto",
-    batch_size: int | None = None,
+    batch_sizes: Mapping[str, int] | None = None,
 ) -> Embedder:
     """The network that a bundle's embeddings come from, proved on its probe image.
+
+    Parameters
+    ----------
+    bundle, path : the model, and where it is from, for messages.
+    weights : the weights file, where the bundle names one of the user's own.
+    device, engine : as of :func:`featx.engines.make_engine`.
+    batch_sizes : images per batch by device ("cpu", "cuda"); by default what suits many images at once.
 
     Raises
     ------
@@ -44,9 +51,16 @@ def open_embedder(
     WeightsError
         The weights are a file of the user's that has to be given.
     """
-    embedder = Embedder.like(
-        bundle.provenance, where=path, weights=weights, device=device, engine=engine, batch_size=batch_size
-    )
+    embedder = Embedder.like(bundle.provenance, where=path, weights=weights, device=device, engine=engine)
+    if batch_sizes is not None and embedder.engine.batch_size != batch_sizes[embedder.engine.device]:
+        embedder = Embedder.like(
+            bundle.provenance,
+            where=path,
+            weights=weights,
+            device=embedder.engine.device,
+            engine=embedder.engine.name,
+            batch_size=batch_sizes[embedder.engine.device],
+        )
     found = embedder.embed_bytes(bundle.probe)[layer_number(bundle)][0].astype(np.float64)
     expected = bundle.probe_embedding.astype(np.float64)
     precision = str(bundle.provenance.get("precision"))

@@ -1,0 +1,224 @@
+"""What every request passes before the service sees it: who asks, how much is sent, and what is written down.
+
+Plain ASGI around the application, so that its answers carry what all answers carry, whatever goes wrong inside.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from featx.service_watch import Metrics, request_id
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+OPEN_PATHS = frozenset({"/", "/live", "/ready"})
+"""What needs no API key: the page holds no data, and probes hold no secrets."""
+
+LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
+
+_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+
+log = logging.getLogger("featx.service")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one client, and all of them together, may ask for.
+
+    Parameters
+    ----------
+    body : bytes of a request.
+    buffered : bytes of all requests' bodies at a time.
+    pixels : of an image.
+    queue : images that wait.
+    deadline : seconds for a request, from its headers to its answer.
+    """
+
+    body: int = 10 * 2**20
+    buffered: int = 256 * 2**20
+    pixels: int = 50_000_000
+    queue: int = 64
+    deadline: float = 10.0
+
+
+class Refusal(Exception):
+    """A request that is not answered with a result.
+
+    Parameters
+    ----------
+    status : of HTTP.
+    reason : a word for programs.
+    message : a sentence for people.
+    headers : to be sent along.
+    """
+
+    def __init__(self, status: int, reason: str, message: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status, self.reason, self.message = status, reason, message
+        self.headers = dict(headers or {})
+
+    def to_json(self) -> dict[str, Any]:
+        """The body of the answer."""
+        return {"error": {"reason": self.reason, "message": self.message}, "request_id": request_id.get()}
+
+
+class Guard:
+    """ASGI middleware.
+
+    Parameters
+    ----------
+    app : the application.
+    metrics : where requests are counted.
+    routes : paths that are counted by name; all others are "other".
+    limits : sizes.
+    api_key : what a client must show, or "" for none.
+    hosts : names that may be in the header Host, or None for any. For a service without a key on the loopback
+        address, this keeps web pages out that resolve their own name to it.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        metrics: Metrics,
+        routes: frozenset[str],
+        limits: Limits,
+        api_key: str = "",
+        hosts: frozenset[str] | None = None,
+    ) -> None:
+        self.app, self.metrics, self.routes, self.limits = app, metrics, routes, limits
+        self._key = api_key.encode()
+        self._hosts = hosts
+        self.in_flight = 0
+        self._buffered = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"")
+        own = given if _ID.fullmatch(given) else uuid.uuid4().hex.encode()
+        token = request_id.set(own.decode())
+        request = _Counted(self, receive, self.limits.body)
+        status = 0
+
+        async def stamped(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", own), *_SAFE]
+            await send(message)
+
+        self.in_flight += 1
+        self.metrics.in_flight.inc()
+        try:
+            refusal = self._check(scope, headers)
+            if refusal is None:
+                try:
+                    async with asyncio.timeout(self.limits.deadline + 5.0):
+                        await self.app(scope, request.receive, stamped)
+                except Refusal as raised:
+                    refusal = raised
+                except TimeoutError:
+                    refusal = Refusal(504, "deadline", f"Not done within {self.limits.deadline:g} s.")
+                except Exception:
+                    log.exception("a bug")
+                    refusal = Refusal(500, "bug", "featx failed; the log has this request's id.")
+            if refusal is not None and not status:
+                await answer(refusal, stamped)
+        finally:
+            self._buffered -= request.size
+            self.in_flight -= 1
+            self.metrics.in_flight.dec()
+            self._note(scope, status, time.perf_counter() - started, request.size)
+            request_id.reset(token)
+
+    def _check(self, scope: Scope, headers: Mapping[bytes, bytes]) -> Refusal | None:
+        host = headers.get(b"host", b"").decode("latin-1").lower()
+        if self._hosts is not None and re.sub(r":\d+$", "", host) not in self._hosts:
+            names = ", ".join(sorted(self._hosts))
+            message = f"This service answers to {names} only; give it an API key to reach it under other names."
+            return Refusal(403, "host", message)
+        if self._key and scope["path"] not in OPEN_PATHS:
+            shown = headers.get(b"x-api-key", b"")
+            kind, _, bearer = headers.get(b"authorization", b"").partition(b" ")
+            if kind.lower() == b"bearer":
+                shown = bearer.strip()
+            if not hmac.compare_digest(shown, self._key):
+                message = "An API key is needed: Authorization: Bearer KEY, or X-API-Key: KEY."
+                return Refusal(401, "api_key", message, {"WWW-Authenticate": "Bearer"})
+        length = headers.get(b"content-length", b"")
+        if length.isdigit() and int(length) > self.limits.body:
+            return self._too_large()
+        if self._buffered > self.limits.buffered:
+            return Refusal(429, "busy", "Too many uploads at once; try again.", {"Retry-After": "1"})
+        return None
+
+    def _too_large(self) -> Refusal:
+        return Refusal(413, "body", f"The request is larger than {self.limits.body:,} bytes.")
+
+    def took(self, size: int) -> None:
+        """Count bytes that a request now holds."""
+        self._buffered += size
+
+    def _note(self, scope: Scope, status: int, seconds: float, size: int) -> None:
+        path = scope["path"]
+        route = path if path in self.routes else "/thumbnail" if path.startswith("/thumbnail/") else "other"
+        self.metrics.requests.labels(route, str(status)).inc()
+        self.metrics.seconds.labels(route).observe(seconds)
+        # A probe every second would drown the rest.
+        level = logging.DEBUG if path in ("/live", "/ready", "/metrics") else logging.INFO
+        extra = {
+            "method": scope["method"],
+            "path": path[:200],
+            "status": status,
+            "ms": round(1000 * seconds, 1),
+            "bytes": size,
+        }
+        log.log(level, "request" if status else "disconnected", extra=extra)
+
+
+_SAFE = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+]
+
+
+class _Counted:
+    """The body of one request, which ends with a Refusal where it gets too large."""
+
+    def __init__(self, guard: Guard, receive: Receive, limit: int) -> None:
+        self._guard, self._receive, self._limit = guard, receive, limit
+        self.size = 0
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.request":
+            size = len(message.get("body", b""))
+            self.size += size
+            self._guard.took(size)
+            if self.size > self._limit:
+                raise self._guard._too_large()
+        return message
+
+
+async def answer(refusal: Refusal, send: Send) -> None:
+    """Send a refusal, without an application."""
+    body = json.dumps(refusal.to_json()).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers += [(name.lower().encode(), value.encode()) for name, value in refusal.headers.items()]
+    await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,228 @@
+"""Running the service: one process, one address, signals, and connections that may not dawdle."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import signal
+import socket
+import uuid
+from asyncio.events import TimerHandle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from featx.errors import UsageError
+from featx.service import create_app
+from featx.service_guard import LOOPBACK_NAMES, Guard
+from featx.service_watch import set_up_logging
+from featx.service_work import Service
+
+HEADER_SECONDS = 10.0
+"""A connection that has begun a request, or nothing at all, gets this long until its headers are complete."""
+
+LINGER_SECONDS = 30.0
+"""How long a body that was refused may go on arriving (it is thrown away) before the connection is cut. A client that
+writes everything before it reads would otherwise see a broken pipe instead of the reason."""
+
+NOTICE_SECONDS = 1.0
+"""After SIGTERM: how long the address still answers, so that whoever asks /ready learns of it."""
+
+DRAIN_SECONDS = 25.0
+"""After SIGTERM: how long requests in flight may take."""
+
+log = logging.getLogger("featx.service")
+
+
+class Protocol(HttpToolsProtocol):
+    """uvicorn's HTTP with a clock: slow headers and endless refused bodies end."""
+
+    _timer: TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._set_timer(HEADER_SECONDS)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._unset_timer()
+        super().connection_lost(exc)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._set_timer(HEADER_SECONDS)
+
+    def on_headers_complete(self) -> None:
+        self._unset_timer()
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._unset_timer()
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.cycle is not None and self.cycle.response_complete and self.cycle.more_body:
+            self._set_timer(LINGER_SECONDS)
+
+    def send_400_response(self, msg: str) -> None:
+        """As uvicorn's, with what all answers carry."""
+        own = uuid.uuid4().hex
+        log.warning("not HTTP", extra={"status": 400, "answered_id": own})
+        body = f'{{"error": {{"reason": "http", "message": "{msg}"}}, "request_id": "{own}"}}'.encode()
+        head = (
+            f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
+            f"x-request-id: {own}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(STATUS_LINE[400] + head.encode() + body)
+        self.transport.close()
+
+    def _set_timer(self, seconds: float) -> None:
+        self._unset_timer()
+        self._timer = self.loop.call_later(seconds, self._cut)
+
+    def _unset_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _cut(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.close()
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which ends in steps: not ready, requests done, closed."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, guard: Guard) -> None:
+        super().__init__(config)
+        self._service, self._guard = service, guard
+        self._ending: asyncio.Task[None] | None = None
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """SIGTERM and Ctrl-C end the service in order; a second one at once. Both are how it is meant to end."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+    def _stop(self) -> None:
+        if self._service.stopping:
+            self.should_exit = True
+            return
+        self._service.stopping = True
+        log.info("stopping: requests in flight are finished, new ones are refused")
+        self._ending = asyncio.get_running_loop().create_task(self._end())
+
+    async def _end(self) -> None:
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        while loop.time() - started < DRAIN_SECONDS:
+            if not self._guard.in_flight and loop.time() - started >= NOTICE_SECONDS:
+                break
+            await asyncio.sleep(0.05)
+        self.should_exit = True
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is this machine's own."""
+    try:
+        found = {info[4][0] for info in socket.getaddrinfo(host, None)}
+        return all(ipaddress.ip_address(str(address).partition("%")[0]).is_loopback for address in found)
+    except OSError as error:
+        raise UsageError("no such address", where="--host", found=host) from error
+
+
+def check_address(host: str, api_key: str, *, insecure: bool) -> None:
+    """UsageError where others could reach the service without a key."""
+    if not (api_key or insecure or is_loopback(host)):
+        raise UsageError(
+            "others could reach the service at this address",
+            where="--host",
+            found=host,
+            hint="Set an API key (FEATX_API_KEY, or --api-key-file FILE), or say --insecure.",
+        )
+
+
+def serve(
+    service: Service,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: str = "",
+    insecure: bool = False,
+    log_json: bool = False,
+    started: Callable[[str], Any] = lambda url: None,
+) -> None:
+    """Serve until SIGTERM or Ctrl-C.
+
+    Parameters
+    ----------
+    service : what answers.
+    host, port : the address; port 0 takes a free one.
+    api_key : what clients must show; needed for any address but the loopback, unless ``insecure``.
+    log_json : log lines as JSON.
+    started : called with the URL once requests are answered.
+
+    Raises
+    ------
+    UsageError
+        The address cannot be had, or would be open to others without a key.
+    """
+    check_address(host, api_key, insecure=insecure)
+    local = is_loopback(host)
+    listener = _listen(host, port)
+    set_up_logging(as_json=log_json)
+    hosts = LOOPBACK_NAMES | {host} if local and not api_key and not insecure else None
+    _, guard = create_app(service, api_key=api_key, hosts=hosts)
+    config = uvicorn.Config(
+        guard,
+        http=Protocol,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=3,
+        timeout_keep_alive=15,
+        backlog=1024,
+    )
+    server = Server(config, service, guard)
+    bound, number = listener.getsockname()[:2]
+    url = f"http://[{bound}]:{number}" if ":" in bound else f"http://{bound}:{number}"
+
+    async def run() -> None:
+        telling = asyncio.get_running_loop().create_task(_tell(server, lambda: started(url)))
+        await server.serve(sockets=[listener])
+        telling.cancel()
+
+    with listener:
+        asyncio.run(run())
+
+
+async def _tell(server: uvicorn.Server, say: Callable[[], Any]) -> None:
+    while not server.started:
+        await asyncio.sleep(0.02)
+    say()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that listens; said before any network is loaded that it cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        hint = "Choose another with --port, or 0 for any that is free."
+        raise UsageError(f"cannot listen there ({error.strerror})", where=f"{host}:{port}", hint=hint) from error
+    return listener

@@ -1,0 +1,139 @@
+"""The shapes of the service's answers and bodies, for its OpenAPI document."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+IMAGE_TYPES = ("image/jpeg", "image/png", "image/webp", "image/gif", "image/bmp", "image/tiff", "image/avif")
+
+
+class Neighbour(BaseModel):
+    """An image of the store."""
+
+    id: str
+    label: str
+    score: float
+    row: int
+
+
+class Refused(BaseModel):
+    """An image that could not be used."""
+
+    id: str
+    reason: str
+    message: str
+
+
+class Prediction(BaseModel):
+    """What the head says about one image."""
+
+    id: str
+    label: str
+    score: float
+    score_kind: Literal["probability", "margin"]
+    abstain: bool
+    probabilities: dict[str, float]
+    neighbours: list[Neighbour] | None = None
+
+
+class PredictReply(BaseModel):
+    """Of /predict."""
+
+    predictions: list[Prediction]
+    refused: list[Refused]
+    request_id: str
+
+
+class Embedding(BaseModel):
+    """The embedding of one image."""
+
+    id: str
+    embedding: list[float]
+
+
+class EmbedReply(BaseModel):
+    """Of /embed."""
+
+    embeddings: list[Embedding]
+    embedding_dim: int
+    layer: str
+    fingerprint: str
+    refused: list[Refused]
+    request_id: str
+
+
+class Result(BaseModel):
+    """What is most similar to one image."""
+
+    query: str
+    matches: list[Neighbour]
+
+
+class SearchReply(BaseModel):
+    """Of /search."""
+
+    results: list[Result]
+    refused: list[Refused]
+    request_id: str
+
+
+class Problem(BaseModel):
+    """A word for programs and a sentence for people."""
+
+    reason: str
+    message: str
+
+
+class ErrorReply(BaseModel):
+    """Of every request that is not answered with a result."""
+
+    error: Problem
+    request_id: str
+    refused: list[Refused] | None = None
+
+
+class Ready(BaseModel):
+    """Of /ready."""
+
+    ready: bool
+    reason: str
+
+
+class Live(BaseModel):
+    """Of /live."""
+
+    live: bool
+
+
+_ERRORS = {
+    400: "The request cannot be read",
+    401: "An API key is needed",
+    403: "The service is not known under this name",
+    404: "There is no such thing",
+    408: "The body took too long to arrive",
+    413: "The body is too large, or has too many images",
+    415: "The content type is none of an image or a form",
+    422: "No image could be used; the reason says why",
+    429: "Too busy; Retry-After says when to try again",
+    500: "A bug of featx",
+    503: "Not able to compute now",
+    504: "Not done before the deadline",
+}
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Responses of a route that are not results."""
+    return {status: {"model": ErrorReply, "description": _ERRORS[status]} for status in statuses}
+
+
+def image_body() -> dict[str, Any]:
+    """The body of the routes that take images."""
+    raw = {"schema": {"type": "string", "format": "binary"}}
+    several = {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1}
+    form = {"type": "object", "properties": {"images": several}, "required": ["images"]}
+    content: dict[str, Any] = dict.fromkeys((*IMAGE_TYPES, "application/octet-stream"), raw)
+    content["multipart/form-data"] = {"schema": form}
+    described = "One image as it is, or a form with several (any field names)."
+    return {"requestBody": {"required": True, "description": described, "content": content}}
