@@ -60,8 +60,8 @@ class Judgement:
         times = "the first use" if self.used == 1 else f"use number {self.used}"
         warning = "" if self.used == 1 else " What was chosen after an earlier look makes this too good."
         return (
-            f"On the {self.images} images of the split {self.split}, {self.head} is right in {100 * self.accuracy:.1f} % "
-            f"({100 * self.low:.1f} to {100 * self.high:.1f}). This is {times} of this test set.{warning}"
+            f"On the {self.images} images of the split {self.split}, {self.head} is right in {100 * self.accuracy:.1f} "
+            f"% ({100 * self.low:.1f} to {100 * self.high:.1f}). This is {times} of this test set.{warning}"
         )
 
 
