@@ -17,18 +17,20 @@ A store is a folder. MUST, MAY and SHOULD are meant as in RFC 2119.
 ``shards/<nnnnn>-<sha8>.h5``
     Immutable. Root datasets ``/embeddings/<layer>`` float32 (n, d), one for each layer of the provenance, finite, and
     ``/digests`` uint8 (n, 32), the sha256 of the image file that the row is of. ``<sha8>`` is the beginning of the
-    file's sha256. A digest MUST NOT occur twice in a store. Chunks MUST be whole rows; the only filter is fletcher32.
-    A reader MUST compare the file with the manifest's sha256 before it returns rows.
+    file's sha256. A digest MUST NOT occur twice in a store. Chunks MUST be whole rows and all
+    be written; numbers MUST be little-endian; links MUST be hard ones; the only filter MAY be fletcher32. A reader MUST compare the file with the manifest's sha256 before it returns rows.
 ``index.h5``
     What the images are called: ``/ids`` (fixed-length UTF-8, sorted, unique), ``/labels`` int64 (a row of
     ``/class_names``, or -1), ``/split`` ("", train, val, test), ``/digests`` uint8 (n, 32), ``/sizes`` and
     ``/mtimes_ns`` int64 (to recognise unchanged files; -1 where they cannot be relied on), and ``/class_names``. It is
-    sealed: a 512-byte HDF5 user block holds the sha256 of the rest. Every digest MUST be in a published shard. A store
+    sealed: a 512-byte HDF5 user block holds the sha256 of the rest. Its attribute ``fingerprint`` MUST be the
+    manifest's, texts MUST NOT be longer than 4,096 bytes. Every digest MUST be in a published shard. A store
     without it has an extraction that did not finish.
 ``quarantine.jsonl``
     The images that were refused, one canonical JSON object a line: ``id, digest, reason, message, checksum``.
 ``.lock``
-    Held (flock) by the one writer. Names starting with ``.tmp-`` are leftovers of dead writers.
+    Held (flock) by the one writer. Names starting with ``.tmp-`` are leftovers of dead writers, which the next one
+    deletes. Readers MUST ignore all names that start with a dot.
 
 A packed store is one sealed HDF5 file with the same columns (``/embeddings/<layer>``, ``/ids``, ``/labels``,
 ``/split``, ``/digests``, ``/class_names``), one row an image, and the attributes ``format`` ("featx-packed"),
@@ -62,8 +64,8 @@ PACKED_FORMAT = "featx-packed"
 T = TypeVar("T")
 
 _RETRIES = 5
-_WINDOW = 4096
-"""Rows that are read at a time: what memory a reader needs beside the answer."""
+_WINDOW_BYTES = 2**22
+"""What is read at a time: the memory that a reader needs beside the answer."""
 
 SHARD_COLUMNS = {"embeddings/*": "float32 matrix", "digests": "uint8 matrix"}
 PACKED_COLUMNS = {**NAME_COLUMNS, "embeddings/*": "float32 matrix"}
@@ -316,13 +318,15 @@ class FeatureReader:
             order = np.argsort(inside, kind="stable")
             places, inside = places[order], inside[order]
             with self._part(number) as file:
+                dims = _dims(file, layer)
                 if out is None:
-                    out = np.empty((len(rows), _dims(file, layer)), np.float32)
+                    out = np.empty((len(rows), dims), np.float32)
+                window = max(1, _WINDOW_BYTES // (4 * dims))
                 start = 0
                 while start < len(inside):
                     # One contiguous read, then a gather: HDF5's own fancy indexing is far slower.
                     low = int(inside[start])
-                    stop = int(np.searchsorted(inside, low + _WINDOW))
+                    stop = int(np.searchsorted(inside, low + window))
                     block = file.read(f"embeddings/{layer}", low, int(inside[stop - 1]) + 1)
                     out[places[start:stop]] = block[inside[start:stop] - low]
                     start = stop

@@ -19,7 +19,7 @@ from featx.index import name_columns, read_index, read_quarantine
 from featx.manifest import FORMAT_VERSION, Manifest, Shard, fingerprint, manifest_bytes, read_manifest
 from featx.store import PACKED_FORMAT, FeatureReader, digest_keys, open_shard
 
-_BLOCK_ROWS = 4096
+_BLOCK_ROWS = 1024
 _RETRIES = 5
 
 

@@ -184,6 +184,14 @@ def check_published(store: Path) -> int:
     return rows
 
 
+def peak() -> int:
+    """The most memory that this process has had, in kB. (ru_maxrss would count what its parent had at the fork.)"""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        raise OSError("peak memory is read from /proc, which is not there")
+    return int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1])
+
+
 class Zygote:
     """Starts extractions quickly: a process that has imported everything, and forks."""
 

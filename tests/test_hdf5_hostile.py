@@ -337,13 +337,14 @@ def test_bombs_cost_no_memory(tmp_path: Path) -> None:
         (store / "manifest.json").write_bytes(text)
         stores.append(store)
     code = """
-import resource, sys
+import sys
+from storekit import peak
 from featx.errors import StoreError
 from featx.store import FeatureReader, read_features
 from featx.store_tools import info, verify
 opened = []
 sys.addaudithook(lambda name, arguments: opened.append(str(arguments[0])) if name == "open" else None)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 for store in sys.argv[1:]:
     for read in (read_features, FeatureReader, info):
         try:
@@ -352,13 +353,19 @@ for store in sys.argv[1:]:
         except StoreError:
             pass
     assert verify(store)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(peak() - before)
 assert not [name for name in opened if "passwd" in name]
 """
     done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, stores)], capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-c", code, *map(str, stores)],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
+    print(f"{int(done.stdout) / 1024:.1f} MB")
     assert int(done.stdout) < 50_000  # kB
 
 

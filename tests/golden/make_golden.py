@@ -1,0 +1,24 @@
+"""Makes the golden store of the current format version, and its packed file, beside this script.
+
+Run it once for a new version of the format, commit what it makes, and never change that again: every later featx has
+to read it. ``python tests/golden/make_golden.py``
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from storekit import make_store, names_of  # noqa: E402
+
+from featx.manifest import FORMAT_VERSION  # noqa: E402
+from featx.store_tools import pack  # noqa: E402
+
+if __name__ == "__main__":
+    store = HERE / f"v{FORMAT_VERSION}-store"
+    make_store(store, names_of(12), layers=("penultimate", "features.3"))
+    (store / ".lock").unlink()
+    pack(store, HERE / f"v{FORMAT_VERSION}-packed.h5")
