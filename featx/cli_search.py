@@ -86,7 +86,7 @@ def search(
     from featx.sheet import image_root, search_sheet
 
     if html is not None:
-        check_writable(html)
+        _check_sheet(html)
         root = image_root(store, source)
     with ProgressLine("embedding") as line:
         gallery = ImageSearch.open(
@@ -233,6 +233,15 @@ def _match_table(found: Found) -> Table:
     return table
 
 
+def _check_sheet(html: Path) -> None:
+    """Say now, not after the work, that the sheet cannot be written."""
+    if html.is_dir():
+        raise UsageError("a folder is in the way", where=html, hint="Name a file, such as alike.html.")
+    if not html.absolute().parent.is_dir():
+        raise UsageError("no such folder", where=html.absolute().parent)
+    check_writable(html.absolute().parent)
+
+
 def _say_missing(count: int) -> None:
     if count:
         say(f"Note: {count} pictures could not be shown; the sheet says why.", err=True)
@@ -343,7 +352,7 @@ def duplicates(
     from featx.store import read_features
 
     if html is not None:
-        check_writable(html)
+        _check_sheet(html)
         root = image_root(store, source)
     features = read_features(store, layer=layer)
     groups = duplicate_groups(features, threshold=None if exact_only else threshold)

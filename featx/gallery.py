@@ -87,7 +87,7 @@ def open_gallery(
     many = len(features) > APPROXIMATE_ABOVE and ann.available()
     if method == "exact" or (method == "auto" and not many):
         return GalleryIndex(method="exact").fit(features.embeddings)
-    return _Saved(Path(store), features, say or (lambda sentence: None)).open(method)
+    return _Saved(Path(store), features, say if say is not None else lambda sentence: None).open(method)
 
 
 class _Saved:
@@ -117,7 +117,8 @@ class _Saved:
                         gallery.calibrate()
                         self._save(gallery, np.concatenate([digests, self.features.digests[new]]))
                     return gallery
-        make_folder(self.folder)  # before the work, so that a folder that cannot be written is told now
+        if len(self.features) >= ann.MIN_ROWS:
+            make_folder(self.folder)  # before the work, so that a folder that cannot be written is told now
         self.say(f"making a search index of {len(self.features):,} images, once")
         built = GalleryIndex(method="approximate" if method == "approximate" else "auto")
         built.fit(self.features.embeddings)
