@@ -17,8 +17,9 @@ A store is a folder. MUST, MAY and SHOULD are meant as in RFC 2119.
 ``shards/<nnnnn>-<sha8>.h5``
     Immutable. Root datasets ``/embeddings/<layer>`` float32 (n, d), one for each layer of the provenance, finite, and
     ``/digests`` uint8 (n, 32), the sha256 of the image file that the row is of. ``<sha8>`` is the beginning of the
-    file's sha256. A digest MUST NOT occur twice in a store. Chunks MUST be whole rows and all
-    be written; numbers MUST be little-endian; links MUST be hard ones; the only filter MAY be fletcher32. A reader MUST compare the file with the manifest's sha256 before it returns rows.
+    file's sha256. A digest MUST NOT occur twice in a store. Chunks MUST be whole rows, and all of
+    them written; numbers MUST be little-endian, links hard ones; the only filter MAY be fletcher32. A reader MUST
+    compare the file with the manifest's sha256 before it returns rows.
 ``index.h5``
     What the images are called: ``/ids`` (fixed-length UTF-8, sorted, unique), ``/labels`` int64 (a row of
     ``/class_names``, or -1), ``/split`` ("", train, val, test), ``/digests`` uint8 (n, 32), ``/sizes`` and
