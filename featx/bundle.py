@@ -28,6 +28,7 @@ import hashlib
 import io
 import json
 import math
+import re
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -50,6 +51,10 @@ _MAX_BYTES = 2**31
 _MAX_JSON = 2**24
 _COMMENT = b"sha256="
 _TAIL = len(_COMMENT) + 64
+_NPY = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '(<[fi][48])', 'fortran_order': False, 'shape': \(([0-9, ]{2,60})\), \} *\n",
+    re.DOTALL,
+)
 _AGAIN = "Copy it again, or make it again with: featx fit STORE --out MODEL"
 _ARRAYS: Mapping[str, tuple[str, int]] = MappingProxyType(
     {
@@ -310,13 +315,14 @@ def _members(raw: bytes) -> dict[str, bytes]:
 
 def _array(name: str, data: bytes) -> NDArray[Any]:
     dtype, dimensions = _ARRAYS[name]
-    file = io.BytesIO(data)
-    if np.lib.format.read_magic(file) != (1, 0):
-        raise ValueError(f"{name} is not a .npy of version 1.0")
-    shape, fortran, found = np.lib.format.read_array_header_1_0(file, max_header_size=1000)
-    if found != np.dtype("<" + dtype) or fortran or len(shape) != dimensions:
+    # Read as strictly as it is written: NumPy's own reader evaluates the header as Python.
+    header = _NPY.match(data)
+    if header is None:
+        raise ValueError(f"{name} is not a .npy as featx writes it")
+    found, shape = np.dtype(header[1].decode()), tuple(int(n) for n in header[2].split(b",") if n.strip())
+    if found != np.dtype("<" + dtype) or len(shape) != dimensions:
         raise ValueError(f"{name} is {found} of shape {shape}, not {dimensions}-dimensional {dtype}")
-    start = file.tell()
+    start = header.end()
     if min(shape) < 1 or math.prod(shape) * found.itemsize != len(data) - start:
         raise ValueError(f"{name} does not have the length that its header says")
     array = np.frombuffer(data, dtype=found, offset=start).reshape(shape)

@@ -8,6 +8,7 @@ import tempfile
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from zipfile import is_zipfile
 
 import typer
 
@@ -16,6 +17,8 @@ from featx.terminal import ProgressLine, print_json, say, show
 
 if TYPE_CHECKING:
     from featx.bundle import Bundle
+    from featx.embed import Embedder
+    from featx.export import Pickled
 
 REFUSED = 3
 _STDIN = Path("-")
@@ -50,6 +53,7 @@ def register(app: typer.Typer) -> None:
     app.command(
         epilog="Examples:  featx predict photos.model new/*.jpg  |  cat a.jpg | featx predict photos.model - --json"
     )(predict)
+    app.command(epilog="Example:  featx export photos.model --format joblib --out photos.joblib")(export)
     app.command(epilog="Example:  featx serve photos.model --store photos.featx")(serve)
 
 
@@ -125,24 +129,25 @@ def predict(
     images: Annotated[
         list[Path], typer.Argument(metavar="IMAGE...", help="Files, folders, or - for an image on standard input.")
     ],
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="MODEL is a joblib export. Loading it runs code: trust its source.")
+    ] = False,
     weights: Weights = None,
     engine: EngineOption = EngineName.auto,
     device: DeviceOption = Device.auto,
     as_json: Json = False,
 ) -> None:
     """Say what is on photos: label, probability, and whether it would rather not say."""
-    from featx.bundle import read_bundle
-    from featx.predictor import layer_number, open_embedder, predict_files
-
-    bundle = read_bundle(model)
     with tempfile.TemporaryDirectory(prefix="featx-") as folder:
         named = _name_files(images, Path(folder))
-        embedder = open_embedder(bundle, model, weights=weights, engine=engine.value, device=device.value)
+        from featx.predictor import predict_files
+
+        kept, embedder, layer = _open(model, weights, engine, device, pickled=allow_pickle)
         predictions: list[dict[str, Any]] = []
         refused: list[dict[str, Any]] = []
         paths = [path for _, path in named]
         with ProgressLine("predicting") as line:
-            found = predict_files(bundle, embedder, layer_number(bundle), paths)
+            found = predict_files(kept, embedder, layer, paths)
             for (name, _), (_, answer) in zip(named, found, strict=True):
                 if isinstance(answer, ImageError):
                     refused.append({"id": name, "reason": answer.reason, "message": answer.what})
@@ -152,11 +157,49 @@ def predict(
     if as_json:
         print_json({"predictions": predictions, "refused": refused})
     else:
-        _table(predictions, bundle.score_kind)
+        _table(predictions, kept.score_kind)
     for item in refused:
         say(f"  refused {item['id']}: {item['reason']}, {item['message']}", err=True)
     if refused:
         raise typer.Exit(REFUSED)
+
+
+def _open(
+    model: Path, weights: Path | None, engine: EngineName, device: Device, *, pickled: bool
+) -> tuple[Bundle | Pickled, Embedder, int]:
+    """A bundle (or, where it is asked for, a pickled export), its network, and the layer that it is on."""
+    from featx.bundle import read_bundle
+    from featx.embed import Embedder
+    from featx.predictor import layer_number, open_embedder
+
+    options: dict[str, Any] = {"weights": weights, "engine": engine.value, "device": device.value}
+    if pickled and not is_zipfile(model):
+        from featx.export import Pickled
+
+        loaded = Pickled.load(model)
+        return loaded, Embedder.like(loaded.provenance, where=model, **options), loaded.layer
+    bundle = read_bundle(model)
+    return bundle, open_embedder(bundle, model, **options), layer_number(bundle)
+
+
+class ExportFormat(StrEnum):
+    joblib = "joblib"
+    skops = "skops"
+    onnx = "onnx"
+
+
+def export(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The file to make.")],
+    form: Annotated[ExportFormat, typer.Option("--format", help="joblib is a pickle; skops is not; onnx is a graph.")],
+) -> None:
+    """Write the head for other software: a scikit-learn pipeline, or an ONNX graph. It takes embeddings."""
+    from featx.bundle import read_bundle
+    from featx.export import export_bundle
+
+    _check_out(out)
+    export_bundle(read_bundle(model), out, form.value)
+    say(f"{out}: {out.stat().st_size:,} bytes, takes embeddings.")
 
 
 def serve(

@@ -65,6 +65,7 @@ def fit_head(
     heads: Sequence[str] = ("auto",),
     max_error: float = 0.05,
     random_state: int = 0,
+    n_jobs: int | None = None,
     progress: Progress | None = None,
 ) -> FittedHead:
     """Choose, calibrate and fit a head.
@@ -78,6 +79,7 @@ def fit_head(
     heads : names of :data:`featx.heads.HEADS`; of several, the sweep's winner when all images but a fifth are shots.
     max_error : share of answers that may be wrong; below the threshold that follows the head abstains.
     random_state : seed of the folds.
+    n_jobs : workers that compare several heads; by default one for each core.
     progress : called as ``progress(done, total, what)``.
 
     Raises
@@ -103,7 +105,7 @@ def fit_head(
     if len(chosen) > 1:
         swept = sweep_heads(
             rows, y, class_names=names, groups=copies, heads=chosen, shots=("all",), episodes=10,
-            random_state=random_state, near_duplicates=None, progress=progress,
+            random_state=random_state, n_jobs=n_jobs, near_duplicates=None, progress=progress,
         )  # fmt: skip
         notes.append(f"{swept.winner} had the highest accuracy of {', '.join(chosen)} over 10 draws.")
         chosen = [swept.winner]

@@ -20,7 +20,7 @@ from starlette.requests import ClientDisconnect
 from featx.bundle import Bundle
 from featx.embed import Embedder
 from featx.errors import ImageError
-from featx.images import pixels
+from featx.images import REASONS, pixels
 from featx.predictor import layer_number
 from featx.service_batch import Batcher, Embedded, QueueFull, WorkerDied
 from featx.service_evidence import Evidence
@@ -128,13 +128,20 @@ async def do_work(service: Service, request: Request) -> Work:
         [name for name, _ in images], await _embed(service, request, images, deadline), strict=True
     ):
         if isinstance(result, ImageError):
-            refused.append({"id": name, "reason": result.reason, "message": f"{result.what}."})
+            refused.append({"id": name, "reason": result.reason, "message": _sentence(result)})
         else:
             names.append(name)
             found.append(result)
     service.metrics.images.labels("embedded").inc(len(names))
     service.metrics.images.labels("refused").inc(len(refused))
     return Work(names, found, refused)
+
+
+def _sentence(error: ImageError) -> str:
+    """Why an image is refused, for people: what a decoder says of a damaged file means little to them."""
+    damaged = error.reason in ("truncated", "corrupt")
+    text = f"{REASONS[error.reason]} ({error.what})" if damaged else error.what
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def _check_able(service: Service) -> None:

@@ -39,7 +39,7 @@ LAYERS = [
         "retrieval_metrics",
         "search",
     },
-    {"extract", "embed", "sweep", "testset", "results", "fit", "predictor"},
+    {"extract", "embed", "sweep", "testset", "results", "fit", "export", "predictor"},
     {
         "report",
         "demo",
@@ -73,7 +73,7 @@ DOORS = {
     "starlette": {"service", "service_work", "service_guard"},
     "uvicorn": {"service_run"},
     "prometheus_client": {"service_watch"},
-    "sklearn": {"retrieval", "postprocess", "heads", "solvers", "splits", "stats", "choose", "sweep", "fit", "demo"},
+    "sklearn": {"retrieval", "postprocess", "heads", "solvers", "splits", "stats", "choose", "sweep", "fit", "export", "demo"},
 }
 """Who may import what; a library that is not named is free."""
 

@@ -1,0 +1,277 @@
+"""The bundle: the same numbers after a round trip, and nothing that was changed on the way is believed."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import pickle
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Featx
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sklearn.pipeline import Pipeline
+
+from featx.bundle import Bundle, bundle_bytes, parse_bundle, read_bundle, write_bundle
+from featx.errors import BundleError
+from featx.heads import HEADS, Normalise, make_head
+from featx.scoring import KINDS, Scorer, margins, softmax
+
+PROVENANCE = {"backbone": "tiny", "weights": "none", "weights_sha256": "0" * 64, "layers": ["penultimate"]}
+WHERE = Path("some.model")
+
+
+def clusters(n_classes: int = 3, each: int = 30, dims: int = 12, seed: int = 0) -> tuple[Any, Any]:
+    """Overlapping clusters of embeddings (n, d), with their labels."""
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(n_classes), each)
+    centres = rng.normal(size=(n_classes, dims)) * 1.2
+    return (centres[labels] + rng.normal(size=(len(labels), dims))).astype(np.float32), labels
+
+
+def make_bundle(model: Pipeline, rows: Any, n_classes: int = 3, **changes: Any) -> Bundle:
+    fields: dict[str, Any] = {
+        "scorer": Scorer.of(model),
+        "class_names": tuple(f"class {i}" for i in range(n_classes)),
+        "head": "logreg",
+        "params": {"C": 316.0},
+        "layer": "penultimate",
+        "provenance": PROVENANCE,
+        "sharpness": 1.0,
+        "threshold": 0.5,
+        "max_error": 0.05,
+        "golden": rows[:8],
+        "probe": b"not looked at here",
+        "probe_embedding": rows[0],
+    }
+    return Bundle(**{**fields, **changes})
+
+
+@pytest.fixture(scope="module")
+def raw() -> bytes:
+    rows, labels = clusters()
+    return bundle_bytes(make_bundle(make_head("logreg").fit(rows, labels), rows))
+
+
+def sealed(raw: bytes, change: Callable[[dict[str, bytes]], None]) -> bytes:
+    """The bundle with changed members and a checksum that fits them: what a careful forger makes."""
+    with zipfile.ZipFile(io.BytesIO(raw)) as file:
+        members = {name: file.read(name) for name in file.namelist()}
+    change(members)
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as file:
+        for name, data in members.items():
+            file.writestr(name, data)
+        file.comment = b"sha256=" + b"0" * 64
+    body = out.getvalue()[:-71]
+    return body + b"sha256=" + hashlib.sha256(body).hexdigest().encode()
+
+
+@pytest.mark.parametrize("n_classes", [2, 3])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", HEADS)
+def test_the_same_numbers_as_the_pipeline_on_1000_vectors(name: str, kind: str, n_classes: int, tmp_path: Path) -> None:
+    rows, labels = clusters(n_classes)
+    extra = {"n_neighbors": 5} if name == "knn" else {}
+    model = make_head(name, kind=kind, **extra).fit(rows, labels)
+    bundle = read_bundle(write_bundle(make_bundle(model, rows, n_classes), tmp_path / "some.model"))
+    queries = np.random.default_rng(1).normal(size=(1000, rows.shape[1])).astype(np.float32) * 2
+    scores = bundle.scorer.scores(queries)
+    if name == "knn":
+        votes = (bundle.scorer.n_neighbors + 1) * np.exp(scores) - 1 / n_classes
+        assert np.abs(votes / 5 - model.predict_proba(queries)).max() < 1e-6
+    else:
+        expected = model.decision_function(queries)
+        found = scores[:, 1] if n_classes == 2 else scores
+        assert np.abs(found - expected).max() < 1e-6
+        assert [int(each.label[-1]) for each in bundle.answer(queries)] == model.predict(queries).tolist()
+    if name in ("logreg", "lda"):  # their probabilities are the softmax of their scores
+        assert np.abs(bundle.probabilities(queries) - model.predict_proba(queries)).max() < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_normaliser_is_the_heads(kind: Any) -> None:
+    rows, _ = clusters()
+    rows[3] = 0
+    expected = Normalise(kind).fit(rows)
+    scorer = Scorer(kind=kind, mean=expected.mean_, scale=expected.scale_, n_classes=2)
+    assert np.array_equal(scorer.normalised(rows), expected.transform(rows))
+
+
+def test_all_that_was_said_comes_back(raw: bytes, tmp_path: Path) -> None:
+    bundle = parse_bundle(raw, WHERE)
+    assert bundle_bytes(bundle) == raw
+    again = read_bundle(write_bundle(bundle, tmp_path / "a.model"))
+    assert again.describe() == bundle.describe()
+    assert again.sha256 == bundle.sha256 != ""
+    assert bundle.scorer.coef is not None
+    with np.load(tmp_path / "a.model") as arrays:
+        assert np.array_equal(arrays["coef"], bundle.scorer.coef)
+
+
+def test_answers() -> None:
+    rows, labels = clusters()
+    bundle = make_bundle(make_head("logreg").fit(rows, labels), rows, sharpness=0.05)
+    threshold = float(np.median(bundle.probabilities(rows).max(axis=1)))
+    bundle = replace(bundle, threshold=threshold)
+    answers = bundle.answer(rows)
+    for answer, row in zip(answers, bundle.probabilities(rows), strict=True):
+        assert answer.score == row.max()
+        assert answer.label == bundle.class_names[row.argmax()]
+        assert list(answer.probabilities.values()) == row.tolist()
+        assert answer.abstain == (row.max() < threshold)
+    assert 0 < sum(answer.abstain for answer in answers) < len(answers)
+    unsure = replace(bundle, sharpness=None, threshold=None)
+    scores = bundle.scorer.scores(rows)
+    for answer, margin in zip(unsure.answer(rows), margins(scores), strict=True):
+        assert (answer.score_kind, answer.score, answer.abstain) == ("margin", margin, True)
+        assert answer.to_json()["probabilities"] == {}
+    assert np.array_equal(bundle.probabilities(rows), softmax(scores, 0.05))
+    with pytest.raises(ValueError, match=r"expected embeddings \(n, 12\), got \(5, 3\)"):
+        bundle.answer(np.zeros((5, 3), np.float32))
+
+
+def test_200_random_byte_flips_are_refused(raw: bytes) -> None:
+    rng = np.random.default_rng(0)
+    for place in rng.integers(0, len(raw), 200).tolist():
+        changed = bytearray(raw)
+        changed[place] ^= int(rng.integers(1, 256))
+        with pytest.raises(BundleError):
+            parse_bundle(bytes(changed), WHERE)
+
+
+def test_every_cut_is_refused(raw: bytes) -> None:
+    for length in [*range(200), *range(200, len(raw), 97), len(raw) - 1]:
+        with pytest.raises(BundleError):
+            parse_bundle(raw[:length], WHERE)
+    with pytest.raises(BundleError):
+        parse_bundle(raw + b"\n", WHERE)
+
+
+def edit(**changes: Any) -> Callable[[dict[str, bytes]], None]:
+    def change(members: dict[str, bytes]) -> None:
+        members["bundle.json"] = json.dumps({**json.loads(members["bundle.json"]), **changes}).encode()
+
+    return change
+
+
+def put(**arrays: Any) -> Callable[[dict[str, bytes]], None]:
+    def change(members: dict[str, bytes]) -> None:
+        for name, array in arrays.items():
+            out = io.BytesIO()
+            np.save(out, array, allow_pickle=True)
+            members[f"{name}.npy"] = out.getvalue()
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (edit(format="other"), "its format is not 'featx-bundle'"),
+        (edit(format_version=2), "made by a newer featx: expected format_version up to 1, found 2"),
+        (edit(format_version=True), "it has no format_version"),
+        (edit(class_names=["a", "b"]), "does not give its golden|has the shape"),
+        (edit(class_names=["a", "a", "b"]), "class_names is not a list"),
+        (edit(kind="zca"), "its normaliser is unknown"),
+        (edit(kind="none"), "does not give its golden values: expected differences up to 1e-06"),
+        (edit(sharpness=2.0), "does not give its golden values"),
+        (edit(sharpness="1"), "sharpness is '1'"),
+        (edit(threshold=-1), "threshold is -1"),
+        (edit(n_neighbors=3), "rows is missing|its arrays are"),
+        (edit(layer="features.3"), "its layer is not one of the provenance's"),
+        (edit(provenance=[]), r"provenance is \[\]"),
+        (lambda members: members.pop("coef.npy"), "its arrays are"),
+        (lambda members: members.pop("probe.png"), "probe.png is missing"),
+        (lambda members: members.update({"extra.npy": b""}), "'extra.npy' does not belong in it"),
+        (lambda members: members.update({"bundle.json": b"{"}), "not a sound model"),
+        (lambda members: members.update({"bundle.json": b"[" * 100_000}), "not a sound model"),
+        (lambda members: members.update({"bundle.json": b"\xff"}), "not a sound model"),
+        (put(coef=np.zeros((3, 12), np.float32)), "coef is float32"),
+        (put(coef=np.zeros((3, 11))), "coef has the shape"),
+        (put(coef=np.full((3, 12), np.nan)), "coef is not finite"),
+        (put(coef=np.zeros((3, 12))), "does not give its golden values"),
+        (put(coef=np.array([["os.system"]], dtype=object)), "coef is not a .npy as featx writes it"),
+        (put(mean=np.zeros((0,))), "does not have the length"),
+    ],
+)
+def test_what_is_sealed_but_wrong_is_refused(raw: bytes, change: Any, message: str) -> None:
+    with pytest.raises(BundleError, match=message):
+        parse_bundle(sealed(raw, change), WHERE)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_sealed_nonsense_is_refused_or_harmless(raw: bytes, data: st.DataObject) -> None:
+    with zipfile.ZipFile(io.BytesIO(raw)) as file:
+        names = file.namelist()
+        fields = json.loads(file.read("bundle.json"))
+    if data.draw(st.booleans()):
+        key = data.draw(st.sampled_from(sorted(fields)))
+        values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists)
+        change = edit(**{key: data.draw(values)})
+    else:
+        name = data.draw(st.sampled_from(names))
+
+        def change(members: dict[str, bytes]) -> None:
+            member = bytearray(members[name])
+            member[data.draw(st.integers(0, len(member) - 1))] ^= data.draw(st.integers(1, 255))
+            members[name] = bytes(member)
+
+    try:
+        bundle = parse_bundle(sealed(raw, change), WHERE)
+    except BundleError:
+        return
+    assert len(bundle.answer(bundle.golden)) == 8
+
+
+def test_compressed_members_are_refused(raw: bytes) -> None:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("bundle.json", b" " * 1_000_000)
+        file.comment = b"sha256=" + b"0" * 64
+    body = out.getvalue()[:-71]
+    with pytest.raises(BundleError, match="compressed"):
+        parse_bundle(body + b"sha256=" + hashlib.sha256(body).hexdigest().encode(), WHERE)
+
+
+def test_foreign_files_are_refused_with_a_hint(tmp_path: Path, featx: Featx) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (tmp_path / "ran",))
+
+    (tmp_path / "a.joblib").write_bytes(pickle.dumps(Bomb()))
+    (tmp_path / "a.jpg").write_bytes(b"\xff\xd8")
+    (tmp_path / "folder").mkdir()
+    for name, message in [
+        ("a.joblib", "looks like a pickle"),
+        ("a.jpg", "not a model made by featx fit"),
+        ("folder", "expected a file made by featx fit"),
+        ("missing", "no such model. Make it with"),
+    ]:
+        with pytest.raises(BundleError, match=message):
+            read_bundle(tmp_path / name)
+    done = featx("predict", tmp_path / "a.joblib", tmp_path / "a.jpg", "--json")
+    assert (done.code, done.json["exit_code"]) == (2, 2)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_reading_imports_neither_torch_nor_scikit_learn(raw: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.model").write_bytes(raw)
+    code = (
+        "import sys; from featx.bundle import read_bundle; b = read_bundle(sys.argv[1]); b.answer(b.golden)\n"
+        "print([n for n in ('torch', 'sklearn', 'pickle5', 'joblib', 'fastapi') if n in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, tmp_path / "a.model"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,267 @@
+"""Fit: probabilities that are calibrated, a threshold that holds, and the commands that keep and use a head."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Featx, class_folders, picture
+from scipy.special import expit
+from sklearn.linear_model import LogisticRegression
+from test_bundle import clusters
+
+from featx.bundle import read_bundle
+from featx.calibrate import fit_sharpness, fit_threshold
+from featx.errors import MismatchError, UsageError
+from featx.fit import fit_head, probe_pixels
+from featx.heads import HEADS
+from featx.images import encode
+from featx.predictor import open_embedder
+from featx.scoring import softmax
+from featx.stats import expected_calibration_error, log_loss
+from featx.store import read_features
+
+# --- calibration --------------------------------------------------------------------------------------------------
+
+
+def test_the_sharpness_is_that_of_the_scores_maker() -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.normal(size=(20_000, 4)) * 2
+    labels = np.array([rng.choice(4, p=p) for p in softmax(truth)])
+    for unit in (1e-3, 1.0, 50.0):
+        assert fit_sharpness(truth * unit, labels) * unit == pytest.approx(1.0, abs=0.03)
+
+
+def test_two_classes_agree_with_logistic_regression() -> None:
+    rng = np.random.default_rng(1)
+    scores = rng.normal(size=(20_000, 1)) * 3
+    labels = (rng.random(20_000) < expit(0.7 * scores[:, 0])).astype(int)
+    both = np.hstack([np.zeros_like(scores), scores])
+    plain = LogisticRegression(C=np.inf, fit_intercept=False).fit(scores, labels).coef_[0, 0]
+    assert fit_sharpness(both, labels) == pytest.approx(plain, rel=2e-3)
+
+
+def test_scores_that_know_nothing_give_even_probabilities() -> None:
+    rng = np.random.default_rng(2)
+    scores, labels = rng.normal(size=(2000, 3)), rng.integers(0, 3, 2000)
+    assert np.abs(softmax(scores, fit_sharpness(scores, labels)) - 1 / 3).max() < 0.1
+
+
+def test_always_right_is_not_certainty() -> None:
+    labels = np.arange(20) % 2
+    scores = np.where(labels[:, None] == np.arange(2), 1.0, -1.0)
+    confidence = softmax(scores, fit_sharpness(scores, labels)).max(axis=1)
+    assert np.allclose(confidence, 1 - 2 / 24, atol=1e-4)
+
+
+def test_the_threshold_is_the_lowest_that_holds() -> None:
+    rng = np.random.default_rng(3)
+    scores = np.round(rng.random(300), 2)
+    correct = rng.random(300) < scores
+    found = fit_threshold(scores, correct, 0.2)
+    assert found is not None
+
+    def bound(threshold: float) -> float:
+        answered = scores >= threshold
+        return float(((~correct[answered]).sum() + 1) / (answered.sum() + 1))
+
+    assert bound(found) <= 0.2
+    assert all(bound(lower) > 0.2 for lower in np.unique(scores[scores < found]))
+
+
+def test_too_few_images_show_nothing() -> None:
+    for n, shown in ((18, False), (19, True)):
+        threshold = fit_threshold(np.ones(n), np.ones(n, bool), 0.05)
+        assert (threshold is not None) == shown
+    assert fit_threshold(np.arange(10.0), np.zeros(10, bool), 0.5) is None
+
+
+def test_the_error_rate_holds_on_new_images() -> None:
+    rng = np.random.default_rng(4)
+    rates = []
+    for _ in range(300):
+        scores = rng.random(200)
+        threshold = fit_threshold(scores, rng.random(200) < 0.5 + scores / 2, 0.1)
+        fresh = rng.random(5000)
+        if threshold is not None and (fresh >= threshold).any():
+            wrong = rng.random(5000) >= 0.5 + fresh / 2
+            rates.append(float(wrong[fresh >= threshold].mean()))
+    assert len(rates) > 200
+    assert np.mean(rates) < 0.1
+
+
+# --- fitting ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_every_head_is_calibrated_on_images_it_has_not_seen(name: str) -> None:
+    rows, labels = clusters(3, 60)
+    fitted = fit_head(rows, labels, class_names=["a", "b", "c"], heads=[name])
+    fresh, truth = clusters(3, 2000)
+    fresh, truth = fresh[60 * 3 :], truth[60 * 3 :]  # the same centres, other draws
+    assert fitted.sharpness is not None
+    scores = fitted.scorer.scores(fresh)
+    probabilities = softmax(scores, fitted.sharpness)
+    correct = scores.argmax(axis=1) == truth
+    assert expected_calibration_error(probabilities.max(axis=1), correct) < 0.08
+    told = fitted.metrics["out_of_fold"]
+    assert told["accuracy"]["low"] <= correct.mean() <= told["accuracy"]["high"]
+    assert abs(told["log_loss"] - log_loss(truth, probabilities)) < 0.15
+    assert fitted.threshold is not None
+    answered = probabilities.max(axis=1) >= fitted.threshold
+    assert (~correct[answered]).mean() < 0.1
+
+
+def test_random_labels_are_not_answered() -> None:
+    rng = np.random.default_rng(5)
+    rows = rng.normal(size=(120, 16)).astype(np.float32)
+    # Copies of every image: a naive cross-validation would find them again.
+    twice, labels = np.vstack([rows, rows]), np.tile(rng.integers(0, 2, 120), 2)
+    fitted = fit_head(twice, labels, class_names=["a", "b"], heads=["knn"])
+    assert fitted.metrics["duplicates"] == 120
+    assert fitted.metrics["out_of_fold"]["accuracy"]["mean"] < 0.65
+    assert fitted.metrics["out_of_fold"]["answered"] < 0.2
+
+
+def test_one_image_a_class_has_margins_and_abstains() -> None:
+    rows, labels = clusters(3, 1)
+    fitted = fit_head(rows, labels, class_names=["a", "b", "c"])
+    assert (fitted.sharpness, fitted.threshold) == (None, None)
+    assert "Class 'a' has a single image" in fitted.notes[0]
+
+
+def test_notes_say_what_was_left_out() -> None:
+    rows, labels = clusters(2, 10)
+    labels = np.where(np.arange(20) == 3, -1, 2 * labels)
+    fitted = fit_head(rows, labels, class_names=["a", "none", "b"])
+    assert fitted.class_names == ("a", "b")
+    assert fitted.notes[:2] == (
+        "1 images without a label were left out.",
+        "Classes without images were left out: none.",
+    )
+    few = fit_head(rows[:12:2], np.arange(6) % 2, class_names=["a", "b"])
+    assert "at most 0.05 cannot be shown on 6 images, so every answer abstains" in few.notes[-1]
+    assert few.threshold is None
+
+
+def test_of_several_heads_the_sweeps_winner_is_taken() -> None:
+    rows, labels = clusters(3, 30)
+    fitted = fit_head(rows, labels, class_names=["a", "b", "c"], heads=["knn", "logreg"], n_jobs=1)
+    assert fitted.head in ("knn", "logreg")
+    assert fitted.notes[0].startswith(f"{fitted.head} had the highest accuracy of knn, logreg")
+
+
+def test_it_repeats_itself() -> None:
+    rows, labels = clusters(3, 20)
+    one, two = (fit_head(rows, labels, class_names=["a", "b", "c"]) for _ in range(2))
+    assert (one.sharpness, one.threshold, one.metrics) == (two.sharpness, two.threshold, two.metrics)
+
+
+def test_usage_errors() -> None:
+    rows, labels = clusters(3, 5)
+    for change, message in [
+        ({"heads": ["lgoreg"]}, "no such head"),
+        ({"max_error": 0.0}, "--max-error is a share"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            fit_head(rows, labels, class_names=["a", "b", "c"], **change)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="at least two classes"):
+        fit_head(rows, np.zeros(15, int), class_names=["a"])
+    rows[2, 3] = np.nan
+    with pytest.raises(UsageError, match="must be finite"):
+        fit_head(rows, labels, class_names=["a", "b", "c"])
+
+
+# --- the commands -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory, featx: Featx) -> Path:
+    """A folder with photos/ of two classes, photos.featx and photos.model."""
+    folder = tmp_path_factory.mktemp("kept")
+    for split, first in (("train", 0), ("test", 100)):
+        class_folders(folder / "photos" / split, each=14, first=first)
+    assert featx("extract", "photos", "--out", "photos.featx", cwd=folder).code == 0
+    done = featx("fit", "photos.featx", "--out", "photos.model", "--json", cwd=folder)
+    assert done.code == 0, done.err
+    told = done.json
+    assert told["class_names"] == ["ants", "bees"]
+    assert told["score_kind"] == "probability"
+    assert told["metrics"]["images"] == 28
+    assert told["metrics"]["test"]["images"] == 28
+    assert "Model: photos.model" in done.err
+    return folder
+
+
+def test_predict_files_folders_and_standard_input(kept: Path, featx: Featx) -> None:
+    photo = kept / "photos/train/ants/000.png"
+    (kept / "bad.jpg").write_text("no picture")
+    done = featx("predict", kept / "photos.model", photo, kept / "photos/train/bees", kept / "bad.jpg", "--json")
+    assert done.code == 3
+    found = done.json["predictions"]
+    assert [each["id"] for each in found[:2]] == [str(photo), str(kept / "photos/train/bees/014.png")]
+    assert len(found) == 15
+    assert done.json["refused"][0]["id"] == str(kept / "bad.jpg")
+    assert done.json["refused"][0]["reason"] == "not_an_image"
+    for each in found:
+        assert set(each) == {"id", "label", "score", "score_kind", "abstain", "probabilities"}
+        assert each["score"] == max(each["probabilities"].values())
+        assert sum(each["probabilities"].values()) == pytest.approx(1.0)
+    piped = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "featx", "predict", kept / "photos.model", "-", "--json"],
+        input=photo.read_bytes(), capture_output=True, check=True,
+    )  # fmt: skip
+    assert f'"score": {found[0]["score"]}' in piped.stdout.decode()
+    table = featx("predict", kept / "photos.model", photo)
+    assert table.code == 0
+    assert found[0]["label"] in table.out
+
+
+def test_predict_gives_what_the_store_says(kept: Path, featx: Featx) -> None:
+    features = read_features(kept / "photos.featx")
+    expected = read_bundle(kept / "photos.model").answer(features.embeddings)
+    done = featx("predict", kept / "photos.model", kept / "photos", "--json")
+    assert [each["id"] for each in done.json["predictions"]] == [str(kept / "photos" / name) for name in features.ids]
+    for each, answer in zip(done.json["predictions"], expected, strict=True):
+        assert each["label"] == answer.label
+        assert each["score"] == pytest.approx(answer.score, abs=1e-6)
+
+
+def test_a_tampered_model_and_wrong_uses_exit_with_2(kept: Path, featx: Featx, tmp_path: Path) -> None:
+    raw = bytearray((kept / "photos.model").read_bytes())
+    raw[len(raw) // 2] ^= 1
+    (tmp_path / "bad.model").write_bytes(raw)
+    photo = kept / "photos/train/ants/000.png"
+    for arguments, message in [
+        (("predict", tmp_path / "bad.model", photo), "its sha256 does not match"),
+        (("predict", kept / "photos.featx", photo), "featx fit STORE"),
+        (("predict", kept / "photos.model", kept / "photos.featx"), "no images in this folder"),
+        (("fit", kept / "photos.featx", "--out", tmp_path / "no/where.model"), "cannot write there"),
+        (("fit", kept / "photos.featx", "--out", tmp_path / "m", "--head", "lgr"), "no such head"),
+    ]:
+        done = featx(*arguments)
+        assert done.code == 2, done.err
+        assert message in done.err
+
+
+def test_a_network_that_sees_the_probe_differently_is_refused(kept: Path) -> None:
+    bundle = read_bundle(kept / "photos.model")
+    open_embedder(bundle, kept / "photos.model")
+    turned = np.roll(bundle.probe_embedding, 1)
+    with pytest.raises(MismatchError, match=r"does not see the model's probe image.*expected a cosine of at least"):
+        open_embedder(replace(bundle, probe_embedding=turned), kept / "photos.model")
+    other = {**bundle.provenance, "weights_sha256": "0" * 64}
+    with pytest.raises(MismatchError, match="another weights_sha256"):
+        open_embedder(replace(bundle, provenance=other), kept / "photos.model")
+
+
+def test_the_probe_is_a_picture_of_nobody() -> None:
+    assert probe_pixels().shape == (240, 320, 3)
+    assert np.array_equal(probe_pixels(), probe_pixels())
+    assert probe_pixels().std() > 30
+    assert encode(probe_pixels()).startswith(b"\x89PNG")
+    assert encode(np.asarray(picture(1)), form="JPEG").startswith(b"\xff\xd8")
