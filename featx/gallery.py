@@ -98,32 +98,50 @@ class _Saved:
         self.record_path = self.folder / f"{self.stem}.json"
 
     def open(self, method: Method) -> GalleryIndex:
-        gallery = GalleryIndex(method="exact").fit(self.features.embeddings)
-        gallery.method = method
+        """The gallery with the saved index, brought up to date; or with a new one."""
         record = self._read()
-        if record is not None:
-            digests = self._read_digests(record)
-            rows, new = match_rows(digests, self.features.digests)
-            gone = int((rows < 0).sum())
-            grown = len(self.features) > _REBUILD_GROWTH * record.trained_rows
-            if not grown and gone <= _REBUILD_GONE * len(rows):
-                index = self._load(record, writable=bool(len(new)))
-                if index is not None:
-                    gallery.attach(index, rows)
-                    if len(new):
-                        self.say(f"adding {len(new):,} images to the search index")
-                        index.add(gallery.unit_rows, new)
-                        gallery.attach(index, np.concatenate([rows, new]))
-                        gallery.calibrate()
-                        self._save(gallery, np.concatenate([digests, self.features.digests[new]]))
-                    return gallery
+        while record is not None:
+            try:
+                gallery = self._reopen(record)
+                break
+            except StoreError:
+                newer = self._read()
+                if newer == record:
+                    raise
+                record = newer  # another process replaced the index between two steps of the reading
+        else:
+            gallery = None
+        if gallery is not None:
+            gallery.method = method
+            return gallery
         if len(self.features) >= ann.MIN_ROWS:
             make_folder(self.folder)  # before the work, so that a folder that cannot be written is told now
         self.say(f"making a search index of {len(self.features):,} images, once")
-        built = GalleryIndex(method="approximate" if method == "approximate" else "auto")
-        built.fit(self.features.embeddings)
+        built = GalleryIndex(method=method).fit(self.features.embeddings)
         self._save(built, self.features.digests)
         return built
+
+    def _reopen(self, record: _Record) -> GalleryIndex | None:
+        """The gallery with a saved index, which is added to where images are new; None where it has to be made anew."""
+        digests = self._read_digests(record)
+        rows, new = match_rows(digests, self.features.digests)
+        grown = len(self.features) > _REBUILD_GROWTH * record.trained_rows
+        if grown or (rows < 0).sum() > _REBUILD_GONE * len(rows):
+            return None
+        index = self._load(record, writable=bool(len(new)))
+        if index is None:
+            return None
+        gallery = GalleryIndex(method="exact").fit(self.features.embeddings)
+        gallery.attach(index, rows)
+        if len(new):
+            self.say(f"adding {len(new):,} images to the search index")
+            index.add(gallery.unit_rows, new)
+            gallery.attach(index, np.concatenate([rows, new]))
+            gallery.calibrate()
+            if gallery.approximate_index is None:
+                return None  # the lists that were learnt from the old images do not suit the new ones
+            self._save(gallery, np.concatenate([digests, self.features.digests[new]]))
+        return gallery
 
     def _load(self, record: _Record, *, writable: bool) -> ann.ApproximateIndex | None:
         """The saved index, or None where the installed faiss is another than its maker: it is made again then."""

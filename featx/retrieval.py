@@ -35,7 +35,9 @@ _ROW_BLOCK = 8192
 
 _MARGIN = 8
 _CALIBRATION = 256
-_MAX_DEPTH = 2048
+_MAX_DEPTH = 4096
+_DEPTHS = (32, 64, 128, 512)
+"""How many candidates may be ranked exactly, for a k of ten."""
 
 
 class GalleryIndex(BaseEstimator):  # type: ignore[misc]
@@ -168,20 +170,27 @@ class GalleryIndex(BaseEstimator):  # type: ignore[misc]
         drawn = np.random.default_rng(self.random_state).permutation(self.n_rows_)[:_CALIBRATION]
         queries = self.unit_rows(drawn)
         truth = self._exact(queries, 10, drawn)[1]
-        reached = 0.0
-        for probes in (2**i for i in range(int(math.log2(index.n_lists)))):
+
+        def measure(probes: int, depth: int) -> tuple[float, bool]:
             index.set_probes(probes)
-            for depth in (32, 64, 128):
-                index.depth = depth
-                found = self._approximate(queries, 10, drawn)[1]
-                hits = [len(np.intersect1d(a, b)) for a, b in zip(found, truth, strict=True)]
-                # Two standard errors of the mean: what is measured on a sample shall hold for other queries too.
-                reached = float(np.mean(hits) / truth.shape[1])
-                spread = float(np.std(hits) / truth.shape[1] / math.sqrt(len(hits)))
-                if reached - 2 * spread >= self.recall:
-                    index.recall = reached
-                    self.method_, self.recall_ = "approximate", reached
-                    return
+            index.depth = depth
+            found = self._approximate(queries, 10, drawn)[1]
+            share = np.array([len(np.intersect1d(a, b)) for a, b in zip(found, truth, strict=True)]) / truth.shape[1]
+            # Two standard errors of the mean: what is measured on a sample shall hold for other queries too.
+            return float(share.mean()), bool(share.mean() - 2 * share.std() / math.sqrt(len(share)) >= self.recall)
+
+        reached = 0.0
+        # Ranking more candidates costs more than reading more lists, so it is the last resort.
+        for deepest in (_DEPTHS[-2], _DEPTHS[-1]):
+            for probes in (2**i for i in range(int(math.log2(index.n_lists)))):
+                reached, enough = measure(probes, deepest)
+                if not enough:
+                    continue
+                for depth in (depth for depth in _DEPTHS if depth <= deepest):
+                    index.recall, enough = measure(probes, depth)
+                    if enough:
+                        self.method_, self.recall_ = "approximate", index.recall
+                        return
         self._ann, self._ann_rows, self.method_, self.recall_ = None, None, "exact", 1.0
         if self.method == "approximate":
             raise UsageError(
