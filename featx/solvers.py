@@ -136,6 +136,7 @@ class _Problem:
     ) -> None:
         n = len(rows)
         self.design = np.hstack([rows, np.ones((n, 1))]) if fit_intercept else rows
+        self.single = self.design.astype(np.float32)
         self.spread = np.einsum("ij,ij->j", self.design, self.design) / n
         self.weights = np.ascontiguousarray(weights.T, dtype=np.float64)[:, :, None]  # (n, f, 1)
         self.total = weights.sum(axis=1)
@@ -150,11 +151,13 @@ class _Problem:
         self.shape = (self.design.shape[1], len(weights), hot.shape[2])
 
     def apply(self, solution: Array) -> Array:
-        flat: Array = self.design @ solution.reshape(len(solution), -1)
+        design = self.design if solution.dtype == np.float64 else self.single
+        flat: Array = design @ solution.reshape(len(solution), -1)
         return flat.reshape(-1, *self.shape[1:])
 
     def back(self, scores: Array) -> Array:
-        flat: Array = self.design.T @ scores.reshape(len(scores), -1)
+        design = self.design if scores.dtype == np.float64 else self.single
+        flat: Array = design.T @ scores.reshape(len(scores), -1)
         return flat.reshape(self.shape)
 
     def value(self, scores: Array) -> Array:
@@ -182,8 +185,9 @@ class _Problem:
         if self.loss == "softmax":
             pulled = scores * state
             pulled -= state * pulled.sum(axis=2, keepdims=True)
-            return pulled * self.weights
-        return 2.0 * state * scores * self.weights
+            pulled *= self.weights.astype(pulled.dtype)
+            return pulled
+        return state * scores * (2.0 * self.weights).astype(scores.dtype)
 
     def curvature(self, state: Array) -> Array:
         """Mean diagonal curvature (f, c): what the preconditioner takes for the Hessian's middle."""
@@ -208,7 +212,7 @@ def _newton(problem: _Problem, c: Array, start: Array, tolerance: float) -> tupl
         gradient[:, converged] = 0.0
         middle = problem.curvature(state)
         preconditioner = ridge + np.maximum(problem.spread[:, None, None] * middle[None], 1e-12)
-        step = _conjugate_gradients(problem, state, ridge, gradient, preconditioner)
+        step = _conjugate_gradients(problem, state, ridge, gradient, preconditioner, 1e-6 * tolerance * problem.total)
         decrement = -_dots(gradient, step)
         along = problem.apply(step)
         size = np.ones(len(c))
@@ -229,36 +233,46 @@ def _newton(problem: _Problem, c: Array, start: Array, tolerance: float) -> tupl
 
 
 def _conjugate_gradients(
-    problem: _Problem, state: Array, ridge: Array, gradient: Array, preconditioner: Array
+    problem: _Problem, state: Array, ridge: Array, gradient: Array, preconditioner: Array, enough: Array
 ) -> Array:
-    """Solve ``H step = -gradient`` for every problem side by side, to a tenth or better."""
-    step = np.zeros_like(gradient)
-    residual = -gradient
-    direction = residual / preconditioner
+    """Solve ``H step = -gradient`` for every problem side by side, to a tenth or better.
+
+    In single precision: a Newton step need not be exact, because gradient, value and the end of the
+    search are double, and single precision moves half the bytes. ``enough`` (f,) is a squared error of the step,
+    in nats, below which the search would not notice.
+    """
+    single = np.float32
+    residual = (-gradient).astype(single)
+    state, ridge, scale = state.astype(single), ridge.astype(single), (1.0 / preconditioner).astype(single)
+    step = np.zeros_like(residual)
+    direction = residual * scale
     power = _dots(residual, direction)
     # Inexact far from the optimum, sharp near it: superlinear steps at the price of few products.
-    goal = power * np.minimum(0.1, np.sqrt(power / (problem.total + 1e-300))) ** 2
-    direction = direction.copy()
+    forcing = np.clip(np.sqrt(power / (problem.total + 1e-300)), 1e-3, 0.1)
+    goal = np.maximum(power * forcing**2, enough)
     for _ in range(_MAX_CG):
         active = power > goal
         if not active.any():
             break
-        bent = problem.back(problem.bend(state, problem.apply(direction))) + ridge * direction
+        bent = problem.back(problem.bend(state, problem.apply(direction)))
+        bent += ridge * direction
         curved = _dots(direction, bent)
         length = np.where(active & (curved > 0.0), power / np.where(curved > 0.0, curved, 1.0), 0.0)
-        step += length[None, :, None] * direction
-        residual -= length[None, :, None] * bent
-        scaled = residual / preconditioner
+        wide = length.astype(single)[None, :, None]
+        step += wide * direction
+        residual -= wide * bent
+        scaled = residual * scale
         fresh = _dots(residual, scaled)
         ratio = np.where(active, fresh / np.where(power > 0.0, power, 1.0), 0.0)
-        direction = scaled + ratio[None, :, None] * direction
+        direction *= ratio.astype(single)[None, :, None]
+        direction += scaled
         power = np.where(active, fresh, power)
-    return step
+    return step.astype(np.float64)
 
 
 def _dots(left: Array, right: Array) -> Array:
     """Inner product of each problem, (f,), of arrays (r, f, c)."""
-    total: Array = np.einsum("rfc,rfc->f", left, right)
+    total: Array = np.einsum("rfc,rfc->f", left, right).astype(np.float64)
     return total
 
 
