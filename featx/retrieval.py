@@ -33,6 +33,9 @@ _QUERY_BLOCK = 1024
 _ROW_BLOCK = 8192
 """1,024 x 8,192 float32 scores are 32 MB: large enough for the matrix product, small enough for the cache's sake."""
 
+_NORM_BLOCK = 128
+"""128 rows of 1,280 in float64 are 1.3 MB, which stay in the cache."""
+
 _MARGIN = 8
 _CALIBRATION = 256
 _MAX_DEPTH = 4096
@@ -132,9 +135,10 @@ class GalleryIndex(BaseEstimator):  # type: ignore[misc]
             )
         self.n_features_in_ = rows.shape[1]
         norms = np.empty(len(rows))
-        for start in range(0, len(rows), _ROW_BLOCK):
-            block = rows[start : start + _ROW_BLOCK].astype(np.float64)
-            norms[start : start + _ROW_BLOCK] = np.sqrt((block * block).sum(axis=1))
+        for start in range(0, len(rows), _NORM_BLOCK):
+            block = rows[start : start + _NORM_BLOCK].astype(np.float64)
+            block *= block
+            norms[start : start + _NORM_BLOCK] = np.sqrt(block.sum(axis=1))
         if not np.isfinite(norms).all():
             raise UsageError("embeddings that are not finite", where="X", hint="Repair or drop these rows.")
         self._starts.append(self.n_rows_)

@@ -23,6 +23,12 @@ Index: TypeAlias = NDArray[np.intp]
 #: Part of each class that is held out when ``n_shots`` is "all".
 HOLD_OUT = 0.2
 
+_TILE = 1024
+"""Rows that are compared with 16 times as many at once: 64 MB of cosines, however large the gallery."""
+
+_MAX_PAIRS = 10_000_000
+"""Pairs of near duplicates that are kept before they become groups: n equal images make n * n / 2 of them."""
+
 
 class KShotSplit:
     """Scikit-learn splitter: ``n_shots`` rows of each class are the support, all the others the query.
@@ -218,12 +224,24 @@ def find_duplicates(
 def _near(rows: NDArray[np.floating], threshold: float) -> Index:
     length = np.linalg.norm(rows, axis=1, keepdims=True)
     unit = (rows / np.where(length > 0, length, 1.0)).astype(np.float32)
-    block = 1024  # 1,024 rows against 50,000 make a block of 200 MB
+    groups: Index = np.arange(len(unit))
     pairs: list[NDArray[np.intp]] = []
-    for start in range(0, len(unit), block):
-        left, right = np.nonzero(unit[start : start + block] @ unit[start:].T >= threshold)
-        upper = left < right
-        pairs.append(np.stack([left[upper] + start, right[upper] + start]))
-    ends = np.concatenate(pairs, axis=1)
-    graph = sparse.coo_array((np.ones(ends.shape[1], dtype=np.int8), (ends[0], ends[1])), shape=(len(unit),) * 2)
-    return np.asarray(connected_components(graph, directed=False)[1], dtype=np.intp)
+    waiting = 0
+    for start in range(0, len(unit), _TILE):
+        for other in range(start, len(unit), 16 * _TILE):
+            scores = unit[start : start + _TILE] @ unit[other : other + 16 * _TILE].T
+            left, right = np.nonzero(scores >= threshold)
+            left, right = left + start, right + other
+            pairs.append(np.stack([left, right])[:, left < right])
+            waiting += pairs[-1].shape[1]
+            if waiting > _MAX_PAIRS:
+                groups, pairs, waiting = _join(groups, pairs), [], 0
+    return _join(groups, pairs)
+
+
+def _join(groups: Index, pairs: Sequence[NDArray[np.intp]]) -> Index:
+    """Groups (n,) after those with a pair of rows in common have become one; dense, in the order of their first row."""
+    ends = groups[np.concatenate([np.empty((2, 0), dtype=np.intp), *pairs], axis=1)]
+    graph = sparse.coo_array((np.ones(ends.shape[1], dtype=np.int8), (ends[0], ends[1])), shape=(len(groups),) * 2)
+    joined = connected_components(graph, directed=False)[1][groups]
+    return np.unique(joined, return_inverse=True)[1].reshape(-1)
