@@ -63,14 +63,68 @@ class Choice:
     converged: bool
 
 
+class Views:
+    """The rows of a support as the heads see them: each normaliser and each row space is made once, for all heads.
+
+    Parameters
+    ----------
+    rows : (n, d) embeddings.
+    """
+
+    def __init__(self, rows: NDArray[np.floating]) -> None:
+        self.raw = rows
+        self._normalisers: dict[Kind, tuple[Normalise, Array]] = {}
+        self._spaces: dict[tuple[Kind, bool], RowSpace] = {}
+        self._parts: dict[bytes, Views] = {}
+
+    def normaliser(self, kind: Kind) -> Normalise:
+        """Fitted to the rows."""
+        return self._normalised(kind)[0]
+
+    def rows(self, kind: Kind) -> Array:
+        """Normalised rows (n, d)."""
+        return self._normalised(kind)[1]
+
+    def _normalised(self, kind: Kind) -> tuple[Normalise, Array]:
+        if kind not in self._normalisers:
+            fitted = Normalise(kind).fit(self.raw)
+            self._normalisers[kind] = fitted, fitted.transform(self.raw)
+        return self._normalisers[kind]
+
+    def space(self, kind: Kind, estimator: type) -> RowSpace:
+        """What ``estimator.space_of`` gives for the normalised rows."""
+        key = kind, estimator is SquaredHinge
+        if key not in self._spaces:
+            self._spaces[key] = (SquaredHinge if key[1] else Logistic).space_of(self.rows(kind))
+        return self._spaces[key]
+
+    def part(self, some: Index) -> Views:
+        """The views of these rows only."""
+        return self._parts.setdefault(some.tobytes(), Views(self.raw[some]))
+
+
+def fit_head(head: Head, params: dict[str, Any], views: Views, labels: NDArray[np.integer]) -> Any:
+    """The classifier that ``head.build(**params)`` would fit behind its normaliser ``params["kind"]``."""
+    classifier = head.build(**params).named_steps["classify"]
+    rows = views.rows(params["kind"])
+    if head.estimator in (Logistic, SquaredHinge, Ridge, Discriminant):
+        return classifier.fit(rows, labels, space=views.space(params["kind"], head.estimator))
+    return classifier.fit(rows, labels)
+
+
 def choose(
-    head: Head, rows: NDArray[np.floating], labels: NDArray[np.integer], groups: Index, *, random_state: Any = 0
+    head: Head,
+    rows: NDArray[np.floating] | Views,
+    labels: NDArray[np.integer],
+    groups: Index,
+    *,
+    random_state: Any = 0,
 ) -> Choice:
     """Choose the parameters of ``head`` on a support.
 
     Parameters
     ----------
-    rows : (n, d) embeddings of the support.
+    rows : (n, d) embeddings of the support, or their views, which heads then share.
     labels : (n,) in 0 .. c-1, every class present.
     groups : (n,) dense numbers of duplicates, which stay in one fold.
     random_state : seed or seeds of the folds.
@@ -80,16 +134,17 @@ def choose(
     kinds = head.kinds if smallest >= SHOTS_FOR_KIND else head.kinds[:1]
     if smallest < 2 or (len(kinds) == 1 and not head.parameter):
         return Choice(head.default, None, 0, True)
-    if len(rows) > MAX_ROWS:
+    views = rows if isinstance(rows, Views) else Views(rows)
+    if len(labels) > MAX_ROWS:
         some = _thin(labels, random_state)
-        rows, labels, groups = rows[some], labels[some], np.unique(groups[some], return_inverse=True)[1]
+        views, labels, groups = views.part(some), labels[some], np.unique(groups[some], return_inverse=True)[1]
     folds = fold_numbers(labels, groups, N_FOLDS, random_state)
     start = head.default[head.parameter] if head.parameter else 0.0
     kind, converged, score = kinds[0], True, 0.0
     if len(kinds) > 1:
         each = []
         for name in kinds:
-            losses, fine = out_of_fold_losses(head, name, rows, labels, folds, (start,))
+            losses, fine = out_of_fold_losses(head, name, views, labels, folds, (start,))
             each.append(losses[0])
             converged &= fine
         kind = kinds[_clearly_best(np.stack(each))]
@@ -98,8 +153,8 @@ def choose(
         return Choice({"kind": kind}, score, int(folds.max()) + 1, converged)
     values = head.values
     if head.estimator is KNeighborsClassifier:
-        values = tuple(k for k in values if k <= len(rows) - int(np.bincount(folds).max()))
-    losses, fine = out_of_fold_losses(head, kind, rows, labels, folds, values)
+        values = tuple(k for k in values if k <= len(labels) - int(np.bincount(folds).max()))
+    losses, fine = out_of_fold_losses(head, kind, views, labels, folds, values)
     if head.cautious:
         order = [values.index(start), *(i for i, value in enumerate(values) if value != start)]
         best = order[_clearly_best(losses[order])]
@@ -134,13 +189,13 @@ def _clearly_best(losses: Array) -> int:
 
 
 Scores: TypeAlias = tuple[Array, bool]
-Family: TypeAlias = Callable[[Array, NDArray[np.integer], Index, tuple[float, ...]], Scores]
+Family: TypeAlias = Callable[[Views, Kind, NDArray[np.integer], Index, tuple[float, ...]], Scores]
 
 
 def out_of_fold_losses(
     head: Head,
     kind: Kind,
-    rows: NDArray[np.floating],
+    rows: NDArray[np.floating] | Views,
     labels: NDArray[np.integer],
     folds: Index,
     values: tuple[float, ...],
@@ -150,7 +205,8 @@ def out_of_fold_losses(
     The loss is the head's criterion. The normaliser sees the whole support, without labels, so that all
     folds share one projection. The second value says whether all fits converged.
     """
-    scores, converged = _FAMILIES[head.estimator](Normalise(kind).fit_transform(rows), labels, folds, values)
+    views = rows if isinstance(rows, Views) else Views(rows)
+    scores, converged = _FAMILIES[head.estimator](views, kind, labels, folds, values)
     return _losses(head, scores, labels), converged
 
 
@@ -168,14 +224,15 @@ def _losses(head: Head, scores: Array, labels: NDArray[np.integer]) -> Array:
 
 
 def _penalised(
-    rows: Array,
+    views: Views,
+    kind: Kind,
     labels: NDArray[np.integer],
     folds: Index,
     values: tuple[float, ...],
     *,
     hinge: bool,
 ) -> Scores:
-    space = RowSpace.of(with_constant(rows), centre=False) if hinge else RowSpace.of(rows)
+    space = views.space(kind, SquaredHinge if hinge else Logistic)
     weights = np.stack([(folds != number).astype(np.float64) for number in range(int(folds.max()) + 1)])
     z = space.coordinates
     unit = np.array([mean_squared_norm(z, w) for w in weights])
@@ -185,7 +242,7 @@ def _penalised(
     )  # fmt: skip
     out, converged = [], True
     for point in path:
-        scores = np.zeros((len(rows), point.coef.shape[2]))
+        scores = np.zeros((len(z), point.coef.shape[2]))
         for i in range(len(weights)):
             held = folds == i
             scores[held] = z[held] @ point.coef[i] + point.intercept[i]
@@ -257,30 +314,33 @@ def _squared_hinge(*args: Any) -> Scores:
 
 
 def _ridge(
-    rows: Array,
+    views: Views,
+    kind: Kind,
     labels: NDArray[np.integer],
     folds: Index,
     values: tuple[float, ...],
 ) -> Scores:
     targets = signs(labels, int(labels.max()) + 1)
-    space = RowSpace.of(rows)
+    space = views.space(kind, Ridge)
     unit = mean_squared_norm(space.coordinates)
     return np.stack([ridge_held_out(space, targets, value * unit, folds) for value in values]), True
 
 
 def _discriminant(
-    rows: Array,
+    views: Views,
+    kind: Kind,
     labels: NDArray[np.integer],
     folds: Index,
     values: tuple[float, ...],
 ) -> Scores:
     n_classes = int(labels.max()) + 1
-    out = np.zeros((len(values), len(rows), n_classes))
-    n_features = rows.shape[1]
-    rows = RowSpace.of(rows).coordinates
+    out = np.zeros((len(values), len(labels), n_classes))
+    n_features = views.raw.shape[1]
+    rows = views.space(kind, Discriminant).coordinates
     for number in range(int(folds.max()) + 1):
         held = folds == number
-        space = RowSpace.of(rows[~held])
+        origin = rows[~held].mean(axis=0)
+        space = RowSpace(origin, np.eye(len(origin)), rows[~held] - origin)
         path = discriminant_path(space, labels[~held], n_classes, values, n_features=n_features)
         for i, (coef, offset) in enumerate(path):
             out[i, held] = rows[held] @ coef.T + offset
@@ -288,12 +348,13 @@ def _discriminant(
 
 
 def _centroid(
-    rows: Array,
+    views: Views,
+    kind: Kind,
     labels: NDArray[np.integer],
     folds: Index,
     values: tuple[float, ...],
 ) -> Scores:
-    n_classes = int(labels.max()) + 1
+    rows, n_classes = views.rows(kind), int(labels.max()) + 1
     out = np.zeros((1, len(rows), n_classes))
     for number in range(int(folds.max()) + 1):
         held = folds == number
@@ -303,11 +364,13 @@ def _centroid(
 
 
 def _neighbours(
-    rows: Array,
+    views: Views,
+    kind: Kind,
     labels: NDArray[np.integer],
     folds: Index,
     values: tuple[float, ...],
 ) -> Scores:
+    rows = views.rows(kind)
     lengths = np.einsum("ij,ij->i", rows, rows)
     distance = lengths[:, None] + lengths[None] - 2.0 * rows @ rows.T
     distance[folds[:, None] == folds[None]] = np.inf

@@ -99,16 +99,22 @@ class _Linear(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     coef_: Array
     intercept_: Array
 
-    def fit(self, X: ArrayLike, y: ArrayLike) -> _Linear:
+    def fit(self, X: ArrayLike, y: ArrayLike, space: RowSpace | None = None) -> _Linear:
+        """Fit on rows (n, d) and labels (n,). ``space`` is :meth:`space_of` these rows where it is known already."""
         rows, target = validate_data(self, X, y, dtype=np.float64)
         check_classification_targets(target)
         self.classes_, labels = np.unique(target, return_inverse=True)
         if len(self.classes_) < 2:
             raise ValueError(f"a head needs rows of at least 2 classes, got the class {self.classes_[0]!r} only")
-        self._fit(rows, labels)
+        self._fit(rows, labels, space)
         return self
 
-    def _fit(self, rows: Array, labels: NDArray[np.intp]) -> None:
+    @classmethod
+    def space_of(cls, rows: Array) -> RowSpace:
+        """The directions (n, d) rows leave to this head; the costly half of most fits."""
+        return RowSpace.of(rows)
+
+    def _fit(self, rows: Array, labels: NDArray[np.intp], space: RowSpace | None) -> None:
         raise NotImplementedError
 
     def decision_function(self, X: ArrayLike) -> Array:
@@ -150,8 +156,8 @@ class Logistic(_Penalised):
     def __init__(self, C: float = 316.0, *, scale_free: bool = True) -> None:
         super().__init__(C, scale_free=scale_free)
 
-    def _fit(self, rows: Array, labels: NDArray[np.intp]) -> None:
-        space, n_classes = RowSpace.of(rows), len(self.classes_)
+    def _fit(self, rows: Array, labels: NDArray[np.intp], space: RowSpace | None) -> None:
+        space, n_classes = space or self.space_of(rows), len(self.classes_)
         weights = np.ones((1, len(rows)))
         cs = [self.penalty(rows)]
         point = next(newton_path(space.coordinates, labels, n_classes, weights, cs, loss="softmax"))
@@ -171,9 +177,13 @@ class SquaredHinge(_Penalised):
     def __init__(self, C: float = 10.0, *, scale_free: bool = True) -> None:
         super().__init__(C, scale_free=scale_free)
 
-    def _fit(self, rows: Array, labels: NDArray[np.intp]) -> None:
+    @classmethod
+    def space_of(cls, rows: Array) -> RowSpace:
+        return RowSpace.of(with_constant(rows), centre=False)
+
+    def _fit(self, rows: Array, labels: NDArray[np.intp], space: RowSpace | None) -> None:
         n_classes = len(self.classes_)
-        space = RowSpace.of(with_constant(rows), centre=False)
+        space = space or self.space_of(rows)
         cs = [self.penalty(rows)]
         weights = np.ones((1, len(rows)))
         path = newton_path(space.coordinates, labels, n_classes, weights, cs, loss="squared_hinge", fit_intercept=False)
@@ -206,11 +216,11 @@ class Ridge(_Linear):
         self.alpha = alpha
         self.scale_free = scale_free
 
-    def _fit(self, rows: Array, labels: NDArray[np.intp]) -> None:
+    def _fit(self, rows: Array, labels: NDArray[np.intp], space: RowSpace | None) -> None:
         if not self.alpha > 0:
             raise ValueError(f"alpha of Ridge must be positive, got {self.alpha!r}")
         alpha = self.alpha * mean_squared_norm(rows) if self.scale_free else self.alpha
-        targets, space = signs(labels, len(self.classes_)), RowSpace.of(rows)
+        targets, space = signs(labels, len(self.classes_)), space or self.space_of(rows)
         self.coef_, self.intercept_ = ridge_coefficients(space, targets, alpha)
         counts = np.bincount(labels)
         held_out = ridge_held_out(space, targets, alpha, round_robin(labels, min(int(counts.min()), 10)))
@@ -245,11 +255,11 @@ class Discriminant(_Linear):
     def __init__(self, shrinkage: float = 0.5) -> None:
         self.shrinkage = shrinkage
 
-    def _fit(self, rows: Array, labels: NDArray[np.intp]) -> None:
+    def _fit(self, rows: Array, labels: NDArray[np.intp], space: RowSpace | None) -> None:
         if not 0 < self.shrinkage <= 1:
             raise ValueError(f"shrinkage of Discriminant must lie in (0, 1], got {self.shrinkage!r}")
         n_classes = len(self.classes_)
-        coef, offset = next(discriminant_path(RowSpace.of(rows), labels, n_classes, [self.shrinkage]))
+        coef, offset = next(discriminant_path(space or self.space_of(rows), labels, n_classes, [self.shrinkage]))
         if n_classes == 2:
             coef, offset = coef[1:] - coef[:1], offset[1:] - offset[:1]
         self.coef_, self.intercept_ = coef, offset
@@ -261,7 +271,7 @@ class Discriminant(_Linear):
 class Centroid(_Linear):
     """The class whose mean is nearest; the same labels as ``NearestCentroid``, written as a linear head."""
 
-    def _fit(self, rows: Array, labels: NDArray[np.intp]) -> None:
+    def _fit(self, rows: Array, labels: NDArray[np.intp], space: RowSpace | None) -> None:
         means = np.stack([rows[labels == c].mean(axis=0) for c in range(len(self.classes_))])
         coef, offset = means, -0.5 * np.einsum("ij,ij->i", means, means)
         if len(means) == 2:

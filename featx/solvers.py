@@ -5,8 +5,8 @@ features shrink to at most ``n - 1`` directions without changing a single predic
 (:class:`RowSpace`). There, in the eigenbasis, a damped Newton method with a diagonal preconditioner
 needs a handful of products a fit; folds share the design matrix as 0/1 weights and are solved side by
 side; each penalty starts where the last one ended (:func:`newton_path`). One eigendecomposition serves
-every ridge penalty and its held-out predictions (:func:`ridge_held_out`), and every shrinkage of a
-linear discriminant (:func:`discriminant_path`).
+every ridge penalty and its held-out predictions (:func:`ridge_held_out`); linear discriminants take a
+Cholesky factor for each shrinkage (:func:`discriminant_path`).
 
 Nothing here is approximate: every function states the plain scikit-learn estimator that it equals, and
 ``tests/test_solvers.py`` holds it to that.
@@ -16,13 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize
+from scipy import linalg, optimize
 
 Array: TypeAlias = NDArray[np.float64]
+Floats: TypeAlias = NDArray[np.floating[Any]]
 Loss: TypeAlias = Literal["softmax", "squared_hinge"]
 
 _MAX_NEWTON = 60
@@ -150,14 +151,16 @@ class _Problem:
         self.penalty_scale = 2.0 if loss == "softmax" and n_classes == 2 else 1.0
         self.shape = (self.design.shape[1], len(weights), hot.shape[2])
 
-    def apply(self, solution: Array) -> Array:
+    def apply(self, solution: Floats) -> Floats:
+        """Scores (n, f, c) of a solution (r, f, c), in its precision."""
         design = self.design if solution.dtype == np.float64 else self.single
-        flat: Array = design @ solution.reshape(len(solution), -1)
+        flat: Floats = design @ solution.reshape(len(solution), -1)
         return flat.reshape(-1, *self.shape[1:])
 
-    def back(self, scores: Array) -> Array:
+    def back(self, scores: Floats) -> Floats:
+        """The transpose of ``apply``."""
         design = self.design if scores.dtype == np.float64 else self.single
-        flat: Array = design.T @ scores.reshape(len(scores), -1)
+        flat: Floats = design.T @ scores.reshape(len(scores), -1)
         return flat.reshape(self.shape)
 
     def value(self, scores: Array) -> Array:
@@ -180,7 +183,7 @@ class _Problem:
         short = np.maximum(1.0 - self.target * scores, 0.0)
         return -2.0 * self.target * short * self.weights, (short > 0.0).astype(np.float64)
 
-    def bend(self, state: Array, scores: Array) -> Array:
+    def bend(self, state: Floats, scores: Floats) -> Floats:
         """The Hessian of the loss with respect to the scores, times ``scores``."""
         if self.loss == "softmax":
             pulled = scores * state
@@ -203,18 +206,19 @@ def _newton(problem: _Problem, c: Array, start: Array, tolerance: float) -> tupl
     if problem.fit_intercept:
         ridge[-1] = 0.0
     solution = start.copy()
-    scores = problem.apply(solution)
+    scores: Array = np.asarray(problem.apply(solution), dtype=np.float64)
     value = problem.value(scores) + 0.5 * _dots(ridge * solution, solution)
     converged = np.zeros(problem.shape[1], dtype=np.bool_)
+    enough = tolerance ** (5 / 3) * problem.total
     for _ in range(_MAX_NEWTON):
         slope, state = problem.slopes(scores)
         gradient = problem.back(slope) + ridge * solution
         gradient[:, converged] = 0.0
         middle = problem.curvature(state)
         preconditioner = ridge + np.maximum(problem.spread[:, None, None] * middle[None], 1e-12)
-        step = _conjugate_gradients(problem, state, ridge, gradient, preconditioner, 1e-6 * tolerance * problem.total)
+        step = _conjugate_gradients(problem, state, ridge, gradient, preconditioner, enough)
         decrement = -_dots(gradient, step)
-        along = problem.apply(step)
+        along: Array = np.asarray(problem.apply(step), dtype=np.float64)
         size = np.ones(len(c))
         for _ in range(30):
             trial = solution + size[None, :, None] * step
@@ -270,7 +274,7 @@ def _conjugate_gradients(
     return step.astype(np.float64)
 
 
-def _dots(left: Array, right: Array) -> Array:
+def _dots(left: Floats, right: Floats) -> Array:
     """Inner product of each problem, (f,), of arrays (r, f, c)."""
     total: Array = np.einsum("rfc,rfc->f", left, right).astype(np.float64)
     return total
@@ -303,8 +307,10 @@ def ridge_held_out(space: RowSpace, targets: Array, alpha: float, folds: NDArray
     for fold in range(int(folds.max()) + 1):
         own = np.flatnonzero(folds == fold)
         left = np.eye(len(own)) - 1.0 / len(z) - shrunk[own] @ z[own].T
-        # Holding out every row of the only fold leaves nothing to fit: the block is singular.
-        out[own] = targets[own] - np.linalg.lstsq(left, residual[own], rcond=None)[0]
+        if len(own) == len(z):  # nothing is left to fit, and the block is singular
+            out[own] = targets[own] - np.linalg.lstsq(left, residual[own], rcond=None)[0]
+        else:
+            out[own] = targets[own] - np.linalg.solve(left, residual[own])
     return out
 
 
@@ -343,7 +349,7 @@ def discriminant_path(
     *,
     n_features: int | None = None,
 ) -> Iterator[tuple[Array, Array]]:
-    """``LinearDiscriminantAnalysis(solver="lsqr", shrinkage=s)`` for every s from one decomposition.
+    """``LinearDiscriminantAnalysis(solver="lsqr", shrinkage=s)`` for every s, in the row space.
 
     Yields coefficients (c, d) and intercepts (c,). Where no class has two distinct rows there is no
     spread within classes to shrink; then the spread of all rows, the same in every direction, takes its
@@ -356,17 +362,17 @@ def discriminant_path(
     np.add.at(means, labels, z)
     means /= counts[:, None]
     within = z - means[labels]
-    values, vectors = np.linalg.eigh(within.T @ within / len(z))
-    values = np.maximum(values, 0.0)
-    spread = values.sum() / d
+    scatter = within.T @ within / len(z)
+    total = float(np.trace(scatter))
     log_prior = np.log(counts / counts.sum())
-    rotated = means @ vectors
-    flat = values.sum() <= 1e-12 * np.einsum("ij,ij->", z, z)
+    everything = float(np.einsum("ij,ij->", z, z))
     for shrinkage in shrinkages:
-        scale = (1.0 - shrinkage) * values + shrinkage * spread
-        if flat:
-            scale = np.full_like(values, np.einsum("ij,ij->", z, z) / len(z))
-        inner = rotated / scale
-        coef = (space.basis @ vectors @ inner.T).T
-        half = 0.5 * np.einsum("ij,ij->i", rotated, inner)
+        if total <= 1e-12 * everything:
+            inner = means / (everything / len(z))
+        else:
+            shrunk = (1.0 - shrinkage) * scatter
+            shrunk[np.diag_indices_from(shrunk)] += shrinkage * total / d
+            inner = linalg.cho_solve(linalg.cho_factor(shrunk, lower=True, overwrite_a=True), means.T).T
+        coef = inner @ space.basis.T
+        half = 0.5 * np.einsum("ij,ij->i", means, inner)
         yield coef, log_prior - half - coef @ space.origin

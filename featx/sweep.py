@@ -20,9 +20,9 @@ from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 
 from featx import stats
-from featx.choose import choose
+from featx.choose import Views, choose, fit_head
 from featx.errors import UsageError
-from featx.heads import HEADS
+from featx.heads import HEADS, Kind, Normalise
 from featx.journal import Journal, plan_hash
 from featx.results import SweepResult, Trial
 from featx.splits import (
@@ -228,9 +228,10 @@ def _episode(
     support, query = KShotSplit(n_shots, random_state=random_state).episode(labels, groups, episode)
     local = np.unique(groups[support], return_inverse=True)[1]
     with threadpool_limits(limits=1, user_api="blas"):
+        views, asked = Views(embeddings[support]), _Query(embeddings[query])
         trials = [
             _trial(
-                head, embeddings[support], labels[support], local, embeddings[query], labels[query],
+                head, views, labels[support], local, asked, labels[query],
                 n_shots=n_shots, episode=episode, random_state=random_state,
             )
             for head in heads
@@ -238,12 +239,25 @@ def _episode(
     return trials, query
 
 
+class _Query:
+    """Rows to be judged, normalised once for all heads that agree on how."""
+
+    def __init__(self, rows: NDArray[np.floating]) -> None:
+        self.rows = rows
+        self._done: dict[Kind, NDArray[np.float64]] = {}
+
+    def under(self, normaliser: Normalise) -> NDArray[np.float64]:
+        if normaliser.kind not in self._done:
+            self._done[normaliser.kind] = normaliser.transform(self.rows)
+        return self._done[normaliser.kind]
+
+
 def _trial(
     name: str,
-    rows: NDArray[np.floating],
+    views: Views,
     labels: NDArray[np.int64],
     groups: Index,
-    query: NDArray[np.floating],
+    query: _Query,
     truth: NDArray[np.int64],
     *,
     n_shots: Shots,
@@ -254,8 +268,8 @@ def _trial(
     head = HEADS[name]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
-        choice = choose(head, rows, labels, groups, random_state=[random_state, episode])
-        model = head.build(**choice.params).fit(rows, labels)
+        choice = choose(head, views, labels, groups, random_state=[random_state, episode])
+        model = fit_head(head, choice.params, views, labels)
     converged = choice.converged
     for each in caught:
         if issubclass(each.category, ConvergenceWarning):
@@ -263,15 +277,16 @@ def _trial(
         else:
             warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
     seconds = time.perf_counter() - started
-    probabilities = model.predict_proba(query) if head.probabilistic else None
-    predicted = model.predict(query).astype(np.int32)
+    asked = query.under(views.normaliser(choice.params["kind"]))
+    probabilities = model.predict_proba(asked) if head.probabilistic else None
+    predicted = np.asarray(model.predict(asked) if probabilities is None else probabilities.argmax(axis=1), np.int32)
     confidence = None if probabilities is None else probabilities.max(axis=1)
     return Trial(
         head=name,
         n_shots=n_shots,
         episode=episode,
-        n_support=len(rows),
-        n_query=len(query),
+        n_support=len(labels),
+        n_query=len(truth),
         accuracy=stats.accuracy(truth, predicted),
         balanced_accuracy=stats.balanced_accuracy(truth, predicted),
         log_loss=None if probabilities is None else stats.log_loss(truth, probabilities),
