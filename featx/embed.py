@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx.backbones import Backbone, load_backbone
+from featx.batches import Engine
 from featx.decoders import DecoderPool
-from featx.engines import Engine, available_cpus, make_engine
+from featx.engines import available_cpus, make_engine
 from featx.errors import ImageError, WeightsError
 from featx.images import pixels
 from featx.manifest import check_same

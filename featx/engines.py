@@ -18,22 +18,14 @@ import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from featx.backbones import Backbone
+from featx.batches import EXACT_START, Batch, Embeddings, Engine, fill
 from featx.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
-
-Batch = NDArray[np.uint8]
-"""Pixels of shape (n, height, width, 3), as :func:`featx.images.pixels` gives them."""
-
-Embeddings = tuple[NDArray[np.float32], ...]
-"""One array (n, d) per layer."""
 
 ENGINES = ("auto", "torch", "openvino")
 DEVICES = ("auto", "cpu", "cuda")
@@ -42,32 +34,8 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 BATCH_SIZES = {"cpu": 16, "cuda": 256}
 """Images per batch, by device: large enough that larger ones gain nothing."""
 
-EXACT_START = 0.4
-"""Share of the convolutions, from the input, that stay fp32 at bf16 in networks with depthwise convolutions.
-
-bf16 keeps eight bits. Dense convolutions average that noise away; depthwise ones, which add up nine numbers, do not,
-and what the first ones lose is amplified by all others. On 64 photos the least cosine to fp32 was 0.992 for
-efficientnet_lite0 (mobilenet_v2 0.976) with all of it at bf16, and 0.9994 (0.9994) with 0.4 of it exact.
-"""
-
 LANES = 2
 """Batches that a torch engine has under way."""
-
-
-class Engine(Protocol):
-    """Runs one backbone on one device at one precision."""
-
-    name: str
-    device: str
-    precision: str
-    batch_size: int
-
-    def embed(self, batches: Iterable[Batch]) -> Iterator[Embeddings]:
-        """Embed each batch of 1 to ``batch_size`` images; results come in order.
-
-        The engine may take a few batches more than it has given results for, and works on them meanwhile.
-        """
-        ...
 
 
 def make_engine(
@@ -138,19 +106,6 @@ def available_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def fill(padded: Batch, batch: Batch) -> int:
-    """Copy ``batch`` to the front of ``padded``, zero the rest, and return how many images it has."""
-    n = len(batch)
-    if batch.dtype != np.uint8 or batch.shape[1:] != padded.shape[1:] or not 1 <= n <= len(padded):
-        raise ValueError(
-            f"expected uint8 (1..{len(padded)}, {', '.join(map(str, padded.shape[1:]))}), "
-            f"got {batch.dtype} {batch.shape}"
-        )
-    padded[:n] = batch
-    padded[n:] = 0
-    return n
 
 
 class TorchEngine:

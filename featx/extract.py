@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx.backbones import Backbone
+from featx.batches import Engine
 from featx.decoders import TIMEOUT, DecoderPool
-from featx.engines import Engine, make_engine
+from featx.engines import make_engine
 from featx.errors import ImageError, Interrupted, TooManyBadImages
 from featx.hdf5 import MAX_STRING
 from featx.index import Index, Refused

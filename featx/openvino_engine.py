@@ -26,7 +26,7 @@ import numpy as np
 
 from featx._files import canonical_json, publish_bytes
 from featx.backbones import Backbone
-from featx.engines import EXACT_START, Batch, Embeddings, fill
+from featx.batches import EXACT_START, Batch, Embeddings, fill
 from featx.errors import FeatxError
 
 CACHE_VERSION = 1
@@ -126,7 +126,7 @@ def cache_file(backbone: Backbone, batch_size: int) -> Path:
 def exact_start(graph: bytes) -> bytes:
     """Mark the start of a network with depthwise convolutions to stay fp32 when the rest runs at bf16.
 
-    See :data:`featx.engines.EXACT_START`. The mark is the one by which OpenVINO itself keeps layers precise; its CPU
+    See :data:`featx.batches.EXACT_START`. The mark is the one by which OpenVINO itself keeps layers precise; its CPU
     plugin honours it for bf16 too.
     """
     root = ElementTree.fromstring(graph)

@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from featx.backbones import Backbone
-from featx.engines import Engine
+from featx.batches import Engine
 from featx.images import decode_settings, decoder_version
 
 

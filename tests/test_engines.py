@@ -20,9 +20,10 @@ from PIL import Image, ImageOps
 
 from featx import engines, openvino_engine
 from featx.backbones import Backbone, load_backbone
+from featx.batches import Engine
 from featx.catalogue import NETWORKS
 from featx.checkpoints import load_checkpoint
-from featx.engines import BATCH_SIZES, Engine, TorchEngine, available_cpus, make_engine
+from featx.engines import BATCH_SIZES, TorchEngine, available_cpus, make_engine
 from featx.errors import UsageError
 from featx.images import pixels
 from featx.networks import catalogue_body

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,18 @@ PACKAGE = Path(featx.__file__).parent
 
 LAYERS = [
     {"errors", "_files"},
-    {"images", "sources", "decoders"},
-    {"catalogue", "backbones", "checkpoints", "networks", "timm_models", "engines", "openvino_engine", "provenance"},
+    {"images", "sources", "decoders", "originals"},
+    {
+        "batches",
+        "catalogue",
+        "backbones",
+        "checkpoints",
+        "networks",
+        "timm_models",
+        "engines",
+        "openvino_engine",
+        "provenance",
+    },
     {
         "hdf5",
         "manifest",
@@ -39,14 +50,16 @@ LAYERS = [
         "retrieval_metrics",
         "search",
     },
-    {"extract", "embed", "sweep", "testset", "results", "fit", "export", "predictor"},
+    {"extract", "embed", "sweep", "testset", "results", "journal", "fit", "export", "predictor"},
     {
         "report",
+        "html",
         "demo",
         "terminal",
         "sheet",
         "service",
         "service_batch",
+        "service_docs",
         "service_evidence",
         "service_guard",
         "service_run",
@@ -73,11 +86,13 @@ DOORS = {
     "starlette": {"service", "service_work", "service_guard"},
     "uvicorn": {"service_run"},
     "prometheus_client": {"service_watch"},
-    "sklearn": {"retrieval", "postprocess", "heads", "solvers", "splits", "stats", "choose", "sweep", "fit", "export", "demo"},
+    "sklearn": {"retrieval", "postprocess", "heads", "solvers", "splits", "stats", "choose"}
+    | {"sweep", "journal", "fit", "export", "demo"},
 }
 """Who may import what; a library that is not named is free."""
 
 
+@functools.cache
 def modules() -> dict[str, ast.Module]:
     return {path.stem: ast.parse(path.read_text()) for path in sorted(PACKAGE.glob("*.py"))}
 
