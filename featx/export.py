@@ -214,14 +214,14 @@ def _onnx(bundle: Bundle) -> bytes:
     add("MatMul", "coef")
     add("Add", "intercept", name="scores")
     add("Softmax", axis=1, name="probabilities")
-    used = {name for node in nodes for name in node.input}
+    used = sorted({name for node in nodes for name in node.input} & set(constants))
     c = scorer.n_classes
     graph = helper.make_graph(
         nodes,
         "featx",
         [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["n", scorer.dims])],
         [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["n", c])],
-        [numpy_helper.from_array(np.asarray(value, dtype=np.float32), name) for name, value in constants.items() if name in used],
+        [numpy_helper.from_array(np.asarray(constants[name], dtype=np.float32), name) for name in used],
     )
     # Operators of version 13 are understood everywhere; ReduceL2 took its axes as an attribute until then.
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)

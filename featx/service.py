@@ -24,6 +24,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from featx import service_schema as schema
+from featx.service_docs import docs_page
 from featx.service_guard import Guard, Refusal
 from featx.service_work import Service, do_work
 
@@ -53,7 +54,7 @@ def create_app(service: Service, *, api_key: str = "", hosts: frozenset[str] | N
                 service.evidence.close()
 
     app = FastAPI(
-        title="featx", version=version("featx"), lifespan=lifespan, redoc_url=None,
+        title="featx", version=version("featx"), lifespan=lifespan, docs_url=None, redoc_url=None,
         description="A classifier on frozen CNN features. Send an image as it is, or several in a form.",
     )  # fmt: skip
     _add_errors(app)
@@ -118,6 +119,12 @@ def _add_reading(app: FastAPI, service: Service) -> None:
     async def index() -> Response:
         headers = {"content-security-policy": policy, "cache-control": "no-cache"}
         return HTMLResponse(page, headers=headers)
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs(request: Request) -> Response:
+        only_style = "default-src 'none'; style-src 'unsafe-inline'"
+        text = docs_page(app.openapi(), str(request.base_url).rstrip("/"))
+        return HTMLResponse(text, headers={"content-security-policy": only_style})
 
     @app.get("/live", responses={200: {"model": schema.Live}, **schema.errors(403)})
     async def live() -> Response:

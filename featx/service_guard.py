@@ -6,6 +6,7 @@ Plain ASGI around the application, so that its answers carry what all answers ca
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import json
 import logging
@@ -25,6 +26,13 @@ OPEN_PATHS = frozenset({"/", "/live", "/ready"})
 """What needs no API key: the page holds no data, and probes hold no secrets."""
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
+
+LINGER_SECONDS = 30.0
+"""How long a body may go on arriving after its request was refused; it is thrown away. A client that writes everything
+before it reads would otherwise see a broken pipe instead of the reason."""
+
+SHORT_LINGER_SECONDS = 1.0
+"""The same where the connection is to be closed."""
 
 _ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
@@ -112,13 +120,20 @@ class Guard:
         own = given if _ID.fullmatch(given) else uuid.uuid4().hex.encode()
         token = request_id.set(own.decode())
         request = _Counted(self, receive, self.limits.body)
-        status = 0
+        status, patience, seconds = 0, LINGER_SECONDS, 0.0
 
         async def stamped(message: Message) -> None:
-            nonlocal status
+            nonlocal status, patience, seconds
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, seconds = message["status"], time.perf_counter() - started
                 message["headers"] = [*message.get("headers", []), (b"x-request-id", own), *_SAFE]
+                if (b"connection", b"close") in message["headers"]:
+                    patience = SHORT_LINGER_SECONDS
+            elif not request.complete and not message.get("more_body"):
+                # The client is still sending: it must see the answer, not a connection that breaks under it.
+                await send({**message, "more_body": True})
+                await request.throw_away(patience)
+                message = {"type": "http.response.body", "body": b""}
             await send(message)
 
         self.in_flight += 1
@@ -127,12 +142,9 @@ class Guard:
             refusal = self._check(scope, headers)
             if refusal is None:
                 try:
-                    async with asyncio.timeout(self.limits.deadline + 5.0):
-                        await self.app(scope, request.receive, stamped)
+                    await self.app(scope, request.receive, stamped)
                 except Refusal as raised:
                     refusal = raised
-                except TimeoutError:
-                    refusal = Refusal(504, "deadline", f"Not done within {self.limits.deadline:g} s.")
                 except Exception:
                     log.exception("a bug")
                     refusal = Refusal(500, "bug", "featx failed; the log has this request's id.")
@@ -142,7 +154,7 @@ class Guard:
             self._buffered -= request.size
             self.in_flight -= 1
             self.metrics.in_flight.dec()
-            self._note(scope, status, time.perf_counter() - started, request.size)
+            self._note(scope, status, seconds or time.perf_counter() - started, request.size)
             request_id.reset(token)
 
     def _check(self, scope: Scope, headers: Mapping[bytes, bytes]) -> Refusal | None:
@@ -203,9 +215,19 @@ class _Counted:
     def __init__(self, guard: Guard, receive: Receive, limit: int) -> None:
         self._guard, self._receive, self._limit = guard, receive, limit
         self.size = 0
+        self.complete = False
+
+    async def throw_away(self, seconds: float) -> None:
+        """Receive what is left, keeping nothing, for so long."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not self.complete:
+                    message = await self._receive()
+                    self.complete = message["type"] != "http.request" or not message.get("more_body", False)
 
     async def receive(self) -> Message:
         message = await self._receive()
+        self.complete = message["type"] != "http.request" or not message.get("more_body", False)
         if message["type"] == "http.request":
             size = len(message.get("body", b""))
             self.size += size

@@ -25,10 +25,6 @@ from featx.service_work import Service
 HEADER_SECONDS = 10.0
 """A connection that has begun a request, or nothing at all, gets this long until its headers are complete."""
 
-LINGER_SECONDS = 30.0
-"""How long a body that was refused may go on arriving (it is thrown away) before the connection is cut. A client that
-writes everything before it reads would otherwise see a broken pipe instead of the reason."""
-
 NOTICE_SECONDS = 1.0
 """After SIGTERM: how long the address still answers, so that whoever asks /ready learns of it."""
 
@@ -39,7 +35,7 @@ log = logging.getLogger("featx.service")
 
 
 class Protocol(HttpToolsProtocol):
-    """uvicorn's HTTP with a clock: slow headers and endless refused bodies end."""
+    """uvicorn's HTTP with a clock: headers that do not end are cut."""
 
     _timer: TimerHandle | None = None
 
@@ -59,14 +55,10 @@ class Protocol(HttpToolsProtocol):
         self._unset_timer()
         super().on_headers_complete()
 
-    def on_message_complete(self) -> None:
-        self._unset_timer()
-        super().on_message_complete()
-
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self.cycle is not None and self.cycle.response_complete and self.cycle.more_body:
-            self._set_timer(LINGER_SECONDS)
+            self._cut()  # the guard waited for the rest of the body long enough
 
     def send_400_response(self, msg: str) -> None:
         """As uvicorn's, with what all answers carry."""

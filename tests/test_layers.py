@@ -40,6 +40,8 @@ LAYERS = [
         "splits",
         "stats",
         "choose",
+        "centre",
+        "unlabelled",
         "scoring",
         "calibrate",
         "bundle",

@@ -1,0 +1,145 @@
+"""The page in a real browser: photos in, results and errors out, by mouse and keyboard, on a phone, in the dark."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("fastapi", reason="the extra serve is not installed")
+
+from conftest import Featx, class_folders, picture
+from servicekit import Running, start, start_tiny
+from webdriver import Browser, driver, missing
+
+from featx.images import encode
+
+pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "there is a browser")
+
+DONE = "!document.querySelector('.card[data-state=waiting]') && document.querySelectorAll('.card').length == {}"
+READY = "document.getElementById('health').textContent == 'ready'"
+
+
+@pytest.fixture(scope="module")
+def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    folder = tmp_path_factory.mktemp("chrome")
+    with driver(folder) as url:
+        yield url, folder
+
+
+@pytest.fixture(scope="module")
+def browser(chrome: tuple[str, Path]) -> Iterator[Browser]:
+    made = Browser(chrome[0], chrome[1] / "profile", (1000, 900))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory, featx: Featx) -> Path:
+    folder = tmp_path_factory.mktemp("page")
+    class_folders(folder / "photos", each=8)
+    assert featx("extract", "photos", "--out", "photos.featx", cwd=folder).code == 0
+    assert featx("fit", "photos.featx", "--out", "photos.model", cwd=folder).code == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(kept: Path) -> Iterator[Running]:
+    command = ("-m", "featx", "serve", kept / "photos.model", "--store", kept / "photos.featx", "--images")
+    with start(kept, *command, kept / "photos", "--port", 0) as running:
+        yield running
+
+
+def test_photos_and_a_broken_file(server: Running, kept: Path, browser: Browser, tmp_path: Path) -> None:
+    good = [kept / "photos/ants/000.png", kept / "photos/bees/008.png"]
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(encode(np.asarray(picture(3)), form="JPEG")[:300])
+    odd = tmp_path / "<b>notes.txt"
+    odd.write_text("no image")
+    browser.open(server.url + "/")
+    browser.wait(READY)
+    assert browser.run("return document.getElementById('about').textContent") == "ants, bees"
+    browser.choose("#files", *good, broken, odd)
+    browser.wait(DONE.format(4))
+    told = {
+        name: browser.run(
+            "const card = [...document.querySelectorAll('.card')].find(c => c.querySelector('.name').textContent == "
+            "arguments[0]); return [card.dataset.state, card.querySelector('h2').textContent, "
+            "card.querySelectorAll('.bars .fill').length, card.querySelectorAll('.near li').length]",
+            name,
+        )
+        for name in ("000.png", "008.png", "broken.jpg", "<b>notes.txt")
+    }
+    for photo in good:
+        (expected,) = server.send("/predict", photo.read_bytes()).json["predictions"]
+        state, title, bars, neighbours = told[photo.name]
+        assert (state, bars, neighbours) == ("done", 2, 6)
+        assert expected["label"] in title
+        assert title.startswith("Not sure") == expected["abstain"]
+    assert told["broken.jpg"][0] == "failed" and "The file ends before the image does" in told["broken.jpg"][1]
+    assert told["<b>notes.txt"][0] == "failed" and "Not one of JPEG" in told["<b>notes.txt"][1]
+    thumbnails = "[...document.querySelectorAll('.near img')]"
+    browser.wait(f"{thumbnails}.length == 12 && {thumbnails}.every(i => i.naturalWidth == 160)")
+    width = browser.run("return document.querySelector('.bars .fill').getBoundingClientRect().width")
+    assert width > 0
+    # The two refused files are all that the browser may complain of: no script was blocked, nothing was missing.
+    assert all("422" in line for line in browser.log())
+    shots = Path(os.environ.get("FEATX_SCREENSHOTS") or tmp_path)
+    assert browser.screenshot(shots / "page.png").stat().st_size > 10_000
+    browser.resize(360, 740)
+    assert browser.run("return document.documentElement.scrollWidth") <= 360
+    browser.screenshot(shots / "phone.png")
+    dark = [{"name": "prefers-color-scheme", "value": "dark"}]
+    browser.devtools("Emulation.setEmulatedMedia", features=dark)
+    assert browser.run("return getComputedStyle(document.body).backgroundColor") == "rgb(16, 19, 23)"
+    browser.screenshot(shots / "dark.png")
+    browser.devtools("Emulation.setEmulatedMedia", features=[])
+    browser.resize(1000, 900)
+
+
+def test_dropping_and_pasting(server: Running, kept: Path, browser: Browser) -> None:
+    browser.open(server.url + "/")
+    browser.wait(READY)
+    script = """
+        const canvas = document.createElement("canvas");
+        canvas.width = canvas.height = 64;
+        canvas.getContext("2d").fillRect(8, 8, 30, 20);
+        return new Promise(done => canvas.toBlob(blob => {
+          const data = new DataTransfer();
+          data.items.add(new File([blob], arguments[0] + ".png", {type: "image/png"}));
+          dispatchEvent(arguments[0] == "drop" ? new DragEvent("drop", {dataTransfer: data, cancelable: true})
+            : new ClipboardEvent("paste", {clipboardData: data}));
+          done(true);
+        }));
+    """
+    for number, way in enumerate(("drop", "paste"), 1):
+        browser.run(script, way)
+        browser.wait(DONE.format(number))
+        assert browser.run("return document.querySelector('.card .name').textContent") == f"{way}.png"
+        assert browser.run("return document.querySelector('.card').dataset.state") == "done"
+
+
+def test_the_keyboard_opens_the_file_dialogue(server: Running, browser: Browser) -> None:
+    browser.open(server.url + "/")
+    browser.wait(READY)
+    browser.run("window.opened = 0; document.getElementById('files').click = () => { window.opened++; }")
+    browser.press("\ue004")  # Tab
+    assert browser.run("return document.activeElement.id") == "drop"
+    browser.press("\ue007")  # Enter
+    browser.press(" ")
+    assert browser.run("return window.opened") == 2
+
+
+def test_a_key_is_asked_for_and_the_badge_tells_the_end(chrome: tuple[str, Path], browser: Browser) -> None:
+    with start_tiny(chrome[1], api_key="sesame") as server:
+        browser.open(server.url + "/")
+        browser.wait("!document.getElementById('key').hidden")
+        browser.run(
+            "document.getElementById('secret').value = 'sesame'; document.getElementById('key').requestSubmit()"
+        )
+        browser.wait("document.getElementById('about').textContent == 'ants, bees'")
+        assert server.end() == 0
+    browser.wait("document.getElementById('health').textContent == 'no connection'", 30)

@@ -1,0 +1,78 @@
+"""The real service in a process of its own, with an engine that can be told to be slow, to fail, or to die.
+
+python tiny_server.py PORT '{"seconds": 0.1, "limits": {...}, "api_key": "", "host": "127.0.0.1"}'
+
+What an image does is written in its colour: red ones fail the batch that they are in, blue ones end the engine's
+thread.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from conftest import TINY, TinyEngine, tiny_backbone
+from numpy.typing import NDArray
+
+from featx.bundle import Bundle
+from featx.embed import Embedder
+from featx.fit import probe_pixels
+from featx.heads import make_head
+from featx.images import encode, pixels
+from featx.scoring import Scorer
+from featx.service_guard import Limits
+from featx.service_run import serve
+from featx.service_work import Service
+
+RED, BLUE = (255, 0, 0), (0, 0, 255)
+
+
+class MoodyEngine(TinyEngine):
+    """Takes ``seconds`` for a batch."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(batch_size=4)
+        self.seconds = seconds
+
+    def embed(self, batches: Iterable[NDArray[np.uint8]]) -> Iterator[tuple[NDArray[np.float32], ...]]:
+        for batch in batches:
+            time.sleep(self.seconds)
+            colours = [tuple(image[12, 12].tolist()) for image in batch]
+            if BLUE in colours:
+                raise SystemExit("the engine is gone")
+            if RED in colours:
+                raise RuntimeError("a red image")
+            yield from super().embed([batch])
+
+
+def tiny_bundle() -> Bundle:
+    """A head on what the tiny engine makes of random pictures."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (40, *TINY.crop, 3), dtype=np.uint8)
+    rows = next(TinyEngine(batch_size=40).embed([images]))[0]
+    labels = np.arange(40) % 2
+    probe = encode(probe_pixels())
+    (found,) = next(TinyEngine().embed([pixels(probe, TINY)[None]]))
+    provenance = {"backbone": "tiny", "layers": ["penultimate"], "fingerprint": "f" * 64}
+    return Bundle(
+        scorer=Scorer.of(make_head("logreg", C=1.0).fit(rows, labels)),
+        class_names=("ants", "bees"), head="logreg", params={"C": 1.0}, layer="penultimate", provenance=provenance,
+        sharpness=1.0, threshold=0.5, max_error=0.05, golden=rows[:4], probe=probe, probe_embedding=found[0],
+    )  # fmt: skip
+
+
+def main() -> None:
+    port, wanted = int(sys.argv[1]), json.loads(sys.argv[2])
+    settings: dict[str, Any] = {"host": "127.0.0.1", "log_json": True, **wanted}
+    engine = MoodyEngine(settings.pop("seconds", 0.0))
+    limits = Limits(**settings.pop("limits", {}))
+    service = Service(tiny_bundle(), Embedder(tiny_backbone(), engine), None, limits)
+    serve(service, port=port, started=lambda url: print(f"Serving at {url} ", flush=True), **settings)
+
+
+if __name__ == "__main__":
+    main()
