@@ -69,10 +69,11 @@ class Views:
     Parameters
     ----------
     rows : (n, d) embeddings.
+    mean : (d,) from elsewhere, as of :class:`featx.heads.Normalise`.
     """
 
-    def __init__(self, rows: NDArray[np.floating]) -> None:
-        self.raw = rows
+    def __init__(self, rows: NDArray[np.floating], mean: Array | None = None) -> None:
+        self.raw, self.mean = rows, mean
         self._normalisers: dict[Kind, tuple[Normalise, Array]] = {}
         self._spaces: dict[tuple[Kind, bool], RowSpace] = {}
         self._parts: dict[bytes, Views] = {}
@@ -87,7 +88,7 @@ class Views:
 
     def _normalised(self, kind: Kind) -> tuple[Normalise, Array]:
         if kind not in self._normalisers:
-            fitted = Normalise(kind).fit(self.raw)
+            fitted = Normalise(kind, self.mean).fit(self.raw)
             self._normalisers[kind] = fitted, fitted.transform(self.raw)
         return self._normalisers[kind]
 
@@ -100,7 +101,7 @@ class Views:
 
     def part(self, some: Index) -> Views:
         """The views of these rows only."""
-        return self._parts.setdefault(some.tobytes(), Views(self.raw[some]))
+        return self._parts.setdefault(some.tobytes(), Views(self.raw[some], self.mean))
 
 
 def fit_head(head: Head, params: dict[str, Any], views: Views, labels: NDArray[np.integer]) -> Any:
@@ -134,7 +135,7 @@ def choose(
     kinds = head.kinds if smallest >= SHOTS_FOR_KIND else head.kinds[:1]
     if smallest < 2 or (len(kinds) == 1 and not head.parameter):
         return Choice(head.default, None, 0, True)
-    views = rows if isinstance(rows, Views) else Views(rows)
+    views = rows if isinstance(rows, Views) else Views(rows, head.mean)
     if len(labels) > MAX_ROWS:
         some = _thin(labels, random_state)
         views, labels, groups = views.part(some), labels[some], np.unique(groups[some], return_inverse=True)[1]
@@ -205,7 +206,7 @@ def out_of_fold_losses(
     The loss is the head's criterion. The normaliser sees the whole support, without labels, so that all
     folds share one projection. The second value says whether all fits converged.
     """
-    views = rows if isinstance(rows, Views) else Views(rows)
+    views = rows if isinstance(rows, Views) else Views(rows, head.mean)
     scores, converged = _FAMILIES[head.estimator](views, kind, labels, folds, values)
     return _losses(head, scores, labels), converged
 

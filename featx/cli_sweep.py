@@ -15,7 +15,11 @@ from featx.errors import Interrupted, UsageError
 from featx.terminal import ProgressLine, check_writable, print_json, say, show
 
 if TYPE_CHECKING:
-    from featx.splits import Shots
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from featx.splits import Index, Shots
+    from featx.store import FeatureSet
 
 
 class Split(StrEnum):
@@ -41,6 +45,12 @@ def sweep(
     test: Annotated[
         Split | None, typer.Option(help="Judge the winner once on this split, which takes no part in choosing.")
     ] = None,
+    unlabelled: Annotated[
+        bool, typer.Option("--unlabelled", help="Let heads learn from the store's images without labels, too.")
+    ] = False,
+    unlabelled_from: Annotated[
+        Path | None, typer.Option(metavar="STORE", help="Or from all images of this store; their labels are not read.")
+    ] = None,
     layer: Annotated[str, typer.Option(help="Which of the store's layers.")] = "penultimate",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="DIR", help="The report. [default: beside the store]")
@@ -56,6 +66,8 @@ def sweep(
         shots=shots,
         episodes=episodes,
         test=test,
+        unlabelled=unlabelled,
+        unlabelled_from=unlabelled_from,
         layer=layer,
         out=out,
         n_jobs=n_jobs,
@@ -71,6 +83,8 @@ def run_sweep(
     shots: str | None = None,
     episodes: int = 20,
     test: Split | None = None,
+    unlabelled: bool = False,
+    unlabelled_from: Path | None = None,
     layer: str = "penultimate",
     out: Path | None = None,
     n_jobs: int | None = None,
@@ -80,11 +94,13 @@ def run_sweep(
     """What ``featx sweep`` and the last step of ``featx demo`` do."""
     import numpy as np
 
+    from featx.centre import shipped_centre, unlabelled_centre
     from featx.originals import Originals
     from featx.report import render, write_report
     from featx.store import read_features, source_of
     from featx.sweep import sweep_heads
     from featx.testset import judge
+    from featx.unlabelled import heads_for
 
     wanted_heads, wanted_shots = _names(heads), _shots(shots)
     features = read_features(store, layer=layer)
@@ -98,6 +114,11 @@ def run_sweep(
     rows = np.flatnonzero(~np.isin(features.splits, sorted(held)))
     for name in sorted(held & set(features.splits.tolist())):
         say(f"Note: {int((features.splits == name).sum())} images of the split {name} are left out.", err=True)
+    pool = None
+    if unlabelled or unlabelled_from:
+        pool = _pool(features, rows if unlabelled else rows[:0], unlabelled_from)
+        rows = rows[features.labels[rows] >= 0]
+    centre = shipped_centre(features.provenance, layer) if pool is None else unlabelled_centre(pool)
     try:
         with ProgressLine("comparing heads") as line:
             result = sweep_heads(
@@ -110,12 +131,16 @@ def run_sweep(
                 episodes=episodes,
                 random_state=seed,
                 n_jobs=n_jobs,
+                centre=centre,
+                pool=pool,
                 journal=out / "journal.jsonl",
                 progress=line.update,
             )
             judged = None
             if test:
-                judged = judge(features, test.value, result.winner, _ledger(store), random_state=seed)
+                judged = judge(
+                    features, test.value, heads_for(centre, pool)[result.winner], _ledger(store), random_state=seed
+                )
                 result = replace(result, notes=(*result.notes, judged.sentence))
             originals = Originals(source_of(store), features.ids[rows].tolist(), features.digests[rows])
             where = write_report(
@@ -132,9 +157,43 @@ def run_sweep(
             "stopped; finished draws are kept", where=out, hint="Run the same command again to go on."
         ) from error
     if as_json:
-        print_json({**result.to_json(), "test": judged.to_json() if judged else None, "report": str(where)})
+        print_json(
+            {
+                **result.to_json(),
+                "unlabelled": centre.unlabelled,
+                "test": judged.to_json() if judged else None,
+                "report": str(where),
+            }
+        )
     show(render(result), err=as_json)
     say(f"Report: {where}", err=as_json)
+
+
+def _pool(features: FeatureSet, rows: Index, other: Path | None) -> NDArray[np.float32]:
+    """Embeddings (m, d) of the rows without a label and of another store, less copies of labelled images.
+
+    Without the copies, no image that a head is judged on is in the pool.
+    """
+    import numpy as np
+
+    from featx.errors import MismatchError
+    from featx.store import digest_keys, read_features
+
+    rows = rows[features.labels[rows] < 0]
+    embeddings, digests = features.embeddings[rows], features.digests[rows]
+    if other:
+        more = read_features(other, layer=features.layer)
+        if more.fingerprint != features.fingerprint:
+            raise MismatchError(
+                "the two stores were not made in the same way", where=other,
+                expected=f"fingerprint {features.fingerprint[:12]}", found=more.fingerprint[:12],
+                hint="Extract both with the same backbone and options.",
+            )  # fmt: skip
+        embeddings, digests = np.vstack([embeddings, more.embeddings]), np.vstack([digests, more.digests])
+    first = np.sort(np.unique(digest_keys(digests), return_index=True)[1])
+    labelled = digest_keys(features.digests[features.labels >= 0])
+    fresh = first[~np.isin(digest_keys(digests)[first], labelled)]
+    return np.asarray(embeddings[fresh], dtype=np.float32)
 
 
 def _stem(store: Path) -> str:

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -50,7 +50,8 @@ class Normalise(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type:
     kind : ``"none"``; ``"l2"`` to unit length; ``"centre_l2"`` minus the mean, then unit length;
         ``"standardise"`` minus the mean, by the standard deviation; ``"power_l2"`` signed square root,
         then unit length.
-    mean : (d,) a mean from elsewhere for ``"centre_l2"`` (an unlabelled pool); by default the support's.
+    mean : (d,) a mean from elsewhere for ``"centre_l2"`` (:mod:`featx.centre`); by default the support's. The other
+        kinds do not look at it.
     """
 
     def __init__(self, kind: Kind = "l2", mean: ArrayLike | None = None) -> None:
@@ -62,7 +63,8 @@ class Normalise(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type:
         if self.kind not in KINDS:
             raise ValueError(f"kind of Normalise must be one of {', '.join(KINDS)}, got {self.kind!r}")
         rows = validate_data(self, X, dtype=np.float64)
-        self.mean_ = rows.mean(axis=0) if self.mean is None else np.asarray(self.mean, dtype=np.float64)
+        own = self.mean is None or self.kind != "centre_l2"
+        self.mean_ = rows.mean(axis=0) if own else np.asarray(self.mean, dtype=np.float64)
         if self.mean_.shape != rows.shape[1:]:
             raise ValueError(f"mean of Normalise must have shape {rows.shape[1:]}, got {self.mean_.shape}")
         deviation = rows.std(axis=0)
@@ -297,6 +299,7 @@ class Head:
     summary : one line for people.
     fixed : parameters of the classifier that differ from its own defaults.
     cautious : whether the default stays unless another value is better by more than two standard errors.
+    mean : (d,) from elsewhere for the kind ``"centre_l2"``, or None: the support's own.
     """
 
     name: str
@@ -308,10 +311,16 @@ class Head:
     summary: str
     fixed: tuple[tuple[str, Any], ...] = ()
     cautious: bool = False
+    mean: Array | None = field(default=None, repr=False, compare=False)
+
+    def centred(self, mean: Array) -> Head:
+        """The same head with a mean from elsewhere (d,), which is then its default normaliser."""
+        kinds: tuple[Kind, ...] = ("centre_l2", *(kind for kind in self.kinds if kind != "centre_l2"))
+        return replace(self, kinds=kinds, mean=mean)
 
     def build(self, **params: Any) -> Pipeline:
         """Unfitted pipeline with the steps ``normalise`` and ``classify``."""
-        steps = [("normalise", Normalise(self.kinds[0])), ("classify", self.estimator(**dict(self.fixed)))]
+        steps = [("normalise", Normalise(self.kinds[0], self.mean)), ("classify", self.estimator(**dict(self.fixed)))]
         try:
             return Pipeline(steps).set_params(**{_full(name): value for name, value in params.items()})
         except ValueError as error:
@@ -352,9 +361,8 @@ _CS = (3.16, 10.0, 31.6, 100.0, 316.0, 1000.0, 3160.0)
 class Catalogue(Mapping[str, Head]):
     """Immutable mapping of names to heads; a name that is not there is a usage error."""
 
-    recommended: ClassVar[str] = "ridge"
-
-    def __init__(self, *heads: Head) -> None:
+    def __init__(self, *heads: Head, recommended: str = "ridge") -> None:
+        self.recommended = recommended
         self._heads = {head.name: head for head in heads}
         if len(self._heads) < len(heads):
             raise UsageError("two heads of the catalogue share a name", found=[head.name for head in heads])

@@ -20,9 +20,10 @@ from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 
 from featx import stats
+from featx.centre import Centre
 from featx.choose import Views, choose, fit_head
 from featx.errors import UsageError
-from featx.heads import HEADS, Kind, Normalise
+from featx.heads import Head, Kind, Normalise
 from featx.journal import Journal, plan_hash
 from featx.results import SweepResult, Trial
 from featx.splits import (
@@ -35,6 +36,7 @@ from featx.splits import (
     feasible_shots,
     find_duplicates,
 )
+from featx.unlabelled import heads_for
 
 DEFAULT_SHOTS: tuple[Shots, ...] = (1, 2, 5, 10, 20, "all")
 Progress = Callable[[int, int, str], None]
@@ -52,6 +54,8 @@ def sweep_heads(
     random_state: int = 0,
     n_jobs: int | None = None,
     near_duplicates: float | None = 0.98,
+    centre: Centre | None = None,
+    pool: NDArray[np.floating] | None = None,
     journal: str | Path | None = None,
     progress: Progress | None = None,
 ) -> SweepResult:
@@ -70,6 +74,8 @@ def sweep_heads(
     random_state : seed of the draws and folds; the result does not depend on ``n_jobs``.
     n_jobs : joblib workers, one BLAS thread each; by default one for each core.
     near_duplicates : cosine from which two rows count as copies; None looks for exact copies only.
+    centre : a mean from elsewhere that heads measure from (:mod:`featx.centre`); ``notes`` then say which.
+    pool : (m, d) embeddings of images without labels, of which ``centre`` is the mean: adds the head "ridge_pool".
     journal : file of finished draws, from which an interrupted sweep of the same data and plan goes on;
         removed at the end. Seconds in trials that were resumed are those of their first run.
     progress : called as ``progress(done, total, what)``.
@@ -80,10 +86,11 @@ def sweep_heads(
         Fewer than two classes, a class with too few images, an unknown head, or arrays that do not fit.
     """
     started = time.perf_counter()
-    names = tuple(HEADS[name].name for name in dict.fromkeys(HEADS if heads is None else heads))
-    names = tuple(dict.fromkeys(names))
+    catalogue = heads_for(centre, pool)
+    chosen = {catalogue[name].name: catalogue[name] for name in (catalogue if heads is None else heads)}
+    names = tuple(chosen)
     if not names:
-        raise UsageError("no head to compare", expected=", ".join(HEADS))
+        raise UsageError("no head to compare", expected=", ".join(catalogue))
     if episodes < 1:
         raise UsageError("a sweep needs at least one episode", found=episodes)
     data = _Data.of(embeddings, labels, class_names, groups, near_duplicates)
@@ -92,13 +99,14 @@ def sweep_heads(
     done: dict[tuple[Shots, int], tuple[list[Trial], Index]] = {}
     kept = None
     if journal is not None:
-        grids = [(HEADS[name].grid, HEADS[name].default) for name in names]
+        grids = [(head.grid, head.default) for head in chosen.values()]
+        elsewhere = joblib.hash((centre and centre.mean, pool))
         groups_of = data.duplicates.groups
-        plan = plan_hash(data.embeddings, data.labels, groups_of, names, grids, random_state)
+        plan = plan_hash(data.embeddings, data.labels, groups_of, names, [*grids, elsewhere], random_state)
         kept = Journal(Path(journal), plan)
         done = {task: outcome for task, outcome in kept.done.items() if task in set(tasks)}
     left = [task for task in tasks if task not in done]
-    for task, outcome in _run(data, names, left, len(done), random_state, n_jobs, progress):
+    for task, outcome in _run(data, tuple(chosen.values()), left, len(done), random_state, n_jobs, progress):
         done[task] = outcome
         if kept:
             kept.add(task, outcome)
@@ -116,7 +124,7 @@ def sweep_heads(
         trials=trials,
         queries={task: done[task][1] for task in tasks},
         duplicates=data.duplicates,
-        notes=(*data.notes, *notes, *_convergence_notes(trials)),
+        notes=(*data.notes, *notes, *([centre.told] if centre else []), *_convergence_notes(trials)),
         random_state=random_state,
         seconds=time.perf_counter() - started,
     )
@@ -189,7 +197,7 @@ def _plan_shots(data: _Data, shots: Sequence[Shots] | None) -> tuple[list[Shots]
 
 def _run(
     data: _Data,
-    heads: tuple[str, ...],
+    heads: tuple[Head, ...],
     tasks: list[tuple[Shots, int]],
     already: int,
     random_state: int,
@@ -219,7 +227,7 @@ def _episode(
     embeddings: NDArray[np.floating],
     labels: NDArray[np.int64],
     groups: Index,
-    heads: tuple[str, ...],
+    heads: tuple[Head, ...],
     random_state: int,
     n_shots: Shots,
     episode: int,
@@ -228,7 +236,7 @@ def _episode(
     support, query = KShotSplit(n_shots, random_state=random_state).episode(labels, groups, episode)
     local = np.unique(groups[support], return_inverse=True)[1]
     with threadpool_limits(limits=1, user_api="blas"):
-        views, asked = Views(embeddings[support]), _Query(embeddings[query])
+        views, asked = Views(embeddings[support], heads[0].mean), _Query(embeddings[query])
         trials = [
             _trial(
                 head, views, labels[support], local, asked, labels[query],
@@ -253,7 +261,7 @@ class _Query:
 
 
 def _trial(
-    name: str,
+    head: Head,
     views: Views,
     labels: NDArray[np.int64],
     groups: Index,
@@ -265,7 +273,6 @@ def _trial(
     random_state: int,
 ) -> Trial:
     started = time.perf_counter()
-    head = HEADS[name]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
         choice = choose(head, views, labels, groups, random_state=[random_state, episode])
@@ -282,7 +289,7 @@ def _trial(
     predicted = np.asarray(model.predict(asked) if probabilities is None else probabilities.argmax(axis=1), np.int32)
     confidence = None if probabilities is None else probabilities.max(axis=1)
     return Trial(
-        head=name,
+        head=head.name,
         n_shots=n_shots,
         episode=episode,
         n_support=len(labels),

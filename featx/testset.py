@@ -22,7 +22,7 @@ from featx import stats
 from featx._files import cannot_write
 from featx.choose import choose
 from featx.errors import UsageError
-from featx.heads import HEADS
+from featx.heads import Head
 from featx.splits import find_duplicates
 from featx.store import FeatureSet
 
@@ -65,11 +65,19 @@ class Judgement:
         )
 
 
-def judge(features: FeatureSet, split: str, head: str, ledger: Path, *, random_state: int = 0) -> Judgement:
+def judge(
+    features: FeatureSet,
+    split: str,
+    head: Head,
+    ledger: Path,
+    *,
+    random_state: int = 0,
+) -> Judgement:
     """Train ``head`` on all labelled images outside ``split`` and "test", and judge it on ``split``.
 
     Parameters
     ----------
+    head : of a catalogue, such as ``HEADS["ridge"]`` or one of :func:`featx.unlabelled.heads_for`.
     ledger : file that every use is added to.
 
     Raises
@@ -103,8 +111,8 @@ def judge(features: FeatureSet, split: str, head: str, ledger: Path, *, random_s
         )
     dense = np.unique(groups[here], return_inverse=True)[1]
     with threadpool_limits(limits=1, user_api="blas"):
-        choice = choose(HEADS[head], features.embeddings[train], labels, dense, random_state=[random_state, 0])
-        model = HEADS[head].build(**choice.params).fit(features.embeddings[train], labels)
+        choice = choose(head, features.embeddings[train], labels, dense, random_state=[random_state, 0])
+        model = head.build(**choice.params).fit(features.embeddings[train], labels)
         predicted = classes[model.predict(features.embeddings[test])]
     truth = features.labels[test]
     right = int((predicted == truth).sum())
@@ -113,10 +121,11 @@ def judge(features: FeatureSet, split: str, head: str, ledger: Path, *, random_s
     for row in np.argsort(features.ids[inside]):
         digest.update(features.digests[inside][row].tobytes() + int(features.labels[inside][row]).to_bytes(8, "little"))
     accuracy = right / len(test)
-    used = _write_down(ledger, {"test_set": digest.hexdigest(), "split": split, "head": head, "accuracy": accuracy})
+    use = {"test_set": digest.hexdigest(), "split": split, "head": head.name, "accuracy": accuracy}
+    used = _write_down(ledger, use)
     return Judgement(
         split=split,
-        head=head,
+        head=head.name,
         params=choice.params,
         training_images=len(train),
         images=len(test),

@@ -10,6 +10,7 @@ import pytest
 from conftest import Featx, class_folders
 
 from featx.errors import UsageError
+from featx.heads import HEADS
 from featx.store import FeatureSet
 from featx.testset import judge
 
@@ -38,23 +39,25 @@ def changed(features: FeatureSet, **fields: object) -> FeatureSet:
 
 def test_it_trains_on_the_rest_and_counts_right_answers(tmp_path: Path) -> None:
     features = made()
-    found = judge(features, "test", "nearest_centroid", tmp_path / "uses.jsonl")
+    found = judge(features, "test", HEADS["nearest_centroid"], tmp_path / "uses.jsonl")
     assert (found.training_images, found.images, found.copies) == (30, 30, 0)
     assert 0.8 < found.accuracy <= 1
     assert found.low < found.accuracy <= found.high
     assert found.majority_baseline == 0.5
     # Labels of the test rows decide nothing but the score.
     flipped = changed(features, labels=np.where(features.splits == "test", 1 - features.labels, features.labels))
-    assert judge(flipped, "test", "nearest_centroid", tmp_path / "uses.jsonl").accuracy == pytest.approx(
+    assert judge(flipped, "test", HEADS["nearest_centroid"], tmp_path / "uses.jsonl").accuracy == pytest.approx(
         1 - found.accuracy
     )
 
 
 def test_every_use_of_a_test_set_is_counted(tmp_path: Path) -> None:
     ledger = tmp_path / "uses.jsonl"
-    assert [judge(made(), "test", head, ledger).used for head in ("knn", "nearest_centroid", "knn")] == [1, 2, 3]
-    assert judge(made(seed=1), "test", "knn", ledger).used == 1  # other images
-    assert "use number 4 of this test set. What was chosen after" in judge(made(), "test", "knn", ledger).sentence
+    assert [judge(made(), "test", HEADS[head], ledger).used for head in ("knn", "nearest_centroid", "knn")] == [1, 2, 3]
+    assert judge(made(seed=1), "test", HEADS["knn"], ledger).used == 1  # other images
+    assert (
+        "use number 4 of this test set. What was chosen after" in judge(made(), "test", HEADS["knn"], ledger).sentence
+    )
     assert len([json.loads(line) for line in ledger.read_text().splitlines()]) == 5
 
 
@@ -64,18 +67,18 @@ def test_copies_of_training_images_are_left_out(tmp_path: Path) -> None:
     digests[40] = digests[3]  # the same file
     embeddings[40] = embeddings[3]
     embeddings[41] = embeddings[5] * 1.0001  # nearly the same picture
-    found = judge(changed(features, embeddings=embeddings, digests=digests), "test", "knn", tmp_path / "u")
+    found = judge(changed(features, embeddings=embeddings, digests=digests), "test", HEADS["knn"], tmp_path / "u")
     assert (found.images, found.copies) == (28, 2)
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:
     features = made()
     with pytest.raises(UsageError, match="no labelled images in the split val"):
-        judge(features, "val", "knn", tmp_path / "u")
+        judge(features, "val", HEADS["knn"], tmp_path / "u")
     labels = features.labels.copy()
     labels[-1] = 2
     with pytest.raises(UsageError, match="a class that only the split test has: found c"):
-        judge(changed(features, labels=labels, class_names=("a", "b", "c")), "test", "knn", tmp_path / "u")
+        judge(changed(features, labels=labels, class_names=("a", "b", "c")), "test", HEADS["knn"], tmp_path / "u")
     assert not (tmp_path / "u").exists()
 
 
