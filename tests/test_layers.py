@@ -37,6 +37,7 @@ LAYERS = [
         "store_tools",
         "heads",
         "solvers",
+        "large",
         "splits",
         "stats",
         "choose",
