@@ -28,13 +28,12 @@ class PoolRidge(Ridge):
     ----------
     pool : (m, d) unlabelled rows, normalised as the rows of ``fit`` are.
     alpha : penalty in units of the mean squared norm of all rows, about their mean.
-    sharpness : what squared distances to class means are multiplied by, twice, before the softmax, for rows of unit
-        length.
+    sharpness : what cosines to class means are multiplied by before the softmax.
     weight : of the whole pool, in units of the support; a row of the pool never weighs more than a labelled one.
     """
 
     def __init__(
-        self, pool: Array | None = None, alpha: float = 1.0, *, sharpness: float = 20.0, weight: float = 4.0
+        self, pool: Array | None = None, alpha: float = 1.0, *, sharpness: float = 10.0, weight: float = 2.0
     ) -> None:
         super().__init__(alpha)
         self.pool = pool
@@ -87,17 +86,19 @@ PRIOR = 8.0
 
 
 def soft_labels(rows: Array, hot: Array, pool: Array, *, sharpness: float, weight: float) -> Array:
-    """Shares (m, c) of the classes in each row of a pool, by class means that the pool has a say in.
+    """Shares (m, c) of the classes in each row of a pool (unit length), by class means that the pool has a say in.
 
     Soft k-means from the means of the support (Ren et al., 2018), whose rows keep their labels; the whole pool counts
-    as ``weight`` supports.
+    as ``weight`` supports. By the cosine, not the distance: a mean over many rows is shorter than one row, and by
+    distance the class whose mean is shortest would take all.
     """
-    counts, sums = hot.sum(axis=0)[:, None], hot.T @ rows
-    means = sums / counts
+    own = hot.T @ rows
     each = min(1.0, weight * len(rows) / len(pool))
+    sums = own
     for _ in range(_ROUNDS):
-        shares = softmax(sharpness * (pool @ means.T - 0.5 * np.einsum("ij,ij->i", means, means)))
-        means = (sums + each * shares.T @ pool) / (counts + each * shares.sum(axis=0)[:, None])
+        length = np.linalg.norm(sums, axis=1, keepdims=True)
+        shares = softmax(sharpness * (pool @ (sums / np.where(length > 0.0, length, 1.0)).T))
+        sums = own + each * shares.T @ pool
     return shares
 
 
