@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import uvicorn
+from threadpoolctl import ThreadpoolController
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from featx.errors import UsageError
@@ -196,7 +197,8 @@ def serve(
         await server.serve(sockets=[listener])
         telling.cancel()
 
-    with listener:
+    # Requests are what runs in parallel here: a search's threads that wait for each other would slow the engine.
+    with listener, ThreadpoolController().select(internal_api="openblas").limit(limits=1):
         asyncio.run(run())
 
 

@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,7 @@ def start(folder: Path, *command: object) -> Iterator[Running]:
     assert "Traceback" not in log.read_text() or "traceback" in log.read_text(), log.read_text()
 
 
-def start_tiny(folder: Path, **settings: Any) -> Any:
+def start_tiny(folder: Path, **settings: Any) -> AbstractContextManager[Running]:
     """The service with the engine of tiny_server.py."""
     return start(folder, TESTS / "tiny_server.py", 0, json.dumps(settings))
 

@@ -6,6 +6,7 @@ import asyncio
 import socket
 import time
 from collections import Counter
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
 from conftest import Featx, class_folders
-from servicekit import Connection, Reply, Running, form, png, post_once, start, start_tiny
+from servicekit import Connection, Reply, form, png, post_once, start, start_tiny
 
 from featx.bundle import read_bundle
 from featx.predictor import open_embedder
@@ -155,6 +156,7 @@ def test_slow_clients_hold_nobody_up(tmp_path: Path) -> None:
 def test_500_malformed_requests(tmp_path: Path) -> None:
     schemathesis = pytest.importorskip("schemathesis")
     from hypothesis import HealthCheck, Phase, given, settings
+    from hypothesis.errors import Unsatisfiable
 
     with start_tiny(tmp_path) as server:
         schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
@@ -165,7 +167,7 @@ def test_500_malformed_requests(tmp_path: Path) -> None:
                 strategy = operation.as_strategy(generation_mode=mode)
 
                 @settings(
-                    max_examples=60 if operation.method == "post" else 12, deadline=None, database=None,
+                    max_examples=100 if operation.method == "post" else 20, deadline=None, database=None,
                     suppress_health_check=list(HealthCheck), phases=[Phase.generate], derandomize=True,
                 )  # fmt: skip
                 @given(case=strategy)
@@ -179,7 +181,7 @@ def test_500_malformed_requests(tmp_path: Path) -> None:
 
                 try:
                     attack()
-                except schemathesis.core.errors.SchemathesisError:
+                except Unsatisfiable:
                     continue  # a route without parameters has no malformed requests
         print(f"statuses of {sum(seen.values())} requests: {dict(seen)}")
         assert sum(seen.values()) >= 500
@@ -200,15 +202,14 @@ def kept(tmp_path_factory: pytest.TempPathFactory, featx: Featx) -> Path:
     return folder
 
 
-def serve(kept: Path) -> object:
+def serve(kept: Path) -> AbstractContextManager[Running]:
     return start(kept, "-m", "featx", "serve", kept / "photos.model", "--store", kept / "photos.featx", "--port", 0)
 
 
 @pytest.mark.slow
 def test_a_thousand_embeddings_are_the_cached_ones_and_evidence_is_found(kept: Path) -> None:
     features = read_features(kept / "photos.featx")
-    with serve(kept) as server:  # type: ignore[attr-defined]
-        assert isinstance(server, Running)
+    with serve(kept) as server:
         largest = 0.0
         for start_at in range(0, 1000, 50):
             names = features.ids[start_at : start_at + 50]
@@ -251,21 +252,21 @@ def test_another_store_is_refused(kept: Path, featx: Featx, tmp_path: Path) -> N
 def test_throughput_is_near_the_engines_own(kept: Path) -> None:
     """What 32 clients get, over what the same engine makes of the same files in batches, just before and after."""
     model = kept / "photos.model"
-    files = sorted((kept / "photos").rglob("*.png"))[:512]
+    files = sorted((kept / "photos").rglob("*.png"))[:200]
     images = [path.read_bytes() for path in files]
-    with serve(kept) as server:  # type: ignore[attr-defined]
+    with start(kept, "-m", "featx", "serve", model, "--port", 0) as server:
         hammer(server.port, images, clients=32, seconds=1.0)
         embedder = open_embedder(read_bundle(model), model, batch_sizes=BATCH_SIZES)
         ratios = []
-        for _ in range(3):
+        for _ in range(2):
             started = time.perf_counter()
             assert sum(1 for _ in embedder.embed_files(files)) == len(files)
             own = len(files) / (time.perf_counter() - started)
             started = time.perf_counter()
-            replies = hammer(server.port, images, clients=32, seconds=4.0)
+            replies = hammer(server.port, images, clients=32, seconds=2.5)
             served = len(replies) / (time.perf_counter() - started)
             assert {reply.status for reply in replies} == {200}
             ratios.append(served / own)
             print(f"engine {own:.0f} images/s, service {served:.0f}, ratio {served / own:.2f}")
-        # The clients run on the same cores, and so may others: the best of three, with slack.
-        assert max(ratios) > 0.6
+        # The clients run on the same cores, and so may others: the better of two.
+        assert max(ratios) > 0.8
