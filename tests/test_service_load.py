@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
 from conftest import Featx, class_folders
-from servicekit import Connection, Reply, form, png, post_once, start, start_tiny
+from servicekit import Connection, Reply, Running, form, png, post_once, start, start_tiny
 
 from featx.bundle import read_bundle
 from featx.predictor import open_embedder
