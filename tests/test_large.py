@@ -26,7 +26,7 @@ def clusters(n: int, d: int, n_classes: int, seed: int = 0) -> tuple[NDArray[np.
 @pytest.mark.parametrize("n_classes", [2, 6])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_the_path_equals_logistic_regression(n_classes: int, scaled: bool) -> None:
-    rows, labels = clusters(5000, 40, n_classes)  # more than one block, and the last one short
+    rows, labels = clusters(4500, 24, n_classes)  # more than one block, and the last one short
     scale = 1.0 / np.linalg.norm(rows, axis=1) if scaled else None
     plain = rows.astype(np.float64) * (1.0 if scale is None else scale[:, None])
     cs, products = [1e-3, 1e-1, 10.0], 0
@@ -63,7 +63,7 @@ import resource
 import numpy as np
 from featx.large import logistic_path
 rng = np.random.default_rng(0)
-n, d, c = 24_000, 1024, 20
+n, d, c = 16_000, 768, 20
 labels = rng.integers(0, c, n)
 centres = (0.1 * rng.standard_normal((c, d))).astype(np.float32)
 rows = np.empty((n, d), dtype=np.float32)

@@ -98,6 +98,28 @@ def test_equal_heads_are_seldom_told_apart_and_intervals_cover(n_support: int, n
     assert np.mean([each.interval.low <= 0 <= each.interval.high for each in found]) >= 0.935
 
 
+@pytest.mark.parametrize("truth", [0.6, 0.85])
+@pytest.mark.parametrize(("n_support", "n_query"), [(10, 190), (100, 100), (160, 40)])
+def test_intervals_of_accuracy_cover(n_support: int, n_query: int, truth: float) -> None:
+    """Images differ in difficulty and supports in worth; the truth is the mean over all that could be drawn."""
+    rng = np.random.default_rng(n_query)
+    covered = np.zeros(1000, dtype=bool)
+    for which in range(len(covered)):
+        ease = rng.uniform(-0.1, 0.1, 200)
+        influence = rng.normal(0, 0.02 / np.sqrt(n_support), 200)
+        total, seen, scores = np.zeros(200), np.zeros(200), np.empty(20)
+        for episode in range(20):
+            order = rng.permutation(200)
+            support, query = order[:n_support], order[n_support : n_support + n_query]
+            right = rng.random(n_query) < truth + ease[query] + influence[support].sum()
+            scores[episode] = right.mean()
+            total[query] += right
+            seen[query] += 1
+        interval = stats.mean_interval(scores, total[seen > 0] / seen[seen > 0], n_support, n_query)
+        covered[which] = interval.low <= truth <= interval.high
+    assert covered.mean() >= 0.935  # 95 % and two standard errors of 1,000 simulations
+
+
 def test_a_real_difference_is_found() -> None:
     rng = np.random.default_rng(3)
     found = [stats.paired_difference(*draw(rng, 400, 50, 350, 20, 0.3), 50, 350) for _ in range(100)]
