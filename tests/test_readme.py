@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from conftest import class_folders
+from conftest import class_folders, picture
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -31,6 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A place with ``photos`` of two classes, and the scripts."""
     here = tmp_path_factory.mktemp("readme")
     class_folders(here / "photos", each=8)
+    picture(500, (300, 200)).save(here / "photo.jpg")
     (here / "scripts").symlink_to(ROOT / "scripts")
     return here
 
@@ -54,11 +57,42 @@ def test_every_command_runs(folder: Path) -> None:
 
 
 def test_the_python_runs(folder: Path) -> None:
-    (code,) = blocks("python")
+    code = blocks("python")[0]
     shutil.rmtree(folder / "photos.featx", ignore_errors=True)
     done = run([sys.executable, "-W", "error", "-c", f"{code.rstrip()}\nprint(features.embeddings.shape)"], folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "(16, 1280)"
+
+
+@pytest.mark.slow
+def test_the_service_answers_as_the_readme_asks(folder: Path) -> None:
+    for command in ("featx extract photos --out photos.featx", "featx fit photos.featx --out photos.model"):
+        assert run(["bash", "-c", command], folder).returncode == 0
+    if shutil.which("curl") is None:
+        pytest.skip("there is no curl")
+    (block,) = blocks("sh")
+    serve, *questions = block.strip().splitlines()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", *serve.split(), "--port", str(port)]
+    server = subprocess.Popen(command, cwd=folder, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while run(["curl", "-sf", f"http://127.0.0.1:{port}/ready"], folder).returncode:
+            assert server.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        for question in questions:
+            done = run(["bash", "-c", question.replace("curl", "curl -sf").replace("8000", str(port))], folder)
+            assert done.returncode == 0, done.stderr
+            assert "ants" in done.stdout
+        client = run([sys.executable, "-W", "error", "-c", blocks("python")[1].replace("8000", str(port))], folder)
+        assert client.returncode == 0, client.stderr
+        assert client.stdout.split()[0] in ("ants", "bees")
+    finally:
+        server.terminate()
+        assert server.wait(timeout=40) == 0
 
 
 def test_the_package_docstring_has_the_same_four_lines() -> None:
