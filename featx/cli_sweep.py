@@ -94,7 +94,7 @@ def run_sweep(
     """What ``featx sweep`` and the last step of ``featx demo`` do."""
     import numpy as np
 
-    from featx.centre import shipped_centre, unlabelled_centre
+    from featx.centre import unlabelled_centre
     from featx.originals import Originals
     from featx.report import render, write_report
     from featx.store import read_features, source_of
@@ -118,7 +118,7 @@ def run_sweep(
     if unlabelled or unlabelled_from:
         pool = _pool(features, rows if unlabelled else rows[:0], unlabelled_from)
         rows = rows[features.labels[rows] >= 0]
-    centre = shipped_centre(features.provenance, layer) if pool is None else unlabelled_centre(pool)
+    centre = None if pool is None else unlabelled_centre(pool)
     try:
         with ProgressLine("comparing heads") as line:
             result = sweep_heads(
@@ -160,7 +160,7 @@ def run_sweep(
         print_json(
             {
                 **result.to_json(),
-                "unlabelled": centre.unlabelled,
+                "unlabelled": 0 if pool is None else len(pool),
                 "test": judged.to_json() if judged else None,
                 "report": str(where),
             }

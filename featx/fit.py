@@ -23,17 +23,15 @@ from threadpoolctl import threadpool_limits
 from featx import stats
 from featx.bundle import Bundle
 from featx.calibrate import fit_sharpness, fit_threshold
-from featx.centre import Centre, shipped_centre
 from featx.choose import N_FOLDS, choose
 from featx.embed import Embedder
 from featx.errors import UsageError
-from featx.heads import Head
+from featx.heads import HEADS
 from featx.images import encode
 from featx.scoring import Array, Scorer, softmax
 from featx.splits import Index, distinct_counts, find_duplicates, fold_numbers
 from featx.store import FeatureSet
 from featx.sweep import sweep_heads
-from featx.unlabelled import heads_for
 
 N_GOLDEN = 16
 """Rows that are kept with the scores they got, to find out at loading whether the head still gives them."""
@@ -67,7 +65,6 @@ def fit_head(
     heads: Sequence[str] = ("auto",),
     max_error: float = 0.05,
     random_state: int = 0,
-    centre: Centre | None = None,
     n_jobs: int | None = None,
     progress: Progress | None = None,
 ) -> FittedHead:
@@ -82,7 +79,6 @@ def fit_head(
     heads : names of :data:`featx.heads.HEADS`; of several, the sweep's winner when all images but a fifth are shots.
     max_error : share of answers that may be wrong; below the threshold that follows the head abstains.
     random_state : seed of the folds.
-    centre : a mean from elsewhere that heads measure from, as in the sweep.
     n_jobs : workers that compare several heads; by default one for each core.
     progress : called as ``progress(done, total, what)``.
 
@@ -105,24 +101,20 @@ def fit_head(
     say: Progress = progress or (lambda done, total, what: None)
     notes = _notes(len(labels) - len(kept), class_names, names)
 
-    catalogue = heads_for(centre)
-    if centre:
-        notes.append(centre.told)
-    chosen = [catalogue[name].name for name in dict.fromkeys(heads)]
+    chosen = [HEADS[name].name for name in dict.fromkeys(heads)]
     if len(chosen) > 1:
         swept = sweep_heads(
             rows, y, class_names=names, groups=copies, heads=chosen, shots=("all",), episodes=10,
-            random_state=random_state, n_jobs=n_jobs, near_duplicates=None, centre=centre, progress=progress,
+            random_state=random_state, n_jobs=n_jobs, near_duplicates=None, progress=progress,
         )  # fmt: skip
         notes.append(f"{swept.winner} had the highest accuracy of {', '.join(chosen)} over 10 draws.")
         chosen = [swept.winner]
     name = chosen[0]
-    head = catalogue[name]
     folds = fold_numbers(y, copies, N_FOLDS, random_state)
     n_folds = int(folds.max()) + 1
     total = 1 + (n_folds if n_folds > 1 else 0)
     say(0, total, f"fitting {name}")
-    scorer, params, converged = _fit(head, rows, y, copies, random_state)
+    scorer, params, converged = _fit(name, rows, y, copies, random_state)
     say(1, total, f"fitting {name}")
     scores = None
     if n_folds > 1:
@@ -130,7 +122,7 @@ def fit_head(
         for fold in range(n_folds):
             held = folds == fold
             inner = np.unique(copies[~held], return_inverse=True)[1].reshape(-1)
-            part, _, fine = _fit(head, rows[~held], y[~held], inner, random_state)
+            part, _, fine = _fit(name, rows[~held], y[~held], inner, random_state)
             scores[held] = part.scores(rows[held])
             converged &= fine
             say(2 + fold, total, "scoring images out of fold")
@@ -169,13 +161,13 @@ def _notes(unlabelled: int, class_names: Sequence[str], present: Sequence[str]) 
 
 
 def _fit(
-    head: Head, rows: NDArray[np.floating], labels: NDArray[np.int64], groups: Index, random_state: int
+    name: str, rows: NDArray[np.floating], labels: NDArray[np.int64], groups: Index, random_state: int
 ) -> tuple[Scorer, dict[str, Any], bool]:
     """A head fitted as the sweep fits it: normaliser and parameters chosen on these rows alone."""
     with threadpool_limits(limits=1, user_api="blas"), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
-        choice = choose(head, rows, labels, groups, random_state=random_state)
-        model = head.build(**choice.params).fit(rows, labels)
+        choice = choose(HEADS[name], rows, labels, groups, random_state=random_state)
+        model = HEADS[name].build(**choice.params).fit(rows, labels)
     failed = False
     for each in caught:
         if issubclass(each.category, ConvergenceWarning):
@@ -262,7 +254,6 @@ def fit_bundle(
         heads=heads,
         max_error=max_error,
         random_state=random_state,
-        centre=shipped_centre(features.provenance, features.layer),
         progress=progress,
     )
     probe = encode(probe_pixels())

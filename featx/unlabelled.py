@@ -108,7 +108,7 @@ def heads_for(centre: Centre | None, pool: NDArray[np.floating] | None = None) -
     Without a centre these are :data:`featx.heads.HEADS` as they are. With a pool the recommended head is
     ``ridge_pool``.
     """
-    if centre is None or centre.mean is None:
+    if centre is None:
         return HEADS
     heads = [head.centred(centre.mean) for head in HEADS.values()]
     if pool is None:

@@ -6,8 +6,6 @@
 Peers are written as their projects have them. Differences are paired: featx minus the peer on the same
 support and query, with 95 % intervals over data sets and draws.
 
-The mean that ships with featx was made from some of these very image sets. So it is not used here: each store is
-judged with a mean made from the other stores (and a lone store without one), by the code that makes the shipped one.
 With ``--unlabelled`` half of each store's images, drawn by chance, lose their labels and are the pool of a second head;
 supports and queries, of all heads, are from the other half.
 """
@@ -23,7 +21,6 @@ from typing import Any
 
 import joblib
 import numpy as np
-from make_mean import mean_of
 from numpy.typing import NDArray
 from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
@@ -35,15 +32,16 @@ from sklearn.svm import SVC, LinearSVC
 from threadpoolctl import threadpool_limits
 
 from featx import stats
-from featx.centre import Centre, unlabelled_centre
+from featx.centre import unlabelled_centre
 from featx.choose import choose
-from featx.heads import Catalogue
+from featx.heads import HEADS, Catalogue
 from featx.splits import KShotSplit, find_duplicates
 from featx.store import read_features
 from featx.unlabelled import heads_for
 
 SHOTS = (1, 2, 5, 10, 20)
 Rows = NDArray[np.float64]
+Fit = Callable[[Rows, Any], Any]
 
 
 def mteb(rows: Rows, labels: Any) -> Any:
@@ -88,7 +86,7 @@ def simpleshot(rows: Rows, labels: Any) -> Any:
     return make_pipeline(StandardScaler(with_std=False), Normalizer(), NearestCentroid()).fit(rows, labels)
 
 
-PEERS: dict[str, Callable[[Rows, Any], Any]] = {
+PEERS: dict[str, Fit] = {
     "MTEB": mteb, "CLIP": clip, "AutoGluon": autogluon, "VISSL": vissl, "DINOv2": dinov2, "SimpleShot": simpleshot,
 }  # fmt: skip
 
@@ -116,10 +114,8 @@ def one(
         warnings.simplefilter("ignore")
         support, query = KShotSplit(n_shots).episode(labels, groups, episode)
         query = np.random.default_rng(episode).permutation(query)[:max_query]
-        own: dict[str, Callable[[Rows, Any], Any]] = {
-            name: partial(auto, catalogue) for name, catalogue in ours.items()
-        }
-        for name, fit in {**own, **{peer: PEERS[peer] for peer in peers}}.items():
+        fits: dict[str, Fit] = {name: partial(auto, catalogue) for name, catalogue in ours.items()}
+        for name, fit in {**fits, **{peer: PEERS[peer] for peer in peers}}.items():
             model = fit(rows[support], labels[support])
             right = model.predict(rows[query]) == labels[query]
             has = hasattr(model, "predict_proba") and name != "SimpleShot"
@@ -141,15 +137,14 @@ def main() -> None:
     parser.add_argument("--unlabelled", action="store_true", help="a second head, with half of the images as its pool")
     options = parser.parse_args()
     scores, ece = {}, {}
-    stores = {path: read_features(path) for path in options.stores}
     shots = [n for n in SHOTS if n in options.shots]
-    for path, features in stores.items():
+    for path in options.stores:
+        features = read_features(path)
         known = features.labels >= 0
         rows, labels = features.embeddings[known].astype(np.float64), features.labels[known]
         digests = np.unique(features.digests[known], axis=0, return_inverse=True)[1].reshape(-1)
         groups = find_duplicates(rows, digests).groups
-        others = [other for each, other in stores.items() if each != path]
-        ours = {"featx": heads_for(Centre(mean_of(others), "") if others else None)}
+        ours: dict[str, Catalogue] = {"featx": HEADS}
         if options.unlabelled:
             pooled = (np.random.default_rng(0).random(groups.max() + 1) < 0.5)[groups]
             ours["featx+pool"] = heads_for(unlabelled_centre(rows[pooled]), rows[pooled])
