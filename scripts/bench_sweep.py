@@ -155,12 +155,13 @@ def agree(tasks: list[Task], found: list[list[Search]], plain: list[list[GridSea
             equal = search.best == grid.best_index_ or bool(np.isclose(scores[search.best], grid.best_score_))
             same += equal
             if not equal:  # is it the search, or that its solver stopped early?
-                patient = model.__class__(tol=1e-9, max_iter=100_000)
-                grid = GridSearchCV(patient, {"C": CS}, cv=PredefinedSplit(folds)).fit(rows, labels)
+                patient = model.__class__(tol=1e-7, max_iter=20_000)
+                grid = GridSearchCV(patient, {"C": CS}, cv=PredefinedSplit(folds), n_jobs=-1).fit(rows, labels)
                 scores = grid.cv_results_["mean_test_score"]
                 equal = search.best == grid.best_index_ or bool(np.isclose(scores[search.best], grid.best_score_))
             same_solved += equal
-            exact = model.__class__(C=CS[search.best], tol=1e-10, max_iter=100_000).fit(rows, labels)
+            tol = 1e-10 if loss == "softmax" else 1e-7  # lbfgs and liblinear do not mean the same by it
+            exact = model.__class__(C=CS[search.best], tol=tol, max_iter=100_000).fit(rows, labels)
             mine = query @ search.coef.T + search.intercept
             alike += int((mine.argmax(axis=1) == exact.predict(query)).sum())
             total += len(query)
@@ -175,7 +176,7 @@ def agree(tasks: list[Task], found: list[list[Search]], plain: list[list[GridSea
         if loss == "softmax":
             out[name]["largest_gap_of_probabilities"] = gap
         out[name]["converged"] = all(ours[which].converged for ours in found)
-        print(name, json.dumps(out[name]))
+        print(name, json.dumps(out[name]), flush=True)
     return out
 
 
