@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from featx.errors import FeatxError
     from featx.extract import extract_features
     from featx.heads import make_head
+    from featx.retrieval import GalleryIndex
     from featx.sources import ImageSet
     from featx.splits import KShotSplit
     from featx.store import FeatureSet, iter_features, read_features
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _HOME = {
     "FeatureSet": "store",
     "FeatxError": "errors",
+    "GalleryIndex": "retrieval",
     "ImageSet": "sources",
     "KShotSplit": "splits",
     "extract_features": "extract",
@@ -51,6 +53,7 @@ __all__ = [  # noqa: RUF022 - in the order of use
     "make_head",
     "KShotSplit",
     "sweep_heads",
+    "GalleryIndex",
     "FeatxError",
 ]
 

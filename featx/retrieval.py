@@ -186,7 +186,7 @@ class GalleryIndex(BaseEstimator):  # type: ignore[misc]
         reached = 0.0
         # Ranking more candidates costs more than reading more lists, so it is the last resort.
         for deepest in (_DEPTHS[-2], _DEPTHS[-1]):
-            for probes in (2**i for i in range(int(math.log2(index.n_lists)))):
+            for probes in _steps(index.n_lists // 2):
                 reached, enough = measure(probes, deepest)
                 if not enough:
                     continue
@@ -375,6 +375,11 @@ class GalleryIndex(BaseEstimator):  # type: ignore[misc]
     def unit_rows(self, rows: Rows) -> Floats:
         """Embeddings (m, d) of row numbers, scaled to length 1."""
         return self._take(rows) * _inverse(self._norms[rows])[:, None]
+
+
+def _steps(most: int) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12, ... up to ``most``."""
+    return sorted({step for i in range(most.bit_length()) for step in (2**i, 3 * 2**i // 2) if step <= most})
 
 
 def _matrix(values: ArrayLike, name: str) -> Floats:
