@@ -20,15 +20,14 @@ from featx.heads import (
     Centroid,
     Discriminant,
     Head,
-    Kind,
     Logistic,
-    Normalise,
     Ridge,
     SquaredHinge,
     mean_squared_norm,
     signs,
     with_constant,
 )
+from featx.normalise import Kind, Normalise
 from featx.solvers import Array, Loss, RowSpace, discriminant_path, newton_path, ridge_held_out, softmax
 from featx.splits import Index, distinct_counts, fold_numbers
 
@@ -95,7 +94,7 @@ class Views:
 
     def space(self, kind: Kind, estimator: type) -> RowSpace:
         """What ``estimator.space_of`` gives for the normalised rows."""
-        key = kind, estimator is SquaredHinge
+        key = kind, estimator in (SquaredHinge, Ridge)  # those that penalise their intercept
         if key not in self._spaces:
             self._spaces[key] = (SquaredHinge if key[1] else Logistic).space_of(self.rows(kind))
         return self._spaces[key]
@@ -280,7 +279,7 @@ def search_penalty(
     cs : ascending plain values of C.
     """
     hinge = loss == "squared_hinge"
-    space = RowSpace.of(with_constant(np.asarray(rows)), centre=False) if hinge else RowSpace.of(rows)
+    space = RowSpace.of(with_constant(np.asarray(rows), 1.0), centre=False) if hinge else RowSpace.of(rows)
     z, n_folds = space.coordinates, int(folds.max()) + 1
     # The last weighting is the whole support: its point of the path is the refit.
     weights = np.array([*(folds != number for number in range(n_folds)), np.ones(len(z))], dtype=np.float64)
@@ -325,7 +324,8 @@ def _ridge(
     targets = signs(labels, int(labels.max()) + 1)
     space = views.space(kind, Ridge)
     unit = mean_squared_norm(space.coordinates)
-    return np.stack([ridge_held_out(space, targets, value * unit, folds) for value in values]), True
+    held_out = [ridge_held_out(space, targets, value * unit, folds, fit_intercept=False) for value in values]
+    return np.stack(held_out), True
 
 
 def _discriminant(

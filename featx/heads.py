@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.base import BaseEstimator, ClassifierMixin, OneToOneFeatureMixin, TransformerMixin
+from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import Pipeline
@@ -25,6 +25,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from featx.errors import UsageError, did_you_mean
+from featx.normalise import Kind, Normalise
 from featx.solvers import (
     Array,
     RowSpace,
@@ -35,56 +36,6 @@ from featx.solvers import (
     softmax,
     temperature,
 )
-
-Kind: TypeAlias = Literal["none", "l2", "centre_l2", "standardise", "power_l2"]
-KINDS: tuple[Kind, ...] = ("none", "l2", "centre_l2", "standardise", "power_l2")
-#: Kinds that treat each row by itself: what they give does not depend on which rows are in the support.
-ROWWISE: frozenset[Kind] = frozenset({"none", "l2", "power_l2"})
-
-
-class Normalise(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
-    """What happens to an embedding before a head sees it.
-
-    Parameters
-    ----------
-    kind : ``"none"``; ``"l2"`` to unit length; ``"centre_l2"`` minus the mean, then unit length;
-        ``"standardise"`` minus the mean, by the standard deviation; ``"power_l2"`` signed square root,
-        then unit length.
-    mean : (d,) a mean from elsewhere for ``"centre_l2"`` (:mod:`featx.centre`); by default the support's. The other
-        kinds do not look at it.
-    """
-
-    def __init__(self, kind: Kind = "l2", mean: ArrayLike | None = None) -> None:
-        self.kind = kind
-        self.mean = mean
-
-    def fit(self, X: ArrayLike, y: ArrayLike | None = None) -> Normalise:
-        """Learn the mean and the standard deviation (d,), for the kinds that need them."""
-        if self.kind not in KINDS:
-            raise ValueError(f"kind of Normalise must be one of {', '.join(KINDS)}, got {self.kind!r}")
-        rows = validate_data(self, X, dtype=np.float64)
-        own = self.mean is None or self.kind != "centre_l2"
-        self.mean_ = rows.mean(axis=0) if own else np.asarray(self.mean, dtype=np.float64)
-        if self.mean_.shape != rows.shape[1:]:
-            raise ValueError(f"mean of Normalise must have shape {rows.shape[1:]}, got {self.mean_.shape}")
-        deviation = rows.std(axis=0)
-        self.scale_ = np.where(deviation > 0.0, deviation, 1.0)
-        return self
-
-    def transform(self, X: ArrayLike) -> Array:
-        """Normalised rows (n, d), float64."""
-        check_is_fitted(self)
-        rows: Array = validate_data(self, X, dtype=np.float64, reset=False)
-        if self.kind == "standardise":
-            return (rows - self.mean_) / self.scale_
-        if self.kind == "centre_l2":
-            rows = rows - self.mean_
-        elif self.kind == "power_l2":
-            rows = np.sign(rows) * np.sqrt(np.abs(rows))
-        if self.kind == "none":
-            return rows
-        length = np.linalg.norm(rows, axis=1, keepdims=True)
-        return rows / np.where(length > 0.0, length, 1.0)
 
 
 def mean_squared_norm(rows: Array, weights: Array | None = None) -> float:
@@ -174,7 +125,7 @@ class Logistic(_Penalised):
 
 
 class SquaredHinge(_Penalised):
-    """Linear SVM, one against the rest; with ``scale_free=False`` equal to ``LinearSVC(C=C)``."""
+    """Linear SVM, one against the rest; with ``scale_free=False`` equal to ``LinearSVC(C=C)`` on normalised rows."""
 
     def __init__(self, C: float = 10.0, *, scale_free: bool = True) -> None:
         super().__init__(C, scale_free=scale_free)
@@ -191,13 +142,18 @@ class SquaredHinge(_Penalised):
         path = newton_path(space.coordinates, labels, n_classes, weights, cs, loss="squared_hinge", fit_intercept=False)
         point = next(path)
         coef = (space.basis @ point.coef[0]).T
-        self.coef_, self.intercept_ = coef[:, :-1], coef[:, -1]
+        self.coef_, self.intercept_ = coef[:, :-1], coef[:, -1] * constant_for(rows)
         self._warn(point.converged)
 
 
-def with_constant(rows: Array) -> Array:
-    """Rows (n, d + 1) with a last column of ones, whose coefficient is a penalised intercept."""
-    return np.hstack([rows, np.ones((len(rows), 1))])
+def constant_for(rows: Array) -> float:
+    """The root mean squared norm of rows (n, d), 1 for normalised ones: a constant column in their own scale."""
+    return float(np.sqrt(np.einsum("ij,ij->", rows, rows) / len(rows))) or 1.0
+
+
+def with_constant(rows: Array, constant: float | None = None) -> Array:
+    """Rows (n, d + 1) with a last column of :func:`constant_for`, whose coefficient makes a penalised intercept."""
+    return np.hstack([rows, np.full((len(rows), 1), constant_for(rows) if constant is None else constant)])
 
 
 def signs(labels: NDArray[np.integer], n_classes: int) -> Array:
@@ -207,7 +163,11 @@ def signs(labels: NDArray[np.integer], n_classes: int) -> Array:
 
 
 class Ridge(_Linear):
-    """Least squares on targets -1 and 1; with ``scale_free=False`` equal to ``RidgeClassifier(alpha)``.
+    """Least squares on targets -1 and 1, with an intercept that is penalised like every other coefficient.
+
+    With ``scale_free=False`` it equals ``RidgeClassifier(alpha, fit_intercept=False)`` on normalised rows
+    and a constant of 1.
+    A free intercept is learnt from the means of a few rows, and costs a quarter of a point at two shots.
 
     ``alpha`` is in units of the mean squared norm of the centred support. Probabilities are a softmax of
     the scores times ``temperature_``, which is learnt from the support alone: see
@@ -218,14 +178,20 @@ class Ridge(_Linear):
         self.alpha = alpha
         self.scale_free = scale_free
 
+    @classmethod
+    def space_of(cls, rows: Array) -> RowSpace:
+        return RowSpace.of(with_constant(rows), centre=False)
+
     def _fit(self, rows: Array, labels: NDArray[np.intp], space: RowSpace | None) -> None:
         if not self.alpha > 0:
             raise ValueError(f"alpha of Ridge must be positive, got {self.alpha!r}")
         alpha = self.alpha * mean_squared_norm(rows) if self.scale_free else self.alpha
         targets, space = signs(labels, len(self.classes_)), space or self.space_of(rows)
-        self.coef_, self.intercept_ = ridge_coefficients(space, targets, alpha)
+        coef, _ = ridge_coefficients(space, targets, alpha, fit_intercept=False)
+        self.coef_, self.intercept_ = coef[:, :-1], coef[:, -1] * constant_for(rows)
         counts = np.bincount(labels)
-        held_out = ridge_held_out(space, targets, alpha, round_robin(labels, min(int(counts.min()), 10)))
+        folds = round_robin(labels, min(int(counts.min()), 10))
+        held_out = ridge_held_out(space, targets, alpha, folds, fit_intercept=False)
         self.temperature_ = 8.0 if counts.min() < 2 else temperature(_both(held_out), labels)
 
     def predict_proba(self, X: ArrayLike) -> Array:

@@ -280,16 +280,28 @@ def _dots(left: Floats, right: Floats) -> Array:
     return total
 
 
-def ridge_coefficients(space: RowSpace, targets: Array, alpha: float) -> tuple[Array, Array]:
-    """``Ridge(alpha).fit``: coefficients (c, d) and intercept (c,) for targets (n, c)."""
+def ridge_coefficients(
+    space: RowSpace, targets: Array, alpha: float, *, fit_intercept: bool = True
+) -> tuple[Array, Array]:
+    """``Ridge(alpha).fit``: coefficients (c, d) and intercept (c,) for targets (n, c).
+
+    Without ``fit_intercept`` the space has to be one that was not centred.
+    """
     z = space.coordinates
-    offset = targets.mean(axis=0)
+    offset = targets.mean(axis=0) if fit_intercept else np.zeros(targets.shape[1])
     inner = (z.T @ (targets - offset)) / (np.einsum("ij,ij->j", z, z) + alpha)[:, None]
     coef = (space.basis @ inner).T
     return coef, offset - coef @ space.origin
 
 
-def ridge_held_out(space: RowSpace, targets: Array, alpha: float, folds: NDArray[np.integer] | None = None) -> Array:
+def ridge_held_out(
+    space: RowSpace,
+    targets: Array,
+    alpha: float,
+    folds: NDArray[np.integer] | None = None,
+    *,
+    fit_intercept: bool = True,
+) -> Array:
     """Predictions (n, c) of ``Ridge(alpha)`` for every row by the fit without its fold, and without refits.
 
     For a linear smoother with hat matrix H the residuals of a held-out block are ``(1 - H_bb)^-1`` times
@@ -297,16 +309,17 @@ def ridge_held_out(space: RowSpace, targets: Array, alpha: float, folds: NDArray
     row is a fold of its own (leave-one-out).
     """
     z = space.coordinates
-    offset = targets.mean(axis=0)
+    offset = targets.mean(axis=0) if fit_intercept else np.zeros(targets.shape[1])
+    constant = 1.0 / len(z) if fit_intercept else 0.0  # the intercept's share of the hat matrix
     shrunk = z / (np.einsum("ij,ij->j", z, z) + alpha)
     residual = targets - offset - shrunk @ (z.T @ (targets - offset))
     if folds is None:
-        leverage = 1.0 / len(z) + np.einsum("ij,ij->i", shrunk, z)
+        leverage = constant + np.einsum("ij,ij->i", shrunk, z)
         return np.asarray(targets - residual / np.maximum(1.0 - leverage, 1e-12)[:, None])
     out = np.empty_like(targets)
     for fold in range(int(folds.max()) + 1):
         own = np.flatnonzero(folds == fold)
-        left = np.eye(len(own)) - 1.0 / len(z) - shrunk[own] @ z[own].T
+        left = np.eye(len(own)) - constant - shrunk[own] @ z[own].T
         if len(own) == len(z):  # nothing is left to fit, and the block is singular
             out[own] = targets[own] - np.linalg.lstsq(left, residual[own], rcond=None)[0]
         else:

@@ -23,8 +23,9 @@ from featx import stats
 from featx.centre import Centre
 from featx.choose import Views, choose, fit_head
 from featx.errors import UsageError
-from featx.heads import Head, Kind, Normalise
+from featx.heads import Head
 from featx.journal import Journal, plan_hash
+from featx.normalise import Kind, Normalise
 from featx.results import SweepResult, Trial
 from featx.splits import (
     Duplicates,

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx.centre import Centre
-from featx.heads import HEADS, Catalogue, Head, Normalise, Ridge, round_robin
+from featx.heads import HEADS, Catalogue, Head, Ridge, round_robin
+from featx.normalise import Normalise
 from featx.solvers import Array, RowSpace, softmax, temperature
 
 MAX_POOL = 1000

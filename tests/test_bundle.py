@@ -23,7 +23,8 @@ from sklearn.pipeline import Pipeline
 
 from featx.bundle import Bundle, bundle_bytes, parse_bundle, read_bundle, write_bundle
 from featx.errors import BundleError
-from featx.heads import HEADS, Normalise, make_head
+from featx.heads import HEADS, make_head
+from featx.normalise import Normalise
 from featx.scoring import KINDS, Scorer, margins, softmax
 
 PROVENANCE = {"backbone": "tiny", "weights": "none", "weights_sha256": "0" * 64, "layers": ["penultimate"]}

@@ -14,11 +14,12 @@ from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.model_selection import GridSearchCV
 from sklearn.neighbors import NearestCentroid
 from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import Normalizer, StandardScaler
+from sklearn.preprocessing import FunctionTransformer, Normalizer, StandardScaler
 from sklearn.svm import LinearSVC
 
 from featx.errors import UsageError
-from featx.heads import HEADS, KINDS, Kind, Normalise, make_head, mean_squared_norm
+from featx.heads import HEADS, make_head, mean_squared_norm
+from featx.normalise import KINDS, Kind, Normalise
 
 
 def blobs(n_classes: int, shots: int, d: int = 40, seed: int = 0) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
@@ -97,10 +98,12 @@ def test_auto_is_the_recommended_head() -> None:
     assert repr(make_head()) == repr(make_head(HEADS.recommended))
 
 
+WITH_ONE = FunctionTransformer(lambda rows: np.hstack([rows, np.ones((len(rows), 1))]))
+
 PLAIN: list[tuple[str, dict[str, Any], Any]] = [
     ("logreg", {"C": 2.0, "scale_free": False}, LogisticRegression(C=2.0, tol=1e-10, max_iter=20_000)),
     ("linear_svm", {"C": 0.5, "scale_free": False}, LinearSVC(C=0.5, tol=1e-10, max_iter=200_000)),
-    ("ridge", {"alpha": 3.0, "scale_free": False}, RidgeClassifier(alpha=3.0, solver="svd")),
+    ("ridge", {"alpha": 3.0, "scale_free": False}, make_pipeline(WITH_ONE, RidgeClassifier(3.0, fit_intercept=False))),
     ("lda", {"shrinkage": 0.4}, LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.4)),
 ]
 

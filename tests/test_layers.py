@@ -36,6 +36,7 @@ LAYERS = [
         "store_writer",
         "store_tools",
         "heads",
+        "normalise",
         "solvers",
         "large",
         "splits",
@@ -89,7 +90,7 @@ DOORS = {
     "starlette": {"service", "service_work", "service_guard"},
     "uvicorn": {"service_run"},
     "prometheus_client": {"service_watch"},
-    "sklearn": {"retrieval", "postprocess", "heads", "solvers", "splits", "stats", "choose"}
+    "sklearn": {"retrieval", "postprocess", "normalise", "heads", "solvers", "splits", "stats", "choose"}
     | {"sweep", "journal", "fit", "export", "demo"},
 }
 """Who may import what; a library that is not named is free."""

@@ -75,8 +75,8 @@ def test_the_service_answers_as_the_readme_asks(folder: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", *serve.split(), "--port", str(port)]
-    server = subprocess.Popen(command, cwd=folder, stderr=subprocess.DEVNULL)
+    server_command = [sys.executable, "-m", *serve.split(), "--port", str(port)]
+    server = subprocess.Popen(server_command, cwd=folder, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 60
         while run(["curl", "-sf", f"http://127.0.0.1:{port}/ready"], folder).returncode:

@@ -1,0 +1,62 @@
+"""The normalisers: what happens to an embedding before a head sees it."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike
+from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from featx.solvers import Array
+
+Kind: TypeAlias = Literal["none", "l2", "centre_l2", "standardise", "power_l2"]
+KINDS: tuple[Kind, ...] = ("none", "l2", "centre_l2", "standardise", "power_l2")
+#: Kinds that treat each row by itself: what they give does not depend on which rows are in the support.
+ROWWISE: frozenset[Kind] = frozenset({"none", "l2", "power_l2"})
+
+
+class Normalise(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
+    """What happens to an embedding before a head sees it.
+
+    Parameters
+    ----------
+    kind : ``"none"``; ``"l2"`` to unit length; ``"centre_l2"`` minus the mean, then unit length;
+        ``"standardise"`` minus the mean, by the standard deviation; ``"power_l2"`` signed square root,
+        then unit length.
+    mean : (d,) a mean from elsewhere for ``"centre_l2"`` (:mod:`featx.centre`); by default the support's. The other
+        kinds do not look at it.
+    """
+
+    def __init__(self, kind: Kind = "l2", mean: ArrayLike | None = None) -> None:
+        self.kind = kind
+        self.mean = mean
+
+    def fit(self, X: ArrayLike, y: ArrayLike | None = None) -> Normalise:
+        """Learn the mean and the standard deviation (d,), for the kinds that need them."""
+        if self.kind not in KINDS:
+            raise ValueError(f"kind of Normalise must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        rows = validate_data(self, X, dtype=np.float64)
+        own = self.mean is None or self.kind != "centre_l2"
+        self.mean_ = rows.mean(axis=0) if own else np.asarray(self.mean, dtype=np.float64)
+        if self.mean_.shape != rows.shape[1:]:
+            raise ValueError(f"mean of Normalise must have shape {rows.shape[1:]}, got {self.mean_.shape}")
+        deviation = rows.std(axis=0)
+        self.scale_ = np.where(deviation > 0.0, deviation, 1.0)
+        return self
+
+    def transform(self, X: ArrayLike) -> Array:
+        """Normalised rows (n, d), float64."""
+        check_is_fitted(self)
+        rows: Array = validate_data(self, X, dtype=np.float64, reset=False)
+        if self.kind == "standardise":
+            return (rows - self.mean_) / self.scale_
+        if self.kind == "centre_l2":
+            rows = rows - self.mean_
+        elif self.kind == "power_l2":
+            rows = np.sign(rows) * np.sqrt(np.abs(rows))
+        if self.kind == "none":
+            return rows
+        length = np.linalg.norm(rows, axis=1, keepdims=True)
+        return rows / np.where(length > 0.0, length, 1.0)
