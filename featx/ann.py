@@ -1,10 +1,11 @@
 """The approximate index for very large galleries: faiss's only door.
 
-Rows of length 1 are rotated onto their leading principal axes, grouped into lists by k-means, and kept as 8-bit codes
-(Jégou, Douze and Schmid, 2011, "Product quantization for nearest neighbor search", for the inverted lists; Johnson,
-Douze and Jégou, 2019, "Billion-scale similarity search with GPUs", for the library). It only proposes candidates: what
-is returned is ranked by the embeddings themselves (:mod:`featx.retrieval`). How many lists are read is the smallest
-number that reaches the recall asked for, as measured against the exact search on rows of the gallery itself.
+Rows of length 1 are rotated onto their leading principal axes, grouped into lists by k-means, and kept as codes of 2
+bits an axis, which are compared in registers (Jégou, Douze and Schmid, 2011, "Product quantization for nearest neighbor
+search"; André, Kermarrec and Le Scouarnec, 2015, "Cache locality is not enough"; Douze et al., 2024, "The faiss
+library"). The best by these are compared by codes of 8 bits an axis, and the best of those are the candidates: what is
+returned is ranked by the embeddings themselves (:mod:`featx.retrieval`). How many lists are read is the smallest number
+that reaches the recall asked for, as measured against the exact search on rows of the gallery itself.
 
 faiss is optional, and imported when the first approximate index is made or opened.
 """
@@ -32,6 +33,9 @@ MIN_ROWS = 1_000
 
 CODE_DIM = 256
 """Principal axes that candidates are compared on; 1,280-d embeddings keep nearly all their variance there."""
+
+REFINED = 8
+"""Rows that are compared by the finer codes, for each candidate."""
 
 _BLOCK = 65_536
 _TRAIN_PER_LIST = 64
@@ -80,13 +84,13 @@ class ApproximateIndex:
 
     def set_probes(self, probes: int) -> None:
         """Read so many lists a query; as many as there are at most."""
-        lists = _faiss().extract_index_ivf(self._index)
+        lists = _lists(self._index)
         self.probes = min(probes, int(lists.nlist))
         lists.nprobe = self.probes
 
     @property
     def n_lists(self) -> int:
-        return int(_faiss().extract_index_ivf(self._index).nlist)
+        return int(_lists(self._index).nlist)
 
     @classmethod
     def train(cls, take: Take, rows: int, dim: int, *, random_state: int) -> ApproximateIndex:
@@ -102,11 +106,14 @@ class ApproximateIndex:
             raise UsageError(
                 "too few images for an approximate index", expected=f"at least {MIN_ROWS:,}", found=f"{rows:,}"
             )
-        lists = n_lists(rows)
-        axes = f"PCA{CODE_DIM}," if dim > CODE_DIM else ""
+        if dim < 2:
+            raise UsageError("too few features for an approximate index", expected="at least 2", found=dim)
+        lists, code_dim = n_lists(rows), min(CODE_DIM, dim - dim % 2)
         # On rows of length 1 the order by distance is the order by cosine, and distances survive the centring of PCA.
-        index = faiss.index_factory(dim, f"{axes}IVF{lists},SQ8", faiss.METRIC_L2)
-        clusters = faiss.extract_index_ivf(index).cp
+        codes = faiss.index_factory(code_dim, f"IVF{lists},PQ{code_dim // 2}x4fs,Refine(SQ8)", faiss.METRIC_L2)
+        codes.k_factor = REFINED
+        index = faiss.IndexPreTransform(faiss.PCAMatrix(dim, code_dim), codes)
+        clusters = _lists(index).cp
         clusters.seed, clusters.min_points_per_centroid = random_state, 1
         drawn = np.random.default_rng(random_state).permutation(rows)[: _TRAIN_PER_LIST * lists]
         index.train(take(np.sort(drawn)))
@@ -148,12 +155,19 @@ class ApproximateIndex:
         try:
             if not path.is_file() or sha256_file(path) != sha256:
                 raise StoreError("the search index is missing or was altered", where=path)
-            index = faiss.read_index(str(path), 0 if writable else faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
+            index = faiss.read_index(str(path), 0 if writable else faiss.IO_FLAG_MMAP_IFC)
         except OSError as error:
             raise StoreError(f"cannot be read ({error.strerror})", where=path) from error
         except RuntimeError as error:
             raise StoreError("not an index of this faiss", where=path, found=_first_line(error)) from error
+        faiss.downcast_index(index.index).k_factor = REFINED  # the file has it too, but as what its maker set
         return cls(index, probes=probes, depth=depth, recall=recall, trained_rows=trained_rows)
+
+
+def _lists(index: Any) -> Any:
+    """The inverted lists of an index made here."""
+    faiss = _faiss()
+    return faiss.downcast_index(faiss.downcast_index(index.index).base_index)
 
 
 def faiss_version() -> str:

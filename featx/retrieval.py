@@ -36,8 +36,11 @@ _ROW_BLOCK = 8192
 _NORM_BLOCK = 128
 """128 rows of 1,280 in float64 are 1.3 MB, which stay in the cache."""
 
+_GATHER = 2**23
+"""Numbers of embeddings that are gathered at a time: 32 MB of float32."""
+
 _MARGIN = 8
-_CALIBRATION = 256
+_CALIBRATION = 512
 _MAX_DEPTH = 4096
 _DEPTHS = (32, 64, 128, 512)
 """How many candidates may be ranked exactly, for a k of ten."""
@@ -323,29 +326,12 @@ class GalleryIndex(BaseEstimator):  # type: ignore[misc]
     def _best(self, queries: Floats, rows: Rows, k: int, exclude: Rows) -> tuple[Floats, Rows]:
         """The k best (q, k) of candidates (q, c) by their exact scores, -1 meaning no candidate."""
         rows = np.where(rows == exclude[:, None], -1, rows)
-        scores = np.full(rows.shape, -np.inf, np.float32)
-        wide = 4 * (k + _MARGIN)
-        if rows.shape[1] > wide and self._ann is not None:
+        if rows.shape[1] > 2 * (k + _MARGIN) and self._ann is not None:
             # Candidates of an index are many, and few of them matter: a float32 product sorts most of them out.
-            rough = np.full(rows.shape, -np.inf, np.float32)
-            unit = _unit_rows(queries)
-            for i, row in enumerate(rows):
-                good = np.flatnonzero(row >= 0)
-                rough[i, good] = (self._take(row[good]) @ unit[i]) * _inverse(self._norms[row[good]])
+            rough = self._rough(queries, rows)
             keep = np.argpartition(-rough, k + _MARGIN, axis=1)[:, : k + _MARGIN]
-            rows, scores = np.take_along_axis(rows, keep, 1), np.take_along_axis(scores, keep, 1)
-        step = max(1, 2**21 // max(1, self.n_features_in_))
-        for i, row in enumerate(rows):
-            query = queries[i].astype(np.float64)
-            length = math.sqrt(float((query * query).sum()))
-            good = np.flatnonzero(row >= 0)
-            for start in range(0, len(good), step):
-                places = good[start : start + step]
-                value = (self._take(row[places]).astype(np.float64) * query).sum(axis=1)
-                if self.metric == "cosine":
-                    scale = self._norms[row[places]] * length
-                    value = np.divide(value, scale, out=np.zeros_like(value), where=scale > 0)
-                scores[i, places] = value
+            rows = np.take_along_axis(rows, keep, 1)
+        scores = self._exact_scores(queries, rows)
         order = np.lexsort((rows, -scores), axis=-1)[:, :k]
         scores, rows = np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
         missing = k - rows.shape[1]
@@ -353,6 +339,36 @@ class GalleryIndex(BaseEstimator):  # type: ignore[misc]
             scores = np.pad(scores, ((0, 0), (0, missing)), constant_values=-np.inf)
             rows = np.pad(rows, ((0, 0), (0, missing)), constant_values=-1)
         return scores, rows
+
+    def _rough(self, queries: Floats, rows: Rows) -> Floats:
+        """Cosines (q, c) of candidates by float32 products, -inf where there is none."""
+        unit = _unit_rows(queries)
+        out = np.empty(rows.shape, np.float32)
+        step = max(1, _GATHER // rows[:1].size // self.n_features_in_)
+        for start in range(0, len(rows), step):
+            block = rows[start : start + step]
+            there = self._take(np.maximum(block, 0).reshape(-1)).reshape(*block.shape, -1)
+            out[start : start + step] = np.matmul(there, unit[start : start + step, :, None])[:, :, 0]
+        out *= _inverse(self._norms[np.maximum(rows, 0)])
+        out[rows < 0] = -np.inf
+        return out
+
+    def _exact_scores(self, queries: Floats, rows: Rows) -> Floats:
+        """Scores (q, c) of candidates by float64 products, rounded; -inf where there is none."""
+        wide = queries.astype(np.float64)
+        lengths = np.sqrt((wide * wide).sum(axis=1))
+        out = np.full(rows.size, -np.inf, np.float32)
+        pairs = np.flatnonzero(rows.reshape(-1) >= 0)
+        step = max(1, _GATHER // 8 // self.n_features_in_)
+        for start in range(0, len(pairs), step):
+            places = pairs[start : start + step]
+            row, query = rows.reshape(-1)[places], places // rows.shape[1]
+            value = (self._take(row).astype(np.float64) * wide[query]).sum(axis=1)
+            if self.metric == "cosine":
+                scale = self._norms[row] * lengths[query]
+                value = np.divide(value, scale, out=np.zeros_like(value), where=scale > 0)
+            out[places] = value
+        return out.reshape(rows.shape)
 
     # --- rows -----------------------------------------------------------------------------------------------------
 
