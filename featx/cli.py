@@ -262,8 +262,8 @@ def demo(
     print(f"1. {count} images of ten digits are class folders in {images}")
     print(f"2. featx extract {images} --out {folder / 'digits.featx'}")
     extract(images, folder / "digits.featx")
-    print(f"3. featx sweep {folder / 'digits.featx'}")
-    run_sweep(folder / "digits.featx", seed=seed)
+    print(f"3. featx sweep {folder / 'digits.featx'} --episodes 10")
+    run_sweep(folder / "digits.featx", episodes=10, seed=seed)
     print("\nNow with your own photos, one folder for each class:")
     print("  featx extract photos --out photos.featx\n  featx sweep photos.featx")
 
