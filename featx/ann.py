@@ -39,6 +39,8 @@ REFINED = 8
 
 _BLOCK = 65_536
 _TRAIN_PER_LIST = 64
+_ALONE_BELOW = 50_000
+"""Rows to learn from below which threads mostly wait for each other: on a busy machine, twenty times longer."""
 
 
 def available() -> bool:
@@ -116,7 +118,13 @@ class ApproximateIndex:
         clusters = _lists(index).cp
         clusters.seed, clusters.min_points_per_centroid = random_state, 1
         drawn = np.random.default_rng(random_state).permutation(rows)[: _TRAIN_PER_LIST * lists]
-        index.train(take(np.sort(drawn)))
+        threads = faiss.omp_get_max_threads()
+        if len(drawn) < _ALONE_BELOW:
+            faiss.omp_set_num_threads(1)
+        try:
+            index.train(take(np.sort(drawn)))
+        finally:
+            faiss.omp_set_num_threads(threads)
         return cls(index, probes=1, depth=0, recall=math.nan, trained_rows=rows)
 
     def add(self, take: Take, rows: Rows) -> None:

@@ -266,15 +266,15 @@ def test_rows_are_added_to_an_approximate_index() -> None:
 
 @needs_faiss
 def test_auto_stays_exact_where_the_recall_is_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retrieval, "APPROXIMATE_ABOVE", 1500)
+    monkeypatch.setattr(retrieval, "APPROXIMATE_ABOVE", 1050)
     # Noise of many dimensions has no near neighbours, and two lists in ten are no short cut to them.
-    noise = np.random.default_rng(0).normal(size=(1600, 200)).astype(np.float32)
+    noise = np.random.default_rng(0).normal(size=(1100, 200)).astype(np.float32)
     index = GalleryIndex(recall=1.0).fit(noise)
     assert (index.method_, index.recall_, index.approximate_index) == ("exact", 1.0, None)
     with pytest.raises(UsageError, match=r"does not find enough .* expected recall at 10 of at least 1\.0, found 0\."):
         GalleryIndex(method="approximate", recall=1.0).fit(noise)
-    assert GalleryIndex().fit(clustered(1600)).method_ == "approximate"
-    assert GalleryIndex().fit(clustered(1500)).method_ == "exact"
+    assert GalleryIndex().fit(clustered(1100)).method_ == "approximate"
+    assert GalleryIndex().fit(clustered(1050)).method_ == "exact"
 
 
 def test_without_faiss_everything_else_works(monkeypatch: pytest.MonkeyPatch) -> None:
