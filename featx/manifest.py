@@ -55,6 +55,11 @@ class Manifest:
         return fingerprint(self.provenance)
 
     @property
+    def names(self) -> frozenset[str]:
+        """Every shard file that may exist."""
+        return frozenset([*(shard.name for shard in self.shards), *self.in_flux])
+
+    @property
     def layers(self) -> tuple[str, ...]:
         return tuple(self.provenance["layers"])
 

@@ -64,7 +64,7 @@ from featx.manifest import Shard, check_version, damaged, fingerprint, manifest_
 PACKED_FORMAT = "featx-packed"
 T = TypeVar("T")
 
-_RETRIES = 5
+_RETRIES = 20
 _WINDOW_BYTES = 2**22
 """What is read at a time: the memory that a reader needs beside the answer."""
 

@@ -20,7 +20,7 @@ from featx.manifest import FORMAT_VERSION, Manifest, Shard, fingerprint, manifes
 from featx.store import PACKED_FORMAT, FeatureReader, digest_keys, open_shard
 
 _BLOCK_ROWS = 1024
-_RETRIES = 5
+_RETRIES = 20
 
 
 def info(path: str | Path) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def _verify_store(path: Path, manifest: Manifest) -> list[str]:
         problems.append(f"{path / 'manifest.json'}: it lists two shards with embeddings of the same image.")
     if len({widths for _, widths in seen}) > 1:
         problems.append(f"{path / 'shards'}: embeddings of different length.")
-    problems += _foreign_files(path, {shard.name for shard in manifest.shards} | set(manifest.in_flux))
+    problems += _foreign_files(path, manifest)
     complete = len(seen) == len(manifest.shards)
     problems += _problems(lambda: _verify_index(path, manifest, known if complete else None))
     return problems + _problems(lambda: read_quarantine(path))
@@ -119,18 +119,32 @@ def _verify_index(path: Path, manifest: Manifest, known: NDArray[np.bytes_] | No
         raise StoreError(f"{lost} images have no embedding in any shard", where=path / "index.h5", hint=RESTORE)
 
 
-def _foreign_files(path: Path, shards: set[str]) -> list[str]:
+def _foreign_files(path: Path, manifest: Manifest) -> list[str]:
     """Files that do not belong; hidden ones are no part of a store (a lock, leftovers, what file managers leave)."""
     expected = {"manifest.json", "index.h5", "quarantine.jsonl", "shards"}
     if not (path / "shards").is_dir():
-        return [f"{path / 'shards'}: the folder is missing. {RESTORE}"] if shards else []
-    found = [(item, item.name in shards) for item in (path / "shards").iterdir()]
-    found += [(item, item.name in expected) for item in path.iterdir()]
+        return [f"{path / 'shards'}: the folder is missing. {RESTORE}"] if manifest.shards else []
+    strange = [item for item in (path / "shards").iterdir() if _is_unnamed(path, item, manifest)]
+    strange += [item for item in path.iterdir() if item.name not in expected]
     return [
         f"{item}: not a file that the manifest names. Move it away."
-        for item, good in sorted(found)
-        if not good and not item.name.startswith(".")
+        for item in sorted(strange)
+        if not item.name.startswith(".")
     ]
+
+
+def _is_unnamed(path: Path, item: Path, manifest: Manifest) -> bool:
+    """Whether a file is there that the manifest of that moment does not name.
+
+    A writer names a shard before it appears and until it is gone, but the manifest that was read a while ago may be
+    older than that: what looks strange is looked at again between two equal readings of the manifest.
+    """
+    while item.name not in manifest.names:
+        exists, now = item.exists(), read_manifest(path)
+        if now == manifest:
+            return exists
+        manifest = now
+    return False
 
 
 def content_hash(path: str | Path) -> str:
