@@ -1,10 +1,13 @@
 #!/usr/bin/env python3
 """The recommended head against what other tools do, on the same embeddings and the same draws.
 
-    python scripts/bench_heads.py STORE [STORE ...] [--episodes 20] [--n-jobs 2] [--max-query 1000] [--unlabelled]
+    python scripts/bench_heads.py STORE [STORE ...] [--episodes 20] [--n-jobs 2] [--seconds 140] [--unlabelled]
 
 Peers are written as their projects have them. Differences are paired: featx minus the peer on the same
 support and query, with 95 % intervals over data sets and draws.
+
+Peers take an hour (one of them 45 fits a draw), so each result goes to a journal beside ``--out`` at once, and a run
+goes on where the last one stopped, or was stopped by ``--seconds``. Results of featx are journalled under a hash of its code.
 
 With ``--unlabelled`` half of each store's images, drawn by chance, lose their labels and are the pool of a second head;
 supports and queries, of all heads, are from the other half.
@@ -13,14 +16,21 @@ supports and queries, of all heads, are from the other half.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
+import platform
+import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import joblib
 import numpy as np
+import sklearn
 from numpy.typing import NDArray
 from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
@@ -31,7 +41,12 @@ from sklearn.preprocessing import Normalizer, StandardScaler
 from sklearn.svm import SVC, LinearSVC
 from threadpoolctl import threadpool_limits
 
+from featx import choose as choose_module
+from featx import heads as heads_module
+from featx import normalise as normalise_module
+from featx import solvers as solvers_module
 from featx import stats
+from featx import unlabelled as unlabelled_module
 from featx.centre import unlabelled_centre
 from featx.choose import choose
 from featx.heads import HEADS, Catalogue
@@ -98,32 +113,70 @@ def auto(catalogue: Catalogue, rows: Rows, labels: Any) -> Any:
     return head.build(**choice.params).fit(rows, labels)
 
 
-def one(
-    data: tuple[Rows, Any, Any],
-    ours: dict[str, Catalogue],
-    n_shots: int,
-    episode: int,
-    max_query: int,
-    peers: list[str],
-) -> dict[str, tuple[float, float]]:
-    """Accuracy and calibration error of every head on one draw, in points."""
-    rows, labels, groups = data
+Key = tuple[str, str, int, int]
+"""Store, head, number of shots, episode."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One draw of one store, and the heads that are still to be judged on it."""
+
+    store: str
+    data: tuple[Rows, Any, Any]
+    ours: dict[str, Catalogue]
+    n_shots: int
+    episode: int
+    names: list[str]
+
+
+def run(task: Task, max_query: int) -> dict[Key, tuple[float, float]]:
+    """Accuracy and calibration error (NaN without probabilities) of the heads on the draw, in points."""
+    rows, labels, groups = task.data
     out = {}
-    with threadpool_limits(1, user_api="blas"), warnings.catch_warnings():
-        support, query = KShotSplit(n_shots).episode(labels, groups, episode)
-        query = np.random.default_rng(episode).permutation(query)[:max_query]
-        fits: dict[str, Fit] = {name: partial(auto, catalogue) for name, catalogue in ours.items()}
-        for name, fit in {**fits, **{peer: PEERS[peer] for peer in peers}}.items():
+    support, query = KShotSplit(task.n_shots).episode(labels, groups, task.episode)
+    query = np.random.default_rng(task.episode).permutation(query)[:max_query]
+    for name in task.names:
+        with threadpool_limits(1, user_api="blas"), warnings.catch_warnings():
             # The peers' own settings stop short of the optimum: part of what is measured. Ours may not.
-            warnings.simplefilter("ignore" if name in peers else "default")
+            warnings.simplefilter("ignore" if name in PEERS else "default")
+            fit = PEERS[name] if name in PEERS else partial(auto, task.ours[name])
             model = fit(rows[support], labels[support])
             right = model.predict(rows[query]) == labels[query]
-            has = hasattr(model, "predict_proba") and name != "SimpleShot"
-            ece = (
-                stats.expected_calibration_error(model.predict_proba(rows[query]).max(axis=1), right) if has else np.nan
-            )
-            out[name] = (100 * float(right.mean()), 100 * ece)
+            gap = float("nan")
+            if hasattr(model, "predict_proba") and name != "SimpleShot":
+                gap = stats.expected_calibration_error(model.predict_proba(rows[query]).max(axis=1), right)
+        out[task.store, name, task.n_shots, task.episode] = (100 * float(right.mean()), 100 * gap)
     return out
+
+
+class Journal:
+    """Results so far, one JSON line each; a line that a crash cut short is left out."""
+
+    def __init__(self, path: Path, plan: str) -> None:
+        self.path, self.plan, self.code = path, plan, code_hash()
+        self.done: dict[Key, tuple[float, float]] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+            if line.endswith("\n") and (entry := json.loads(line))["plan"] == self._plan(entry["key"][1]):
+                store, name, n_shots, episode = entry["key"]
+                right, gap = entry["accuracy"], entry["ece"]
+                self.done[store, name, n_shots, episode] = right, float("nan") if gap is None else gap
+
+    def _plan(self, name: str) -> str:
+        return self.plan if name in PEERS else f"{self.plan} {self.code}"
+
+    def add(self, found: dict[Key, tuple[float, float]]) -> None:
+        self.done |= found
+        with self.path.open("a") as file:
+            for key, (right, gap) in found.items():
+                entry = {"plan": self._plan(key[1]), "key": key, "accuracy": right, "ece": None if gap != gap else gap}
+                file.write(json.dumps(entry) + "\n")
+
+
+def code_hash() -> str:
+    """Of the modules that decide what featx's heads say."""
+    modules = (choose_module, heads_module, normalise_module, solvers_module, unlabelled_module)
+    return hashlib.sha256(b"".join(Path(str(each.__file__)).read_bytes() for each in modules)).hexdigest()[:12]
 
 
 def main() -> None:
@@ -135,69 +188,104 @@ def main() -> None:
     parser.add_argument("--shots", nargs="+", type=int, choices=SHOTS, default=SHOTS)
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), metavar="PEER")
     parser.add_argument("--unlabelled", action="store_true", help="a second head, with half of the images as its pool")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop then, to go on later")
+    parser.add_argument("--out", type=Path, default=Path("data/bench/heads.json"))
     options = parser.parse_args()
-    scores, ece = {}, {}
+    started = time.monotonic()
     shots = [n for n in SHOTS if n in options.shots]
+    stores = [path.name for path in options.stores]
+    names = ["featx", *(["featx+pool"] if options.unlabelled else []), *options.peers]
+    plan = f"query {options.max_query}, pool {options.unlabelled}"
+    journal = Journal(options.out.with_suffix(".journal.jsonl"), plan)
+    tasks = []
     for path in options.stores:
-        features = read_features(path)
-        known = features.labels >= 0
-        rows, labels = features.embeddings[known].astype(np.float64), features.labels[known]
-        digests = np.unique(features.digests[known], axis=0, return_inverse=True)[1].reshape(-1)
-        groups = find_duplicates(rows, digests).groups
-        ours: dict[str, Catalogue] = {"featx": HEADS}
-        if options.unlabelled:
-            pooled = (np.random.default_rng(0).random(groups.max() + 1) < 0.5)[groups]
-            ours["featx+pool"] = heads_for(unlabelled_centre(rows[pooled]), rows[pooled])
-            rows, labels, groups = rows[~pooled], labels[~pooled], np.unique(groups[~pooled], return_inverse=True)[1]
-        data = (rows, labels, groups)
-        tasks = [(n, e) for n in shots for e in range(options.episodes)]
-        done = joblib.Parallel(options.n_jobs)(
-            joblib.delayed(one)(data, ours, n, e, options.max_query, options.peers) for n, e in tasks
-        )
-        for task, found in zip(tasks, done, strict=True):
-            for name, (right, gap) in found.items():
-                scores[path.name, name, *task], ece[path.name, name, *task] = right, gap
-        print(f"done: {path.name}", flush=True)
-    for name in ours:
-        report(scores, ece, [path.name for path in options.stores], name, options.peers, shots, options.episodes)
+        data, ours = load(path, unlabelled=options.unlabelled)
+        for n_shots in shots:
+            for episode in range(options.episodes):
+                left = [name for name in names if (path.name, name, n_shots, episode) not in journal.done]
+                if left:
+                    tasks.append(Task(path.name, data, ours, n_shots, episode, left))
+    with joblib.Parallel(options.n_jobs) as pool:
+        for start in range(0, len(tasks), 4 * options.n_jobs):
+            some = tasks[start : start + 4 * options.n_jobs]
+            if time.monotonic() - started > options.seconds:
+                print(f"{len(tasks) - start} of {len(tasks)} draws are left: run it again")
+                return
+            for found in pool(joblib.delayed(run)(task, options.max_query) for task in some):
+                journal.add(found)
+    tables = {
+        name: report(journal.done, stores, name, options.peers, shots, options.episodes)
+        for name in names
+        if name not in PEERS
+    }
+    written = {
+        "stores": stores, "shots": shots, "episodes": options.episodes, "max_query": options.max_query,
+        "date": datetime.now(UTC).date().isoformat(), "machine": f"{platform.system()} {platform.machine()}",
+        "cores": joblib.cpu_count(), "scikit-learn": sklearn.__version__, **tables,
+    }  # fmt: skip
+    options.out.write_text(json.dumps(written, indent=1) + "\n")
+
+
+def load(path: Path, *, unlabelled: bool) -> tuple[tuple[Rows, Any, Any], dict[str, Catalogue]]:
+    """Rows, labels and groups of duplicates of a store, and the catalogues of featx for it."""
+    features = read_features(path)
+    known = features.labels >= 0
+    rows, labels = features.embeddings[known].astype(np.float64), features.labels[known]
+    digests = np.unique(features.digests[known], axis=0, return_inverse=True)[1].reshape(-1)
+    groups = find_duplicates(rows, digests).groups
+    if not unlabelled:
+        return (rows, labels, groups), {"featx": HEADS}
+    pooled = (np.random.default_rng(0).random(groups.max() + 1) < 0.5)[groups]
+    ours = {"featx": HEADS, "featx+pool": heads_for(unlabelled_centre(rows[pooled]), rows[pooled])}
+    return (rows[~pooled], labels[~pooled], np.unique(groups[~pooled], return_inverse=True)[1]), ours
 
 
 def report(
-    scores: dict[Any, float],
-    ece: dict[Any, float],
+    done: dict[Key, tuple[float, float]],
     stores: list[str],
     ours: str,
     peers: list[str],
     shots: list[int],
     episodes: int,
-) -> None:
+) -> dict[str, Any]:
     """Accuracy and calibration of a head of featx and of the peers; its calibration by store; it minus each peer."""
     names = [ours, *peers]
 
-    def cube(values: dict[Any, float], name: str) -> NDArray[np.float64]:
-        return np.array([[[values[s, name, n, e] for e in range(episodes)] for n in shots] for s in stores])
+    def cube(name: str, which: int) -> NDArray[np.float64]:
+        return np.array([[[done[s, name, n, e][which] for e in range(episodes)] for n in shots] for s in stores])
 
+    table: dict[str, Any] = {"heads": {}, "ece_by_store": {}, "minus": {}}
     print(f"\n{'accuracy %':<12}" + "".join(f"{n:>8}" for n in shots) + f"{'mean':>8}   ECE by shots")
     for name in names:
-        means = cube(scores, name).mean(axis=(0, 2))
-        gaps = cube(ece, name).mean(axis=(0, 2))
-        shown = "none" if np.isnan(gaps).all() else " ".join(f"{gap:5.1f}" for gap in gaps)
+        means, gaps = cube(name, 0).mean(axis=(0, 2)), cube(name, 1).mean(axis=(0, 2))
+        known = not np.isnan(gaps).any()
+        shown = " ".join(f"{gap:5.1f}" for gap in gaps) if known else "none"
         print(f"{name:<12}" + "".join(f"{m:8.2f}" for m in means) + f"{means.mean():8.2f}   {shown}")
+        table["heads"][name] = {"accuracy": rounded(means), "ece": rounded(gaps) if known else None}
     print(f"\n{'ECE of ' + ours:<20}" + "".join(f"{n:>8}" for n in shots))
-    for store, row in zip(stores, cube(ece, ours).mean(axis=2), strict=True):
+    for store, row in zip(stores, cube(ours, 1).mean(axis=2), strict=True):
         print(f"{store:<20}" + "".join(f"{gap:8.1f}" for gap in row))
+        table["ece_by_store"][store] = rounded(row)
     print(f"\n{ours + ' minus':<17}" + "".join(f"{n:>15}" for n in shots) + f"{'all':>15}   by data set")
     for name in peers:
-        gap = cube(scores, ours) - cube(scores, name)
+        gap = cube(ours, 0) - cube(name, 0)
         # Draws are the unit, data sets are fixed: the mean over data sets has the variance of a stratified mean.
-        error = np.sqrt(gap.var(axis=2, ddof=1).sum(axis=0) / episodes) / len(stores)
-        cells = [f"{m:+7.2f} ± {1.96 * s:4.2f}" for m, s in zip(gap.mean(axis=(0, 2)), error, strict=True)]
+        error = 1.96 * np.sqrt(gap.var(axis=2, ddof=1).sum(axis=0) / episodes) / len(stores)
         # Draws are nested in shots, so their mean over shots is the unit for all of them together.
-        whole = np.sqrt((gap.mean(axis=1).var(axis=1, ddof=1) / episodes).sum()) / len(stores)
-        cells.append(f"{gap.mean():+7.2f} ± {1.96 * whole:4.2f}")
-        by_store = gap.mean(axis=(1, 2))
+        whole = 1.96 * float(np.sqrt((gap.mean(axis=1).var(axis=1, ddof=1) / episodes).sum()) / len(stores))
+        means, by_store = gap.mean(axis=(0, 2)), gap.mean(axis=(1, 2))
+        cells = [f"{m:+7.2f} ± {s:4.2f}" for m, s in zip([*means, gap.mean()], [*error, whole], strict=True)]
         each = ", ".join(f"{store} {mean:+.2f}" for store, mean in zip(stores, by_store, strict=True))
         print(f"{name:<17}" + "".join(f"{cell:>15}" for cell in cells) + f"   {each}")
+        table["minus"][name] = {
+            "by_shots": rounded(means), "interval": rounded(error), "all": round(float(gap.mean()), 3),
+            "all_interval": round(whole, 3), "by_store": dict(zip(stores, rounded(by_store), strict=True)),
+        }  # fmt: skip
+    return table
+
+
+def rounded(values: NDArray[np.float64]) -> list[float]:
+    return [round(float(value), 3) for value in values]
 
 
 if __name__ == "__main__":
