@@ -7,7 +7,8 @@ Peers are written as their projects have them. Differences are paired: featx min
 support and query, with 95 % intervals over data sets and draws.
 
 Peers take an hour (one of them 45 fits a draw), so each result goes to a journal beside ``--out`` at once, and a run
-goes on where the last one stopped, or was stopped by ``--seconds``. Results of featx are journalled under a hash of its code.
+goes on where the last one stopped, or was stopped by ``--seconds``. Featx's own results are kept under a hash of its
+code.
 
 With ``--unlabelled`` half of each store's images, drawn by chance, lose their labels and are the pool of a second head;
 supports and queries, of all heads, are from the other half.
