@@ -5,9 +5,12 @@ python scripts/bench_extract.py                                   # generated 50
 python scripts/bench_extract.py --photos FOLDER --backbones efficientnet_lite0
 python scripts/bench_extract.py --large 24                        # 12-megapixel photos, full and scaled decoding
 python scripts/bench_extract.py --linear 1000,5000,20000          # does an image's time depend on how many there are?
+python scripts/bench_extract.py --photos FOLDER --quality         # are the embeddings those of plain torch?
 
-For each backbone: the plain torch DataLoader loop with the weights' own transforms; featx from files to published
-shards; decoding and the network alone; and the bound that these two give. Writes data/bench/extract.json.
+For each backbone: the plain torch DataLoader loop with the weights' own transforms; timm's own loader and model;
+thingsvision, where --thingsvision names the Python of an environment that has it (it pins an old torch); featx from
+files to published shards; decoding and the network alone; and the bound that these two give.
+Writes data/bench/extract.json.
 """
 
 from __future__ import annotations
@@ -17,22 +20,28 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from featx import ImageSet, extract_features, load_backbone, make_engine
+from featx import ImageSet, extract_features, load_backbone, make_engine, read_features
 from featx.backbones import Backbone
 from featx.decoders import DecoderPool
 from featx.engines import available_cpus
+from featx.images import Preprocess
+from featx.store import FeatureSet
+from featx.sweep import sweep_heads
 
 BACKBONES = ("efficientnet_lite0", "mobilenet_v2", "resnet18", "resnet50")
 
@@ -55,8 +64,8 @@ def make_jpegs(folder: Path, count: int, size: tuple[int, int]) -> None:
         Image.fromarray(pixels).save(target, quality=85)
 
 
-def dataloader_loop(paths: list[Path], backbone: Backbone, workers: int) -> float:
-    """Images per second of the loop that everyone writes: DataLoader, transforms, eval, no_grad, to numpy."""
+def dataloader_loop(paths: list[Path], backbone: Backbone, workers: int) -> tuple[float, NDArray[np.float32]]:
+    """The loop that everyone writes (DataLoader, transforms, eval, no_grad, to numpy): images/s, and embeddings."""
     import torch
     from torch.utils.data import DataLoader, Dataset
 
@@ -77,8 +86,59 @@ def dataloader_loop(paths: list[Path], backbone: Backbone, workers: int) -> floa
     with torch.no_grad():
         for batch in loader:
             out.append(network(batch.to(device))[0].cpu().numpy())
-    assert len(np.concatenate(out)) == len(paths)
-    return len(paths) / (time.perf_counter() - started)
+    return len(paths) / (time.perf_counter() - started), np.concatenate(out)
+
+
+def timm_rate(paths: list[Path], name: str, workers: int) -> float:
+    """Images per second of timm's way: its model without a classifier, its transform, its loader."""
+    import timm
+    import torch
+
+    names = {"efficientnet_lite0": "tf_efficientnet_lite0", "mobilenet_v2": "mobilenetv2_100"}
+    model = timm.create_model(names.get(name, name), pretrained=False, num_classes=0).eval()
+    config = timm.data.resolve_data_config({}, model=model)  # type: ignore[attr-defined, no-untyped-call]
+    dataset = timm.data.ImageDataset(str(paths[0].parent.parent))  # type: ignore[attr-defined, no-untyped-call]
+    loader = timm.data.create_loader(  # type: ignore[attr-defined]
+        torch.utils.data.Subset(dataset, range(len(paths))),  # type: ignore[arg-type]
+        input_size=config["input_size"],
+        batch_size=32,
+        use_prefetcher=False,
+        num_workers=workers,
+        interpolation=config["interpolation"],
+        crop_pct=config["crop_pct"],
+        mean=config["mean"],
+        std=config["std"],
+    )
+    started = time.perf_counter()
+    with torch.no_grad():
+        count = sum(len(model(batch).numpy()) for batch, _ in loader)
+    assert count == len(paths)
+    return count / (time.perf_counter() - started)
+
+
+THINGSVISION = """
+import sys, time
+import torch
+from thingsvision import get_extractor
+from thingsvision.utils.data import DataLoader, ImageDataset
+root, name, workers = sys.argv[1:]
+extractor = get_extractor(model_name=name, source="torchvision", device="cpu", pretrained=False)
+module = {"mobilenet_v2": "features"}.get(name, "avgpool")
+transform = extractor.get_transformations(resize_dim=256, crop_dim=224)
+started = time.perf_counter()
+dataset = ImageDataset(root=root, out_path="", backend=extractor.get_backend(), transforms=transform)
+batches = DataLoader(dataset=dataset, batch_size=32, backend=extractor.get_backend())
+found = extractor.extract_features(batches=batches, module_name=module, flatten_acts=False)
+print(len(found) / (time.perf_counter() - started))
+"""
+
+
+def thingsvision_rate(source: Path, name: str, python: str) -> float:
+    """Images per second of thingsvision, run by a Python that has it."""
+    found = subprocess.run(
+        [python, "-W", "ignore", "-c", THINGSVISION, str(source), name, "0"], capture_output=True, text=True, check=True
+    )
+    return float(found.stdout.split()[-1])
 
 
 def own_transform(backbone: Backbone) -> Callable[[Image.Image], Any]:
@@ -129,21 +189,84 @@ def network_rate(backbone: Backbone, count: int, **options: Any) -> float:
     return rounds * size / (time.perf_counter() - started)
 
 
-def compare(source: Path, name: str, precisions: list[str], workers: int, rounds: int) -> dict[str, Any]:
+def quality(source: Path, name: str, precisions: list[str], workers: int) -> list[dict[str, Any]]:
+    """Embeddings and head accuracy of featx against plain torch with the weights' own transforms, on every photo.
+
+    The photos at hand have 256 pixels, fewer than scaled decoding can save anything on; it is judged at half the
+    network's input size, where the JPEG decoder does leave out detail, against full decoding at the same size.
+    """
+    backbone = load_backbone(name)
+    small = replace(backbone, preprocess=halved(backbone.preprocess))
+    images = ImageSet.from_folder(source)
+    rows: list[dict[str, Any]] = []
+
+    def extracted(of: Backbone, **options: Any) -> FeatureSet:
+        with tempfile.TemporaryDirectory() as folder:
+            decode = options.pop("decode", "full")
+            extract_features(images, of, Path(folder) / "q.featx", engine=make_engine(of, **options), decode=decode)
+            return read_features(Path(folder) / "q.featx")
+
+    def judged(what: str, reference: FeatureSet, other: FeatureSet) -> None:
+        a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (reference.embeddings, other.embeddings))
+        cosine = np.einsum("nd,nd->n", a, b, dtype=np.float64)
+        scores = [
+            sweep_heads(
+                rows.embeddings, rows.labels, class_names=rows.class_names, heads=("auto",), shots=(5,), n_jobs=workers
+            )
+            for rows in (reference, other)
+        ]
+        means = [100 * float(np.mean([trial.accuracy for trial in score.trials])) for score in scores]
+        rows.append(
+            {
+                "photos": source.name,
+                "n": len(cosine),
+                "what": what,
+                "lowest cosine": f"{cosine.min():.6f}",
+                "median": f"{np.median(cosine):.6f}",
+                "auto, 5 shots, %": f"{means[1]:.2f}",
+                "reference": f"{means[0]:.2f}",
+            }
+        )
+
+    plain = extracted(backbone, precision=precisions[0])
+    order = {ref.id: ref.path for ref in images.refs}
+    _, embeddings = dataloader_loop([order[name] for name in plain.ids.tolist()], backbone, workers)
+    reference = replace(plain, embeddings=embeddings)
+    for precision in precisions:
+        found = plain if precision == precisions[0] else extracted(backbone, precision=precision)
+        judged(f"{precision} against torch", reference, found)
+    judged("scaled against full decoding", extracted(small), extracted(small, decode="scaled"))
+    return rows
+
+
+def halved(preprocess: Preprocess) -> Preprocess:
+    """The same at half the size."""
+    assert isinstance(preprocess.resize, int)
+    height, width = preprocess.crop
+    return replace(preprocess, resize=preprocess.resize // 2, crop=(height // 2, width // 2))
+
+
+def compare(
+    source: Path, name: str, precisions: list[str], workers: int, rounds: int, thingsvision: str
+) -> dict[str, Any]:
     """One backbone: every contender in turn, ``rounds`` times, and the best of each (the machine may be shared)."""
     backbone = load_backbone(name, weights="default" if name == "efficientnet_lite0" else "none")
     paths = [ref.path for ref in ImageSet.from_folder(source).refs]
     row: dict[str, Any] = {"backbone": name, "images": len(paths)}
     for _ in range(rounds):
-        measured = {"loop": dataloader_loop(paths[: min(len(paths), 320)], backbone, workers)}
+        few = paths[: min(len(paths), 320)]
+        measured = {"loop": dataloader_loop(few, backbone, workers)[0], "timm": timm_rate(few, name, workers)}
+        if thingsvision and name != "efficientnet_lite0":  # which torchvision does not have
+            measured["thingsvision"] = thingsvision_rate(source, name, thingsvision)
         measured["decode"] = decode_rate(paths, backbone, workers)
         for precision in precisions:
             measured[f"network {precision}"] = network_rate(backbone, len(paths), precision=precision)
             measured[f"featx {precision}"] = extract_rate(source, backbone, precision=precision)
         row.update({key: max(value, row.get(key, 0.0)) for key, value in measured.items()})
     for precision in precisions:
-        row[f"ratio {precision}"] = row[f"featx {precision}"] / row["loop"]
         bound = 1 / (1 / row["decode"] + 1 / row[f"network {precision}"])
+        row[f"ratio {precision}"] = row[f"featx {precision}"] / row["loop"]
+        row[f"bound {precision}"] = bound
         row[f"of bound {precision}"] = row[f"featx {precision}"] / bound
     return row
 
@@ -155,7 +278,7 @@ def large(source: Path, workers: int, rounds: int) -> dict[str, Any]:
     row: dict[str, Any] = {"photos of 12 megapixels": len(paths)}
     for _ in range(rounds):
         measured = {
-            "loop": dataloader_loop(paths, backbone, workers),
+            "loop": dataloader_loop(paths, backbone, workers)[0],
             "featx": extract_rate(source, backbone),
             "featx scaled": extract_rate(source, backbone, decode="scaled"),
         }
@@ -202,6 +325,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--large", type=int, default=0, metavar="N")
     parser.add_argument("--linear", default="", metavar="N,N,...")
+    parser.add_argument("--quality", action="store_true", help="with --photos: compare embeddings and accuracy")
+    parser.add_argument("--thingsvision", default="", metavar="PYTHON", help="a Python that can import thingsvision")
     parser.add_argument("--out", type=Path, default=Path("data/bench/extract.json"))
     given = parser.parse_args()
     machine = {
@@ -217,6 +342,13 @@ def main() -> None:
         if given.linear:
             found["linear"] = linear([int(n) for n in given.linear.split(",")], folder)
             show("time of an image", found["linear"])
+        elif given.quality:
+            if given.photos is None:
+                parser.error("--quality needs --photos")
+            found["quality"] = quality(
+                given.photos, given.backbones.split(",")[0], given.precisions.split(","), available_cpus()
+            )
+            show("lowest cosine of any photo, and accuracy by its embeddings", found["quality"])
         elif given.large:
             make_jpegs(folder / "large", given.large, (4000, 3000))
             found["large"] = [large(folder / "large", available_cpus(), given.rounds)]
@@ -227,7 +359,9 @@ def main() -> None:
                 make_jpegs(source, given.images, (500, 375))
             found["rows"] = []
             for name in given.backbones.split(","):
-                row = compare(source, name, given.precisions.split(","), available_cpus(), given.rounds)
+                row = compare(
+                    source, name, given.precisions.split(","), available_cpus(), given.rounds, given.thingsvision
+                )
                 found["rows"].append(row)
                 show("images per second; ratio: featx to the loop; of bound: featx to decoding plus network", [row])
     given.out.parent.mkdir(parents=True, exist_ok=True)
