@@ -12,25 +12,21 @@ ended by its own alarm, which the kernel delivers without asking the interpreter
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import mmap
 import os
 import queue
-import signal
 import socket
-import stat
-import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
@@ -40,18 +36,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx._files import uninterrupted
+from featx.decoder_child import DECODE, HERE, PART, PLACE, READ, READY, TIMES, unreadable
 from featx.errors import FeatxError, ImageError
-from featx.images import MAX_PIXELS, Preprocess, decode, resize_crop
+from featx.images import MAX_PIXELS, Preprocess
+from featx.origins import MAX_BYTES as MAX_BYTES
+from featx.origins import MAX_FETCHED, Fetched, Origin, Part, too_many_bytes
+from featx.views import CENTER, Looks
 
 ATTEMPTS = 2
-MAX_BYTES = 2**30
-"""A larger file is refused unread: no honest image has that many bytes, and a child would keep them in memory."""
+FETCH_AHEAD = 32
+"""So many images that are no local files are in memory at a time, at most."""
 
 _START_TIMEOUT = 60.0
 _MAX_ANSWER = 65_536
-_READY = b"!"
-_READ, _DECODE = b"R", b"G"
-_TIMES = struct.Struct("<dd")
 TIMEOUT = 30.0
 """Seconds that one image may take; the slowest honest one (89 megapixels of PNG) takes about five."""
 
@@ -71,7 +68,7 @@ class Decoded:
 
 
 class DecoderPool:
-    """``workers`` child processes that turn files into pixels, in order.
+    """``workers`` child processes that turn files, or what else an image's bytes are in, into pixels, in order.
 
     Parameters
     ----------
@@ -80,6 +77,7 @@ class DecoderPool:
     timeout : seconds after which a decoder counts as hanging.
     mode : of :data:`featx.images.DECODE_MODES`.
     max_pixels : a larger image is refused by its header.
+    views : names of :data:`featx.views.VIEWS`; of several, an image's pixels are a stack (v, h, w, 3).
     """
 
     def __init__(
@@ -90,13 +88,15 @@ class DecoderPool:
         timeout: float = TIMEOUT,
         mode: str = "full",
         max_pixels: int = MAX_PIXELS,
+        views: Sequence[str] = CENTER,
     ) -> None:
         self.preprocess, self.workers, self.timeout = preprocess, workers, timeout
+        looks = Looks(preprocess, views)
         self._idle: queue.SimpleQueue[_Child] = queue.SimpleQueue()
         self._children: list[_Child] = []
         try:
             for _ in range(workers):
-                self._children.append(_Child(preprocess, timeout, mode, max_pixels))
+                self._children.append(_Child(looks, timeout, mode, max_pixels))
         except BaseException:
             for child in self._children:
                 child.stop()
@@ -105,6 +105,7 @@ class DecoderPool:
         for child in self._children:
             self._idle.put(child)
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="featx-decode")
+        self._fetchers: dict[int, ThreadPoolExecutor] = {}
 
     def __enter__(self) -> DecoderPool:
         return self
@@ -115,30 +116,56 @@ class DecoderPool:
         with uninterrupted():
             for child in self._children:
                 child.stop()  # a thread that waits for it gets EOF, and ends
+            for fetchers in self._fetchers.values():
+                fetchers.shutdown(wait=True, cancel_futures=True)
             self._threads.shutdown(wait=True, cancel_futures=True)
             for child in self._children:
                 child.close()
 
-    def run(self, paths: Iterable[Path], known: Callable[[bytes], bool], *, ahead: int) -> Iterator[Decoded]:
-        """Yield what became of each path, in order, working up to ``ahead`` files ahead of the consumer.
+    def run(self, origins: Iterable[Origin], known: Callable[[bytes], bool], *, ahead: int) -> Iterator[Decoded]:
+        """Yield what became of each image, in order, working up to ``ahead`` images ahead of the consumer.
 
         ``known(digest)`` says whether that content needs no decoding; it is called from several threads.
+
+        Raises
+        ------
+        SourceError
+            What has the images does not answer any more.
         """
         waiting: deque[Future[Decoded]] = deque()
-        for path in paths:
-            waiting.append(self._threads.submit(self._one, path, known))
-            if len(waiting) >= ahead:
+        for origin in origins:
+            fetching = self._fetch(origin) if isinstance(origin, Fetched) else None
+            waiting.append(self._threads.submit(self._one, origin, fetching, known))
+            while len(waiting) >= (ahead if fetching is None else min(ahead, FETCH_AHEAD)):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
-    def _one(self, path: Path, known: Callable[[bytes], bool]) -> Decoded:
+    def _fetch(self, origin: Fetched) -> Future[tuple[bytes, float]]:
+        # Other threads than those that wait for a child, so that a slow network does not idle the decoders.
+        if origin.parallel not in self._fetchers:
+            self._fetchers[origin.parallel] = ThreadPoolExecutor(origin.parallel, thread_name_prefix="featx-fetch")
+        return self._fetchers[origin.parallel].submit(_fetch, origin)
+
+    def _one(
+        self, origin: Origin, fetching: Future[tuple[bytes, float]] | None, known: Callable[[bytes], bool]
+    ) -> Decoded:
+        try:
+            data, waited = fetching.result() if fetching is not None else (b"", 0.0)
+            request = HERE + data if fetching is not None else _request(origin)
+        except ImageError as refusal:
+            return Decoded(None, refusal=refusal)
+        decoded = self._decode(request, known)
+        reading, *others = decoded.seconds
+        return replace(decoded, seconds=(reading + waited, *others))
+
+    def _decode(self, request: bytes, known: Callable[[bytes], bool]) -> Decoded:
         child = self._idle.get()
         try:
             reason, digest = "decoder_crash", None
             for _ in range(ATTEMPTS):
                 try:
-                    return child.decode(path, known)
+                    return child.decode(request, known)
                 except _Lost as lost:
                     reason, digest = lost.reason, lost.digest
                     child.restart()
@@ -146,6 +173,30 @@ class DecoderPool:
             return Decoded(digest, refusal=ImageError(reason, f"the decoder {how}, {ATTEMPTS} times"))
         finally:
             self._idle.put(child)
+
+
+def _fetch(origin: Fetched) -> tuple[bytes, float]:
+    """The bytes of an image that no child can read, and the seconds that took."""
+    started = time.perf_counter()
+    try:
+        data = origin.read_bytes()
+    except OSError as error:
+        raise unreadable(error) from error
+    if len(data) > MAX_FETCHED:
+        raise too_many_bytes(len(data), MAX_FETCHED)
+    return data, time.perf_counter() - started
+
+
+def _request(origin: Origin) -> bytes:
+    """What a child is asked for a file or a part of one."""
+    if not isinstance(origin, Path | Part):
+        raise TypeError(f"an image's origin must be a Path, a Part or Fetched, got {type(origin).__name__}")
+    try:
+        if isinstance(origin, Part):
+            return PART + PLACE.pack(origin.offset, origin.size) + os.fsencode(origin.path)
+        return READ + os.fsencode(origin)
+    except UnicodeEncodeError as error:
+        raise ImageError("bad_name", "the path is no text that a file system knows") from error
 
 
 class _Lost(Exception):
@@ -159,9 +210,9 @@ class _Lost(Exception):
 class _Child:
     """One process, the socket to it, and the memory that it puts pixels into."""
 
-    def __init__(self, preprocess: Preprocess, timeout: float, mode: str, max_pixels: int) -> None:
-        self.preprocess, self.timeout, self.mode, self.max_pixels = preprocess, timeout, mode, max_pixels
-        self.shape = (*preprocess.crop, 3)
+    def __init__(self, looks: Looks, timeout: float, mode: str, max_pixels: int) -> None:
+        self.looks, self.timeout, self.mode, self.max_pixels = looks, timeout, mode, max_pixels
+        self.shape = looks.shape
         self._file = _shared_file(math.prod(self.shape))
         self._memory = mmap.mmap(self._file.fileno(), math.prod(self.shape))
         self._changing = threading.Lock()
@@ -199,7 +250,8 @@ class _Child:
                 ) from error
         self._socket = Connection(ours.detach())
         said = {
-            "preprocess": self.preprocess.to_json(),
+            "preprocess": self.looks.preprocess.to_json(),
+            "views": self.looks.views,
             "timeout": self.timeout,
             "mode": self.mode,
             "max_pixels": self.max_pixels,
@@ -215,7 +267,7 @@ class _Child:
             if attempt:
                 self.restart()  # something may have killed the first one, such as a lack of memory
             try:
-                self._ready = self._socket.poll(_START_TIMEOUT) and self._socket.recv_bytes(_MAX_ANSWER) == _READY
+                self._ready = self._socket.poll(_START_TIMEOUT) and self._socket.recv_bytes(_MAX_ANSWER) == READY
             except (EOFError, OSError):
                 self._ready = False
         if not self._ready and not self._stopped:
@@ -225,7 +277,7 @@ class _Child:
                 "a decoding process does not start",
                 where=sys.executable,
                 found=words[-1] if words else "no answer",
-                hint="Does this Python import featx.decoders?",
+                hint="Does this Python import featx.decoder_child?",
             )
 
     def stop(self) -> None:
@@ -254,28 +306,24 @@ class _Child:
         self._process.kill()
         self._process.wait()
 
-    def decode(self, path: Path, known: Callable[[bytes], bool]) -> Decoded:
-        """What becomes of one file; _Lost when the process does not survive it."""
-        try:
-            name = os.fsencode(path)
-        except UnicodeEncodeError:
-            return Decoded(None, refusal=ImageError("bad_name", "the path is no text that a file system knows"))
+    def decode(self, request: bytes, known: Callable[[bytes], bool]) -> Decoded:
+        """What becomes of one image; _Lost when the process does not survive it."""
         self._wait_until_ready()
         digest: bytes | None = None
         try:
-            self._socket.send_bytes(_READ + name)
+            self._socket.send_bytes(request)
             answer = self._answer(digest)
             reading, decoding = (0.0, 0.0), (0.0, 0.0)
             if answer[:1] == b"D":
-                digest, reading = answer[1:33], _TIMES.unpack(answer[33:])
+                digest, reading = answer[1:33], TIMES.unpack(answer[33:])
                 if known(digest):
                     return Decoded(digest, seconds=(*reading, *decoding))
-                self._socket.send_bytes(_DECODE)
+                self._socket.send_bytes(DECODE)
                 answer = self._answer(digest)
             if answer[:1] == b"E":
                 reason, message = json.loads(answer[1:])
                 return Decoded(digest, refusal=ImageError(reason, message))
-            decoding = _TIMES.unpack(answer[1:])
+            decoding = TIMES.unpack(answer[1:])
         except (EOFError, OSError) as error:
             raise _Lost("decoder_crash", digest) from error
         pixels = np.frombuffer(self._memory, dtype=np.uint8).reshape(self.shape).copy()
@@ -310,61 +358,6 @@ def _shared_file(size: int) -> BinaryIO:
 _MAIN = """\
 import json, sys
 sys.path[:] = json.loads(sys.argv[3])
-from featx.decoders import serve
+from featx.decoder_child import serve
 serve(int(sys.argv[1]), int(sys.argv[2]))
 """
-
-
-def serve(socket_handle: int, memory_handle: int) -> None:
-    """The child's side: answer requests until the parent is gone."""
-    with contextlib.suppress(EOFError, ConnectionError), Connection(socket_handle) as parent:
-        said = json.loads(parent.recv_bytes())
-        preprocess, timeout = Preprocess.from_json(said["preprocess"]), said["timeout"]
-        max_pixels = said["max_pixels"]
-        memory = mmap.mmap(memory_handle, 0)
-        out = np.frombuffer(memory, dtype=np.uint8).reshape((*preprocess.crop, 3))
-        data = b""
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # it would be ignored if it was so in a parent of the parent
-        # From here on native code speaks to nobody: libtiff, for one, has much to say about sound files.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        parent.send_bytes(_READY)
-        while True:
-            message = parent.recv_bytes()
-            # The parent is patient for ``timeout``; the alarm is for the case that there is no parent any more.
-            signal.setitimer(signal.ITIMER_REAL, timeout + 5.0)
-            if message == _DECODE:
-                try:
-                    started = time.perf_counter()
-                    enough_for = preprocess if said["mode"] == "scaled" else None
-                    image = decode(data, enough_for=enough_for, max_pixels=max_pixels)
-                    decoded = time.perf_counter()
-                    out[...] = resize_crop(image, preprocess)
-                    answer = b"K" + _TIMES.pack(decoded - started, time.perf_counter() - decoded)
-                except ImageError as error:
-                    answer = b"E" + json.dumps([error.reason, error.what[:4096]]).encode()
-            else:
-                try:
-                    started = time.perf_counter()
-                    data = _read(os.fsdecode(message[1:]))
-                    read = time.perf_counter()
-                    digest = hashlib.sha256(data).digest()
-                    answer = b"D" + digest + _TIMES.pack(read - started, time.perf_counter() - read)
-                except ImageError as error:
-                    answer = b"E" + json.dumps([error.reason, error.what[:4096]]).encode()
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            parent.send_bytes(answer)
-
-
-def _read(path: str) -> bytes:
-    try:
-        # Not blocking: opening a pipe would wait for its writer.
-        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:  # noqa: PTH123
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise ImageError("unreadable", "not a regular file")
-            if status.st_size > MAX_BYTES:
-                raise ImageError("too_large", f"{status.st_size:,} bytes; at most {MAX_BYTES:,} are read")
-            return file.read(MAX_BYTES)
-    except (OSError, ValueError) as error:
-        reason = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
-        raise ImageError(reason, getattr(error, "strerror", None) or str(error)) from error

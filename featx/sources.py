@@ -1,7 +1,15 @@
 """Which images exist, what they are called, and how they are labelled.
 
-A source is a folder of class folders (``train/ val/ test/`` above them are splits), a folder of images
-without labels, or a CSV or JSONL manifest with the columns ``path, label[, split]``. Nothing is decoded here.
+A source is named by one text:
+
+- a folder of class folders (``train/ val/ test/`` above them are splits), or of images without labels;
+- a CSV or JSONL manifest with the columns ``path, label[, split]``;
+- a tar, or a folder of tars: WebDataset shards, or class folders (:mod:`featx.sources_tar`);
+- a Parquet file, a folder of them, or what ``datasets`` saves (:mod:`featx.sources_table`);
+- ``torchvision:NAME:ROOT``, a data set of torchvision that is on this machine (:mod:`featx.sources_torchvision`);
+- ``s3://bucket/folder`` or another address that fsspec knows (:mod:`featx.sources_remote`).
+
+Nothing is decoded here, nothing is downloaded, and nothing that is fetched is kept.
 """
 
 from __future__ import annotations
@@ -9,44 +17,23 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from featx.errors import SourceError
+from featx.origins import IMAGE_SUFFIXES, SPLITS, ImageRef, Origin, Unreadable, labels_from_folders
 
-SPLITS = ("train", "val", "test")
+__all__ = ["IMAGE_SUFFIXES", "SPLITS", "ImageRef", "ImageSet", "count_labels", "finder"]
 
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm"}
-    | {".pbm", ".pnm", ".avif", ".mpo", ".heic", ".heif"}
-)
-"""Names that promise an image. What does not keep the promise is quarantined with a reason; HEIC is among
-them so that an iPhone's photos are refused by name instead of being passed over."""
-
-
-@dataclass(frozen=True, slots=True)
-class ImageRef:
-    """One image of a source.
-
-    Parameters
-    ----------
-    id : the path relative to the source, with ``/``; what results are reported under.
-    path : where the file is.
-    label : the class name, or None.
-    split : "train", "val", "test", or "" where the source has no splits.
-    size : bytes, or -1 when the file is missing.
-    mtime_ns : modification time in nanoseconds.
-    """
-
-    id: str
-    path: Path
-    label: str | None
-    split: str
-    size: int
-    mtime_ns: int
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/")
+_TORCHVISION = "torchvision:"
+_TABLES = (".parquet", ".arrow")
+_NONE = Unreadable("the source has no such image")
+_KINDS = "a folder of class folders, or a .csv, .jsonl, .tar or .parquet file"
 
 
 @dataclass(frozen=True)
@@ -56,12 +43,12 @@ class ImageSet:
     Parameters
     ----------
     refs : the images.
-    root : the folder or the manifest they come from.
+    root : the folder, file or address that they come from.
     ignored : number of files that are no images by their names (``notes.txt``) and were passed over.
     """
 
     refs: tuple[ImageRef, ...]
-    root: Path
+    root: Path | str
     ignored: int = 0
 
     def __len__(self) -> int:
@@ -72,17 +59,56 @@ class ImageSet:
         """The names of the classes, sorted."""
         return tuple(sorted({ref.label for ref in self.refs if ref.label is not None}))
 
+    @property
+    def source(self) -> str:
+        """What :meth:`from_source` makes the same set of, from any folder."""
+        return str(self.root.absolute()) if isinstance(self.root, Path) else self.root
+
     @classmethod
     def from_source(cls, source: str | Path) -> ImageSet:
-        """A folder or a manifest, whichever ``source`` is."""
+        """The images of whatever ``source`` is: a folder, a file, a data set's name or an address.
+
+        Raises
+        ------
+        SourceError
+            There is nothing, or nothing that is understood; the text says what was expected.
+        UsageError
+            It needs a package that is not installed.
+        """
+        text = os.fspath(source)
+        if text.startswith(_TORCHVISION):
+            name, _, root = text.removeprefix(_TORCHVISION).partition(":")
+            return cls.from_torchvision(name, root)
+        if _ADDRESS.match(text) and not Path(text).exists():
+            return cls.from_address(text)
         path = Path(source)
         if path.is_dir():
-            return cls.from_folder(path)
-        if path.is_file():
-            return cls.from_manifest(path)
-        raise SourceError(
-            "no such folder or manifest", where=path, expected="a folder of class folders, a .csv or a .jsonl file"
-        )
+            return cls._from_folder_of_anything(path)
+        if not path.is_file():
+            raise SourceError("no such folder or file", where=path, expected=_KINDS)
+        if path.suffix.lower() == ".tar":
+            return cls.from_tars(path)
+        if path.suffix.lower() in _TABLES:
+            return cls.from_tables(path)
+        if path.name.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")):
+            raise SourceError(
+                "a compressed archive, in which no image can be found without unpacking all before it",
+                where=path,
+                hint="Unpack it into a folder, or make a plain .tar of it.",
+            )
+        return cls.from_manifest(path)
+
+    @classmethod
+    def _from_folder_of_anything(cls, folder: Path) -> ImageSet:
+        suffixes: Counter[str] = Counter()
+        for relative, _ in _walk(folder):
+            suffix = os.path.splitext(relative)[1].lower()  # noqa: PTH122 - pathlib is 5 times slower here
+            if suffix in IMAGE_SUFFIXES:
+                return cls.from_folder(folder)
+            suffixes[suffix] += 1
+        if any(suffixes[suffix] for suffix in _TABLES):
+            return cls.from_tables(folder)
+        return cls.from_tars(folder) if suffixes[".tar"] else cls.from_folder(folder)
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> ImageSet:
@@ -110,13 +136,11 @@ class ImageSet:
                 expected="class folders with files such as .jpg or .png",
                 found=f"{ignored} other files" if ignored else "nothing",
             )
-        has_splits = _has_splits([relative for relative, _ in found])
-        refs = []
-        for relative, stat in found:
-            parts = relative.split("/")
-            split = parts.pop(0) if has_splits else ""
-            label = parts[0] if len(parts) > 1 else None
-            refs.append(ImageRef(relative, root / relative, label, split, stat.st_size, stat.st_mtime_ns))
+        named = labels_from_folders([relative for relative, _ in found])
+        refs = [
+            ImageRef(relative, root / relative, label, split, stat.st_size, stat.st_mtime_ns)
+            for (relative, stat), (label, split) in zip(found, named, strict=True)
+        ]
         images = cls(tuple(sorted(refs, key=lambda ref: ref.id)), root, ignored)
         if len(images.class_names) == 1:
             raise SourceError(
@@ -137,20 +161,72 @@ class ImageSet:
         path = Path(manifest)
         rows = _READERS.get(path.suffix.lower())
         if rows is None:
-            raise SourceError("not a manifest", where=path, expected=".csv or .jsonl", found=path.suffix or "no suffix")
+            raise SourceError(
+                "not a list of images",
+                where=path,
+                expected=".csv, .jsonl, .tar or .parquet",
+                found=path.suffix or "no suffix",
+            )
         refs: dict[str, ImageRef] = {}
         for number, row in rows(path):
             ref = _manifest_ref(path, number, row)
             earlier = refs.setdefault(ref.id, ref)
             if earlier is not ref:
                 raise SourceError("the same path twice", where=f"{path}, line {number}", found=ref.id)
-        if not refs:
-            raise SourceError("no images in this manifest", where=path)
-        images = cls(tuple(refs[name] for name in sorted(refs)), path)
+        return cls._of(refs.values(), path, "this manifest")
+
+    @classmethod
+    def from_tars(cls, path: str | Path) -> ImageSet:
+        """Images inside a tar, or inside all tars of a folder; see :mod:`featx.sources_tar`.
+
+        Ids are ``archive.tar/name of the member``.
+        """
+        from featx.sources_tar import tar_refs
+
+        files, root = _files_of(Path(path), (".tar",))
+        refs, ignored = tar_refs(files, root)
+        return cls._of(refs, Path(path), "these archives", ignored)
+
+    @classmethod
+    def from_tables(cls, path: str | Path) -> ImageSet:
+        """Images in the rows of Parquet or Arrow files, as Hugging Face writes them; see :mod:`featx.sources_table`.
+
+        Ids are ``file.parquet/number of the row``.
+        """
+        from featx.sources_table import table_refs
+
+        files, root = _files_of(Path(path), _TABLES)
+        return cls._of(table_refs(files, root), Path(path), "these tables")
+
+    @classmethod
+    def from_torchvision(cls, name: str, root: str | Path) -> ImageSet:
+        """All splits of a data set of torchvision whose files are below ``root``; nothing is downloaded."""
+        from featx.sources_torchvision import torchvision_refs
+
+        source = f"{_TORCHVISION}{name}:{Path(root).absolute()}"
+        return cls._of(torchvision_refs(name, Path(root)), source, "this data set")
+
+    @classmethod
+    def from_address(cls, url: str) -> ImageSet:
+        """Class folders, or images without labels, below an address that fsspec knows, such as ``s3://bucket/photos``.
+
+        Credentials and the like come from where fsspec's back ends look for them (environment, configuration files).
+        Images are fetched when they are embedded, and are not kept.
+        """
+        from featx.sources_remote import remote_refs
+
+        refs, ignored = remote_refs(url)
+        return cls._of(refs, url, "this address", ignored)
+
+    @classmethod
+    def _of(cls, refs: Iterable[ImageRef], root: Path | str, what: str, ignored: int = 0) -> ImageSet:
+        images = cls(tuple(sorted(refs, key=lambda ref: ref.id)), root, ignored)
+        if not images.refs:
+            raise SourceError(f"no images in {what}", where=root)
         if len(images.class_names) == 1:
             raise SourceError(
-                "only one class in this manifest",
-                where=path,
+                f"only one class in {what}",
+                where=root,
                 expected="at least two labels, or none",
                 found=images.class_names[0],
             )
@@ -160,6 +236,53 @@ class ImageSet:
 def count_labels(labels: Sequence[str | None]) -> dict[str, int]:
     """Number of images of each class, sorted by name; unlabelled ones are left out."""
     return dict(sorted(Counter(label for label in labels if label is not None).items()))
+
+
+def finder(source: str | Path) -> Callable[[str], Origin]:
+    """What gives the origin of an image of ``source`` by its id, without looking at all the others where possible.
+
+    Whether the image is still there, and still the one that was embedded, is for the caller to see.
+    """
+    text = os.fspath(source)
+    if text.startswith(_TORCHVISION):
+        known = {ref.id: ref.path for ref in ImageSet.from_source(text).refs}
+        return lambda name: known.get(name, _NONE)
+    if _ADDRESS.match(text) and not Path(text).exists():
+        from featx.sources_remote import remote_origin
+
+        return lambda name: remote_origin(text, name)
+    root = Path(text)
+    root = root.parent if root.is_file() else root
+    return lambda name: _inside(root, name)
+
+
+def _inside(root: Path, name: str) -> Origin:
+    if not any(suffix in name for suffix in (".tar/", *(f"{suffix}/" for suffix in _TABLES))) or (root / name).exists():
+        return root / name
+    for place in re.finditer("/", name):
+        archive, member = root / name[: place.start()], name[place.end() :]
+        if archive.is_file() and archive.suffix.lower() == ".tar":
+            from featx.sources_tar import member_origin
+
+            return member_origin(archive, member)
+        if archive.is_file() and archive.suffix.lower() in _TABLES:
+            from featx.sources_table import row_origin
+
+            return row_origin(archive, member)
+    return root / name
+
+
+def _files_of(path: Path, suffixes: tuple[str, ...]) -> tuple[list[tuple[str, Path]], Path]:
+    """Names and paths of the files with one of the suffixes at or below ``path``, and the folder of the names."""
+    if path.is_file():
+        return [(path.name, path)], path.parent
+    if not path.is_dir():
+        raise SourceError("no such folder or file", where=path, expected=_KINDS)
+    # What datasets caches beside what it saves is no part of it.
+    names = sorted(name for name, _ in _walk(path) if name.lower().endswith(suffixes) and "cache-" not in name)
+    if not names:
+        raise SourceError(f"no {' or '.join(suffixes)} files in this folder", where=path)
+    return [(name, path / name) for name in names], path
 
 
 def _walk(root: Path) -> Iterator[tuple[str, os.stat_result]]:
@@ -188,21 +311,6 @@ def _walk(root: Path) -> Iterator[tuple[str, os.stat_result]]:
                         raise SourceError(f"cannot be looked at ({error.strerror})", where=root / relative) from error
         except PermissionError as error:
             raise SourceError("no permission to read this folder", where=root / prefix) from error
-
-
-def _has_splits(paths: Sequence[str]) -> bool:
-    """Whether every image lies two folders deep below train, val or test."""
-    tops = {path.split("/", 1)[0] for path in paths}
-    if tops <= set(SPLITS) and all(path.count("/") >= 2 for path in paths):
-        return True
-    stray = tops - set(SPLITS)
-    if len(tops & {"train", "test", "val"}) >= 2 and stray:
-        raise SourceError(
-            "split folders and other folders side by side",
-            expected="either train/ val/ test/ with class folders in each, or class folders alone",
-            found=", ".join(sorted(stray)[:5]),
-        )
-    return False
 
 
 def _manifest_ref(manifest: Path, number: int, row: dict[str, Any]) -> ImageRef:

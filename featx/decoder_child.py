@@ -1,0 +1,109 @@
+"""The inside of a decoding process: read, hash, decode, and put the pixels where the parent sees them.
+
+This is all that a child of :class:`featx.decoders.DecoderPool` runs. It speaks by short messages over a socket: the
+parent names an image (or brings its bytes), the child answers with its digest; the parent asks for the pixels if that
+content is new.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import mmap
+import os
+import signal
+import stat
+import struct
+import time
+from multiprocessing.connection import Connection
+
+import numpy as np
+
+from featx.errors import ImageError
+from featx.images import Preprocess, decode
+from featx.origins import MAX_BYTES, too_many_bytes
+from featx.views import Looks
+
+READY = b"!"
+READ, PART, HERE, DECODE = b"R", b"P", b"H", b"G"
+"""What the parent asks: read a file, read a part of one, take these bytes; then, decode them."""
+
+PLACE = struct.Struct("<QQ")
+TIMES = struct.Struct("<dd")
+
+
+def serve(socket_handle: int, memory_handle: int) -> None:
+    """The child's side: answer requests until the parent is gone."""
+    with contextlib.suppress(EOFError, ConnectionError), Connection(socket_handle) as parent:
+        said = json.loads(parent.recv_bytes())
+        looks, timeout = Looks(Preprocess.from_json(said["preprocess"]), said["views"]), said["timeout"]
+        max_pixels = said["max_pixels"]
+        memory = mmap.mmap(memory_handle, 0)
+        out = np.frombuffer(memory, dtype=np.uint8).reshape(looks.shape)
+        data = b""
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # it would be ignored if it was so in a parent of the parent
+        # From here on native code speaks to nobody: libtiff, for one, has much to say about sound files.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        parent.send_bytes(READY)
+        while True:
+            message = parent.recv_bytes()
+            # The parent is patient for ``timeout``; the alarm is for the case that there is no parent any more.
+            signal.setitimer(signal.ITIMER_REAL, timeout + 5.0)
+            if message == DECODE:
+                try:
+                    started = time.perf_counter()
+                    enough_for = looks if said["mode"] == "scaled" else None
+                    image = decode(data, enough_for=enough_for, max_pixels=max_pixels)
+                    decoded = time.perf_counter()
+                    out[...] = looks.cut(image)
+                    answer = b"K" + TIMES.pack(decoded - started, time.perf_counter() - decoded)
+                except ImageError as error:
+                    answer = b"E" + json.dumps([error.reason, error.what[:4096]]).encode()
+            else:
+                try:
+                    started = time.perf_counter()
+                    data = _take(message)
+                    read = time.perf_counter()
+                    digest = hashlib.sha256(data).digest()
+                    answer = b"D" + digest + TIMES.pack(read - started, time.perf_counter() - read)
+                except ImageError as error:
+                    answer = b"E" + json.dumps([error.reason, error.what[:4096]]).encode()
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            parent.send_bytes(answer)
+
+
+def _take(message: bytes) -> bytes:
+    """The bytes that a request names, or brings along."""
+    kind, rest = message[:1], message[1:]
+    if kind == HERE:
+        return rest
+    if kind == PART:
+        offset, size = PLACE.unpack_from(rest)
+        return _read(os.fsdecode(rest[PLACE.size :]), offset, size)
+    return _read(os.fsdecode(rest))
+
+
+def _read(path: str, offset: int = 0, size: int | None = None) -> bytes:
+    try:
+        # Not blocking: opening a pipe would wait for its writer.
+        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:  # noqa: PTH123
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ImageError("unreadable", "not a regular file")
+            wanted = status.st_size if size is None else size
+            if wanted > MAX_BYTES:
+                raise too_many_bytes(wanted, MAX_BYTES)
+            file.seek(offset)
+            data = file.read(MAX_BYTES if size is None else size)
+    except (OSError, ValueError) as error:
+        raise unreadable(error) from error
+    if size is not None and len(data) < size:
+        raise ImageError("truncated", "the archive ends before the image does")
+    return data
+
+
+def unreadable(error: OSError | ValueError) -> ImageError:
+    """The refusal of a file that the system does not give."""
+    reason = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
+    return ImageError(reason, getattr(error, "strerror", None) or str(error))
