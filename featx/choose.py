@@ -8,13 +8,17 @@ two different images there is nothing to validate on, and the head's stated defa
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import Pipeline
 
 from featx.heads import (
     Centroid,
@@ -23,12 +27,14 @@ from featx.heads import (
     Logistic,
     Ridge,
     SquaredHinge,
+    both_columns,
     mean_squared_norm,
     signs,
     with_constant,
 )
-from featx.normalise import Kind, Normalise
-from featx.solvers import Array, Loss, RowSpace, discriminant_path, newton_path, ridge_held_out, softmax
+from featx.normalise import Normalise
+from featx.scoring import Kind, softmax
+from featx.solvers import Array, Loss, RowSpace, discriminant_path, newton_path, ridge_held_out
 from featx.splits import Index, distinct_counts, fold_numbers
 
 N_FOLDS = 5
@@ -41,6 +47,8 @@ MAX_ROWS = 400
 #: Enough to rank penalties; the fit that follows is exact. Mean losses move by less than 1e-3 of themselves, far less
 #: than their standard errors: 48 choices on three image sets were those of 1e-8.
 _TOLERANCE = 1e-5
+_PENALISED_INTERCEPT = (SquaredHinge, Ridge)
+_IN_ROW_SPACE = (*_PENALISED_INTERCEPT, Logistic, Discriminant)
 _SEARCH_TOLERANCE = 1e-7
 
 
@@ -94,7 +102,7 @@ class Views:
 
     def space(self, kind: Kind, estimator: type) -> RowSpace:
         """What ``estimator.space_of`` gives for the normalised rows."""
-        key = kind, estimator in (SquaredHinge, Ridge)  # those that penalise their intercept
+        key = kind, estimator in _PENALISED_INTERCEPT
         if key not in self._spaces:
             self._spaces[key] = (SquaredHinge if key[1] else Logistic).space_of(self.rows(kind))
         return self._spaces[key]
@@ -104,13 +112,40 @@ class Views:
         return self._parts.setdefault(some.tobytes(), Views(self.raw[some], self.mean))
 
 
-def fit_head(head: Head, params: dict[str, Any], views: Views, labels: NDArray[np.integer]) -> Any:
-    """The classifier that ``head.build(**params)`` would fit behind its normaliser ``params["kind"]``."""
-    classifier = head.build(**params).named_steps["classify"]
-    rows = views.rows(params["kind"])
-    if head.estimator in (Logistic, SquaredHinge, Ridge, Discriminant):
-        return classifier.fit(rows, labels, space=views.space(params["kind"], head.estimator))
-    return classifier.fit(rows, labels)
+def fit_chosen(
+    head: Head,
+    rows: NDArray[np.floating] | Views,
+    labels: NDArray[np.integer],
+    groups: Index,
+    *,
+    random_state: Any = 0,
+) -> tuple[Choice, Pipeline]:
+    """Choose as :func:`choose` does, and fit the choice on all rows: what a sweep, a fit and a test set share.
+
+    Returns
+    -------
+    The choice, whose ``converged`` covers the last fit too, and the pipeline that ``head.build(**params).fit(rows,
+    labels)`` would be.
+    """
+    views = rows if isinstance(rows, Views) else Views(rows, head.mean)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ConvergenceWarning)
+        choice = choose(head, views, labels, groups, random_state=random_state)
+        pipeline = _fit(head, choice.params, views, labels)
+    stopped = False
+    for each in caught:
+        if issubclass(each.category, ConvergenceWarning):
+            stopped = True
+        else:
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+    return replace(choice, converged=choice.converged and not stopped), pipeline
+
+
+def _fit(head: Head, params: dict[str, Any], views: Views, labels: NDArray[np.integer]) -> Pipeline:
+    classifier, kind = head.build(**params).named_steps["classify"], params["kind"]
+    known = {"space": views.space(kind, head.estimator)} if head.estimator in _IN_ROW_SPACE else {}
+    classifier.fit(views.rows(kind), labels, **known)
+    return Pipeline([("normalise", views.normaliser(kind)), ("classify", classifier)])
 
 
 def choose(
@@ -190,7 +225,25 @@ def _clearly_best(losses: Array) -> int:
 
 
 Scores: TypeAlias = tuple[Array, bool]
-Family: TypeAlias = Callable[[Views, Kind, NDArray[np.integer], Index, tuple[float, ...]], Scores]
+
+
+@dataclass(frozen=True)
+class _Validation:
+    """A cross-validation: the arguments of :func:`out_of_fold_losses`."""
+
+    views: Views
+    kind: Kind
+    labels: NDArray[np.integer]
+    folds: Index
+    values: tuple[float, ...]
+
+    @property
+    def n_classes(self) -> int:
+        return int(self.labels.max()) + 1
+
+    def held_out(self) -> list[NDArray[np.bool_]]:
+        """For each fold which rows (n,) are in it."""
+        return [self.folds == number for number in range(int(self.folds.max()) + 1)]
 
 
 def out_of_fold_losses(
@@ -207,7 +260,7 @@ def out_of_fold_losses(
     folds share one projection. The second value says whether all fits converged.
     """
     views = rows if isinstance(rows, Views) else Views(rows, head.mean)
-    scores, converged = _FAMILIES[head.estimator](views, kind, labels, folds, values)
+    scores, converged = _FAMILIES[head.estimator](_Validation(views, kind, labels, folds, values))
     return _losses(head, scores, labels), converged
 
 
@@ -224,32 +277,77 @@ def _losses(head: Head, scores: Array, labels: NDArray[np.integer]) -> Array:
     return np.asarray((gaps**2).sum(axis=2))
 
 
-def _penalised(
-    views: Views,
-    kind: Kind,
-    labels: NDArray[np.integer],
-    folds: Index,
-    values: tuple[float, ...],
-    *,
-    hinge: bool,
-) -> Scores:
-    space = views.space(kind, SquaredHinge if hinge else Logistic)
-    weights = np.stack([(folds != number).astype(np.float64) for number in range(int(folds.max()) + 1)])
+def _penalised(task: _Validation, *, hinge: bool) -> Scores:
+    space = task.views.space(task.kind, SquaredHinge if hinge else Logistic)
+    held_out = task.held_out()
+    weights = np.array([~held for held in held_out], dtype=np.float64)
     z = space.coordinates
     unit = np.array([mean_squared_norm(z, w) for w in weights])
     path = newton_path(
-        z, labels, int(labels.max()) + 1, weights, [value / unit for value in values],
+        z, task.labels, task.n_classes, weights, [value / unit for value in task.values],
         loss="squared_hinge" if hinge else "softmax", fit_intercept=not hinge, tolerance=_TOLERANCE,
     )  # fmt: skip
     out, converged = [], True
     for point in path:
         scores = np.zeros((len(z), point.coef.shape[2]))
-        for i in range(len(weights)):
-            held = folds == i
-            scores[held] = z[held] @ point.coef[i] + point.intercept[i]
+        for held, coef, offset in zip(held_out, point.coef, point.intercept, strict=True):
+            scores[held] = z[held] @ coef + offset
         out.append(scores)
         converged &= bool(point.converged.all())
     return np.stack(out), converged
+
+
+def _ridge(task: _Validation) -> Scores:
+    targets = signs(task.labels, task.n_classes)
+    space = task.views.space(task.kind, Ridge)
+    unit = mean_squared_norm(space.coordinates)
+    return np.stack(
+        [ridge_held_out(space, targets, value * unit, task.folds, fit_intercept=False) for value in task.values]
+    ), True
+
+
+def _discriminant(task: _Validation) -> Scores:
+    out = np.zeros((len(task.values), len(task.labels), task.n_classes))
+    rows = task.views.space(task.kind, Discriminant).coordinates
+    for held in task.held_out():
+        origin = rows[~held].mean(axis=0)
+        space = RowSpace(origin, np.eye(len(origin)), rows[~held] - origin)
+        path = discriminant_path(
+            space, task.labels[~held], task.n_classes, task.values, n_features=task.views.raw.shape[1]
+        )
+        for i, (coef, offset) in enumerate(path):
+            out[i, held] = rows[held] @ coef.T + offset
+    return out, True
+
+
+def _centroid(task: _Validation) -> Scores:
+    rows = task.views.rows(task.kind)
+    out = np.zeros((1, len(rows), task.n_classes))
+    for held in task.held_out():
+        model = Centroid().fit(rows[~held], task.labels[~held])
+        out[0, held] = both_columns(model.decision_function(rows[held]).reshape(held.sum(), -1))
+    return out, True
+
+
+def _neighbours(task: _Validation) -> Scores:
+    rows = task.views.rows(task.kind)
+    lengths = np.einsum("ij,ij->i", rows, rows)
+    distance = lengths[:, None] + lengths[None] - 2.0 * rows @ rows.T
+    distance[task.folds[:, None] == task.folds[None]] = np.inf
+    nearest = np.argsort(distance, axis=1, kind="stable")[:, : int(max(task.values))]
+    hot = (task.labels[nearest][:, :, None] == np.arange(task.n_classes)).astype(np.float64)
+    votes = np.cumsum(hot, axis=1)
+    return np.stack([votes[:, int(k) - 1] for k in task.values]), True
+
+
+_FAMILIES: dict[type, Callable[[_Validation], Scores]] = {
+    Logistic: partial(_penalised, hinge=False),
+    SquaredHinge: partial(_penalised, hinge=True),
+    Ridge: _ridge,
+    Discriminant: _discriminant,
+    Centroid: _centroid,
+    KNeighborsClassifier: _neighbours,
+}
 
 
 @dataclass(frozen=True)
@@ -304,89 +402,3 @@ def search_penalty(
     if hinge:
         return Search(accuracies, best, coef[:, :-1], coef[:, -1], converged)
     return Search(accuracies, best, coef, offset - coef @ space.origin, converged)
-
-
-def _logistic(*args: Any) -> Scores:
-    return _penalised(*args, hinge=False)
-
-
-def _squared_hinge(*args: Any) -> Scores:
-    return _penalised(*args, hinge=True)
-
-
-def _ridge(
-    views: Views,
-    kind: Kind,
-    labels: NDArray[np.integer],
-    folds: Index,
-    values: tuple[float, ...],
-) -> Scores:
-    targets = signs(labels, int(labels.max()) + 1)
-    space = views.space(kind, Ridge)
-    unit = mean_squared_norm(space.coordinates)
-    held_out = [ridge_held_out(space, targets, value * unit, folds, fit_intercept=False) for value in values]
-    return np.stack(held_out), True
-
-
-def _discriminant(
-    views: Views,
-    kind: Kind,
-    labels: NDArray[np.integer],
-    folds: Index,
-    values: tuple[float, ...],
-) -> Scores:
-    n_classes = int(labels.max()) + 1
-    out = np.zeros((len(values), len(labels), n_classes))
-    n_features = views.raw.shape[1]
-    rows = views.space(kind, Discriminant).coordinates
-    for number in range(int(folds.max()) + 1):
-        held = folds == number
-        origin = rows[~held].mean(axis=0)
-        space = RowSpace(origin, np.eye(len(origin)), rows[~held] - origin)
-        path = discriminant_path(space, labels[~held], n_classes, values, n_features=n_features)
-        for i, (coef, offset) in enumerate(path):
-            out[i, held] = rows[held] @ coef.T + offset
-    return out, True
-
-
-def _centroid(
-    views: Views,
-    kind: Kind,
-    labels: NDArray[np.integer],
-    folds: Index,
-    values: tuple[float, ...],
-) -> Scores:
-    rows, n_classes = views.rows(kind), int(labels.max()) + 1
-    out = np.zeros((1, len(rows), n_classes))
-    for number in range(int(folds.max()) + 1):
-        held = folds == number
-        means = np.stack([rows[~held & (labels == c)].mean(axis=0) for c in range(n_classes)])
-        out[0, held] = rows[held] @ means.T - 0.5 * np.einsum("ij,ij->i", means, means)
-    return out, True
-
-
-def _neighbours(
-    views: Views,
-    kind: Kind,
-    labels: NDArray[np.integer],
-    folds: Index,
-    values: tuple[float, ...],
-) -> Scores:
-    rows = views.rows(kind)
-    lengths = np.einsum("ij,ij->i", rows, rows)
-    distance = lengths[:, None] + lengths[None] - 2.0 * rows @ rows.T
-    distance[folds[:, None] == folds[None]] = np.inf
-    nearest = np.argsort(distance, axis=1, kind="stable")[:, : int(max(values))]
-    hot = (labels[nearest][:, :, None] == np.arange(int(labels.max()) + 1)).astype(np.float64)
-    votes = np.cumsum(hot, axis=1)
-    return np.stack([votes[:, int(k) - 1] for k in values]), True
-
-
-_FAMILIES: dict[type, Family] = {
-    Logistic: _logistic,
-    SquaredHinge: _squared_hinge,
-    Ridge: _ridge,
-    Discriminant: _discriminant,
-    Centroid: _centroid,
-    KNeighborsClassifier: _neighbours,
-}

@@ -7,7 +7,6 @@ no part in any of it; where there is one, it judges the finished head once.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -17,13 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import beta
-from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 
 from featx import stats
 from featx.bundle import Bundle
 from featx.calibrate import fit_sharpness, fit_threshold
-from featx.choose import N_FOLDS, choose
+from featx.choose import N_FOLDS, fit_chosen
 from featx.embed import Embedder
 from featx.errors import UsageError
 from featx.heads import HEADS
@@ -164,17 +162,9 @@ def _fit(
     name: str, rows: NDArray[np.floating], labels: NDArray[np.int64], groups: Index, random_state: int
 ) -> tuple[Scorer, dict[str, Any], bool]:
     """A head fitted as the sweep fits it: normaliser and parameters chosen on these rows alone."""
-    with threadpool_limits(limits=1, user_api="blas"), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", ConvergenceWarning)
-        choice = choose(HEADS[name], rows, labels, groups, random_state=random_state)
-        model = HEADS[name].build(**choice.params).fit(rows, labels)
-    failed = False
-    for each in caught:
-        if issubclass(each.category, ConvergenceWarning):
-            failed = True
-        else:
-            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
-    return Scorer.of(model), choice.params, choice.converged and not failed
+    with threadpool_limits(limits=1, user_api="blas"):
+        choice, pipeline = fit_chosen(HEADS[name], rows, labels, groups, random_state=random_state)
+    return Scorer.of(pipeline), choice.params, choice.converged
 
 
 def _judge(

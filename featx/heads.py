@@ -25,7 +25,8 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from featx.errors import UsageError, did_you_mean
-from featx.normalise import Kind, Normalise
+from featx.normalise import Normalise
+from featx.scoring import Kind, softmax
 from featx.solvers import (
     Array,
     RowSpace,
@@ -33,7 +34,6 @@ from featx.solvers import (
     newton_path,
     ridge_coefficients,
     ridge_held_out,
-    softmax,
     temperature,
 )
 
@@ -192,14 +192,14 @@ class Ridge(_Linear):
         counts = np.bincount(labels)
         folds = round_robin(labels, min(int(counts.min()), 10))
         held_out = ridge_held_out(space, targets, alpha, folds, fit_intercept=False)
-        self.temperature_ = 8.0 if counts.min() < 2 else temperature(_both(held_out), labels)
+        self.temperature_ = 8.0 if counts.min() < 2 else temperature(both_columns(held_out), labels)
 
     def predict_proba(self, X: ArrayLike) -> Array:
         scores = self.decision_function(X)
-        return softmax(self.temperature_ * _both(scores.reshape(len(scores), -1)))
+        return softmax(self.temperature_ * both_columns(scores.reshape(len(scores), -1)))
 
 
-def _both(scores: Array) -> Array:
+def both_columns(scores: Array) -> Array:
     """Scores (n, c) of every class: a single column stands for the second of two."""
     return np.hstack([-scores, scores]) if scores.shape[1] == 1 else scores
 

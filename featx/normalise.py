@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
-
 import numpy as np
 from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from featx.solvers import Array
-
-Kind: TypeAlias = Literal["none", "l2", "centre_l2", "standardise", "power_l2"]
-KINDS: tuple[Kind, ...] = ("none", "l2", "centre_l2", "standardise", "power_l2")
-#: Kinds that treat each row by itself: what they give does not depend on which rows are in the support.
-ROWWISE: frozenset[Kind] = frozenset({"none", "l2", "power_l2"})
+from featx.scoring import KINDS, Array, Kind, normalised
 
 
 class Normalise(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
@@ -50,13 +43,4 @@ class Normalise(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type:
         """Normalised rows (n, d), float64."""
         check_is_fitted(self)
         rows: Array = validate_data(self, X, dtype=np.float64, reset=False)
-        if self.kind == "standardise":
-            return (rows - self.mean_) / self.scale_
-        if self.kind == "centre_l2":
-            rows = rows - self.mean_
-        elif self.kind == "power_l2":
-            rows = np.sign(rows) * np.sqrt(np.abs(rows))
-        if self.kind == "none":
-            return rows
-        length = np.linalg.norm(rows, axis=1, keepdims=True)
-        return rows / np.where(length > 0.0, length, 1.0)
+        return normalised(rows, self.kind, self.mean_, self.scale_)

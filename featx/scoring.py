@@ -7,15 +7,16 @@ scikit-learn; that it is the same head is tested against the pipeline it was rea
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array: TypeAlias = NDArray[np.float64]
 
-KINDS = ("none", "l2", "centre_l2", "standardise", "power_l2")
-"""Normalisers, as of :class:`featx.heads.Normalise`."""
+Kind: TypeAlias = Literal["none", "l2", "centre_l2", "standardise", "power_l2"]
+KINDS: tuple[Kind, ...] = ("none", "l2", "centre_l2", "standardise", "power_l2")
+"""Normalisers: see :class:`featx.normalise.Normalise`."""
 
 _BLOCK = 1024
 """Query rows at a time against the rows of a nearest-neighbour head."""
@@ -78,17 +79,7 @@ class Scorer:
 
     def normalised(self, embeddings: NDArray[np.floating]) -> Array:
         """Rows (n, d) as the head sees them."""
-        rows: Array = np.asarray(embeddings, dtype=np.float64)
-        if self.kind == "standardise":
-            return (rows - self.mean) / self.scale
-        if self.kind == "centre_l2":
-            rows = rows - self.mean
-        elif self.kind == "power_l2":
-            rows = np.sign(rows) * np.sqrt(np.abs(rows))
-        if self.kind == "none":
-            return rows
-        length = np.linalg.norm(rows, axis=1, keepdims=True)
-        return rows / np.where(length > 0.0, length, 1.0)
+        return normalised(np.asarray(embeddings, dtype=np.float64), self.kind, self.mean, self.scale)
 
     def scores(self, embeddings: NDArray[np.floating]) -> Array:
         """Scores (n, c) of embeddings (n, d); the label is the class with the highest, the first among equals.
@@ -111,9 +102,24 @@ class Scorer:
         return np.asarray(hits.sum(axis=1), dtype=np.float64)
 
 
+def normalised(rows: Array, kind: str, mean: Array, scale: Array) -> Array:
+    """Rows (n, d) after the normaliser ``kind`` with its mean and standard deviation (d,)."""
+    if kind == "none":
+        return rows
+    if kind == "standardise":
+        return (rows - mean) / scale
+    if kind == "centre_l2":
+        rows = rows - mean
+    elif kind == "power_l2":
+        rows = np.sign(rows) * np.sqrt(np.abs(rows))
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / np.where(length > 0.0, length, 1.0)
+
+
 def softmax(scores: Array, sharpness: float = 1.0) -> Array:
-    """Probabilities (n, c) of scores (n, c) times ``sharpness``."""
-    power: Array = np.exp(sharpness * (scores - scores.max(axis=1, keepdims=True)))
+    """Probabilities (n, c) of scores (n, c), or of (n,) log-odds for the second of two classes, times ``sharpness``."""
+    both = np.column_stack([np.zeros(len(scores)), scores]) if scores.ndim == 1 else scores
+    power: Array = np.exp(sharpness * (both - both.max(axis=1, keepdims=True)))
     power /= power.sum(axis=1, keepdims=True)
     return power
 

@@ -327,14 +327,6 @@ def ridge_held_out(
     return out
 
 
-def softmax(scores: Array) -> Array:
-    """Probabilities (n, c) of scores (n, c), or of (n,) log-odds for the second of two classes."""
-    both = np.column_stack([np.zeros(len(scores)), scores]) if scores.ndim == 1 else scores
-    power: Array = np.exp(both - both.max(axis=1, keepdims=True))
-    power /= power.sum(axis=1, keepdims=True)
-    return power
-
-
 def temperature(scores: Array, labels: NDArray[np.integer], *, prior: float = 8.0, spread: float = 0.35) -> float:
     """The factor t for which ``softmax(t * scores)`` of held-out scores (n, c) suits the labels best.
 

@@ -8,7 +8,6 @@ Takes arrays, not paths. A *trial* is one head on one episode; each episode draw
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +15,17 @@ from pathlib import Path
 import joblib
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 
 from featx import stats
 from featx.centre import Centre
-from featx.choose import Views, choose, fit_head
+from featx.choose import Views, fit_chosen
 from featx.errors import UsageError
 from featx.heads import Head
 from featx.journal import Journal, plan_hash
-from featx.normalise import Kind, Normalise
+from featx.normalise import Normalise
 from featx.results import SweepResult, Trial
+from featx.scoring import Kind
 from featx.splits import (
     Duplicates,
     Index,
@@ -274,18 +273,10 @@ def _trial(
     random_state: int,
 ) -> Trial:
     started = time.perf_counter()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", ConvergenceWarning)
-        choice = choose(head, views, labels, groups, random_state=[random_state, episode])
-        model = fit_head(head, choice.params, views, labels)
-    converged = choice.converged
-    for each in caught:
-        if issubclass(each.category, ConvergenceWarning):
-            converged = False
-        else:
-            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+    choice, pipeline = fit_chosen(head, views, labels, groups, random_state=[random_state, episode])
     seconds = time.perf_counter() - started
-    asked = query.under(views.normaliser(choice.params["kind"]))
+    normaliser, model = pipeline.named_steps.values()
+    asked = query.under(normaliser)
     probabilities = model.predict_proba(asked) if head.probabilistic else None
     predicted = np.asarray(model.predict(asked) if probabilities is None else probabilities.argmax(axis=1), np.int32)
     confidence = None if probabilities is None else probabilities.max(axis=1)
@@ -302,7 +293,7 @@ def _trial(
         brier=None if probabilities is None else stats.brier(truth, probabilities),
         params=choice.params,
         selection_score=choice.score,
-        converged=converged,
+        converged=choice.converged,
         fit_seconds=seconds,
         predictions=predicted,
         confidences=None if confidence is None else confidence.astype(np.float32),

@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 
 from featx import stats
 from featx._files import cannot_write
-from featx.choose import choose
+from featx.choose import fit_chosen
 from featx.errors import UsageError
 from featx.heads import Head
 from featx.splits import find_duplicates
@@ -47,6 +47,7 @@ class Judgement:
     balanced_accuracy: float
     majority_baseline: float
     used: int
+    converged: bool
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -59,6 +60,7 @@ class Judgement:
         """The result in words, with the number of uses."""
         times = "the first use" if self.used == 1 else f"use number {self.used}"
         warning = "" if self.used == 1 else " What was chosen after an earlier look makes this too good."
+        warning += "" if self.converged else " A fit stopped before its optimum."
         return (
             f"On the {self.images} images of the split {self.split}, {self.head} is right in {100 * self.accuracy:.1f} "
             f"% ({100 * self.low:.1f} to {100 * self.high:.1f}). This is {times} of this test set.{warning}"
@@ -111,8 +113,7 @@ def judge(
         )
     dense = np.unique(groups[here], return_inverse=True)[1]
     with threadpool_limits(limits=1, user_api="blas"):
-        choice = choose(head, features.embeddings[train], labels, dense, random_state=[random_state, 0])
-        model = head.build(**choice.params).fit(features.embeddings[train], labels)
+        choice, model = fit_chosen(head, features.embeddings[train], labels, dense, random_state=[random_state, 0])
         predicted = classes[model.predict(features.embeddings[test])]
     truth = features.labels[test]
     right = int((predicted == truth).sum())
@@ -136,6 +137,7 @@ def judge(
         balanced_accuracy=stats.balanced_accuracy(truth, predicted),
         majority_baseline=stats.majority_baseline(truth),
         used=used,
+        converged=choice.converged,
     )
 
 

@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx.centre import Centre
-from featx.heads import HEADS, Catalogue, Head, Ridge, round_robin
+from featx.heads import HEADS, Catalogue, Head, Ridge, both_columns, round_robin
 from featx.normalise import Normalise
-from featx.solvers import Array, RowSpace, softmax, temperature
+from featx.scoring import softmax
+from featx.solvers import Array, RowSpace, temperature
 
 MAX_POOL = 1000
 """More unlabelled images than this are thinned evenly: they are solved with the support in every fit."""
@@ -59,8 +60,7 @@ class PoolRidge(Ridge):
             held = folds == fold
             coef, intercept = self._solve(rows[~held], hot[~held], self.pool)
             held_out[held] = rows[held] @ coef.T + intercept
-        both = np.hstack([-held_out, held_out]) if held_out.shape[1] == 1 else held_out
-        self.temperature_ = temperature(both, labels, prior=PRIOR)
+        self.temperature_ = temperature(both_columns(held_out), labels, prior=PRIOR)
 
     def _solve(self, rows: Array, hot: Array, pool: Array) -> tuple[Array, Array]:
         """Coefficients and intercept for a support (n, d) with targets (n, c) of 0 and 1."""

@@ -38,7 +38,8 @@ from sklearn.svm import LinearSVC
 from threadpoolctl import threadpool_limits
 
 from featx.choose import Search, search_penalty
-from featx.solvers import Loss, softmax
+from featx.scoring import softmax
+from featx.solvers import Loss
 from featx.splits import KShotSplit, fold_numbers
 from featx.store import read_features
 

@@ -19,7 +19,8 @@ from sklearn.svm import LinearSVC
 
 from featx.errors import UsageError
 from featx.heads import HEADS, make_head, mean_squared_norm
-from featx.normalise import KINDS, Kind, Normalise
+from featx.normalise import Normalise
+from featx.scoring import KINDS, Kind
 
 
 def blobs(n_classes: int, shots: int, d: int = 40, seed: int = 0) -> tuple[NDArray[np.float64], NDArray[np.int64]]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
 from featx.large import logistic_path
-from featx.solvers import softmax
+from featx.scoring import softmax
 
 
 def clusters(n: int, d: int, n_classes: int, seed: int = 0) -> tuple[NDArray[np.float32], NDArray[np.int64]]:

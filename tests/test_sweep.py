@@ -18,7 +18,7 @@ from featx.choose import choose, out_of_fold_losses, search_penalty
 from featx.errors import UsageError
 from featx.heads import HEADS, Head, mean_squared_norm
 from featx.normalise import Normalise
-from featx.solvers import softmax
+from featx.scoring import softmax
 from featx.splits import KShotSplit, fold_numbers
 from featx.sweep import sweep_heads
 
