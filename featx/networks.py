@@ -16,10 +16,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from featx.catalogue import NETWORKS, Network
-from featx.checkpoints import load_checkpoint
+from featx.catalogue import Network
 from featx.errors import UsageError, WeightsError, did_you_mean
 from featx.images import Preprocess
+from featx.providers import Provider
 
 PENULTIMATE = "penultimate"
 
@@ -139,31 +139,12 @@ class FrozenNetwork(nn.Module):
 
 
 def build(
-    name: str,
-    *,
-    layers: Sequence[str],
-    preprocess: Preprocess,
-    weights: Path | None,
-    random_state: int,
-    timm_default: bool = False,
+    provider: Provider, *, layers: Sequence[str], preprocess: Preprocess, weights: Path | None, random_state: int
 ) -> FrozenNetwork:
-    """Build a catalogue or ``timm:`` network, from a weights file or (``weights=None``) from a seed.
-
-    ``timm_default`` says that the file is timm's own for this name, in whatever layout timm stores it.
-    """
-    if name.startswith("timm:"):
-        architecture = name.removeprefix("timm:")
-        body, classifier = _timm_body(architecture, random_state, weights if timm_default else None)
-        aliases = _timm_classifiers(body)
-    else:
-        network = NETWORKS[name]
-        body = catalogue_body(network, preprocess, random_state)
-        classifier = last_layer(body)
-        aliases = (classifier,)
-    timms_own = timm_default and name.startswith("timm:")
-    if weights is not None and not timms_own:
-        load_checkpoint(body, weights, network=name, classifiers=aliases)
-    return FrozenNetwork(body, layers, classifier, preprocess.crop, name)
+    """Build a provider's network, from a weights file or (``weights=None``) from a seed."""
+    with seeded(random_state):
+        body = provider.network(weights)
+    return FrozenNetwork(body, layers, provider.classification_layer(body), preprocess.crop, provider.name)
 
 
 def last_layer(body: nn.Module) -> str:
@@ -185,16 +166,23 @@ def state_sha256(body: nn.Module) -> str:
 
 
 @contextlib.contextmanager
-def _seeded(random_state: int) -> Iterator[None]:
+def seeded(random_state: int | None) -> Iterator[None]:
+    """Let torch draw from a seed, and then go on as if nothing had been drawn; None changes nothing."""
+    if random_state is None:
+        yield
+        return
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(random_state)
         yield
 
 
-def catalogue_body(network: Network, preprocess: Preprocess, random_state: int) -> nn.Module:
-    """A catalogue network whole, with its 1,000-class layer, initialised from the seed."""
+def catalogue_body(network: Network, preprocess: Preprocess, random_state: int | None = None) -> nn.Module:
+    """A catalogue network whole, with its 1,000-class layer; without a seed torch's generator is used as it is."""
     if network.source == "featx":
-        return _timm_body(network.architecture, random_state, None, num_classes=1000)[0]
+        from featx.timm_models import create
+
+        with seeded(random_state):
+            return create(network.architecture, num_classes=1000)
     import torchvision.models
 
     options: dict[str, Any] = {}
@@ -204,27 +192,9 @@ def catalogue_body(network: Network, preprocess: Preprocess, random_state: int) 
         options = {"aux_logits": False, "init_weights": True, "transform_input": True}
     elif network.name.startswith("vit_"):
         options = {"image_size": preprocess.crop[0]}  # the position embedding has the size of the weights
-    with _seeded(random_state):
+    with seeded(random_state):
         body: nn.Module = torchvision.models.get_model(network.name, weights=None, **options)
     return body
-
-
-def _timm_body(
-    architecture: str, random_state: int, own_weights: Path | None, num_classes: int = 0
-) -> tuple[nn.Module, str | None]:
-    import timm
-
-    options: dict[str, Any] = {}
-    if own_weights is not None:
-        options = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(own_weights)}}
-    with _seeded(random_state):
-        body: nn.Module = timm.create_model(architecture, num_classes=num_classes, **options)
-    return body, None
-
-
-def _timm_classifiers(body: nn.Module) -> tuple[str, ...]:
-    names = getattr(body, "pretrained_cfg", {}).get("classifier") or ()
-    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _check_names(body: nn.Module, layers: tuple[str, ...], classifier: str | None, where: str) -> None:

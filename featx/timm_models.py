@@ -7,27 +7,70 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import timm
 import timm.data
 from timm.models import get_pretrained_cfg
 
 from featx.errors import UsageError, WeightsError, did_you_mean
+from featx.hub import Progress, fetch, hub_folder
 from featx.images import Preprocess
+from featx.providers import Provider
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _data: Any = timm.data  # partly annotated
+
+HUB_SECONDS = 5.0
+"""How long the Hugging Face hub may take to answer at all."""
 
 _SAFE, _TORCH = "model.safetensors", "pytorch_model.bin"  # timm's names on the Hugging Face hub, in its order
 
 
-@dataclass(frozen=True)
-class TimmModel:
-    """A model of timm with one of its weights: ``config`` is timm's own record of them."""
+@dataclass(frozen=True, kw_only=True)
+class TimmModel(Provider):
+    """A model of timm with one of its weights: ``config`` is timm's own record of them.
+
+    ``own`` says that the weights are timm's own for this name, in whatever layout timm stores them.
+    """
 
     name: str
     preprocess: Preprocess
     config: Mapping[str, Any]
+    own: bool = False
+
+    def build(self) -> nn.Module:
+        return create(self._architecture)
+
+    def weights(self, progress: Progress | None = None) -> Path | None:
+        return weights_file(self, hub_folder(), fetch, progress)
+
+    def with_weights(self, file: Path, sha256: str, *, default: bool) -> Provider:
+        return dataclasses.replace(self, own=default)
+
+    def network(self, file: Path | None) -> nn.Module:
+        if file is not None and self.own:
+            return create(self._architecture, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
+        body = self.build()
+        if file is not None:
+            from featx.checkpoints import load_checkpoint
+
+            layers = getattr(body, "pretrained_cfg", {}).get("classifier") or ()
+            layers = (layers,) if isinstance(layers, str) else tuple(layers)
+            load_checkpoint(body, file, network=self.name, classifiers=layers)
+        return body
+
+    @property
+    def _architecture(self) -> str:
+        return self.name.removeprefix("timm:")
+
+
+def create(architecture: str, *, num_classes: int = 0, **options: Any) -> nn.Module:
+    """timm's model; without classes its output is the embedding."""
+    body: nn.Module = timm.create_model(architecture, num_classes=num_classes, **options)
+    return body
 
 
 def find(name: str) -> TimmModel:
@@ -48,7 +91,8 @@ def find(name: str) -> TimmModel:
         raise UsageError(f"timm has no weights {tag!r} for this model", where=name, expected=" or ".join(tags))
     found = get_pretrained_cfg(model)
     config = dataclasses.asdict(found) if found is not None else {}
-    return TimmModel(name, preprocess(_data.resolve_data_config(pretrained_cfg=config), name), config)
+    prepared = preprocess(_data.resolve_data_config(pretrained_cfg=config), name)
+    return TimmModel(name=name, preprocess=prepared, config=config)
 
 
 def preprocess(data: Mapping[str, Any], name: str) -> Preprocess:
@@ -105,8 +149,8 @@ def weights_file(
 def _from_hugging_face(
     name: str, repository: str, filename: str | None, progress: Callable[[str], None] | None
 ) -> Path:
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError
 
     names = [filename] if filename else [_SAFE, _TORCH]
     for file in names:
@@ -116,18 +160,22 @@ def _from_hugging_face(
     if progress is not None:
         progress(f"downloading {repository} from the Hugging Face hub")
     try:
-        for file in names[:-1]:
+        for file in names:
+            # One question first: the download itself would try for half a minute to reach a hub that is not there.
             try:
-                return Path(hf_hub_download(repository, file))
-            except LocalEntryNotFoundError:
-                raise  # offline: the next name would not be found either
+                get_hf_file_metadata(hf_hub_url(repository, file), timeout=HUB_SECONDS)
             except EntryNotFoundError:
                 continue
-        return Path(hf_hub_download(repository, names[-1]))
-    except (OSError, RuntimeError, ValueError) as error:
-        raise WeightsError(
-            f"the weights are not on this machine and cannot be downloaded ({type(error).__name__})",
-            where=name,
-            hint=f"Fetch {repository} on a machine that is online (huggingface-cli download {repository}) and name "
-            f"the file with --weights FILE.",
-        ) from error
+            return Path(hf_hub_download(repository, file))
+    except Exception as error:  # which HTTP library's errors these are depends on the hub's version
+        raise _unreachable(name, repository, f"{type(error).__name__}: {error}") from error
+    raise _unreachable(name, repository, f"the hub has no {' or '.join(names)} of it")
+
+
+def _unreachable(name: str, repository: str, reason: str) -> WeightsError:
+    return WeightsError(
+        f"the weights are not on this machine and cannot be downloaded ({' '.join(reason.split())})",
+        where=name,
+        hint=f"Fetch {repository} on a machine that is online (huggingface-cli download {repository}) and name "
+        f"the file with --weights FILE.",
+    )

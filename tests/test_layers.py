@@ -16,11 +16,13 @@ PACKAGE = Path(featx.__file__).parent
 
 LAYERS = [
     {"errors", "_files"},
-    {"images", "sources", "decoders", "originals"},
+    {"images", "origins", "sources", "decoders", "decoder_child", "originals"},
     {
         "batches",
         "catalogue",
         "backbones",
+        "hub",
+        "providers",
         "checkpoints",
         "networks",
         "timm_models",
@@ -78,9 +80,9 @@ LAYERS = [
 DOORS = {
     "PIL": {"images"},
     "h5py": {"hdf5"},
-    "torch": {"networks", "checkpoints", "timm_models", "engines", "openvino_engine", "backbones"},
-    "torchvision": {"networks", "checkpoints", "timm_models", "backbones"},
-    "timm": {"networks", "timm_models", "backbones"},
+    "torch": {"networks", "checkpoints", "timm_models", "engines", "openvino_engine", "hub"},
+    "torchvision": {"networks", "checkpoints"},
+    "timm": {"timm_models"},
     "openvino": {"openvino_engine"},
     "faiss": {"ann"},
     "typer": {"cli", "cli_model", "cli_search", "cli_sweep"},
