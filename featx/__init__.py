@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from featx.errors import FeatxError
     from featx.extract import extract_features
     from featx.heads import make_head
+    from featx.images import Preprocess
+    from featx.providers import Provider
     from featx.retrieval import GalleryIndex
     from featx.sources import ImageSet
     from featx.splits import KShotSplit
@@ -31,6 +33,8 @@ _HOME = {
     "GalleryIndex": "retrieval",
     "ImageSet": "sources",
     "KShotSplit": "splits",
+    "Preprocess": "images",
+    "Provider": "providers",
     "extract_features": "extract",
     "iter_features": "store",
     "list_backbones": "backbones",
@@ -45,6 +49,8 @@ __all__ = [  # noqa: RUF022 - in the order of use
     "ImageSet",
     "load_backbone",
     "list_backbones",
+    "Provider",
+    "Preprocess",
     "make_engine",
     "extract_features",
     "read_features",

@@ -99,6 +99,7 @@ def backbones(as_json: Json = False) -> None:
         table.add_row(info.name, str(info.embedding_dim), size, info.licence, "yes" if info.offline else "")
     show(table)
     print("\nAny timm model too, as timm:NAME. Weights of your own: --weights FILE.")
+    print("A network of your own: --backbone FILE.py:CLASS (see featx/providers.py).")
 
 
 @app.command(
@@ -112,7 +113,9 @@ def extract(
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="STORE", help="The store: made, continued or updated.")],
-    backbone: Annotated[str, typer.Option(help="See: featx backbones.")] = "efficientnet_lite0",
+    backbone: Annotated[
+        str, typer.Option(help="See: featx backbones. FILE.py:CLASS is a network of your own; its code is run.")
+    ] = "efficientnet_lite0",
     weights: Annotated[str, typer.Option(help="default, none (random, as a control), or a file.")] = "default",
     layer: Annotated[
         list[str] | None, typer.Option(help="Layer to embed with; may be repeated. [default: penultimate]")
@@ -149,9 +152,11 @@ def extract(
     from featx.backbones import load_backbone
     from featx.engines import make_engine
     from featx.extract import extract_features
+    from featx.providers import named
 
     with ProgressLine("embedding") as line:
-        network = load_backbone(backbone, weights=weights, layers=tuple(layer or ("penultimate",)), progress=line.say)
+        layers = tuple(layer or ("penultimate",))
+        network = load_backbone(named(backbone), weights=weights, layers=layers, progress=line.say)
         wanted = stored_precision(out) if precision is Precision.auto else None
         chosen = make_engine(
             network,

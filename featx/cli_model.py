@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from featx.bundle import Bundle
     from featx.embed import Embedder
     from featx.export import Pickled
+    from featx.providers import Own
 
 REFUSED = 3
 _STDIN = Path("-")
@@ -28,6 +29,16 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help="A file made by featx fit.")]
 Weights = Annotated[
     Path | None, typer.Option(help="The weights file, where the features were made with weights of your own.")
+]
+
+
+OwnBackbone = Annotated[
+    str | None,
+    typer.Option(
+        "--backbone",
+        metavar="FILE.py:CLASS",
+        help="The network, where it is one of your own. Its code is run, and only when you name it.",
+    ),
 ]
 
 
@@ -67,6 +78,7 @@ def fit(
     max_error: Annotated[
         float, typer.Option(help="Share of answers that may be wrong; where that cannot be held, abstain.")
     ] = 0.05,
+    backbone: OwnBackbone = None,
     weights: Weights = None,
     engine: EngineOption = EngineName.auto,
     device: DeviceOption = Device.auto,
@@ -88,7 +100,12 @@ def fit(
         HEADS[name]
     features = read_features(store, layer=layer)
     embedder = Embedder.like(
-        features.provenance, where=store, weights=weights, engine=engine.value, device=device.value
+        features.provenance,
+        where=store,
+        backbone=own_network(backbone),
+        weights=weights,
+        engine=engine.value,
+        device=device.value,
     )
     with ProgressLine("fitting") as line:
         bundle = fit_bundle(
@@ -103,6 +120,17 @@ def fit(
     say(f"Model: {out}", err=as_json)
     if not as_json:
         say(f"Next: featx predict {out} photo.jpg")
+
+
+def own_network(name: str | None) -> Own | None:
+    """The user's network that ``--backbone`` names; any other is what the store or the model says."""
+    from featx.providers import import_provider, is_own
+
+    if name is None:
+        return None
+    if not is_own(name):
+        raise UsageError("not a network of your own", where="--backbone", expected="FILE.py:CLASS", found=name)
+    return import_provider(name)
 
 
 def _story(bundle: Bundle) -> str:
@@ -132,6 +160,7 @@ def predict(
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="MODEL is a joblib export. Loading it runs code: trust its source.")
     ] = False,
+    backbone: OwnBackbone = None,
     weights: Weights = None,
     engine: EngineOption = EngineName.auto,
     device: DeviceOption = Device.auto,
@@ -142,7 +171,7 @@ def predict(
         named = _name_files(images, Path(folder))
         from featx.predictor import predict_files
 
-        kept, embedder, layer = _open(model, weights, engine, device, pickled=allow_pickle)
+        kept, embedder, layer = _open(model, backbone, weights, engine, device, pickled=allow_pickle)
         predictions: list[dict[str, Any]] = []
         refused: list[dict[str, Any]] = []
         paths = [path for _, path in named]
@@ -165,14 +194,19 @@ def predict(
 
 
 def _open(
-    model: Path, weights: Path | None, engine: EngineName, device: Device, *, pickled: bool
+    model: Path, backbone: str | None, weights: Path | None, engine: EngineName, device: Device, *, pickled: bool
 ) -> tuple[Bundle | Pickled, Embedder, int]:
     """A bundle (or, where it is asked for, a pickled export), its network, and the layer that it is on."""
     from featx.bundle import read_bundle
     from featx.embed import Embedder
     from featx.predictor import layer_number, open_embedder
 
-    options: dict[str, Any] = {"weights": weights, "engine": engine.value, "device": device.value}
+    options: dict[str, Any] = {
+        "backbone": own_network(backbone),
+        "weights": weights,
+        "engine": engine.value,
+        "device": device.value,
+    }
     if pickled and not is_zipfile(model):
         from featx.export import Pickled
 
@@ -217,6 +251,7 @@ def serve(
     ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Let anyone in who can reach the address.")] = False,
     log_json: Annotated[bool, typer.Option("--log-json", help="Log lines as JSON.")] = False,
+    backbone: OwnBackbone = None,
     weights: Weights = None,
     engine: EngineOption = EngineName.auto,
     device: DeviceOption = Device.auto,
@@ -242,7 +277,13 @@ def serve(
     bundle = read_bundle(model)
     evidence = None if store is None else Evidence(store, bundle, images)
     embedder = open_embedder(
-        bundle, model, weights=weights, engine=engine.value, device=device.value, batch_sizes=BATCH_SIZES
+        bundle,
+        model,
+        backbone=own_network(backbone),
+        weights=weights,
+        engine=engine.value,
+        device=device.value,
+        batch_sizes=BATCH_SIZES,
     )
     featx.service_run.serve(
         Service(bundle, embedder, evidence),

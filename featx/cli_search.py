@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from featx.cli_model import REFUSED, Device, DeviceOption, EngineName, EngineOption, Json, Weights
+from featx.cli_model import (
+    REFUSED,
+    Device,
+    DeviceOption,
+    EngineName,
+    EngineOption,
+    Json,
+    OwnBackbone,
+    Weights,
+    own_network,
+)
 from featx.errors import ImageError, UsageError
 from featx.terminal import ProgressLine, check_writable, print_json, say, show
 
@@ -72,6 +82,7 @@ def search(
     ] = False,
     html: Html = None,
     source: Source = None,
+    backbone: OwnBackbone = None,
     weights: Weights = None,
     engine: EngineOption = EngineName.auto,
     device: DeviceOption = Device.auto,
@@ -101,7 +112,12 @@ def search(
         asked = _Queries(gallery, images)
         if asked.files:
             embedder = Embedder.like(
-                gallery.features.provenance, where=store, weights=weights, engine=engine.value, device=device.value
+                gallery.features.provenance,
+                where=store,
+                backbone=own_network(backbone),
+                weights=weights,
+                engine=engine.value,
+                device=device.value,
             )
             asked.embed(embedder, line)
     found = asked.answer(k, include_self=include_self)

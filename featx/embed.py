@@ -17,10 +17,11 @@ from featx.backbones import Backbone, load_backbone
 from featx.batches import Engine
 from featx.decoders import DecoderPool
 from featx.engines import available_cpus, make_engine
-from featx.errors import ImageError, WeightsError
+from featx.errors import ImageError, UsageError, WeightsError
 from featx.images import pixels
 from featx.manifest import check_same
 from featx.provenance import provenance_of
+from featx.providers import Provider, is_own
 
 
 class Embedder:
@@ -42,6 +43,7 @@ class Embedder:
         provenance: Mapping[str, Any],
         *,
         where: Path,
+        backbone: str | Provider | None = None,
         weights: str | Path | None = None,
         device: str = "auto",
         engine: str = "auto",
@@ -53,15 +55,26 @@ class Embedder:
         ----------
         provenance : of a store or a bundle.
         where : the store or bundle, for messages.
+        backbone : the network, where it is one of the user's own: what a store says is never imported.
         weights : the weights file, where the provenance names one of the user's own.
 
         Raises
         ------
         WeightsError
             The weights are a file of the user's that has to be given.
+        UsageError
+            The network is the user's own, and has to be given.
         MismatchError
             What is installed here makes other embeddings; the field is named.
         """
+        recorded = str(provenance.get("backbone", ""))
+        if backbone is None and is_own(recorded):
+            raise UsageError(
+                "made with a network of your own, whose code runs only when you name it",
+                where=where,
+                expected=recorded,
+                hint="Name it with --backbone FILE.py:CLASS, or package.module:CLASS.",
+            )
         named = str(provenance.get("weights", "default"))
         if weights is None and named not in ("default", "none"):
             raise WeightsError(
@@ -70,15 +83,13 @@ class Embedder:
                 expected=named,
                 hint="Name the file with --weights FILE.",
             )
-        backbone = load_backbone(
-            str(provenance.get("backbone", "")), weights=weights or named, layers=tuple(provenance["layers"])
-        )
+        network = load_backbone(backbone or recorded, weights=weights or named, layers=tuple(provenance["layers"]))
         precision = str(provenance.get("precision", "auto"))
-        chosen = make_engine(backbone, engine=engine, device=device, precision=precision, batch_size=batch_size)
+        chosen = make_engine(network, engine=engine, device=device, precision=precision, batch_size=batch_size)
         decode = str(dict(provenance.get("decode", {})).get("mode", "full"))
-        wanted = provenance_of(backbone, chosen, views=str(provenance.get("views", "center")), decode=decode)
+        wanted = provenance_of(network, chosen, views=str(provenance.get("views", "center")), decode=decode)
         check_same(provenance, wanted, where)
-        return cls(backbone, chosen, decode=decode)
+        return cls(network, chosen, decode=decode)
 
     def embed_pixels(self, images: Sequence[NDArray[np.uint8]]) -> tuple[NDArray[np.float32], ...]:
         """Embeddings (n, d), one array a layer, of decoded images (h, w, 3)."""

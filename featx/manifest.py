@@ -19,6 +19,9 @@ FORMAT_VERSION = 1
 FINGERPRINTED = ("backbone", "weights_sha256", "layers", "views", "preprocess", "decode", "precision")
 """Fields of the provenance that change the numbers."""
 
+FINGERPRINTED_IF_THERE = ("code_sha256",)
+"""Fields that only some stores have: those of networks that are the user's own."""
+
 _SHARD_NAME = re.compile(r"[0-9]{5,9}-[0-9a-f]{8}\.h5")
 _HEX = re.compile(r"[0-9a-f]{64}")
 _MAX_BYTES = 4 * 2**20
@@ -82,12 +85,14 @@ class Manifest:
 
 def fingerprint(provenance: Mapping[str, Any]) -> str:
     """Hex sha256 of the fields that change the numbers."""
-    return hashlib.sha256(canonical_json({name: provenance.get(name) for name in FINGERPRINTED})).hexdigest()
+    fields = {name: provenance.get(name) for name in FINGERPRINTED}
+    fields |= {name: provenance[name] for name in FINGERPRINTED_IF_THERE if name in provenance}
+    return hashlib.sha256(canonical_json(fields)).hexdigest()
 
 
 def check_same(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: Path) -> None:
     """MismatchError naming the first field of the fingerprint in which two provenances differ."""
-    for name in FINGERPRINTED:
+    for name in FINGERPRINTED + FINGERPRINTED_IF_THERE:
         difference = _difference(name, stored.get(name), wanted.get(name))
         if difference is not None:
             field, was, now = difference

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from featx.bundle import Answer, Bundle
 from featx.embed import Embedder
 from featx.errors import ImageError, MismatchError
+from featx.providers import Provider
 from featx.sources import IMAGE_SUFFIXES
 
 PROBE_COSINE = {"fp32": 0.9999}
@@ -30,6 +31,7 @@ def open_embedder(
     bundle: Bundle,
     path: Path,
     *,
+    backbone: str | Provider | None = None,
     weights: Path | None = None,
     device: str = "auto",
     engine: str = "auto",
@@ -40,6 +42,7 @@ def open_embedder(
     Parameters
     ----------
     bundle, path : the model, and where it is from, for messages.
+    backbone : the network, where the bundle names one of the user's own.
     weights : the weights file, where the bundle names one of the user's own.
     device, engine : as of :func:`featx.engines.make_engine`.
     batch_sizes : images per batch by device ("cpu", "cuda"); by default what suits many images at once.
@@ -51,16 +54,15 @@ def open_embedder(
     WeightsError
         The weights are a file of the user's that has to be given.
     """
-    embedder = Embedder.like(bundle.provenance, where=path, weights=weights, device=device, engine=engine)
-    if batch_sizes is not None and embedder.engine.batch_size != batch_sizes[embedder.engine.device]:
-        embedder = Embedder.like(
-            bundle.provenance,
-            where=path,
-            weights=weights,
-            device=embedder.engine.device,
-            engine=embedder.engine.name,
-            batch_size=batch_sizes[embedder.engine.device],
-        )
+    embedder = Embedder.like(
+        bundle.provenance,
+        where=path,
+        backbone=backbone,
+        weights=weights,
+        device=device,
+        engine=engine,
+        batch_size=batch_sizes,
+    )
     found = embedder.embed_bytes(bundle.probe)[layer_number(bundle)][0].astype(np.float64)
     expected = bundle.probe_embedding.astype(np.float64)
     precision = str(bundle.provenance.get("precision"))

@@ -176,6 +176,11 @@ def is_own(name: str) -> bool:
     return ":" in name and name.partition(":")[0] not in PREFIXES
 
 
+def named(text: str) -> str | Own:
+    """What ``--backbone`` is about: a name that featx knows, or the user's own network, imported."""
+    return import_provider(text) if is_own(text) else text
+
+
 def import_provider(text: str) -> Own:
     """Import the user's network that ``text`` names. Call it only with what the user typed: it runs that code.
 

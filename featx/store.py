@@ -9,8 +9,9 @@ A store is a folder. MUST, MAY and SHOULD are meant as in RFC 2119.
     and a newline (so ASCII), of at most 4 MiB, with these fields; a reader MUST refuse one that lacks any, and MAY find
     more:
     ``format`` ("featx-store"), ``format_version`` (int; a reader MUST refuse a greater one), ``provenance`` (object),
-    ``fingerprint`` (hex sha256 of the provenance fields of :data:`FINGERPRINTED`), ``shards`` (list of ``{name, rows,
-    sha256}``), ``in_flux`` (names of shard files that MAY or may not exist and MUST NOT be read: about to appear, or
+    ``fingerprint`` (hex sha256 of the provenance fields of
+    :data:`featx.manifest.FINGERPRINTED`, and of those of ``FINGERPRINTED_IF_THERE`` that a store has), ``shards``
+    (list of ``{name, rows, sha256}``), ``in_flux`` (names of shard files that MAY or may not exist and MUST NOT be read: about to appear, or
     to be deleted), ``class_names``, ``splits``, ``counts``, ``source`` (what the index said when it was last written;
     readers MUST take names and labels from the index), and ``checksum`` (hex sha256 of the canonical JSON of all
     other fields).
