@@ -89,7 +89,7 @@ def dataloader_loop(paths: list[Path], backbone: Backbone, workers: int) -> tupl
     return len(paths) / (time.perf_counter() - started), np.concatenate(out)
 
 
-def timm_rate(paths: list[Path], name: str, workers: int) -> float:
+def timm_rate(source: Path, name: str, workers: int) -> float:
     """Images per second of timm's way: its model without a classifier, its transform, its loader."""
     import timm
     import torch
@@ -97,9 +97,9 @@ def timm_rate(paths: list[Path], name: str, workers: int) -> float:
     names = {"efficientnet_lite0": "tf_efficientnet_lite0", "mobilenet_v2": "mobilenetv2_100"}
     model = timm.create_model(names.get(name, name), pretrained=False, num_classes=0).eval()
     config = timm.data.resolve_data_config({}, model=model)  # type: ignore[attr-defined, no-untyped-call]
-    dataset = timm.data.ImageDataset(str(paths[0].parent.parent))  # type: ignore[attr-defined, no-untyped-call]
+    dataset = timm.data.ImageDataset(str(source))  # type: ignore[attr-defined, no-untyped-call]
     loader = timm.data.create_loader(  # type: ignore[attr-defined]
-        torch.utils.data.Subset(dataset, range(len(paths))),  # type: ignore[arg-type]
+        dataset,
         input_size=config["input_size"],
         batch_size=32,
         use_prefetcher=False,
@@ -112,21 +112,20 @@ def timm_rate(paths: list[Path], name: str, workers: int) -> float:
     started = time.perf_counter()
     with torch.no_grad():
         count = sum(len(model(batch).numpy()) for batch, _ in loader)
-    assert count == len(paths)
+    assert count == len(dataset)
     return count / (time.perf_counter() - started)
 
 
 THINGSVISION = """
-import sys, time
-import torch
+import sys, tempfile, time
 from thingsvision import get_extractor
 from thingsvision.utils.data import DataLoader, ImageDataset
-root, name, workers = sys.argv[1:]
+root, name = sys.argv[1:]
 extractor = get_extractor(model_name=name, source="torchvision", device="cpu", pretrained=False)
 module = {"mobilenet_v2": "features"}.get(name, "avgpool")
 transform = extractor.get_transformations(resize_dim=256, crop_dim=224)
 started = time.perf_counter()
-dataset = ImageDataset(root=root, out_path="", backend=extractor.get_backend(), transforms=transform)
+dataset = ImageDataset(root=root, out_path=tempfile.mkdtemp(), backend=extractor.get_backend(), transforms=transform)
 batches = DataLoader(dataset=dataset, batch_size=32, backend=extractor.get_backend())
 found = extractor.extract_features(batches=batches, module_name=module, flatten_acts=False)
 print(len(found) / (time.perf_counter() - started))
@@ -136,7 +135,7 @@ print(len(found) / (time.perf_counter() - started))
 def thingsvision_rate(source: Path, name: str, python: str) -> float:
     """Images per second of thingsvision, run by a Python that has it."""
     found = subprocess.run(
-        [python, "-W", "ignore", "-c", THINGSVISION, str(source), name, "0"], capture_output=True, text=True, check=True
+        [python, "-W", "ignore", "-c", THINGSVISION, str(source), name], capture_output=True, text=True, check=True
     )
     return float(found.stdout.split()[-1])
 
@@ -229,7 +228,7 @@ def quality(source: Path, name: str, precisions: list[str], workers: int) -> lis
         )
 
     plain = extracted(backbone, precision=precisions[0])
-    order = {ref.id: ref.path for ref in images.refs}
+    order = {ref.id: source / ref.id for ref in images.refs}
     _, embeddings = dataloader_loop([order[name] for name in plain.ids.tolist()], backbone, workers)
     reference = replace(plain, embeddings=embeddings)
     for precision in precisions:
@@ -251,11 +250,11 @@ def compare(
 ) -> dict[str, Any]:
     """One backbone: every contender in turn, ``rounds`` times, and the best of each (the machine may be shared)."""
     backbone = load_backbone(name, weights="default" if name == "efficientnet_lite0" else "none")
-    paths = [ref.path for ref in ImageSet.from_folder(source).refs]
+    paths = [source / ref.id for ref in ImageSet.from_folder(source).refs]
     row: dict[str, Any] = {"backbone": name, "images": len(paths)}
     for _ in range(rounds):
         few = paths[: min(len(paths), 320)]
-        measured = {"loop": dataloader_loop(few, backbone, workers)[0], "timm": timm_rate(few, name, workers)}
+        measured = {"loop": dataloader_loop(few, backbone, workers)[0], "timm": timm_rate(source, name, workers)}
         if thingsvision and name != "efficientnet_lite0":  # which torchvision does not have
             measured["thingsvision"] = thingsvision_rate(source, name, thingsvision)
         measured["decode"] = decode_rate(paths, backbone, workers)
@@ -274,7 +273,7 @@ def compare(
 def large(source: Path, workers: int, rounds: int) -> dict[str, Any]:
     """Photos of 12 megapixels: the plain loop, featx, and featx decoding only what the resize needs."""
     backbone = load_backbone("efficientnet_lite0")
-    paths = [ref.path for ref in ImageSet.from_folder(source).refs]
+    paths = [source / ref.id for ref in ImageSet.from_folder(source).refs]
     row: dict[str, Any] = {"photos of 12 megapixels": len(paths)}
     for _ in range(rounds):
         measured = {
