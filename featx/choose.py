@@ -1,7 +1,7 @@
 """Normaliser and penalty of a head, chosen inside the support and nowhere else.
 
 The choice is by grouped, stratified cross-validation of the support, by a proper score where the head
-has one (log-loss for probabilities, squared error for ridge). All penalties of all folds are solved
+has one (log-loss wherever there are probabilities). All penalties of all folds are solved
 together on one projection where the normaliser treats each row by itself. Where a class has fewer than
 two different images there is nothing to validate on, and the head's stated defaults hold.
 """
@@ -34,13 +34,10 @@ from featx.heads import (
 )
 from featx.normalise import Normalise
 from featx.scoring import Kind, softmax
-from featx.solvers import Array, Loss, RowSpace, discriminant_path, newton_path, ridge_held_out
+from featx.solvers import Array, Loss, RowSpace, discriminant_path, newton_path, ridge_held_out, temperature
 from featx.splits import Index, distinct_counts, fold_numbers
 
 N_FOLDS = 5
-#: Below this many different images of the smallest class the default normaliser is taken: choosing among
-#: several inside five shots loses more than it gains.
-SHOTS_FOR_KIND = 10
 #: A larger support is thinned to about this many rows for the choice (not for the fit that follows):
 #: penalties are scale-free, and more rows hardly change which one is best.
 MAX_ROWS = 400
@@ -167,7 +164,7 @@ def choose(
     """
     n_classes = int(labels.max()) + 1
     smallest = int(distinct_counts(labels, groups, n_classes).min())
-    kinds = head.kinds if smallest >= SHOTS_FOR_KIND else head.kinds[:1]
+    kinds = head.kinds if smallest >= head.kind_shots else head.kinds[:1]
     if smallest < 2 or (len(kinds) == 1 and not head.parameter):
         return Choice(head.default, None, 0, True)
     views = rows if isinstance(rows, Views) else Views(rows, head.mean)
@@ -183,7 +180,7 @@ def choose(
             losses, fine = out_of_fold_losses(head, name, views, labels, folds, (start,))
             each.append(losses[0])
             converged &= fine
-        kind = kinds[_clearly_best(np.stack(each))]
+        kind = kinds[_clearly_best(np.stack(each), head.kind_margin)]
         score = float(each[kinds.index(kind)].mean())
     if not head.parameter:
         return Choice({"kind": kind}, score, int(folds.max()) + 1, converged)
@@ -213,15 +210,15 @@ def _thin(labels: NDArray[np.integer], random_state: Any) -> Index:
     return np.sort(np.concatenate(picked))
 
 
-def _clearly_best(losses: Array) -> int:
-    """Row of losses (v, n) to take: the first, unless another is better by more than two standard errors.
+def _clearly_best(losses: Array, margin: float = 2.0) -> int:
+    """Row of losses (v, n) to take: the first, unless another is better by more than ``margin`` standard errors.
 
-    Fewer than that was measured to lose: on five image sets a choice by one standard error costs 0.1 to 0.2
-    points at every number of shots against a sensible default.
+    For normalisers and penalties fewer than two was measured to lose: on five image sets a choice by one standard error
+    costs 0.1 to 0.2 points at every number of shots against a sensible default.
     """
     best = int(losses.mean(axis=1).argmin())
     gain = losses[0] - losses[best]
-    return best if gain.mean() > 2.0 * gain.std() / np.sqrt(len(gain)) else 0
+    return best if gain.mean() > margin * gain.std() / np.sqrt(len(gain)) else 0
 
 
 Scores: TypeAlias = tuple[Array, bool]
@@ -265,16 +262,14 @@ def out_of_fold_losses(
 
 
 def _losses(head: Head, scores: Array, labels: NDArray[np.integer]) -> Array:
-    n_classes = int(labels.max()) + 1
     if head.criterion == "log_loss":
         picked = [softmax(each)[np.arange(len(labels)), labels] for each in scores]
         return np.asarray(-np.log(np.maximum(np.stack(picked), np.finfo(np.float64).tiny)))
     if head.criterion == "accuracy":
         named = scores.argmax(axis=2) if scores.shape[2] > 1 else (scores[:, :, 0] > 0)
         return np.asarray(named != labels, dtype=np.float64)
-    targets = signs(labels, n_classes)
-    gaps = targets - scores if head.criterion == "squared_error" else np.maximum(1 - targets * scores, 0)
-    return np.asarray((gaps**2).sum(axis=2))
+    short = np.maximum(1.0 - signs(labels, int(labels.max()) + 1) * scores, 0.0)
+    return np.asarray((short**2).sum(axis=2))
 
 
 def _penalised(task: _Validation, *, hinge: bool) -> Scores:
@@ -298,12 +293,16 @@ def _penalised(task: _Validation, *, hinge: bool) -> Scores:
 
 
 def _ridge(task: _Validation) -> Scores:
+    """Log-odds rather than targets: by squared error a smaller penalty looks better than its labels are."""
     targets = signs(task.labels, task.n_classes)
     space = task.views.space(task.kind, Ridge)
     unit = mean_squared_norm(space.coordinates)
-    return np.stack(
-        [ridge_held_out(space, targets, value * unit, task.folds, fit_intercept=False) for value in task.values]
-    ), True
+    out = []
+    for value in task.values:
+        held_out = ridge_held_out(space, targets, value * unit, task.folds, fit_intercept=False)
+        scores = both_columns(held_out)
+        out.append(temperature(scores, task.labels) * scores)
+    return np.stack(out), True
 
 
 def _discriminant(task: _Validation) -> Scores:

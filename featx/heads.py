@@ -247,7 +247,7 @@ class Centroid(_Linear):
         self.coef_, self.intercept_ = coef, offset
 
 
-Criterion: TypeAlias = Literal["log_loss", "squared_error", "squared_hinge", "accuracy"]
+Criterion: TypeAlias = Literal["log_loss", "squared_hinge", "accuracy"]
 
 
 @dataclass(frozen=True)
@@ -266,6 +266,9 @@ class Head:
     fixed : parameters of the classifier that differ from its own defaults.
     cautious : whether the default stays unless another value is better by more than two standard errors.
     mean : (d,) from elsewhere for the kind ``"centre_l2"``, or None: the support's own.
+    kind_shots : different images of the smallest class from which another normaliser than the first may be chosen:
+        choosing among several inside five shots loses more than it gains.
+    kind_margin : by how many standard errors of the loss another has to be better than the first.
     """
 
     name: str
@@ -278,6 +281,8 @@ class Head:
     fixed: tuple[tuple[str, Any], ...] = ()
     cautious: bool = False
     mean: Array | None = field(default=None, repr=False, compare=False)
+    kind_shots: int = 10
+    kind_margin: float = 2.0
 
     def centred(self, mean: Array) -> Head:
         """The same head with a mean from elsewhere (d,), which is then its default normaliser."""
@@ -363,7 +368,7 @@ HEADS = Catalogue(
     ),
     Head(
         "ridge", Ridge, ("l2", "none", "centre_l2", "standardise", "power_l2"),
-        "alpha", (0.01, 0.0316, 0.1, 0.316, 1.0, 3.16, 10.0), "squared_error",
+        "alpha", (0.01, 0.0316, 0.1, 0.316, 1.0, 3.16, 10.0), "log_loss",
         "least squares with a penalty, calibrated by held-out rows", cautious=True,
     ),
     Head(

@@ -117,7 +117,7 @@ def heads_for(centre: Centre | None, pool: NDArray[np.floating] | None = None) -
     some = np.unique(np.linspace(0, len(pool) - 1, min(MAX_POOL, len(pool))).round().astype(int))
     normalised = Normalise("centre_l2", centre.mean).fit_transform(pool[some])
     extra = Head(
-        "ridge_pool", PoolRidge, ("centre_l2",), "", (), "squared_error",
+        "ridge_pool", PoolRidge, ("centre_l2",), "", (), "log_loss",
         f"ridge that learns from {len(pool)} unlabelled images too", (("pool", normalised),), mean=centre.mean,
     )  # fmt: skip
     return Catalogue(*heads, extra, recommended="ridge_pool")

@@ -19,6 +19,7 @@ from featx.errors import UsageError
 from featx.heads import HEADS, Head, mean_squared_norm
 from featx.normalise import Normalise
 from featx.scoring import softmax
+from featx.solvers import temperature
 from featx.splits import KShotSplit, fold_numbers
 from featx.sweep import sweep_heads
 
@@ -204,6 +205,7 @@ def test_out_of_fold_losses_are_those_of_pipelines_fitted_fold_by_fold(name: str
     assert converged
     for i, value in enumerate(values):
         params: dict[str, Any] = {head.parameter: value} if head.parameter else {}
+        logits = np.zeros((len(labels), n_classes))
         if name == "ridge":  # one alpha for all folds, in units of the whole support: that has a closed form
             unit = mean_squared_norm(Normalise("l2").fit_transform(rows))
             params = {"alpha": value * unit, "scale_free": False}
@@ -217,9 +219,15 @@ def test_out_of_fold_losses_are_those_of_pipelines_fitted_fold_by_fold(name: str
             else:
                 scores = model.decision_function(rows[held]).reshape(held.sum(), -1)
                 signs = np.where(labels[held][:, None] == np.arange(n_classes), 1, -1)[:, -scores.shape[1] :]
-                gaps = signs - scores if head.criterion == "squared_error" else np.maximum(1 - signs * scores, 0)
-                expected = (gaps**2).sum(axis=1)
-            np.testing.assert_allclose(losses[i, held], expected, atol=2e-3)
+                expected = (np.maximum(1 - signs * scores, 0) ** 2).sum(axis=1)
+            if name != "ridge":
+                np.testing.assert_allclose(losses[i, held], expected, atol=2e-3)
+                continue
+            scores = model.decision_function(rows[held]).reshape(held.sum(), -1)
+            logits[held] = np.hstack([-scores, scores]) if n_classes == 2 else scores
+        if name == "ridge":  # its held-out scores, all of them, have one temperature
+            each = softmax(temperature(logits, labels) * logits)[np.arange(len(labels)), labels]
+            np.testing.assert_allclose(losses[i], -np.log(each), atol=2e-3)
 
 
 def test_the_choice_is_that_of_grid_search_on_the_same_folds() -> None:
