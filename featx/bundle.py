@@ -1,15 +1,18 @@
 """A fitted head with all it takes to trust it, in one file that is data, not code.
 
-Format, version 1
+Format, version 2
 -----------------
 One ZIP file, so NumPy (``np.load(path)["coef"]``) and any unzip open it. MUST and MAY are meant as in RFC 2119.
 
 - Members are stored, not compressed: ``bundle.json`` (UTF-8, at most 16 MiB), ``probe.png``, and one ``.npy`` each for
   ``mean, scale``; ``coef, intercept`` of a linear head; ``rows, targets`` of a nearest-neighbour head;
-  ``golden, golden_scores, probe_embedding``. There MUST be no other member.
+  ``golden, golden_scores, probe_embedding``. There MUST be no other member, but for one since version 2: where the
+  network was fine-tuned, ``tail.safetensors`` has its trained part (:mod:`featx.tails`). A bundle without it is
+  written as version 1.
 - The ZIP's comment is ``sha256=<64 hex digits>``, of every byte of the file before it. A reader MUST compare it first.
 - ``bundle.json``: ``format`` ("featx-bundle"), ``format_version`` (a reader MUST refuse a greater one), ``head``,
-  ``params``, ``kind`` of normaliser, ``n_neighbors``, ``class_names``, ``layer``, ``provenance`` (as a store's:
+  ``params``, ``kind`` of normaliser, ``n_neighbors``, ``class_names``, ``layer`` ("combined": all of the provenance's,
+  side by side in their order; ``kind`` then names the columns and weight of each), ``provenance`` (as a store's:
   backbone, weights sha256, preprocessing, ...), ``sharpness`` (what scores are multiplied by before the softmax, or
   null where they could not be calibrated), ``threshold`` (of the score below which to abstain, or null: always
   abstain), ``max_error``, ``metrics``, ``versions``, ``notes``.
@@ -32,7 +35,7 @@ import re
 import struct
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -41,12 +44,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx._files import publish_bytes, read_regular
+from featx.batches import COMBINED
 from featx.errors import BundleError, FeatxError, StoreError
-from featx.scoring import KINDS, Array, Scorer, margins, softmax
+from featx.scoring import Array, Scorer, is_kind, margins, softmax
 
-FORMAT, FORMAT_VERSION = "featx-bundle", 1
+FORMAT, FORMAT_VERSION = "featx-bundle", 2
 GOLDEN_TOLERANCE = 1e-6
 
+_TAIL_MEMBER = "tail.safetensors"
 _MAX_BYTES = 2**31
 _MAX_JSON = 2**24
 _COMMENT = b"sha256="
@@ -117,6 +122,7 @@ class Bundle:
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     sha256: str = ""
+    tail: bytes | None = field(default=None, repr=False)
 
     @property
     def score_kind(self) -> str:
@@ -156,7 +162,7 @@ class Bundle:
         """Everything that is not an array, in plain JSON types."""
         return {
             "format": FORMAT,
-            "format_version": FORMAT_VERSION,
+            "format_version": 1 if self.tail is None else FORMAT_VERSION,
             "head": self.head,
             "params": dict(self.params),
             "kind": self.scorer.kind,
@@ -192,6 +198,7 @@ def bundle_bytes(bundle: Bundle) -> bytes:
     members = {
         "bundle.json": json.dumps(bundle.describe(), indent=2, sort_keys=True, allow_nan=False).encode(),
         "probe.png": bundle.probe,
+        **({} if bundle.tail is None else {_TAIL_MEMBER: bundle.tail}),
     }
     for name, array in arrays.items():
         if array is not None:
@@ -247,9 +254,9 @@ def parse_bundle(raw: bytes, where: Path) -> Bundle:
         members = _members(raw)
         fields = json.loads(members.pop("bundle.json"), parse_constant=_no_number)
         _check_version(fields, where)
-        probe = members.pop("probe.png")
+        probe, tail = members.pop("probe.png"), members.pop(_TAIL_MEMBER, None)
         arrays = {name.removesuffix(".npy"): _array(name.removesuffix(".npy"), data) for name, data in members.items()}
-        bundle = _assemble(fields, arrays, probe, sha256)
+        bundle = replace(_assemble(fields, arrays, probe, sha256), tail=tail)
         found, expected = bundle.probabilities(bundle.golden), arrays["golden_scores"]
         if found.shape != expected.shape:
             raise ValueError("golden_scores do not fit golden")
@@ -299,11 +306,11 @@ def _members(raw: bytes) -> dict[str, bytes]:
     members: dict[str, bytes] = {}
     with zipfile.ZipFile(io.BytesIO(raw)) as file:
         infos = file.infolist()
-        if len(infos) > 2 + len(_ARRAYS):
+        if len(infos) > 3 + len(_ARRAYS):
             raise ValueError(f"{len(infos)} members are too many")
         for info in infos:
             name = info.filename
-            if name not in ("bundle.json", "probe.png") and name.removesuffix(".npy") not in _ARRAYS:
+            if name not in ("bundle.json", "probe.png", _TAIL_MEMBER) and name.removesuffix(".npy") not in _ARRAYS:
                 raise ValueError(f"{name!r} does not belong in it")
             if info.compress_type != zipfile.ZIP_STORED or info.file_size > len(raw) or name in members:
                 raise ValueError(f"{name!r} is compressed, too large or there twice")
@@ -351,7 +358,7 @@ def _assemble(fields: dict[str, Any], arrays: dict[str, NDArray[Any]], probe: by
             raise ValueError(f"{name} has the shape {arrays[name].shape}, not {shape}")
     if n_neighbors and not (0 <= arrays["targets"].min() <= arrays["targets"].max() < c and 0 < n_neighbors <= m):
         raise ValueError("targets or n_neighbors are out of range")
-    if fields.get("kind") not in KINDS or not (arrays["scale"] > 0).all():
+    if not is_kind(fields.get("kind"), d) or not (arrays["scale"] > 0).all():
         raise ValueError("its normaliser is unknown")
     scorer = Scorer(
         kind=fields["kind"], mean=arrays["mean"], scale=arrays["scale"], n_classes=c, coef=arrays.get("coef"),
@@ -360,7 +367,7 @@ def _assemble(fields: dict[str, Any], arrays: dict[str, NDArray[Any]], probe: by
     )  # fmt: skip
     provenance = _typed(fields, "provenance", dict)
     layer, layers = _typed(fields, "layer", str), provenance.get("layers")
-    if not isinstance(layers, list) or layer not in layers:
+    if not isinstance(layers, list) or layer not in (*layers, COMBINED):
         raise ValueError("its layer is not one of the provenance's")
     notes = _typed(fields, "notes", list)
     return Bundle(

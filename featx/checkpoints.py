@@ -49,7 +49,7 @@ def load_checkpoint(body: nn.Module, path: Path, *, network: str, classifiers: S
     WeightsError
         If the file cannot be read as weights, or holds those of another network.
     """
-    state = _unwrap(_read(path), path)
+    state = _unwrap(read_file(path), path)
     state = _without_prefix(state, set(body.state_dict()))
     state = _respell(state, body)
     heads = {f"{name.split('.')[0]}." for name in classifiers}
@@ -76,7 +76,8 @@ def load_checkpoint(body: nn.Module, path: Path, *, network: str, classifiers: S
         raise _mismatch(missing, unexpected, len(own), path, network)
 
 
-def _read(path: Path) -> Any:
+def read_file(path: Path) -> Any:
+    """What torch or safetensors finds in a file, on the CPU and without running code; WeightsError if nothing."""
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

@@ -179,7 +179,7 @@ def put(**arrays: Any) -> Callable[[dict[str, bytes]], None]:
     ("change", "message"),
     [
         (edit(format="other"), "its format is not 'featx-bundle'"),
-        (edit(format_version=2), "made by a newer featx: expected format_version up to 1, found 2"),
+        (edit(format_version=3), "made by a newer featx: expected format_version up to 2, found 3"),
         (edit(format_version=True), "it has no format_version"),
         (edit(class_names=["a", "b"]), "does not give its golden|has the shape"),
         (edit(class_names=["a", "a", "b"]), "class_names is not a list"),
