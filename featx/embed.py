@@ -47,7 +47,7 @@ class Embedder:
         weights: str | Path | None = None,
         device: str = "auto",
         engine: str = "auto",
-        batch_size: int | None = None,
+        batch_size: int | Mapping[str, int] | None = None,
     ) -> Embedder:
         """What made the embeddings of ``where``, ready to make more.
 
@@ -57,6 +57,7 @@ class Embedder:
         where : the store or bundle, for messages.
         backbone : the network, where it is one of the user's own: what a store says is never imported.
         weights : the weights file, where the provenance names one of the user's own.
+        device, engine, batch_size : as of :func:`featx.engines.make_engine`.
 
         Raises
         ------

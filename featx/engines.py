@@ -17,7 +17,7 @@ import importlib.util
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from featx.backbones import Backbone
@@ -44,7 +44,7 @@ def make_engine(
     engine: str = "auto",
     device: str = "auto",
     precision: str = "auto",
-    batch_size: int | None = None,
+    batch_size: int | Mapping[str, int] | None = None,
     threads: int | None = None,
 ) -> Engine:
     """Choose and start an engine.
@@ -55,7 +55,7 @@ def make_engine(
     engine : "auto" is torch on CUDA if there is a GPU, else OpenVINO if it is installed, else torch.
     device : "auto" is a GPU if there is one that torch can use and the engine can too.
     precision : "auto" is fp32 on a CPU, bf16 on a GPU that has it.
-    batch_size : images per batch; None takes what suits the device.
+    batch_size : images per batch, or that by device ("cpu", "cuda"); None takes :data:`BATCH_SIZES`.
     threads : of the CPU; None takes as many as this process may use.
 
     Raises
@@ -68,7 +68,10 @@ def make_engine(
     for value, allowed, what in ((engine, ENGINES, "engine"), (device, DEVICES, "device")):
         _check_choice(value, allowed, what)
     _check_choice(precision, PRECISIONS, "precision")
-    for number, what in ((batch_size, "batch size"), (threads, "threads")):
+    if batch_size is None:
+        batch_size = BATCH_SIZES
+    sizes = batch_size if isinstance(batch_size, Mapping) else dict.fromkeys(BATCH_SIZES, batch_size)
+    for number, what in (*((size, "batch size") for size in sizes.values()), (threads, "threads")):
         if number is not None and number < 1:
             raise UsageError("must be 1 or more", where=what, found=number)
     if engine == "openvino" and device == "cuda":
@@ -80,7 +83,7 @@ def make_engine(
             hint="Install it (pip install openvino), or use --engine torch.",
         )
     if engine != "openvino" and device != "cpu" and _cuda():
-        return TorchEngine(backbone, device="cuda", precision=precision, batch_size=batch_size, threads=threads)
+        return TorchEngine(backbone, device="cuda", precision=precision, batch_size=sizes["cuda"], threads=threads)
     if device == "cuda":
         raise UsageError(
             "torch finds no CUDA device here",
@@ -90,13 +93,13 @@ def make_engine(
     if precision == "fp16":
         raise UsageError("fp16 is for CUDA", where="precision", hint="On a CPU use fp32 or bf16.")
     if engine == "torch" or not _installed("openvino"):
-        return TorchEngine(backbone, device="cpu", precision=precision, batch_size=batch_size, threads=threads)
+        return TorchEngine(backbone, device="cpu", precision=precision, batch_size=sizes["cpu"], threads=threads)
     from featx.openvino_engine import OpenVINOEngine
 
     return OpenVINOEngine(
         backbone,
         precision="fp32" if precision == "auto" else precision,
-        batch_size=batch_size or BATCH_SIZES["cpu"],
+        batch_size=sizes["cpu"],
         threads=threads or available_cpus(),
     )
 

@@ -24,7 +24,7 @@ from featx.decoders import TIMEOUT, DecoderPool
 from featx.engines import make_engine
 from featx.errors import ImageError, Interrupted, TooManyBadImages
 from featx.hdf5 import MAX_STRING
-from featx.index import Index, Refused
+from featx.index import Index, Refused, longest_id
 from featx.provenance import provenance_of
 from featx.sources import ImageRef, ImageSet
 from featx.store_writer import StoreWriter
@@ -207,10 +207,11 @@ class _Run:
     def embed(self, workers: int, timeout: float, progress: Progress | None) -> None:
         """Find the digest of every image, and publish the embedding of every new content."""
         total = len(self.images)
+        longest = longest_id(total)
         remembered = self._remembered()
         pending = []
         for ref in self.images.refs:
-            problem = _name_problem(ref)
+            problem = _name_problem(ref, longest)
             if problem:
                 self._refuse(ref, None, ImageError("bad_name", problem))
                 continue
@@ -312,20 +313,20 @@ class _Run:
         )
 
 
-def _name_problem(ref: ImageRef) -> str:
+def _name_problem(ref: ImageRef, longest: int) -> str:
     """Why a path or a label cannot be kept, or "" if it can."""
-    if problem := _text_problem(ref.id):
+    if problem := _text_problem(ref.id, longest):
         return f"the path {problem}"
     if problem := _text_problem(ref.label or ""):
         return f"the label {problem}"
     return ""
 
 
-def _text_problem(text: str) -> str:
+def _text_problem(text: str, longest: int = MAX_STRING) -> str:
     if "\0" in text:
         return "has a zero byte"
     try:
         size = len(text.encode())
     except UnicodeEncodeError:
         return "is not Unicode text; rename it"
-    return f"has {size:,} bytes; at most {MAX_STRING:,} can be kept" if size > MAX_STRING else ""
+    return f"has {size:,} bytes; at most {longest:,} can be kept in a store of this size" if size > longest else ""

@@ -15,9 +15,12 @@ from featx import hdf5
 from featx._files import canonical_json, read_regular
 from featx.errors import StoreError
 from featx.hdf5 import RESTORE
-from featx.manifest import Manifest, damaged
+from featx.manifest import Manifest
 
 SPLITS = ("train", "val", "test")
+
+_USUAL_ID = 512
+_PADDED_IDS = 2**26
 
 NAME_COLUMNS = {
     "ids": "text",
@@ -57,6 +60,15 @@ class Index:
     def labels_as_text(self) -> list[str]:
         """The class name of each image, "" where there is none."""
         return [self.class_names[label] if label >= 0 else "" for label in self.labels.tolist()]
+
+
+def longest_id(images: int) -> int:
+    """Bytes that an id may have in a store of so many images.
+
+    Every row of the index is as wide as the longest id, on the disk and (four times that) in ``FeatureSet.ids``: among
+    100,000 images one id of 4,096 bytes made an index of 9 MB one of 416 MB, and reading took 2 GB of memory.
+    """
+    return min(hdf5.MAX_STRING, max(_USUAL_ID, _PADDED_IDS // max(images, 1)))
 
 
 def read_index(store: Path, manifest: Manifest) -> Index:
@@ -143,18 +155,36 @@ def spell_quarantine(refused: Sequence[Refused]) -> bytes:
     return b"".join(line + b"\n" for line in lines)
 
 
-def read_quarantine(store: Path) -> list[Refused]:
-    """The images that the last extraction refused."""
-    path = store / "quarantine.jsonl"
+def quarantine_bytes(store: Path) -> bytes:
+    """What the quarantine's file holds; a missing one counts as empty."""
     try:
-        raw = read_regular(path)
+        return read_regular(store / "quarantine.jsonl")
     except FileNotFoundError:
-        return []
+        return b""
+
+
+def read_quarantine(store: Path, manifest: Manifest) -> list[Refused]:
+    """The images that the last extraction refused.
+
+    Raises
+    ------
+    StoreError
+        A line was changed, or lines came or went: the sum is none that the manifest has.
+    """
+    path = store / "quarantine.jsonl"
+    raw = quarantine_bytes(store)
+
+    def altered(how: str) -> StoreError:
+        hint = "The same featx extract command writes it anew; embeddings are not concerned."
+        return StoreError(f"the list of refused images was altered: {how}", where=path, hint=hint)
+
     try:
         rows = [json.loads(line) for line in raw.splitlines()]
         refused = [Refused(row["id"], row["digest"], row["reason"], row["message"]) for row in rows]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise damaged(path, "a line is not what featx wrote") from error
+        raise altered("a line is not what featx wrote") from error
     if spell_quarantine(refused) != raw:
-        raise damaged(path, "its checksum does not match")
+        raise altered("its checksum does not match")
+    if manifest.quarantine and hashlib.sha256(raw).hexdigest() not in manifest.quarantine:
+        raise altered("its sha256 is not the manifest's")
     return refused

@@ -43,7 +43,10 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The published state of a store."""
+    """The published state of a store.
+
+    ``quarantine`` holds the sha256 of the list of refused images (two while it is being replaced, the later one last).
+    """
 
     provenance: Mapping[str, Any]
     shards: tuple[Shard, ...] = ()
@@ -52,6 +55,7 @@ class Manifest:
     splits: Mapping[str, int] | None = None
     counts: Mapping[str, int] | None = None
     source: str = ""
+    quarantine: tuple[str, ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -79,6 +83,7 @@ class Manifest:
             "splits": dict(self.splits or {}),
             "counts": dict(self.counts or {}),
             "source": self.source,
+            "quarantine": list(self.quarantine),
         }
         return {**fields, "checksum": hashlib.sha256(canonical_json(fields)).hexdigest()}
 
@@ -215,6 +220,9 @@ def _parse_manifest(path: Path, fields: dict[str, Any]) -> Manifest:
     names = fields.get("class_names")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise damaged(path, "class_names is not a list of names")
+    quarantine = fields.get("quarantine", [])  # younger than the format: stores without it are read
+    if not isinstance(quarantine, list) or not all(isinstance(s, str) and _HEX.fullmatch(s) for s in quarantine):
+        raise damaged(path, "quarantine is not a list of sha256")
     splits, counts, source = fields.get("splits"), fields.get("counts"), fields.get("source")
     if not isinstance(splits, dict) or not isinstance(counts, dict) or not isinstance(source, str):
         raise damaged(path, "splits, counts or source are missing")
@@ -226,6 +234,7 @@ def _parse_manifest(path: Path, fields: dict[str, Any]) -> Manifest:
         splits=splits,
         counts=counts,
         source=source,
+        quarantine=tuple(quarantine),
     )
     if len({shard.name for shard in manifest.shards}) != len(manifest.shards):
         raise damaged(path, "a shard is listed twice")

@@ -37,8 +37,14 @@ BATCH_SIZES = {"cpu": 8, "cuda": 32}
 DECODE_TIMEOUT = 8.0
 """Seconds for one image; the slowest honest one of 50 megapixels takes about three."""
 
-_STUCK = 30.0
-"""Seconds after which a batch counts as hanging."""
+STUCK = 30.0
+"""Seconds after which a batch counts as hanging: nothing is accepted any more."""
+
+LOST = 120.0
+"""Seconds after which it will not come back either."""
+
+_JOIN = 2.0
+"""Seconds for all threads to end; after that the process ends without waiting for them."""
 
 log = logging.getLogger("featx.service")
 
@@ -152,8 +158,9 @@ class Batcher:
             self._stopping = True
             self._changed.notify_all()
         self._pool.__exit__(None, None, None)
+        until = time.monotonic() + _JOIN
         for thread in self._threads:
-            thread.join(timeout=_STUCK)
+            thread.join(timeout=max(0.0, until - time.monotonic()))
         self._fail_all("the service stops")
         self._folder.cleanup()
 
@@ -165,10 +172,17 @@ class Batcher:
             return "the service stops"
         if any(not thread.is_alive() for thread in self._threads):
             return "a worker has ended"
-        oldest = min(list(self._running.values()), default=None)
-        if oldest is not None and time.monotonic() - oldest > _STUCK:
-            return f"a batch has been running for more than {_STUCK:g} s"
+        if self._longest() > STUCK:
+            return f"a batch has been running for more than {STUCK:g} s"
         return ""
+
+    def lost(self) -> str:
+        """Why nothing will ever be computed again, or ""; whoever runs the process should end it."""
+        return self.problem() if self._dead or self._longest() > LOST else ""
+
+    def _longest(self) -> float:
+        """Seconds for which the oldest batch has been running."""
+        return max((time.monotonic() - since for since in list(self._running.values())), default=0.0)
 
     @property
     def waiting(self) -> int:

@@ -17,7 +17,7 @@ import uvicorn
 from threadpoolctl import ThreadpoolController
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from featx.errors import UsageError
+from featx.errors import FeatxError, UsageError
 from featx.service import create_app
 from featx.service_guard import LOOPBACK_NAMES, Guard
 from featx.service_watch import set_up_logging
@@ -29,10 +29,16 @@ HEADER_SECONDS = 10.0
 NOTICE_SECONDS = 1.0
 """After SIGTERM: how long the address still answers, so that whoever asks /ready learns of it."""
 
-DRAIN_SECONDS = 25.0
-"""After SIGTERM: how long requests in flight may take."""
+DRAIN_SECONDS = 24.0
+"""After SIGTERM: how long requests in flight may take; with what follows, the process ends within 30 seconds."""
 
 log = logging.getLogger("featx.service")
+
+
+class ServiceLost(FeatxError):
+    """The service ended by itself, for it could compute nothing any more; starting it anew may help."""
+
+    exit_code = 1
 
 
 class Protocol(HttpToolsProtocol):
@@ -94,6 +100,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._service, self._guard = service, guard
         self._ending: asyncio.Task[None] | None = None
+        self.lost = ""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -114,6 +121,21 @@ class Server(uvicorn.Server):
         self._service.stopping = True
         log.info("stopping: requests in flight are finished, new ones are refused")
         self._ending = asyncio.get_running_loop().create_task(self._end())
+
+    async def watch(self, say: Callable[[], Any]) -> None:
+        """Tell when requests are answered; end in order when they never will be again.
+
+        A process that answers 503 for ever helps nobody: whoever supervises it starts it anew when it ends.
+        """
+        while not self.started:
+            await asyncio.sleep(0.02)
+        say()
+        while not (self.lost or self._service.stopping):
+            await asyncio.sleep(0.1)
+            self.lost = self._service.batcher.lost()
+        if self.lost:
+            log.error("ending, since nothing can be computed any more: %s", self.lost)
+            self._stop()
 
     async def _end(self) -> None:
         loop = asyncio.get_running_loop()
@@ -169,6 +191,8 @@ def serve(
     ------
     UsageError
         The address cannot be had, or would be open to others without a key.
+    ServiceLost
+        The engine does not work any more. Requests in flight were answered.
     """
     check_address(host, api_key, insecure=insecure)
     local = is_loopback(host)
@@ -193,19 +217,18 @@ def serve(
     url = f"http://[{bound}]:{number}" if ":" in bound else f"http://{bound}:{number}"
 
     async def run() -> None:
-        telling = asyncio.get_running_loop().create_task(_tell(server, lambda: started(url)))
+        watching = asyncio.get_running_loop().create_task(server.watch(lambda: started(url)))
         await server.serve(sockets=[listener])
-        telling.cancel()
+        watching.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await watching
 
     # Requests are what runs in parallel here: a search's threads that wait for each other would slow the engine.
     with listener, ThreadpoolController().select(internal_api="openblas").limit(limits=1):
         asyncio.run(run())
-
-
-async def _tell(server: uvicorn.Server, say: Callable[[], Any]) -> None:
-    while not server.started:
-        await asyncio.sleep(0.02)
-    say()
+    if server.lost:
+        hint = "Start it again; its log says what happened."
+        raise ServiceLost("the service ended: nothing can be computed any more", found=server.lost, hint=hint)
 
 
 def _listen(host: str, port: int) -> socket.socket:

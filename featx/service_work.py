@@ -58,7 +58,7 @@ class Service:
 
     def problem(self) -> str:
         """Why requests cannot be answered, or ""."""
-        return "the service stops" if self.stopping else self.batcher.problem()
+        return self.batcher.problem() or ("the service stops" if self.stopping else "")
 
     def info(self) -> dict[str, Any]:
         """What is served."""

@@ -14,7 +14,8 @@ A store is a folder. MUST, MAY and SHOULD are meant as in RFC 2119.
     (list of ``{name, rows, sha256}``), ``in_flux`` (names of shard files that MAY or may not exist and MUST NOT be read: about to appear, or
     to be deleted), ``class_names``, ``splits``, ``counts``, ``source`` (what the index said when it was last written;
     readers MUST take names and labels from the index), and ``checksum`` (hex sha256 of the canonical JSON of all
-    other fields).
+    other fields). ``quarantine`` MAY be there: hex sha256 sums of which the file's is one, two of them while it is
+    being replaced; without any, the file's sum is unknown.
 ``shards/<nnnnn>-<sha8>.h5``
     Immutable. Root datasets ``/embeddings/<layer>`` float32 (n, d), one for each layer of the provenance, finite, and
     ``/digests`` uint8 (n, 32), the sha256 of the image file that the row is of. ``<sha8>`` is the beginning of the
@@ -26,10 +27,12 @@ A store is a folder. MUST, MAY and SHOULD are meant as in RFC 2119.
     ``/class_names``, or -1), ``/split`` ("", train, val, test), ``/digests`` uint8 (n, 32), ``/sizes`` and
     ``/mtimes_ns`` int64 (to recognise unchanged files; -1 where they cannot be relied on), and ``/class_names``. It is
     sealed: a 512-byte HDF5 user block holds the sha256 of the rest. Its attribute ``fingerprint`` MUST be the
-    manifest's, texts MUST NOT be longer than 4,096 bytes. Every digest MUST be in a published shard. A store
+    manifest's, texts MUST NOT be longer than 4,096 bytes (a writer SHOULD refuse an id that would widen a large index:
+    :func:`featx.index.longest_id`). Every digest MUST be in a published shard. A store
     without it has an extraction that did not finish.
 ``quarantine.jsonl``
-    The images that were refused, one canonical JSON object a line: ``id, digest, reason, message, checksum``.
+    The images that were refused, one canonical JSON object a line: ``id, digest, reason, message, checksum``. A missing
+    file counts as an empty one. A writer MUST put the new sum into the manifest before it replaces the file.
 ``.lock``
     Held (flock) by the one writer. Names starting with ``.tmp-`` are leftovers of dead writers, which the next one
     deletes. Readers MUST ignore all names that start with a dot.
@@ -39,8 +42,9 @@ A packed store is one sealed HDF5 file with the same columns (``/embeddings/<lay
 ``format_version``, ``provenance`` (JSON) and ``fingerprint``.
 
 Everything is published by writing a temporary file, fsync, verification, rename and fsync of the folder. Order: the
-manifest announces a shard as in flux; the shard appears; the manifest lists it; the index follows at the end. So at
-every instant the index speaks of published rows only, and a shard that the manifest does not name is foreign.
+manifest announces a shard as in flux; the shard appears; the manifest lists it; at the end the quarantine is announced
+and appears, then the index. So at every instant the index speaks of published rows only, and a shard that the manifest
+does not name is foreign.
 """
 
 from __future__ import annotations
@@ -155,10 +159,10 @@ def read_features(path: str | Path, *, layer: str = "penultimate", splits: Seque
     """
     if splits is not None and (isinstance(splits, str) or not set(splits) <= set(SPLITS)):
         raise UsageError("no such split", where="splits", expected="a list of train, val, test", found=splits)
-    return _steady(Path(path), lambda: _read_features(FeatureReader(path), layer, splits))
+    return steady(Path(path), lambda: _read_features(FeatureReader(path), layer, splits))
 
 
-def _steady(store: Path, read: Callable[[], T]) -> T:
+def steady(store: Path, read: Callable[[], T]) -> T:
     """Read again where a writer published, or a prune replaced shards, between two steps of the reading."""
     for _ in range(_RETRIES):
         before = _state(store)
@@ -231,7 +235,7 @@ class FeatureReader:
         if self.path.is_file():
             self._open_packed()
         else:
-            _steady(self.path, self._open_store)
+            steady(self.path, self._open_store)
 
     def _open_packed(self) -> None:
         self._state = _signature(self.path)

@@ -15,9 +15,9 @@ from featx import hdf5
 from featx._files import canonical_json, publish
 from featx.errors import StoreError
 from featx.hdf5 import RESTORE
-from featx.index import name_columns, read_index, read_quarantine
+from featx.index import Index, name_columns, read_index, read_quarantine
 from featx.manifest import FORMAT_VERSION, Manifest, Shard, fingerprint, manifest_bytes, read_manifest
-from featx.store import PACKED_FORMAT, FeatureReader, digest_keys, open_shard
+from featx.store import PACKED_FORMAT, FeatureReader, digest_keys, open_shard, steady
 
 _BLOCK_ROWS = 1024
 _RETRIES = 20
@@ -31,13 +31,8 @@ def info(path: str | Path) -> dict[str, Any]:
         index, provenance, shards, quarantined = reader.index, reader.provenance, 1, 0
         dims = {layer: reader.dims(layer) for layer in provenance["layers"]}
     else:
-        manifest = read_manifest(path)
-        index = read_index(path, manifest)
-        provenance, shards, quarantined = manifest.provenance, len(manifest.shards), len(read_quarantine(path))
-        dims = dict.fromkeys(manifest.layers, 0)
-        if manifest.shards:
-            with open_shard(path, manifest.shards[0], manifest.layers, hashed=True) as file:
-                dims = {layer: int(file.columns[f"embeddings/{layer}"].shape[1]) for layer in manifest.layers}
+        manifest, index, dims, quarantined = steady(path, lambda: _facts(path))
+        provenance, shards = manifest.provenance, len(manifest.shards)
     return {
         "rows": len(index),
         "images": len(index),
@@ -52,6 +47,17 @@ def info(path: str | Path) -> dict[str, Any]:
         "quarantined": quarantined,
         "provenance": dict(provenance),
     }
+
+
+def _facts(path: Path) -> tuple[Manifest, Index, dict[str, int], int]:
+    """Manifest, index, length of each layer's embeddings, and how many images were refused."""
+    manifest = read_manifest(path)
+    index, refused = read_index(path, manifest), read_quarantine(path, manifest)
+    dims = dict.fromkeys(manifest.layers, 0)
+    if manifest.shards:
+        with open_shard(path, manifest.shards[0], manifest.layers, hashed=True) as file:
+            dims = {layer: int(file.columns[f"embeddings/{layer}"].shape[1]) for layer in manifest.layers}
+    return manifest, index, dims, len(refused)
 
 
 def verify(path: str | Path) -> list[str]:
@@ -103,7 +109,7 @@ def _verify_store(path: Path, manifest: Manifest) -> list[str]:
     problems += _foreign_files(path, manifest)
     complete = len(seen) == len(manifest.shards)
     problems += _problems(lambda: _verify_index(path, manifest, known if complete else None))
-    return problems + _problems(lambda: read_quarantine(path))
+    return problems + _problems(lambda: read_quarantine(path, manifest))
 
 
 def _verify_shard(path: Path, shard: Shard, manifest: Manifest) -> tuple[NDArray[np.bytes_], tuple[int, ...]]:

@@ -6,6 +6,7 @@ The format, and the order that makes it safe, is in :mod:`featx.store`.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -30,7 +31,7 @@ from featx._files import (
     writer_lock,
 )
 from featx.errors import StoreError
-from featx.index import Index, Refused, check_index, read_index, spell_quarantine, write_index
+from featx.index import Index, Refused, check_index, quarantine_bytes, read_index, spell_quarantine, write_index
 from featx.manifest import Manifest, Shard, check_same, read_manifest, spell_manifest, write_manifest
 from featx.store import SHARD_COLUMNS, digest_keys, open_shard, shard_path
 
@@ -222,7 +223,15 @@ class StoreWriter:
 
     def write_quarantine(self, refused: Sequence[Refused]) -> None:
         """Publish the list of refused images."""
-        publish_bytes(self.path / "quarantine.jsonl", spell_quarantine(refused))
+        self._publish_quarantine(refused)
+        self._write_manifest(quarantine=self.manifest.quarantine[-1:])
+
+    def _publish_quarantine(self, refused: Sequence[Refused]) -> None:
+        """Replace the list; the manifest has the sums of the old one and the new one, in this order."""
+        raw = spell_quarantine(refused)
+        sums = [hashlib.sha256(data).hexdigest() for data in (quarantine_bytes(self.path), raw)]
+        self._write_manifest(quarantine=tuple(dict.fromkeys(sums)))
+        publish_bytes(self.path / "quarantine.jsonl", raw)
 
     def finish(self, index: Index, refused: Sequence[Refused], *, source: str) -> None:
         """Publish the rest, the quarantine and the index; from here on the store says what ``index`` says."""
@@ -242,10 +251,10 @@ class StoreWriter:
         }
         spell_manifest(self.path, replace(self.manifest, **changes))  # it may be too long: before anything is changed
         with uninterrupted():
-            self.write_quarantine(refused)
+            self._publish_quarantine(refused)
             publish(self.path / "index.h5", write, verify)
             self.index = index
-            self._write_manifest(**changes)
+            self._write_manifest(**changes, quarantine=self.manifest.quarantine[-1:])
 
     def prune(self) -> int:
         """Drop the embeddings that the index does not refer to; returns how many. Other shards are not touched."""

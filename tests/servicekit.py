@@ -81,6 +81,10 @@ class Running:
         lines = self.log_path.read_text().splitlines()
         return [json.loads(line) for line in lines if line.startswith("{")]
 
+    def said(self) -> str:
+        """All that it wrote to stderr."""
+        return self.log_path.read_text()
+
     def metric(self, name: str) -> float:
         """A sample of /metrics."""
         found = re.search(rf"^{re.escape(name)} (\S+)$", self.get("/metrics").body.decode(), re.MULTILINE)

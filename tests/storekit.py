@@ -25,10 +25,10 @@ from featx.backbones import Backbone
 from featx.errors import Interrupted
 from featx.extract import ExtractSummary, extract_features
 from featx.images import Preprocess
-from featx.index import Index, Refused
+from featx.index import Index, Refused, read_quarantine
 from featx.manifest import read_manifest
 from featx.sources import ImageSet
-from featx.store import digest_keys, open_shard
+from featx.store import digest_keys, open_shard, read_features
 from featx.store_writer import StoreWriter
 
 SIDE = 8
@@ -176,12 +176,26 @@ def check_published(store: Path) -> int:
             for layer in manifest.layers:
                 assert len(file.read(f"embeddings/{layer}")) == shard.rows
             keys.append(digest_keys(file.read("digests")))
+    read_quarantine(store, manifest)
     rows = sum(shard.rows for shard in manifest.shards)
     assert len(np.unique(np.concatenate([np.empty(0, "S32"), *keys]))) == rows
     files = {path.name for path in (store / "shards").iterdir() if not path.name.startswith(".tmp-")}
     assert {shard.name for shard in manifest.shards} <= files
     assert files <= {shard.name for shard in manifest.shards} | set(manifest.in_flux)
     return rows
+
+
+def assert_rows(store: Path, rows: int = 12) -> None:
+    """Each row is the one that belongs to its digest, and each digest to its id."""
+    features = read_features(store)
+    assert len(features) == rows
+    assert [digest.tobytes() for digest in features.digests] == digests_of(features.ids.tolist())
+    assert np.array_equal(features.embeddings, rows_of(digests_of(features.ids.tolist())))
+
+
+def refused_of(store: Path) -> list[Refused]:
+    """The quarantine of a store."""
+    return read_quarantine(store, read_manifest(store))
 
 
 def peak() -> int:

@@ -21,13 +21,12 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 import storekit
 from conftest import Featx
-from storekit import PREPROCESS, light_backbone, png_folders
+from storekit import PREPROCESS, light_backbone, png_folders, refused_of
 
 from featx.decoders import Decoded, DecoderPool
 from featx.errors import FeatxError
 from featx.extract import extract_features
 from featx.images import pixels
-from featx.index import read_quarantine
 from featx.sources import ImageSet
 from featx.store import read_features
 from featx.store_tools import verify
@@ -145,7 +144,7 @@ def test_crashes_and_hangs_cost_their_file_only(source: Path, broken: Path, tmp_
         max_bad=0.9,
     )
     assert (summary.embedded, summary.quarantined) == (5, 7)
-    reasons = {item.id: (item.reason, len(item.digest)) for item in read_quarantine(store)}
+    reasons = {item.id: (item.reason, len(item.digest)) for item in refused_of(store)}
     crash, hang = ("decoder_crash", 64), ("decoder_timeout", 64)
     expected = {0: crash, 1: crash, 3: hang, 5: crash, 8: hang, 10: crash, 11: crash}
     assert reasons == {paths[k].relative_to(source).as_posix(): reason for k, reason in expected.items()}
@@ -325,7 +324,7 @@ def test_names_that_are_no_text(tmp_path: Path, featx: Featx) -> None:
     storekit.write_png(source / os.fsdecode(b"\xff") / "x.png", 51)
     ran = featx("extract", source, "--out", tmp_path / "s.featx", "--json", "--weights", "none")
     assert (ran.code, ran.json["embedded"], ran.json["quarantined"]) == (3, 4, 2)
-    assert {item.reason for item in read_quarantine(tmp_path / "s.featx")} == {"bad_name"}
+    assert {item.reason for item in refused_of(tmp_path / "s.featx")} == {"bad_name"}
     assert read_features(tmp_path / "s.featx").class_names == ("ants", "bees")
     assert verify(tmp_path / "s.featx") == []
 
@@ -340,7 +339,7 @@ def test_names_that_are_no_text(tmp_path: Path, featx: Featx) -> None:
     images = ImageSet.from_source(tmp_path / "list.jsonl")
     summary = extract_features(images, light_backbone(), tmp_path / "t.featx", engine=storekit.LightEngine(), workers=1)
     assert summary.quarantined == 2
-    assert {item.reason for item in read_quarantine(tmp_path / "t.featx")} == {"bad_name"}
+    assert {item.reason for item in refused_of(tmp_path / "t.featx")} == {"bad_name"}
     assert verify(tmp_path / "t.featx") == []
 
 

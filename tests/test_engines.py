@@ -296,6 +296,7 @@ def test_threads_can_share_an_engine(engine: str, small: Backbone) -> None:
         ({"engine": "onnx"}, "engine: not a choice"),
         ({"device": "tpu"}, "device: not a choice"),
         ({"batch_size": 0}, "batch size: must be 1 or more: found 0"),
+        ({"batch_size": {"cpu": 2, "cuda": 0}}, "batch size: must be 1 or more: found 0"),
         ({"threads": -1}, "threads: must be 1 or more"),
     ],
 )
@@ -322,6 +323,7 @@ def test_auto_is_openvino_on_a_cpu(monkeypatch: pytest.MonkeyPatch, small: Backb
     chosen = make_engine(small)
     assert (chosen.name, chosen.device, chosen.precision) == ("openvino", "cpu", "fp32")
     assert chosen.batch_size == BATCH_SIZES["cpu"]
+    assert make_engine(small, batch_size={"cpu": 3, "cuda": 5}).batch_size == 3
 
 
 def test_no_driver_means_no_torch() -> None:

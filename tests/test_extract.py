@@ -13,11 +13,11 @@ import pytest
 from conftest import TINY, TinyEngine, class_folders, picture, tiny_backbone
 from numpy.typing import NDArray
 from PIL import Image
+from storekit import refused_of
 
 from featx.errors import Interrupted, MismatchError, TooManyBadImages
 from featx.extract import ExtractSummary, extract_features
 from featx.images import pixels
-from featx.index import read_quarantine
 from featx.sources import ImageSet
 from featx.store import read_features
 from featx.store_tools import content_hash, info, verify
@@ -143,7 +143,7 @@ def test_bad_images_are_refused_with_a_reason_and_the_good_ones_kept(source: Pat
     expected = bad_images(source / "ants")
     summary = run(source, store)
     assert (summary.images, summary.embedded, summary.quarantined) == (18, 15, 3)
-    refused = {item.id: item for item in read_quarantine(store)}
+    refused = {item.id: item for item in refused_of(store)}
     assert {name: item.reason for name, item in refused.items()} == {f"ants/{k}": v for k, v in expected.items()}
     for name, item in refused.items():
         assert item.digest == hashlib.sha256((source / name).read_bytes()).hexdigest()
@@ -153,7 +153,7 @@ def test_bad_images_are_refused_with_a_reason_and_the_good_ones_kept(source: Pat
     for name in refused:
         picture(50 + len(name)).save(source / name, format="PNG")
     assert run(source, store).embedded == 3
-    assert read_quarantine(store) == []
+    assert refused_of(store) == []
 
 
 def test_missing_and_unreadable_files_of_a_manifest(source: Path, store: Path) -> None:
@@ -171,7 +171,7 @@ def test_more_bad_images_than_allowed(source: Path, store: Path) -> None:
         run(source, store, max_bad=0.1)
     assert caught.value.exit_code == 4
     assert not (store / "index.h5").exists()
-    assert len(read_quarantine(store)) == 3
+    assert len(refused_of(store)) == 3
     assert run(source, store, max_bad=0.5).reused == 15  # nothing was lost
 
 

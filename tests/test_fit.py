@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 from test_bundle import clusters
 
+from featx.batches import Engine
 from featx.bundle import read_bundle
 from featx.calibrate import fit_sharpness, fit_threshold
+from featx.engines import make_engine
 from featx.errors import MismatchError, UsageError
 from featx.fit import fit_head, probe_pixels
 from featx.heads import HEADS
@@ -248,9 +251,17 @@ def test_a_tampered_model_and_wrong_uses_exit_with_2(kept: Path, featx: Featx, t
         assert message in done.err
 
 
-def test_a_network_that_sees_the_probe_differently_is_refused(kept: Path) -> None:
+def test_a_network_that_sees_the_probe_differently_is_refused(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = read_bundle(kept / "photos.model")
-    open_embedder(bundle, kept / "photos.model")
+    made: list[Engine] = []
+
+    def counted(*arguments: Any, **options: Any) -> Engine:
+        made.append(make_engine(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr("featx.embed.make_engine", counted)
+    embedder = open_embedder(bundle, kept / "photos.model", batch_sizes={"cpu": 3, "cuda": 3})
+    assert made == [embedder.engine] and embedder.engine.batch_size == 3  # built once, and as it was wanted
     turned = np.roll(bundle.probe_embedding, 1)
     with pytest.raises(MismatchError, match=r"does not see the model's probe image.*expected a cosine of at least"):
         open_embedder(replace(bundle, probe_embedding=turned), kept / "photos.model")

@@ -24,7 +24,7 @@ pytest.importorskip("uvicorn")
 
 from conftest import TINY, Featx, TinyEngine
 from servicekit import Running, form, plain, png, start_tiny
-from tiny_server import BLUE, RED, tiny_bundle
+from tiny_server import BLUE, GREEN, RED, tiny_bundle
 
 from featx.images import pixels
 
@@ -282,7 +282,36 @@ def test_when_the_worker_dies_it_is_not_ready(tmp_path: Path) -> None:
         refused = server.send("/predict", png(1))
         assert (refused.status, refused.headers["retry-after"]) == (503, "5")
         assert server.get("/live").status == 200
-        assert server.end() == 0
+        assert server.process.wait(timeout=10) == 1  # by itself, so that a supervisor starts it anew
+        assert "Error: the service ended: nothing can be computed any more: found compute failed" in server.said()
+
+
+def test_before_it_ends_for_a_dead_worker_it_answers_all(tmp_path: Path) -> None:
+    with start_tiny(tmp_path, seconds=1.0) as server:
+        statuses: list[int] = []
+        images = [png(1), png(2), plain(BLUE), *map(png, range(3, 9))]
+
+        def ask(image: bytes) -> None:
+            statuses.append(server.send("/predict", image).status)
+
+        clients = [threading.Thread(target=ask, args=(image,)) for image in images]
+        for client in clients:
+            client.start()
+            time.sleep(0.1)
+        for client in clients:
+            client.join()
+        assert sorted(set(statuses)) == [200, 503] and len(statuses) == len(images)
+        assert statuses[0] == 200  # its batch was running
+        assert server.process.wait(timeout=10) == 1
+
+
+def test_a_batch_that_hangs_ends_the_service_too(tmp_path: Path) -> None:
+    with start_tiny(tmp_path, patience=[0.5, 2.0], limits={"deadline": 1.0}) as server:
+        assert server.send("/predict", plain(GREEN)).status == 504
+        ready = server.get("/ready")
+        assert (ready.status, ready.json["reason"]) == (503, "a batch has been running for more than 0.5 s")
+        assert server.process.wait(timeout=15) == 1
+        assert "found a batch has been running" in server.said()
 
 
 def test_a_decoder_that_is_killed_costs_nothing(tmp_path: Path) -> None:

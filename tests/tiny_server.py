@@ -18,8 +18,10 @@ import numpy as np
 from conftest import TINY, TinyEngine, tiny_backbone
 from numpy.typing import NDArray
 
+from featx import service_batch
 from featx.bundle import Bundle
 from featx.embed import Embedder
+from featx.errors import FeatxError
 from featx.fit import probe_pixels
 from featx.heads import make_head
 from featx.images import encode, pixels
@@ -28,7 +30,7 @@ from featx.service_guard import Limits
 from featx.service_run import serve
 from featx.service_work import Service
 
-RED, BLUE = (255, 0, 0), (0, 0, 255)
+RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
 
 class MoodyEngine(TinyEngine):
@@ -44,6 +46,8 @@ class MoodyEngine(TinyEngine):
             colours = [tuple(image[12, 12].tolist()) for image in batch]
             if BLUE in colours:
                 raise SystemExit("the engine is gone")
+            if GREEN in colours:
+                time.sleep(1000)
             if RED in colours:
                 raise RuntimeError("a red image")
             yield from super().embed([batch])
@@ -69,9 +73,14 @@ def main() -> None:
     port, wanted = int(sys.argv[1]), json.loads(sys.argv[2])
     settings: dict[str, Any] = {"host": "127.0.0.1", "log_json": True, **wanted}
     engine = MoodyEngine(settings.pop("seconds", 0.0))
+    service_batch.STUCK, service_batch.LOST = settings.pop("patience", (service_batch.STUCK, service_batch.LOST))
     limits = Limits(**settings.pop("limits", {}))
     service = Service(tiny_bundle(), Embedder(tiny_backbone(), engine), None, limits)
-    serve(service, port=port, started=lambda url: print(f"Serving at {url} ", flush=True), **settings)
+    try:
+        serve(service, port=port, started=lambda url: print(f"Serving at {url} ", flush=True), **settings)
+    except FeatxError as error:  # as the command does
+        print(f"Error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
 
 
 if __name__ == "__main__":
