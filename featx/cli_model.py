@@ -54,6 +54,12 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
+Unlabelled = Annotated[
+    bool, typer.Option("--unlabelled", help="Let heads learn from the store's images without labels, too.")
+]
+UnlabelledFrom = Annotated[
+    Path | None, typer.Option(metavar="STORE", help="Or from all images of this store; their labels are not read.")
+]
 EngineOption = Annotated[EngineName, typer.Option(help="auto is torch on cuda, else openvino.")]
 DeviceOption = Annotated[Device, typer.Option(help="auto is cuda where there is one.")]
 
@@ -78,6 +84,8 @@ def fit(
     max_error: Annotated[
         float, typer.Option(help="Share of answers that may be wrong; where that cannot be held, abstain.")
     ] = 0.05,
+    unlabelled: Unlabelled = False,
+    unlabelled_from: UnlabelledFrom = None,
     backbone: OwnBackbone = None,
     weights: Weights = None,
     engine: EngineOption = EngineName.auto,
@@ -86,19 +94,27 @@ def fit(
     as_json: Json = False,
 ) -> None:
     """Choose a head, calibrate it on images it has not seen, refit it on all, and keep it in one file."""
+    import numpy as np
+
     from featx.bundle import write_bundle
+    from featx.centre import unlabelled_centre
     from featx.embed import Embedder
     from featx.fit import fit_bundle, summary
-    from featx.heads import HEADS
     from featx.store import read_features
+    from featx.unlabelled import heads_for, unlabelled_rows
 
     _check_out(out)
-    heads = tuple(HEADS) if head == "all" else tuple(name.strip() for name in head.split(",") if name.strip())
+    features = read_features(store, layer=layer)
+    pool = None
+    if unlabelled or unlabelled_from:
+        own = np.flatnonzero(features.splits != "test") if unlabelled else np.arange(0)
+        pool = unlabelled_rows(features, own, unlabelled_from)
+    catalogue = heads_for(None if pool is None else unlabelled_centre(pool), pool)
+    heads = tuple(catalogue) if head == "all" else tuple(name.strip() for name in head.split(",") if name.strip())
     if not heads:
         raise UsageError("--head is empty", expected="a name, names separated by commas, auto or all")
     for name in heads:
-        HEADS[name]
-    features = read_features(store, layer=layer)
+        catalogue[name]
     embedder = Embedder.like(
         features.provenance,
         where=store,
@@ -109,7 +125,7 @@ def fit(
     )
     with ProgressLine("fitting") as line:
         bundle = fit_bundle(
-            features, embedder, heads=heads, max_error=max_error, random_state=seed, progress=line.update
+            features, embedder, heads=heads, max_error=max_error, random_state=seed, pool=pool, progress=line.update
         )
     write_bundle(bundle, out)
     for note in bundle.notes:

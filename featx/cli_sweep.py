@@ -11,15 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from featx.cli_model import Unlabelled, UnlabelledFrom
 from featx.errors import Interrupted, UsageError
 from featx.terminal import ProgressLine, check_writable, print_json, say, show
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from featx.splits import Index, Shots
-    from featx.store import FeatureSet
+    from featx.splits import Shots
 
 
 class Split(StrEnum):
@@ -45,12 +42,8 @@ def sweep(
     test: Annotated[
         Split | None, typer.Option(help="Judge the winner once on this split, which takes no part in choosing.")
     ] = None,
-    unlabelled: Annotated[
-        bool, typer.Option("--unlabelled", help="Let heads learn from the store's images without labels, too.")
-    ] = False,
-    unlabelled_from: Annotated[
-        Path | None, typer.Option(metavar="STORE", help="Or from all images of this store; their labels are not read.")
-    ] = None,
+    unlabelled: Unlabelled = False,
+    unlabelled_from: UnlabelledFrom = None,
     layer: Annotated[str, typer.Option(help="Which of the store's layers.")] = "penultimate",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="DIR", help="The report. [default: beside the store]")
@@ -100,7 +93,7 @@ def run_sweep(
     from featx.store import read_features, source_of
     from featx.sweep import sweep_heads
     from featx.testset import judge
-    from featx.unlabelled import heads_for
+    from featx.unlabelled import heads_for, unlabelled_rows
 
     wanted_heads, wanted_shots = _names(heads), _shots(shots)
     features = read_features(store, layer=layer)
@@ -116,7 +109,7 @@ def run_sweep(
         say(f"Note: {int((features.splits == name).sum())} images of the split {name} are left out.", err=True)
     pool = None
     if unlabelled or unlabelled_from:
-        pool = _pool(features, rows if unlabelled else rows[:0], unlabelled_from)
+        pool = unlabelled_rows(features, rows if unlabelled else rows[:0], unlabelled_from)
         rows = rows[features.labels[rows] >= 0]
     centre = None if pool is None else unlabelled_centre(pool)
     try:
@@ -167,33 +160,6 @@ def run_sweep(
         )
     show(render(result), err=as_json)
     say(f"Report: {where}", err=as_json)
-
-
-def _pool(features: FeatureSet, rows: Index, other: Path | None) -> NDArray[np.float32]:
-    """Embeddings (m, d) of the rows without a label and of another store, less copies of labelled images.
-
-    Without the copies, no image that a head is judged on is in the pool.
-    """
-    import numpy as np
-
-    from featx.errors import MismatchError
-    from featx.store import digest_keys, read_features
-
-    rows = rows[features.labels[rows] < 0]
-    embeddings, digests = features.embeddings[rows], features.digests[rows]
-    if other:
-        more = read_features(other, layer=features.layer)
-        if more.fingerprint != features.fingerprint:
-            raise MismatchError(
-                "the two stores were not made in the same way", where=other,
-                expected=f"fingerprint {features.fingerprint[:12]}", found=more.fingerprint[:12],
-                hint="Extract both with the same backbone and options.",
-            )  # fmt: skip
-        embeddings, digests = np.vstack([embeddings, more.embeddings]), np.vstack([digests, more.digests])
-    first = np.sort(np.unique(digest_keys(digests), return_index=True)[1])
-    labelled = digest_keys(features.digests[features.labels >= 0])
-    fresh = first[~np.isin(digest_keys(digests)[first], labelled)]
-    return np.asarray(embeddings[fresh], dtype=np.float32)
 
 
 def _stem(store: Path) -> str:

@@ -21,15 +21,17 @@ from threadpoolctl import threadpool_limits
 from featx import stats
 from featx.bundle import Bundle
 from featx.calibrate import fit_sharpness, fit_threshold
+from featx.centre import unlabelled_centre
 from featx.choose import N_FOLDS, fit_chosen
 from featx.embed import Embedder
 from featx.errors import UsageError
-from featx.heads import HEADS
+from featx.heads import Head
 from featx.images import encode
 from featx.scoring import Array, Scorer, softmax
 from featx.splits import Index, distinct_counts, find_duplicates, fold_numbers
 from featx.store import FeatureSet
 from featx.sweep import sweep_heads
+from featx.unlabelled import heads_for
 
 N_GOLDEN = 16
 """Rows that are kept with the scores they got, to find out at loading whether the head still gives them."""
@@ -64,6 +66,7 @@ def fit_head(
     max_error: float = 0.05,
     random_state: int = 0,
     n_jobs: int | None = None,
+    pool: NDArray[np.floating] | None = None,
     progress: Progress | None = None,
 ) -> FittedHead:
     """Choose, calibrate and fit a head.
@@ -78,6 +81,8 @@ def fit_head(
     max_error : share of answers that may be wrong; below the threshold that follows the head abstains.
     random_state : seed of the folds.
     n_jobs : workers that compare several heads; by default one for each core.
+    pool : (m, d) embeddings of images without labels, no copies of labelled ones; "auto" is then the head that learns
+        from them, and the others measure from their mean (:mod:`featx.unlabelled`).
     progress : called as ``progress(done, total, what)``.
 
     Raises
@@ -99,28 +104,32 @@ def fit_head(
     say: Progress = progress or (lambda done, total, what: None)
     notes = _notes(len(labels) - len(kept), class_names, names)
 
-    chosen = [HEADS[name].name for name in dict.fromkeys(heads)]
+    centre = None if pool is None else unlabelled_centre(pool)
+    catalogue = heads_for(centre, pool)
+    notes += [centre.told] if centre else []
+    chosen = [catalogue[name].name for name in dict.fromkeys(heads)]
     if len(chosen) > 1:
         swept = sweep_heads(
             rows, y, class_names=names, groups=copies, heads=chosen, shots=("all",), episodes=10,
-            random_state=random_state, n_jobs=n_jobs, near_duplicates=None, progress=progress,
+            random_state=random_state, n_jobs=n_jobs, near_duplicates=None, centre=centre, pool=pool,
+            progress=progress,
         )  # fmt: skip
         notes.append(f"{swept.winner} had the highest accuracy of {', '.join(chosen)} over 10 draws.")
         chosen = [swept.winner]
-    name = chosen[0]
+    head = catalogue[chosen[0]]
     folds = fold_numbers(y, copies, N_FOLDS, random_state)
     n_folds = int(folds.max()) + 1
     total = 1 + (n_folds if n_folds > 1 else 0)
-    say(0, total, f"fitting {name}")
-    scorer, params, converged = _fit(name, rows, y, copies, random_state)
-    say(1, total, f"fitting {name}")
+    say(0, total, f"fitting {head.name}")
+    scorer, params, converged = _fit(head, rows, y, copies, random_state)
+    say(1, total, f"fitting {head.name}")
     scores = None
     if n_folds > 1:
         scores = np.zeros((len(rows), len(names)))
         for fold in range(n_folds):
             held = folds == fold
             inner = np.unique(copies[~held], return_inverse=True)[1].reshape(-1)
-            part, _, fine = _fit(name, rows[~held], y[~held], inner, random_state)
+            part, _, fine = _fit(head, rows[~held], y[~held], inner, random_state)
             scores[held] = part.scores(rows[held])
             converged &= fine
             say(2 + fold, total, "scoring images out of fold")
@@ -142,12 +151,12 @@ def fit_head(
     return FittedHead(
         scorer=scorer,
         class_names=names,
-        head=name,
+        head=head.name,
         params=params,
         sharpness=sharpness,
         threshold=threshold,
         max_error=max_error,
-        metrics=metrics,
+        metrics={**metrics, "unlabelled_images": 0 if pool is None else len(pool)},
         notes=tuple(notes),
     )
 
@@ -159,11 +168,11 @@ def _notes(unlabelled: int, class_names: Sequence[str], present: Sequence[str]) 
 
 
 def _fit(
-    name: str, rows: NDArray[np.floating], labels: NDArray[np.int64], groups: Index, random_state: int
+    head: Head, rows: NDArray[np.floating], labels: NDArray[np.int64], groups: Index, random_state: int
 ) -> tuple[Scorer, dict[str, Any], bool]:
     """A head fitted as the sweep fits it: normaliser and parameters chosen on these rows alone."""
     with threadpool_limits(limits=1, user_api="blas"):
-        choice, pipeline = fit_chosen(HEADS[name], rows, labels, groups, random_state=random_state)
+        choice, pipeline = fit_chosen(head, rows, labels, groups, random_state=random_state)
     return Scorer.of(pipeline), choice.params, choice.converged
 
 
@@ -224,6 +233,7 @@ def fit_bundle(
     heads: Sequence[str] = ("auto",),
     max_error: float = 0.05,
     random_state: int = 0,
+    pool: NDArray[np.floating] | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
     """Fit a head on a store's images, but not on its split ``test``, and pack it with its backbone's provenance.
@@ -232,9 +242,9 @@ def fit_bundle(
     ----------
     features : of the store.
     embedder : what made them (:meth:`Embedder.like`); it embeds the probe image.
-    heads, max_error, random_state, progress : as of :func:`fit_head`.
+    heads, max_error, random_state, pool, progress : as of :func:`fit_head`.
     """
-    use = np.flatnonzero(features.splits != "test")
+    use = np.flatnonzero((features.splits != "test") & ((features.labels >= 0) | (pool is None)))
     groups = np.unique(features.digests, axis=0, return_inverse=True)[1].reshape(-1)
     fitted = fit_head(
         features.embeddings[use],
@@ -244,6 +254,7 @@ def fit_bundle(
         heads=heads,
         max_error=max_error,
         random_state=random_state,
+        pool=pool,
         progress=progress,
     )
     probe = encode(probe_pixels())

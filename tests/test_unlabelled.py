@@ -13,11 +13,15 @@ from sklearn.base import clone
 from sklearn.linear_model import Ridge as PlainRidge
 from sklearn.preprocessing import Normalizer
 
+from featx.bundle import read_bundle
 from featx.centre import Centre, unlabelled_centre
 from featx.errors import UsageError
+from featx.fit import fit_head
 from featx.heads import HEADS
-from featx.scoring import Scorer
+from featx.scoring import Scorer, softmax
 from featx.splits import KShotSplit
+from featx.stats import expected_calibration_error
+from featx.store import digest_keys, read_features
 from featx.sweep import sweep_heads
 from featx.unlabelled import MAX_POOL, PoolRidge, heads_for, soft_labels
 
@@ -110,6 +114,31 @@ def test_a_large_pool_is_thinned_evenly_and_an_empty_or_broken_one_refused() -> 
         PoolRidge(np.zeros((5, 3))).fit(*groups(10))
 
 
+def test_a_fitted_head_keeps_what_the_pool_taught_it() -> None:
+    rows, labels = groups(60)
+    pool, _ = groups(300, seed=3)
+    fitted = fit_head(rows, labels, class_names="abcde", pool=pool)
+    assert fitted.head == "ridge_pool"
+    assert fitted.metrics["unlabelled_images"] == 300
+    assert "Uses 300 unlabelled images" in fitted.notes[0]
+    centre = unlabelled_centre(pool)
+    plain = heads_for(centre, pool)["auto"].build().fit(rows, labels)
+    fresh, truth = groups(2000, seed=4)
+    scores = fitted.scorer.scores(fresh)
+    np.testing.assert_allclose(scores, plain.decision_function(fresh), atol=1e-9)
+    np.testing.assert_array_equal(fitted.scorer.mean, centre.mean)
+    right = scores.argmax(axis=1) == truth
+    told = fitted.metrics["out_of_fold"]["accuracy"]
+    assert told["low"] <= right.mean() <= told["high"]
+    assert fitted.sharpness is not None
+    confidence = softmax(scores, fitted.sharpness).max(axis=1)
+    assert expected_calibration_error(confidence, right) < 0.08
+    best = fit_head(rows, labels, class_names="abcde", heads=["knn", "ridge_pool"], pool=pool, n_jobs=1)
+    assert "of knn, ridge_pool over 10 draws" in " ".join(best.notes)
+    with pytest.raises(UsageError, match="no such head"):
+        fit_head(rows, labels, class_names="abcde", heads=["ridge_pool"])
+
+
 def test_the_command_learns_from_another_store_and_says_so(tmp_path: Path, featx: Featx) -> None:
     class_folders(tmp_path / "photos", each=8)
     class_folders(tmp_path / "more", names=("unsorted",), each=10, first=10)  # six of them are copies
@@ -131,3 +160,21 @@ def test_the_command_learns_from_another_store_and_says_so(tmp_path: Path, featx
     plain = featx("sweep", photos, "--shots", "1", "--heads", "auto", "--episodes", "2", "--json")
     assert plain.json["unlabelled"] == 0
     assert featx(*arguments).code == 2  # without a pool there is no such head
+    model = tmp_path / "photos.model"
+    fitted = featx("fit", photos, "--out", model, "--unlabelled-from", more, "--json")
+    assert fitted.code == 0, fitted.err
+    assert (fitted.json["head"], fitted.json["metrics"]["unlabelled_images"]) == ("ridge_pool", 4)
+    assert any("Uses 4 unlabelled images" in note for note in fitted.json["notes"])
+    kept, features, pool_store = read_bundle(model), read_features(photos), read_features(more)
+    copies = np.isin(digest_keys(pool_store.digests), digest_keys(features.digests))
+    centre = pool_store.embeddings[~copies].mean(axis=0, dtype=np.float64)
+    np.testing.assert_allclose(kept.scorer.mean, centre, rtol=1e-6)
+    predicted = featx("predict", model, tmp_path / "photos" / "ants", "--json")
+    assert predicted.code == 0
+    expected = kept.answer(features.embeddings[:8])
+    for found_one, answer in zip(predicted.json["predictions"], expected, strict=True):
+        assert found_one["label"] == answer.label
+        assert found_one["score"] == pytest.approx(answer.score, abs=1e-6)
+    refused = featx("fit", photos, "--out", model, "--unlabelled")
+    assert refused.code == 2
+    assert "no images without a label" in refused.err
