@@ -48,7 +48,7 @@ Whiten = Annotated[
 Expand = Annotated[int, typer.Option(min=0, metavar="N", help="Expand each query by its N nearest images.")]
 Html = Annotated[Path | None, typer.Option(metavar="FILE.html", help="A sheet with thumbnails, in one file.")]
 Source = Annotated[
-    Path | None, typer.Option(help="Where the images of the store are, for the sheet. [default: as at extraction]")
+    str | None, typer.Option(help="Where the images of the store are, for the sheet. [default: as at extraction]")
 ]
 
 
@@ -94,11 +94,11 @@ def search(
     """
     from featx.embed import Embedder
     from featx.search import ImageSearch
-    from featx.sheet import image_root, search_sheet
+    from featx.sheet import image_finder, search_sheet
 
     if html is not None:
         _check_sheet(html)
-        root = image_root(store, source)
+        find = image_finder(store, source)
     with ProgressLine("embedding") as line:
         gallery = ImageSearch.open(
             store,
@@ -129,7 +129,7 @@ def search(
         "options": {"center": center, "whiten": whiten, "expand": expand},
     }
     if html is not None:
-        _say_missing(search_sheet(html, store, root, gallery.features, found))
+        _say_missing(search_sheet(html, store, find, gallery.features, found))
     if as_json:
         print_json(answer)
     else:
@@ -364,17 +364,17 @@ def duplicates(
 ) -> None:
     """Find copies and near copies: those across splits first, then those whose labels differ."""
     from featx.search import count_duplicates, duplicate_groups
-    from featx.sheet import duplicate_sheet, image_root
+    from featx.sheet import duplicate_sheet, image_finder
     from featx.store import read_features
 
     if html is not None:
         _check_sheet(html)
-        root = image_root(store, source)
+        find = image_finder(store, source)
     features = read_features(store, layer=layer)
     groups = duplicate_groups(features, threshold=None if exact_only else threshold)
     counts = count_duplicates(features, groups)
     if html is not None:
-        _say_missing(duplicate_sheet(html, store, root, features, groups))
+        _say_missing(duplicate_sheet(html, store, find, features, groups))
     if as_json:
         said = {"threshold": None if exact_only else threshold, "images": len(features), **counts}
         print_json({**said, "groups": [_group_json(features, group) for group in groups]})

@@ -156,8 +156,8 @@ class DecoderPool:
         except ImageError as refusal:
             return Decoded(None, refusal=refusal)
         decoded = self._decode(request, known)
-        reading, *others = decoded.seconds
-        return replace(decoded, seconds=(reading + waited, *others))
+        reading, hashing, decoding, resizing = decoded.seconds
+        return replace(decoded, seconds=(reading + waited, hashing, decoding, resizing))
 
     def _decode(self, request: bytes, known: Callable[[bytes], bool]) -> Decoded:
         child = self._idle.get()

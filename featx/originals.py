@@ -2,39 +2,47 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featx.errors import ImageError
+from featx.errors import ImageError, SourceError, UsageError
 from featx.images import thumbnail
+from featx.origins import Origin
+from featx.sources import finder
 
 
 class Originals:
-    """Finds a row's file by its id, and believes it only if its bytes have the row's digest.
+    """Finds a row's image by its id, and believes it only if its bytes have the row's digest.
 
     Parameters
     ----------
-    source : folder or manifest that the store was made from; "" when that is not known.
+    source : what the store was made from; "" when that is not known.
     ids : (n,) as the store has them.
     digests : uint8 (n, 32).
     """
 
     def __init__(self, source: str, ids: Sequence[str], digests: NDArray[np.uint8]) -> None:
-        root = Path(source) if source else None
-        self.root = root.parent if root is not None and root.is_file() else root
+        self.source = source
         self.ids, self.digests = ids, digests
+
+    @functools.cached_property
+    def _find(self) -> Callable[[str], Origin]:
+        return finder(self.source)
 
     def read(self, row: int) -> bytes | None:
         """The file's bytes, or None when it has gone or is another one now."""
-        if self.root is None:
+        if not self.source:
             return None
         try:
-            data = (self.root / str(self.ids[row])).read_bytes()
-        except (OSError, ValueError):
+            data = self._find(str(self.ids[row])).read_bytes()
+        except (OSError, ValueError, ImageError):
+            return None
+        except (SourceError, UsageError):
+            self.source = ""  # the source itself is gone or out of reach: it is not asked for every picture
             return None
         return data if hashlib.sha256(data).digest() == self.digests[row].tobytes() else None
 

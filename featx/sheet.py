@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -14,11 +14,16 @@ from featx.decoders import DecoderPool
 from featx.errors import StoreError, UsageError
 from featx.images import Preprocess, jpeg_bytes
 from featx.manifest import read_manifest
+from featx.origins import Origin
 from featx.search import DuplicateGroup, Match, label_of
+from featx.sources import finder, is_local
 from featx.store import FeatureSet, is_packed
 
 Found: TypeAlias = list[tuple[str, Path | int, list[Match]]]
 """For each query its name, its file or its row in the store, and what was found."""
+
+Finder: TypeAlias = Callable[[str], Origin]
+"""What gives the image behind an id; see :func:`featx.sources.finder`."""
 
 MAX_GROUPS = 200
 """More groups of duplicates make a sheet that no browser likes."""
@@ -56,14 +61,14 @@ class Card:
     Parameters
     ----------
     name : shown below it.
-    picture : the file, or None where there is none.
+    picture : the file (or another origin of an image), or None where there is none.
     text : a line of plain text below the name.
     mark : draw a frame around it (the query).
     digest : the sha256 that the file must have; a file that has changed since is not shown. None takes any.
     """
 
     name: str
-    picture: Path | None
+    picture: Origin | None
     text: str = ""
     mark: bool = False
     digest: bytes | None = None
@@ -78,12 +83,12 @@ class Section:
     warning: str = ""
 
 
-def image_root(store: Path, source: Path | None) -> Path:
-    """The folder that a store's ids are relative to.
+def image_finder(store: Path, source: str | None) -> Finder:
+    """What gives the image behind an id of a store.
 
     Parameters
     ----------
-    source : folder or manifest that the user names; by default the one that the store was made of.
+    source : as of :meth:`featx.sources.ImageSet.from_source`; by default what the store was made of.
 
     Raises
     ------
@@ -94,12 +99,10 @@ def image_root(store: Path, source: Path | None) -> Path:
     if source is None:
         if is_packed(store):
             raise UsageError("a packed store does not know where its images are", where=store, hint=hint)
-        source = Path(read_manifest(store).source)
-    if source.is_dir():
-        return source
-    if source.is_file():
-        return source.parent
-    raise UsageError("the images of the store are not there, and the sheet shows them", where=source, hint=hint)
+        source = read_manifest(store).source
+    if is_local(source) and not Path(source).exists():
+        raise UsageError("the images of the store are not there, and the sheet shows them", where=source, hint=hint)
+    return finder(source)
 
 
 def write_sheet(path: Path, *, title: str, facts: Iterable[str], sections: Sequence[Section]) -> int:
@@ -170,18 +173,18 @@ def _figure(card: Card, pictures: Mapping[Card, bytes | str]) -> str:
     return f"<figure{mark}>{shown}<code>{escape(card.name)}</code><br>{escape(card.text)}</figure>"
 
 
-def search_sheet(path: Path, store: Path, root: Path, features: FeatureSet, found: Found) -> int:
+def search_sheet(path: Path, store: Path, find: Finder, features: FeatureSet, found: Found) -> int:
     """The sheet of ``featx search``: each query with its matches. Arguments and result are those of the above."""
     sections = []
     for name, origin, matches in found:
         if isinstance(origin, int):
-            query = Card(name, root / name, "the query", True, features.digests[origin].tobytes())
+            query = Card(name, find(name), "the query", True, features.digests[origin].tobytes())
         else:
             query = Card(name, origin, "the query", True)
         cards = [
             Card(
                 match.id,
-                root / match.id,
+                find(match.id),
                 f"{match.label or 'unlabelled'}, {match.score:.3f}",
                 digest=features.digests[match.row].tobytes(),
             )
@@ -192,7 +195,9 @@ def search_sheet(path: Path, store: Path, root: Path, features: FeatureSet, foun
     return write_sheet(path, title=f"What looks alike in {store.name}", facts=facts, sections=sections)
 
 
-def duplicate_sheet(path: Path, store: Path, root: Path, features: FeatureSet, groups: Sequence[DuplicateGroup]) -> int:
+def duplicate_sheet(
+    path: Path, store: Path, find: Finder, features: FeatureSet, groups: Sequence[DuplicateGroup]
+) -> int:
     """The sheet of ``featx duplicates``: the first ``MAX_GROUPS`` groups."""
     sections = []
     for number, group in enumerate(groups[:MAX_GROUPS], 1):
@@ -201,7 +206,7 @@ def duplicate_sheet(path: Path, store: Path, root: Path, features: FeatureSet, g
             name, split = str(features.ids[row]), str(features.splits[row])
             said = [label_of(features, row) or "unlabelled", split, "same bytes" if exact else f"{similarity:.4f}"]
             digest = features.digests[row].tobytes()
-            cards.append(Card(name, root / name, ", ".join(filter(None, said)), digest=digest))
+            cards.append(Card(name, find(name), ", ".join(filter(None, said)), digest=digest))
         warnings = ["It is on both sides of a split."] if group.across_splits else []
         warnings += ["Its labels differ."] if group.conflicting else []
         sections.append(Section(group.title(number), cards, " ".join(warnings)))

@@ -27,7 +27,9 @@ from typing import Any
 from featx.errors import SourceError
 from featx.origins import IMAGE_SUFFIXES, SPLITS, ImageRef, Origin, Unreadable, labels_from_folders
 
-__all__ = ["IMAGE_SUFFIXES", "SPLITS", "ImageRef", "ImageSet", "count_labels", "finder"]
+__all__ = ["IMAGE_SUFFIXES", "SPLITS", "ImageRef", "ImageSet", "count_labels", "finder", "is_local"]
+
+Progress = Callable[[int], None]
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/")
 _TORCHVISION = "torchvision:"
@@ -65,8 +67,12 @@ class ImageSet:
         return str(self.root.absolute()) if isinstance(self.root, Path) else self.root
 
     @classmethod
-    def from_source(cls, source: str | Path) -> ImageSet:
+    def from_source(cls, source: str | Path, *, progress: Progress | None = None) -> ImageSet:
         """The images of whatever ``source`` is: a folder, a file, a data set's name or an address.
+
+        Parameters
+        ----------
+        progress : called as ``progress(images so far)`` where listing can take long.
 
         Raises
         ------
@@ -83,11 +89,11 @@ class ImageSet:
             return cls.from_address(text)
         path = Path(source)
         if path.is_dir():
-            return cls._from_folder_of_anything(path)
+            return cls._from_folder_of_anything(path, progress)
         if not path.is_file():
             raise SourceError("no such folder or file", where=path, expected=_KINDS)
         if path.suffix.lower() == ".tar":
-            return cls.from_tars(path)
+            return cls.from_tars(path, progress=progress)
         if path.suffix.lower() in _TABLES:
             return cls.from_tables(path)
         if path.name.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")):
@@ -99,7 +105,7 @@ class ImageSet:
         return cls.from_manifest(path)
 
     @classmethod
-    def _from_folder_of_anything(cls, folder: Path) -> ImageSet:
+    def _from_folder_of_anything(cls, folder: Path, progress: Progress | None) -> ImageSet:
         suffixes: Counter[str] = Counter()
         for relative, _ in _walk(folder):
             suffix = os.path.splitext(relative)[1].lower()  # noqa: PTH122 - pathlib is 5 times slower here
@@ -108,7 +114,7 @@ class ImageSet:
             suffixes[suffix] += 1
         if any(suffixes[suffix] for suffix in _TABLES):
             return cls.from_tables(folder)
-        return cls.from_tars(folder) if suffixes[".tar"] else cls.from_folder(folder)
+        return cls.from_tars(folder, progress=progress) if suffixes[".tar"] else cls.from_folder(folder)
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> ImageSet:
@@ -176,15 +182,15 @@ class ImageSet:
         return cls._of(refs.values(), path, "this manifest")
 
     @classmethod
-    def from_tars(cls, path: str | Path) -> ImageSet:
+    def from_tars(cls, path: str | Path, *, progress: Progress | None = None) -> ImageSet:
         """Images inside a tar, or inside all tars of a folder; see :mod:`featx.sources_tar`.
 
         Ids are ``archive.tar/name of the member``.
         """
         from featx.sources_tar import tar_refs
 
-        files, root = _files_of(Path(path), (".tar",))
-        refs, ignored = tar_refs(files, root)
+        files = _files_of(Path(path), (".tar",))
+        refs, ignored = tar_refs(files, progress)
         return cls._of(refs, Path(path), "these archives", ignored)
 
     @classmethod
@@ -195,8 +201,7 @@ class ImageSet:
         """
         from featx.sources_table import table_refs
 
-        files, root = _files_of(Path(path), _TABLES)
-        return cls._of(table_refs(files, root), Path(path), "these tables")
+        return cls._of(table_refs(_files_of(Path(path), _TABLES)), Path(path), "these tables")
 
     @classmethod
     def from_torchvision(cls, name: str, root: str | Path) -> ImageSet:
@@ -238,6 +243,11 @@ def count_labels(labels: Sequence[str | None]) -> dict[str, int]:
     return dict(sorted(Counter(label for label in labels if label is not None).items()))
 
 
+def is_local(source: str) -> bool:
+    """Whether a source is a folder or a file, and not an address or the name of a data set."""
+    return not source.startswith(_TORCHVISION) and (not _ADDRESS.match(source) or Path(source).exists())
+
+
 def finder(source: str | Path) -> Callable[[str], Origin]:
     """What gives the origin of an image of ``source`` by its id, without looking at all the others where possible.
 
@@ -272,17 +282,17 @@ def _inside(root: Path, name: str) -> Origin:
     return root / name
 
 
-def _files_of(path: Path, suffixes: tuple[str, ...]) -> tuple[list[tuple[str, Path]], Path]:
-    """Names and paths of the files with one of the suffixes at or below ``path``, and the folder of the names."""
+def _files_of(path: Path, suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:
+    """Names and paths of the files with one of the suffixes at or below ``path``."""
     if path.is_file():
-        return [(path.name, path)], path.parent
+        return [(path.name, path)]
     if not path.is_dir():
         raise SourceError("no such folder or file", where=path, expected=_KINDS)
     # What datasets caches beside what it saves is no part of it.
     names = sorted(name for name, _ in _walk(path) if name.lower().endswith(suffixes) and "cache-" not in name)
     if not names:
         raise SourceError(f"no {' or '.join(suffixes)} files in this folder", where=path)
-    return [(name, path / name) for name in names], path
+    return [(name, path / name) for name in names]
 
 
 def _walk(root: Path) -> Iterator[tuple[str, os.stat_result]]:

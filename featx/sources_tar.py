@@ -15,7 +15,7 @@ import functools
 import json
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -44,12 +44,15 @@ class _Member:
     size: int
 
 
-def tar_refs(files: Sequence[tuple[str, Path]], root: Path) -> tuple[list[ImageRef], int]:
+def tar_refs(
+    files: Sequence[tuple[str, Path]], progress: Callable[[int], None] | None = None
+) -> tuple[list[ImageRef], int]:
     """The images of all archives, and how many other files are in them.
 
     Parameters
     ----------
-    files : name (relative to ``root``) and path of each archive.
+    files : name and path of each archive.
+    progress : called with the number of images so far.
 
     Raises
     ------
@@ -70,6 +73,8 @@ def tar_refs(files: Sequence[tuple[str, Path]], root: Path) -> tuple[list[ImageR
                     raise SourceError("the same name twice", where=path, found=member.name)
                 seen.add(member.name)
                 found.append((archive, mtime, split, member))
+                if progress is not None and len(found) % 1000 == 0:
+                    progress(len(found))
             elif extension in ("cls", "json"):
                 label = _label(path, member, extension)
                 if label is not None:
@@ -157,7 +162,7 @@ def _members(path: Path) -> Iterator[_Member]:
 def _checked(path: Path, tar: tarfile.TarFile, size: int) -> Iterator[_Member]:
     regular: dict[str, Part] = {}
     while (info := tar.next()) is not None:
-        tar.members.clear()  # it would keep them all; a shard has many
+        tar.members.clear()  # type: ignore[attr-defined] # it would keep them all; a shard has many
         name = info.name.removeprefix("./")
         parts = name.split("/")
         if name.startswith("/") or ".." in parts:

@@ -80,6 +80,10 @@ class ProgressLine:
         """Show that ``done`` of ``total`` are done."""
         self._show(what or self.what, done, total)
 
+    def count(self, done: int) -> None:
+        """Show that ``done`` are done, of a number that is not known yet."""
+        self._show(self.what, done, None)
+
     def say(self, sentence: str) -> None:
         """Say what is about to be done."""
         if self._bar is not None:
@@ -87,11 +91,11 @@ class ProgressLine:
         else:
             say(sentence, err=True)
 
-    def _show(self, what: str, done: int, total: int) -> None:
+    def _show(self, what: str, done: int, total: int | None) -> None:
         if self._bar is not None:
             if self._task is None:
                 self._task = self._bar.add_task(what, total=total)
             self._bar.update(self._task, completed=done, total=total, description=what)
         elif time.monotonic() - self._logged >= LOG_SECONDS:
             self._logged = time.monotonic()
-            say(f"{what}: {done} of {total}", err=True)
+            say(f"{what}: {done}" + ("" if total is None else f" of {total}"), err=True)

@@ -122,7 +122,7 @@ def test_a_spreadsheet_with_byte_order_mark_and_spaces(tmp_path: Path) -> None:
         ("a.jsonl", '{"path": "a.png"\n', r"not JSON lines"),
         ("a.jsonl", "[1]\n", r"line 1: not a JSON object"),
         ("a.jsonl", '{"path": "a.png", "label": ["x"]}\n', r"line 1: a label that is no text"),
-        ("a.xlsx", "x", r"not a manifest: expected .csv or .jsonl, found .xlsx"),
+        ("a.xlsx", "x", r"not a list of images: expected .csv, .jsonl, .tar or .parquet, found .xlsx"),
     ],
 )
 def test_mistakes_in_manifests_are_named(tmp_path: Path, name: str, text: str, words: str) -> None:
@@ -139,7 +139,7 @@ def test_binary_files_are_no_manifests(tmp_path: Path) -> None:
 
 
 def test_mistakes_about_folders_are_named(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="no such folder or manifest"):
+    with pytest.raises(SourceError, match="no such folder or file"):
         ImageSet.from_source(tmp_path / "nowhere")
     with pytest.raises(SourceError, match=r"no images in this folder.*found nothing"):
         ImageSet.from_source(tmp_path)
