@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -13,6 +14,9 @@ Batch = NDArray[np.uint8]
 
 Embeddings = tuple[NDArray[np.float32], ...]
 """One array (n, d) per layer."""
+
+COMBINED = "combined"
+"""In the place of a layer's name: all of the network's layers, side by side in their order."""
 
 EXACT_START = 0.4
 """Share of the convolutions, from the input, that stay fp32 at bf16 in networks with depthwise convolutions.
@@ -39,6 +43,16 @@ class Engine(Protocol):
         ...
 
 
+def layer_place(layer: str, layers: Sequence[str]) -> int | None:
+    """Which of a network's ``layers`` this one is; None for :data:`COMBINED`, all of them."""
+    return None if layer == COMBINED and layer not in layers else list(layers).index(layer)
+
+
+def of_layer(found: Sequence[NDArray[np.float32]], place: int | None) -> NDArray[np.float32]:
+    """Of embeddings (..., d), one array a layer, those of one layer, or of all (..., sum of d) where it is None."""
+    return np.concatenate(found, axis=-1) if place is None else found[place]
+
+
 def fill(padded: Batch, batch: Batch) -> int:
     """Copy ``batch`` to the front of ``padded``, zero the rest, and return how many images it has."""
     n = len(batch)
@@ -50,3 +64,49 @@ def fill(padded: Batch, batch: Batch) -> int:
     padded[:n] = batch
     padded[n:] = 0
     return n
+
+
+def for_views(engine: Engine, views: int) -> Engine:
+    """The engine for images of so many views each: itself for one, or one that averages."""
+    return engine if views == 1 else ViewsEngine(engine, views)
+
+
+class ViewsEngine:
+    """Embeds batches (n, v, h, w, 3) of images in ``v`` views: the mean of an image's embeddings, one row for each.
+
+    Parameters
+    ----------
+    engine : embeds the views, in batches of its own size; a batch of this engine is ``v`` of those.
+    views : v.
+    """
+
+    def __init__(self, engine: Engine, views: int) -> None:
+        self.engine, self.views = engine, views
+        self.name, self.device, self.precision = engine.name, engine.device, engine.precision
+        self.batch_size = engine.batch_size
+
+    def embed(self, batches: Iterable[Batch]) -> Iterator[Embeddings]:
+        """See :meth:`Engine.embed`."""
+        sizes: deque[int] = deque()
+
+        def views() -> Iterator[Batch]:
+            for batch in batches:
+                if batch.ndim != 5 or batch.shape[1] != self.views:
+                    raise ValueError(f"expected images (n, {self.views}, h, w, 3), got {batch.shape}")
+                sizes.append(len(batch))
+                rows = batch.reshape(-1, *batch.shape[2:])
+                for start in range(0, len(rows), self.engine.batch_size):
+                    yield rows[start : start + self.engine.batch_size]
+
+        parts: list[Embeddings] = []
+        for part in self.engine.embed(views()):
+            parts.append(part)
+            if sum(len(each[0]) for each in parts) == sizes[0] * self.views:
+                n = sizes.popleft()
+                yield tuple(_mean(np.concatenate(layer), n) for layer in zip(*parts, strict=True))
+                parts.clear()
+
+
+def _mean(rows: NDArray[np.float32], n: int) -> NDArray[np.float32]:
+    """Rows (n * v, d), image by image, as (n, d)."""
+    return rows.reshape(n, -1, rows.shape[1]).mean(axis=1, dtype=np.float64).astype(np.float32)

@@ -80,7 +80,10 @@ def fit(
     head: Annotated[
         str, typer.Option(help="A head, several separated by commas, or all: the best of them is taken.")
     ] = "auto",
-    layer: Annotated[str, typer.Option(help="Which of the store's layers.")] = "penultimate",
+    layer: Annotated[
+        str | None,
+        typer.Option(help="Which of the store's layers. [default: all combined, where that is measured to help]"),
+    ] = None,
     max_error: Annotated[
         float, typer.Option(help="Share of answers that may be wrong; where that cannot be held, abstain.")
     ] = 0.05,
@@ -100,11 +103,15 @@ def fit(
     from featx.centre import unlabelled_centre
     from featx.embed import Embedder
     from featx.fit import fit_bundle, summary
-    from featx.store import read_features
+    from featx.layers import open_layers
     from featx.unlabelled import heads_for, unlabelled_rows
 
-    _check_out(out)
-    features = read_features(store, layer=layer)
+    check_out(out)
+    head, layer = _head_on(head, layer)
+    pooled = unlabelled or unlabelled_from is not None
+    features, columns, on = open_layers(store, layer, one=pooled)
+    if layer is not None and len(on) > 1:
+        raise UsageError("a model is on one layer, or on combined", where="--layer", found=layer)
     pool = None
     if unlabelled or unlabelled_from:
         own = np.flatnonzero(features.splits != "test") if unlabelled else np.arange(0)
@@ -125,16 +132,22 @@ def fit(
     )
     with ProgressLine("fitting") as line:
         bundle = fit_bundle(
-            features, embedder, heads=heads, max_error=max_error, random_state=seed, pool=pool, progress=line.update
-        )
+            features, embedder, heads=heads, max_error=max_error, random_state=seed, pool=pool,
+            layers=columns if features.layer == "combined" else None, progress=line.update,
+        )  # fmt: skip
     write_bundle(bundle, out)
-    for note in bundle.notes:
-        say(f"Note: {note}", err=True)
     if as_json:
         print_json(summary(bundle, out))
-    say(_story(bundle), err=as_json)
-    say(f"Model: {out}", err=as_json)
-    if not as_json:
+    tell_model(bundle, out, err=as_json)
+
+
+def tell_model(bundle: Bundle, out: Path, *, err: bool) -> None:
+    """Say what a model that was just made is worth; on stderr if ``err``."""
+    for note in bundle.notes:
+        say(f"Note: {note}", err=True)
+    say(_story(bundle), err=err)
+    say(f"Model: {out}", err=err)
+    if not err:
         say(f"Next: featx predict {out} photo.jpg")
 
 
@@ -147,6 +160,17 @@ def own_network(name: str | None) -> Own | None:
     if not is_own(name):
         raise UsageError("not a network of your own", where="--backbone", expected="FILE.py:CLASS", found=name)
     return import_provider(name)
+
+
+def _head_on(head: str, layer: str | None) -> tuple[str, str | None]:
+    """``HEAD@LAYER``, as a sweep calls it, in its two parts."""
+    pairs = [name.partition("@") for name in head.split(",")]
+    named = {where.strip() for _, at, where in pairs if at}
+    if not named:
+        return head, layer
+    if len(named) > 1 or not all(at for _, at, _ in pairs) or (layer is not None and {layer} != named):
+        raise UsageError("several heads are compared on one layer", where="--head", found=head)
+    return ",".join(name for name, _, _ in pairs), named.pop()
 
 
 def _story(bundle: Bundle) -> str:
@@ -247,7 +271,7 @@ def export(
     from featx.bundle import read_bundle
     from featx.export import export_bundle
 
-    _check_out(out)
+    check_out(out)
     export_bundle(read_bundle(model), out, form.value)
     say(f"{out}: {out.stat().st_size:,} bytes, takes embeddings.")
 
@@ -361,7 +385,7 @@ def _table(predictions: list[dict[str, Any]], kind: str) -> None:
         show(table)
 
 
-def _check_out(out: Path) -> None:
+def check_out(out: Path) -> None:
     """Say now, not after the work, that nothing can be written there."""
     if out.is_dir():
         raise UsageError("a folder is in the way", where=out, hint="Name a file, such as photos.model.")

@@ -44,7 +44,13 @@ def sweep(
     ] = None,
     unlabelled: Unlabelled = False,
     unlabelled_from: UnlabelledFrom = None,
-    layer: Annotated[str, typer.Option(help="Which of the store's layers.")] = "penultimate",
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            "--layers", "--layer",
+            help="Layers to compare, separated by commas; combined is all in one head. [default: all the store has]",
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="DIR", help="The report. [default: beside the store]")
     ] = None,
@@ -61,7 +67,7 @@ def sweep(
         test=test,
         unlabelled=unlabelled,
         unlabelled_from=unlabelled_from,
-        layer=layer,
+        layers=layers,
         out=out,
         n_jobs=n_jobs,
         seed=seed,
@@ -78,7 +84,7 @@ def run_sweep(
     test: Split | None = None,
     unlabelled: bool = False,
     unlabelled_from: Path | None = None,
-    layer: str = "penultimate",
+    layers: str | None = None,
     out: Path | None = None,
     n_jobs: int | None = None,
     seed: int = 0,
@@ -88,16 +94,17 @@ def run_sweep(
     import numpy as np
 
     from featx.centre import unlabelled_centre
+    from featx.layers import open_layers
     from featx.originals import Originals
     from featx.report import render, write_report
-    from featx.store import read_features, source_of
+    from featx.store import source_of
     from featx.sweep import sweep_heads
     from featx.testset import judge
     from featx.unlabelled import heads_for, unlabelled_rows
 
-    wanted_heads, wanted_shots = _names(heads), _shots(shots)
-    features = read_features(store, layer=layer)
-    out = out or store.with_name(_stem(store) + ".report")
+    wanted_heads, wanted_shots = parse_heads(heads), parse_shots(shots)
+    features, columns, on = open_layers(store, layers, one=unlabelled or unlabelled_from is not None)
+    out = out or store.with_name(stem(store) + ".report")
     check_writable(out)
     # Test images are for the one judgement at the end; they take no part in choosing.
     if test and test.value not in features.splits:
@@ -126,14 +133,15 @@ def run_sweep(
                 n_jobs=n_jobs,
                 centre=centre,
                 pool=pool,
+                layers=columns,
+                on=on,
                 journal=out / "journal.jsonl",
                 progress=line.update,
             )
             judged = None
             if test:
-                judged = judge(
-                    features, test.value, heads_for(centre, pool)[result.winner], _ledger(store), random_state=seed
-                )
+                winner = columns.heads(heads_for(centre, pool), wanted_heads, on)[result.winner]
+                judged = judge(features, test.value, winner, _ledger(store), random_state=seed)
                 result = replace(result, notes=(*result.notes, judged.sentence))
             originals = Originals(source_of(store), features.ids[rows].tolist(), features.digests[rows])
             where = write_report(
@@ -162,22 +170,22 @@ def run_sweep(
     say(f"Report: {where}", err=as_json)
 
 
-def _stem(store: Path) -> str:
+def stem(store: Path) -> str:
     return store.name.removesuffix(".featx").removesuffix(".h5")
 
 
 def _ledger(store: Path) -> Path:
-    return store.with_name(_stem(store) + ".test-uses.jsonl")
+    return store.with_name(stem(store) + ".test-uses.jsonl")
 
 
-def _names(text: str) -> tuple[str, ...] | None:
+def parse_heads(text: str) -> tuple[str, ...] | None:
     names = tuple(part.strip() for part in text.split(",") if part.strip())
     if not names:
         raise UsageError("--heads is empty", expected="names separated by commas, or all")
     return None if names == ("all",) else names
 
 
-def _shots(text: str | None) -> tuple[Shots, ...] | None:
+def parse_shots(text: str | None) -> tuple[Shots, ...] | None:
     if text is None:
         return None
     shots: list[Shots] = []

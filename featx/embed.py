@@ -14,14 +14,56 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx.backbones import Backbone, load_backbone
-from featx.batches import Engine
+from featx.batches import Engine, for_views
 from featx.decoders import DecoderPool
 from featx.engines import available_cpus, make_engine
 from featx.errors import ImageError, UsageError, WeightsError
-from featx.images import pixels
 from featx.manifest import check_same
 from featx.provenance import provenance_of
 from featx.providers import Provider, is_own
+from featx.views import CENTER, Looks, parse_views
+
+
+def network_like(
+    provenance: Mapping[str, Any],
+    *,
+    where: Path,
+    backbone: str | Provider | None = None,
+    weights: str | Path | None = None,
+) -> Backbone:
+    """The network that a provenance names; whether it is the same one, nobody has compared yet.
+
+    Parameters
+    ----------
+    provenance : of a store or a bundle.
+    where : the store or bundle, for messages.
+    backbone : the network, where it is one of the user's own: what a store says is never imported.
+    weights : the weights file, where the provenance names one of the user's own.
+
+    Raises
+    ------
+    WeightsError
+        The weights are a file of the user's that has to be given.
+    UsageError
+        The network is the user's own, and has to be given.
+    """
+    recorded = str(provenance.get("backbone", ""))
+    if backbone is None and is_own(recorded):
+        raise UsageError(
+            "made with a network of your own, whose code runs only when you name it",
+            where=where,
+            expected=recorded,
+            hint="Name it with --backbone FILE.py:CLASS, or package.module:CLASS.",
+        )
+    named = str(provenance.get("weights", "default"))
+    if weights is None and named not in ("default", "none"):
+        raise WeightsError(
+            "made with weights of your own, which are needed again",
+            where=where,
+            expected=named,
+            hint="Name the file with --weights FILE.",
+        )
+    return load_backbone(backbone or recorded, weights=weights or named, layers=tuple(provenance["layers"]))
 
 
 class Embedder:
@@ -32,10 +74,15 @@ class Embedder:
     backbone : the network.
     engine : how it is run.
     decode : "full" or "scaled", see :data:`featx.images.DECODE_MODES`.
+    views : names of :data:`featx.views.VIEWS`, over which the embeddings of an image are averaged.
     """
 
-    def __init__(self, backbone: Backbone, engine: Engine, *, decode: str = "full") -> None:
-        self.backbone, self.engine, self.decode = backbone, engine, decode
+    def __init__(
+        self, backbone: Backbone, engine: Engine, *, decode: str = "full", views: Sequence[str] = CENTER
+    ) -> None:
+        self.backbone, self.decode = backbone, decode
+        self.looks = Looks(backbone.preprocess, views)
+        self.engine = for_views(engine, len(self.looks.views))
 
     @classmethod
     def like(
@@ -45,6 +92,7 @@ class Embedder:
         where: Path,
         backbone: str | Provider | None = None,
         weights: str | Path | None = None,
+        tail: bytes | None = None,
         device: str = "auto",
         engine: str = "auto",
         batch_size: int | Mapping[str, int] | None = None,
@@ -55,8 +103,8 @@ class Embedder:
         ----------
         provenance : of a store or a bundle.
         where : the store or bundle, for messages.
-        backbone : the network, where it is one of the user's own: what a store says is never imported.
-        weights : the weights file, where the provenance names one of the user's own.
+        backbone, weights : as of :func:`network_like`.
+        tail : the trained part of a fine-tuned network, which a bundle brings along.
         device, engine, batch_size : as of :func:`featx.engines.make_engine`.
 
         Raises
@@ -68,32 +116,30 @@ class Embedder:
         MismatchError
             What is installed here makes other embeddings; the field is named.
         """
-        recorded = str(provenance.get("backbone", ""))
-        if backbone is None and is_own(recorded):
-            raise UsageError(
-                "made with a network of your own, whose code runs only when you name it",
-                where=where,
-                expected=recorded,
-                hint="Name it with --backbone FILE.py:CLASS, or package.module:CLASS.",
-            )
-        named = str(provenance.get("weights", "default"))
-        if weights is None and named not in ("default", "none"):
-            raise WeightsError(
-                "made with weights of your own, which are needed again",
-                where=where,
-                expected=named,
-                hint="Name the file with --weights FILE.",
-            )
-        network = load_backbone(backbone or recorded, weights=weights or named, layers=tuple(provenance["layers"]))
+        network = network_like(provenance, where=where, backbone=backbone, weights=weights)
+        if tail is not None:
+            from featx.tails import tuned
+
+            network = tuned(network, tail)
         precision = str(provenance.get("precision", "auto"))
         chosen = make_engine(network, engine=engine, device=device, precision=precision, batch_size=batch_size)
         decode = str(dict(provenance.get("decode", {})).get("mode", "full"))
-        wanted = provenance_of(network, chosen, views=str(provenance.get("views", "center")), decode=decode)
-        check_same(provenance, wanted, where)
-        return cls(network, chosen, decode=decode)
+        views = parse_views(str(provenance.get("views", "center")))
+        check_same(provenance, provenance_of(network, chosen, views=views, decode=decode), where)
+        return cls(network, chosen, decode=decode, views=views)
+
+    def pixels(self, data: bytes) -> NDArray[np.uint8]:
+        """What the engine is to see of an image file's bytes: (h, w, 3), of several views (v, h, w, 3)."""
+        return self.looks.pixels(data, mode=self.decode)
+
+    def decoders(self, *, workers: int, **options: Any) -> DecoderPool:
+        """Processes that make such pixels of files; options as of :class:`featx.decoders.DecoderPool`."""
+        return DecoderPool(
+            self.backbone.preprocess, workers=workers, mode=self.decode, views=self.looks.views, **options
+        )
 
     def embed_pixels(self, images: Sequence[NDArray[np.uint8]]) -> tuple[NDArray[np.float32], ...]:
-        """Embeddings (n, d), one array a layer, of decoded images (h, w, 3)."""
+        """Embeddings (n, d), one array a layer, of images as :meth:`pixels` gives them."""
         size = self.engine.batch_size
         batches = (np.stack(images[start : start + size]) for start in range(0, len(images), size))
         parts = list(self.engine.embed(batches))
@@ -101,7 +147,7 @@ class Embedder:
 
     def embed_bytes(self, data: bytes) -> tuple[NDArray[np.float32], ...]:
         """Embeddings (1, d) of one image file's bytes, decoded in this process; ImageError when it is refused."""
-        return self.embed_pixels([pixels(data, self.backbone.preprocess, mode=self.decode)])
+        return self.embed_pixels([self.pixels(data)])
 
     def embed_files(self, paths: Iterable[Path]) -> Iterator[tuple[Path, tuple[NDArray[np.float32], ...] | ImageError]]:
         """Embeddings (d,), one a layer, or the refusal of each file, in order; decoded in processes of their own."""
@@ -126,7 +172,7 @@ class Embedder:
         if not given:
             return
         workers = min(available_cpus(), len(given))
-        with DecoderPool(self.backbone.preprocess, workers=workers, mode=self.decode) as pool:
+        with self.decoders(workers=workers) as pool:
             stream = pool.run(given, lambda digest: False, ahead=2 * self.engine.batch_size + workers)
             for path, decoded in zip(given, stream, strict=True):
                 waiting.append(path)

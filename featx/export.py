@@ -13,14 +13,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.compose import ColumnTransformer
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import FunctionTransformer, Normalizer, StandardScaler
 
 from featx._files import publish_bytes
+from featx.batches import layer_place
 from featx.bundle import Answer, Bundle
 from featx.errors import BundleError, UsageError
+from featx.scoring import blocks_of
 
 FORMATS = ("joblib", "skops", "onnx")
 _ATTRIBUTE = "featx_bundle_"
@@ -85,8 +88,22 @@ def _normaliser(bundle: Bundle) -> list[tuple[str, Any]]:
             where="kind power_l2",
             hint="Fit a head with another normaliser, or use the bundle itself.",
         )
+    if blocks := blocks_of(scorer.kind):
+        return _blocks(blocks)
     unit = [("unit", Normalizer().fit(np.ones((1, d))))] if scorer.kind.endswith("l2") else []
     return [*shifted, *unit] or [("as_it_is", FunctionTransformer().fit(np.ones((1, d))))]
+
+
+def _blocks(blocks: list[tuple[int, float]]) -> list[tuple[str, Any]]:
+    """Each layer to unit length, and times its weight."""
+    ends = np.cumsum([size for size, _ in blocks]).tolist()
+    layers = [(f"layer_{i}", Normalizer(), slice(end - blocks[i][0], end)) for i, end in enumerate(ends)]
+    example = np.ones((1, ends[-1]))
+    unit = ColumnTransformer(layers).fit(example)
+    weigh = StandardScaler(with_mean=False).fit(example)
+    # It divides: a layer that the head does not look at is divided by infinity.
+    weigh.scale_ = np.repeat([1.0 / weight if weight else np.inf for _, weight in blocks], [size for size, _ in blocks])
+    return [("unit", unit), ("weigh", weigh)]
 
 
 def _classifier(bundle: Bundle) -> Any:
@@ -121,7 +138,7 @@ class Pickled:
     def __init__(self, pipeline: Any, told: Mapping[str, Any]) -> None:
         self.pipeline, self.told = pipeline, told
         self.provenance: Mapping[str, Any] = told["provenance"]
-        self.layer: int = list(told["provenance"]["layers"]).index(told["layer"])
+        self.layer = layer_place(told["layer"], told["provenance"]["layers"])
         # Votes of neighbours are not calibrated: they are no probabilities that a threshold is for.
         self.score_kind = "margin" if told["sharpness"] is None or told["n_neighbors"] else "probability"
 
@@ -184,6 +201,10 @@ def _onnx(bundle: Bundle) -> bytes:
         "coef": sharpness * scorer.coef.T,
         "intercept": sharpness * scorer.intercept,
     }
+    blocks = blocks_of(scorer.kind)
+    if blocks:
+        belongs = np.repeat(np.eye(len(blocks)), [size for size, _ in blocks], axis=0)
+        constants |= {"blocks": belongs, "weights": (belongs * [weight for _, weight in blocks]).T}
     nodes: list[Any] = []
     last = "embedding"
 
@@ -205,7 +226,15 @@ def _onnx(bundle: Bundle) -> bytes:
         add("Abs")
         add("Sqrt")
         add("Mul", sign)
-    if scorer.kind.endswith("l2"):
+    if blocks:  # lengths of all blocks by one product, and back to a factor for each column by another
+        add("Mul", "embedding")
+        add("MatMul", "blocks")
+        add("Sqrt")
+        add("Max", "least")
+        add("Reciprocal")
+        add("MatMul", "weights")
+        add("Mul", "embedding")
+    elif scorer.kind.endswith("l2"):
         rows = last
         add("ReduceL2", axes=[1], keepdims=1)
         length = add("Max", "least")

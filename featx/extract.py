@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx.backbones import Backbone
-from featx.batches import Engine
+from featx.batches import Engine, for_views
 from featx.decoders import TIMEOUT, DecoderPool
 from featx.engines import make_engine
-from featx.errors import ImageError, Interrupted, TooManyBadImages
+from featx.errors import ImageError, Interrupted, SourceError, TooManyBadImages
 from featx.hdf5 import MAX_STRING
-from featx.index import Index, Refused, longest_id
+from featx.index import PARTS, Index, Refused, longest_id
 from featx.provenance import provenance_of
 from featx.sources import ImageRef, ImageSet
 from featx.store_writer import StoreWriter
+from featx.views import CENTER, parse_views
 
 MAX_BAD = 0.01
 MAX_BAD_IMAGES = 10
@@ -62,6 +63,7 @@ class ExtractSummary:
     engine: str
     precision: str
     device: str
+    views: tuple[str, ...] = CENTER
     pruned: int = 0
     stages: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -81,6 +83,7 @@ class ExtractSummary:
             "engine": self.engine,
             "precision": self.precision,
             "device": self.device,
+            "views": list(self.views),
             "pruned": self.pruned,
             "stages": {name: round(seconds, 4) for name, seconds in self.stages.items()},
             "notes": list(self.notes),
@@ -97,8 +100,11 @@ def extract_features(
     max_bad: float | None = None,
     prune: bool = False,
     decode: str = "full",
+    views: Sequence[str] = CENTER,
     decode_timeout: float = TIMEOUT,
     progress: Progress | None = None,
+    total: int | None = None,
+    known: Path | None = None,
 ) -> ExtractSummary:
     """Embed every image whose content the store does not have, and let the index say what ``images`` says.
 
@@ -112,8 +118,13 @@ def extract_features(
     max_bad : share of images (0..1) that may be refused; by default 1 %, but at least ten images.
     prune : drop embeddings that no image refers to any more.
     decode : "full", or "scaled": of a large JPEG only as much as the resize needs. Part of the fingerprint.
+    views : names of :data:`featx.views.VIEWS`, over which an image's embeddings are averaged; each costs the network's
+        time once more. Part of the fingerprint.
     decode_timeout : seconds after which a decoder counts as hanging.
     progress : called as ``progress(done, total)``.
+    total : number of images of the whole extraction that ``images`` are a part of (:mod:`featx.parts`); it decides how
+        many may be refused, and how long an id may be. By default ``images`` are the whole.
+    known : another store, whose embeddings are taken over before anything is computed.
 
     Raises
     ------
@@ -126,19 +137,21 @@ def extract_features(
     """
     started = time.perf_counter()
     engine = engine or make_engine(backbone)
-    with StoreWriter(store, provenance_of(backbone, engine, decode=decode)) as writer:
-        run = _Run(images, writer, backbone, engine, decode)
+    views = parse_views(",".join(views))
+    with StoreWriter(store, provenance_of(backbone, engine, views=views, decode=decode)) as writer:
+        run = _Run(images, writer, backbone, for_views(engine, len(views)), decode, views)
         try:
-            run.embed(workers or len(os.sched_getaffinity(0)), decode_timeout, progress)
+            if known is not None:
+                writer.take_over(known)
+            run.embed(workers or len(os.sched_getaffinity(0)), decode_timeout, progress, total or len(images))
             refused = tuple(run.refused)
-            allowed = max(MAX_BAD_IMAGES, MAX_BAD * len(images)) if max_bad is None else max_bad * len(images)
-            if len(refused) > allowed or len(refused) == len(images):
-                writer.flush()
-                writer.write_quarantine(refused)
-                raise _too_many(refused, len(images), allowed, writer.path)
-            notes = _notes(images, writer.manifest.source)
-            writer.finish(run.index(), refused, source=str(images.root.absolute()))
+            check_refused(refused, total or len(images), max_bad, writer)
+            notes = _notes(images, writer)
+            writer.finish(run.index(), refused, source=images.source)
             pruned = writer.prune() if prune else 0
+        except SourceError:
+            writer.flush()  # a network that went away costs no image
+            raise
         except KeyboardInterrupt as error:
             writer.flush()
             raise Interrupted(
@@ -161,6 +174,7 @@ def extract_features(
         engine=engine.name,
         precision=engine.precision,
         device=engine.device,
+        views=views,
         pruned=pruned,
         stages=run.stages,
         notes=notes,
@@ -168,16 +182,27 @@ def extract_features(
     )
 
 
-def _notes(images: ImageSet, earlier_source: str) -> tuple[str, ...]:
-    notes = []
+def _notes(images: ImageSet, writer: StoreWriter) -> tuple[str, ...]:
+    notes, earlier_source = [], writer.manifest.source
     if images.ignored:
         notes.append(f"{images.ignored} files that are no images by their names were passed over")
-    if earlier_source and earlier_source != str(images.root.absolute()):
+    if earlier_source and earlier_source != images.source:
         notes.append(
-            f"the store described {earlier_source} before and describes {images.root.absolute()} now; "
+            f"the store described {earlier_source} before and describes {images.source} now; "
             "embeddings of both are kept until --prune"
         )
+    if (writer.path / PARTS).is_dir():
+        notes.append("parts of an extraction are waiting in this store; --finish takes over what they have")
     return tuple(notes)
+
+
+def check_refused(refused: tuple[Refused, ...], total: int, max_bad: float | None, writer: StoreWriter) -> None:
+    """TooManyBadImages, with the list of them published, if of ``total`` images too many were refused."""
+    allowed = max(MAX_BAD_IMAGES, MAX_BAD * total) if max_bad is None else max_bad * total
+    if len(refused) > allowed or len(refused) == total:
+        writer.flush()
+        writer.write_quarantine(refused)
+        raise _too_many(refused, total, allowed, writer.path)
 
 
 def _too_many(refused: tuple[Refused, ...], total: int, allowed: float, store: Path) -> TooManyBadImages:
@@ -194,9 +219,17 @@ def _too_many(refused: tuple[Refused, ...], total: int, allowed: float, store: P
 class _Run:
     """The state of one extraction."""
 
-    def __init__(self, images: ImageSet, writer: StoreWriter, backbone: Backbone, engine: Engine, decode: str) -> None:
+    def __init__(
+        self,
+        images: ImageSet,
+        writer: StoreWriter,
+        backbone: Backbone,
+        engine: Engine,
+        decode: str,
+        views: Sequence[str],
+    ) -> None:
         self.images, self.writer, self.backbone, self.engine = images, writer, backbone, engine
-        self.decode = decode
+        self.decode, self.views = decode, views
         self.stages = dict.fromkeys(STAGES, 0.0)
         self.refused: list[Refused] = []
         self.done = self.embedded = 0
@@ -204,10 +237,10 @@ class _Run:
         self._digests: dict[str, bytes] = {}
         self._read_at: dict[str, int] = {}
 
-    def embed(self, workers: int, timeout: float, progress: Progress | None) -> None:
-        """Find the digest of every image, and publish the embedding of every new content."""
+    def embed(self, workers: int, timeout: float, progress: Progress | None, of: int) -> None:
+        """Find the digest of every image, and publish the embedding of every new content; ``of`` as ``total``."""
         total = len(self.images)
-        longest = longest_id(total)
+        longest = longest_id(of)
         remembered = self._remembered()
         pending = []
         for ref in self.images.refs:
@@ -215,7 +248,8 @@ class _Run:
             if problem:
                 self._refuse(ref, None, ImageError("bad_name", problem))
                 continue
-            digest = remembered.get((ref.id, ref.size, ref.mtime_ns))
+            # A time of -1 is no time: the source has none, or (in the index) it cannot be relied on.
+            digest = remembered.get((ref.id, ref.size, ref.mtime_ns)) if ref.mtime_ns >= 0 else None
             if digest is not None and self.writer.has(digest):
                 self._digests[ref.id] = digest
             else:
@@ -228,7 +262,11 @@ class _Run:
         started = time.perf_counter()
         batches: deque[list[bytes]] = deque()
         with DecoderPool(
-            self.backbone.preprocess, workers=min(workers, len(pending)), timeout=timeout, mode=self.decode
+            self.backbone.preprocess,
+            workers=min(workers, len(pending)),
+            timeout=timeout,
+            mode=self.decode,
+            views=self.views,
         ) as pool:
             writing = 0.0
             for outputs in self.engine.embed(self._batches(pool, pending, batches, progress)):
@@ -296,21 +334,28 @@ class _Run:
 
     def index(self) -> Index:
         """What the images are called, refused ones left out."""
-        refs = [ref for ref in self.images.refs if ref.id in self._digests]
-        names = tuple(name for name in self.images.class_names if not _text_problem(name))
-        number = {name: i for i, name in enumerate(names)}
         # A file that changed while, or just before, it was read is hashed again the next time.
-        settled = [ref.mtime_ns + _SETTLED_NS <= self._read_at.get(ref.id, 2**63) for ref in refs]
-        times = np.array([ref.mtime_ns for ref in refs], np.int64)
-        return Index(
-            ids=[ref.id for ref in refs],
-            labels=np.array([-1 if ref.label is None else number[ref.label] for ref in refs], np.int64),
-            split=[ref.split for ref in refs],
-            digests=np.frombuffer(b"".join(self._digests[ref.id] for ref in refs), np.uint8).reshape(-1, 32),
-            class_names=names,
-            sizes=np.array([ref.size for ref in refs], np.int64),
-            mtimes_ns=np.where(settled, times, -1),
-        )
+        times = {
+            ref.id: ref.mtime_ns if ref.mtime_ns + _SETTLED_NS <= self._read_at.get(ref.id, 2**63) else -1
+            for ref in self.images.refs
+        }
+        return index_of(self.images, self._digests, times)
+
+
+def index_of(images: ImageSet, digests: Mapping[str, bytes], mtimes_ns: Mapping[str, int]) -> Index:
+    """What the images with a digest are called; ``mtimes_ns`` is -1 for files to be read again the next time."""
+    refs = [ref for ref in images.refs if ref.id in digests]
+    names = tuple(name for name in images.class_names if not _text_problem(name))
+    number = {name: i for i, name in enumerate(names)}
+    return Index(
+        ids=[ref.id for ref in refs],
+        labels=np.array([-1 if ref.label is None else number[ref.label] for ref in refs], np.int64),
+        split=[ref.split for ref in refs],
+        digests=np.frombuffer(b"".join(digests[ref.id] for ref in refs), np.uint8).reshape(-1, 32),
+        class_names=names,
+        sizes=np.array([ref.size for ref in refs], np.int64),
+        mtimes_ns=np.array([mtimes_ns[ref.id] for ref in refs], np.int64),
+    )
 
 
 def _name_problem(ref: ImageRef, longest: int) -> str:

@@ -19,6 +19,7 @@ from scipy.stats import beta
 from threadpoolctl import threadpool_limits
 
 from featx import stats
+from featx.batches import COMBINED, layer_place, of_layer
 from featx.bundle import Bundle
 from featx.calibrate import fit_sharpness, fit_threshold
 from featx.centre import unlabelled_centre
@@ -27,6 +28,7 @@ from featx.embed import Embedder
 from featx.errors import UsageError
 from featx.heads import Head
 from featx.images import encode
+from featx.layers import Layers
 from featx.scoring import Array, Scorer, softmax
 from featx.splits import Index, distinct_counts, find_duplicates, fold_numbers
 from featx.store import FeatureSet
@@ -67,6 +69,7 @@ def fit_head(
     random_state: int = 0,
     n_jobs: int | None = None,
     pool: NDArray[np.floating] | None = None,
+    layers: Layers | None = None,
     progress: Progress | None = None,
 ) -> FittedHead:
     """Choose, calibrate and fit a head.
@@ -81,6 +84,7 @@ def fit_head(
     max_error : share of answers that may be wrong; below the threshold that follows the head abstains.
     random_state : seed of the folds.
     n_jobs : workers that compare several heads; by default one for each core.
+    layers : which columns are which layer's, to combine them; by default the embeddings are of one layer.
     pool : (m, d) embeddings of images without labels, no copies of labelled ones; "auto" is then the head that learns
         from them, and the others measure from their mean (:mod:`featx.unlabelled`).
     progress : called as ``progress(done, total, what)``.
@@ -100,7 +104,8 @@ def fit_head(
     rows, y = np.asarray(embeddings)[kept], dense.reshape(-1).astype(np.int64)
     if not np.isfinite(rows).all():
         raise UsageError("embeddings must be finite", hint="Extract them again.")
-    copies = find_duplicates(rows, None if groups is None else np.asarray(groups)[kept]).groups
+    compared = rows if layers is None else rows[:, slice(*layers.columns(layers.reference))]
+    copies = find_duplicates(compared, None if groups is None else np.asarray(groups)[kept]).groups
     say: Progress = progress or (lambda done, total, what: None)
     notes = _notes(len(labels) - len(kept), class_names, names)
 
@@ -112,11 +117,11 @@ def fit_head(
         swept = sweep_heads(
             rows, y, class_names=names, groups=copies, heads=chosen, shots=("all",), episodes=10,
             random_state=random_state, n_jobs=n_jobs, near_duplicates=None, centre=centre, pool=pool,
-            progress=progress,
+            layers=layers, on=None if layers is None else [COMBINED], progress=progress,
         )  # fmt: skip
         notes.append(f"{swept.winner} had the highest accuracy of {', '.join(chosen)} over 10 draws.")
         chosen = [swept.winner]
-    head = catalogue[chosen[0]]
+    head = catalogue[chosen[0]] if layers is None else layers.on(catalogue[chosen[0]], COMBINED)
     folds = fold_numbers(y, copies, N_FOLDS, random_state)
     n_folds = int(folds.max()) + 1
     total = 1 + (n_folds if n_folds > 1 else 0)
@@ -142,7 +147,7 @@ def fit_head(
     if not converged:
         notes.append("A fit stopped before its optimum.")
     sharpness = None if scores is None else fit_sharpness(scores, y)
-    threshold, metrics = _judge(scores, sharpness, y, copies, max_error)
+    threshold, metrics = judge_scores(scores, sharpness, y, copies, max_error)
     if scores is not None and threshold is None:
         notes.append(
             f"An error rate of at most {max_error:g} cannot be shown on {len(rows)} images, so every answer "
@@ -176,7 +181,7 @@ def _fit(
     return Scorer.of(pipeline), choice.params, choice.converged
 
 
-def _judge(
+def judge_scores(
     scores: Array | None, sharpness: float | None, labels: NDArray[np.int64], groups: Index, max_error: float
 ) -> tuple[float | None, dict[str, Any]]:
     """The threshold, and what is to be expected of new images, from scores (n, c) out of fold."""
@@ -234,6 +239,7 @@ def fit_bundle(
     max_error: float = 0.05,
     random_state: int = 0,
     pool: NDArray[np.floating] | None = None,
+    layers: Layers | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
     """Fit a head on a store's images, but not on its split ``test``, and pack it with its backbone's provenance.
@@ -242,7 +248,7 @@ def fit_bundle(
     ----------
     features : of the store.
     embedder : what made them (:meth:`Embedder.like`); it embeds the probe image.
-    heads, max_error, random_state, pool, progress : as of :func:`fit_head`.
+    heads, max_error, random_state, pool, layers, progress : as of :func:`fit_head`.
     """
     use = np.flatnonzero((features.splits != "test") & ((features.labels >= 0) | (pool is None)))
     groups = np.unique(features.digests, axis=0, return_inverse=True)[1].reshape(-1)
@@ -255,10 +261,26 @@ def fit_bundle(
         max_error=max_error,
         random_state=random_state,
         pool=pool,
+        layers=layers,
         progress=progress,
     )
+    return pack_bundle(fitted, features, embedder)
+
+
+def pack_bundle(fitted: FittedHead, features: FeatureSet, embedder: Embedder, *, tail: bytes | None = None) -> Bundle:
+    """A fitted head with what it takes to trust it; the split ``test``, where there is one, judges it once.
+
+    Parameters
+    ----------
+    fitted : the head.
+    features : the embeddings that it was fitted on, and those of the split ``test``.
+    embedder : what made them.
+    tail : the trained part of a fine-tuned network, of :func:`featx.tails.tail_bytes`.
+    """
+    use = np.flatnonzero(features.splits != "test")
+    groups = np.unique(features.digests, axis=0, return_inverse=True)[1].reshape(-1)
     probe = encode(probe_pixels())
-    layer = list(features.provenance["layers"]).index(features.layer)
+    place = layer_place(features.layer, features.provenance["layers"])
     golden = np.sort(np.random.default_rng(_SEED_OF_GOLDEN).permutation(use)[:N_GOLDEN])
     bundle = Bundle(
         scorer=fitted.scorer,
@@ -272,10 +294,11 @@ def fit_bundle(
         max_error=fitted.max_error,
         golden=features.embeddings[golden],
         probe=probe,
-        probe_embedding=embedder.embed_bytes(probe)[layer][0],
+        probe_embedding=of_layer(embedder.embed_bytes(probe), place)[0],
         metrics=fitted.metrics,
         versions={name: version(name) for name in ("featx", "numpy", "scikit-learn")},
         notes=fitted.notes,
+        tail=tail,
     )
     return replace(bundle, metrics={**bundle.metrics, "test": _test(bundle, features, groups)})
 

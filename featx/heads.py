@@ -269,6 +269,8 @@ class Head:
     kind_shots : different images of the smallest class from which another normaliser than the first may be chosen:
         choosing among several inside five shots loses more than it gains.
     kind_margin : by how many standard errors of the loss another has to be better than the first.
+    layer : of the embeddings that it is for, "" where there is no choice; see :mod:`featx.layers`.
+    columns : (first, last + 1) of the embeddings' columns that it sees; None for all.
     """
 
     name: str
@@ -283,6 +285,12 @@ class Head:
     mean: Array | None = field(default=None, repr=False, compare=False)
     kind_shots: int = 10
     kind_margin: float = 2.0
+    layer: str = ""
+    columns: tuple[int, int] | None = None
+
+    def seen(self, embeddings: NDArray[np.floating]) -> NDArray[np.floating]:
+        """The columns (n, d') of embeddings (n, d) that are this head's."""
+        return embeddings if self.columns is None else embeddings[:, slice(*self.columns)]
 
     def centred(self, mean: Array) -> Head:
         """The same head with a mean from elsewhere (d,), which is then its default normaliser."""

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import PIL
@@ -146,7 +146,15 @@ def decoder_version() -> str:
     return f"Pillow {PIL.__version__}"
 
 
-def decode(data: bytes, *, enough_for: Preprocess | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
+class Resized(Protocol):
+    """What says how large an image has to be: a :class:`Preprocess`, or several views of one."""
+
+    def resized(self, width: int, height: int) -> tuple[int, int]:
+        """``(width, height)`` that an image of this size is resized to."""
+        ...
+
+
+def decode(data: bytes, *, enough_for: Resized | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode one file's bytes to an upright RGB image.
 
     Parameters
@@ -182,6 +190,37 @@ def decode(data: bytes, *, enough_for: Preprocess | None = None, max_pixels: int
         raise
     except Exception as error:
         raise _refusal(error) from error
+
+
+def is_image(value: object) -> bool:
+    """Whether this is one of Pillow's images."""
+    return isinstance(value, Image.Image)
+
+
+def as_rgb(value: object) -> Image.Image:
+    """An upright RGB image of one of Pillow's images or of uint8 pixels (h, w) or (h, w, 3), as of a file with them.
+
+    Raises
+    ------
+    TypeError
+        It is neither, and what it is.
+    ImageError
+        Its size or its kind of pixels is refused.
+    """
+    if not isinstance(value, Image.Image):
+        if not isinstance(value, np.ndarray) or value.dtype != np.uint8 or value.shape[2:] not in ((), (3,)):
+            raise TypeError(f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__)
+        if value.ndim < 2:
+            raise TypeError(f"{value.dtype} {value.shape}")
+        if not value.size:
+            raise ImageError("empty", "it has no pixels")
+        value = Image.fromarray(value)
+    width, height = value.size
+    if min(width, height) < MIN_SIDE:
+        raise ImageError("too_small", f"{width}x{height} pixels; at least {MIN_SIDE} a side are needed")
+    if value.getexif().get(0x0112, 1) != 1:
+        value = ImageOps.exif_transpose(value)
+    return _to_rgb(value)
 
 
 def pixels(data: bytes, preprocess: Preprocess, *, mode: str = "full") -> NDArray[np.uint8]:
@@ -239,12 +278,17 @@ def resize_crop(image: Image.Image, preprocess: Preprocess) -> NDArray[np.uint8]
         min((left + crop_width) * scale_x, float(width)),
         min((top + crop_height) * scale_y, float(height)),
     )
-    resampling = _RESAMPLING[preprocess.interpolation]
     if (width, height) == (new_width, new_height):
-        cut = image.crop((left, top, left + crop_width, top + crop_height))
-    else:
-        cut = image.resize((crop_width, crop_height), resampling, box=box)
-    return np.asarray(cut, dtype=np.uint8)
+        return np.asarray(image.crop((left, top, left + crop_width, top + crop_height)), dtype=np.uint8)
+    return resize_box(image, preprocess, box)
+
+
+def resize_box(
+    image: Image.Image, preprocess: Preprocess, box: tuple[float, float, float, float]
+) -> NDArray[np.uint8]:
+    """Resize a part of an RGB image, (left, top, right, bottom) in pixels, to the crop's shape: uint8 ``(h, w, 3)``."""
+    height, width = preprocess.crop
+    return np.asarray(image.resize((width, height), _RESAMPLING[preprocess.interpolation], box=box), dtype=np.uint8)
 
 
 def _open(data: bytes) -> Image.Image:

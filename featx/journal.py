@@ -26,7 +26,7 @@ from featx.splits import Index, Shots
 Task = tuple[Shots, int]
 Outcome = tuple[list[Trial], Index]
 
-_VERSION = 1
+_VERSION = 2
 
 
 def plan_hash(

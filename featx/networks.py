@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -240,3 +241,68 @@ def _pooling(shape: tuple[int, ...] | str, name: str, where: str) -> Pooling:
         found=shape,
         hint="Choose another layer, such as the one around it.",
     )
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """A layer that embeddings can be taken from.
+
+    Parameters
+    ----------
+    name : what ``--layer`` takes.
+    kind : the class of its module.
+    shape : of its output for one image: (d,), (tokens, d), (d, h, w) or (h, w, d).
+    pooling : how that becomes one vector: "none", "tokens" (their mean), or the mean over the image of
+        "channels_first" or "channels_last" maps.
+    embedding_dim : d.
+    suggested : whether it is one to compare with the penultimate one; see :func:`describe_layers`.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    pooling: Pooling
+    embedding_dim: int
+    suggested: bool
+
+
+def describe_layers(network: FrozenNetwork) -> list[LayerInfo]:
+    """Every layer of a network that embeddings can be taken from, in the order in which they are run.
+
+    Suggested are the penultimate layer and three blocks from the network's second half, at 1/2, 0.7 and 0.85 of its
+    blocks: early enough to see texture, late enough to see more than edges.
+    """
+    outputs: dict[str, tuple[int, ...] | str] = {}
+    handles = [
+        module.register_forward_hook(lambda module, args, output, name=name: outputs.update({name: _look(output)[0]}))
+        for name, module in network.body.named_modules()
+        if name and name != network.classifier
+    ]
+    with torch.no_grad():
+        penultimate = network(torch.zeros(1, 3, *network.input_size))[network.layers.index(PENULTIMATE)]
+    for handle in handles:
+        handle.remove()
+    usable: dict[str, tuple[tuple[int, ...], Pooling]] = {}
+    for name, shape in outputs.items():
+        with contextlib.suppress(UsageError):  # a layer without a vector for one image is not listed
+            pooling = _pooling(shape, name, "")
+            usable[name] = (tuple(shape[1:]), pooling)  # type: ignore[arg-type]
+    suggested = _suggested(network.body, list(usable))
+    infos = []
+    for name, (shape, pooling) in usable.items():
+        dim = shape[0] if pooling == "channels_first" else shape[-1]
+        kind = type(network.body.get_submodule(name)).__name__
+        infos.append(LayerInfo(name, kind, shape, pooling, dim, name in suggested))
+    dim = penultimate.shape[1]
+    return [*infos, LayerInfo(PENULTIMATE, "what the classification layer is given", (dim,), "none", dim, True)]
+
+
+def _suggested(body: nn.Module, usable: list[str]) -> set[str]:
+    """Three of the network's blocks; without blocks, of its parts; without parts, of its layers."""
+    modules = dict(body.named_modules())
+    parts = [name for name in usable if any(True for _ in modules[name].children())]
+    rows = [name for name in parts if isinstance(modules[name.rpartition(".")[0]], nn.Sequential | nn.ModuleList)]
+    blocks = [name for name in rows if not any(name.startswith(f"{other}.") for other in rows)]
+    top = [name for name in parts if "." not in name]
+    some = next((names for names in (blocks, top) if len(names) >= 4), usable)
+    return {some[int(share * len(some))] for share in (0.5, 0.7, 0.85)} if some else set()

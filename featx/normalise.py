@@ -7,7 +7,7 @@ from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from featx.scoring import KINDS, Array, Kind, normalised
+from featx.scoring import KINDS, Array, Kind, is_kind, normalised
 
 
 class Normalise(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
@@ -17,7 +17,7 @@ class Normalise(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type:
     ----------
     kind : ``"none"``; ``"l2"`` to unit length; ``"centre_l2"`` minus the mean, then unit length;
         ``"standardise"`` minus the mean, by the standard deviation; ``"power_l2"`` signed square root,
-        then unit length.
+        then unit length; or one of :func:`featx.scoring.blocks_kind`, several layers to unit length and weighted.
     mean : (d,) a mean from elsewhere for ``"centre_l2"`` (:mod:`featx.centre`); by default the support's. The other
         kinds do not look at it.
     """
@@ -28,9 +28,10 @@ class Normalise(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type:
 
     def fit(self, X: ArrayLike, y: ArrayLike | None = None) -> Normalise:
         """Learn the mean and the standard deviation (d,), for the kinds that need them."""
-        if self.kind not in KINDS:
-            raise ValueError(f"kind of Normalise must be one of {', '.join(KINDS)}, got {self.kind!r}")
         rows = validate_data(self, X, dtype=np.float64)
+        if not is_kind(self.kind, rows.shape[1]):
+            known = f"one of {', '.join(KINDS)}, or blocks of {rows.shape[1]} columns"
+            raise ValueError(f"kind of Normalise must be {known}, got {self.kind!r}")
         own = self.mean is None or self.kind != "centre_l2"
         self.mean_ = rows.mean(axis=0) if own else np.asarray(self.mean, dtype=np.float64)
         if self.mean_.shape != rows.shape[1:]:

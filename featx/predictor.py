@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from featx.batches import layer_place, of_layer
 from featx.bundle import Answer, Bundle
 from featx.embed import Embedder
 from featx.errors import ImageError, MismatchError
@@ -59,11 +60,12 @@ def open_embedder(
         where=path,
         backbone=backbone,
         weights=weights,
+        tail=bundle.tail,
         device=device,
         engine=engine,
         batch_size=batch_sizes,
     )
-    found = embedder.embed_bytes(bundle.probe)[layer_number(bundle)][0].astype(np.float64)
+    found = of_layer(embedder.embed_bytes(bundle.probe), layer_number(bundle))[0].astype(np.float64)
     expected = bundle.probe_embedding.astype(np.float64)
     precision = str(bundle.provenance.get("precision"))
     wanted = PROBE_COSINE.get(precision, 0.999)
@@ -81,17 +83,17 @@ def open_embedder(
     return embedder
 
 
-def layer_number(bundle: Bundle) -> int:
-    """Which of the embedder's layers the head is on."""
-    return list(bundle.provenance["layers"]).index(bundle.layer)
+def layer_number(bundle: Bundle) -> int | None:
+    """Which of the embedder's layers the head is on; None for all of them, combined."""
+    return layer_place(bundle.layer, bundle.provenance["layers"])
 
 
 def predict_files(
-    model: Model, embedder: Embedder, layer: int, paths: Iterable[Path]
+    model: Model, embedder: Embedder, layer: int | None, paths: Iterable[Path]
 ) -> Iterator[tuple[Path, Answer | ImageError]]:
     """The answer about each file, or why it was refused, in order."""
     for path, found in embedder.embed_files(paths):
-        yield path, found if isinstance(found, ImageError) else model.answer(found[layer][None])[0]
+        yield path, found if isinstance(found, ImageError) else model.answer(of_layer(found, layer)[None])[0]
 
 
 def image_files(folder: Path) -> list[Path]:

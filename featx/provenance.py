@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from featx.backbones import Backbone
 from featx.batches import Engine
 from featx.images import decode_settings, decoder_version
+from featx.views import CENTER, parse_views
 
 
-def provenance_of(backbone: Backbone, engine: Engine, *, views: str = "center", decode: str = "full") -> dict[str, Any]:
+def provenance_of(
+    backbone: Backbone, engine: Engine, *, views: Sequence[str] = CENTER, decode: str = "full"
+) -> dict[str, Any]:
     """All that the embeddings depend on, or that one would want to know of them."""
     return {
         **backbone.provenance(),
-        "views": views,
+        "views": ",".join(parse_views(",".join(views))),
         "decode": decode_settings(decode),
         "precision": engine.precision,
         "decoder": decoder_version(),

@@ -18,7 +18,7 @@ from featx.splits import Duplicates, Index, Shots
 
 @dataclass(frozen=True)
 class Trial:
-    """One head on one episode.
+    """One head on one episode; ``layer`` is that of its embeddings, "" where there was no choice.
 
     ``predictions`` (m,) and ``confidences`` (m,; None without probabilities) follow the query of the draw.
     ``selection_score`` is the loss that chose ``params``: it was used to select, so it is no result.
@@ -40,6 +40,7 @@ class Trial:
     fit_seconds: float
     predictions: NDArray[np.int32] = field(repr=False, compare=False)
     confidences: NDArray[np.float32] | None = field(repr=False, compare=False)
+    layer: str = ""
 
     def row(self) -> dict[str, Any]:
         """One row of ``trials.csv``: plain values, parameters as columns ``param_*``."""
@@ -65,6 +66,7 @@ class HeadResult:
     fit_seconds: float
     rank: int
     tied: bool
+    layer: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain types, as ``summary.json`` has them."""
@@ -203,6 +205,7 @@ class SweepResult:
             fit_seconds=float(np.mean([t.fit_seconds for t in trials])),
             rank=rank,
             tied=tied,
+            layer=trials[0].layer,
         )
 
     @cached_property

@@ -6,17 +6,24 @@ scikit-learn; that it is the same head is tested against the pipeline it was rea
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NewType, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array: TypeAlias = NDArray[np.float64]
 
-Kind: TypeAlias = Literal["none", "l2", "centre_l2", "standardise", "power_l2"]
+BlocksKind = NewType("BlocksKind", str)
+"""A normaliser of several layers side by side, written out: see :func:`blocks_kind`."""
+
+Kind: TypeAlias = Literal["none", "l2", "centre_l2", "standardise", "power_l2"] | BlocksKind
 KINDS: tuple[Kind, ...] = ("none", "l2", "centre_l2", "standardise", "power_l2")
 """Normalisers: see :class:`featx.normalise.Normalise`."""
+
+_BLOCKS = re.compile(r"blocks_l2:[1-9]\d{0,6}\*[01]\.\d{4}(,[1-9]\d{0,6}\*[01]\.\d{4}){0,255}")
 
 _BLOCK = 1024
 """Query rows at a time against the rows of a nearest-neighbour head."""
@@ -28,7 +35,7 @@ class Scorer:
 
     Parameters
     ----------
-    kind : of the normaliser, one of :data:`KINDS`.
+    kind : of the normaliser, one of :data:`KINDS` or of :func:`blocks_kind`.
     mean, scale : (d,) of the normaliser.
     coef, intercept : (c, d) and (c,) of a linear head.
     rows, targets : (m, d) normalised and (m,) in 0 .. c-1, of a nearest-neighbour head.
@@ -102,18 +109,49 @@ class Scorer:
         return np.asarray(hits.sum(axis=1), dtype=np.float64)
 
 
+def blocks_kind(blocks: Sequence[tuple[int, float]]) -> BlocksKind:
+    """The normaliser that brings each block of columns to unit length, and multiplies it by a weight.
+
+    Parameters
+    ----------
+    blocks : number of columns and weight (0 .. 1, kept to four decimals) of each, in the order of the columns.
+    """
+    return BlocksKind("blocks_l2:" + ",".join(f"{size}*{weight:.4f}" for size, weight in blocks))
+
+
+def blocks_of(kind: str) -> list[tuple[int, float]]:
+    """The inverse of :func:`blocks_kind`; empty for any other kind."""
+    if not _BLOCKS.fullmatch(kind):
+        return []
+    pairs = (block.split("*") for block in kind.removeprefix("blocks_l2:").split(","))
+    return [(int(size), float(weight)) for size, weight in pairs]
+
+
+def is_kind(kind: object, dims: int) -> bool:
+    """Whether this is the name of a normaliser for rows of so many columns."""
+    return kind in KINDS or (isinstance(kind, str) and sum(size for size, _ in blocks_of(kind)) == dims)
+
+
 def normalised(rows: Array, kind: str, mean: Array, scale: Array) -> Array:
     """Rows (n, d) after the normaliser ``kind`` with its mean and standard deviation (d,)."""
     if kind == "none":
         return rows
+    if blocks := blocks_of(kind):
+        ends = np.cumsum([size for size, _ in blocks])[:-1]
+        parts = np.split(rows, ends, axis=1)
+        return np.hstack([weight * _unit(part) for (_, weight), part in zip(blocks, parts, strict=True)])
     if kind == "standardise":
         return (rows - mean) / scale
     if kind == "centre_l2":
         rows = rows - mean
     elif kind == "power_l2":
         rows = np.sign(rows) * np.sqrt(np.abs(rows))
+    return _unit(rows)
+
+
+def _unit(rows: Array) -> Array:
     length = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / np.where(length > 0.0, length, 1.0)
+    return np.asarray(rows / np.where(length > 0.0, length, 1.0))
 
 
 def softmax(scores: Array, sharpness: float = 1.0) -> Array:

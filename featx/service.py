@@ -77,7 +77,7 @@ def _add_work(app: FastAPI, service: Service) -> None:
         answers = bundle.answer(work.matrix(service.layer)) if work.names else []
         predictions = [{"id": name, **each.to_json()} for name, each in zip(work.names, answers, strict=True)]
         if service.evidence is not None and k and work.names:
-            near = await asyncio.to_thread(service.evidence.nearest, work.matrix(service.layer), k)
+            near = await asyncio.to_thread(service.evidence.nearest, work.matrix(service.evidence.layer), k)
             for prediction, neighbours in zip(predictions, near, strict=True):
                 prediction["neighbours"] = neighbours
         return work.reply({"predictions": predictions})
@@ -86,7 +86,7 @@ def _add_work(app: FastAPI, service: Service) -> None:
     async def embed(request: Request) -> Response:
         """The embeddings themselves, the same as a store's."""
         work = await do_work(service, request)
-        rows = [each[service.layer].tolist() for each in work.found]
+        rows = work.matrix(service.layer).tolist() if work.names else []
         said = {
             "embeddings": [{"id": name, "embedding": row} for name, row in zip(work.names, rows, strict=True)],
             "embedding_dim": bundle.scorer.dims,
@@ -107,7 +107,10 @@ def _add_work(app: FastAPI, service: Service) -> None:
         if service.evidence is None:
             raise Refusal(404, "no_store", "Nothing to search: the service was started without --store.")
         work = await do_work(service, request)
-        near = await asyncio.to_thread(service.evidence.nearest, work.matrix(service.layer), k) if work.names else []
+        if work.names:
+            near = await asyncio.to_thread(service.evidence.nearest, work.matrix(service.evidence.layer), k)
+        else:
+            near = []
         results = [{"query": name, "matches": each} for name, each in zip(work.names, near, strict=True)]
         return work.reply({"results": results})
 

@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from featx.decoders import DecoderPool
 from featx.embed import Embedder
 from featx.engines import available_cpus
 from featx.errors import ImageError
@@ -95,7 +94,7 @@ class Batcher:
     Parameters
     ----------
     embedder : what embeds them.
-    known_good : pixels (h, w, 3) that the engine must be able to embed: it tells a poisoned image from a dead engine.
+    known_good : pixels of an image that the engine must be able to embed: it tells a poisoned image from a dead engine.
     queue_size : images that may wait at a time.
     max_pixels : a larger image is refused by its header.
     workers : decoding processes; by default one a core.
@@ -136,13 +135,7 @@ class Batcher:
     def start(self) -> None:
         """Start the processes and threads, and embed one batch, so that the first request finds all warm."""
         self._folder = tempfile.TemporaryDirectory(prefix="featx-serve-", dir=_memory_folder())
-        self._pool = DecoderPool(
-            self.embedder.backbone.preprocess,
-            workers=self._workers,
-            timeout=DECODE_TIMEOUT,
-            mode=self.embedder.decode,
-            max_pixels=self.max_pixels,
-        )
+        self._pool = self.embedder.decoders(workers=self._workers, timeout=DECODE_TIMEOUT, max_pixels=self.max_pixels)
         self._pool.__enter__()
         self.embedder.embed_pixels([self.known_good])
         tasks = [(self._decode, number) for number in range(self._workers)]

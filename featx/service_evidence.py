@@ -40,7 +40,11 @@ class Evidence:
     """
 
     def __init__(self, store: Path, bundle: Bundle, images: Path | None = None) -> None:
-        features = read_features(store, layer=bundle.layer)
+        layers = list(bundle.provenance["layers"])
+        # Of a head on several layers, the one that search is best on.
+        name = bundle.layer if bundle.layer in layers else "penultimate" if "penultimate" in layers else layers[-1]
+        self.layer = layers.index(name)
+        features = read_features(store, layer=name)
         try:
             check_same(features.provenance, bundle.provenance, store)
         except MismatchError as error:

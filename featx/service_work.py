@@ -17,10 +17,11 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 from starlette.requests import ClientDisconnect
 
+from featx.batches import of_layer
 from featx.bundle import Bundle
 from featx.embed import Embedder
 from featx.errors import ImageError
-from featx.images import REASONS, pixels
+from featx.images import REASONS
 from featx.predictor import layer_number
 from featx.service_batch import Batcher, Embedded, QueueFull, WorkerDied
 from featx.service_evidence import Evidence
@@ -49,7 +50,7 @@ class Service:
         self.metrics = Metrics(lambda: self.batcher.waiting, lambda: not self.problem())
         self.batcher = Batcher(
             self.embedder,
-            pixels(self.bundle.probe, self.embedder.backbone.preprocess),
+            self.embedder.pixels(self.bundle.probe),
             queue_size=self.limits.queue,
             max_pixels=self.limits.pixels,
             on_batch=self.metrics.batches.observe,
@@ -89,9 +90,9 @@ class Work:
     found: list[Embedded]
     refused: list[dict[str, str]]
 
-    def matrix(self, layer: int) -> NDArray[np.float32]:
-        """Embeddings (n, d)."""
-        return np.stack([each[layer] for each in self.found])
+    def matrix(self, layer: int | None) -> NDArray[np.float32]:
+        """Embeddings (n, d) of one layer, or of all combined."""
+        return np.stack([of_layer(each, layer) for each in self.found])
 
     def reply(self, said: dict[str, Any]) -> Response:
         """The answer; where no image could be used, an error with the first one's reason."""

@@ -23,6 +23,7 @@ from featx.choose import Views, fit_chosen
 from featx.errors import UsageError
 from featx.heads import Head
 from featx.journal import Journal, plan_hash
+from featx.layers import Layers
 from featx.normalise import Normalise
 from featx.results import SweepResult, Trial
 from featx.scoring import Kind
@@ -56,6 +57,8 @@ def sweep_heads(
     near_duplicates: float | None = 0.98,
     centre: Centre | None = None,
     pool: NDArray[np.floating] | None = None,
+    layers: Layers | None = None,
+    on: Sequence[str] | None = None,
     journal: str | Path | None = None,
     progress: Progress | None = None,
 ) -> SweepResult:
@@ -76,6 +79,8 @@ def sweep_heads(
     near_duplicates : cosine from which two rows count as copies; None looks for exact copies only.
     centre : a mean from elsewhere that heads measure from (:mod:`featx.centre`); ``notes`` then say which.
     pool : (m, d) embeddings of images without labels, of which ``centre`` is the mean: adds the head "ridge_pool".
+    layers : which columns of the embeddings are which layer's, to compare heads on several of them.
+    on : the layers to compare, of which "combined" may be one; see :meth:`featx.layers.Layers.heads`.
     journal : file of finished draws, from which an interrupted sweep of the same data and plan goes on;
         removed at the end. Seconds in trials that were resumed are those of their first run.
     progress : called as ``progress(done, total, what)``.
@@ -87,19 +92,24 @@ def sweep_heads(
     """
     started = time.perf_counter()
     catalogue = heads_for(centre, pool)
-    chosen = {catalogue[name].name: catalogue[name] for name in (catalogue if heads is None else heads)}
+    if layers is None:
+        chosen = {catalogue[name].name: catalogue[name] for name in (catalogue if heads is None else heads)}
+    else:
+        _check_layers(layers, embeddings, centre)
+        chosen = layers.heads(catalogue, heads, on)
     names = tuple(chosen)
     if not names:
         raise UsageError("no head to compare", expected=", ".join(catalogue))
     if episodes < 1:
         raise UsageError("a sweep needs at least one episode", found=episodes)
-    data = _Data.of(embeddings, labels, class_names, groups, near_duplicates)
+    columns = None if layers is None else layers.columns(layers.reference)
+    data = _Data.of(embeddings, labels, class_names, groups, near_duplicates, columns)
     wanted, notes = _plan_shots(data, shots)
     tasks = [(n_shots, episode) for n_shots in wanted for episode in range(episodes)]
     done: dict[tuple[Shots, int], tuple[list[Trial], Index]] = {}
     kept = None
     if journal is not None:
-        grids = [(head.grid, head.default) for head in chosen.values()]
+        grids = [(head.grid, head.default, head.columns) for head in chosen.values()]
         elsewhere = joblib.hash((centre and centre.mean, pool))
         groups_of = data.duplicates.groups
         plan = plan_hash(data.embeddings, data.labels, groups_of, names, [*grids, elsewhere], random_state)
@@ -149,6 +159,7 @@ class _Data:
         class_names: Sequence[str],
         groups: ArrayLike | None,
         near_duplicates: float | None,
+        columns: tuple[int, int] | None = None,
     ) -> _Data:
         every = np.asarray(labels, dtype=np.int64)
         if embeddings.ndim != 2 or every.shape != embeddings.shape[:1]:
@@ -172,8 +183,16 @@ class _Data:
             notes.append(f"Classes without any labelled image were left out: {', '.join(empty)}.")
         names = tuple(str(class_names[int(i)]) for i in present)
         exact = None if groups is None else np.asarray(groups)[rows]
-        duplicates = find_duplicates(kept, exact, threshold=near_duplicates)
+        compared = kept if columns is None else kept[:, slice(*columns)]
+        duplicates = find_duplicates(compared, exact, threshold=near_duplicates)
         return cls(kept, dense.reshape(-1).astype(np.int64), rows, names, duplicates, tuple(notes))
+
+
+def _check_layers(layers: Layers, embeddings: NDArray[np.floating], centre: Centre | None) -> None:
+    if embeddings.shape[1] != sum(layers.sizes.values()):
+        raise UsageError("embeddings and layers do not fit", expected=dict(layers.sizes), found=embeddings.shape)
+    if centre is not None and len(layers.sizes) > 1:
+        raise UsageError("images without labels can be learnt from on one layer at a time", found=layers.names)
 
 
 def _plan_shots(data: _Data, shots: Sequence[Shots] | None) -> tuple[list[Shots], list[str]]:
@@ -236,14 +255,19 @@ def _episode(
     support, query = KShotSplit(n_shots, random_state=random_state).episode(labels, groups, episode)
     local = np.unique(groups[support], return_inverse=True)[1]
     with threadpool_limits(limits=1, user_api="blas"):
-        views, asked = Views(embeddings[support], heads[0].mean), _Query(embeddings[query])
-        trials = [
-            _trial(
-                head, views, labels[support], local, asked, labels[query],
-                n_shots=n_shots, episode=episode, random_state=random_state,
-            )
-            for head in heads
-        ]  # fmt: skip
+        shared: dict[tuple[int, int] | None, tuple[Views, _Query]] = {}
+        trials = []
+        for head in heads:
+            if head.columns not in shared:
+                rows = head.seen(embeddings)
+                shared[head.columns] = Views(rows[support], head.mean), _Query(rows[query])
+            views, asked = shared[head.columns]
+            trials.append(
+                _trial(
+                    head, views, labels[support], local, asked, labels[query],
+                    n_shots=n_shots, episode=episode, random_state=random_state,
+                )
+            )  # fmt: skip
     return trials, query
 
 
@@ -282,6 +306,7 @@ def _trial(
     confidence = None if probabilities is None else probabilities.max(axis=1)
     return Trial(
         head=head.name,
+        layer=head.layer,
         n_shots=n_shots,
         episode=episode,
         n_support=len(labels),

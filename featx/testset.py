@@ -97,7 +97,8 @@ def judge(
             )
     both = np.flatnonzero(inside | outside)
     exact = np.unique(features.digests[both], axis=0, return_inverse=True)[1].reshape(-1)
-    groups = find_duplicates(features.embeddings[both], exact).groups
+    embeddings = head.seen(features.embeddings)
+    groups = find_duplicates(embeddings[both], exact).groups
     here = outside[both]
     copied = inside[both] & np.isin(groups, groups[here])
     train, test = both[here], both[~here & ~copied]
@@ -113,8 +114,8 @@ def judge(
         )
     dense = np.unique(groups[here], return_inverse=True)[1]
     with threadpool_limits(limits=1, user_api="blas"):
-        choice, model = fit_chosen(head, features.embeddings[train], labels, dense, random_state=[random_state, 0])
-        predicted = classes[model.predict(features.embeddings[test])]
+        choice, model = fit_chosen(head, embeddings[train], labels, dense, random_state=[random_state, 0])
+        predicted = classes[model.predict(embeddings[test])]
     truth = features.labels[test]
     right = int((predicted == truth).sum())
     interval = binomtest(right, len(test)).proportion_ci(method="exact")
