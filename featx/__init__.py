@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from featx.backbones import list_backbones, load_backbone
     from featx.engines import make_engine
     from featx.errors import FeatxError
+    from featx.estimator import FeatureExtractor
     from featx.extract import extract_features
     from featx.heads import make_head
     from featx.images import Preprocess
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from featx.sweep import sweep_heads
 
 _HOME = {
+    "FeatureExtractor": "estimator",
     "FeatureSet": "store",
     "FeatxError": "errors",
     "GalleryIndex": "retrieval",
@@ -56,6 +58,7 @@ __all__ = [  # noqa: RUF022 - in the order of use
     "read_features",
     "iter_features",
     "FeatureSet",
+    "FeatureExtractor",
     "make_head",
     "KShotSplit",
     "sweep_heads",

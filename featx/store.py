@@ -11,11 +11,11 @@ A store is a folder. MUST, MAY and SHOULD are meant as in RFC 2119.
     ``format`` ("featx-store"), ``format_version`` (int; a reader MUST refuse a greater one), ``provenance`` (object),
     ``fingerprint`` (hex sha256 of the provenance fields of
     :data:`featx.manifest.FINGERPRINTED`, and of those of ``FINGERPRINTED_IF_THERE`` that a store has), ``shards``
-    (list of ``{name, rows, sha256}``), ``in_flux`` (names of shard files that MAY or may not exist and MUST NOT be read: about to appear, or
-    to be deleted), ``class_names``, ``splits``, ``counts``, ``source`` (what the index said when it was last written;
-    readers MUST take names and labels from the index), and ``checksum`` (hex sha256 of the canonical JSON of all
-    other fields). ``quarantine`` MAY be there: hex sha256 sums of which the file's is one, two of them while it is
-    being replaced; without any, the file's sum is unknown.
+    (list of ``{name, rows, sha256}``), ``in_flux`` (names of shard files that MAY or may not
+    exist and MUST NOT be read: about to appear, or to be deleted), ``class_names``, ``splits``, ``counts``,
+    ``source`` (what the index said when it was last written; readers MUST take names and labels from the index), and
+    ``checksum`` (hex sha256 of the canonical JSON of all other fields). ``quarantine`` MAY be there: hex sha256 sums
+    of which the file's is one, two of them while it is being replaced; without any, the file's sum is unknown.
 ``shards/<nnnnn>-<sha8>.h5``
     Immutable. Root datasets ``/embeddings/<layer>`` float32 (n, d), one for each layer of the provenance, finite, and
     ``/digests`` uint8 (n, 32), the sha256 of the image file that the row is of. ``<sha8>`` is the beginning of the
@@ -33,6 +33,9 @@ A store is a folder. MUST, MAY and SHOULD are meant as in RFC 2119.
 ``quarantine.jsonl``
     The images that were refused, one canonical JSON object a line: ``id, digest, reason, message, checksum``. A missing
     file counts as an empty one. A writer MUST put the new sum into the manifest before it replaces the file.
+``.parts/<i>-of-<n>``
+    Parts of an extraction that is under way (:mod:`featx.parts`), each a store of the images of its part. Readers MUST
+    ignore them; whoever finishes the extraction takes over their shards and deletes them.
 ``.lock``
     Held (flock) by the one writer. Names starting with ``.tmp-`` are leftovers of dead writers, which the next one
     deletes. Readers MUST ignore all names that start with a dot.
@@ -60,20 +63,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx import hdf5
-from featx._files import sha256_file
 from featx.errors import StoreError, UsageError, did_you_mean
 from featx.hdf5 import RESTORE
 from featx.index import NAME_COLUMNS, SPLITS, read_index, read_names
-from featx.manifest import Shard, check_version, damaged, fingerprint, manifest_bytes, read_manifest
+from featx.manifest import check_version, damaged, fingerprint, manifest_bytes, read_manifest
+from featx.shards import SHARD_COLUMNS as SHARD_COLUMNS
+from featx.shards import ShardReader, dims_of, layers_of, read_rows, signature
+from featx.shards import digest_keys as digest_keys
+from featx.shards import open_shard as open_shard
+from featx.shards import shard_path as shard_path
 
 PACKED_FORMAT = "featx-packed"
 T = TypeVar("T")
 
 _RETRIES = 20
-_WINDOW_BYTES = 2**22
-"""What is read at a time: the memory that a reader needs beside the answer."""
-
-SHARD_COLUMNS = {"embeddings/*": "float32 matrix", "digests": "uint8 matrix"}
 PACKED_COLUMNS = {**NAME_COLUMNS, "embeddings/*": "float32 matrix"}
 
 
@@ -111,30 +114,6 @@ class FeatureSet:
 def is_packed(path: Path) -> bool:
     """Whether ``path`` is a file (a packed store) and not a folder."""
     return path.is_file()
-
-
-def shard_path(store: Path, shard: Shard) -> Path:
-    return store / "shards" / shard.name
-
-
-@contextmanager
-def open_shard(store: Path, shard: Shard, layers: Sequence[str], *, hashed: bool = False) -> Iterator[hdf5.CheckedFile]:
-    """Open a published shard after comparing it with the manifest (its bytes too, unless ``hashed`` already)."""
-    path = shard_path(store, shard)
-    if not path.is_file():
-        raise StoreError("the shard is missing", where=path, hint=RESTORE)
-    try:
-        found = shard.sha256 if hashed else sha256_file(path)
-    except OSError as error:
-        raise StoreError(f"cannot be read ({error.strerror})", where=path) from error
-    if found != shard.sha256:
-        raise StoreError("the shard was altered: its sha256 does not match", where=path, hint=RESTORE)
-    with hdf5.open_checked(path, SHARD_COLUMNS) as file:
-        if file.rows != shard.rows or set(_layers(file)) != set(layers):
-            raise StoreError("the shard is not what the manifest says", where=path, hint=RESTORE)
-        if file.columns["digests"].shape[1] != 32:
-            raise StoreError("digests are not 32 bytes", where=path)
-        yield file
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
@@ -231,14 +210,14 @@ class FeatureReader:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._verified: dict[Path, tuple[int, ...]] = {}
+        self._shards: ShardReader | None = None
         if self.path.is_file():
             self._open_packed()
         else:
             steady(self.path, self._open_store)
 
     def _open_packed(self) -> None:
-        self._state = _signature(self.path)
+        self._state = signature(self.path)
         self._seal = hdf5.check_seal(self.path)
         said = hdf5.read_attributes(self.path, ("format", "format_version", "provenance", "fingerprint"))
         if said["format"] != PACKED_FORMAT:
@@ -252,58 +231,32 @@ class FeatureReader:
             raise damaged(self.path, "its attributes are not JSON") from error
         with hdf5.open_checked(self.path, PACKED_COLUMNS) as file:
             layers = provenance.get("layers")
-            if not isinstance(layers, list) or sorted(map(str, layers)) != sorted(_layers(file)):
+            if not isinstance(layers, list) or sorted(map(str, layers)) != sorted(layers_of(file)):
                 raise damaged(self.path, "its layers are not those of the provenance")
             unknown = np.full(file.rows, -1, dtype=np.int64)
             self.index = read_names(file, sizes=unknown, mtimes_ns=unknown)
         self.provenance: Mapping[str, Any] = provenance
-        self._shards: tuple[Shard, ...] = ()
-        self._shard_of, self._row_of = np.zeros(len(self.index), np.int64), np.arange(len(self.index))
 
     def _open_store(self) -> None:
         manifest = read_manifest(self.path)
         self.index = read_index(self.path, manifest)
-        self.provenance, self._shards = manifest.provenance, manifest.shards
-        digests, shard_of, row_of = [np.empty((0, 32), np.uint8)], [], []
-        widths = set()
-        for number, shard in enumerate(manifest.shards):
-            with self._part(number) as file:
-                digests.append(file.read("digests"))
-                widths.add(tuple(_dims(file, layer) for layer in manifest.layers))
-            if len(widths) > 1:
-                raise StoreError("its embeddings have another length", where=shard_path(self.path, shard), hint=RESTORE)
-            shard_of.append(np.full(shard.rows, number))
-            row_of.append(np.arange(shard.rows))
-        keys, wanted = digest_keys(np.concatenate(digests)), digest_keys(self.index.digests)
-        order = np.argsort(keys)
-        if (keys[order[1:]] == keys[order[:-1]]).any():
-            raise StoreError("two shards have an embedding of the same image", where=self.path, hint=RESTORE)
-        at = np.searchsorted(keys, wanted, sorter=order)
-        found = at < len(keys)
-        found[found] = keys[order[at[found]]] == wanted[found]
-        if not found.all():
-            missing = self.index.ids[int(np.flatnonzero(~found)[0])]
+        self.provenance = manifest.provenance
+        self._shards = ShardReader(self.path, manifest)
+        self._rows = self._shards.find(self.index.digests)
+        self._shards.forget_contents()
+        lost = np.flatnonzero(self._rows < 0)
+        if len(lost):
+            self._shards.check_sums()
+            missing = self.index.ids[int(lost[0])]
             raise StoreError(
                 "the index names an image that no shard has", where=self.path / "index.h5", found=missing, hint=RESTORE
             )
-        places = order[at] if len(keys) else np.empty(0, np.int64)
-        self._shard_of = np.concatenate([np.empty(0, np.int64), *shard_of])[places]
-        self._row_of = np.concatenate([np.empty(0, np.int64), *row_of])[places]
 
     @contextmanager
-    def _part(self, number: int) -> Iterator[hdf5.CheckedFile]:
-        if not self._shards:
-            if _signature(self.path) != self._state and hdf5.check_seal(self.path) != self._seal:
-                raise StoreError("the file was replaced while it was read", where=self.path, hint="Open it again.")
-            with hdf5.open_checked(self.path, PACKED_COLUMNS) as file:
-                yield file
-            return
-        shard = self._shards[number]
-        path = shard_path(self.path, shard)
-        state = _signature(path)
-        hashed = bool(state) and self._verified.get(path) == state
-        with open_shard(self.path, shard, self.provenance["layers"], hashed=hashed) as file:
-            self._verified[path] = state
+    def _packed(self) -> Iterator[hdf5.CheckedFile]:
+        if signature(self.path) != self._state and hdf5.check_seal(self.path) != self._seal:
+            raise StoreError("the file was replaced while it was read", where=self.path, hint="Open it again.")
+        with hdf5.open_checked(self.path, PACKED_COLUMNS) as file:
             yield file
 
     def read(self, rows: NDArray[np.integer[Any]], *, layer: str = "penultimate") -> NDArray[np.float32]:
@@ -316,55 +269,16 @@ class FeatureReader:
                 found=", ".join(layers),
                 hint=did_you_mean(layer, layers),
             )
-        out: NDArray[np.float32] | None = None
-        shards = self._shard_of[rows]
-        for number in np.unique(shards).tolist():
-            places = np.flatnonzero(shards == number)
-            inside = self._row_of[rows[places]]
-            order = np.argsort(inside, kind="stable")
-            places, inside = places[order], inside[order]
-            with self._part(number) as file:
-                dims = _dims(file, layer)
-                if out is None:
-                    out = np.empty((len(rows), dims), np.float32)
-                window = max(1, _WINDOW_BYTES // (4 * dims))
-                start = 0
-                while start < len(inside):
-                    # One contiguous read, then a gather: HDF5's own fancy indexing is far slower.
-                    low = int(inside[start])
-                    stop = int(np.searchsorted(inside, low + window))
-                    block = file.read(f"embeddings/{layer}", low, int(inside[stop - 1]) + 1)
-                    out[places[start:stop]] = block[inside[start:stop] - low]
-                    start = stop
-        if out is None:
-            out = np.empty((0, self.dims(layer)), np.float32)
+        if self._shards is not None:
+            return self._shards.read(self._rows[rows], layer=layer)
+        with self._packed() as file:
+            out = np.empty((len(rows), dims_of(file, layer)), np.float32)
+            read_rows(file, layer, np.asarray(rows, np.int64), out)
         return out
 
     def dims(self, layer: str) -> int:
         """Length of a layer's embeddings; 0 for a store that has none yet."""
-        if self.path.is_dir() and not self._shards:
-            return 0
-        with self._part(0) as file:
-            return _dims(file, layer)
-
-
-def _dims(file: hdf5.CheckedFile, layer: str) -> int:
-    return int(file.columns[f"embeddings/{layer}"].shape[1])
-
-
-def _layers(file: hdf5.CheckedFile) -> list[str]:
-    return [name.removeprefix("embeddings/") for name in file.columns if name.startswith("embeddings/")]
-
-
-def _signature(path: Path) -> tuple[int, ...]:
-    """What changes when a file is written to or replaced; () where there is none."""
-    try:
-        found = path.stat()
-    except OSError:
-        return ()
-    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
-
-
-def digest_keys(digests: NDArray[np.uint8]) -> NDArray[np.bytes_]:
-    """Digests (n, 32) as one sortable value each."""
-    return np.ascontiguousarray(digests).view("S32").reshape(-1)
+        if self._shards is not None:
+            return self._shards.dims(layer)
+        with self._packed() as file:
+            return dims_of(file, layer)

@@ -16,7 +16,8 @@ PACKAGE = Path(featx.__file__).parent
 
 LAYERS = [
     {"errors", "_files"},
-    {"images", "origins", "sources", "decoders", "decoder_child", "originals"},
+    {"sources_tar", "sources_table", "sources_remote", "sources_torchvision"}
+    | {"images", "origins", "sources", "decoders", "decoder_child", "originals", "views"},
     {
         "batches",
         "catalogue",
@@ -26,6 +27,8 @@ LAYERS = [
         "checkpoints",
         "networks",
         "timm_models",
+        "tails",
+        "autoencoder",
         "engines",
         "openvino_engine",
         "provenance",
@@ -34,6 +37,7 @@ LAYERS = [
         "hdf5",
         "manifest",
         "index",
+        "shards",
         "store",
         "store_writer",
         "store_tools",
@@ -44,10 +48,13 @@ LAYERS = [
         "splits",
         "stats",
         "choose",
+        "layers",
         "centre",
         "unlabelled",
         "scoring",
         "calibrate",
+        "training",
+        "activations",
         "bundle",
         "ann",
         "gallery",
@@ -56,7 +63,8 @@ LAYERS = [
         "retrieval_metrics",
         "search",
     },
-    {"extract", "embed", "sweep", "testset", "results", "journal", "fit", "export", "predictor"},
+    {"extract", "embed", "sweep", "testset", "results", "journal", "fit", "export", "predictor", "estimator"}
+    | {"tuning", "finetune", "finetune_bundle"},
     {
         "report",
         "html",
@@ -73,27 +81,32 @@ LAYERS = [
         "service_watch",
         "service_work",
     },
-    {"cli", "cli_model", "cli_search", "cli_sweep", "__main__", "__init__"},
+    {"cli", "cli_finetune", "cli_layers", "cli_model", "cli_search", "cli_sweep", "__main__", "__init__"},
 ]
 """From the floor upwards. A module may import from its own layer and from those below."""
 
 DOORS = {
     "PIL": {"images"},
     "h5py": {"hdf5"},
-    "torch": {"networks", "checkpoints", "timm_models", "engines", "openvino_engine", "hub"},
-    "torchvision": {"networks", "checkpoints"},
+    "torch": {"networks", "checkpoints", "timm_models", "engines", "openvino_engine", "hub"}
+    | {"tails", "training", "autoencoder"},
+    "torchvision": {"networks", "checkpoints", "sources_torchvision"},
+    "pyarrow": {"sources_table", "tabular"},
+    "fsspec": {"sources_remote"},
+    "pandas": {"frames"},
+    "anndata": {"frames"},
     "timm": {"timm_models"},
     "openvino": {"openvino_engine"},
     "faiss": {"ann"},
-    "typer": {"cli", "cli_model", "cli_search", "cli_sweep"},
-    "rich": {"cli", "cli_model", "cli_search", "cli_sweep", "terminal", "report"},
+    "typer": {"cli", "cli_finetune", "cli_layers", "cli_model", "cli_search", "cli_sweep"},
+    "rich": {"cli", "cli_layers", "cli_model", "cli_search", "cli_sweep", "terminal", "report"},
     "matplotlib": {"report"},
     "fastapi": {"service", "service_work"},
     "starlette": {"service", "service_work", "service_guard"},
     "uvicorn": {"service_run"},
     "prometheus_client": {"service_watch"},
     "sklearn": {"retrieval", "postprocess", "normalise", "heads", "solvers", "splits", "stats", "choose"}
-    | {"sweep", "journal", "fit", "export", "demo"},
+    | {"sweep", "journal", "fit", "export", "demo", "estimator"},
 }
 """Who may import what; a library that is not named is free."""
 

@@ -1,0 +1,182 @@
+"""Rows of a store's shards, found by the content that they are of. The format is in :mod:`featx.store`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featx import hdf5
+from featx._files import sha256_file
+from featx.errors import StoreError
+from featx.hdf5 import RESTORE
+from featx.manifest import Manifest, Shard
+
+SHARD_COLUMNS = {"embeddings/*": "float32 matrix", "digests": "uint8 matrix"}
+
+WINDOW_BYTES = 2**22
+"""What is read at a time: the memory that a reader needs beside the answer."""
+
+
+def shard_path(store: Path, shard: Shard) -> Path:
+    return store / "shards" / shard.name
+
+
+@contextmanager
+def open_shard(store: Path, shard: Shard, layers: Sequence[str], *, hashed: bool = False) -> Iterator[hdf5.CheckedFile]:
+    """Open a published shard after comparing it with the manifest (its bytes too, unless ``hashed`` already)."""
+    path = shard_path(store, shard)
+    if not path.is_file():
+        raise StoreError("the shard is missing", where=path, hint=RESTORE)
+    try:
+        found = shard.sha256 if hashed else sha256_file(path)
+    except OSError as error:
+        raise StoreError(f"cannot be read ({error.strerror})", where=path) from error
+    if found != shard.sha256:
+        raise StoreError("the shard was altered: its sha256 does not match", where=path, hint=RESTORE)
+    with hdf5.open_checked(path, SHARD_COLUMNS) as file:
+        if file.rows != shard.rows or set(layers_of(file)) != set(layers):
+            raise StoreError("the shard is not what the manifest says", where=path, hint=RESTORE)
+        if file.columns["digests"].shape[1] != 32:
+            raise StoreError("digests are not 32 bytes", where=path)
+        yield file
+
+
+def layers_of(file: hdf5.CheckedFile) -> list[str]:
+    """The layers that a shard or a packed store has."""
+    return [name.removeprefix("embeddings/") for name in file.columns if name.startswith("embeddings/")]
+
+
+def dims_of(file: hdf5.CheckedFile, layer: str) -> int:
+    """Length of a layer's embeddings."""
+    return int(file.columns[f"embeddings/{layer}"].shape[1])
+
+
+def digest_keys(digests: NDArray[np.uint8]) -> NDArray[np.bytes_]:
+    """Digests (n, 32) as one sortable value each."""
+    return np.ascontiguousarray(digests).view("S32").reshape(-1)
+
+
+def signature(path: Path) -> tuple[int, ...]:
+    """What changes when a file is written to or replaced; () where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def read_rows(file: hdf5.CheckedFile, layer: str, rows: NDArray[np.int64], out: NDArray[np.float32]) -> None:
+    """Embeddings of some rows of one file, in the order asked for, into ``out`` (len(rows), d)."""
+    order = np.argsort(rows, kind="stable")
+    ascending = rows[order]
+    window = max(1, WINDOW_BYTES // max(4 * out.shape[1], 1))
+    start = 0
+    while start < len(rows):
+        # One contiguous read, then a gather: HDF5's own fancy indexing is far slower.
+        low = int(ascending[start])
+        stop = int(np.searchsorted(ascending, low + window))
+        block = file.read(f"embeddings/{layer}", low, int(ascending[stop - 1]) + 1)
+        out[order[start:stop]] = block[ascending[start:stop] - low]
+        start = stop
+
+
+class ShardReader:
+    """Random access to the published rows of a store.
+
+    Opening it reads the digests, and no embedding: a shard is compared with its sha256 when rows of it are first read,
+    so that a few rows of a large store cost no more than the shards that they lie in. No file stays open between
+    calls, so a reader may be used after a fork and sent to other processes.
+
+    Raises
+    ------
+    StoreError
+        A shard is missing, damaged or not what the manifest says, or two have a row of the same content.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path, self.layers, self._shards = path, manifest.layers, manifest.shards
+        self._verified: dict[Path, tuple[int, ...]] = {}
+        self._contents: dict[Path, bytes] = {}
+        rows = sum(shard.rows for shard in manifest.shards)
+        digests = np.empty((rows, 32), np.uint8)
+        widths, at = set(), 0
+        for shard in manifest.shards:
+            place = shard_path(path, shard)
+            try:
+                with open_shard(path, shard, self.layers, hashed=True) as file:
+                    digests[at : at + shard.rows] = file.read("digests")
+                    self._contents[place] = hashlib.sha256(digests[at : at + shard.rows]).digest()
+                    widths.add(tuple(dims_of(file, layer) for layer in self.layers))
+            except StoreError:
+                self.check_sums()
+                raise
+            if len(widths) > 1:
+                self.check_sums()
+                raise StoreError("its embeddings have another length", where=place, hint=RESTORE)
+            at += shard.rows
+        keys = digest_keys(digests)
+        self._order = np.argsort(keys)
+        self._keys = keys[self._order]
+        if (self._keys[1:] == self._keys[:-1]).any():
+            self.check_sums()
+            raise StoreError("two shards have an embedding of the same image", where=path, hint=RESTORE)
+        self._starts = np.cumsum([0, *(shard.rows for shard in manifest.shards)])
+        self._dims = dict(zip(self.layers, widths.pop() if widths else [0] * len(self.layers), strict=True))
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def find(self, digests: NDArray[np.uint8]) -> NDArray[np.int64]:
+        """Rows (n,) of these contents (n, 32), counted over all shards; -1 where there is none."""
+        wanted = digest_keys(digests)
+        at = np.searchsorted(self._keys, wanted)
+        found = at < len(self._keys)
+        found[found] = self._keys[at[found]] == wanted[found]
+        rows = np.full(len(wanted), -1, np.int64)
+        rows[found] = self._order[at[found]]
+        return rows
+
+    def check_sums(self) -> None:
+        """Compare all shards with their sha256: whoever finds them at odds wants to know which one was altered."""
+        for shard in self._shards:
+            with open_shard(self.path, shard, self.layers):
+                pass
+
+    def forget_contents(self) -> None:
+        """Give back the memory that :meth:`find` needs, which nobody will ask any more."""
+        del self._keys, self._order
+
+    def read(self, rows: NDArray[np.int64], *, layer: str) -> NDArray[np.float32]:
+        """Embeddings of rows as :meth:`find` counts them, float32 (len(rows), d), in the order asked for."""
+        out = np.empty((len(rows), self.dims(layer)), np.float32)
+        # Sorted once, for all shards: looking through the rows for each shard anew would be quadratic.
+        order = np.argsort(rows, kind="stable")
+        bounds = np.searchsorted(rows[order], self._starts)
+        for number in np.flatnonzero(bounds[1:] > bounds[:-1]).tolist():
+            here = order[bounds[number] : bounds[number + 1]]
+            block = np.empty((len(here), out.shape[1]), np.float32)
+            with self._open(self._shards[number]) as file:
+                read_rows(file, layer, rows[here] - self._starts[number], block)
+            out[here] = block
+        return out
+
+    def dims(self, layer: str) -> int:
+        """Length of a layer's embeddings; 0 for a store that has none yet."""
+        return self._dims[layer]
+
+    @contextmanager
+    def _open(self, shard: Shard) -> Iterator[hdf5.CheckedFile]:
+        path = shard_path(self.path, shard)
+        state = signature(path)
+        hashed = bool(state) and self._verified.get(path) == state
+        with open_shard(self.path, shard, self.layers, hashed=hashed) as file:
+            # The file is what was published; was it so when the rows were numbered?
+            if not hashed and self._contents[path] != hashlib.sha256(file.read("digests")).digest():
+                raise StoreError("the shard was replaced while it was read", where=path, hint="Read it again.")
+            self._verified[path] = state
+            yield file
