@@ -1,0 +1,232 @@
+"""Images in Parquet and Arrow files, written by pyarrow and by ``datasets`` itself."""
+
+from __future__ import annotations
+
+import io
+import json
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import TINY, TinyEngine, picture, tiny_backbone
+
+from featx.errors import SourceError
+from featx.extract import extract_features
+from featx.images import pixels
+from featx.originals import Originals
+from featx.origins import Unreadable
+from featx.sources import ImageSet
+from featx.sources_table import Row, Table
+from featx.store import read_features
+
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+
+
+def png(seed: int) -> bytes:
+    out = io.BytesIO()
+    picture(seed).save(out, format="PNG")
+    return out.getvalue()
+
+
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+FEATURES = {"image": {"_type": "Image"}, "label": {"names": ["ants", "bees"], "_type": "ClassLabel"}}
+
+
+def rows(first: int, count: int) -> dict[str, Any]:
+    numbers = range(first, first + count)
+    return {
+        "image": pa.array([{"bytes": png(n), "path": f"{n}.png"} for n in numbers], IMAGE),
+        "label": pa.array([n % 2 for n in numbers], pa.int64()),
+    }
+
+
+def write(path: Path, columns: dict[str, Any], features: dict[str, Any] | None = FEATURES, **options: Any) -> Path:
+    """A Parquet file in the layout of the Hugging Face hub."""
+    table = pa.table(columns)
+    if features is not None:
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path, **options)
+    return path
+
+
+def named(images: ImageSet) -> dict[str, tuple[str | None, str]]:
+    return {ref.id: (ref.label, ref.split) for ref in images.refs}
+
+
+def test_rows_are_embedded_like_files(tmp_path: Path) -> None:
+    write(tmp_path / "hub" / "data" / "train-00000-of-00001.parquet", rows(0, 7), row_group_size=3)
+    write(tmp_path / "hub" / "data" / "test-00000-of-00001.parquet", rows(7, 2))
+    (tmp_path / "hub" / "README.md").write_text("x")
+    images = ImageSet.from_source(tmp_path / "hub")
+    assert named(images) == {
+        **{f"data/train-00000-of-00001.parquet/{n:06d}": (("ants", "bees")[n % 2], "train") for n in range(7)},
+        **{f"data/test-00000-of-00001.parquet/{n:06d}": (("bees", "ants")[n % 2], "test") for n in range(2)},
+    }
+    store = tmp_path / "s.featx"
+    summary = extract_features(images, tiny_backbone(), store, engine=TinyEngine(), workers=2)
+    assert (summary.embedded, summary.quarantined) == (9, 0)
+    features = read_features(store)
+    originals = Originals(images.source, features.ids.tolist(), features.digests)
+    for row, name in enumerate(features.ids.tolist()):
+        data = png(int(name[-6:]) + (7 if "test-" in name else 0))
+        (wanted,) = next(iter(TinyEngine().embed([pixels(data, TINY)[None]])))
+        assert np.array_equal(features.embeddings[row], wanted[0])
+        assert originals.read(row) == data
+    again = extract_features(ImageSet.from_source(tmp_path / "hub"), tiny_backbone(), store, engine=TinyEngine())
+    assert (again.embedded, again.reused) == (0, 9)
+
+
+@pytest.mark.parametrize("order", [range(50), range(49, -1, -1), [3, 40, 4, 41, 5, 42, 49, 0]])
+def test_any_order_gives_the_right_row(order: list[int], tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", {"image": [b"%d" % n for n in range(50)]}, None, row_group_size=20)
+    table = Table(path)
+    assert [table.image(row) for row in order] == [b"%d" % row for row in order]
+
+
+def test_one_row_group_larger_than_memory_is_streamed(tmp_path: Path) -> None:
+    """120 MB in one row group, read within a fraction of that; so does the file that pandas writes by default."""
+    random = np.random.default_rng(0)
+    schema = pa.schema([("image", pa.binary())])
+    batches = [pa.record_batch([[random.bytes(2**20) for _ in range(10)]], schema=schema) for _ in range(12)]
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_batches(batches), path, row_group_size=10_000, compression="none")
+    del batches
+    before = pa.total_allocated_bytes()
+    most = 0
+    tracemalloc.start()
+    for ref in ImageSet.from_source(path).refs:
+        assert len(ref.path.read_bytes()) == 2**20
+        most = max(most, pa.total_allocated_bytes() - before)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most + peak < 100 * 2**20
+
+
+def test_a_plain_column_of_bytes_and_labels_of_text(tmp_path: Path) -> None:
+    columns = {"jpg": [png(0), png(1), png(2)], "label": ["ants", "bees", None], "caption": ["x", "y", "z"]}
+    images = ImageSet.from_source(write(tmp_path / "a.parquet", columns, None))
+    assert [ref.label for ref in images.refs] == ["ants", "bees", None]
+    assert [ref.split for ref in images.refs] == ["", "", ""]
+    categories = {"image": [png(0), png(1)], "label": pa.array(["b", "a"]).dictionary_encode()}
+    assert ImageSet.from_source(write(tmp_path / "b.parquet", categories, None)).class_names == ("a", "b")
+
+
+def test_rows_without_an_image_are_quarantined(tmp_path: Path) -> None:
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(png(50))
+    pictures = [
+        {"bytes": png(0), "path": None},
+        {"bytes": None, "path": str(secret)},
+        None,
+        {"bytes": b"no", "path": "x"},
+        {"bytes": png(1), "path": ""},
+    ]
+    path = write(tmp_path / "t" / "a.parquet", {"image": pa.array(pictures, IMAGE), "label": [0, 0, 1, 1, 1]})
+    summary = extract_features(
+        ImageSet.from_source(path), tiny_backbone(), tmp_path / "s.featx", engine=TinyEngine(), workers=1
+    )
+    assert summary.embedded == 2
+    assert [(item.id, item.reason) for item in summary.refused] == [
+        ("a.parquet/000001", "empty"),
+        ("a.parquet/000002", "empty"),
+        ("a.parquet/000003", "not_an_image"),
+    ]
+
+
+def test_a_file_damaged_behind_its_footer_costs_rows_not_the_run(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", rows(0, 8), row_group_size=4, compression="zstd", use_dictionary=False)
+    data = bytearray(path.read_bytes())
+    start = pq.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
+    data[start : start + 200] = b"\xff" * 200
+    path.write_bytes(bytes(data))
+    images = ImageSet.from_source(path)
+    summary = extract_features(images, tiny_backbone(), tmp_path / "s.featx", engine=TinyEngine(), workers=2)
+    assert summary.embedded == 4
+    assert {item.reason for item in summary.refused} == {"corrupt"}
+
+
+BYTES = [b"x", b"y"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "features", "words"),
+    [
+        ({"label": [0, 1]}, None, r"no column with images: expected one column of bytes.*found label \(int64\)"),
+        ({"a": BYTES, "b": BYTES}, None, r"more than one column with images.*found a \(binary\), b \(binary\)"),
+        ({"image": BYTES, "label": [0.5, 1.5]}, None, r"row 0, column label: a label that is no text and no whole"),
+        (
+            {"image": BYTES, "label": [[0], [1]]},
+            None,
+            r"a label that is no text and no whole number: found \[0\]",
+        ),
+        ({"image": BYTES, "label": [0, 2]}, FEATURES, r"row 1, column label: a class number without a name: found 2"),
+        (
+            {"image": BYTES, "fine": [0, 1], "coarse": [0, 1]},
+            dict.fromkeys(("fine", "coarse"), FEATURES["label"]),
+            r"more than one column of classes.*found fine, coarse\. Rename the one that you mean to label",
+        ),
+        ({"image": BYTES, "label": [0, 0]}, FEATURES, r"only one class in these tables"),
+        ({"image": pa.array([], pa.binary())}, None, r"no images in these tables"),
+        ({"image": BYTES, "label": [0, 1]}, {"label": {"names": [1, 2]}}, r"metadata that datasets would not write"),
+    ],
+)
+def test_tables_that_are_refused(
+    columns: dict[str, Any], features: dict[str, Any] | None, words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(SourceError, match=words):
+        ImageSet.from_source(write(tmp_path / "a.parquet", columns, features))
+
+
+@pytest.mark.parametrize("data", [b"", b"PAR1", b"PAR1" + b"\xff" * 100 + b"PAR1", b"\x89PNG"])
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_files_that_are_no_tables(name: str, data: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(SourceError, match=rf"{name}: not a table that pyarrow reads"):
+        ImageSet.from_source(tmp_path / name)
+
+
+def test_rows_that_are_not_there(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", rows(0, 2))
+    ids = ["a.parquet/000001", "a.parquet/000002", "a.parquet/-1", "a.parquet/x", "b.parquet/000000"]
+    originals = Originals(str(tmp_path), ids, np.zeros((5, 32), np.uint8))
+    assert [originals.read(row) for row in range(5)] == [None] * 5
+    assert isinstance(ImageSet.from_source(path).refs[0].path, Row)
+    assert Unreadable("x") != Unreadable("y")
+
+
+def test_what_datasets_writes(tmp_path: Path) -> None:
+    """Parquet by ``to_parquet`` and Arrow by ``save_to_disk``, each against the library's own reading."""
+    datasets = pytest.importorskip("datasets")
+    labels = [0, 1, 1, 0, -1]
+    features = datasets.Features({"label": datasets.ClassLabel(names=["ants", "bees"]), "image": datasets.Image()})
+    made = datasets.Dataset.from_dict({"label": labels, "image": [picture(n) for n in range(5)]}, features=features)
+    both = datasets.DatasetDict({"train": made.select([0, 1, 2, 3]), "test": made.select([4, 2])})
+    both.save_to_disk(tmp_path / "saved")
+    made.to_parquet(tmp_path / "made.parquet")
+
+    saved = ImageSet.from_source(tmp_path / "saved")
+    assert [ref.label for ref in saved.refs if ref.split == "train"] == ["ants", "bees", "bees", "ants"]
+    assert [ref.label for ref in saved.refs if ref.split == "test"] == [None, "bees"]
+    table = ImageSet.from_source(tmp_path / "made.parquet")
+    raw = made.cast_column("image", datasets.Image(decode=False))
+    assert [ref.path.read_bytes() for ref in table.refs] == [row["image"]["bytes"] for row in raw]
+    assert [ref.label for ref in table.refs] == ["ants", "bees", "bees", "ants", None]
+    summary = extract_features(saved, tiny_backbone(), tmp_path / "s.featx", engine=TinyEngine(), workers=1)
+    assert (summary.embedded, summary.reused) == (5, 1)
+    summary = extract_features(table, tiny_backbone(), tmp_path / "s.featx", engine=TinyEngine(), workers=1)
+    assert (summary.embedded, summary.reused) == (0, 5)  # the same content in another container
+
+
+def test_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    from featx.errors import UsageError
+
+    path = write(tmp_path / "a.parquet", rows(0, 2))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UsageError, match=r"needs pyarrow, which is not installed. pip install 'featx\[parquet\]'"):
+        ImageSet.from_source(path)
