@@ -269,7 +269,7 @@ class LayerInfo:
 def describe_layers(network: FrozenNetwork) -> list[LayerInfo]:
     """Every layer of a network that embeddings can be taken from, in the order in which they are run.
 
-    Suggested are the penultimate layer and three blocks from the network's second half, at 1/2, 0.7 and 0.85 of its
+    Suggested are the penultimate layer and three blocks after the middle of the network, at 0.6, 0.75 and 0.9 of its
     blocks: early enough to see texture, late enough to see more than edges.
     """
     outputs: dict[str, tuple[int, ...] | str] = {}
@@ -305,4 +305,4 @@ def _suggested(body: nn.Module, usable: list[str]) -> set[str]:
     blocks = [name for name in rows if not any(name.startswith(f"{other}.") for other in rows)]
     top = [name for name in parts if "." not in name]
     some = next((names for names in (blocks, top) if len(names) >= 4), usable)
-    return {some[int(share * len(some))] for share in (0.5, 0.7, 0.85)} if some else set()
+    return {some[int(share * len(some))] for share in (0.6, 0.75, 0.9)} if some else set()

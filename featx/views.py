@@ -35,15 +35,26 @@ class View:
 
     Parameters
     ----------
-    frame : (left, top, right, bottom) as shares of the whole picture, squashed to the crop's shape; None is the
-        weights' own resize and centre crop.
+    frame : (left, top, right, bottom) as shares of the whole picture, squashed to the crop's shape; a number is the
+        share of the largest part of the crop's shape, from the centre; None is the weights' own resize and crop.
     mirrored : left and right swapped.
     summary : for people.
     """
 
-    frame: tuple[float, float, float, float] | None
+    frame: tuple[float, float, float, float] | float | None
     mirrored: bool
     summary: str
+
+    def box(self, width: float, height: float, crop: tuple[int, int]) -> tuple[float, float, float, float] | None:
+        """(left, top, right, bottom) in pixels of a picture of this size; None where the weights say it."""
+        if self.frame is None:
+            return None
+        if isinstance(self.frame, tuple):
+            left, top, right, bottom = self.frame
+            return left * width, top * height, right * width, bottom * height
+        scale = self.frame * min(height / crop[0], width / crop[1])
+        x, y = (width - scale * crop[1]) / 2, (height - scale * crop[0]) / 2
+        return x, y, width - x, height - y
 
 
 VIEWS: Mapping[str, View] = MappingProxyType(
@@ -52,6 +63,8 @@ VIEWS: Mapping[str, View] = MappingProxyType(
         "flip": View(None, True, "the same, mirrored"),
         "full": View((0.0, 0.0, 1.0, 1.0), False, "the whole frame, squashed to the crop's shape (nothing is padded)"),
         "full-flip": View((0.0, 0.0, 1.0, 1.0), True, "the same, mirrored"),
+        "zoom": View(0.6, False, "the middle: six tenths of the shorter side"),
+        "zoom-flip": View(0.6, True, "the same, mirrored"),
         "top-left": View((0.0, 0.0, 0.6, 0.6), False, "six tenths of width and height, from that corner"),
         "top-right": View((0.4, 0.0, 1.0, 0.6), False, "likewise"),
         "bottom-left": View((0.0, 0.4, 0.6, 1.0), False, "likewise"),
@@ -108,15 +121,16 @@ class Looks:
         return max(w for w, _ in sizes), max(h for _, h in sizes)
 
     def _size(self, view: View, width: int, height: int) -> tuple[int, int]:
-        if view.frame is None:
+        box = view.box(width, height, self.preprocess.crop)
+        if box is None:
             return self.preprocess.resized(width, height)
-        left, top, right, bottom = view.frame
+        left, top, right, bottom = box
         crop_height, crop_width = self.preprocess.crop
-        return math.ceil(crop_width / (right - left)), math.ceil(crop_height / (bottom - top))
+        return math.ceil(crop_width * width / (right - left)), math.ceil(crop_height * height / (bottom - top))
 
     def cut(self, image: Image) -> NDArray[np.uint8]:
         """Pixels uint8 of ``shape``, not normalised, of a decoded image."""
-        cuts: dict[tuple[float, float, float, float] | None, NDArray[np.uint8]] = {}
+        cuts: dict[object, NDArray[np.uint8]] = {}
         seen = []
         for view in (VIEWS[name] for name in self.views):
             if view.frame not in cuts:
@@ -126,11 +140,8 @@ class Looks:
         return np.ascontiguousarray(seen[0]) if len(seen) == 1 else np.stack(seen)
 
     def _cut(self, image: Image, view: View) -> NDArray[np.uint8]:
-        if view.frame is None:
-            return resize_crop(image, self.preprocess)
-        width, height = image.size
-        left, top, right, bottom = view.frame
-        return resize_box(image, self.preprocess, (left * width, top * height, right * width, bottom * height))
+        box = view.box(*image.size, self.preprocess.crop)
+        return resize_crop(image, self.preprocess) if box is None else resize_box(image, self.preprocess, box)
 
     def pixels(self, data: bytes, *, mode: str = "full") -> NDArray[np.uint8]:
         """Pixels uint8 of ``shape`` of an image file's bytes; ImageError when they are refused."""

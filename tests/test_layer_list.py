@@ -17,12 +17,12 @@ def listed(name: str) -> list[LayerInfo]:
 @pytest.mark.parametrize(
     ("name", "suggested"),
     [
-        ("efficientnet_lite0", {"blocks.3", "blocks.4", "blocks.5"}),
-        ("mobilenet_v2", {"features.8", "features.11", "features.14"}),
-        ("resnet18", {"layer3.0", "layer3.1", "layer4.0"}),
+        ("efficientnet_lite0", {"blocks.4", "blocks.5", "blocks.6"}),
+        ("mobilenet_v2", {"features.11", "features.14", "features.17"}),
+        ("resnet18", {"layer3.0", "layer4.0", "layer4.1"}),
     ],
 )
-def test_three_layers_of_the_second_half_are_suggested(name: str, suggested: set[str]) -> None:
+def test_three_layers_after_the_middle_are_suggested(name: str, suggested: set[str]) -> None:
     assert {info.name for info in listed(name) if info.suggested} == {*suggested, "penultimate"}
 
 
@@ -57,7 +57,7 @@ def test_the_command_lists_names_and_what_to_do_next(featx: Featx) -> None:
     shown = featx("layers", "efficientnet_lite0")
     assert "112 x 14 x 14" in shown.out
     assert "blocks.4.0" not in shown.out.replace("blocks.4.0.", "")
-    assert "--layer blocks.3 --layer blocks.4 --layer blocks.5 --layer penultimate" in shown.out
+    assert "--layer blocks.4 --layer blocks.5 --layer blocks.6 --layer penultimate" in shown.out
     wrong = featx("layers", "efficientnet_lite9")
     assert wrong.code == 2
     assert "efficientnet_lite0" in wrong.err

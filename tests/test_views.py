@@ -95,10 +95,18 @@ def test_scaled_decoding_never_goes_below_what_a_view_needs(views: tuple[str, ..
     for size in ((4000, 300), (300, 4000), (900, 800), (2400, 1800)):
         data = encoded(picture(1, size), "JPEG")
         width, height = decode(data, enough_for=looks).size
-        need = 100 if any(name.startswith(("top", "bottom")) for name in views) else 60
+        need = 100 if any(name.startswith(("top", "bottom", "zoom")) for name in views) else 60
         assert min(width, height) >= need, (size, views)
     small = np.abs(looks.pixels(data).astype(int) - looks.pixels(data, mode="scaled").astype(int))
     assert small.mean() < 2
+
+
+def test_zoom_is_the_middle_of_the_crop_s_shape() -> None:
+    image = picture(5, (300, 150))  # the largest part of 40 x 50 is 120 x 150 pixels
+    part = image.crop((114, 30, 186, 120)).resize((40, 50), Image.Resampling.BICUBIC)
+    ours, mirrored = Looks(WIDE, ("zoom", "zoom-flip")).cut(image).astype(int)
+    assert np.abs(ours - np.asarray(part, dtype=int))[4:-4, 4:-4].max() <= 1
+    np.testing.assert_array_equal(mirrored, ours[:, ::-1])
 
 
 def test_decoding_processes_give_the_same_views(tmp_path: Path) -> None:

@@ -1,0 +1,175 @@
+#!/usr/bin/env python3
+"""What views and layers add to the best peer's protocol, on several sets of photos of your own.
+
+    python scripts/bench_layers.py SET [SET ...] [--out data/bench/layers.json] [--episodes 10] [--images 100]
+
+Each SET is a folder of class folders. It is extracted twice, into stores beside the result: one centre crop, and the
+views; both with the layers that ``featx layers`` suggests. Then, on the same draws:
+
+- peer: L2-normalised, LinearSVC, cost by 3-fold cross-validation (VISSL), on one centre crop and the penultimate layer;
+- auto: featx's recommended head on the same;
+- views, layers, both: auto on the mean of the views, on the combined layers, and on both.
+
+Differences are paired by draw; intervals (95 %) take data sets as fixed and draws as the unit. A set that was done is
+kept in the result and not repeated, so the script can be stopped and run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+from bench_heads import vissl
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+
+from featx._files import publish_bytes
+from featx.backbones import load_backbone
+from featx.batches import COMBINED
+from featx.choose import fit_chosen
+from featx.extract import extract_features
+from featx.heads import HEADS, Head
+from featx.layers import read_layers
+from featx.networks import describe_layers
+from featx.sources import ImageSet
+from featx.splits import KShotSplit, find_duplicates
+from featx.views import parse_views
+
+SHOTS = (5, 10, 20)
+WAYS = ("peer", "auto", "views", "layers", "both")
+Rows = NDArray[np.float32]
+
+
+def some_of(images: ImageSet, each: int) -> ImageSet:
+    """At most so many images of each class (more of few classes, so that there are 400), drawn by chance."""
+    each = max(each, 400 // max(len(images.class_names), 1))
+    order = np.random.default_rng(0).permutation(len(images.refs))
+    kept: dict[str, list[int]] = {}
+    for i in order.tolist():
+        label = images.refs[i].label
+        if label is not None and len(kept.setdefault(label, [])) < each:
+            kept[label].append(i)
+    chosen = sorted(i for rows in kept.values() for i in rows)
+    return replace(images, refs=tuple(images.refs[i] for i in chosen))
+
+
+def extract(folder: Path, stores: Path, backbone: Any, views: tuple[str, ...], each: int) -> dict[str, Any]:
+    """Both stores of a set; returns their paths and the seconds that each took."""
+    images = some_of(ImageSet.from_folder(folder), each)
+    out: dict[str, Any] = {"images": len(images)}
+    for name, looks in (("center", ("center",)), ("views", views)):
+        started = time.perf_counter()
+        extract_features(images, backbone, stores / f"{folder.name}.{name}.featx", views=looks)
+        out[f"{name}_seconds"] = round(time.perf_counter() - started, 1)
+    return out
+
+
+def one(
+    data: dict[str, Rows], heads: dict[str, Head], labels: Any, groups: Any, n_shots: int, episode: int
+) -> dict[str, float]:
+    """Accuracy of every way on one draw, in points."""
+    support, query = KShotSplit(n_shots).episode(labels, groups, episode)
+    local = np.unique(groups[support], return_inverse=True)[1]
+    out = {}
+    with threadpool_limits(1, user_api="blas"):
+        for way in WAYS:
+            rows = heads[way].seen(data[way])
+            if way == "peer":
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # its own settings stop short of the optimum: part of the protocol
+                    model = vissl(rows[support].astype(np.float64), labels[support])
+            else:
+                model = fit_chosen(heads[way], rows[support], labels[support], local, random_state=[0, episode])[1]
+            out[way] = 100 * float((model.predict(rows[query]) == labels[query]).mean())
+    return out
+
+
+def measure(folder: Path, stores: Path, episodes: int, n_jobs: int) -> dict[str, list[list[float]]]:
+    """Accuracies [shots][episode] of each way on a set."""
+    center, layers = read_layers(stores / f"{folder.name}.center.featx")
+    views, _ = read_layers(stores / f"{folder.name}.views.featx")
+    if not np.array_equal(center.digests, views.digests):
+        raise SystemExit(f"{folder.name}: the two stores are not of the same images; delete them")
+    plain, combined = layers.on(HEADS["auto"], layers.reference), layers.on(HEADS["auto"], COMBINED)
+    data = {way: (views if way in ("views", "both") else center).embeddings for way in WAYS}
+    heads = {way: combined if way in ("layers", "both") else plain for way in WAYS}
+    digests = np.unique(center.digests, axis=0, return_inverse=True)[1].reshape(-1)
+    groups = find_duplicates(plain.seen(center.embeddings), digests).groups
+    tasks = [(n, e) for n in SHOTS for e in range(episodes)]
+    done = joblib.Parallel(n_jobs)(joblib.delayed(one)(data, heads, center.labels, groups, *task) for task in tasks)
+    table = dict(zip(tasks, done, strict=True))
+    return {way: [[table[n, e][way] for e in range(episodes)] for n in SHOTS] for way in WAYS}
+
+
+def report(sets: dict[str, Any]) -> dict[str, Any]:
+    """Print accuracies and differences to the peer; the same as plain numbers."""
+    cube = {way: np.array([sets[name]["accuracy"][way] for name in sets]) for way in WAYS}  # (sets, shots, episodes)
+    print(f"\n{'accuracy %':<10}" + "".join(f"{n:>8}" for n in SHOTS) + f"{'mean':>8}   by data set")
+    for way in WAYS:
+        each = ", ".join(f"{name} {row.mean():.2f}" for name, row in zip(sets, cube[way], strict=True))
+        means = "".join(f"{mean:8.2f}" for mean in cube[way].mean(axis=(0, 2)))
+        print(f"{way:<10}{means}{cube[way].mean():8.2f}   {each}")
+    out: dict[str, Any] = {}
+    print(f"\n{'minus peer':<10}" + "".join(f"{n:>15}" for n in SHOTS) + f"{'all':>15}   by data set")
+    for way in WAYS[1:]:
+        gap = cube[way] - cube["peer"]
+        by_shots = [interval(gap[:, i]) for i in range(len(SHOTS))]
+        by_set = {name: interval(gap[i].mean(axis=0)[None]) for i, name in enumerate(sets)}
+        whole = interval(gap.mean(axis=1))
+        cells = "".join(f"{f'{mean:+.2f} ± {half:.2f}':>15}" for mean, half in (*by_shots, whole))
+        print(f"{way:<10}{cells}   " + ", ".join(f"{n} {mean:+.2f} ± {half:.2f}" for n, (mean, half) in by_set.items()))
+        out[way] = {"by_shots": by_shots, "by_set": by_set, "all": whole}
+    return out
+
+
+def interval(gap: NDArray[np.float64]) -> tuple[float, float]:
+    """Mean of differences (sets, episodes), and half of its 95 % interval: that of a stratified mean."""
+    error = np.sqrt((gap.var(axis=1, ddof=1) / gap.shape[1]).sum()) / len(gap)
+    return round(float(gap.mean()), 3), round(float(1.96 * error), 3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("sets", nargs="+", type=Path, metavar="SET")
+    parser.add_argument("--out", type=Path, default=Path("data/bench/layers.json"))
+    parser.add_argument("--episodes", type=int, default=10)
+    parser.add_argument("--images", type=int, default=100, help="of each class, at most (or 400 in all)")
+    parser.add_argument("--backbone", default="efficientnet_lite0")
+    parser.add_argument("--views", default="center,flip,full,full-flip,zoom")
+    parser.add_argument("--layer", action="append", help="instead of the suggested ones; may be repeated")
+    parser.add_argument("--n-jobs", type=int, default=joblib.cpu_count())
+    options = parser.parse_args()
+    views = parse_views(options.views)
+    layers = tuple(options.layer or ())
+    if not layers:
+        infos = describe_layers(load_backbone(options.backbone, weights="none").network())
+        layers = tuple(info.name for info in infos if info.suggested)
+    plan = {
+        "backbone": options.backbone, "views": list(views), "layers": list(layers), "episodes": options.episodes,
+        "images_a_class": options.images, "shots": list(SHOTS),
+    }  # fmt: skip
+    stores = options.out.parent / "layers"
+    stores.mkdir(parents=True, exist_ok=True)
+    kept = json.loads(options.out.read_text()) if options.out.is_file() else {}
+    sets = kept["sets"] if kept.get("plan") == plan else {}
+    backbone = load_backbone(options.backbone, layers=layers)
+    for folder in options.sets:
+        if folder.name in sets:
+            continue
+        told = extract(folder, stores, backbone, views, options.images)
+        print(f"{folder.name}: {told}", flush=True)
+        sets[folder.name] = {**told, "accuracy": measure(folder, stores, options.episodes, options.n_jobs)}
+        publish_bytes(options.out, json.dumps({"plan": plan, "sets": sets}, indent=1).encode() + b"\n")
+    found = report({folder.name: sets[folder.name] for folder in options.sets})
+    publish_bytes(options.out, json.dumps({"plan": plan, "sets": sets, "minus_peer": found}, indent=1).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    main()
