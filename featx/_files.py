@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -18,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from featx.errors import FeatxError, StoreError
+from featx.errors import FeatxError, StoreBusy, StoreError
 
 TEMP_PREFIX = ".tmp-"
 
@@ -188,6 +189,19 @@ def cannot_write(path: Path, error: OSError) -> FeatxError:
     return StoreError(f"cannot write ({error.strerror or error})", where=path)
 
 
+def link_or_copy(path: Path, new: Path) -> None:
+    """Give an immutable file a second name; where the file system has no hard links, a second copy."""
+    if not path.is_symlink():
+        try:
+            new.hardlink_to(path)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS, errno.EACCES):
+                raise
+        else:
+            return
+    shutil.copyfile(path, new)
+
+
 def remove_leftovers(folder: Path) -> None:
     """Delete the temporary files of writers that died; call it with the writer's lock held."""
     for temp in folder.glob(f"{TEMP_PREFIX}*"):
@@ -228,7 +242,7 @@ def writer_lock(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise StoreError(
+            raise StoreBusy(
                 "another process is writing to this store",
                 where=path.parent,
                 found=_holder(path),

@@ -104,6 +104,15 @@ def make_engine(
     )
 
 
+def cuda_devices() -> int:
+    """How many GPUs torch can use here."""
+    if not _has_driver():
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def available_cpus() -> int:
     """How many CPUs this process may run on, which can be fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):

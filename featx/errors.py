@@ -72,6 +72,10 @@ class StoreError(FeatxError):
     """A store that is damaged, foreign, incomplete or in use."""
 
 
+class StoreBusy(StoreError):
+    """Another process is writing to the store; waiting helps."""
+
+
 class BundleError(FeatxError):
     """A kept head that is damaged, altered, foreign, or does not give the values that it gave when it was made."""
 

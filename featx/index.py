@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ from featx.hdf5 import RESTORE
 from featx.manifest import Manifest
 
 SPLITS = ("train", "val", "test")
+
+PARTS = ".parts"
+"""Folder of a store in which an extraction in parts is under way: see :mod:`featx.parts`."""
 
 _USUAL_ID = 512
 _PADDED_IDS = 2**26
@@ -53,8 +57,7 @@ class Index:
 
     def counts(self, values: Sequence[str]) -> dict[str, int]:
         """How often each value occurs, sorted by value; empty ones are left out."""
-        names, counts = np.unique(np.asarray(values, dtype=object).astype(str), return_counts=True)
-        return {str(n): int(c) for n, c in zip(names, counts, strict=True) if n}
+        return {name: count for name, count in sorted(Counter(values).items()) if name}
 
     @property
     def labels_as_text(self) -> list[str]:
@@ -75,10 +78,13 @@ def read_index(store: Path, manifest: Manifest) -> Index:
     """Read and check the index of a store; StoreError where the extraction has not finished."""
     path = store / "index.h5"
     if not path.exists():
+        again = "Run the same featx extract command again"
+        if (store / PARTS).is_dir():
+            again = "Run the missing parts (featx extract ... --part), then featx extract ... --finish"
         raise StoreError(
             "the store has no index: its extraction has not finished",
             where=store,
-            hint="Run the same featx extract command again; what is there is kept.",
+            hint=f"{again}; what is there is kept.",
         )
     return _read_index(path, manifest)
 

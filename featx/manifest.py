@@ -95,7 +95,7 @@ def fingerprint(provenance: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical_json(fields)).hexdigest()
 
 
-def check_same(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: Path) -> None:
+def check_same(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: Path, *, whose: str = "this run's") -> None:
     """MismatchError naming the first field of the fingerprint in which two provenances differ."""
     for name in FINGERPRINTED + FINGERPRINTED_IF_THERE:
         difference = _difference(name, stored.get(name), wanted.get(name))
@@ -105,7 +105,7 @@ def check_same(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: Path
                 f"the store was made with another {field}",
                 where=where,
                 expected=f"{was} (the store's)",
-                found=f"{now} (this run's)",
+                found=f"{now} ({whose})",
                 hint="Embeddings of the two cannot be mixed: repeat the store's setting, or choose another --out.",
             )
 
