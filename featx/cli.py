@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from featx import cli_model, cli_search, cli_sweep
+from featx import cli_layers, cli_model, cli_search, cli_sweep
 from featx._files import refuse_second_writer
 from featx.cli_model import Device, EngineName, Json
 from featx.cli_sweep import run_sweep
@@ -120,6 +120,9 @@ def extract(
     layer: Annotated[
         list[str] | None, typer.Option(help="Layer to embed with; may be repeated. [default: penultimate]")
     ] = None,
+    views: Annotated[
+        str, typer.Option(help="Ways to see an image, averaged, such as center,flip,full; each costs its time again.")
+    ] = "center",
     device: Annotated[Device, typer.Option(help="auto is cuda where there is one.")] = Device.auto,
     engine: Annotated[EngineName, typer.Option(help="auto is torch on cuda, else openvino.")] = EngineName.auto,
     precision: Annotated[
@@ -154,6 +157,11 @@ def extract(
     from featx.extract import extract_features
     from featx.providers import named
 
+    from featx.views import parse_views
+
+    looks = parse_views(views)
+    if len(looks) > 1:
+        say(f"{len(looks)} views ({', '.join(looks)}): about {len(looks)}x the network's time of one.", err=True)
     with ProgressLine("embedding") as line:
         layers = tuple(layer or ("penultimate",))
         network = load_backbone(named(backbone), weights=weights, layers=layers, progress=line.say)
@@ -172,6 +180,7 @@ def extract(
             engine=chosen,
             workers=workers,
             decode=decode.value,
+            views=looks,
             max_bad=max_bad,
             prune=prune,
             progress=line.update,
@@ -283,6 +292,7 @@ def _stages(stages: Mapping[str, float], images: int) -> Table:
     return table
 
 
+cli_layers.register(app)
 cli_model.register(app)
 cli_search.register(app)
 cli_sweep.register(app)
