@@ -203,7 +203,8 @@ def _curves(result: SweepResult) -> str:
         lower = [f"{x(i):.1f},{y(each.accuracy.low):.1f}" for i, each in enumerate(own)]
         line = [f"{x(i):.1f},{y(each.accuracy.mean):.1f}" for i, each in enumerate(own)]
         out.append(f'<polygon points="{" ".join(upper + lower[::-1])}" fill="{colour}" fill-opacity=".1"/>')
-        out.append(f'<polyline points="{" ".join(line)}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        dash = "" if k < len(_COLOURS) else ' stroke-dasharray="6 3"'
+        out.append(f'<polyline points="{" ".join(line)}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>')
         for i, each in enumerate(own):
             tip = f"{head}, {_words(each.n_shots)}: {_points(each.accuracy.mean)} %"
             out.append(

@@ -40,7 +40,7 @@ def render_table(result: SweepResult) -> Table:
         caption_justify="left",
     )
     table.add_column("shots", no_wrap=True)
-    table.add_column("head", no_wrap=True)
+    table.add_column("head", no_wrap=not any("@" in head for head in result.heads))
     table.add_column("", no_wrap=True)
     for name in ("right %", "95 % interval", "balanced", "ECE", "fit s"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -49,7 +49,7 @@ def render_table(result: SweepResult) -> Table:
             best = each.rank == 1
             table.add_row(
                 Text(str(n_shots) if best else ""),
-                Text(each.head, style="bold" if each.tied else ""),
+                Text(each.head.replace("@", " @"), style="bold" if each.tied else ""),  # where a line may end
                 Text("" if best else "=" if each.tied else ""),
                 Text(f"{100 * each.accuracy.mean:.1f}", style="bold" if each.tied else ""),
                 f"{100 * each.accuracy.low:.1f} - {100 * each.accuracy.high:.1f}",
@@ -197,7 +197,7 @@ def draw_accuracy(result: SweepResult, *, title: str) -> Figure:
         colour = _COLOURS[i % len(_COLOURS)]
         means = [100 * each.accuracy.mean for each in rows]
         low, high = ([100 * getattr(each.accuracy, end) for each in rows] for end in ("low", "high"))
-        axes.plot(places, means, color=colour, marker=_MARKS[i % len(_MARKS)], markersize=5, label=head)
+        axes.plot(places, means, color=colour, marker=_MARKS[(i + i // 7) % len(_MARKS)], markersize=5, label=head)
         axes.fill_between(places, low, high, color=colour, alpha=0.12, linewidth=0)
     axes.axhline(100 * result.majority_baseline, color="#777777", linestyle=":", label="largest class")
     axes.set_xticks(list(places), ["all but\na fifth" if n == "all" else str(n) for n in result.shots])

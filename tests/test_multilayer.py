@@ -258,3 +258,24 @@ def test_layers_that_are_not_there_are_named(store: Path, featx: Featx) -> None:
     assert (two.code, "a model is on one layer, or on combined" in two.err) == (2, True)
     mixed = featx("fit", store, "--out", store.parent / "x.model", "--head", "ridge@blocks.4,knn@blocks.2")
     assert (mixed.code, "several heads are compared on one layer" in mixed.err) == (2, True)
+
+
+def test_the_table_of_many_layers_fits_eighty_columns_and_cuts_no_name() -> None:
+    from io import StringIO
+
+    from rich.console import Console
+
+    from featx.report import render_table
+
+    rows, labels = stacked(8, dict.fromkeys(SIZES, 1.0))
+    found = sweep_heads(
+        rows, labels, class_names=list("abc"), shots=(2,), episodes=2, n_jobs=1, layers=LAYERS,
+        heads=["nearest_centroid", "ridge"],
+    )  # fmt: skip
+    out = StringIO()
+    Console(file=out, width=80).print(render_table(found))
+    text = out.getvalue()
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
+    words = text.replace("│", " ").split()
+    assert {"nearest_centroid", "ridge", "@penultimate", "@early", "@middle", "@combined"} <= set(words)
