@@ -32,6 +32,7 @@ from featx.heads import (
     signs,
     with_constant,
 )
+from featx.large import is_large
 from featx.normalise import Normalise
 from featx.scoring import Kind, softmax
 from featx.solvers import Array, Loss, RowSpace, discriminant_path, newton_path, ridge_held_out, temperature
@@ -79,23 +80,22 @@ class Views:
 
     def __init__(self, rows: NDArray[np.floating], mean: Array | None = None) -> None:
         self.raw, self.mean = rows, mean
-        self._normalisers: dict[Kind, tuple[Normalise, Array]] = {}
+        self._normalisers: dict[Kind, Normalise] = {}
+        self._rows: dict[Kind, Array] = {}
         self._spaces: dict[tuple[Kind, bool], RowSpace] = {}
         self._parts: dict[bytes, Views] = {}
 
     def normaliser(self, kind: Kind) -> Normalise:
         """Fitted to the rows."""
-        return self._normalised(kind)[0]
+        if kind not in self._normalisers:
+            self._normalisers[kind] = Normalise(kind, self.mean).fit(self.raw)
+        return self._normalisers[kind]
 
     def rows(self, kind: Kind) -> Array:
         """Normalised rows (n, d)."""
-        return self._normalised(kind)[1]
-
-    def _normalised(self, kind: Kind) -> tuple[Normalise, Array]:
-        if kind not in self._normalisers:
-            fitted = Normalise(kind, self.mean).fit(self.raw)
-            self._normalisers[kind] = fitted, fitted.transform(self.raw)
-        return self._normalisers[kind]
+        if kind not in self._rows:
+            self._rows[kind] = self.normaliser(kind).transform(self.raw)
+        return self._rows[kind]
 
     def space(self, kind: Kind, estimator: type) -> RowSpace:
         """What ``estimator.space_of`` gives for the normalised rows."""
@@ -116,8 +116,14 @@ def fit_chosen(
     groups: Index,
     *,
     random_state: Any = 0,
+    device: str | None = None,
 ) -> tuple[Choice, Pipeline]:
     """Choose as :func:`choose` does, and fit the choice on all rows: what a sweep, a fit and a test set share.
+
+    Parameters
+    ----------
+    rows, labels, groups, random_state : as of :func:`choose`.
+    device : of torch, where logistic regression on large rows (:func:`featx.large.is_large`) is to be solved.
 
     Returns
     -------
@@ -128,7 +134,7 @@ def fit_chosen(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
         choice = choose(head, views, labels, groups, random_state=random_state)
-        pipeline = _fit(head, choice.params, views, labels)
+        pipeline = _fit(head, choice.params, views, labels, device)
     stopped = False
     for each in caught:
         if issubclass(each.category, ConvergenceWarning):
@@ -138,11 +144,15 @@ def fit_chosen(
     return replace(choice, converged=choice.converged and not stopped), pipeline
 
 
-def _fit(head: Head, params: dict[str, Any], views: Views, labels: NDArray[np.integer]) -> Pipeline:
+def _fit(head: Head, params: dict[str, Any], views: Views, labels: NDArray[np.integer], device: str | None) -> Pipeline:
     classifier, kind = head.build(**params).named_steps["classify"], params["kind"]
-    known = {"space": views.space(kind, head.estimator)} if head.estimator in _IN_ROW_SPACE else {}
-    classifier.fit(views.rows(kind), labels, **known)
-    return Pipeline([("normalise", views.normaliser(kind)), ("classify", classifier)])
+    normaliser = views.normaliser(kind)
+    if head.estimator is Logistic and is_large(views.raw):
+        classifier.fit_large(views.raw, labels, normaliser, device)
+    else:
+        known = {"space": views.space(kind, head.estimator)} if head.estimator in _IN_ROW_SPACE else {}
+        classifier.fit(views.rows(kind), labels, **known)
+    return Pipeline([("normalise", normaliser), ("classify", classifier)])
 
 
 def choose(

@@ -92,11 +92,18 @@ def fit(
     backbone: OwnBackbone = None,
     weights: Weights = None,
     engine: EngineOption = EngineName.auto,
-    device: DeviceOption = Device.auto,
+    device: Annotated[
+        Device,
+        typer.Option(
+            help="Of the network, auto being cuda if there is one; cuda fits logreg on very many images, too."
+        ),
+    ] = Device.auto,
     seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Choose a head, calibrate it on images it has not seen, refit it on all, and keep it in one file."""
+    if device == Device.cuda:
+        let_scipy_take_tensors()
     import numpy as np
 
     from featx.bundle import write_bundle
@@ -133,12 +140,18 @@ def fit(
     with ProgressLine("fitting") as line:
         bundle = fit_bundle(
             features, embedder, heads=heads, max_error=max_error, random_state=seed, pool=pool,
-            layers=columns if features.layer == "combined" else None, progress=line.update,
+            layers=columns if features.layer == "combined" else None,
+            device="cuda" if device == Device.cuda else None, progress=line.update,
         )  # fmt: skip
     write_bundle(bundle, out)
     if as_json:
         print_json(summary(bundle, out))
     tell_model(bundle, out, err=as_json)
+
+
+def let_scipy_take_tensors() -> None:
+    """What :mod:`featx.torch_heads` needs. SciPy looks once, when it is first imported: no command has done it yet."""
+    os.environ["SCIPY_ARRAY_API"] = "1"
 
 
 def tell_model(bundle: Bundle, out: Path, *, err: bool) -> None:

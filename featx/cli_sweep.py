@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from featx.cli_model import Unlabelled, UnlabelledFrom
+from featx.cli_model import Unlabelled, UnlabelledFrom, let_scipy_take_tensors
 from featx.errors import Interrupted, UsageError
 from featx.terminal import ProgressLine, check_writable, print_json, say, show
 
@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 class Split(StrEnum):
     val = "val"
     test = "test"
+
+
+class Where(StrEnum):
+    cpu = "cpu"
+    cuda = "cuda"
 
 
 def register(app: typer.Typer) -> None:
@@ -55,6 +60,9 @@ def sweep(
         Path | None, typer.Option("--out", "-o", metavar="DIR", help="The report. [default: beside the store]")
     ] = None,
     n_jobs: Annotated[int | None, typer.Option(help="Parallel workers. [default: cores]")] = None,
+    device: Annotated[
+        Where, typer.Option(help="Where logistic regression on very many images is solved; all else is the CPU's.")
+    ] = Where.cpu,
     seed: Annotated[int, typer.Option(min=0, help="Seed of every random draw.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
@@ -70,6 +78,7 @@ def sweep(
         layers=layers,
         out=out,
         n_jobs=n_jobs,
+        device=device,
         seed=seed,
         as_json=as_json,
     )
@@ -87,13 +96,17 @@ def run_sweep(
     layers: str | None = None,
     out: Path | None = None,
     n_jobs: int | None = None,
+    device: Where = Where.cpu,
     seed: int = 0,
     as_json: bool = False,
 ) -> None:
     """What ``featx sweep`` and the last step of ``featx demo`` do."""
+    if device == Where.cuda:
+        let_scipy_take_tensors()
     import numpy as np
 
     from featx.centre import unlabelled_centre
+    from featx.large import taken
     from featx.layers import open_layers
     from featx.originals import Originals
     from featx.report import render, write_report
@@ -122,7 +135,7 @@ def run_sweep(
     try:
         with ProgressLine("comparing heads") as line:
             result = sweep_heads(
-                features.embeddings[rows],
+                taken(features.embeddings, rows),
                 features.labels[rows],
                 class_names=features.class_names,
                 groups=np.unique(features.digests[rows], axis=0, return_inverse=True)[1].reshape(-1),
@@ -135,6 +148,7 @@ def run_sweep(
                 pool=pool,
                 layers=columns,
                 on=on,
+                device=None if device == Where.cpu else device.value,
                 journal=out / "journal.jsonl",
                 progress=line.update,
             )

@@ -28,11 +28,13 @@ from featx.embed import Embedder
 from featx.errors import UsageError
 from featx.heads import Head
 from featx.images import encode
+from featx.large import is_large, taken
 from featx.layers import Layers
 from featx.scoring import Array, Scorer, softmax
 from featx.splits import Index, distinct_counts, find_duplicates, fold_numbers
 from featx.store import FeatureSet
 from featx.sweep import sweep_heads
+from featx.torch_heads import check_device
 from featx.unlabelled import heads_for
 
 N_GOLDEN = 16
@@ -70,6 +72,7 @@ def fit_head(
     n_jobs: int | None = None,
     pool: NDArray[np.floating] | None = None,
     layers: Layers | None = None,
+    device: str | None = None,
     progress: Progress | None = None,
 ) -> FittedHead:
     """Choose, calibrate and fit a head.
@@ -87,21 +90,24 @@ def fit_head(
     layers : which columns are which layer's, to combine them; by default the embeddings are of one layer.
     pool : (m, d) embeddings of images without labels, no copies of labelled ones; "auto" is then the head that learns
         from them, and the others measure from their mean (:mod:`featx.unlabelled`).
+    device : of torch, such as "cuda", for logistic regression on large embeddings; everything else is the CPU's.
     progress : called as ``progress(done, total, what)``.
 
     Raises
     ------
     UsageError
-        Fewer than two classes with images, or no such head.
+        Fewer than two classes with images, no such head, or no such device.
     """
     if not 0 < max_error < 1:
         raise UsageError("--max-error is a share of the answers", expected="between 0 and 1", found=max_error)
+    if device is not None:
+        check_device(device)
     kept = np.flatnonzero(np.asarray(labels) >= 0)
     present, dense = np.unique(np.asarray(labels)[kept], return_inverse=True)
     if len(present) < 2:
         raise UsageError("a head needs images of at least two classes", found=f"{len(present)}")
     names = tuple(class_names[int(i)] for i in present)
-    rows, y = np.asarray(embeddings)[kept], dense.reshape(-1).astype(np.int64)
+    rows, y = taken(np.asarray(embeddings), kept), dense.reshape(-1).astype(np.int64)
     if not np.isfinite(rows).all():
         raise UsageError("embeddings must be finite", hint="Extract them again.")
     compared = rows if layers is None else rows[:, slice(*layers.columns(layers.reference))]
@@ -117,7 +123,7 @@ def fit_head(
         swept = sweep_heads(
             rows, y, class_names=names, groups=copies, heads=chosen, shots=("all",), episodes=10,
             random_state=random_state, n_jobs=n_jobs, near_duplicates=None, centre=centre, pool=pool,
-            layers=layers, on=None if layers is None else [COMBINED], progress=progress,
+            layers=layers, on=None if layers is None else [COMBINED], device=device, progress=progress,
         )  # fmt: skip
         notes.append(f"{swept.winner} had the highest accuracy of {', '.join(chosen)} over 10 draws.")
         chosen = [swept.winner]
@@ -126,7 +132,7 @@ def fit_head(
     n_folds = int(folds.max()) + 1
     total = 1 + (n_folds if n_folds > 1 else 0)
     say(0, total, f"fitting {head.name}")
-    scorer, params, converged = _fit(head, rows, y, copies, random_state)
+    scorer, params, converged = _fit(head, rows, y, copies, random_state, device)
     say(1, total, f"fitting {head.name}")
     scores = None
     if n_folds > 1:
@@ -134,7 +140,7 @@ def fit_head(
         for fold in range(n_folds):
             held = folds == fold
             inner = np.unique(copies[~held], return_inverse=True)[1].reshape(-1)
-            part, _, fine = _fit(head, rows[~held], y[~held], inner, random_state)
+            part, _, fine = _fit(head, rows[~held], y[~held], inner, random_state, device)
             scores[held] = part.scores(rows[held])
             converged &= fine
             say(2 + fold, total, "scoring images out of fold")
@@ -173,11 +179,16 @@ def _notes(unlabelled: int, class_names: Sequence[str], present: Sequence[str]) 
 
 
 def _fit(
-    head: Head, rows: NDArray[np.floating], labels: NDArray[np.int64], groups: Index, random_state: int
+    head: Head,
+    rows: NDArray[np.floating],
+    labels: NDArray[np.int64],
+    groups: Index,
+    random_state: int,
+    device: str | None,
 ) -> tuple[Scorer, dict[str, Any], bool]:
     """A head fitted as the sweep fits it: normaliser and parameters chosen on these rows alone."""
-    with threadpool_limits(limits=1, user_api="blas"):
-        choice, pipeline = fit_chosen(head, rows, labels, groups, random_state=random_state)
+    with threadpool_limits(limits=None if is_large(rows) else 1, user_api="blas"):
+        choice, pipeline = fit_chosen(head, rows, labels, groups, random_state=random_state, device=device)
     return Scorer.of(pipeline), choice.params, choice.converged
 
 
@@ -240,6 +251,7 @@ def fit_bundle(
     random_state: int = 0,
     pool: NDArray[np.floating] | None = None,
     layers: Layers | None = None,
+    device: str | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
     """Fit a head on a store's images, but not on its split ``test``, and pack it with its backbone's provenance.
@@ -248,12 +260,12 @@ def fit_bundle(
     ----------
     features : of the store.
     embedder : what made them (:meth:`Embedder.like`); it embeds the probe image.
-    heads, max_error, random_state, pool, layers, progress : as of :func:`fit_head`.
+    heads, max_error, random_state, pool, layers, device, progress : as of :func:`fit_head`.
     """
     use = np.flatnonzero((features.splits != "test") & ((features.labels >= 0) | (pool is None)))
     groups = np.unique(features.digests, axis=0, return_inverse=True)[1].reshape(-1)
     fitted = fit_head(
-        features.embeddings[use],
+        taken(features.embeddings, use),
         features.labels[use],
         class_names=features.class_names,
         groups=groups[use],
@@ -262,6 +274,7 @@ def fit_bundle(
         random_state=random_state,
         pool=pool,
         layers=layers,
+        device=device,
         progress=progress,
     )
     return pack_bundle(fitted, features, embedder)

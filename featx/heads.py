@@ -13,6 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -25,6 +26,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from featx.errors import UsageError, did_you_mean
+from featx.large import logistic_path
 from featx.normalise import Normalise
 from featx.scoring import Kind, softmax
 from featx.solvers import (
@@ -36,6 +38,7 @@ from featx.solvers import (
     ridge_held_out,
     temperature,
 )
+from featx.torch_heads import torch_logistic_path
 
 
 def mean_squared_norm(rows: Array, weights: Array | None = None) -> float:
@@ -119,6 +122,27 @@ class Logistic(_Penalised):
             coef, offset = coef[1:] - coef[:1], offset[1:] - offset[:1]
         self.coef_, self.intercept_ = coef, offset - coef @ space.origin
         self._warn(point.converged)
+
+    def fit_large(
+        self, rows: NDArray[np.floating], y: ArrayLike, normalise: Normalise, device: str | None = None
+    ) -> Logistic:
+        """Fit on many rows (n, d), and read them block by block.
+
+        Parameters
+        ----------
+        rows : embeddings as they are.
+        normalise : fitted; the result is that of :meth:`fit` on the rows that it would return.
+        device : of torch, such as ``"cuda"``, where scikit-learn then solves it; by default :mod:`featx.large` does.
+        """
+        self.penalty(rows[:1])
+        self.classes_, labels = np.unique(np.asarray(y), return_inverse=True)
+        self.n_features_in_ = rows.shape[1]
+        path = logistic_path if device is None else partial(torch_logistic_path, device=device)
+        cs, n_classes = [self.C], len(self.classes_)
+        fit = next(path(rows, labels, n_classes, cs, scale_free=self.scale_free, **normalise.by_block(rows)))
+        self.coef_, self.intercept_ = fit.coef, fit.intercept
+        self._warn(np.array([fit.converged]))
+        return self
 
     def predict_proba(self, X: ArrayLike) -> Array:
         return softmax(self.decision_function(X))

@@ -1,5 +1,7 @@
 """Logistic regression over many rows: the embeddings are read block by block, in single precision, and never copied.
 
+:func:`is_large` says from where on :func:`featx.choose.fit_chosen` takes this path.
+
 50,000 rows of 1,280 features are 256 MB, and a solver that converts them to double, centres them or appends a column
 holds a gigabyte. Here centring and normalising are folded into the products, sums over rows are double, and
 what is kept for each row is a few numbers of each class. The path is Newton's, each step by conjugate
@@ -8,7 +10,7 @@ gradients preconditioned in the eigenbasis of the features' covariance, each pen
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -18,10 +20,39 @@ from numpy.typing import NDArray
 from featx.solvers import TOLERANCE, Array
 
 Single: TypeAlias = NDArray[np.float32]
+Rows: TypeAlias = NDArray[np.floating]
+
+LARGE = 2**24
+"""Numbers (rows times dimensions) from which rows are large: 128 MB in double precision, of which a plain fit holds
+several copies."""
 
 _BLOCK = 4096
 _MAX_NEWTON = 40
 _MAX_CG = 250
+
+
+def is_large(rows: Rows) -> bool:
+    """Whether rows (n, d) are worked on block by block, by one worker with all threads."""
+    return rows.size >= LARGE
+
+
+def taken(rows: NDArray[np.floating], index: NDArray[np.intp]) -> NDArray[np.floating]:
+    """``rows[index]`` for an ascending index, but no copy where that is all of them."""
+    return rows if len(index) == len(rows) else rows[index]
+
+
+def blocks(n: int) -> Iterator[slice]:
+    """Slices of a few thousand rows each, over n."""
+    return (slice(start, start + _BLOCK) for start in range(0, n, _BLOCK))
+
+
+def moments(rows: Rows) -> tuple[Array, Array]:
+    """Mean and standard deviation (d,) of rows (n, d), in double precision and without a copy of them."""
+    mean = rows.mean(axis=0, dtype=np.float64)
+    squares = np.zeros_like(mean)
+    for part in blocks(len(rows)):
+        squares += ((rows[part] - mean) ** 2).sum(axis=0)
+    return mean, np.sqrt(squares / len(rows))
 
 
 @dataclass(frozen=True)
@@ -40,22 +71,26 @@ class LargeFit:
 
 
 def logistic_path(
-    rows: NDArray[np.floating],
+    rows: Rows,
     labels: NDArray[np.integer],
     n_classes: int,
     cs: Sequence[float],
     *,
-    row_scale: NDArray[np.floating] | None = None,
+    row_scale: Rows | None = None,
+    prepare: Callable[[Rows], Rows] | None = None,
+    scale_free: bool = False,
     tolerance: float = TOLERANCE,
 ) -> Iterator[LargeFit]:
     """Multinomial logistic regression for each C of a path, by blocks of rows.
 
     Parameters
     ----------
-    rows : (n, d), finite. Contiguous float32 is used as it is; anything else is copied to that, once.
+    rows : (n, d), finite; float32 and contiguous is best.
     labels : (n,) in 0 .. n_classes - 1.
-    cs : plain values of C, ascending is fastest.
-    row_scale : (n,) factor of each row: one over its length stands for normalised rows.
+    cs : values of C, ascending is fastest.
+    row_scale : (n,) factor of each row: one over its length stands for rows of unit length, and costs nothing.
+    prepare : any other normaliser, as what happens to a block of rows (b, d) every time that it is used.
+    scale_free : whether C is in units of the spread of the rows, as of :class:`featx.heads.Logistic`.
     tolerance : squared Newton decrement, per row, at which the last step is taken.
 
     Yields
@@ -63,11 +98,12 @@ def logistic_path(
     LargeFit
         One for each entry of ``cs``.
     """
-    problem = _Blocks(rows, labels, n_classes, row_scale)
+    problem = _Blocks(rows, labels, n_classes, row_scale, prepare)
     solution = np.zeros((problem.d + 1, n_classes))
+    unit = problem.mean_squared_norm if scale_free else 1.0
     for c in cs:
         # Two softmax columns w, -w carry half the penalty of the one vector 2w of a binomial model.
-        converged, solution = _newton(problem, (2.0 if n_classes == 2 else 1.0) / c, solution, tolerance)
+        converged, solution = _newton(problem, (2.0 if n_classes == 2 else 1.0) * unit / c, solution, tolerance)
         inner, offset = solution[:-1].T, solution[-1] - solution[-1].mean()
         offset = offset - inner @ problem.mean
         if n_classes == 2:
@@ -80,31 +116,41 @@ class _Blocks:
 
     def __init__(
         self,
-        rows: NDArray[np.floating],
+        rows: Rows,
         labels: NDArray[np.integer],
         n_classes: int,
-        scale: NDArray[np.floating] | None,
+        scale: Rows | None,
+        prepare: Callable[[Rows], Rows] | None,
     ) -> None:
-        self.rows: Single = np.ascontiguousarray(rows, dtype=np.float32)
+        self.rows, self.prepare = rows, prepare
+        self.scale = None if scale is None else np.asarray(scale, dtype=np.float32)[:, None]
         self.labels, self.n_classes = labels, n_classes
         self.n, self.d = self.rows.shape
-        self.scale = None if scale is None else np.asarray(scale, dtype=np.float32)[:, None]
         self.products = 0
         total, gram = np.zeros(self.d), np.zeros((self.d, self.d))
         for part in self.parts():
-            block = self.rows[part] if self.scale is None else self.rows[part] * self.scale[part]
+            block = self.block(part)
+            if self.scale is not None:
+                block = block * self.scale[part]
             total += block.sum(axis=0, dtype=np.float64)
             gram += block.T @ block
         self.mean = total / self.n
+        # What rounding leaves of a mean that is much longer than the rows are spread may be below zero.
+        self.mean_squared_norm = max(float(np.trace(gram)) / self.n - float(self.mean @ self.mean), 0.0) or 1.0
         values, self.basis = np.linalg.eigh(gram / self.n - np.outer(self.mean, self.mean))
         self.spread = np.append(np.maximum(values, 0.0), 1.0)
 
     def parts(self) -> Iterator[slice]:
-        return (slice(start, start + _BLOCK) for start in range(0, self.n, _BLOCK))
+        return blocks(self.n)
 
-    def apply(self, part: slice, solution: Single, shift: Single) -> Single:
+    def block(self, part: slice) -> Single:
+        """Prepared rows (b, d), not yet scaled."""
+        some = self.rows[part] if self.prepare is None else self.prepare(self.rows[part])
+        return np.ascontiguousarray(some, dtype=np.float32)
+
+    def apply(self, part: slice, block: Single, solution: Single, shift: Single) -> Single:
         """Scores (b, c) of a block of rows; ``shift`` is what :meth:`shift` makes of the solution."""
-        scores: Single = self.rows[part] @ solution
+        scores: Single = block @ solution
         if self.scale is not None:
             scores *= self.scale[part]
         scores += shift
@@ -114,11 +160,10 @@ class _Blocks:
         """What centring and the intercept add to every score (c,)."""
         return np.asarray(solution[-1] - self.mean @ solution[:-1], dtype=np.float32)
 
-    def back(self, part: slice, slopes: Single, out: Array) -> None:
+    def back(self, part: slice, block: Single, slopes: Single, out: Array) -> None:
         """Add the transpose of ``apply`` to ``out`` (d + 1, c)."""
         total = slopes.sum(axis=0, dtype=np.float64)
-        scaled = slopes if self.scale is None else slopes * self.scale[part]
-        out[:-1] += self.rows[part].T @ scaled
+        out[:-1] += block.T @ (slopes if self.scale is None else slopes * self.scale[part])
         out[:-1] -= np.outer(self.mean, total)
         out[-1] += total
 
@@ -128,7 +173,7 @@ class _Blocks:
         single, shift = solution[:-1].astype(np.float32), self.shift(solution)
         out = np.empty((self.n, self.n_classes), dtype=np.float32)
         for part in self.parts():
-            out[part] = self.apply(part, single, shift)
+            out[part] = self.apply(part, self.block(part), single, shift)
         return out
 
     def value(self, scores: Single, along: Single | None = None, size: float = 0.0) -> float:
@@ -155,7 +200,7 @@ class _Blocks:
             state[part] = z
             curvature += (z * (1.0 - z)).sum(axis=0, dtype=np.float64)
             z[np.arange(len(z)), self.labels[part]] -= 1.0
-            self.back(part, z, gradient)
+            self.back(part, self.block(part), z, gradient)
         return state, gradient, curvature
 
     def bend(self, state: Single, direction: Array) -> Array:
@@ -164,10 +209,11 @@ class _Blocks:
         out = np.zeros_like(direction)
         single, shift = direction[:-1].astype(np.float32), self.shift(direction)
         for part in self.parts():
-            z = self.apply(part, single, shift)
+            block = self.block(part)
+            z = self.apply(part, block, single, shift)
             z *= state[part]
             z -= state[part] * z.sum(axis=1, keepdims=True)
-            self.back(part, z, out)
+            self.back(part, block, z, out)
         return out
 
     def precondition(self, residual: Array, diagonal: Array) -> Array:

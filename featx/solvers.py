@@ -319,6 +319,11 @@ def ridge_held_out(
     out = np.empty_like(targets)
     for fold in range(int(folds.max()) + 1):
         own = np.flatnonzero(folds == fold)
+        if z.shape[1] + 1 < len(own) < len(z):  # the same inverse, by Woodbury's identity
+            some = np.column_stack([z[own], np.full(len(own), constant**0.5)])
+            inner = np.diag(np.append(np.einsum("ij,ij->j", z, z) + alpha, 1.0)) - some.T @ some
+            out[own] = targets[own] - residual[own] - some @ np.linalg.solve(inner, some.T @ residual[own])
+            continue
         left = np.eye(len(own)) - constant - shrunk[own] @ z[own].T
         if len(own) == len(z):  # nothing is left to fit, and the block is singular
             out[own] = targets[own] - np.linalg.lstsq(left, residual[own], rcond=None)[0]

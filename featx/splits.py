@@ -216,20 +216,23 @@ def find_duplicates(
     joined = exact
     if threshold is not None and n:
         first = np.unique(exact, return_index=True)[1]
-        joined = _near(embeddings[first], threshold)[exact]
+        joined = _near(embeddings if n_exact == n else embeddings[first], threshold)[exact]
     sizes = np.bincount(joined) if n else np.zeros(0, dtype=np.intp)
     return Duplicates(joined, n - n_exact, n_exact - len(sizes), int((sizes > 1).sum()))
 
 
 def _near(rows: NDArray[np.floating], threshold: float) -> Index:
-    length = np.linalg.norm(rows, axis=1, keepdims=True)
-    unit = (rows / np.where(length > 0, length, 1.0)).astype(np.float32)
-    groups: Index = np.arange(len(unit))
+    length = np.sqrt(np.einsum("ij,ij->i", rows, rows))
+    scale = 1.0 / np.where(length > 0, length, 1.0).astype(np.float32)
+    groups: Index = np.arange(len(rows))
     pairs: list[NDArray[np.intp]] = []
     waiting = 0
-    for start in range(0, len(unit), _TILE):
-        for other in range(start, len(unit), 16 * _TILE):
-            scores = unit[start : start + _TILE] @ unit[other : other + 16 * _TILE].T
+    for start in range(0, len(rows), _TILE):
+        here = np.asarray(rows[start : start + _TILE], dtype=np.float32) * scale[start : start + _TILE, None]
+        for other in range(start, len(rows), 16 * _TILE):
+            # Scaled after the product: the embeddings may be large, and are not copied.
+            scores = here @ np.asarray(rows[other : other + 16 * _TILE], dtype=np.float32).T
+            scores *= scale[other : other + 16 * _TILE]
             left, right = np.nonzero(scores >= threshold)
             left, right = left + start, right + other
             pairs.append(np.stack([left, right])[:, left < right])

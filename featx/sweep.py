@@ -11,20 +11,22 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import joblib
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from sklearn.pipeline import Pipeline
 from threadpoolctl import threadpool_limits
 
 from featx import stats
 from featx.centre import Centre
 from featx.choose import Views, fit_chosen
 from featx.errors import UsageError
-from featx.heads import Head
+from featx.heads import Head, Logistic
 from featx.journal import Journal, plan_hash
+from featx.large import LARGE, blocks, is_large, taken
 from featx.layers import Layers
-from featx.normalise import Normalise
 from featx.results import SweepResult, Trial
 from featx.scoring import Kind
 from featx.splits import (
@@ -37,6 +39,7 @@ from featx.splits import (
     feasible_shots,
     find_duplicates,
 )
+from featx.torch_heads import check_device
 from featx.unlabelled import heads_for
 
 DEFAULT_SHOTS: tuple[Shots, ...] = (1, 2, 5, 10, 20, "all")
@@ -59,6 +62,7 @@ def sweep_heads(
     pool: NDArray[np.floating] | None = None,
     layers: Layers | None = None,
     on: Sequence[str] | None = None,
+    device: str | None = None,
     journal: str | Path | None = None,
     progress: Progress | None = None,
 ) -> SweepResult:
@@ -75,12 +79,14 @@ def sweep_heads(
         ``notes`` then says; shots that were asked for and cannot be given are an error.
     episodes : draws for each n_shots.
     random_state : seed of the draws and folds; the result does not depend on ``n_jobs``.
-    n_jobs : joblib workers, one BLAS thread each; by default one for each core.
+    n_jobs : joblib workers, one BLAS thread each; by default one for each core. Large embeddings
+        (:func:`featx.large.is_large`) have one worker with as many threads.
     near_duplicates : cosine from which two rows count as copies; None looks for exact copies only.
     centre : a mean from elsewhere that heads measure from (:mod:`featx.centre`); ``notes`` then say which.
     pool : (m, d) embeddings of images without labels, of which ``centre`` is the mean: adds the head "ridge_pool".
     layers : which columns of the embeddings are which layer's, to compare heads on several of them.
     on : the layers to compare, of which "combined" may be one; see :meth:`featx.layers.Layers.heads`.
+    device : of torch, such as "cuda", for logistic regression on a large support; everything else is the CPU's.
     journal : file of finished draws, from which an interrupted sweep of the same data and plan goes on;
         removed at the end. Seconds in trials that were resumed are those of their first run.
     progress : called as ``progress(done, total, what)``.
@@ -102,6 +108,10 @@ def sweep_heads(
         raise UsageError("no head to compare", expected=", ".join(catalogue))
     if episodes < 1:
         raise UsageError("a sweep needs at least one episode", found=episodes)
+    if device is not None:
+        check_device(device)
+    if progress and is_large(embeddings):
+        progress(0, 1, "looking for duplicates")
     columns = None if layers is None else layers.columns(layers.reference)
     data = _Data.of(embeddings, labels, class_names, groups, near_duplicates, columns)
     wanted, notes = _plan_shots(data, shots)
@@ -110,13 +120,13 @@ def sweep_heads(
     kept = None
     if journal is not None:
         grids = [(head.grid, head.default, head.columns) for head in chosen.values()]
-        elsewhere = joblib.hash((centre and centre.mean, pool))
+        elsewhere = joblib.hash((centre and centre.mean, pool, device))
         groups_of = data.duplicates.groups
         plan = plan_hash(data.embeddings, data.labels, groups_of, names, [*grids, elsewhere], random_state)
         kept = Journal(Path(journal), plan)
         done = {task: outcome for task, outcome in kept.done.items() if task in set(tasks)}
     left = [task for task in tasks if task not in done]
-    for task, outcome in _run(data, tuple(chosen.values()), left, len(done), random_state, n_jobs, progress):
+    for task, outcome in _run(data, tuple(chosen.values()), left, len(done), random_state, n_jobs, device, progress):
         done[task] = outcome
         if kept:
             kept.add(task, outcome)
@@ -134,7 +144,13 @@ def sweep_heads(
         trials=trials,
         queries={task: done[task][1] for task in tasks},
         duplicates=data.duplicates,
-        notes=(*data.notes, *notes, *([centre.told] if centre else []), *_convergence_notes(trials)),
+        notes=(
+            *data.notes,
+            *notes,
+            *([centre.told] if centre else []),
+            *_device_notes(device, chosen, trials, data),
+            *_convergence_notes(trials),
+        ),
         random_state=random_state,
         seconds=time.perf_counter() - started,
     )
@@ -170,7 +186,7 @@ class _Data:
         if every.size and every.max() >= len(class_names):
             raise UsageError("a label has no class name", expected=f"< {len(class_names)}", found=every.max())
         rows = np.flatnonzero(every >= 0)
-        kept = embeddings[rows]
+        kept = taken(embeddings, rows)
         if not np.isfinite(kept).all():
             bad = int(rows[np.flatnonzero(~np.isfinite(kept).all(axis=1))[0]])
             raise UsageError("embeddings must be finite", where=f"row {bad}", hint="Extract them again.")
@@ -221,12 +237,15 @@ def _run(
     already: int,
     random_state: int,
     n_jobs: int | None,
+    device: str | None,
     progress: Progress | None,
 ) -> Iterator[tuple[tuple[Shots, int], tuple[list[Trial], Index]]]:
     """Outcomes of all tasks, in chunks, so that any joblib backend can report progress."""
     workers = joblib.cpu_count() if n_jobs is None else joblib.effective_n_jobs(n_jobs)
+    # Each worker holds rows of its own: where they are large, one worker with all threads takes draw by draw.
+    workers, threads = (1, workers) if is_large(data.embeddings) else (workers, 1)
     chunk = max(1, 4 * workers) if workers > 1 else 1
-    arguments = (data.embeddings, data.labels, data.duplicates.groups, heads, random_state)
+    arguments = (data.embeddings, data.labels, data.duplicates.groups, heads, random_state, threads, device)
     with joblib.Parallel(n_jobs=max(1, min(workers, len(tasks)))) as pool:
         for start in range(0, len(tasks), chunk):
             some = tasks[start : start + chunk]
@@ -248,13 +267,15 @@ def _episode(
     groups: Index,
     heads: tuple[Head, ...],
     random_state: int,
+    threads: int,
+    device: str | None,
     n_shots: Shots,
     episode: int,
 ) -> tuple[list[Trial], Index]:
-    """All heads on one draw, on one BLAS thread."""
+    """All heads on one draw."""
     support, query = KShotSplit(n_shots, random_state=random_state).episode(labels, groups, episode)
     local = np.unique(groups[support], return_inverse=True)[1]
-    with threadpool_limits(limits=1, user_api="blas"):
+    with threadpool_limits(limits=threads, user_api="blas"):
         shared: dict[tuple[int, int] | None, tuple[Views, _Query]] = {}
         trials = []
         for head in heads:
@@ -265,23 +286,27 @@ def _episode(
             trials.append(
                 _trial(
                     head, views, labels[support], local, asked, labels[query],
-                    n_shots=n_shots, episode=episode, random_state=random_state,
+                    n_shots=n_shots, episode=episode, random_state=random_state, device=device,
                 )
             )  # fmt: skip
     return trials, query
 
 
 class _Query:
-    """Rows to be judged, normalised once for all heads that agree on how."""
+    """Rows to be judged, normalised once for all heads that agree on how; large ones block by block for each head."""
 
     def __init__(self, rows: NDArray[np.floating]) -> None:
         self.rows = rows
         self._done: dict[Kind, NDArray[np.float64]] = {}
 
-    def under(self, normaliser: Normalise) -> NDArray[np.float64]:
+    def judge(self, pipeline: Pipeline, method: str) -> NDArray[Any]:
+        """What ``pipeline.predict_proba`` or ``predict`` gives for the rows."""
+        if is_large(self.rows):
+            return np.concatenate([getattr(pipeline, method)(self.rows[part]) for part in blocks(len(self.rows))])
+        normaliser, model = pipeline.named_steps.values()
         if normaliser.kind not in self._done:
             self._done[normaliser.kind] = normaliser.transform(self.rows)
-        return self._done[normaliser.kind]
+        return np.asarray(getattr(model, method)(self._done[normaliser.kind]))
 
 
 def _trial(
@@ -295,14 +320,14 @@ def _trial(
     n_shots: Shots,
     episode: int,
     random_state: int,
+    device: str | None,
 ) -> Trial:
     started = time.perf_counter()
-    choice, pipeline = fit_chosen(head, views, labels, groups, random_state=[random_state, episode])
+    choice, pipeline = fit_chosen(head, views, labels, groups, random_state=[random_state, episode], device=device)
     seconds = time.perf_counter() - started
-    normaliser, model = pipeline.named_steps.values()
-    asked = query.under(normaliser)
-    probabilities = model.predict_proba(asked) if head.probabilistic else None
-    predicted = np.asarray(model.predict(asked) if probabilities is None else probabilities.argmax(axis=1), np.int32)
+    probabilities = query.judge(pipeline, "predict_proba") if head.probabilistic else None
+    named = query.judge(pipeline, "predict") if probabilities is None else probabilities.argmax(axis=1)
+    predicted = named.astype(np.int32)
     confidence = None if probabilities is None else probabilities.max(axis=1)
     return Trial(
         head=head.name,
@@ -323,6 +348,16 @@ def _trial(
         predictions=predicted,
         confidences=None if confidence is None else confidence.astype(np.float32),
     )
+
+
+def _device_notes(device: str | None, heads: dict[str, Head], trials: Sequence[Trial], data: _Data) -> list[str]:
+    if device is None:
+        return []
+    features = data.embeddings.shape[1]
+    fits = [t for t in trials if heads[t.head].estimator is Logistic and t.n_support * features >= LARGE]
+    if fits:
+        return [f"{len(fits)} fits of logistic regression were solved on {device}, everything else on the CPU."]
+    return [f"Nothing was solved on {device}: no support of logistic regression had {LARGE:,} numbers or more."]
 
 
 def _convergence_notes(trials: Sequence[Trial]) -> list[str]:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
-from featx.large import logistic_path
-from featx.scoring import softmax
+from featx.errors import UsageError
+from featx.fit import fit_head
+from featx.heads import Logistic
+from featx.large import logistic_path, moments
+from featx.normalise import Normalise
+from featx.scoring import KINDS, Kind, softmax
+from featx.sweep import sweep_heads
+from featx.torch_heads import check_device
 
 
 def clusters(n: int, d: int, n_classes: int, seed: int = 0) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -40,6 +49,110 @@ def test_the_path_equals_logistic_regression(n_classes: int, scaled: bool) -> No
         products = fit.products
         assert fit.coef.shape == exact.coef_.shape
         np.testing.assert_allclose(ours, exact.predict_proba(plain), atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n_classes", [2, 3])
+def test_a_large_fit_is_the_fit_of_the_head(kind: Kind, n_classes: int) -> None:
+    rows, labels = clusters(4300, 16, n_classes)
+    normalise = Normalise(kind).fit(rows)
+    whole = Logistic(C=50.0).fit(normalise.transform(rows), labels)
+    large = Logistic(C=50.0).fit_large(rows, labels, normalise)
+    expected = whole.predict_proba(normalise.transform(rows))
+    np.testing.assert_allclose(large.predict_proba(normalise.transform(rows)), expected, atol=1e-4)
+    np.testing.assert_array_equal(large.classes_, whole.classes_)
+
+
+def test_mean_and_deviation_are_those_of_numpy() -> None:
+    rows, _ = clusters(9000, 12, 2)
+    mean, deviation = moments(rows)
+    np.testing.assert_allclose(mean, rows.astype(np.float64).mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(deviation, rows.astype(np.float64).std(axis=0), rtol=1e-12)
+
+
+def test_a_sweep_of_large_embeddings_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, labels = clusters(700, 24, 3)
+    plan: dict[str, Any] = {"class_names": "abc", "heads": ["logreg", "ridge", "knn"], "shots": (5, "all")}
+    plain = sweep_heads(rows, labels, **plan, episodes=2, n_jobs=1)
+    monkeypatch.setattr("featx.large.LARGE", 2000)
+    calls = []
+    path = logistic_path
+    monkeypatch.setattr("featx.heads.logistic_path", lambda *args, **more: calls.append(1) or path(*args, **more))
+    large = sweep_heads(rows, labels, **plan, episodes=2, n_jobs=2)
+    assert len(calls) == 2  # the two supports of "all"; those of 15 images are small
+    for ours, theirs in zip(large.trials, plain.trials, strict=True):
+        assert (ours.params, ours.accuracy, ours.converged) == (theirs.params, theirs.accuracy, True)
+        np.testing.assert_array_equal(ours.predictions, theirs.predictions)
+        if theirs.confidences is not None:
+            assert ours.confidences is not None
+            np.testing.assert_allclose(ours.confidences, theirs.confidences, atol=1e-4)
+
+
+def test_a_fit_on_large_embeddings_is_the_same_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, labels = clusters(600, 24, 3)
+    plain = fit_head(rows, labels, class_names="abc", heads=["logreg"])
+    monkeypatch.setattr("featx.large.LARGE", 2000)
+    large = fit_head(rows, labels, class_names="abc", heads=["logreg"])
+    assert large.params == plain.params
+    np.testing.assert_allclose(large.scorer.scores(rows), plain.scorer.scores(rows), atol=1e-2)
+    assert large.sharpness == pytest.approx(plain.sharpness, rel=1e-3)
+    assert large.metrics["out_of_fold"]["accuracy"] == plain.metrics["out_of_fold"]["accuracy"]
+
+
+TENSORS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import numpy as np
+from test_large import clusters
+from featx.heads import Logistic
+from featx.normalise import Normalise
+from featx.scoring import KINDS
+from featx.sweep import sweep_heads
+import featx.large
+for n_classes in (2, 4):
+    rows, labels = clusters(1500, 16, n_classes)
+    for kind in KINDS:
+        normalise = Normalise(kind).fit(rows)
+        plain = Logistic(C=50.0).fit_large(rows, labels, normalise)
+        tensors = Logistic(C=50.0).fit_large(rows, labels, normalise, "cpu")
+        seen = normalise.transform(rows)
+        assert tensors.converged_
+        np.testing.assert_allclose(tensors.predict_proba(seen), plain.predict_proba(seen), atol=2e-4)
+featx.large.LARGE = 2000
+plan = {"class_names": "abcd", "heads": ["logreg"], "shots": ("all",), "episodes": 2, "n_jobs": 1}
+found, plain = (sweep_heads(rows, labels, **plan, device=device) for device in ("cpu", None))
+for ours, theirs in zip(found.trials, plain.trials, strict=True):
+    assert abs(ours.accuracy - theirs.accuracy) < 0.005 and ours.converged
+assert found.notes == ("2 fits of logistic regression were solved on cpu, everything else on the CPU.",)
+featx.large.LARGE = 10**9
+found = sweep_heads(rows, labels, **plan, device="cpu")
+assert found.notes[0].startswith("Nothing was solved on cpu"), found.notes
+"""
+
+
+@pytest.mark.slow
+def test_tensors_give_the_same_as_arrays() -> None:
+    pytest.importorskip("torch")
+    environment = {**os.environ, "SCIPY_ARRAY_API": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "error", "-c", TENSORS, str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_devices_that_are_not_there_are_usage_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.delenv("SCIPY_ARRAY_API", raising=False)
+    with pytest.raises(UsageError, match="SciPy takes no tensors: expected SCIPY_ARRAY_API=1"):
+        check_device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    rows, labels = clusters(60, 8, 2)
+    for work in (sweep_heads, fit_head):
+        with pytest.raises(UsageError, match=r"no CUDA device.* Leave --device out"):
+            work(rows, labels, class_names="ab", device="cuda")  # type: ignore[operator]
+    monkeypatch.setattr("sklearn.__version__", "1.6.1")
+    monkeypatch.setenv("SCIPY_ARRAY_API", "1")
+    with pytest.raises(UsageError, match=r"expected 1\.9 or newer, found 1\.6\.1"):
+        check_device("cpu")
 
 
 def test_other_layouts_are_copied_and_agree() -> None:

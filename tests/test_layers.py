@@ -45,6 +45,7 @@ LAYERS = [
         "normalise",
         "solvers",
         "large",
+        "torch_heads",
         "splits",
         "stats",
         "choose",
@@ -89,7 +90,7 @@ DOORS = {
     "PIL": {"images"},
     "h5py": {"hdf5"},
     "torch": {"networks", "checkpoints", "timm_models", "engines", "openvino_engine", "hub"}
-    | {"tails", "training", "autoencoder"},
+    | {"tails", "training", "autoencoder", "torch_heads"},
     "torchvision": {"networks", "checkpoints", "sources_torchvision"},
     "pyarrow": {"sources_table", "tabular"},
     "fsspec": {"sources_remote"},
@@ -106,7 +107,7 @@ DOORS = {
     "uvicorn": {"service_run"},
     "prometheus_client": {"service_watch"},
     "sklearn": {"retrieval", "postprocess", "normalise", "heads", "solvers", "splits", "stats", "choose"}
-    | {"sweep", "journal", "fit", "export", "demo", "estimator"},
+    | {"sweep", "journal", "fit", "export", "demo", "estimator", "torch_heads"},
 }
 """Who may import what; a library that is not named is free."""
 

@@ -131,7 +131,7 @@ def test_no_step_from_the_solution_gains(seed: int, exponent: float, loss: str) 
         assert objective(point.coef[0], point.intercept[0] + 1e-2 * rng.normal(size=3)) >= best - 1e-7
 
 
-@pytest.mark.parametrize("d", [6, 50])
+@pytest.mark.parametrize("d", [3, 6, 50])  # folds of six rows: more than there are directions, as many, fewer
 def test_ridge_equals_ridge_and_its_held_out_predictions(d: int) -> None:
     rows, labels = blobs(3, 6, d)
     targets = np.where(labels[:, None] == np.arange(3), 1.0, -1.0)
