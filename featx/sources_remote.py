@@ -42,6 +42,7 @@ def remote_refs(url: str) -> tuple[list[ImageRef], int]:
     """
     files, top = _system(url)
     try:
+        files.invalidate_cache()  # what was listed earlier in this process may have changed
         listed: Mapping[str, Mapping[str, Any]] = files.find(top, detail=True)
     except Exception as error:
         raise _no_answer(error, url) from error

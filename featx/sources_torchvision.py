@@ -48,6 +48,8 @@ def _parts(name: str, root: Path) -> Iterator[tuple[str, Any]]:
     options = inspect.signature(kind).parameters
     keywords: dict[str, Any] = {"loader": _path_itself} if "loader" in options else {}
     if "root" in options:
+        if not root.is_dir():  # some data sets would make it
+            raise _not_there(name, root, FileNotFoundError("no such folder"))
         keywords["root"] = root
     needed = [
         key
