@@ -16,6 +16,7 @@ A file that cannot be decoded raises :class:`featx.errors.ImageError` with one o
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -87,6 +88,9 @@ REASONS: Mapping[str, str] = MappingProxyType(
 
 # Pillow warns above MAX_PIXELS and goes on; here that warning is an answer, in every thread.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+
+_RADIUS = 3
+"""Of the widest filter (Lanczos), in pixels of the smaller picture."""
 
 _RESAMPLING = MappingProxyType(
     {
@@ -283,12 +287,17 @@ def resize_crop(image: Image.Image, preprocess: Preprocess) -> NDArray[np.uint8]
     return resize_box(image, preprocess, box)
 
 
-def resize_box(
-    image: Image.Image, preprocess: Preprocess, box: tuple[float, float, float, float]
-) -> NDArray[np.uint8]:
+def resize_box(image: Image.Image, preprocess: Preprocess, box: tuple[float, float, float, float]) -> NDArray[np.uint8]:
     """Resize a part of an RGB image, (left, top, right, bottom) in pixels, to the crop's shape: uint8 ``(h, w, 3)``."""
     height, width = preprocess.crop
-    return np.asarray(image.resize((width, height), _RESAMPLING[preprocess.interpolation], box=box), dtype=np.uint8)
+    left, top, right, bottom = box
+    # Pillow chooses the order of its two passes, which round in between, by the shape of the whole image. Cut to what
+    # the filter reaches, the part has the shape of the crop, and the order is that of resizing the whole picture.
+    reach = _RADIUS * max((right - left) / width, (bottom - top) / height, 1.0) + 1
+    x, y = max(0, math.floor(left - reach)), max(0, math.floor(top - reach))
+    part = image.crop((x, y, min(image.width, math.ceil(right + reach)), min(image.height, math.ceil(bottom + reach))))
+    box = (left - x, top - y, right - x, bottom - y)
+    return np.asarray(part.resize((width, height), _RESAMPLING[preprocess.interpolation], box=box), dtype=np.uint8)
 
 
 def _open(data: bytes) -> Image.Image:

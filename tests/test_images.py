@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 from featx.errors import ImageError
-from featx.images import FORMATS, REASONS, Preprocess, decode, pixels
+from featx.images import FORMATS, REASONS, Preprocess, decode, pixels, resize_crop
 
 HALF = (0.5, 0.5, 0.5)
 IMAGENET = Preprocess(256, (224, 224), "bilinear", HALF, HALF)
@@ -234,3 +235,18 @@ def test_scaled_decoding_never_goes_below_what_the_resize_needs() -> None:
     for size in ((511, 400), (512, 512), (2048, 300), (1030, 1025), (5000, 260)):
         image = decode(encoded(picture(1, size), "JPEG"), enough_for=IMAGENET)
         assert min(image.size) >= 256 or image.size == size
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize("size", [(199, 272), (60, 300), (193, 130), (600, 50), (500, 375), (375, 500), (900, 1200)])
+def test_resizing_the_crop_alone_is_resizing_everything(interpolation: str, size: tuple[int, int]) -> None:
+    """Also on noise, where the order of the two passes shows, and where the picture is enlarged."""
+    preprocess = replace(IMAGENET, interpolation=interpolation)
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    width, height = preprocess.resized(*size)
+    whole = Image.fromarray(noise).resize((width, height), Image.Resampling[interpolation.upper()])
+    left, top = round((width - 224) / 2), round((height - 224) / 2)
+    expected = np.asarray(whole)[top : top + 224, left : left + 224].astype(int)
+    difference = np.abs(expected - resize_crop(Image.fromarray(noise), preprocess))
+    assert difference.max() <= 1
+    assert difference.mean() < 1e-3
