@@ -27,6 +27,7 @@ from featx.extract import ExtractSummary, extract_features
 from featx.images import Preprocess
 from featx.index import Index, Refused, read_quarantine
 from featx.manifest import read_manifest
+from featx.parts import Part, extract_part, finish_parts
 from featx.sources import ImageSet
 from featx.store import digest_keys, open_shard, read_features
 from featx.store_writer import StoreWriter
@@ -224,7 +225,10 @@ class Zygote:
         self._process.wait(10)
 
     def start(self, **job: object) -> int:
-        """Begin one extraction: ``source``, ``store``, ``shard_rows`` and perhaps ``log``, ``pause``; the pid."""
+        """Begin one extraction: ``source``, ``store``, ``shard_rows`` and perhaps ``log``, ``pause``; the pid.
+
+        With ``part`` ("2/3") it is of that part, with ``finish`` (true) it puts the parts together.
+        """
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in job.items()}) + "\n")
         self._process.stdin.flush()
@@ -248,8 +252,16 @@ def _run_job(job: dict[str, Any]) -> int:
 
     featx.extract.StoreWriter = writer  # type: ignore[attr-defined, assignment]
     log = Path(job["log"]) if "log" in job else None
+    source, store, pause = Path(job["source"]), Path(job["store"]), job.get("pause", 0.0)
     try:
-        extract(Path(job["source"]), Path(job["store"]), log=log, pause=job.get("pause", 0.0))
+        if job.get("finish"):
+            finish_parts(ImageSet.from_folder(source), store)
+        elif "part" in job:
+            engine = LightEngine(log=log, pause=pause)
+            images, part = ImageSet.from_folder(source), Part.parse(job["part"])
+            extract_part(images, light_backbone(), store, part, engine=engine, workers=1)
+        else:
+            extract(source, store, log=log, pause=pause)
     except Interrupted as error:
         return error.exit_code
     return 0
