@@ -48,8 +48,6 @@ def _parts(name: str, root: Path) -> Iterator[tuple[str, Any]]:
     options = inspect.signature(kind).parameters
     keywords: dict[str, Any] = {"loader": _path_itself} if "loader" in options else {}
     if "root" in options:
-        if not root.is_dir():  # some data sets would make it
-            raise _not_there(name, root, FileNotFoundError("no such folder"))
         keywords["root"] = root
     needed = [
         key
@@ -64,6 +62,8 @@ def _parts(name: str, root: Path) -> Iterator[tuple[str, Any]]:
             found=", ".join(needed),
             hint="Write its images into class folders.",
         )
+    if "root" in options and not root.is_dir():  # some data sets would make it
+        raise _not_there(name, root, FileNotFoundError("no such folder"))
     if "train" in options:
         yield "train", _make(name, root, {**keywords, "train": True})
         yield "test", _make(name, root, {**keywords, "train": False})
