@@ -31,6 +31,7 @@ USER_BLOCK = 512
 MAX_STRING = 4_096
 """Bytes that an id or the name of a class may have: the longest path that Linux knows."""
 
+_SHORT = 5
 _SEAL = b"featx sha256 "
 _MAX_ATTRIBUTE = 65_000  # HDF5 keeps an attribute with its name in a message of less than 64 kB
 RESTORE = "Restore it from a copy, or delete the store and extract again."
@@ -146,8 +147,13 @@ class CheckedFile:
 
     def text(self, name: str) -> list[str]:
         """A column of strings."""
+        values = self.read(name)
         try:
-            return [value.decode() for value in self.read(name).tolist()]
+            if values.dtype.itemsize <= _SHORT and len(values):
+                # Few different ones, such as splits: one string for each, however many rows there are.
+                known = {value: value.decode() for value in np.unique(values).tolist()}
+                return [known[value] for value in values.tolist()]
+            return [value.decode() for value in values.tolist()]
         except UnicodeDecodeError as error:
             raise StoreError(f"{name} is not UTF-8", where=self.path) from error
 

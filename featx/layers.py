@@ -111,13 +111,16 @@ class Layers:
         return out
 
 
-def read_layers(path: str | Path, names: Sequence[str] | None = None) -> tuple[FeatureSet, Layers]:
+def read_layers(
+    path: str | Path, names: Sequence[str] | None = None, *, max_images: int | None = None, random_state: int = 0
+) -> tuple[FeatureSet, Layers]:
     """Read several layers of a store, side by side.
 
     Parameters
     ----------
     path : a store, or a packed one.
     names : the layers; all by default.
+    max_images, random_state : as of :func:`featx.store.read_features`.
 
     Returns
     -------
@@ -129,7 +132,7 @@ def read_layers(path: str | Path, names: Sequence[str] | None = None) -> tuple[F
         See :func:`featx.store.read_features`.
     """
     wanted = tuple(names) if names is not None else stored_layers(path)
-    parts = [read_features(path, layer=name) for name in wanted]
+    parts = [read_features(path, layer=name, max_images=max_images, random_state=random_state) for name in wanted]
     first = parts[0]
     for other in parts[1:]:
         if other.fingerprint != first.fingerprint or not np.array_equal(other.digests, first.digests):
@@ -140,7 +143,9 @@ def read_layers(path: str | Path, names: Sequence[str] | None = None) -> tuple[F
     return replace(first, embeddings=np.hstack([part.embeddings for part in parts]), layer=COMBINED), layers
 
 
-def open_layers(path: str | Path, asked: str | None, *, one: bool = False) -> tuple[FeatureSet, Layers, list[str]]:
+def open_layers(
+    path: str | Path, asked: str | None, *, one: bool = False, max_images: int | None = None, random_state: int = 0
+) -> tuple[FeatureSet, Layers, list[str]]:
     """Read what ``--layers`` names.
 
     Parameters
@@ -149,6 +154,7 @@ def open_layers(path: str | Path, asked: str | None, *, one: bool = False) -> tu
     asked : names separated by commas, of which :data:`COMBINED` may be one; "all" and None are all of them, and
         combined where there are several.
     one : whether None is the reference layer alone.
+    max_images, random_state : as of :func:`featx.store.read_features`.
 
     Returns
     -------
@@ -172,7 +178,8 @@ def open_layers(path: str | Path, asked: str | None, *, one: bool = False) -> tu
                 f"no layer {name!r} in this store", where=path, expected=f"some of {', '.join(known)}, or all",
                 hint=did_you_mean(name, known) or None,
             )  # fmt: skip
-    features, layers = read_layers(path, stored if COMBINED in wanted and COMBINED not in stored else wanted)
+    names = stored if COMBINED in wanted and COMBINED not in stored else wanted
+    features, layers = read_layers(path, names, max_images=max_images, random_state=random_state)
     return features, layers, wanted
 
 

@@ -85,6 +85,38 @@ def read_rows(file: hdf5.CheckedFile, layer: str, rows: NDArray[np.int64], out: 
         start = stop
 
 
+class Contents:
+    """A set of digests that grows, in 32 bytes each; asking is thread-safe.
+
+    Sorted blocks, each more than twice as long as the next: adding n in small parts moves every digest about log n
+    times, where one sorted array would be written anew each time.
+    """
+
+    def __init__(self, digests: NDArray[np.uint8]) -> None:
+        self._blocks = [np.sort(digest_keys(digests))]
+
+    def add(self, digests: NDArray[np.uint8]) -> None:
+        """Add digests (n, 32)."""
+        blocks = [*self._blocks, np.sort(digest_keys(digests))]
+        while len(blocks) > 1 and len(blocks[-2]) <= 2 * len(blocks[-1]):
+            blocks[-2:] = [np.sort(np.concatenate(blocks[-2:]), kind="stable")]
+        self._blocks = blocks  # at once: another thread may be asking
+
+    def has(self, digests: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        """Which of these (n, 32) are in it."""
+        keys = digest_keys(digests)
+        found = np.zeros(len(keys), bool)
+        for block in self._blocks:
+            at = np.searchsorted(block, keys)
+            inside = np.flatnonzero(at < len(block))
+            found[inside] |= block[at[inside]] == keys[inside]
+        return found
+
+    def __contains__(self, digest: bytes) -> bool:
+        # As an array of one: a numpy scalar would lose the zero bytes that a digest may end in.
+        return bool(self.has(np.frombuffer(digest, np.uint8).reshape(1, 32))[0])
+
+
 class ShardReader:
     """Random access to the published rows of a store.
 
@@ -110,7 +142,7 @@ class ShardReader:
             try:
                 with open_shard(path, shard, self.layers, hashed=True) as file:
                     digests[at : at + shard.rows] = file.read("digests")
-                    self._contents[place] = hashlib.sha256(digests[at : at + shard.rows]).digest()
+                    self._contents[place] = hashlib.sha256(digests[at : at + shard.rows].tobytes()).digest()
                     widths.add(tuple(dims_of(file, layer) for layer in self.layers))
             except StoreError:
                 self.check_sums()
@@ -176,7 +208,7 @@ class ShardReader:
         hashed = bool(state) and self._verified.get(path) == state
         with open_shard(self.path, shard, self.layers, hashed=hashed) as file:
             # The file is what was published; was it so when the rows were numbered?
-            if not hashed and self._contents[path] != hashlib.sha256(file.read("digests")).digest():
+            if not hashed and self._contents[path] != hashlib.sha256(file.read("digests").tobytes()).digest():
                 raise StoreError("the shard was replaced while it was read", where=path, hint="Read it again.")
             self._verified[path] = state
             yield file

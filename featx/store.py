@@ -119,7 +119,14 @@ def is_packed(path: Path) -> bool:
 # --- reading ------------------------------------------------------------------------------------------------------
 
 
-def read_features(path: str | Path, *, layer: str = "penultimate", splits: Sequence[str] | None = None) -> FeatureSet:
+def read_features(
+    path: str | Path,
+    *,
+    layer: str = "penultimate",
+    splits: Sequence[str] | None = None,
+    max_images: int | None = None,
+    random_state: int = 0,
+) -> FeatureSet:
     """Read the embeddings of a store (or of a packed store) with their ids, labels and provenance.
 
     Every shard is compared with its checksum first, so altered numbers are never returned.
@@ -128,6 +135,8 @@ def read_features(path: str | Path, *, layer: str = "penultimate", splits: Seque
     ----------
     layer : which layer's embeddings.
     splits : only the images of these splits.
+    max_images : at most so many, drawn by ``random_state`` with the shares that classes and splits have; a class has
+        one at least. Only the shards that they lie in are read.
 
     Raises
     ------
@@ -138,7 +147,7 @@ def read_features(path: str | Path, *, layer: str = "penultimate", splits: Seque
     """
     if splits is not None and (isinstance(splits, str) or not set(splits) <= set(SPLITS)):
         raise UsageError("no such split", where="splits", expected="a list of train, val, test", found=splits)
-    return steady(Path(path), lambda: _read_features(FeatureReader(path), layer, splits))
+    return steady(Path(path), lambda: _read_features(FeatureReader(path), layer, splits, max_images, random_state))
 
 
 def steady(store: Path, read: Callable[[], T]) -> T:
@@ -162,21 +171,44 @@ def _state(store: Path) -> bytes:
     return b"" if store.is_file() else manifest_bytes(store)
 
 
-def _read_features(reader: FeatureReader, layer: str, splits: Sequence[str] | None) -> FeatureSet:
+def _read_features(
+    reader: FeatureReader, layer: str, splits: Sequence[str] | None, max_images: int | None, random_state: int
+) -> FeatureSet:
     index = reader.index
     wanted = np.ones(len(index), bool) if splits is None else np.isin(index.split, list(splits))
     rows = np.flatnonzero(wanted)
+    if max_images is not None and max_images < len(rows):
+        rows = rows[
+            draw_rows(index.labels[rows], [index.split[row] for row in rows.tolist()], max_images, random_state)
+        ]
     return FeatureSet(
         embeddings=reader.read(rows, layer=layer),
-        ids=np.array(index.ids, dtype=np.str_)[rows],
+        ids=np.array([index.ids[row] for row in rows.tolist()], dtype=np.str_),
         labels=index.labels[rows],
         class_names=index.class_names,
-        splits=np.array(index.split, dtype=np.str_)[rows],
+        splits=np.array([index.split[row] for row in rows.tolist()], dtype=np.str_),
         digests=index.digests[rows],
         layer=layer,
         provenance=reader.provenance,
         fingerprint=fingerprint(reader.provenance),
     )
+
+
+def draw_rows(labels: NDArray[np.int64], splits: Sequence[str], n: int, random_state: int) -> NDArray[np.int64]:
+    """About ``n`` rows, ascending, drawn at random from every class in every split in proportion, one at least."""
+    if n < 1:
+        raise UsageError("must be 1 or more", where="max_images", found=n)
+    codes = {name: code for code, name in enumerate(("", *SPLITS))}
+    key = labels * len(codes) + np.fromiter((codes[name] for name in splits), np.int64, len(splits))
+    groups = np.unique(key, return_inverse=True)[1].reshape(-1)
+    # By a random order in which each row stands at its quantile in its group: the first n are in proportion.
+    order = np.random.default_rng(random_state).permutation(len(groups))
+    order = order[np.argsort(groups[order], kind="stable")]
+    sizes = np.bincount(groups)
+    place = np.arange(len(groups)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    quantile = np.where(place == 0, 0.0, (place + 0.5) / np.repeat(sizes, sizes))
+    kept = np.argsort(quantile, kind="stable")[: max(n, len(sizes))]
+    return np.sort(order[kept])
 
 
 def stored_precision(path: Path) -> str | None:

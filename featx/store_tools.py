@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from featx import hdf5
 from featx._files import canonical_json, publish
-from featx.errors import StoreError
+from featx.errors import StoreError, UsageError
 from featx.hdf5 import RESTORE
 from featx.index import Index, name_columns, read_index, read_quarantine
 from featx.manifest import FORMAT_VERSION, Manifest, Shard, fingerprint, manifest_bytes, read_manifest
@@ -40,7 +40,7 @@ def info(path: str | Path) -> dict[str, Any]:
         "layers": dims,
         "backbone": provenance.get("backbone", ""),
         "fingerprint": fingerprint(provenance),
-        "classes": index.counts(index.labels_as_text),
+        "classes": _class_counts(index),
         "unlabelled": int((index.labels < 0).sum()),
         "splits": index.counts(index.split),
         "shards": shards,
@@ -60,20 +60,43 @@ def _facts(path: Path) -> tuple[Manifest, Index, dict[str, int], int]:
     return manifest, index, dims, len(refused)
 
 
-def verify(path: str | Path) -> list[str]:
+def _class_counts(index: Index) -> dict[str, int]:
+    counts = np.bincount(index.labels[index.labels >= 0], minlength=len(index.class_names)).tolist()
+    return {name: count for name, count in sorted(zip(index.class_names, counts, strict=True)) if count}
+
+
+def verify(
+    path: str | Path,
+    *,
+    sample: int | None = None,
+    random_state: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
     """Check every byte of a store against its checksums, and its parts against each other.
+
+    Parameters
+    ----------
+    sample : look into so many shards only, drawn by ``random_state``; manifest, index, quarantine and the names of
+        files are always checked. Whether each image has its embedding is then not.
+    progress : called as ``progress(shards done, shards to look into)``.
 
     Returns
     -------
     One sentence for each problem, naming the file; an empty list for a sound store.
     """
     path = Path(path)
+    if sample is not None and sample < 1:
+        raise UsageError("must be 1 or more", where="sample", found=sample)
     if path.is_file():
+        if sample is not None:
+            raise UsageError("a packed store is checked whole", where=path, hint="Leave --sample out.")
         return _problems(lambda: _verify_packed(path))
     for _ in range(_RETRIES):
         try:
             before = manifest_bytes(path)
-            problems = _verify_store(path, read_manifest(path))
+            manifest = read_manifest(path)
+            drawn = _drawn(manifest, sample, random_state)
+            problems = _verify_store(path, manifest, drawn, progress)
             if not problems or manifest_bytes(path) == before:
                 break  # else a writer was at work, and what looked wrong may have been its doing
         except StoreError as error:
@@ -96,11 +119,22 @@ def _verify_packed(path: Path) -> None:
             reader.read(np.arange(start, min(start + _BLOCK_ROWS, len(reader.index))), layer=layer)
 
 
-def _verify_store(path: Path, manifest: Manifest) -> list[str]:
+def _drawn(manifest: Manifest, sample: int | None, random_state: int) -> tuple[Shard, ...]:
+    if sample is None or sample >= len(manifest.shards):
+        return manifest.shards
+    drawn = np.random.default_rng(random_state).choice(len(manifest.shards), sample, replace=False)
+    return tuple(manifest.shards[number] for number in np.sort(drawn).tolist())
+
+
+def _verify_store(
+    path: Path, manifest: Manifest, shards: Sequence[Shard], progress: Callable[[int, int], None] | None
+) -> list[str]:
     problems: list[str] = []
     seen: list[tuple[NDArray[np.bytes_], tuple[int, ...]]] = []
-    for shard in manifest.shards:
+    for done, shard in enumerate(shards, 1):
         problems += _problems(lambda shard=shard: seen.append(_verify_shard(path, shard, manifest)))  # type: ignore[misc]
+        if progress is not None:
+            progress(done, len(shards))
     known = np.concatenate([np.empty(0, "S32"), *(keys for keys, _ in seen)])
     if len(np.unique(known)) != len(known):
         problems.append(f"{path / 'manifest.json'}: it lists two shards with embeddings of the same image.")
