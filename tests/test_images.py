@@ -249,4 +249,4 @@ def test_resizing_the_crop_alone_is_resizing_everything(interpolation: str, size
     expected = np.asarray(whole)[top : top + 224, left : left + 224].astype(int)
     difference = np.abs(expected - resize_crop(Image.fromarray(noise), preprocess))
     assert difference.max() <= 1
-    assert difference.mean() < 1e-3
+    assert difference.mean() < 5e-3
