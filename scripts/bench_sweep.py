@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The same plan by grid search and by featx: how much faster, and whether the results are the same.
 
-    python scripts/bench_sweep.py STORE [--episodes 3] [--n-jobs 2] [--out data/bench/sweep.json]
+    python scripts/bench_sweep.py STORE [--episodes 20] [--timed 2] [--n-jobs 2] [--seconds 100]
 
 Plan: logistic regression and linear SVM, 12 penalties, 5 folds, 5 and 20 shots, raw embeddings. Timed:
 ``GridSearchCV(n_jobs=...)`` as users run it (joblib's and BLAS's own thread limits), the same with one BLAS
@@ -10,7 +10,8 @@ falls on all alike. CPU seconds are those of this process and its workers. Penal
 search itself, and where they differ with one whose solver converges; predictions and probabilities with
 scikit-learn solved to the optimum at the same penalty, because its default tolerance is further from it than
 featx is. Run it without ``OMP_NUM_THREADS``: it would change what "as users run it" means, and is written
-into the result.
+into the result. The comparison of results takes longer than the timings, and does not mind other work: what was found
+is kept in a journal beside ``--out``, draw by draw and store by store, and another run goes on from there.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,10 @@ import joblib
 import numpy as np
 import psutil  # type: ignore[import-untyped]
 import sklearn
+from joblib.externals.loky import get_reusable_executor
 from numpy.typing import NDArray
+from sklearn.base import clone
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, PredefinedSplit
 from sklearn.svm import LinearSVC
@@ -96,19 +101,64 @@ def draws(store: Path, episodes: int) -> list[list[Task]]:
     return out
 
 
+def quietly(work: Callable[..., Any], *arguments: Any) -> Any:
+    """The peers' solvers do stop early, and what that costs is measured below; of featx's own nothing is hidden."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        before = os.environ.get("PYTHONWARNINGS")
+        os.environ["PYTHONWARNINGS"] = "ignore"  # the same in workers, which start while this holds
+        try:
+            return work(*arguments)
+        finally:
+            if before is None:
+                del os.environ["PYTHONWARNINGS"]
+            else:
+                os.environ["PYTHONWARNINGS"] = before
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("store", type=Path)
-    parser.add_argument("--episodes", type=int, default=3)
+    parser.add_argument("--episodes", type=int, default=20, help="draws of each number of shots to compare results on")
+    parser.add_argument("--timed", type=int, default=2, help="of these, how many to take the time of")
+    parser.add_argument("--only", choices=("time", "agreement"), help="one of the two, the other having a quieter hour")
     parser.add_argument("--n-jobs", type=int, default=joblib.cpu_count())
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop then, to go on later")
     parser.add_argument("--out", type=Path, default=Path("data/bench/sweep.json"))
     options = parser.parse_args()
-    warnings.simplefilter("ignore")  # scikit-learn's solvers do stop early here; agreement below says what it costs
-    os.environ["PYTHONWARNINGS"] = "ignore"  # the same in the workers
-    jobs, plan = options.n_jobs, draws(options.store, options.episodes)
-    tasks = [task for tasks in plan for task in tasks]
+    started = time.monotonic()
+    plan = draws(options.store, options.episodes)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    journal = options.out.with_suffix(".journal.jsonl")
+    lines = journal.read_text().splitlines() if journal.exists() else []
+    done = {(e["store"], e["what"]): e["found"] for e in map(json.loads, lines)}
+
+    def keep(what: str, found: dict[str, Any]) -> None:
+        done[options.store.name, what] = found
+        with journal.open("a") as file:
+            file.write(json.dumps({"store": options.store.name, "what": what, "found": found}) + "\n")
+
+    if options.only != "agreement" and (options.store.name, "time") not in done:
+        keep("time", take_time([task for tasks in plan[: options.timed] for task in tasks], options.n_jobs))
+    for episode, tasks in enumerate(plan):
+        what = f"agreement {episode}"
+        if options.only == "time" or time.monotonic() - started > options.seconds:
+            break
+        if (options.store.name, what) not in done:
+            keep(what, agree(tasks, options.n_jobs))
+    stores = sorted({store for store, _ in done})
+    written = {
+        "plan": "logreg and linear_svm, 12 penalties, 5 folds, 5 and 20 shots, raw embeddings",
+        "date": datetime.now(UTC).date().isoformat(), "machine": f"{platform.system()} {platform.machine()}",
+        "sklearn": sklearn.__version__, "stores": {store: summary(done, store) for store in stores},
+    }  # fmt: skip
+    print(json.dumps(written, indent=1))
+    options.out.write_text(json.dumps(written, indent=1) + "\n")
+
+
+def take_time(tasks: list[Task], jobs: int) -> dict[str, Any]:
+    """Wall and CPU seconds of each way over the same tasks."""
     ways = {"grid_search_as_it_comes": Clock(), "grid_search_one_thread": Clock(), "featx": Clock()}
-    single: list[list[GridSearchCV]] = []
 
     def grids() -> list[list[GridSearchCV]]:
         return [[grid_search(task, model, jobs) for _, model in PLAN] for task in tasks]
@@ -116,68 +166,83 @@ def main() -> None:
     # Each way gets its own warm workers: joblib replaces them where the thread limits differ.
     pool = joblib.Parallel(jobs)
     pool(joblib.delayed(featx_search)(task) for task in tasks[:jobs])
-    found = ways["featx"].time(lambda: pool(joblib.delayed(featx_search)(task) for task in tasks))
-    grid_search(tasks[0], PLAN[0][1], jobs)
-    ways["grid_search_as_it_comes"].time(grids)
-    loky = {"inner_max_num_threads": 1}
-    with joblib.parallel_config("loky", **loky), threadpool_limits(1, user_api="blas"):
-        grid_search(tasks[0], PLAN[0][1], jobs)
-        single = ways["grid_search_one_thread"].time(grids)
+    ways["featx"].time(lambda: pool(joblib.delayed(featx_search)(task) for task in tasks))
+    get_reusable_executor().shutdown()  # the peers' workers are to start with the peers' warnings
+    quietly(grid_search, tasks[0], PLAN[0][1], jobs)
+    quietly(ways["grid_search_as_it_comes"].time, grids)
+    with joblib.parallel_config("loky", inner_max_num_threads=1), threadpool_limits(1, user_api="blas"):
+        quietly(grid_search, tasks[0], PLAN[0][1], jobs)
+        quietly(ways["grid_search_one_thread"].time, grids)
+    get_reusable_executor().shutdown()
+    pool(joblib.delayed(featx_search)(task) for task in tasks[:jobs])
     again = Clock()
     again.time(lambda: pool(joblib.delayed(featx_search)(task) for task in tasks))
     ours = ways["featx"]
     ours.wall, ours.cpu = (ours.wall + again.wall) / 2, (ours.cpu + again.cpu) / 2
     print(f"{len(tasks)} draws x 2 heads x 12 penalties x 5 folds, {jobs} workers")
-    rows = {}
+    rows: dict[str, Any] = {}
     for name, clock in ways.items():
         ratios = {"times_wall": clock.wall / ours.wall, "times_cpu": clock.cpu / ours.cpu}
         rows[name] = {"wall_seconds": clock.wall, "cpu_seconds": clock.cpu, **ratios}
         print(f"{name:<26}{clock.wall:9.2f} s{ratios['times_wall']:8.1f} x", end="")
-        print(f"   CPU{clock.cpu:9.2f} s{ratios['times_cpu']:8.1f} x")
-    written = {
-        "plan": "logreg and linear_svm, 12 penalties, 5 folds, 5 and 20 shots, raw embeddings",
-        "draws": len(tasks), "n_jobs": jobs, "cores": joblib.cpu_count(), "load": os.getloadavg()[0],
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"), "sklearn": sklearn.__version__,
-        "processor": platform.machine(), "seconds": rows, "agreement": agree(tasks, found, single),
-    }  # fmt: skip
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(written, indent=1) + "\n")
+        print(f"   CPU{clock.cpu:9.2f} s{ratios['times_cpu']:8.1f} x", flush=True)
+    about = {"n_jobs": jobs, "cores": joblib.cpu_count(), "load": os.getloadavg()[0]}
+    return {"draws": len(tasks), **about, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"), "seconds": rows}
 
 
-def agree(tasks: list[Task], found: list[list[Search]], plain: list[list[GridSearchCV]]) -> dict[str, Any]:
-    """How far the choices, predictions and probabilities are the same."""
+def same_choice(search: Search, grid: GridSearchCV) -> bool:
+    """Whether the penalty is the same, or one with an equal score."""
+    score = grid.cv_results_["mean_test_score"][search.best]
+    return search.best == grid.best_index_ or bool(np.isclose(score, grid.best_score_))
+
+
+def agree(tasks: list[Task], jobs: int) -> dict[str, Any]:
+    """How far the choices, predictions and probabilities are the same: counts over tasks and images."""
     out: dict[str, Any] = {}
-    for which, (loss, model) in enumerate(PLAN):
-        same, same_solved, alike, total, gap = 0, 0, 0, 0, 0.0
-        for task, ours, theirs in zip(tasks, found, plain, strict=True):
-            search, grid = ours[which], theirs[which]
-            scores = grid.cv_results_["mean_test_score"]
-            rows, labels, folds, query = task
-            equal = search.best == grid.best_index_ or bool(np.isclose(scores[search.best], grid.best_score_))
-            same += equal
-            if not equal:  # is it the search, or that its solver stopped early?
-                patient = model.__class__(tol=1e-7, max_iter=20_000)
-                grid = GridSearchCV(patient, {"C": CS}, cv=PredefinedSplit(folds), n_jobs=-1).fit(rows, labels)
-                scores = grid.cv_results_["mean_test_score"]
-                equal = search.best == grid.best_index_ or bool(np.isclose(scores[search.best], grid.best_score_))
-            same_solved += equal
-            tol = 1e-10 if loss == "softmax" else 1e-7  # lbfgs and liblinear do not mean the same by it
-            exact = model.__class__(C=CS[search.best], tol=tol, max_iter=100_000).fit(rows, labels)
+    for task in tasks:
+        for (loss, model), search in zip(PLAN, featx_search(task), strict=True):
+            rows, labels, _, query = task
+            found = out.setdefault(
+                type(model).__name__,
+                {"draws": 0, "same": 0, "same_as_converged": 0, "alike": 0, "images": 0, "gap": 0.0, "converged": 0},
+            )
+            with joblib.parallel_config("loky", inner_max_num_threads=1), threadpool_limits(1, user_api="blas"):
+                equal = same_choice(search, quietly(grid_search, task, model, jobs))
+                found["same"] += equal
+                if not equal:  # is it the search, or that its solver stopped early?
+                    patient = clone(model).set_params(tol=1e-7, max_iter=20_000)
+                    equal = same_choice(search, quietly(grid_search, task, patient, jobs))
+                found["same_as_converged"] += equal
+                tol = 1e-10 if loss == "softmax" else 1e-7  # lbfgs and liblinear do not mean the same by it
+                exact = clone(model).set_params(C=CS[search.best], tol=tol, max_iter=100_000)
+                quietly(exact.fit, rows, labels)
             mine = query @ search.coef.T + search.intercept
-            alike += int((mine.argmax(axis=1) == exact.predict(query)).sum())
-            total += len(query)
+            named = mine.argmax(axis=1) if mine.shape[1] > 1 else (mine[:, 0] > 0).astype(int)
+            found["draws"] += 1
+            found["alike"] += int((named == exact.predict(query)).sum())
+            found["images"] += len(query)
+            found["converged"] += search.converged
             if loss == "softmax":
-                gap = max(gap, float(np.abs(softmax(mine) - exact.predict_proba(query)).max()))
-        name = model.__class__.__name__
-        out[name] = {
-            "same_penalty_or_score": same / len(tasks),
-            "same_penalty_or_score_as_converged_search": same_solved / len(tasks),
-            "same_predictions": alike / total,
+                found["gap"] = max(found["gap"], float(np.abs(softmax(mine) - exact.predict_proba(query)).max()))
+    return out
+
+
+def summary(done: dict[tuple[str, str], dict[str, Any]], store: str) -> dict[str, Any]:
+    """What the journal says of a store."""
+    out: dict[str, Any] = {"time": done.get((store, "time")), "agreement": {}}
+    parts = [found for (name, what), found in done.items() if name == store and what != "time"]
+    for _, model in PLAN if parts else []:
+        each = [part[type(model).__name__] for part in parts]
+        total = {key: sum(part[key] for part in each) for key in each[0]}
+        out["agreement"][type(model).__name__] = {
+            "draws": total["draws"],
+            "same_penalty_or_score": total["same"] / total["draws"],
+            "same_penalty_or_score_as_converged_search": total["same_as_converged"] / total["draws"],
+            "same_predictions": total["alike"] / total["images"],
+            "converged": total["converged"] / total["draws"],
         }
-        if loss == "softmax":
-            out[name]["largest_gap_of_probabilities"] = gap
-        out[name]["converged"] = all(ours[which].converged for ours in found)
-        print(name, json.dumps(out[name]), flush=True)
+        if isinstance(model, LogisticRegression):
+            out["agreement"]["LogisticRegression"]["largest_gap_of_probabilities"] = max(part["gap"] for part in each)
     return out
 
 
