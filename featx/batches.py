@@ -109,4 +109,4 @@ class ViewsEngine:
 
 def _mean(rows: NDArray[np.float32], n: int) -> NDArray[np.float32]:
     """Rows (n * v, d), image by image, as (n, d)."""
-    return rows.reshape(n, -1, rows.shape[1]).mean(axis=1, dtype=np.float64).astype(np.float32)
+    return np.asarray(rows.reshape(n, -1, rows.shape[1]).mean(axis=1, dtype=np.float64), dtype=np.float32)

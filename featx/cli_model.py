@@ -248,7 +248,7 @@ def predict(
 
 def _open(
     model: Path, backbone: str | None, weights: Path | None, engine: EngineName, device: Device, *, pickled: bool
-) -> tuple[Bundle | Pickled, Embedder, int]:
+) -> tuple[Bundle | Pickled, Embedder, int | None]:
     """A bundle (or, where it is asked for, a pickled export), its network, and the layer that it is on."""
     from featx.bundle import read_bundle
     from featx.embed import Embedder

@@ -12,13 +12,13 @@ from conftest import Featx, class_folders
 from numpy.typing import NDArray
 from sklearn.linear_model import RidgeClassifier
 
-from featx.batches import layer_place, of_layer
+from featx.batches import COMBINED, layer_place, of_layer
 from featx.bundle import read_bundle
 from featx.choose import choose
 from featx.errors import UsageError
 from featx.export import to_pipeline
 from featx.heads import HEADS, mean_squared_norm
-from featx.layers import COMBINED, SHARES, Layers
+from featx.layers import SHARES, Layers
 from featx.normalise import Normalise
 from featx.scoring import Scorer, blocks_kind, blocks_of, is_kind
 from featx.splits import KShotSplit

@@ -43,7 +43,7 @@ def encoded(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
 
 def test_views_have_one_order_however_they_are_asked_for() -> None:
     assert parse_views("full, flip ,center") == ("center", "flip", "full")
-    assert parse_views(",".join(reversed(VIEWS))) == tuple(VIEWS)
+    assert parse_views(",".join(reversed(list(VIEWS)))) == tuple(VIEWS)
 
 
 @pytest.mark.parametrize(
