@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -38,6 +39,10 @@ def render_table(result: SweepResult) -> Table:
         title=f"{len(result.labels)} images, {len(result.class_names)} classes, {result.episodes} draws",
         caption="= cannot be told from the best of its section. ECE: confidence against accuracy, points.",
         caption_justify="left",
+        box=box.HORIZONTALS,  # without upright lines, and one space for each: it has to fit 80 columns
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
     )
     table.add_column("shots", no_wrap=True)
     table.add_column("head", no_wrap=not any("@" in head for head in result.heads))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import ClassVar
@@ -16,7 +17,7 @@ from rich.console import Console
 
 from featx.errors import UsageError
 from featx.html import suspects
-from featx.report import conclusion, render, write_report
+from featx.report import conclusion, render, render_table, write_report
 from featx.results import SweepResult
 from featx.sweep import sweep_heads
 
@@ -44,8 +45,25 @@ def test_the_table_fits_eighty_columns_and_shows_ranks_and_ties(result: SweepRes
         assert f"{100 * each.accuracy.low:.1f} - {100 * each.accuracy.high:.1f}" in text
         assert f" {each.head} " in text
     assert "…" not in text
-    assert "95 % interval" in text
+    for heading in ("shots", "head", "right %", "95 % interval", "balanced", "ECE", "fit s"):
+        assert f" {heading} " in f" {text.splitlines()[1]} "
+    assert all(len(line) <= 80 for line in text.splitlines())
     assert conclusion(result).split(";")[0].split(" (")[0] in " ".join(text.split())
+
+
+def test_the_widest_table_fits_eighty_columns() -> None:
+    """Names, numbers and headings at their longest: a truncated heading is a riddle."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1], 30)
+    rows = 9.0 * rng.normal(size=(2, 16))[labels] + rng.normal(size=(60, 16))
+    perfect = sweep_heads(rows, labels, class_names="ab", shots=(20,), episodes=2, n_jobs=1, near_duplicates=None)
+    slow = replace(perfect, trials=tuple(replace(trial, fit_seconds=34.56) for trial in perfect.trials))
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(render_table(slow))
+    text = console.export_text()
+    assert "…" not in text
+    for words in ("nearest_centroid", "100.0", "34.56", "balanced", "right %", "fit s", "95 % interval"):
+        assert words in text
 
 
 def test_the_conclusion_names_ties_and_the_beaten(result: SweepResult) -> None:
