@@ -57,12 +57,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featx import hdf5
+from featx import frames, hdf5
 from featx.errors import StoreError, UsageError, did_you_mean
 from featx.hdf5 import RESTORE
 from featx.index import NAME_COLUMNS, SPLITS, read_index, read_names
@@ -72,6 +72,10 @@ from featx.shards import ShardReader, dims_of, layers_of, read_rows, signature
 from featx.shards import digest_keys as digest_keys
 from featx.shards import open_shard as open_shard
 from featx.shards import shard_path as shard_path
+
+if TYPE_CHECKING:
+    import anndata
+    import pandas
 
 PACKED_FORMAT = "featx-packed"
 T = TypeVar("T")
@@ -109,6 +113,30 @@ class FeatureSet:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def to_numpy(self) -> dict[str, NDArray[Any]]:
+        """Plain arrays by name: embeddings, ids, labels, class_names, splits, digests."""
+        return frames.to_numpy(self)
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """A frame with the ids as its index: label, split, digest, and ``e0``, ``e1``, ... of the embedding.
+
+        Raises
+        ------
+        UsageError
+            pandas is not installed (the extra ``frames``).
+        """
+        return frames.to_pandas(self)
+
+    def to_anndata(self) -> anndata.AnnData:
+        """An AnnData with the embeddings as ``X`` and label, split and digest in ``obs``.
+
+        Raises
+        ------
+        UsageError
+            anndata is not installed (the extra ``frames``).
+        """
+        return frames.to_anndata(self)
 
 
 def is_packed(path: Path) -> bool:

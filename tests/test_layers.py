@@ -28,6 +28,7 @@ LAYERS = [
         "networks",
         "timm_models",
         "tails",
+        "classifiers",
         "autoencoder",
         "engines",
         "openvino_engine",
@@ -38,6 +39,7 @@ LAYERS = [
         "manifest",
         "index",
         "shards",
+        "frames",
         "store",
         "store_writer",
         "store_tools",
@@ -48,6 +50,10 @@ LAYERS = [
         "torch_heads",
         "splits",
         "stats",
+        "curves",
+        "domain",
+        "labelling",
+        "rule",
         "choose",
         "layers",
         "centre",
@@ -64,10 +70,14 @@ LAYERS = [
         "retrieval_metrics",
         "search",
     },
-    {"extract", "embed", "sweep", "testset", "results", "journal", "fit", "export", "predictor", "estimator"}
+    {"extract", "embed", "sweep", "testset", "results", "journal", "fit", "export", "predictor", "estimator", "tabular"}
     | {"tuning", "finetune", "finetune_bundle"}
     | {"parts", "runners", "ray_runner"},
     {
+        "advice",
+        "advice_page",
+        "advise",
+        "comparison",
         "report",
         "html",
         "demo",
@@ -83,7 +93,8 @@ LAYERS = [
         "service_watch",
         "service_work",
     },
-    {"cli", "cli_finetune", "cli_layers", "cli_model", "cli_parts", "cli_search", "cli_sweep", "__main__", "__init__"},
+    {"cli", "cli_advise", "cli_finetune", "cli_layers", "cli_model", "cli_parts", "cli_search", "cli_sweep", "cli_tabular"}
+    | {"__main__", "__init__"},
 ]
 """From the floor upwards. A module may import from its own layer and from those below."""
 
@@ -91,7 +102,7 @@ DOORS = {
     "PIL": {"images"},
     "h5py": {"hdf5"},
     "torch": {"networks", "checkpoints", "timm_models", "engines", "openvino_engine", "hub"}
-    | {"tails", "training", "autoencoder", "torch_heads"},
+    | {"tails", "training", "autoencoder", "torch_heads", "classifiers"},
     "torchvision": {"networks", "checkpoints", "sources_torchvision"},
     "pyarrow": {"sources_table", "tabular"},
     "fsspec": {"sources_remote"},
@@ -101,15 +112,16 @@ DOORS = {
     "openvino": {"openvino_engine"},
     "faiss": {"ann"},
     "ray": {"ray_runner"},
-    "typer": {"cli", "cli_finetune", "cli_layers", "cli_model", "cli_parts", "cli_search", "cli_sweep"},
-    "rich": {"cli", "cli_layers", "cli_model", "cli_search", "cli_sweep", "terminal", "report"},
+    "typer": {"cli", "cli_advise", "cli_finetune", "cli_layers", "cli_model", "cli_parts", "cli_search", "cli_sweep"}
+    | {"cli_tabular"},
+    "rich": {"cli", "cli_advise", "cli_layers", "cli_model", "cli_search", "cli_sweep", "terminal", "report"},
     "matplotlib": {"report"},
     "fastapi": {"service", "service_work"},
     "starlette": {"service", "service_work", "service_guard"},
     "uvicorn": {"service_run"},
     "prometheus_client": {"service_watch"},
     "sklearn": {"retrieval", "postprocess", "normalise", "heads", "solvers", "splits", "stats", "choose"}
-    | {"sweep", "journal", "fit", "export", "demo", "estimator", "torch_heads"},
+    | {"sweep", "journal", "fit", "export", "demo", "estimator", "torch_heads", "labelling"},
 }
 """Who may import what; a library that is not named is free."""
 
