@@ -90,7 +90,7 @@ REASONS: Mapping[str, str] = MappingProxyType(
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 _RADIUS = 3
-"""Of the widest filter (Lanczos), in pixels of the smaller picture."""
+"""Of the widest filter (Lanczos), in pixels of the smaller of the two pictures."""
 
 _RESAMPLING = MappingProxyType(
     {
@@ -291,13 +291,18 @@ def resize_box(image: Image.Image, preprocess: Preprocess, box: tuple[float, flo
     """Resize a part of an RGB image, (left, top, right, bottom) in pixels, to the crop's shape: uint8 ``(h, w, 3)``."""
     height, width = preprocess.crop
     left, top, right, bottom = box
-    # Pillow chooses the order of its two passes, which round in between, by the shape of the whole image. Cut to what
-    # the filter reaches, the part has the shape of the crop, and the order is that of resizing the whole picture.
-    reach = _RADIUS * max((right - left) / width, (bottom - top) / height, 1.0) + 1
-    x, y = max(0, math.floor(left - reach)), max(0, math.floor(top - reach))
-    part = image.crop((x, y, min(image.width, math.ceil(right + reach)), min(image.height, math.ceil(bottom + reach))))
-    box = (left - x, top - y, right - x, bottom - y)
-    return np.asarray(part.resize((width, height), _RESAMPLING[preprocess.interpolation], box=box), dtype=np.uint8)
+    resampling = _RESAMPLING[preprocess.interpolation]
+    if box == (0, 0, *image.size):
+        return np.asarray(image.resize((width, height), resampling), dtype=np.uint8)
+    # Columns, then rows: so does Pillow with a picture that keeps its shape, and rounds in between. Left to itself with
+    # a box it may turn the order round, by the shape of the whole picture. Only rows that the filter reaches count.
+    reach = _RADIUS * max((bottom - top) / height, 1.0) + 1
+    first, last = max(0, math.floor(top - reach)), min(image.height, math.ceil(bottom + reach))
+    rows = image.crop((0, first, image.width, last))
+    columns = rows.resize((width, rows.height), resampling, box=(left, 0, right, rows.height))
+    return np.asarray(
+        columns.resize((width, height), resampling, box=(0, top - first, width, bottom - first)), np.uint8
+    )
 
 
 def _open(data: bytes) -> Image.Image:
