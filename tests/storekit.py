@@ -128,6 +128,11 @@ def light_backbone(**changes: Any) -> Backbone:
     return Backbone(**{**fields, "preprocess": PREPROCESS, "layers": ("penultimate",), **changes})
 
 
+def start_light(backbone: Backbone, *, log: Path | None = None, pause: float = 0.0, **how: Any) -> LightEngine:
+    """What makes the engine in another process; ``how`` is what it would be told of device and precision."""
+    return LightEngine(log=log, pause=pause)
+
+
 def write_png(path: Path, seed: int) -> None:
     """A PNG of 4x4 random pixels, made without Pillow (thousands of them take a second)."""
     import struct
