@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from featx._files import canonical_json, publish_bytes, read_regular
-from featx.errors import MismatchError, StoreError
+from featx.errors import MismatchError, StoreError, did_you_mean
 from featx.hdf5 import RESTORE
 
 FORMAT = "featx-store"
@@ -163,9 +163,18 @@ def read_manifest(store: Path) -> Manifest:
         except OSError as error:
             raise StoreError(f"cannot be looked at ({error.strerror})", where=store) from error
         if not there:
-            raise StoreError("no such store", where=store, hint="Make it with: featx extract FOLDER --out STORE")
+            hint = did_you_mean(store.name, _names(store.parent)) or "Make it with: featx extract FOLDER --out STORE"
+            raise StoreError("no such store", where=store, hint=hint)
         raise StoreError("not a featx store: it has no manifest.json", where=store)
     return _parse(path, raw)
+
+
+def _names(folder: Path) -> list[str]:
+    """Of the stores in a folder, for a suggestion; none where it cannot be read."""
+    try:
+        return [path.name for path in folder.iterdir() if path.suffix in (".featx", ".h5")]
+    except OSError:
+        return []
 
 
 def manifest_bytes(store: Path) -> bytes:

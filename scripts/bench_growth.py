@@ -2,7 +2,7 @@
 
 python scripts/bench_growth.py --rows 1000000 --dims 1280         # the default backbone's embeddings: 5.3 GB
 python scripts/bench_growth.py --rows 10000000 --dims 32          # ten million rows, in 2 GB
-python scripts/bench_growth.py --rows 10000000 --only info,search # some of the steps; the store is made first
+python scripts/bench_growth.py --rows 10000000 --only info,search # some steps; the store is made first
 
 Embeddings, digests and names are generated; the store is written by featx's own writer, shard by shard, and a run
 that was stopped goes on. Each step is a process of its own, so that its peak memory is its own. Writes data/bench/growth.json.

@@ -1,0 +1,89 @@
+"""A name that is nearly right is answered with the right one, and shells complete the rest."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import Featx
+from storekit import make_store
+
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_store(tmp_path_factory.mktemp("names") / "s.featx")
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("verfy STORE", "No such command 'verfy'. Did you mean 'verify'?"),
+        ("info STORE --jsno", "No such option: --jsno (Possible options: --json)"),
+        ("sweep STORE --heads logrg", "Did you mean logreg?"),
+        ("sweep STORE --layer penultimat", "no layer 'penultimat' in this store"),
+        ("extract photos -o out.featx --backbone efficentnet_lite0", "Did you mean efficientnet_lite0"),
+        ("extract photos -o out.featx --backbone tim:resnet18", "Did you mean timm?"),
+        ("extract photos -o out.featx --engine opnvino", "'opnvino' is not one of 'auto', 'torch', 'openvino'"),
+        ("verify STOR", "Did you mean s.featx?"),
+    ],
+)
+def test_the_nearest_name_is_suggested(featx: Featx, store: Path, command: str, says: str) -> None:
+    folder = store.parent
+    (folder / "photos").mkdir(exist_ok=True)
+    (folder / "photos" / "a.png").touch()
+    words = [{"STORE": str(store), "STOR": "s.feat"}.get(word, word) for word in command.split()]
+    done = featx(*words, cwd=folder)
+    assert done.code == 2
+    assert says in " ".join(done.err.split())
+
+
+def _install(home: Path, shell: str) -> None:
+    done = subprocess.run(
+        ["featx", "--install-completion", shell],
+        # Otherwise it is for the shell that runs the tests, which need not be the one that is meant.
+        env={**os.environ, "PATH": PATH, "HOME": str(home), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"{shell} completion installed" in done.stdout
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+def test_bash_completes(tmp_path: Path) -> None:
+    _install(tmp_path, "bash")
+    asked = 'COMP_WORDS=($1 $2 $3); COMP_CWORD=$(($# - 1)); _featx_completion featx; echo "${COMPREPLY[@]}"'
+    for words, found in (
+        ("featx ver", "verify"),
+        ("featx info --js", "--json"),
+        ("featx evaluate", "evaluate-retrieval"),
+    ):
+        done = subprocess.run(
+            ["bash", "-c", f"source ~/.bashrc; {asked}", "bash", *words.split()],
+            env={**os.environ, "PATH": PATH, "HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.split() == [found], done.stderr
+
+
+def test_zsh_is_told_where_to_ask(tmp_path: Path) -> None:
+    _install(tmp_path, "zsh")
+    assert "compinit" in (tmp_path / ".zshrc").read_text()
+    assert "_FEATX_COMPLETE=complete_zsh featx" in (tmp_path / ".zfunc" / "_featx").read_text()
+    done = subprocess.run(
+        ["featx"],
+        env={**os.environ, "PATH": PATH, "_FEATX_COMPLETE": "complete_zsh", "_TYPER_COMPLETE_ARGS": "featx ver"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert '"verify"' in done.stdout and '"pack"' not in done.stdout
