@@ -22,6 +22,7 @@ from featx import hdf5
 from featx._files import (
     cannot_write,
     fsync_path,
+    link_or_copy,
     make_folder,
     publish,
     publish_bytes,
@@ -33,7 +34,8 @@ from featx._files import (
 from featx.errors import StoreError
 from featx.index import Index, Refused, check_index, quarantine_bytes, read_index, spell_quarantine, write_index
 from featx.manifest import Manifest, Shard, check_same, read_manifest, spell_manifest, write_manifest
-from featx.store import SHARD_COLUMNS, digest_keys, open_shard, shard_path
+from featx.shards import SHARD_COLUMNS, Contents, digest_keys, open_shard, shard_path
+from featx.store import steady
 
 SHARD_ROWS = 4096
 SHARD_SECONDS = 30.0
@@ -116,7 +118,7 @@ class StoreWriter:
         for shard in self.manifest.shards:
             with open_shard(self.path, shard, self.manifest.layers) as file:
                 digests.append(file.read("digests"))
-        self._published = np.sort(digest_keys(np.concatenate(digests)))
+        self._published = Contents(np.concatenate(digests))
         self._fresh: set[bytes] = set()
         self._pending: list[tuple[Sequence[bytes], Sequence[NDArray[np.float32]]]] = []
         self._since = time.monotonic()
@@ -130,11 +132,7 @@ class StoreWriter:
         """Whether the store has (or is about to publish) the embedding of this content. Thread-safe."""
         if digest in self._fresh:
             return True
-        published = self._published
-        # As arrays of one: a numpy scalar would lose the zero bytes that a digest may end in.
-        key = digest_keys(np.frombuffer(digest, np.uint8).reshape(1, 32))
-        at = int(np.searchsorted(published, key)[0])
-        return bool((published[at : at + 1] == key).all()) and at < len(published)
+        return digest in self._published
 
     @property
     def rows(self) -> int:
@@ -149,7 +147,9 @@ class StoreWriter:
         digests : n digests of 32 bytes that the store does not have.
         embeddings : one float32 (n, d) array for each layer of the provenance.
         """
-        if len(set(digests)) < len(digests) or any(map(self.has, digests)):
+        given = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
+        fresh = set(digests)
+        if len(fresh) < len(digests) or not fresh.isdisjoint(self._fresh) or self._published.has(given).any():
             raise ValueError("an embedding of this content is in the store already")
         for layer, block in zip(self.manifest.layers, embeddings, strict=True):
             if not np.isfinite(block).all():
@@ -174,14 +174,76 @@ class StoreWriter:
                 blocks = [np.concatenate(parts) for parts in zip(*(rows for _, rows in self._pending), strict=True)]
                 self._publish_shard(digests, blocks)
                 # In this order: another thread may ask has() between two lines.
-                self._published = np.sort(np.concatenate([self._published, digest_keys(digests)]))
+                self._published.add(digests)
                 self._pending, self._fresh = [], set()
             self._since = time.monotonic()
+
+    def _next_number(self) -> int:
+        return max((int(shard.name.split("-")[0]) for shard in self.manifest.shards), default=-1) + 1
+
+    def take_over(self, other: Path) -> int:
+        """Let this store have what another one has, and remember what the other calls its images.
+
+        Every byte is compared with the other's checksums. Shards get a second name here (a hard link, or a copy where
+        there are none) and a number of their own; of one with rows that are here already, the rest is written anew.
+
+        Returns
+        -------
+        How many rows were new.
+
+        Raises
+        ------
+        StoreError
+            The other store is damaged.
+        MismatchError
+            It was made with other settings.
+        """
+        rows = steady(other, lambda: self._take_shards(other))
+        if self.index is None and (other / "index.h5").exists():
+            self.index = steady(other, lambda: read_index(other, read_manifest(other)))
+        return rows
+
+    def _take_shards(self, other: Path) -> int:
+        theirs = read_manifest(other)
+        check_same(self.manifest.provenance, theirs.provenance, self.path, whose=f"{other}'s")
+        here = {shard.sha256 for shard in self.manifest.shards}
+        before = self.rows
+        for shard in theirs.shards:
+            if shard.sha256 in here:
+                continue
+            with open_shard(other, shard, self.manifest.layers) as file:
+                digests = file.read("digests")
+                new = ~self._published.has(digests)
+                if not new.all():
+                    if new.any():
+                        blocks = [file.read(f"embeddings/{layer}")[new] for layer in self.manifest.layers]
+                        self.add([row.tobytes() for row in digests[new]], blocks)
+                        self.flush()
+                    continue
+            with uninterrupted():
+                self._link_shard(shard_path(other, shard), shard)
+                self._published.add(digests)
+        return self.rows - before
+
+    def _link_shard(self, path: Path, shard: Shard) -> None:
+        mine = replace(shard, name=f"{self._next_number():05d}-{shard.sha256[:8]}.h5")
+
+        def write(temp: Path) -> None:
+            link_or_copy(path, temp)
+
+        def verify(temp: Path) -> None:
+            if not temp.samefile(path) and sha256_file(temp) != shard.sha256:
+                raise StoreError("the disk did not keep what was written", where=temp)
+
+        self._write_manifest(in_flux=(*self.manifest.in_flux, mine.name))
+        publish(shard_path(self.path, mine), write, verify)
+        shards = (*self.manifest.shards, mine)
+        self._write_manifest(shards=shards, in_flux=self._in_flux(shards))
 
     def _publish_shard(
         self, digests: NDArray[np.uint8], blocks: Sequence[NDArray[np.float32]], *, replaces: Shard | None = None
     ) -> None:
-        number = max((int(shard.name.split("-")[0]) for shard in self.manifest.shards), default=-1) + 1
+        number = self._next_number()
         columns = [hdf5.Column.of("digests", digests)]
         for layer, block in zip(self.manifest.layers, blocks, strict=True):
             columns.append(hdf5.Column.of(f"embeddings/{layer}", block.astype("<f4", copy=False)))
