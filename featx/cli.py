@@ -12,6 +12,7 @@ import signal
 import sys
 from dataclasses import asdict
 from enum import StrEnum
+from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -21,6 +22,7 @@ import typer
 from featx import cli_layers, cli_model, cli_search, cli_sweep
 from featx._files import refuse_second_writer
 from featx.cli_model import Device, EngineName, Json
+from featx.cli_parts import DevicesOption, FinishOption, PartOption, RunnerOption, Spread, everywhere, load
 from featx.cli_sweep import run_sweep
 from featx.errors import FeatxError, UsageError
 from featx.terminal import ProgressLine, check_writable, print_json, say, show
@@ -107,7 +109,7 @@ def backbones(as_json: Json = False) -> None:
 )
 def extract(
     source: Annotated[
-        Path,
+        str,
         typer.Argument(
             metavar="SOURCE", help="Folder of class folders (train/ val/ test/ may be above them), or a CSV/JSONL list."
         ),
@@ -139,6 +141,10 @@ def extract(
     ] = None,
     prune: Annotated[bool, typer.Option("--prune", help="Drop embeddings that no image refers to any more.")] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Show where the time went.")] = False,
+    part: PartOption = None,
+    finish: FinishOption = False,
+    runner: RunnerOption = None,
+    devices: DevicesOption = None,
     as_json: Json = False,
 ) -> None:
     """Embed every image of SOURCE once, into STORE.
@@ -147,41 +153,27 @@ def extract(
     on where it stopped.
     """
     from featx.sources import ImageSet
-    from featx.store import stored_precision
-
-    images = ImageSet.from_source(source)
-    _check_output(out, source)
-
-    from featx.backbones import load_backbone
-    from featx.engines import make_engine
-    from featx.extract import extract_features
-    from featx.providers import named
-
     from featx.views import parse_views
+
+    how = Spread.of(part, finish, runner, devices, prune=prune, device=device.value)
+    source = how.source(source)
+    _check_output(out, Path(source), alone=how.part is None)
+    images = ImageSet.from_source(source)
 
     looks = parse_views(views)
     if len(looks) > 1:
         say(f"{len(looks)} views ({', '.join(looks)}): about {len(looks)}x the network's time of one.", err=True)
     with ProgressLine("embedding") as line:
         layers = tuple(layer or ("penultimate",))
-        network = load_backbone(named(backbone), weights=weights, layers=layers, progress=line.say)
-        wanted = stored_precision(out) if precision is Precision.auto else None
-        chosen = make_engine(
-            network,
-            engine=engine.value,
-            device=device.value,
-            precision=wanted or precision.value,
-            batch_size=batch_size,
-        )
-        summary = extract_features(
+        loader = partial(load, everywhere(backbone), everywhere(weights), layers)
+        summary = how.run(
             images,
-            network,
             out,
-            engine=chosen,
-            workers=workers,
-            decode=decode.value,
-            views=looks,
-            max_bad=max_bad,
+            loader if how.runner else partial(loader, progress=line.say),
+            engine={"engine": engine.value, "batch_size": batch_size},
+            device=device.value,
+            precision=precision.value,
+            options={"workers": workers, "decode": decode.value, "views": looks, "max_bad": max_bad},
             prune=prune,
             progress=line.update,
         )
@@ -201,10 +193,10 @@ def extract(
     for item in summary.refused[:10]:
         say(f"  refused {item.id}: {item.reason}, {item.message}", err=True)
     if summary.quarantined:
-        say(f"All refused images: {out / 'quarantine.jsonl'}", err=True)
+        say(f"All refused images: {how.folder(out) / 'quarantine.jsonl'}", err=True)
         raise typer.Exit(QUARANTINED)
     if not as_json:
-        say(f"Next: featx sweep {out}")
+        say(f"Next: {how.next_step(out, source)}")
 
 
 @app.command(epilog="Example:  featx info photos.featx --json")
@@ -275,7 +267,7 @@ def demo(
     count = write_digits(images)
     print(f"1. {count} images of ten digits are class folders in {images}")
     print(f"2. featx extract {images} --out {folder / 'digits.featx'}")
-    extract(images, folder / "digits.featx")
+    extract(str(images), folder / "digits.featx")
     print(f"3. featx sweep {folder / 'digits.featx'} --episodes 10")
     run_sweep(folder / "digits.featx", episodes=10, seed=seed)
     print("\nNow with your own photos, one folder for each class:")
@@ -301,13 +293,14 @@ cli_sweep.register(app)
 # --- arguments ----------------------------------------------------------------------------------------------------
 
 
-def _check_output(out: Path, source: Path) -> None:
+def _check_output(out: Path, source: Path, *, alone: bool) -> None:
     if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
         raise UsageError(
             "the store would lie inside the folder of images", where=out, hint="Choose an --out beside it, not in it."
         )
     check_writable(out)
-    refuse_second_writer(out)
+    if alone:
+        refuse_second_writer(out)
 
 
 # --- the end ------------------------------------------------------------------------------------------------------
