@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -17,6 +19,11 @@ from featx.terminal import ProgressLine, check_writable, print_json, say, show
 
 if TYPE_CHECKING:
     from featx.splits import Shots
+
+
+class Backend(StrEnum):
+    local = "local"
+    ray = "ray"
 
 
 class Split(StrEnum):
@@ -52,14 +59,22 @@ def sweep(
     layers: Annotated[
         str | None,
         typer.Option(
-            "--layers", "--layer",
+            "--layers",
+            "--layer",
             help="Layers to compare, separated by commas; combined is all in one head. [default: all the store has]",
         ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="DIR", help="The report. [default: beside the store]")
     ] = None,
+    max_images: Annotated[
+        int | None,
+        typer.Option(min=2, metavar="N", help="Take N images, drawn by the seed in proportion, of a large store."),
+    ] = None,
     n_jobs: Annotated[int | None, typer.Option(help="Parallel workers. [default: cores]")] = None,
+    backend: Annotated[
+        Backend, typer.Option(help="Where they run: here, or on the Ray cluster that runs here or RAY_ADDRESS names.")
+    ] = Backend.local,
     device: Annotated[
         Where, typer.Option(help="Where logistic regression on very many images is solved; all else is the CPU's.")
     ] = Where.cpu,
@@ -78,6 +93,8 @@ def sweep(
         layers=layers,
         out=out,
         n_jobs=n_jobs,
+        backend=backend,
+        max_images=max_images,
         device=device,
         seed=seed,
         as_json=as_json,
@@ -96,6 +113,8 @@ def run_sweep(
     layers: str | None = None,
     out: Path | None = None,
     n_jobs: int | None = None,
+    backend: Backend = Backend.local,
+    max_images: int | None = None,
     device: Where = Where.cpu,
     seed: int = 0,
     as_json: bool = False,
@@ -116,7 +135,8 @@ def run_sweep(
     from featx.unlabelled import heads_for, unlabelled_rows
 
     wanted_heads, wanted_shots = parse_heads(heads), parse_shots(shots)
-    features, columns, on = open_layers(store, layers, one=unlabelled or unlabelled_from is not None)
+    one = unlabelled or unlabelled_from is not None
+    features, columns, on = open_layers(store, layers, one=one, max_images=max_images, random_state=seed)
     out = out or store.with_name(stem(store) + ".report")
     check_writable(out)
     # Test images are for the one judgement at the end; they take no part in choosing.
@@ -133,7 +153,7 @@ def run_sweep(
         rows = rows[features.labels[rows] >= 0]
     centre = None if pool is None else unlabelled_centre(pool)
     try:
-        with ProgressLine("comparing heads") as line:
+        with _workers(backend) as all_of_them, ProgressLine("comparing heads") as line:
             result = sweep_heads(
                 taken(features.embeddings, rows),
                 features.labels[rows],
@@ -143,7 +163,7 @@ def run_sweep(
                 shots=wanted_shots,
                 episodes=episodes,
                 random_state=seed,
-                n_jobs=n_jobs,
+                n_jobs=n_jobs or all_of_them,
                 centre=centre,
                 pool=pool,
                 layers=columns,
@@ -186,6 +206,18 @@ def run_sweep(
 
 def stem(store: Path) -> str:
     return store.name.removesuffix(".featx").removesuffix(".h5")
+
+
+@contextmanager
+def _workers(backend: Backend) -> Iterator[int | None]:
+    """Let joblib use the backend; what its ``n_jobs`` is for all workers of it."""
+    if backend is Backend.local:
+        yield None
+        return
+    from featx.ray_runner import joblib_on_ray
+
+    with joblib_on_ray():
+        yield -1
 
 
 def _ledger(store: Path) -> Path:
