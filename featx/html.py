@@ -48,6 +48,14 @@ code { font-family: ui-monospace, monospace; font-size: .88rem; overflow-wrap: a
 .legend em { display: inline-block; width: .8rem; height: .8rem; border-radius: 50%; margin-right: .35rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: 0; } dd { margin: 0;
   overflow-wrap: anywhere; } dt { color: var(--soft); }
+@media (max-width: 40rem) {
+  th, td { padding-right: .45rem; font-size: .84rem; } td { line-height: 1.3; }
+  .wide { position: relative; margin-right: -1rem; } caption { white-space: normal; max-width: 20rem; }
+  .wide th:first-child, .wide td:first-child { position: sticky; left: 0; background: var(--page); z-index: 1;
+    box-shadow: 4px 0 4px -4px var(--line); max-width: 9rem; overflow-wrap: break-word; white-space: normal; }
+  .confusion thead th:not(:first-child) { writing-mode: vertical-rl; transform: rotate(180deg); text-align: left;
+    vertical-align: bottom; padding: .3rem .1rem; } .confusion td { min-width: 1.75rem; padding: .2rem .1rem; }
+  dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .4rem; } }
 """
 
 
