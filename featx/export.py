@@ -37,6 +37,12 @@ def export_bundle(bundle: Bundle, path: Path, form: str) -> Path:
     UsageError
         The format is unknown, cannot hold this head, or needs a package that is not installed.
     """
+    if bundle.tail is not None:
+        raise UsageError(
+            "the head of a fine-tuned model is of no use without its network, which cannot be exported",
+            where=path,
+            hint="Use the model itself: featx predict MODEL IMAGE, or featx serve MODEL.",
+        )
     if form == "joblib":
         import joblib
 
@@ -97,7 +103,7 @@ def _normaliser(bundle: Bundle) -> list[tuple[str, Any]]:
 def _blocks(blocks: list[tuple[int, float]]) -> list[tuple[str, Any]]:
     """Each layer to unit length, and times its weight."""
     ends = np.cumsum([size for size, _ in blocks]).tolist()
-    layers = [(f"layer_{i}", Normalizer(), slice(end - blocks[i][0], end)) for i, end in enumerate(ends)]
+    layers = [(f"layer_{i}", Normalizer(), np.arange(end - blocks[i][0], end)) for i, end in enumerate(ends)]
     example = np.ones((1, ends[-1]))
     unit = ColumnTransformer(layers).fit(example)
     weigh = StandardScaler(with_mean=False).fit(example)

@@ -18,7 +18,8 @@ from featx.errors import BundleError, UsageError
 from featx.export import Pickled, export_bundle, to_pipeline
 from featx.heads import HEADS, make_head
 
-KINDS = ("none", "l2", "centre_l2", "standardise")
+LAYERS = ("blocks_l2:7*0.8000,5*0.6000", "blocks_l2:7*0.0000,5*1.0000")  # two layers combined; the second one alone
+KINDS = ("none", "l2", "centre_l2", "standardise", *LAYERS)
 LINEAR = [name for name in HEADS if name != "knn"]
 
 
@@ -41,16 +42,18 @@ def test_the_pipeline_gives_the_bundles_probabilities(name: str, kind: str, n_cl
     assert pipeline.predict(QUERIES).tolist() == [answer.label for answer in bundle.answer(QUERIES)]
 
 
-def test_neighbours_keep_their_labels() -> None:
-    bundle = fitted("knn")
+@pytest.mark.parametrize("kind", ["l2", *LAYERS])
+def test_neighbours_keep_their_labels(kind: str) -> None:
+    bundle = fitted("knn", kind)
     assert to_pipeline(bundle).predict(QUERIES).tolist() == [answer.label for answer in bundle.answer(QUERIES)]
 
 
+@pytest.mark.parametrize("kind", ["l2", LAYERS[1]])
 @pytest.mark.parametrize("form", ["joblib", "skops"])
-def test_pipelines_load_without_featx(form: str, tmp_path: Path) -> None:
+def test_pipelines_load_without_featx(form: str, kind: str, tmp_path: Path) -> None:
     if form == "skops":
         pytest.importorskip("skops")
-    bundle = fitted()
+    bundle = fitted(kind=kind)
     path = export_bundle(bundle, tmp_path / f"a.{form}", form)
     np.save(tmp_path / "queries.npy", QUERIES)
     load = {"joblib": "joblib.load(path)", "skops": "skops.io.load(path, trusted=[])"}[form]

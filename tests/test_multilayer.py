@@ -18,9 +18,11 @@ from featx.choose import choose
 from featx.errors import UsageError
 from featx.export import to_pipeline
 from featx.heads import HEADS, mean_squared_norm
-from featx.layers import SHARES, Layers
+from featx.layers import SHARES, Layers, read_layers
 from featx.normalise import Normalise
+from featx.predictor import open_embedder
 from featx.scoring import Scorer, blocks_kind, blocks_of, is_kind
+from featx.service_evidence import Evidence
 from featx.splits import KShotSplit
 from featx.sweep import sweep_heads
 
@@ -235,12 +237,16 @@ def test_a_store_of_several_layers_is_swept_fitted_served_and_exported(store: Pa
     )
     image = sorted((store.parent / "photos").rglob("*.png"))[0]
     (predicted,) = featx("predict", model, image, "--json").json["predictions"]
-    from featx.layers import read_layers
-
     features, _ = read_layers(store)
     row = int(np.flatnonzero(features.ids == f"{image.parent.name}/{image.name}")[0])
     ours = bundle.answer(features.embeddings[row : row + 1])[0]
     assert (predicted["label"], predicted["score"]) == (ours.label, pytest.approx(ours.score, abs=1e-5))
+    evidence = Evidence(store, bundle)
+    assert features.provenance["layers"][evidence.layer] == "penultimate"
+    embedder = open_embedder(bundle, model)  # proves the network on all layers of the probe image
+    found = embedder.embed_bytes(image.read_bytes())
+    np.testing.assert_array_equal(of_layer(found, None)[0], features.embeddings[row])
+    assert evidence.nearest(of_layer(found, evidence.layer), 1)[0][0]["id"] == features.ids[row]
     single = featx("fit", store, "--out", store.parent / "one.model", "--layer", "blocks.4", "--json").json
     assert (single["layer"], single["params"]["kind"]) == ("blocks.4", single["kind"])
 
