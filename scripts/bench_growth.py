@@ -5,7 +5,8 @@ python scripts/bench_growth.py --rows 10000000 --dims 32          # ten million 
 python scripts/bench_growth.py --rows 10000000 --only info,search # some steps; the store is made first
 
 Embeddings, digests and names are generated; the store is written by featx's own writer, shard by shard, and a run
-that was stopped goes on. Each step is a process of its own, so that its peak memory is its own. Writes data/bench/growth.json.
+that was stopped goes on. Each step is a process of its own, so that its peak memory is its own. The result is added to
+data/bench/growth.json.
 """
 
 from __future__ import annotations
