@@ -182,6 +182,10 @@ def find(name: str) -> Provider:
         from featx import timm_models
 
         return timm_models.find(name)
+    if name == "autoencoder":
+        from featx.autoencoder import AutoencoderNetwork
+
+        return AutoencoderNetwork()
     row = NETWORKS.get(name.removeprefix("torchvision:"))
     if row is None or (name.startswith("torchvision:") and row.source != "torchvision"):
         raise UsageError(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from featx import cli_layers, cli_model, cli_search, cli_sweep
+from featx import cli_finetune, cli_layers, cli_model, cli_search, cli_sweep
 from featx._files import refuse_second_writer
 from featx.cli_model import Device, EngineName, Json
 from featx.cli_parts import DevicesOption, FinishOption, PartOption, RunnerOption, Spread, everywhere, load
@@ -288,6 +288,7 @@ cli_layers.register(app)
 cli_model.register(app)
 cli_search.register(app)
 cli_sweep.register(app)
+cli_finetune.register(app)
 
 
 # --- arguments ----------------------------------------------------------------------------------------------------
