@@ -64,6 +64,14 @@ def test_the_python_runs(folder: Path) -> None:
     assert done.stdout.strip() == "(16, 1280)"
 
 
+def test_the_pipeline_of_scikit_learn_runs(folder: Path) -> None:
+    (code,) = [block for block in blocks("python") if "FeatureExtractor(" in block]
+    done = run([sys.executable, "-W", "error", "-c", code], folder)
+    assert done.returncode == 0, done.stderr
+    scores = [float(score) for score in done.stdout.strip("[] \n").split()]
+    assert len(scores) == 4 and all(0 <= score <= 1 for score in scores)
+
+
 @pytest.mark.slow
 def test_the_service_answers_as_the_readme_asks(folder: Path) -> None:
     for command in ("featx extract photos --out photos.featx", "featx fit photos.featx --out photos.model"):
