@@ -139,8 +139,8 @@ def extract_cut(
     provenance = provenance_of(backbone, engine, **how)
     if not len(cut):
         return _summary(provenance, images=0, notes=(f"part {part} has no images, as there are only {total}",))
-    make_folder(store / PARTS)
     _agree(store, provenance)
+    make_folder(store / PARTS)
     has_shards = bool(read_manifest(store).shards)
     folder = part.folder(store)
     return extract_features(

@@ -352,6 +352,18 @@ def test_parts_and_finishing_survive_kills(tmp_path: Path) -> None:
     assert_same(store, tmp_path / "whole.featx")
 
 
+def test_what_is_in_the_way_of_the_store_is_left_alone(source: Path, store: Path) -> None:
+    store.write_bytes(b"a letter")
+    with pytest.raises(StoreError, match="a file is in the way of the store"):
+        run_part(source, store, "1/2")
+    store.unlink()
+    store.mkdir()
+    (store / "letter.txt").write_text("Dear")
+    with pytest.raises(StoreError, match="a folder with other things in it"):
+        run_part(source, store, "1/2")
+    assert [path.name for path in store.iterdir()] == ["letter.txt"]
+
+
 def test_a_part_without_images_is_done(source: Path, store: Path) -> None:
     summary = run_part(source, store, "1/20")
     assert (summary.images, summary.embedded) == (0, 0)
