@@ -61,6 +61,11 @@ def digest_keys(digests: NDArray[np.uint8]) -> NDArray[np.bytes_]:
     return np.ascontiguousarray(digests).view("S32").reshape(-1)
 
 
+def _prefixes(digests: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    """The first eight bytes of digests (n, 32), as numbers."""
+    return np.ascontiguousarray(digests[:, :8]).view(np.uint64).reshape(-1)
+
+
 def signature(path: Path) -> tuple[int, ...]:
     """What changes when a file is written to or replaced; () where there is none."""
     try:
@@ -151,10 +156,12 @@ class ShardReader:
                 self.check_sums()
                 raise StoreError("its embeddings have another length", where=place, hint=RESTORE)
             at += shard.rows
-        keys = digest_keys(digests)
-        self._order = np.argsort(keys)
-        self._keys = keys[self._order]
-        if (self._keys[1:] == self._keys[:-1]).any():
+        # Sorted by the first eight bytes, as numbers: ten times faster than by all 32, as text.
+        prefixes = _prefixes(digests)
+        self._order = np.argsort(prefixes, kind="stable")
+        self._prefixes, self._digests = prefixes[self._order], digests
+        tied = bool((self._prefixes[1:] == self._prefixes[:-1]).any())
+        if tied and len(np.unique(digest_keys(digests))) < rows:
             self.check_sums()
             raise StoreError("two shards have an embedding of the same image", where=path, hint=RESTORE)
         self._starts = np.cumsum([0, *(shard.rows for shard in manifest.shards)])
@@ -165,12 +172,18 @@ class ShardReader:
 
     def find(self, digests: NDArray[np.uint8]) -> NDArray[np.int64]:
         """Rows (n,) of these contents (n, 32), counted over all shards; -1 where there is none."""
-        wanted = digest_keys(digests)
-        at = np.searchsorted(self._keys, wanted)
-        found = at < len(self._keys)
-        found[found] = self._keys[at[found]] == wanted[found]
+        wanted = _prefixes(digests)
+        at = np.searchsorted(self._prefixes, wanted)
         rows = np.full(len(wanted), -1, np.int64)
-        rows[found] = self._order[at[found]]
+        asked = np.arange(len(wanted))
+        while len(asked):  # once, but for contents that share their first eight bytes
+            asked = asked[at[asked] < len(self._prefixes)]
+            asked = asked[self._prefixes[at[asked]] == wanted[asked]]
+            candidates = self._order[at[asked]]
+            same = digest_keys(self._digests[candidates]) == digest_keys(digests[asked])
+            rows[asked[same]] = candidates[same]
+            asked = asked[~same]
+            at[asked] += 1
         return rows
 
     def check_sums(self) -> None:
@@ -181,7 +194,7 @@ class ShardReader:
 
     def forget_contents(self) -> None:
         """Give back the memory that :meth:`find` needs, which nobody will ask any more."""
-        del self._keys, self._order
+        del self._prefixes, self._digests, self._order
 
     def read(self, rows: NDArray[np.int64], *, layer: str) -> NDArray[np.float32]:
         """Embeddings of rows as :meth:`find` counts them, float32 (len(rows), d), in the order asked for."""

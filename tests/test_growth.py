@@ -70,6 +70,23 @@ def test_contents_are_those_of_a_set_however_they_are_added() -> None:
     assert b"\0" * 32 not in contents
 
 
+def test_contents_that_begin_alike_are_told_apart(tmp_path: Path) -> None:
+    digests = np.zeros((9, 32), np.uint8)
+    digests[:6, 8] = [3, 1, 5, 0, 4, 2]
+    digests[6:, 0] = 7
+    digests[7:, 31] = [1, 2]
+    rows = np.arange(9, dtype=np.float32)[:, None]
+    with StoreWriter(tmp_path / "s.featx", {"layers": ["penultimate"]}, shard_rows=4) as writer:
+        for digest, row in zip(digests, rows, strict=True):
+            writer.add([digest.tobytes()], [row[None]])
+        writer.flush()
+        reader = ShardReader(writer.path, writer.manifest)
+    others = np.zeros((2, 32), np.uint8)
+    others[0, 8], others[1] = 9, 255
+    order = np.random.default_rng(0).permutation(9)
+    assert reader.find(np.concatenate([digests[order], others])).tolist() == [*order.tolist(), -1, -1]
+
+
 def test_rows_come_in_the_order_asked_for(store: Path) -> None:
     reader = FeatureReader(store)
     rows = np.random.default_rng(0).integers(0, ROWS, 1000)
