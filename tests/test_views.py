@@ -109,6 +109,14 @@ def test_zoom_is_the_middle_of_the_crop_s_shape() -> None:
     np.testing.assert_array_equal(mirrored, ours[:, ::-1])
 
 
+@pytest.mark.parametrize("size", [(2, 2), (20_000, 3), (3, 20_000), (41, 51)])
+def test_odd_images_have_every_view(size: tuple[int, int]) -> None:
+    looks = Looks(WIDE, tuple(VIEWS))
+    data = encoded(picture(2, size), "JPEG")
+    for mode in ("full", "scaled"):
+        assert looks.pixels(data, mode=mode).shape == (len(VIEWS), 50, 40, 3)
+
+
 def test_decoding_processes_give_the_same_views(tmp_path: Path) -> None:
     paths = []
     for number in range(3):
