@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import pickle
 import signal
 import time
@@ -104,9 +105,11 @@ def connect() -> Any:
         handler = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
-        except ConnectionError as error:
-            hint = "Start one (ray start --head), or name it in RAY_ADDRESS."
-            raise UsageError("no Ray cluster is running here", hint=hint) from error
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise UsageError(
+                "no Ray cluster to work on", where=os.environ.get("RAY_ADDRESS"), found=str(error).partition("\n")[0],
+                hint="Start one (ray start --head), or name another in RAY_ADDRESS.",
+            ) from error  # fmt: skip
         finally:
             with contextlib.suppress(ValueError):  # not the main thread: Ray has not touched it
                 signal.signal(signal.SIGTERM, handler)  # Ray would end the process; here it is another Ctrl-C

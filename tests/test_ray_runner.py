@@ -1,0 +1,198 @@
+"""Extraction and sweep on a real Ray cluster of two workers on this machine; one of them is killed in the middle."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil  # type: ignore[import-untyped]
+import pytest
+import storekit
+from conftest import Featx, class_folders
+from storekit import light_backbone, start_light
+from test_parts import assert_same
+from test_runners import computed, fail_once, job_for
+
+from featx.errors import FeatxError, Interrupted, MismatchError, UsageError
+from featx.parts import Part, extract_part, parts_of
+from featx.ray_runner import connect, joblib_on_ray, run_ray
+from featx.runners import Job
+from featx.sources import ImageSet
+from featx.store_tools import content_hash
+from featx.sweep import sweep_heads
+
+ray: Any = pytest.importorskip("ray", reason="Ray is not installed: pip install 'featx[ray]'")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # of Ray's sockets and processes
+]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """Two workers of one core each; the address."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)]))
+        ray.init(address="local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
+        try:
+            yield ray.get_runtime_context().gcs_address
+        finally:
+            ray.shutdown()
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return storekit.png_folders(tmp_path / "photos", 40)
+
+
+@pytest.fixture
+def whole(source: Path, tmp_path: Path) -> Path:
+    storekit.extract(source, tmp_path / "whole.featx")
+    return tmp_path / "whole.featx"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return tmp_path / "photos.featx"
+
+
+def busy_workers() -> list[psutil.Process]:
+    """Ray's processes that run a task of ours just now: they say so in their names."""
+    family = psutil.Process().children(recursive=True)
+    return [process for process in family if process.cmdline()[:1] == ["ray::_do_part"]]
+
+
+def test_the_cluster_makes_what_one_process_makes_though_a_worker_is_killed(
+    cluster: str, source: Path, store: Path, whole: Path
+) -> None:
+    images, job = job_for(source, store, pause=0.3)
+    victims: list[int] = []
+    seen: list[tuple[int, int]] = []
+
+    def kill_one(done: int, total: int) -> None:
+        seen.append((done, total))
+        if done and not victims:
+            victims.append(busy_workers()[0].pid)
+            os.kill(victims[0], signal.SIGKILL)
+
+    summary = run_ray(images, job, progress=kill_one)
+    assert len(victims) == 1
+    assert (summary.images, summary.embedded, summary.reused) == (40, 40, 0)
+    assert_same(store, whole)
+    assert seen[0] == (0, 40)
+    assert seen[-1] == (40, 40)
+    # Nothing is left to do: no task is begun.
+    log = store.with_name("log")
+    assert run_ray(images, job_for(source, store, log=log)[1]).reused == 40
+    assert not log.exists()
+
+
+def test_what_a_task_fails_with(cluster: str, source: Path, store: Path, whole: Path, tmp_path: Path) -> None:
+    images, job = job_for(source, store, fail_once, flag=tmp_path / "flag")
+    run_ray(images, job)  # anything but an error of featx is tried again
+    assert_same(store, whole)
+
+    class Other(storekit.LightEngine):
+        precision = "bf16"
+
+    other = tmp_path / "other.featx"
+    extract_part(images, light_backbone(), other, Part.parse("1/3"), engine=Other(), workers=1)
+    with pytest.raises(MismatchError, match="another precision"):
+        run_ray(images, job_for(source, other)[1])
+    images, job = job_for(source, tmp_path / "never.featx", always)
+    with pytest.raises(FeatxError, match=r"part ./2 was tried 3 times.*the device is gone"):
+        run_ray(images, job)
+
+
+def always(backbone: Any, **how: Any) -> None:
+    raise RuntimeError("the device is gone")
+
+
+def test_an_interrupt_keeps_what_was_computed(
+    cluster: str, source: Path, store: Path, whole: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    images, job = job_for(source, store, log=log, pause=0.5)
+
+    def stop(done: int, total: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted, match=r"\d+ of 40 images done. Run the same command again"):
+        run_ray(images, job, progress=stop)
+    first = computed(log)
+    kept = sum(storekit.check_published(part.folder(store)) for part in parts_of(store))
+    assert 0 < kept <= first < 40
+    images, job = job_for(source, store, log=log)
+    run_ray(images, job)
+    assert computed(log) - first == 40 - kept
+    assert_same(store, whole)
+
+
+def test_what_the_cluster_cannot_do_is_said(cluster: str, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = ImageSet.from_folder(source)
+    job = Job(Path("relative.featx"), len(images), light_backbone, partial(start_light))
+    with pytest.raises(UsageError, match=r"relative\.featx: a relative path, which other hosts cannot know"):
+        run_ray(images, job)
+    with pytest.raises(UsageError, match="the Ray cluster has no GPU"):
+        run_ray(images, job_for(source, source / "s.featx")[1], device="cuda")
+
+
+def test_without_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(**_: Any) -> None:
+        raise ConnectionError("Could not find any running Ray instance")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", nothing)
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(UsageError, match=r"no Ray cluster to work on: found Could not.* Start one \(ray start"):
+        connect()
+    assert signal.getsignal(signal.SIGTERM) is handler
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UsageError, match=r"Ray is not installed. Install it: pip install 'featx\[ray\]'"):
+        connect()
+
+
+def test_a_sweep_on_the_cluster_is_the_ordinary_sweep(cluster: str) -> None:
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(3), 12)
+    rows = (rng.normal(size=(36, 24)) + 2 * np.eye(3, 24)[labels]).astype(np.float32)
+    how: dict[str, Any] = {"class_names": "abc", "heads": ["logreg", "ridge"], "shots": [1, 5], "episodes": 3}
+    here = sweep_heads(rows, labels, n_jobs=1, **how)
+    with joblib_on_ray():
+        there = sweep_heads(rows, labels, n_jobs=-1, **how)
+    assert len(here.trials) == len(there.trials) == 12
+    for one, other in zip(here.trials, there.trials, strict=True):
+        assert (one.head, one.n_shots, one.episode, one.params) == (
+            other.head, other.n_shots, other.episode, other.params,
+        )  # fmt: skip
+        assert np.array_equal(one.predictions, other.predictions)
+        assert one.accuracy == other.accuracy
+
+
+def test_the_real_commands(cluster: str, tmp_path: Path, featx: Featx) -> None:
+    photos = class_folders(tmp_path / "photos", each=6)
+    env = {"RAY_ADDRESS": cluster}
+    assert featx("extract", photos, "--out", tmp_path / "whole.featx").code == 0
+    store = tmp_path / "ray.featx"
+    done = featx("extract", "photos", "--out", "ray.featx", "--runner", "ray", "--json", cwd=tmp_path, env=env)
+    assert done.code == 0, done.err
+    assert done.json["embedded"] == 12
+    assert content_hash(store) == content_hash(tmp_path / "whole.featx")
+    sweep = ["sweep", store, "--heads", "logreg", "--shots", "1,2", "--episodes", "2", "--json"]
+    ordinary = featx(*sweep, "--out", tmp_path / "a")
+    on_ray = featx(*sweep, "--out", tmp_path / "b", "--backend", "ray", env=env)
+    assert on_ray.code == 0, on_ray.err
+    for one, other in zip(ordinary.json["results"], on_ray.json["results"], strict=True):
+        assert {**one, "fit_seconds": 0} == {**other, "fit_seconds": 0}
