@@ -27,7 +27,7 @@ import numpy as np
 from featx._files import canonical_json, publish_bytes
 from featx.backbones import Backbone
 from featx.batches import EXACT_START, Batch, Embeddings, fill
-from featx.errors import FeatxError
+from featx.errors import FeatxError, UsageError
 
 CACHE_VERSION = 1
 _MAGIC = b"featx-ir"
@@ -193,9 +193,20 @@ def _convert(backbone: Backbone, batch_size: int) -> tuple[bytes, bytes]:
     height, width = backbone.preprocess.crop
     example = torch.zeros(batch_size, 3, height, width)
     # Exported rather than traced: torch deprecates tracing, and warns of every shape that Python looks at.
-    with torch.no_grad():
-        exported = torch.export.export(backbone.network(), (example,))
-    model = openvino.convert_model(exported)
+    network = backbone.network()
+    try:
+        with torch.no_grad():
+            exported = torch.export.export(network, (example,))
+        model = openvino.convert_model(exported)
+    except Exception as error:  # whatever the two say of a network whose steps depend on its input
+        raise UsageError(
+            "the network cannot be converted for OpenVINO",
+            where=backbone.name,
+            found=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            if str(error)
+            else type(error).__name__,
+            hint="Use --engine torch.",
+        ) from error
     model.reshape(list(example.shape))  # the input comes out without a shape
     step = openvino.preprocess.PrePostProcessor(model)
     step.input().tensor().set_element_type(openvino.Type.u8).set_layout(openvino.Layout("NHWC"))

@@ -67,7 +67,7 @@ def make(store: Path, rows: int, dims: int) -> dict[str, Any]:
             writer.add([row.tobytes() for row in digests], [embeddings])
             writer.flush()
         index = Index(
-            ids=[f"class{row % CLASSES:03d}/{row:09d}.jpg" for row in range(rows)],
+            ids=[f"photos/{row:09d}.jpg" for row in range(rows)],
             labels=np.arange(rows, dtype=np.int64) % CLASSES,
             split=[""] * rows,
             digests=np.concatenate([generated(start, stop, dims)[0] for start, stop in blocks(rows)]),

@@ -228,3 +228,25 @@ def test_openvino_runs_it_too(plankton: Path) -> None:
         for name in ("torch", "openvino")
     ]
     np.testing.assert_allclose(found[0], found[1], atol=1e-4)
+
+
+def test_a_network_that_openvino_cannot_take_is_for_torch() -> None:
+    from featx.engines import make_engine
+
+    class Deciding(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images.mean((2, 3)) if images.sum() > 0 else images.amax((2, 3))
+
+    class Own(Provider):
+        preprocess = Preprocess(8, (8, 8), "bilinear", (0.5,) * 3, (0.5,) * 3)
+
+        def build(self) -> nn.Module:
+            return Deciding()
+
+    pytest.importorskip("openvino")
+    backbone = load_backbone(Own())
+    with pytest.raises(UsageError, match=r"cannot be converted for OpenVINO.*Use --engine torch"):
+        make_engine(backbone, engine="openvino", device="cpu", batch_size=1)
+    black = np.zeros((1, 8, 8, 3), np.uint8)
+    (found,) = next(iter(make_engine(backbone, engine="torch", device="cpu", batch_size=1).embed([black])))
+    assert np.array_equal(found, [[-1, -1, -1]])
