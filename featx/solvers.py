@@ -111,16 +111,29 @@ def newton_path(
     PathPoint
         One for each entry of ``cs``; generated, so that a long path need not be held in memory.
     """
-    problem = _Problem(rows, labels, n_classes, weights, loss, fit_intercept)
-    solution = np.zeros(problem.shape)
-    for c in cs:
-        solution, converged = _newton(problem, np.asarray(c, dtype=np.float64), solution, tolerance)
+    # One against the rest is a problem for each class, with steps of its own; the softmax ties its classes together.
+    each_class = n_classes if loss == "squared_hinge" and n_classes > 2 else 1
+    problem = _Problem(rows, labels, n_classes, np.repeat(weights, each_class, axis=0), loss, fit_intercept)
+    tolerance /= each_class
+    known: list[tuple[Array, Array]] = []  # the last two penalties and their solutions
+    for each in cs:
+        c = np.repeat(np.asarray(each, dtype=np.float64), each_class)
+        starts = [known[-1][1] if known else np.zeros(problem.shape)]
+        if len(known) == 2 and loss == "softmax":
+            # Its path is smooth in log C: where it went last time it mostly goes on. That of the hinge has kinks.
+            (first, before), (second, last) = known
+            on = np.log(c / second) / np.log(second / first)
+            starts.append(last + on[None, :, None] * (last - before))
+        solution, converged = _newton(problem, c, starts, tolerance)
+        known = [*known[-1:], (c, solution)]
         if fit_intercept and loss == "softmax":
             # The same constant on every class changes nothing; scikit-learn's intercepts sum to zero.
             solution[-1] -= solution[-1].mean(axis=-1, keepdims=True)
-        inner = solution[:-1] if fit_intercept else solution
-        last = solution[-1] if fit_intercept else np.zeros(solution.shape[1:])
-        yield PathPoint(np.moveaxis(inner, 1, 0).copy(), last.copy(), converged)
+        found = solution.reshape(len(solution), len(weights), -1)
+        inner = found[:-1] if fit_intercept else found
+        offset = found[-1] if fit_intercept else np.zeros(found.shape[1:])
+        fine = converged.reshape(len(weights), -1).all(axis=1)
+        yield PathPoint(np.moveaxis(inner, 1, 0).copy(), offset.copy(), fine)
 
 
 class _Problem:
@@ -139,13 +152,16 @@ class _Problem:
         self.design = np.hstack([rows, np.ones((n, 1))]) if fit_intercept else rows
         self.single = self.design.astype(np.float32)
         self.spread = np.einsum("ij,ij->j", self.design, self.design) / n
-        self.weights = np.ascontiguousarray(weights.T, dtype=np.float64)[:, :, None]  # (n, f, 1)
+        # (n, f, c), as what is broadcast along a short last axis is several times slower.
+        n_columns = n_classes if loss == "softmax" else 1
+        self.weights = np.repeat(weights.T[:, :, None].astype(np.float64), n_columns, axis=2)
         self.total = weights.sum(axis=1)
         self.loss, self.fit_intercept = loss, fit_intercept
         hot = np.zeros((n, 1, n_classes))
         hot[np.arange(n), 0, labels] = 1.0
-        if loss == "squared_hinge":
-            hot = 2.0 * hot[:, :, 1:] - 1.0 if n_classes == 2 else 2.0 * hot - 1.0
+        if loss == "squared_hinge":  # each weighting comes once for each class
+            signs = 2.0 * hot[:, 0, 1:] - 1.0 if n_classes == 2 else 2.0 * hot[:, 0, :] - 1.0
+            hot = np.tile(signs, len(weights) // signs.shape[1])[:, :, None]
         self.target = hot
         # Two softmax columns w, -w carry half the penalty of the one vector 2w of a binomial model.
         self.penalty_scale = 2.0 if loss == "softmax" and n_classes == 2 else 1.0
@@ -155,19 +171,19 @@ class _Problem:
         """Scores (n, f, c) of a solution (r, f, c), in its precision."""
         design = self.design if solution.dtype == np.float64 else self.single
         flat: Floats = design @ solution.reshape(len(solution), -1)
-        return flat.reshape(-1, *self.shape[1:])
+        return flat.reshape(-1, *solution.shape[1:])
 
     def back(self, scores: Floats) -> Floats:
         """The transpose of ``apply``."""
         design = self.design if scores.dtype == np.float64 else self.single
         flat: Floats = design.T @ scores.reshape(len(scores), -1)
-        return flat.reshape(self.shape)
+        return flat.reshape(-1, *scores.shape[1:])
 
     def value(self, scores: Array) -> Array:
         """Weighted loss (f,) of scores (n, f, c)."""
         if self.loss == "softmax":
             top = scores.max(axis=2, keepdims=True)
-            each = np.log(np.exp(scores - top).sum(axis=2)) + top[:, :, 0]
+            each = np.log(_over_classes(np.exp(scores - top))[:, :, 0]) + top[:, :, 0]
             each -= np.einsum("nfc,nfc->nf", scores, np.broadcast_to(self.target, scores.shape))
         else:
             each = (np.maximum(1.0 - self.target * scores, 0.0) ** 2).sum(axis=2)
@@ -178,36 +194,45 @@ class _Problem:
         """Gradient with respect to the scores, and what ``bend`` needs: probabilities or active rows."""
         if self.loss == "softmax":
             state = np.exp(scores - scores.max(axis=2, keepdims=True))
-            state /= state.sum(axis=2, keepdims=True)
+            state /= _over_classes(state)
             return (state - self.target) * self.weights, state
         short = np.maximum(1.0 - self.target * scores, 0.0)
         return -2.0 * self.target * short * self.weights, (short > 0.0).astype(np.float64)
 
-    def bend(self, state: Floats, scores: Floats) -> Floats:
-        """The Hessian of the loss with respect to the scores, times ``scores``."""
+    def bend(self, state: Floats, weighted: Floats, scores: Floats) -> Floats:
+        """The Hessian of the loss with respect to the scores, times ``scores``; ``weighted`` is the weighted state."""
+        pulled = weighted * scores
         if self.loss == "softmax":
-            pulled = scores * state
-            pulled -= state * pulled.sum(axis=2, keepdims=True)
-            pulled *= self.weights.astype(pulled.dtype)
-            return pulled
-        return state * scores * (2.0 * self.weights).astype(scores.dtype)
+            pulled -= state * _over_classes(pulled)
+        else:
+            pulled *= 2.0
+        return pulled
 
     def curvature(self, state: Array) -> Array:
         """Mean diagonal curvature (f, c): what the preconditioner takes for the Hessian's middle."""
         diagonal = state * (1.0 - state) if self.loss == "softmax" else 2.0 * state
-        total: Array = np.einsum("nfc,nf->fc", diagonal, self.weights[:, :, 0])
+        total: Array = np.einsum("nfc,nfc->fc", diagonal, self.weights)
         return total
 
 
-def _newton(problem: _Problem, c: Array, start: Array, tolerance: float) -> tuple[Array, NDArray[np.bool_]]:
-    """One penalty: damped Newton steps, each by preconditioned conjugate gradients."""
+def _over_classes(values: Floats) -> Floats:
+    """``values.sum(axis=2, keepdims=True)`` of (n, f, c), by a product, which is ten times faster for a few classes."""
+    n, f, c = values.shape
+    return (values.reshape(-1, c) @ np.ones((c, 1), dtype=values.dtype)).reshape(n, f, 1)
+
+
+def _newton(problem: _Problem, c: Array, starts: list[Array], tolerance: float) -> tuple[Array, NDArray[np.bool_]]:
+    """One penalty, from the best of some starts: damped Newton steps, each by preconditioned conjugate gradients."""
     ridge = np.zeros(problem.shape)
     ridge += (problem.penalty_scale / c)[None, :, None]
     if problem.fit_intercept:
         ridge[-1] = 0.0
-    solution = start.copy()
-    scores: Array = np.asarray(problem.apply(solution), dtype=np.float64)
-    value = problem.value(scores) + 0.5 * _dots(ridge * solution, solution)
+    solution, scores, value = _standing(problem, ridge, starts[0])
+    for start in starts[1:]:
+        other, there, reached = _standing(problem, ridge, start)
+        better = reached < value
+        solution[:, better], scores[:, better] = other[:, better], there[:, better]
+        value = np.where(better, reached, value)
     converged = np.zeros(problem.shape[1], dtype=np.bool_)
     enough = tolerance ** (5 / 3) * problem.total
     for _ in range(_MAX_NEWTON):
@@ -236,6 +261,12 @@ def _newton(problem: _Problem, c: Array, start: Array, tolerance: float) -> tupl
     return solution, converged
 
 
+def _standing(problem: _Problem, ridge: Array, start: Array) -> tuple[Array, Array, Array]:
+    """A copy of a solution, its scores, and the penalised loss (f,) of each problem."""
+    scores: Array = np.asarray(problem.apply(start), dtype=np.float64)
+    return start.copy(), scores, problem.value(scores) + 0.5 * _dots(ridge * start, start)
+
+
 def _conjugate_gradients(
     problem: _Problem, state: Array, ridge: Array, gradient: Array, preconditioner: Array, enough: Array
 ) -> Array:
@@ -245,9 +276,16 @@ def _conjugate_gradients(
     search are double, and single precision moves half the bytes. ``enough`` (f,) is a squared error of the step,
     in nats, below which the search would not notice.
     """
-    single = np.float32
+    single, n_columns = np.float32, problem.shape[2]
+    weighted = (state * problem.weights).astype(single)
     residual = (-gradient).astype(single)
     state, ridge, scale = state.astype(single), ridge.astype(single), (1.0 / preconditioner).astype(single)
+
+    def wide(each: Array) -> Floats:
+        """One number for each problem as (f, c): see the weights."""
+        return np.repeat(each.astype(single), n_columns).reshape(-1, n_columns)
+
+    out, left = np.zeros_like(residual), np.arange(problem.shape[1])
     step = np.zeros_like(residual)
     direction = residual * scale
     power = _dots(residual, direction)
@@ -258,20 +296,26 @@ def _conjugate_gradients(
         active = power > goal
         if not active.any():
             break
-        bent = problem.back(problem.bend(state, problem.apply(direction)))
+        if 2 * active.sum() <= len(active):  # the others are done, and cost as much as these
+            out[:, left] = step
+            every = (state, weighted, ridge, scale, step, residual, direction)
+            state, weighted, ridge, scale, step, residual, direction = (each[:, active] for each in every)
+            left, power, goal, active = left[active], power[active], goal[active], active[active]
+        bent = problem.back(problem.bend(state, weighted, problem.apply(direction)))
         bent += ridge * direction
         curved = _dots(direction, bent)
         length = np.where(active & (curved > 0.0), power / np.where(curved > 0.0, curved, 1.0), 0.0)
-        wide = length.astype(single)[None, :, None]
-        step += wide * direction
-        residual -= wide * bent
+        far = wide(length)
+        step += far * direction
+        residual -= far * bent
         scaled = residual * scale
         fresh = _dots(residual, scaled)
         ratio = np.where(active, fresh / np.where(power > 0.0, power, 1.0), 0.0)
-        direction *= ratio.astype(single)[None, :, None]
+        direction *= wide(ratio)
         direction += scaled
         power = np.where(active, fresh, power)
-    return step.astype(np.float64)
+    out[:, left] = step
+    return out.astype(np.float64)
 
 
 def _dots(left: Floats, right: Floats) -> Array:
