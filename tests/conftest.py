@@ -31,6 +31,27 @@ def photos() -> Path:
     return Path(folder)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache folder of this run's own, so that nothing converted earlier hides a mistake; its workers share it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "featx-cache"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEATX_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """In this process fsync returns at once: it is for power cuts, and took most of the time of small stores.
+
+    Real commands have it, and so has the writer whose system calls are traced.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
 @dataclass
 class Ran:
     """What a command printed, and how it ended."""

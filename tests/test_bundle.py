@@ -119,6 +119,19 @@ def test_all_that_was_said_comes_back(raw: bytes, tmp_path: Path) -> None:
         assert np.array_equal(arrays["coef"], bundle.scorer.coef)
 
 
+def test_the_golden_model_is_read_for_ever() -> None:
+    bundle = read_bundle(Path(__file__).parent / "golden" / "v1.model")
+    assert bundle.sha256 == "994365da4f9efbfc1517fa1d7aac2cc9c4a934f06324a7b5c0858922b7deb13d"
+    assert (bundle.class_names, bundle.head, bundle.params) == (("class 0", "class 1", "class 2"), "logreg", {"C": 316})
+    assert (bundle.threshold, bundle.max_error, bundle.layer) == (0.5, 0.05, "penultimate")
+    assert bundle.provenance == PROVENANCE
+    rows = np.sin(np.arange(36, dtype=np.float32)).reshape(3, 12)
+    expected = [[0.604302495, 0.362879121, 0.032818384], [0.00762042, 0.978931864, 0.013447717],
+                [0.000510956, 0.973221622, 0.026267423]]  # fmt: skip
+    assert np.abs(bundle.probabilities(rows) - expected).max() < 1e-6
+    assert [answer.label for answer in bundle.answer(rows)] == ["class 0", "class 1", "class 1"]
+
+
 def test_answers() -> None:
     rows, labels = clusters()
     bundle = make_bundle(make_head("logreg").fit(rows, labels), rows, sharpness=0.05)

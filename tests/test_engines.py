@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 import torchvision.models as tv
+from enginekit import ON_CPU, Array, cosines, on_cpu, one_thread, random_batches, small
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from featx import engines, openvino_engine
+from featx import engines
 from featx.backbones import Backbone, load_backbone
-from featx.batches import Engine
 from featx.catalogue import NETWORKS
 from featx.checkpoints import load_checkpoint
 from featx.engines import BATCH_SIZES, TorchEngine, available_cpus, make_engine
@@ -28,47 +28,7 @@ from featx.errors import UsageError
 from featx.images import pixels
 from featx.networks import catalogue_body
 
-SMALL = "squeezenet1_1"
-OPENVINO = pytest.param("openvino", marks=pytest.mark.skipif(not engines._installed("openvino"), reason="no openvino"))
-ON_CPU = ["torch", OPENVINO]
-
-Array = NDArray[Any]
-
-
-@pytest.fixture(autouse=True, scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache folder of this run's own, so that nothing converted earlier hides a mistake."""
-    folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FEATX_CACHE", str(folder))
-        yield folder
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="session")
-def small() -> Backbone:
-    return load_backbone(SMALL, weights="none")
-
-
-def _cpu(backbone: Backbone, engine: str, precision: str = "fp32", batch_size: int = 4) -> Engine:
-    return make_engine(backbone, engine=engine, device="cpu", precision=precision, batch_size=batch_size, threads=1)
-
-
-def _random(backbone: Backbone, *sizes: int) -> list[NDArray[np.uint8]]:
-    generator = np.random.default_rng(0)
-    return [generator.integers(0, 256, (n, *backbone.preprocess.crop, 3), dtype=np.uint8) for n in sizes]
-
-
-def _cosines(a: Array, b: Array) -> Array:
-    cosines: Array = np.sum(a * b, axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
-    return cosines
+__all__ = ["one_thread", "small"]  # fixtures
 
 
 # The same embeddings as plain torch
@@ -143,21 +103,21 @@ def test_embeddings_are_those_of_plain_torch(
     backbone, expected = request.getfixturevalue(name)
     images = np.stack([pixels(data, backbone.preprocess) for data in files])
     batches = [images[i : i + 16] for i in range(0, len(images), 16)]
-    found = np.concatenate([result[0] for result in _cpu(backbone, engine, precision, 16).embed(batches)])
+    found = np.concatenate([result[0] for result in on_cpu(backbone, engine, precision, 16).embed(batches)])
     assert found.dtype == np.float32 and found.shape == expected.shape == (len(files), 1280)
-    assert _cosines(found, expected).min() >= least
+    assert cosines(found, expected).min() >= least
     # Not only the direction: heads that do not normalise see the lengths.
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), np.linalg.norm(expected, axis=1), rtol=0.03)
 
 
 @pytest.mark.skipif(not engines._installed("openvino"), reason="no openvino")
-def test_several_layers_come_in_the_order_asked(cache: Path) -> None:
+def test_several_layers_come_in_the_order_asked() -> None:
     # conv1.1 is followed by a ReLU that works in place, which a converter could fold into it.
     layers = ["stage3", "penultimate", "conv1.1", "conv1"]
     backbone = load_backbone("shufflenet_v2_x0_5", weights="none", layers=layers)
-    (batch,) = _random(backbone, 3)
-    (expected,) = _cpu(backbone, "torch").embed([batch])
-    (found,) = _cpu(backbone, "openvino").embed([batch])
+    (batch,) = random_batches(backbone, 3)
+    (expected,) = on_cpu(backbone, "torch").embed([batch])
+    (found,) = on_cpu(backbone, "openvino").embed([batch])
     assert [layer.shape for layer in found] == [(3, 96), (3, 1024), (3, 24), (3, 24)]
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
@@ -171,11 +131,11 @@ def test_several_layers_come_in_the_order_asked(cache: Path) -> None:
 )
 def test_transformers_and_timm_convert(name: str, layer: str) -> None:
     backbone = load_backbone(name, weights="none", layers=["penultimate", layer])
-    (batch,) = _random(backbone, 2)
-    (expected,) = _cpu(backbone, "torch", batch_size=2).embed([batch])
-    (found,) = _cpu(backbone, "openvino", batch_size=2).embed([batch])
+    (batch,) = random_batches(backbone, 2)
+    (expected,) = on_cpu(backbone, "torch", batch_size=2).embed([batch])
+    (found,) = on_cpu(backbone, "openvino", batch_size=2).embed([batch])
     for a, b in zip(found, expected, strict=True):
-        assert _cosines(a, b).min() > 0.99999
+        assert cosines(a, b).min() > 0.99999
 
 
 # Order, batches, threads
@@ -183,8 +143,8 @@ def test_transformers_and_timm_convert(name: str, layer: str) -> None:
 
 @pytest.mark.parametrize("engine", ON_CPU)
 def test_an_embedding_does_not_depend_on_its_company(engine: str, small: Backbone) -> None:
-    running = _cpu(small, engine)
-    (four,) = _random(small, 4)
+    running = on_cpu(small, engine)
+    (four,) = random_batches(small, 4)
     ((together,),) = running.embed([four])
     alone = [result[0] for result in running.embed([four[3:], four[:3], four[::-1], four[1:2]])]
     np.testing.assert_array_equal(alone[0], together[3:])
@@ -196,8 +156,8 @@ def test_an_embedding_does_not_depend_on_its_company(engine: str, small: Backbon
 
 @pytest.mark.parametrize("engine", ON_CPU)
 def test_results_come_in_order_and_little_is_taken_ahead(engine: str, small: Backbone) -> None:
-    running = _cpu(small, engine)
-    batches = _random(small, 4, 1, 3, 4, 2, 4, 1)
+    running = on_cpu(small, engine)
+    batches = random_batches(small, 4, 1, 3, 4, 2, 4, 1)
     taken = 0
 
     def source() -> Iterator[NDArray[np.uint8]]:
@@ -218,8 +178,8 @@ def test_results_come_in_order_and_little_is_taken_ahead(engine: str, small: Bac
 
 @pytest.mark.parametrize("engine", ON_CPU)
 def test_an_engine_survives_a_consumer_that_stops_and_a_source_that_fails(engine: str, small: Backbone) -> None:
-    running = _cpu(small, engine)
-    batches = _random(small, 4, 4, 4, 4)
+    running = on_cpu(small, engine)
+    batches = random_batches(small, 4, 4, 4, 4)
     (expected,) = next(running.embed(batches[:1]))
     early: Any = running.embed(batches)
     next(early)
@@ -237,8 +197,8 @@ def test_an_engine_survives_a_consumer_that_stops_and_a_source_that_fails(engine
 
 @pytest.mark.parametrize("engine", ON_CPU)
 def test_results_are_the_callers_own(engine: str, small: Backbone) -> None:
-    running = _cpu(small, engine)
-    batches = _random(small, 2, 2, 2, 2)
+    running = on_cpu(small, engine)
+    batches = random_batches(small, 2, 2, 2, 2)
     results = [result[0] for result in running.embed(batches)]
     kept = [result.copy() for result in results]
     for result in results[:2]:
@@ -260,13 +220,13 @@ def test_results_are_the_callers_own(engine: str, small: Backbone) -> None:
 )
 def test_batches_of_another_shape_are_refused(engine: str, small: Backbone, batch: Array) -> None:
     with pytest.raises(ValueError, match=r"expected uint8 \(1..4, 224, 224, 3\)"):
-        list(_cpu(small, engine).embed([batch]))
+        list(on_cpu(small, engine).embed([batch]))
 
 
 @pytest.mark.parametrize("engine", ON_CPU)
 def test_threads_can_share_an_engine(engine: str, small: Backbone) -> None:
-    running = _cpu(small, engine, batch_size=1)
-    batches = _random(small, *[1] * 6)
+    running = on_cpu(small, engine, batch_size=1)
+    batches = random_batches(small, *[1] * 6)
     expected = [result[0] for result in running.embed(batches)]
     found: dict[int, list[Array]] = {}
 
@@ -343,8 +303,8 @@ def test_only_the_cpus_of_this_process_are_used() -> None:
 
 
 def test_bf16_is_not_fp32_in_disguise(small: Backbone) -> None:
-    (batch,) = _random(small, 2)
-    exact, rounded = (next(_cpu(small, "torch", precision).embed([batch]))[0] for precision in ("fp32", "bf16"))
+    (batch,) = random_batches(small, 2)
+    exact, rounded = (next(on_cpu(small, "torch", precision).embed([batch]))[0] for precision in ("fp32", "bf16"))
     assert 0 < np.abs(exact - rounded).max() < 0.05 * np.abs(exact).max()
 
 
@@ -352,119 +312,9 @@ def test_bf16_is_not_fp32_in_disguise(small: Backbone) -> None:
 @pytest.mark.parametrize(("precision", "least"), [("fp32", 0.9999), ("bf16", 0.999), ("fp16", 0.999)])
 def test_cuda_agrees_with_the_cpu(precision: str, least: float) -> None:
     backbone = load_backbone()
-    batches = _random(backbone, 4, 1, 4, 3)
-    expected = np.concatenate([result[0] for result in _cpu(backbone, "torch").embed(batches)])
+    batches = random_batches(backbone, 4, 1, 4, 3)
+    expected = np.concatenate([result[0] for result in on_cpu(backbone, "torch").embed(batches)])
     running = TorchEngine(backbone, device="cuda", precision=precision, batch_size=4)
     found = np.concatenate([result[0] for result in running.embed(batches)])
-    assert _cosines(found, expected).min() >= least
+    assert cosines(found, expected).min() >= least
     np.testing.assert_array_equal(next(running.embed([batches[2][1:2]]))[0][0], found[6])
-
-
-# OpenVINO's cache and telemetry
-
-
-pytestmark_openvino = pytest.mark.skipif(not engines._installed("openvino"), reason="no openvino")
-
-
-def _one(backbone: Backbone) -> Array:
-    result: Array = next(_cpu(backbone, "openvino", batch_size=2).embed(_random(backbone, 2)))[0]
-    return result
-
-
-@pytestmark_openvino
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda content: content[:-1],
-        lambda content: b"",
-        lambda content: content[:20],
-        lambda content: content[:999] + bytes([content[999] ^ 1]) + content[1000:],
-        lambda content: b"x" + content[1:],
-    ],
-    ids=["short", "empty", "header", "bit", "magic"],
-)  # fmt: skip
-def test_a_damaged_cache_file_is_made_again(small: Backbone, damage: Callable[[bytes], bytes]) -> None:
-    expected = _one(small)
-    path = openvino_engine.cache_file(small, 2)
-    content = path.read_bytes()
-    path.write_bytes(damage(content))
-    np.testing.assert_array_equal(_one(small), expected)
-    assert openvino_engine._read(path) is not None
-    assert [file.name for file in path.parent.iterdir() if file.name.startswith(".")] == []
-
-
-@pytestmark_openvino
-def test_the_cache_tells_apart_what_differs(small: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    def name(backbone: Backbone, batch_size: int = 2) -> str:
-        return openvino_engine.cache_file(backbone, batch_size).name
-
-    from dataclasses import replace
-
-    mean = replace(small.preprocess, mean=(0.1, 0.2, 0.3))
-    names = {
-        name(small),
-        name(small, 4),
-        name(replace(small, layers=("features",))),
-        name(replace(small, preprocess=mean)),
-        name(replace(small, weights_sha256="1" * 64)),
-        name(replace(small, name="squeezenet1_0")),
-    }
-    monkeypatch.setattr(openvino_engine, "version", lambda package: "0")
-    names.add(name(small))
-    assert len(names) == 7
-    assert name(replace(small, weights="moved.pth", file=Path("elsewhere"))) == name(small)
-
-
-@pytest.mark.parametrize(
-    ("variables", "folder"),
-    [
-        ({"FEATX_CACHE": "/a", "XDG_CACHE_HOME": "/b"}, "/a"),
-        ({"FEATX_CACHE": "", "XDG_CACHE_HOME": "/b"}, "/b/featx"),
-        ({"FEATX_CACHE": "", "XDG_CACHE_HOME": "", "HOME": "/c"}, "/c/.cache/featx"),
-    ],
-)
-def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], folder: str) -> None:
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert openvino_engine.cache_folder() == Path(folder)
-
-
-@pytestmark_openvino
-def test_a_cache_that_cannot_be_written_is_said(
-    small: Backbone, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    expected = _one(small)
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("FEATX_CACHE", str(tmp_path / "file"))
-    with pytest.warns(RuntimeWarning, match="cannot write to the cache folder .* Set FEATX_CACHE"):
-        found = _one(small)
-    np.testing.assert_array_equal(found, expected)
-
-
-@pytestmark_openvino
-def test_a_second_start_imports_no_torch(cache: Path, tmp_path: Path) -> None:
-    _cpu(load_backbone(), "openvino", batch_size=2)
-    code = (
-        "import sys, numpy as np; from featx.backbones import load_backbone; from featx.engines import make_engine;"
-        "engine = make_engine(load_backbone(), engine='openvino', batch_size=2);"
-        "(result,) = engine.embed([np.zeros((1, 224, 224, 3), np.uint8)]);"
-        "assert result[0].shape == (1, 1280);"
-        "assert not {'torch', 'torchvision', 'timm', 'openvino_telemetry'} & set(sys.modules)"
-    )
-    env = {**os.environ, "HOME": str(tmp_path)}
-    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, env=env)
-    assert not list(tmp_path.iterdir())  # telemetry would have left ~/intel
-
-
-@pytestmark_openvino
-def test_openvino_never_gets_its_telemetry(tmp_path: Path) -> None:
-    code = (
-        "import sys; from featx.openvino_engine import import_openvino; import_openvino();"
-        "from openvino.tools.ovc import convert_impl, telemetry_utils, utils;"
-        "names = {module.tm.__name__ for module in (convert_impl, telemetry_utils, utils)};"
-        "assert names == {'openvino.tools.ovc.telemetry_stub'}, names;"
-        "assert 'openvino_telemetry' not in sys.modules"
-    )
-    env = {k: v for k, v in os.environ.items() if k != "CI"} | {"HOME": str(tmp_path)}
-    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, env=env)
-    assert not list(tmp_path.iterdir())

@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from storekit import refused_of
 
+from featx import index
 from featx.errors import Interrupted, MismatchError, TooManyBadImages
 from featx.extract import ExtractSummary, extract_features
 from featx.images import pixels
+from featx.index import longest_id
 from featx.sources import ImageSet
 from featx.store import read_features
 from featx.store_tools import content_hash, info, verify
@@ -239,4 +241,21 @@ def test_another_source_is_noted(source: Path, store: Path, tmp_path: Path) -> N
     assert len(read_features(store)) == 4
     assert run(source, store).embedded == 0  # both are kept ...
     assert run(source, store, prune=True).pruned == 4  # ... until they are pruned
+    assert verify(store) == []
+
+
+def test_an_id_that_would_widen_a_large_index_is_refused(
+    tmp_path: Path, source: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [longest_id(n) for n in (0, 1, 16_384, 100_000, 10**7)] == [4096, 4096, 4096, 671, 512]
+    deep = source / "ants" / "/".join(("d" * 200,) * 3)
+    deep.mkdir(parents=True)
+    picture(70).save(deep / "a.png")
+    assert run(source, tmp_path / "small.featx").embedded == 11  # among few images it costs nothing
+    monkeypatch.setattr(index, "_PADDED_IDS", 0)
+    summary = run(source, store)
+    assert (summary.embedded, summary.quarantined) == (10, 1)
+    (refused,) = refused_of(store)
+    assert (refused.reason, len(refused.id)) == ("bad_name", 613)
+    assert refused.message == "the path has 613 bytes; at most 512 can be kept in a store of this size"
     assert verify(store) == []

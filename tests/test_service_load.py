@@ -22,6 +22,8 @@ from featx.predictor import open_embedder
 from featx.service_batch import BATCH_SIZES
 from featx.store import read_features
 
+pytestmark = pytest.mark.alone
+
 
 def hammer(port: int, images: list[bytes], *, clients: int, seconds: float) -> list[Reply]:
     """So many clients, each with a request at a time, for so long; a refused one comes back after a moment."""

@@ -1,4 +1,4 @@
-"""Makes the golden store of the current format version, and its packed file, beside this script.
+"""Makes the golden store of the current format version, its packed file, and the golden model, beside this script.
 
 Run it once for a new version of the format, commit what it makes, and never change that again: every later featx has
 to read it. ``python tests/golden/make_golden.py``
@@ -13,7 +13,10 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from storekit import make_store, names_of  # noqa: E402
+from test_bundle import clusters, make_bundle  # noqa: E402
 
+from featx.bundle import write_bundle  # noqa: E402
+from featx.heads import make_head  # noqa: E402
 from featx.manifest import FORMAT_VERSION  # noqa: E402
 from featx.store_tools import pack  # noqa: E402
 
@@ -22,3 +25,5 @@ if __name__ == "__main__":
     make_store(store, names_of(12), layers=("penultimate", "features.3"))
     (store / ".lock").unlink()
     pack(store, HERE / f"v{FORMAT_VERSION}-packed.h5")
+    rows, labels = clusters()
+    write_bundle(make_bundle(make_head("logreg").fit(rows, labels), rows), HERE / "v1.model")

@@ -1,0 +1,49 @@
+"""What the tests of engines share: a small network, batches, and the fixtures for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from featx import engines
+from featx.backbones import Backbone, load_backbone
+from featx.batches import Engine
+from featx.engines import make_engine
+
+SMALL = "squeezenet1_1"
+OPENVINO = pytest.param("openvino", marks=pytest.mark.skipif(not engines._installed("openvino"), reason="no openvino"))
+ON_CPU = ["torch", OPENVINO]
+
+Array = NDArray[Any]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def small() -> Backbone:
+    return load_backbone(SMALL, weights="none")
+
+
+def on_cpu(backbone: Backbone, engine: str, precision: str = "fp32", batch_size: int = 4) -> Engine:
+    return make_engine(backbone, engine=engine, device="cpu", precision=precision, batch_size=batch_size, threads=1)
+
+
+def random_batches(backbone: Backbone, *sizes: int) -> list[NDArray[np.uint8]]:
+    generator = np.random.default_rng(0)
+    return [generator.integers(0, 256, (n, *backbone.preprocess.crop, 3), dtype=np.uint8) for n in sizes]
+
+
+def cosines(a: Array, b: Array) -> Array:
+    cosines: Array = np.sum(a * b, axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    return cosines
