@@ -31,7 +31,7 @@ __all__ = ["IMAGE_SUFFIXES", "SPLITS", "ImageRef", "ImageSet", "count_labels", "
 
 Progress = Callable[[int], None]
 
-_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/")
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/+)(.*)", re.DOTALL)
 _TORCHVISION = "torchvision:"
 _TABLES = (".parquet", ".arrow")
 _NONE = Unreadable("the source has no such image")
@@ -85,7 +85,7 @@ class ImageSet:
         if text.startswith(_TORCHVISION):
             name, _, root = text.removeprefix(_TORCHVISION).partition(":")
             return cls.from_torchvision(name, root)
-        if _ADDRESS.match(text) and not Path(text).exists():
+        if not is_local(text):
             return cls.from_address(text)
         path = Path(source)
         if path.is_dir():
@@ -220,6 +220,7 @@ class ImageSet:
         """
         from featx.sources_remote import remote_refs
 
+        url = _address(url)
         refs, ignored = remote_refs(url)
         return cls._of(refs, url, "this address", ignored)
 
@@ -248,6 +249,15 @@ def is_local(source: str) -> bool:
     return not source.startswith(_TORCHVISION) and (not _ADDRESS.match(source) or Path(source).exists())
 
 
+def _address(text: str) -> str:
+    """An address as fsspec wants it: with both slashes (pathlib leaves one), its protocol in small letters."""
+    found = _ADDRESS.fullmatch(text)
+    if found is None:
+        raise SourceError("not an address", where=text, expected="one such as s3://bucket/photos")
+    protocol, slashes, rest = found.groups()
+    return f"{protocol.lower()}:{slashes if len(slashes) > 1 else '//'}{rest}"
+
+
 def finder(source: str | Path) -> Callable[[str], Origin]:
     """What gives the origin of an image of ``source`` by its id, without looking at all the others where possible.
 
@@ -257,10 +267,10 @@ def finder(source: str | Path) -> Callable[[str], Origin]:
     if text.startswith(_TORCHVISION):
         known = {ref.id: ref.path for ref in ImageSet.from_source(text).refs}
         return lambda name: known.get(name, _NONE)
-    if _ADDRESS.match(text) and not Path(text).exists():
+    if not is_local(text):
         from featx.sources_remote import remote_origin
 
-        return lambda name: remote_origin(text, name)
+        return lambda name: remote_origin(_address(text), name)
     root = Path(text)
     root = root.parent if root.is_file() else root
     return lambda name: _inside(root, name)

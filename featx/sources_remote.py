@@ -106,8 +106,9 @@ class Remote(Fetched):
 @functools.lru_cache(maxsize=8)
 def _system(url: str) -> tuple[Any, str]:
     """The file system behind an address, and the path in it."""
-    url = url if "://" in url else url.replace(":/", "://", 1)  # what pathlib makes of an address
-    protocol = url.split("://", 1)[0]
+    protocol, _, rest = url.partition("://")
+    if not rest.strip("/"):
+        raise SourceError("an address of nothing", where=url, expected="one such as s3://bucket/photos")
     if protocol in ("http", "https"):
         raise UsageError("a web address has no folders to list", where=url, hint="Download the images into a folder.")
     try:
