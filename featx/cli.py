@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from featx import cli_finetune, cli_layers, cli_model, cli_search, cli_sweep
+from featx import cli_advise, cli_finetune, cli_layers, cli_model, cli_search, cli_sweep, cli_tabular
 from featx._files import refuse_second_writer
 from featx.cli_model import Device, EngineName, Json
 from featx.cli_parts import DevicesOption, FinishOption, PartOption, RunnerOption, Spread, everywhere, load
@@ -106,12 +106,15 @@ def backbones(as_json: Json = False) -> None:
 
 @app.command(
     epilog="Examples:  featx extract photos --out photos.featx  |  featx extract list.csv -o s.featx --engine torch"
+    "  |  featx extract photos -o s.featx --part 2/8"
 )
 def extract(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="SOURCE", help="Folder of class folders (train/ val/ test/ may be above them), or a CSV/JSONL list."
+            metavar="SOURCE",
+            help="Folder of class folders (train/ val/ test/ may be above them), CSV/JSONL list, tar or Parquet files, "
+            "torchvision:NAME:ROOT, or an address such as s3://bucket/photos.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="STORE", help="The store: made, continued or updated.")],
@@ -158,7 +161,10 @@ def extract(
     how = Spread.of(part, finish, runner, devices, prune=prune, device=device.value)
     source = how.source(source)
     _check_output(out, Path(source), alone=how.part is None)
-    images = ImageSet.from_source(source)
+    with ProgressLine("listing") as line:
+        if "://" in source:
+            line.say(f"Listing {source} ...")
+        images = ImageSet.from_source(source, progress=line.count)
 
     looks = parse_views(views)
     if len(looks) > 1:
@@ -220,19 +226,26 @@ def info(store: StoreArgument, as_json: Json = False) -> None:
     show(table)
 
 
-@app.command(epilog="Example:  featx verify photos.featx")
-def verify(store: StoreArgument, as_json: Json = False) -> None:
+@app.command(epilog="Examples:  featx verify photos.featx  |  featx verify large.featx --sample 20")
+def verify(
+    store: StoreArgument,
+    sample: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Look into N shards only, drawn at random.")
+    ] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
     """Compare every byte of a store with its checksums, and its parts with each other."""
     from featx.store_tools import content_hash
     from featx.store_tools import verify as check
 
-    problems = check(store)
+    with ProgressLine("verifying shards") as line:
+        problems = check(store, sample=sample, random_state=seed, progress=line.update)
     if as_json:
-        print_json(
-            {"sound": not problems, "problems": problems, "content_hash": None if problems else content_hash(store)}
-        )
+        told = content_hash(store) if not problems and sample is None else None
+        print_json({"sound": not problems, "problems": problems, "sample": sample, "content_hash": told})
     elif not problems:
-        print(f"{store}: sound.")
+        print(f"{store}: sound{'' if sample is None else f', as far as {sample} of its shards tell'}.")
     for problem in problems:
         say(problem, err=True)
     if problems:
@@ -288,7 +301,9 @@ cli_layers.register(app)
 cli_model.register(app)
 cli_search.register(app)
 cli_sweep.register(app)
+cli_tabular.register(app)
 cli_finetune.register(app)
+cli_advise.register(app)
 
 
 # --- arguments ----------------------------------------------------------------------------------------------------

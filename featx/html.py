@@ -118,6 +118,11 @@ def render_page(
         "<h2>How this was made</h2>",
         _made(result, provenance, command),
     ]
+    return document(title, parts)
+
+
+def document(title: str, parts: Sequence[str]) -> str:
+    """A whole page of these parts (which are HTML), in the one style of all of featx's reports."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

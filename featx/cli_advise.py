@@ -1,0 +1,105 @@
+"""The command that says what to do next with a set of images."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from featx.cli_model import Json, OwnBackbone, Weights, own_network
+from featx.cli_sweep import stem
+from featx.errors import FeatxError, Interrupted, UsageError
+from featx.terminal import ProgressLine, check_writable, print_json, say, show
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command of this module."""
+    app.command(
+        epilog="Examples:  featx advise photos.featx  |  featx advise photos.featx --source photos --minutes 10 --json"
+    )(advise)
+
+
+def advise(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="A store, or a file made by featx pack.")],
+    source: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE", help="What the store was made from: the images, to try fine-tuning on them, too."
+        ),
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="Time that it may take; what does not fit is named.")] = 5.0,
+    label: Annotated[
+        int | None, typer.Option("--next", help="How many images to label next. [default: 2 a class, at least 10]")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="PAGE.html", help="The page. [default: beside the store]")
+    ] = None,
+    backbone: OwnBackbone = None,
+    weights: Weights = None,
+    n_jobs: Annotated[int | None, typer.Option(help="Parallel workers of sweeps. [default: cores]")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of every random draw.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Which strategy now, what more images would bring, whether fine-tuning pays, and which images to label next.
+
+    Strategies are compared on the same draws within the time given; what cannot be told is said so. Images of the
+    split test take no part.
+    """
+    from featx.advice_page import render_advice
+    from featx.advise import advise as measure
+    from featx.embed import network_like
+    from featx.layers import read_layers
+    from featx.manifest import check_same
+    from featx.sources import ImageSet
+
+    features, columns = read_layers(store)
+    images = None if source is None else ImageSet.from_source(source)
+    page = out or store.with_name(stem(store) + ".advice.html")
+    if page.is_dir():
+        raise UsageError(
+            "a folder is in the way", where=page, expected="the name of a page", hint="Choose another --out."
+        )
+    check_writable(page)
+    try:
+        network = network_like(features.provenance, where=store, backbone=own_network(backbone), weights=weights)
+        check_same(features.provenance, {**features.provenance, **network.provenance()}, store)
+    except FeatxError as error:
+        if backbone is not None or weights is not None:
+            raise  # asked for, and cannot be had
+        network = error
+    beside = page.absolute().parent
+    beside.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{stem(store)}.advise-", dir=beside) as folder,
+        ProgressLine("advice") as line,
+    ):
+        found = measure(
+            features, columns, backbone=network, images=images, folder=Path(folder), minutes=minutes, count=label,
+            random_state=seed, n_jobs=n_jobs, progress=line.update,
+        )  # fmt: skip
+    command = shlex.join(["featx", *sys.argv[1:]])
+    provenance = {**features.provenance, "fingerprint": features.fingerprint}
+    part = page.with_name(page.name + ".tmp")
+    part.write_text(render_advice(found, title=store.name, provenance=provenance, command=command), encoding="utf-8")
+    part.replace(page)
+    if as_json:
+        print_json({**found.to_json(), "page": str(page)})
+    _tell(found.sentences(), err=as_json)
+    say(f"\nPage: {page}", err=as_json)
+    if found.interrupted:
+        raise typer.Exit(Interrupted.exit_code)
+
+
+def _tell(sentences: dict[str, str], *, err: bool) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 1, 0))
+    for topic, sentence in sentences.items():
+        first = topic == "strategy"
+        table.add_row(Text(topic, style="dim"), Text(sentence, style="bold" if first else ""))
+    show(table, err=err)
