@@ -142,14 +142,12 @@ def test_a_combined_head_is_ridge_on_weighted_unit_layers() -> None:
 def test_layers_are_compared_on_the_same_draws_as_alone() -> None:
     rows, labels = stacked(20, {"early": 1.0, "middle": 0.2, "penultimate": 0.4})
     plan: dict[str, Any] = {"class_names": list("abc"), "shots": (2, 6), "episodes": 4, "n_jobs": 1}
+    plan["near_duplicates"] = None
     found = sweep_heads(rows, labels, **plan, heads=["ridge", "knn"], layers=LAYERS)
     assert set(found.heads) == {f"{h}@{name}" for h in ("ridge", "knn") for name in (*SIZES, COMBINED)}
     assert found.heads[:2] == ("ridge@penultimate", "knn@penultimate")
     for name, (first, last) in ((name, LAYERS.columns(name)) for name in SIZES):
-        alone = sweep_heads(
-            rows[:, first:last], labels, **plan, heads=["ridge", "knn"],
-            groups=found.duplicates.groups, near_duplicates=None,
-        )  # fmt: skip
+        alone = sweep_heads(rows[:, first:last], labels, **plan, heads=["ridge", "knn"])
         for head in ("ridge", "knn"):
             for n_shots in (2, 6):
                 for ours, theirs in zip(found.of(f"{head}@{name}", n_shots), alone.of(head, n_shots), strict=True):
