@@ -38,6 +38,7 @@ def info(path: str | Path) -> dict[str, Any]:
         "images": len(index),
         "embedding_dim": dims.get(provenance["layers"][0], 0),
         "layers": dims,
+        "views": provenance.get("views", ""),
         "backbone": provenance.get("backbone", ""),
         "fingerprint": fingerprint(provenance),
         "classes": _class_counts(index),
