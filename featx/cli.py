@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 
 QUARANTINED = 3
+_INTERRUPTED = 130
 
 # Typer has brought click along in two ways; wherever it lives, this is the base of its usage errors.
 ClickException: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -351,9 +352,11 @@ def main() -> None:
             print_json({"error": error.format_message(), "exit_code": 2})
         code = 2
     except (typer.Abort, KeyboardInterrupt):
-        _fail("interrupted; what was published is kept. Run the same command again to go on.", 130)
+        code = _INTERRUPTED
     except BrokenPipeError:
         # The reader of our output (head, less) has gone: nothing to say, and nobody to say it to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    if code == _INTERRUPTED:  # Typer makes an exit code, or an error, of Ctrl-C, as its version has it
+        _fail("interrupted; what was published is kept. Run the same command again to go on.", _INTERRUPTED)
     raise SystemExit(code if isinstance(code, int) else 0)
