@@ -127,16 +127,17 @@ class _Blocks:
         self.labels, self.n_classes = labels, n_classes
         self.n, self.d = self.rows.shape
         self.products = 0
-        total, gram = np.zeros(self.d), np.zeros((self.d, self.d))
+        total, gram, squares = np.zeros(self.d), np.zeros((self.d, self.d)), 0.0
         for part in self.parts():
             block = self.block(part)
             if self.scale is not None:
                 block = block * self.scale[part]
             total += block.sum(axis=0, dtype=np.float64)
             gram += block.T @ block
+            squares += float(np.einsum("ij,ij->", block, block, dtype=np.float64))
         self.mean = total / self.n
-        # What rounding leaves of a mean that is much longer than the rows are spread may be below zero.
-        self.mean_squared_norm = max(float(np.trace(gram)) / self.n - float(self.mean @ self.mean), 0.0) or 1.0
+        spread = squares / self.n - float(self.mean @ self.mean)
+        self.mean_squared_norm = spread if spread > 1e-12 * squares / self.n else 1.0  # equal rows, but for rounding
         values, self.basis = np.linalg.eigh(gram / self.n - np.outer(self.mean, self.mean))
         self.spread = np.append(np.maximum(values, 0.0), 1.0)
 

@@ -63,6 +63,18 @@ def test_a_large_fit_is_the_fit_of_the_head(kind: Kind, n_classes: int) -> None:
     np.testing.assert_array_equal(large.classes_, whole.classes_)
 
 
+def test_equal_rows_and_empty_ones_have_a_fit() -> None:
+    same, labels = np.ones((300, 24), dtype=np.float32), np.arange(300) % 3
+    for kind in KINDS:
+        model = Logistic().fit_large(same, labels, Normalise(kind).fit(same))
+        np.testing.assert_allclose(model.predict_proba(same[:1]), 1 / 3, atol=2e-3)
+    rows, labels = clusters(500, 24, 3)
+    rows[::50] = 0.0
+    for kind in KINDS:
+        model = Logistic().fit_large(rows, labels, Normalise(kind).fit(rows))
+        assert model.converged_ and np.isfinite(model.coef_).all()
+
+
 def test_mean_and_deviation_are_those_of_numpy() -> None:
     rows, _ = clusters(9000, 12, 2)
     mean, deviation = moments(rows)
