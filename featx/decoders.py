@@ -22,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,11 +35,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx._files import uninterrupted
-from featx.decoder_child import DECODE, HERE, PART, PLACE, READ, READY, TIMES, unreadable
+from featx.decoder_child import DECODE, HERE, PART, PLACE, READ, READY, TIMES
 from featx.errors import FeatxError, ImageError
+from featx.fetchers import Fetchers, Fetching
 from featx.images import MAX_PIXELS, Preprocess
 from featx.origins import MAX_BYTES as MAX_BYTES
-from featx.origins import MAX_FETCHED, Fetched, Origin, Part, too_many_bytes
+from featx.origins import Fetched, Origin, Part
 from featx.views import CENTER, Looks
 
 ATTEMPTS = 2
@@ -105,7 +105,7 @@ class DecoderPool:
         for child in self._children:
             self._idle.put(child)
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="featx-decode")
-        self._fetchers: dict[int, ThreadPoolExecutor] = {}
+        self._fetchers: dict[int, Fetchers] = {}
 
     def __enter__(self) -> DecoderPool:
         return self
@@ -117,7 +117,7 @@ class DecoderPool:
             for child in self._children:
                 child.stop()  # a thread that waits for it gets EOF, and ends
             for fetchers in self._fetchers.values():
-                fetchers.shutdown(wait=True, cancel_futures=True)
+                fetchers.stop()
             self._threads.shutdown(wait=True, cancel_futures=True)
             for child in self._children:
                 child.close()
@@ -141,15 +141,13 @@ class DecoderPool:
         while waiting:
             yield waiting.popleft().result()
 
-    def _fetch(self, origin: Fetched) -> Future[tuple[bytes, float]]:
+    def _fetch(self, origin: Fetched) -> Fetching:
         # Other threads than those that wait for a child, so that a slow network does not idle the decoders.
         if origin.parallel not in self._fetchers:
-            self._fetchers[origin.parallel] = ThreadPoolExecutor(origin.parallel, thread_name_prefix="featx-fetch")
-        return self._fetchers[origin.parallel].submit(_fetch, origin)
+            self._fetchers[origin.parallel] = Fetchers(origin.parallel)
+        return self._fetchers[origin.parallel].submit(origin)
 
-    def _one(
-        self, origin: Origin, fetching: Future[tuple[bytes, float]] | None, known: Callable[[bytes], bool]
-    ) -> Decoded:
+    def _one(self, origin: Origin, fetching: Fetching | None, known: Callable[[bytes], bool]) -> Decoded:
         try:
             data, waited = fetching.result() if fetching is not None else (b"", 0.0)
             request = HERE + data if fetching is not None else _request(origin)
@@ -173,18 +171,6 @@ class DecoderPool:
             return Decoded(digest, refusal=ImageError(reason, f"the decoder {how}, {ATTEMPTS} times"))
         finally:
             self._idle.put(child)
-
-
-def _fetch(origin: Fetched) -> tuple[bytes, float]:
-    """The bytes of an image that no child can read, and the seconds that took."""
-    started = time.perf_counter()
-    try:
-        data = origin.read_bytes()
-    except OSError as error:
-        raise unreadable(error) from error
-    if len(data) > MAX_FETCHED:
-        raise too_many_bytes(len(data), MAX_FETCHED)
-    return data, time.perf_counter() - started
 
 
 def _request(origin: Origin) -> bytes:

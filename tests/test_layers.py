@@ -17,7 +17,7 @@ PACKAGE = Path(featx.__file__).parent
 LAYERS = [
     {"errors", "_files"},
     {"sources_tar", "sources_table", "sources_remote", "sources_torchvision"}
-    | {"images", "origins", "sources", "decoders", "decoder_child", "originals", "views"},
+    | {"images", "origins", "sources", "decoders", "decoder_child", "fetchers", "originals", "views"},
     {
         "batches",
         "catalogue",
@@ -93,8 +93,18 @@ LAYERS = [
         "service_watch",
         "service_work",
     },
-    {"cli", "cli_advise", "cli_finetune", "cli_layers", "cli_model", "cli_parts", "cli_search", "cli_sweep", "cli_tabular"}
-    | {"__main__", "__init__"},
+    {
+        "cli",
+        "cli_advise",
+        "cli_finetune",
+        "cli_layers",
+        "cli_model",
+        "cli_parts",
+        "cli_search",
+        "cli_sweep",
+        "cli_tabular",
+    }
+    | {"cli_tabular", "__main__", "__init__"},
 ]
 """From the floor upwards. A module may import from its own layer and from those below."""
 
