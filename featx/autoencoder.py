@@ -43,7 +43,7 @@ CHANNELS = (32, 64, 128, 256)
 
 SIDE = 2 ** len(CHANNELS)
 MAX_SIZE, MAX_DIM = 512, 4096
-MIN_IMAGES = 20
+MIN_IMAGES = 10
 HELD_OUT = 0.1
 IMAGE_PASSES = 60_000
 """Without a number of epochs: as many as it takes to see so many images, and at least :data:`MIN_EPOCHS`."""

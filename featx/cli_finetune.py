@@ -112,6 +112,7 @@ def finetune(
     network = network_like(features.provenance, where=store, backbone=own_network(backbone), weights=weights)
     check_same(features.provenance, {**features.provenance, **network.provenance()}, store)
     folder = store.with_name(stem(store) + ".tuning")
+    journal = folder / "journal.jsonl"
     bundle = None
     try:
         with (
@@ -124,12 +125,13 @@ def finetune(
         ):  # fmt: skip
             result = judge_episodes(
                 tuning, shots=wanted_shots, episodes=episodes, heads=wanted_heads, random_state=seed,
-                journal=folder / "journal.jsonl", progress=line.update,
+                journal=journal, progress=line.update,
             )  # fmt: skip
             if out is not None:
                 bundle = finetune_bundle(
                     tuning, max_error=max_error, random_state=seed, engine=engine.value, progress=line.update
                 )
+            journal.unlink(missing_ok=True)
     except KeyboardInterrupt as error:
         raise Interrupted(
             "stopped; activations and finished draws are kept",

@@ -126,7 +126,7 @@ def finetune_episodes(
         features, images, backbone, folder, unfreeze=unfreeze, recipe=recipe, device=device,
         random_state=random_state, progress=progress, say=say,
     ) as opened:  # fmt: skip
-        return judge_episodes(
+        found = judge_episodes(
             opened,
             shots=shots,
             episodes=episodes,
@@ -135,6 +135,9 @@ def finetune_episodes(
             journal=journal,
             progress=progress,
         )
+        if journal is not None:
+            journal.unlink(missing_ok=True)
+        return found
 
 
 def judge_episodes(
@@ -148,7 +151,10 @@ def judge_episodes(
     journal: Path | None = None,
     progress: Progress | None = None,
 ) -> FinetuneResult:
-    """Judge fine-tuning and heads on the draws that a sweep of the same seed makes; see finetune_episodes."""
+    """Judge fine-tuning and heads on the draws that a sweep of the same seed makes; see :func:`finetune_episodes`.
+
+    The journal stays, for whoever goes on to do something long; the caller removes it.
+    """
     started = time.perf_counter()
     tell: Progress = progress or (lambda done, total, what: None)
     use = tuning.choosable
@@ -190,8 +196,6 @@ def judge_episodes(
             left = seconds[0] * (len(tasks) - number - 1)
             tuning.say(f"The first draw took {seconds[0]:.0f} s; the others may take {left / 60:.1f} min.")
     tell(len(tasks), len(tasks), "done")
-    if kept is not None:
-        kept.close()
     result = replace(
         swept,
         heads=(*swept.heads, tuning.head),

@@ -20,6 +20,7 @@ from featx.activations import MAX_GIB, Wanted, activations, check_room
 from featx.backbones import Backbone, load_backbone
 from featx.engines import make_engine
 from featx.errors import MismatchError, SourceError
+from featx.providers import Own
 from featx.sources import ImageSet
 from featx.splits import Index
 from featx.store import FeatureSet
@@ -128,10 +129,8 @@ def open_tuning(
     device = training.choose_device(device)
     if recipe.from_scratch:
         unfreeze = "all"
-        layers = ("penultimate",)
-        network = load_backbone(
-            backbone.provider or backbone.name, weights="none", layers=layers, random_state=random_state
-        )
+        named = backbone.provider if isinstance(backbone.provider, Own) else backbone.name
+        network = load_backbone(named, weights="none", layers=("penultimate",), random_state=random_state)
     else:
         network = replace(backbone, layers=("penultimate",))
     use = features.labels >= 0

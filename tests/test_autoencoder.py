@@ -56,7 +56,7 @@ def test_copies_are_held_out_together() -> None:
     held = held_out_rows(some, 0)
     assert held.sum() == 12
     assert (held.reshape(40, 3).sum(axis=1) % 3 == 0).all()
-    with pytest.raises(UsageError, match="too few images to learn from: expected at least 20 different ones, found 2"):
+    with pytest.raises(UsageError, match="too few images to learn from: expected at least 10 different ones, found 2"):
         held_out_rows(np.repeat(digests(2), 50, axis=0), 0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from torch import nn
 
 from featx.backbones import Backbone, load_backbone
+from featx.errors import WeightsError
 from featx.images import Preprocess
 from featx.providers import Provider
 
@@ -37,6 +39,9 @@ class Small(Provider):
     preprocess = SMALL
     classifier = "head"
 
+    def weights(self, progress: Callable[[str], None] | None = None) -> Path | None:
+        raise WeightsError("it has none", where=self.name)
+
     def build(self) -> nn.Module:
         class Body(nn.Module):
             def __init__(self) -> None:
@@ -46,7 +51,7 @@ class Small(Provider):
                 self.head = nn.Linear(8, 5)
 
             def forward(self, images: torch.Tensor) -> torch.Tensor:
-                maps = torch.relu(self.stages(self.stem(images)))
+                maps = self.stages(self.stem(images))
                 return self.head(maps.mean((2, 3)))  # type: ignore[no-any-return]
 
         return Body()
@@ -63,7 +68,7 @@ def stripes(number: int, *, upright: bool, size: int = 24) -> NDArray[np.uint8]:
     y, x = np.mgrid[0:size, 0:size]
     wave = np.sin((x if upright else y) * rng.uniform(0.9, 1.6) + rng.uniform(0, 6.3))
     colour = rng.uniform(20, 60, 3)
-    picture = rng.uniform(90, 160, 3) + wave[..., None] * colour + rng.normal(0, 12, (size, size, 3))
+    picture = rng.uniform(20, 235, 3) + wave[..., None] * colour + rng.normal(0, 12, (size, size, 3))
     return np.clip(picture, 0, 255).astype(np.uint8)
 
 
