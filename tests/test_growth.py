@@ -13,6 +13,7 @@ import pytest
 from conftest import Featx
 
 from featx import shards
+from featx._files import sha256_file
 from featx.errors import StoreError, UsageError
 from featx.index import Index
 from featx.manifest import read_manifest
@@ -95,7 +96,7 @@ def test_rows_come_in_the_order_asked_for(store: Path) -> None:
 
 def test_only_the_shards_that_rows_lie_in_are_read(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[str] = []
-    real = shards.sha256_file
+    real = sha256_file
 
     def counted(path: Path) -> str:
         hashed.append(path.name)
