@@ -62,8 +62,9 @@ def curve_shots(smallest: int) -> list[int]:
 class _Run:
     """One measurement after another, and what each of them found."""
 
-    def __init__(self, data: Labelled, budget: Budget, random_state: int, n_jobs: int | None) -> None:
-        self.data, self.budget, self.random_state, self.n_jobs = data, budget, random_state, n_jobs
+    def __init__(self, data: Labelled, budget: Budget, episodes: int, random_state: int, n_jobs: int | None) -> None:
+        self.data, self.budget, self.episodes = data, budget, episodes
+        self.random_state, self.n_jobs = random_state, n_jobs
         self.trials = Trials(data.labels, REFERENCE)
         self.skipped: list[Skipped] = []
         self.notes: list[str] = []
@@ -85,7 +86,7 @@ class _Run:
         except OutOfTime:
             self.skipped.append(Skipped(what, "the time was up before it was done"))
         except (UsageError, WeightsError) as error:
-            self.skipped.append(Skipped(what, str(error).rstrip(".")))
+            self.skipped.append(Skipped(what, str(error).rstrip(".").replace(". ", "; ")))
 
     # --- from the store alone ---
 
@@ -124,7 +125,8 @@ class _Run:
             return self.budget.left > 0
 
         self.simulation = simulate(
-            data.reference, data.labels, groups, start=start, batch=count, random_state=self.random_state,
+            data.reference, data.labels, groups, start=start, batch=count, episodes=max(self.episodes // 2, 2),
+            random_state=self.random_state,
             keep_on=keep_on,
         )  # fmt: skip
 
@@ -222,7 +224,7 @@ class _Run:
 
         probe = run(2)
         affordable = int(0.2 * self.budget.left / max(probe.seconds / 2, 1e-3))
-        return run(min(affordable, EPISODES)) if affordable > 2 else probe
+        return run(min(affordable, self.episodes)) if min(affordable, self.episodes) > 2 else probe
 
 
 def decode_mode(features: FeatureSet) -> str:
@@ -266,6 +268,7 @@ def advise(
     folder: Path | None = None,
     minutes: float = 5.0,
     count: int | None = None,
+    episodes: int = EPISODES,
     random_state: int = 0,
     n_jobs: int | None = None,
     progress: Progress | None = None,
@@ -280,6 +283,7 @@ def advise(
     folder : where activations go while they are needed, with ``images``.
     minutes : that may be spent; a measurement that is under way when they are over is given up.
     count : how many images to label next; by default two a class, but at least ten.
+    episodes : draws of heads, as far as the time allows; half as many of labelling, and three of what is trained.
     random_state : seed of all draws.
     n_jobs : workers of the sweeps.
     progress : called as ``progress(seconds spent, seconds in all, what)``.
@@ -295,7 +299,7 @@ def advise(
         raise UsageError("must be more than 0", where="minutes", found=minutes)
     if count is not None and count < 1:
         raise UsageError("must be at least 1", where="next", found=count)
-    run = _Run(Labelled.of(features, columns), Budget(60 * minutes, progress), random_state, n_jobs)
+    run = _Run(Labelled.of(features, columns), Budget(60 * minutes, progress), episodes, random_state, n_jobs)
     if images is not None and isinstance(backbone, FeatxError):
         raise backbone
     origins = [] if images is None else origins_of(features, run.data.rows, images)
@@ -341,14 +345,14 @@ def _stages(
     else:
 
         def one_layer() -> None:
-            raise UsageError("the store has one layer", hint="Extract with --layer, more than once.")
+            raise UsageError("the store has one layer: extract with --layer, more than once")
 
         out.append(("earlier layers", one_layer))
     unfrozen: tuple[Unfreeze, ...] = (1, 2, "all")
     if images is None or folder is None or isinstance(backbone, FeatxError):
 
         def no_images() -> None:
-            raise UsageError("it takes the images themselves", hint="Name them with --source.")
+            raise UsageError("it takes the images themselves, named with --source")
 
         return [*out, *((what, no_images) for what in (RANDOM, "fine-tuning", SCRATCH))]
     known, source, place = backbone, images, folder
