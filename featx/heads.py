@@ -134,7 +134,7 @@ class Logistic(_Penalised):
         normalise : fitted; the result is that of :meth:`fit` on the rows that it would return.
         device : of torch, such as ``"cuda"``, where scikit-learn then solves it; by default :mod:`featx.large` does.
         """
-        self.penalty(rows[:1])
+        self.penalty(rows[:1].astype(np.float64))
         self.classes_, labels = np.unique(np.asarray(y), return_inverse=True)
         self.n_features_in_ = rows.shape[1]
         path = logistic_path if device is None else partial(torch_logistic_path, device=device)

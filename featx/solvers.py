@@ -132,7 +132,7 @@ def newton_path(
         found = solution.reshape(len(solution), len(weights), -1)
         inner = found[:-1] if fit_intercept else found
         offset = found[-1] if fit_intercept else np.zeros(found.shape[1:])
-        fine = converged.reshape(len(weights), -1).all(axis=1)
+        fine = np.asarray(converged.reshape(len(weights), -1).all(axis=1))
         yield PathPoint(np.moveaxis(inner, 1, 0).copy(), offset.copy(), fine)
 
 
@@ -298,7 +298,7 @@ def _conjugate_gradients(
             break
         if 2 * active.sum() <= len(active):  # the others are done, and cost as much as these
             out[:, left] = step
-            every = (state, weighted, ridge, scale, step, residual, direction)
+            every: list[Any] = [state, weighted, ridge, scale, step, residual, direction]
             state, weighted, ridge, scale, step, residual, direction = (each[:, active] for each in every)
             left, power, goal, active = left[active], power[active], goal[active], active[active]
         bent = problem.back(problem.bend(state, weighted, problem.apply(direction)))

@@ -19,13 +19,13 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.pipeline import Pipeline
 from threadpoolctl import threadpool_limits
 
-from featx import stats
+from featx import large, stats
 from featx.centre import Centre
 from featx.choose import Views, fit_chosen
 from featx.errors import UsageError
 from featx.heads import Head, Logistic
 from featx.journal import Journal, plan_hash
-from featx.large import LARGE, blocks, is_large, taken
+from featx.large import blocks, is_large, taken
 from featx.layers import Layers
 from featx.results import SweepResult, Trial
 from featx.scoring import Kind
@@ -354,10 +354,10 @@ def _device_notes(device: str | None, heads: dict[str, Head], trials: Sequence[T
     if device is None:
         return []
     features = data.embeddings.shape[1]
-    fits = [t for t in trials if heads[t.head].estimator is Logistic and t.n_support * features >= LARGE]
+    fits = [t for t in trials if heads[t.head].estimator is Logistic and t.n_support * features >= large.LARGE]
     if fits:
         return [f"{len(fits)} fits of logistic regression were solved on {device}, everything else on the CPU."]
-    return [f"Nothing was solved on {device}: no support of logistic regression had {LARGE:,} numbers or more."]
+    return [f"Nothing was solved on {device}: no support of logistic regression had {large.LARGE:,} numbers or more."]
 
 
 def _convergence_notes(trials: Sequence[Trial]) -> list[str]:

@@ -193,7 +193,7 @@ def take_time(tasks: list[Task], jobs: int) -> dict[str, Any]:
 def same_choice(search: Search, grid: GridSearchCV) -> bool:
     """Whether the penalty is the same, or one with an equal score."""
     score = grid.cv_results_["mean_test_score"][search.best]
-    return search.best == grid.best_index_ or bool(np.isclose(score, grid.best_score_))
+    return bool(search.best == grid.best_index_ or np.isclose(score, grid.best_score_))
 
 
 def agree(tasks: list[Task], jobs: int) -> dict[str, Any]:
@@ -224,7 +224,7 @@ def agree(tasks: list[Task], jobs: int) -> dict[str, Any]:
             found["draws"] += 1
             found["alike"] += int((named == exact.predict(turned[3])).sum())
             found["images"] += len(query)
-            found["converged"] += search.converged
+            found["converged"] += int(search.converged)
             if loss == "softmax":
                 found["gap"] = max(found["gap"], float(np.abs(softmax(mine) - exact.predict_proba(turned[3])).max()))
     return out

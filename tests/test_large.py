@@ -89,7 +89,7 @@ def test_a_sweep_of_large_embeddings_finds_the_same(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("featx.large.LARGE", 2000)
     calls = []
     path = logistic_path
-    monkeypatch.setattr("featx.heads.logistic_path", lambda *args, **more: calls.append(1) or path(*args, **more))
+    monkeypatch.setattr("featx.heads.logistic_path", lambda *args, **more: (calls.append(1), path(*args, **more))[1])
     large = sweep_heads(rows, labels, **plan, episodes=2, n_jobs=2)
     assert len(calls) == 2  # the two supports of "all"; those of 15 images are small
     for ours, theirs in zip(large.trials, plain.trials, strict=True):
@@ -160,7 +160,7 @@ def test_devices_that_are_not_there_are_usage_errors(monkeypatch: pytest.MonkeyP
     rows, labels = clusters(60, 8, 2)
     for work in (sweep_heads, fit_head):
         with pytest.raises(UsageError, match=r"no CUDA device.* Leave --device out"):
-            work(rows, labels, class_names="ab", device="cuda")  # type: ignore[operator]
+            work(rows, labels, class_names="ab", device="cuda")
     monkeypatch.setattr("sklearn.__version__", "1.6.1")
     monkeypatch.setenv("SCIPY_ARRAY_API", "1")
     with pytest.raises(UsageError, match=r"expected 1\.9 or newer, found 1\.6\.1"):
