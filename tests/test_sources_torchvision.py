@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Featx, TinyEngine, class_folders, picture, tiny_backbone
+from conftest import TinyEngine, class_folders, picture, tiny_backbone
 from PIL import Image
 from torchvision import datasets
 
@@ -137,15 +137,3 @@ def test_nothing_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_mistakes_are_named(source: str, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         ImageSet.from_source(source)
-
-
-@pytest.mark.slow
-def test_the_command(tmp_path: Path, featx: Featx) -> None:
-    make_eurosat(tmp_path / "data")
-    out = tmp_path / "s.featx"
-    ran = featx("extract", "torchvision:EuroSAT:data", "--out", out, "--weights", "none", "--json", cwd=tmp_path)
-    assert (ran.code, ran.json["embedded"]) == (0, 4), ran.err
-    assert featx("info", out, "--json").json["classes"] == {"Forest": 2, "River": 2}
-    ran = featx("extract", "torchvision:EuroSAT:elsewhere", "--out", out, "--json", cwd=tmp_path)
-    assert ran.code == 2
-    assert "downloads nothing" in ran.json["error"]
