@@ -30,7 +30,7 @@ def test_class_folders(tmp_path: Path) -> None:
     }
     assert images.class_names == ("ants", "bees")
     assert [ref.id for ref in images.refs] == sorted(labels(images))
-    assert all(ref.path.stat().st_size == ref.size for ref in images.refs)
+    assert all((tmp_path / ref.id).stat().st_size == ref.size for ref in images.refs)
 
 
 def test_splits_above_class_folders(tmp_path: Path) -> None:
