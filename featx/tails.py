@@ -130,7 +130,8 @@ def cut_network(backbone: Backbone, unfreeze: Unfreeze) -> Halves:
     UsageError
         There are fewer blocks, or the network cannot be cut.
     """
-    network = replace(backbone, layers=("penultimate",)).network()
+    layers = ("penultimate",)
+    network = (backbone if backbone.layers == layers else replace(backbone, layers=layers)).network()
     if unfreeze == "all":
         tail = Tail(copy.deepcopy(network.body), (*backbone.preprocess.crop, 3), backbone.preprocess)
         tail.requires_grad_(True).eval()

@@ -132,7 +132,7 @@ def open_tuning(
         named = backbone.provider if isinstance(backbone.provider, Own) else backbone.name
         network = load_backbone(named, weights="none", layers=("penultimate",), random_state=random_state)
     else:
-        network = replace(backbone, layers=("penultimate",))
+        network = backbone if backbone.layers == ("penultimate",) else replace(backbone, layers=("penultimate",))
     use = features.labels >= 0
     if not with_test:
         use &= features.splits != "test"

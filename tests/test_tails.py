@@ -57,13 +57,13 @@ def test_a_tail_on_activations_gives_the_logits_of_the_whole_network(name: str) 
         ("mobilenet_v2", 2, "features.16"),
         ("resnet18", 1, "layer4.1"),
         ("densenet121", 1, "features.denseblock4"),
-        ("convnext_tiny", 1, "features.7.2"),
     ],
 )
 def test_the_cut_is_before_the_last_blocks(name: str, unfreeze: int, cut: str) -> None:
-    halves = cut_network(network(name), unfreeze)
+    backbone = network(name)
+    halves = cut_network(backbone, unfreeze)
     assert halves.cut == cut
-    whole = sum(p.numel() for p in network(name).network().body.parameters())
+    whole = sum(p.numel() for p in backbone.network().body.parameters())
     assert 0 < halves.parameters < whole
     assert all(p.requires_grad for p in halves.tail.parameters())
     assert halves.trunk is not None
@@ -95,7 +95,7 @@ def test_more_blocks_than_there_are(unfreeze: int) -> None:
         cut_network(small(), unfreeze)
 
 
-@pytest.mark.parametrize("name", ["googlenet", "vit_b_32"])
+@pytest.mark.parametrize("name", ["googlenet"])
 def test_a_network_that_is_no_chain_says_so(name: str) -> None:
     with pytest.raises(UsageError, match=r"is not a chain of modules, so it cannot be cut before .*--unfreeze all"):
         cut_network(network(name), 1)
