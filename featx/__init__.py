@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from featx.errors import FeatxError
     from featx.estimator import FeatureExtractor
     from featx.extract import extract_features
+    from featx.finetune import finetune_episodes
     from featx.heads import make_head
     from featx.images import Preprocess
     from featx.providers import Provider
@@ -38,6 +39,7 @@ _HOME = {
     "Preprocess": "images",
     "Provider": "providers",
     "extract_features": "extract",
+    "finetune_episodes": "finetune",
     "iter_features": "store",
     "list_backbones": "backbones",
     "load_backbone": "backbones",
@@ -62,6 +64,7 @@ __all__ = [  # noqa: RUF022 - in the order of use
     "make_head",
     "KShotSplit",
     "sweep_heads",
+    "finetune_episodes",
     "GalleryIndex",
     "FeatxError",
 ]

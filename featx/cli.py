@@ -103,6 +103,7 @@ def backbones(as_json: Json = False) -> None:
     show(table)
     print("\nAny timm model too, as timm:NAME. Weights of your own: --weights FILE.")
     print("A network of your own: --backbone FILE.py:CLASS (see featx/providers.py).")
+    print("One that learns from your images alone: featx autoencoder.")
 
 
 @app.command(
