@@ -181,7 +181,7 @@ class Advice:
         interval = self.gain.interval
         ten = f"from {self.n_now:.0f} to {self.n_now + 10:.0f} images a class"
         if self.gain.verdict == "cannot tell":
-            return f"{text}. What ten more ({ten}) are worth: cannot tell ({self.gain.reason})."
+            return f"{text}. What ten more ({ten}) are worth: cannot tell; {points(interval)}, and {self.gain.reason}."
         return f"{text}. Ten more ({ten}) are worth about {points(interval)}."
 
     def _fine_tuning(self) -> str:

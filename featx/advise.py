@@ -42,6 +42,7 @@ COMPARED = (5, 20, 100)
 """Images a class at which strategies are compared, as far as there are any."""
 
 EPISODES = 20
+MIN_EPISODES = 3
 TUNED_EPISODES = 3
 """Draws of what has to be trained anew for each of them."""
 
@@ -155,10 +156,10 @@ class _Run:
         )
         embedder = Embedder(network, make_engine(network), decode=decode_mode(self.data.features))
         rows = []
-        for _, found in embedder.embed_files(origins):
-            if isinstance(found, ImageError):
-                raise found
-            rows.append(found[0])
+        for _, embedded in embedder.embed_files(origins):
+            if isinstance(embedded, ImageError):
+                raise embedded
+            rows.append(embedded[0])
             self.budget.tick(f"{RANDOM}: {len(rows)} of {len(origins)} images")
         found = self.swept(RANDOM, np.stack(rows), ("auto",), self.compared, near_duplicates=None)
         self.trials.add(found, lambda name: "control", lambda name: RANDOM)
@@ -212,7 +213,7 @@ class _Run:
     def swept(
         self, what: str, rows: NDArray[np.floating], heads: tuple[str, ...], shots: list[int], **options: Any
     ) -> SweepResult:
-        """A sweep of as many draws as a fifth of what is left allows, by the time that two of them take."""
+        """A sweep of as many draws as a fifth of what is left allows, by the time that the first of them take."""
         data = self.data
 
         def run(episodes: int) -> SweepResult:
@@ -222,9 +223,10 @@ class _Run:
                 progress=self.budget.under(what), **options,
             )  # fmt: skip
 
-        probe = run(2)
-        affordable = int(0.2 * self.budget.left / max(probe.seconds / 2, 1e-3))
-        return run(min(affordable, self.episodes)) if min(affordable, self.episodes) > 2 else probe
+        probe = run(MIN_EPISODES)
+        affordable = int(0.2 * self.budget.left / max(probe.seconds / MIN_EPISODES, 1e-3))
+        wanted = min(affordable, self.episodes)
+        return run(wanted) if wanted > MIN_EPISODES else probe
 
 
 def decode_mode(features: FeatureSet) -> str:

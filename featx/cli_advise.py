@@ -6,7 +6,7 @@ import shlex
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,9 @@ from featx.cli_model import Json, OwnBackbone, Weights, own_network
 from featx.cli_sweep import stem
 from featx.errors import FeatxError, Interrupted, UsageError
 from featx.terminal import ProgressLine, check_writable, print_json, say, show
+
+if TYPE_CHECKING:
+    from featx.backbones import Backbone
 
 
 def register(app: typer.Typer) -> None:
@@ -64,6 +67,7 @@ def advise(
             "a folder is in the way", where=page, expected="the name of a page", hint="Choose another --out."
         )
     check_writable(page)
+    network: Backbone | FeatxError
     try:
         network = network_like(features.provenance, where=store, backbone=own_network(backbone), weights=weights)
         check_same(features.provenance, {**features.provenance, **network.provenance()}, store)

@@ -100,7 +100,7 @@ class Curve:
         if interval.high - interval.low > TOO_WIDE:
             return f"the interval is wider than {100 * TOO_WIDE:.0f} points"
         if interval.low <= 0.0 <= interval.high:
-            return "the interval includes no gain at all"
+            return "the interval includes none"
         return ""
 
 

@@ -138,10 +138,10 @@ def test_the_numbers_of_the_curve(smallest: int, shots: list[int]) -> None:
 
 def test_copies_and_the_split_test_take_no_part() -> None:
     features = feature_set(unlabelled=0)
-    splits = features.splits.copy()
+    splits = features.splits.astype("<U4")
     splits[80:] = "test"
     found = advise(
-        replace(features, splits=splits.astype("<U4")), Layers({"penultimate": 24}), backbone=NO_NETWORK, minutes=60,
+        replace(features, splits=splits), Layers({"penultimate": 24}), backbone=NO_NETWORK, minutes=60,
         episodes=3, n_jobs=1,
     )  # fmt: skip
     assert found.counts == (30, 30, 20)
