@@ -29,7 +29,8 @@ class Block(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1)
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
-        return maps + self.conv2(torch.relu(self.bn(self.conv1(maps))))
+        change: torch.Tensor = self.conv2(torch.relu(self.bn(self.conv1(maps))))
+        return maps + change
 
 
 class Small(Provider):
@@ -69,7 +70,7 @@ def stripes(number: int, *, upright: bool, size: int = 24) -> NDArray[np.uint8]:
     wave = np.sin((x if upright else y) * rng.uniform(0.9, 1.6) + rng.uniform(0, 6.3))
     colour = rng.uniform(20, 60, 3)
     picture = rng.uniform(20, 235, 3) + wave[..., None] * colour + rng.normal(0, 12, (size, size, 3))
-    return np.clip(picture, 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(picture, 0, 255), dtype=np.uint8)
 
 
 def striped_folders(root: Path, each: int = 12) -> Path:
