@@ -90,13 +90,13 @@ def check_room(folder: Path, nbytes: int, max_gib: float = MAX_GIB) -> None:
     if nbytes > max_gib * 2**30:
         raise UsageError(
             "the activations would take too much of the disk", where=folder, expected=f"at most {max_gib:g} GiB",
-            found=f"{nbytes / 2**30:.1f} GiB", hint=f"{hint} --max-cache allows more.",
+            found=f"{nbytes / 2**30:.3g} GiB", hint=f"{hint} --max-cache allows more.",
         )  # fmt: skip
     free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
     if nbytes > free:
         raise UsageError(
-            "the disk has no room for the activations", where=folder, expected=f"{nbytes / 2**30:.1f} GiB",
-            found=f"{free / 2**30:.1f} GiB", hint=hint,
+            "the disk has no room for the activations", where=folder, expected=f"{nbytes / 2**30:.3g} GiB",
+            found=f"{free / 2**30:.3g} GiB", hint=hint,
         )  # fmt: skip
 
 
