@@ -305,4 +305,8 @@ def _suggested(body: nn.Module, usable: list[str]) -> set[str]:
     blocks = [name for name in rows if not any(name.startswith(f"{other}.") for other in rows)]
     top = [name for name in parts if "." not in name]
     some = next((names for names in (blocks, top) if len(names) >= 4), usable)
-    return {some[int(share * len(some))] for share in (0.6, 0.75, 0.9)} if some else set()
+    if len(some) < 3:
+        return set(some)
+    last = int(0.9 * len(some))
+    middle = min(int(0.75 * len(some)), last - 1)
+    return {some[min(int(0.6 * len(some)), middle - 1)], some[middle], some[last]}
