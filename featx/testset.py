@@ -23,6 +23,7 @@ from featx._files import cannot_write
 from featx.choose import fit_chosen
 from featx.errors import UsageError
 from featx.heads import Head
+from featx.large import is_large
 from featx.splits import find_duplicates
 from featx.store import FeatureSet
 
@@ -113,8 +114,9 @@ def judge(
             hint="Give it training images, or leave it out.",
         )
     dense = np.unique(groups[here], return_inverse=True)[1]
-    with threadpool_limits(limits=1, user_api="blas"):
-        choice, model = fit_chosen(head, embeddings[train], labels, dense, random_state=[random_state, 0])
+    support = embeddings[train]
+    with threadpool_limits(limits=None if is_large(support) else 1, user_api="blas"):
+        choice, model = fit_chosen(head, support, labels, dense, random_state=[random_state, 0])
         predicted = classes[model.predict(embeddings[test])]
     truth = features.labels[test]
     right = int((predicted == truth).sum())
