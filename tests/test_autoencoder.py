@@ -115,6 +115,7 @@ def test_unreadable_images_are_left_out_and_named(tmp_path: Path) -> None:
     assert [name for name, _ in found.refused] == ["across/bad.png"]
 
 
+@pytest.mark.slow
 def test_from_images_to_a_sweep(featx: Featx, tmp_path: Path) -> None:
     striped_folders(tmp_path / "photos")
     made = featx(

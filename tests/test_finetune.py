@@ -296,6 +296,7 @@ def test_the_kept_model_is_the_trained_one(
         open_embedder(kept, tmp_path / "m.model", engine="torch", device="cpu")
 
 
+@pytest.mark.slow
 def test_finetune_from_the_command_line(featx: Featx, tmp_path: Path) -> None:
     """Compare, keep, predict; the model's probabilities are those of plain torch with the tail put in by hand."""
     import safetensors.torch
