@@ -171,7 +171,9 @@ class _Run:
         from featx.tuning import open_tuning
 
         what = SCRATCH if unfreeze is None else f"finetune:{unfreeze}"
-        data = self.data
+        data, shots = self.data, [n for n in self.compared if n > 1]
+        if not shots:
+            raise UsageError("a class has too few images to hold any out while it is trained")
         features = replace(
             data.features, embeddings=data.features.embeddings[:, slice(*data.columns.columns(data.columns.reference))]
         )
@@ -184,7 +186,7 @@ class _Run:
             random_state=self.random_state, progress=self.budget.under(what),
         ) as tuning:  # fmt: skip
             last: tuple[int, float] | None = None
-            for n_shots in (n for n in self.compared if n > 1):
+            for n_shots in shots:
                 name = f"{what} at {n_shots} images a class"
                 # Every epoch sees the support once: the time grows with it.
                 expected = 0.0 if last is None else last[1] * n_shots / last[0]

@@ -66,7 +66,7 @@ def advise(
         raise UsageError(
             "a folder is in the way", where=page, expected="the name of a page", hint="Choose another --out."
         )
-    check_writable(page)
+    check_writable(page.absolute().parent)
     network: Backbone | FeatxError
     try:
         network = network_like(features.provenance, where=store, backbone=own_network(backbone), weights=weights)

@@ -51,7 +51,7 @@ class Budget:
     def show(self, what: str) -> None:
         """Show the time."""
         if self.progress:
-            self.progress(min(int(self.spent), int(self.seconds)), int(self.seconds), what)
+            self.progress(min(int(self.spent), int(self.seconds)), int(self.seconds), f"{what}; seconds")
 
     def under(self, what: str) -> Progress:
         """A progress callback for one measurement."""

@@ -252,7 +252,7 @@ def test_a_budget_counts_and_ends() -> None:
     time.sleep(0.03)
     with pytest.raises(OutOfTime):
         budget.under("second")(1, 2, "draw 1")
-    assert [what for _, _, what in seen] == ["first", "second: draw 1"]
+    assert [what for _, _, what in seen] == ["first; seconds", "second: draw 1; seconds"]
 
 
 def test_no_time_at_all_is_an_error_and_little_time_is_said() -> None:
@@ -306,6 +306,10 @@ def test_the_command_prints_words_a_page_and_one_json_object(store: Path, featx:
     page = (store / "photos.advice.html").read_text()
     assert "Which strategy now" in page
     assert [path.name for path in store.glob(".*advise*")] == []
+    again = featx("advise", "photos.featx", "--minutes", "1", "--n-jobs", "1", "--next", "3", cwd=store)
+    assert again.code == 0, again.err
+    assert "fine-tuning" in again.out
+    assert "--next" in (store / "photos.advice.html").read_text()
 
 
 @pytest.mark.parametrize(
