@@ -89,7 +89,12 @@ def test_a_sweep_of_large_embeddings_finds_the_same(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("featx.large.LARGE", 2000)
     calls = []
     path = logistic_path
-    monkeypatch.setattr("featx.heads.logistic_path", lambda *args, **more: (calls.append(1), path(*args, **more))[1])
+
+    def counted(*args: Any, **more: Any) -> Any:
+        calls.append(1)
+        return path(*args, **more)
+
+    monkeypatch.setattr("featx.heads.logistic_path", counted)
     large = sweep_heads(rows, labels, **plan, episodes=2, n_jobs=2)
     assert len(calls) == 2  # the two supports of "all"; those of 15 images are small
     for ours, theirs in zip(large.trials, plain.trials, strict=True):
