@@ -36,9 +36,9 @@ ENOUGH_HELD_OUT = 20
 """Folds are held out in turn until this many rows have been: with ten images each of them is needed."""
 
 START_C = 10.0
-"""Of the head to start from. A weaker penalty is as accurate, but so sure of the support that nothing pulls at the
-features: with it, training the last four blocks on five satellite images a class changed nothing (two draws); from
-here it gained 4 to 6 points."""
+"""Of the head to start from. A weaker penalty, chosen by cross-validation, is as accurate, but so sure of the support
+that little pulls at the features: on satellite images (efficientnet_lite0, the last four blocks, 20 shots, one draw)
+training then went from 79.0 to 78.0 % right, and from here from 77.0 to 80.5; at 5 shots from 62.0 to 68.5."""
 
 SCRATCH_EPOCHS, SCRATCH_RATE = 100, 1e-3
 WHOLE_RATE = 1e-4
