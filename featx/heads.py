@@ -374,7 +374,8 @@ class Catalogue(Mapping[str, Head]):
         name = self.recommended if name == "auto" else name
         if name not in self._heads:
             known = [*self._heads, "auto"]
-            hint = did_you_mean(name, known) or None
+            pooled = "It learns from images without labels: add --unlabelled, or --unlabelled-from STORE."
+            hint = pooled if name == "ridge_pool" else did_you_mean(name, known) or None
             raise UsageError("no such head", expected=f"one of {', '.join(known)}", found=name, hint=hint)
         return self._heads[name]
 

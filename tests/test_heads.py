@@ -86,6 +86,8 @@ def test_default_and_grid_of_every_member_can_be_built(name: str) -> None:
 def test_unknown_names_and_parameters_are_usage_errors() -> None:
     with pytest.raises(UsageError, match=r"no such head: expected one of logreg, .*auto, found logrek\. Did you mean"):
         make_head("logrek")
+    with pytest.raises(UsageError, match=r"no such head.*found ridge_pool\. It learns from images without labels: add"):
+        make_head("ridge_pool")
     with pytest.raises(UsageError, match=r"head ridge does not take these parameters: expected alpha, kind, scale"):
         make_head("ridge", C=1.0)
     with pytest.raises(TypeError):
