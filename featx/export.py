@@ -43,12 +43,6 @@ def export_bundle(bundle: Bundle, path: Path, form: str) -> Path:
             where=path,
             hint="Use the model itself: featx predict MODEL IMAGE, or featx serve MODEL.",
         )
-    if bundle.tail is not None:
-        raise UsageError(
-            "the head of a fine-tuned model is of no use without its network, which cannot be exported",
-            where=path,
-            hint="Use the model itself: featx predict MODEL IMAGE, or featx serve MODEL.",
-        )
     if form == "joblib":
         import joblib
 
