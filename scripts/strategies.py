@@ -53,7 +53,7 @@ from featx.views import parse_views
 
 SHOTS = (5, 20)
 FROZEN = ("head", "views+layers", "random features")
-TRAINED = ("finetune:1", "finetune:2", "finetune:all", "scratch")
+TRAINED = ("finetune:1", "scratch", "finetune:2", "finetune:all")
 VIEWS = "center,flip,full,full-flip,zoom"
 EPISODES, MOST_PASSES = 3, 1500
 PASSES = {"finetune:all": 10, "scratch": 30}
@@ -210,7 +210,8 @@ def main() -> None:
     cells: dict[str, Any] = kept.get("cells", {})
     names = list(dict.fromkeys([*kept.get("sets", []), *(folder.name for folder in options.sets)]))
     began = time.monotonic()
-    wanted = [(s, n, folder) for s in (*FROZEN, *TRAINED) for n in SHOTS for folder in options.sets]
+    wanted = [(s, n, folder) for s in FROZEN for n in SHOTS for folder in options.sets]
+    wanted += [(s, n, folder) for n in SHOTS for s in TRAINED for folder in options.sets]
     left = [each for each in wanted if f"{each[2].name}|{each[0]}|{each[1]}" not in cells]
     for strategy, n_shots, folder in left:
         if time.monotonic() - began > options.seconds:
