@@ -231,7 +231,10 @@ def writer_lock(path: Path) -> Iterator[None]:
     """
     try:
         # Never through a link: the file is truncated, and a foreign store may have it point anywhere.
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        # A file object: where a Ctrl-C comes just before the close, the collector closes it, and the lock goes with it.
+        file = open(path, "r+b", buffering=0, opener=lambda name, _: os.open(name, flags, 0o644))  # noqa: SIM115
+        handle = file.fileno()
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
             raise StoreError("not the lock of a store; refused", where=path, hint="Delete it.") from error
@@ -263,7 +266,7 @@ def writer_lock(path: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # the text is a courtesy; what counts goes with the handle
             os.truncate(handle, 0)
     finally:
-        os.close(handle)
+        file.close()
 
 
 def refuse_second_writer(store: Path) -> None:
