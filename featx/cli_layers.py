@@ -44,10 +44,10 @@ def layers(
     if as_json:
         print_json({"backbone": chosen.name, "input_size": list(chosen.preprocess.crop), "layers": _plain(found)})
         return
-    from rich.table import Table
+    from rich.table import Column, Table
 
     height, width = chosen.preprocess.crop
-    table = Table("layer", "kind", "shape", "pooled", "dimensions", "try", box=None)
+    table = Table(Column("layer", no_wrap=True), "kind", "shape", "pooled", "dimensions", "try", box=None)
     shown = [info for info in found if every or info.suggested or info.name.count(".") < 2]
     for info in shown:
         shape = " x ".join(map(str, info.shape))

@@ -294,7 +294,7 @@ def describe_layers(network: FrozenNetwork) -> list[LayerInfo]:
         kind = type(network.body.get_submodule(name)).__name__
         infos.append(LayerInfo(name, kind, shape, pooling, dim, name in suggested))
     dim = penultimate.shape[1]
-    return [*infos, LayerInfo(PENULTIMATE, "what the classification layer is given", (dim,), "none", dim, True)]
+    return [*infos, LayerInfo(PENULTIMATE, "input of the classifier", (dim,), "none", dim, True)]
 
 
 def _suggested(body: nn.Module, usable: list[str]) -> set[str]:
