@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +35,9 @@ from featx.sources import ImageSet
 from featx.splits import Index
 from featx.store import FeatureSet
 from featx.sweep import sweep_heads
-from featx.tails import Unfreeze
+
+if TYPE_CHECKING:
+    from featx.tails import Unfreeze
 
 GRID = (1, 2, 5, 10, 20, 50, 100, 200, 500)
 COMPARED = (5, 20, 100)

@@ -306,7 +306,7 @@ def test_the_command_prints_words_a_page_and_one_json_object(store: Path, featx:
     page = (store / "photos.advice.html").read_text()
     assert "Which strategy now" in page
     assert [path.name for path in store.glob(".*advise*")] == []
-    again = featx("advise", "photos.featx", "--minutes", "1", "--n-jobs", "1", "--next", "3", cwd=store)
+    again = featx("advise", "photos.featx", "--minutes", "0.2", "--n-jobs", "1", "--next", "3", cwd=store)
     assert again.code == 0, again.err
     assert "fine-tuning" in again.out
     assert "--next" in (store / "photos.advice.html").read_text()
