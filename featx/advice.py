@@ -237,7 +237,7 @@ class Advice:
         own = [cell for cell in self.at(self.n_compared) if cell.family in rule.families and cell.difference]
         if not own:
             return (
-                f"{text} What it recommends was not measured here; the measurement recommends {named(best.strategy)}."
+                f"{text} What it recommends was not measured there; the measurement recommends {named(best.strategy)}."
             )
         first = own[0]
         assert first.difference is not None

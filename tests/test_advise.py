@@ -213,7 +213,7 @@ def test_the_rule_stands_beside_the_measurement(advice: Advice) -> None:
     unsure = with_cells(advice, cell("ridge@early", "earlier layers", 20, 0.81, (0.01, -0.02, 0.04), p=0.6), **base)
     assert "cannot confirm" in unsure.sentences()["rule"]
     other = with_cells(advice, cell("knn", "head", 20, 0.7, (-0.1, -0.15, -0.05)), **base)
-    assert "was not measured here" in other.sentences()["rule"]
+    assert "was not measured there" in other.sentences()["rule"]
     assert "different from those of the pretraining" in other.sentences()["domain"]
 
 
