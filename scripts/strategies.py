@@ -185,6 +185,8 @@ def draw(cells: dict[str, Any], sets: list[str], path: Path) -> None:
     colours = {"head": "#0072B2", "finetune:1": "#56B4E9", "random features": "#E69F00", "scratch": "#D55E00"}
     for k, (strategy, colour) in enumerate(colours.items()):
         found = [cells.get(f"{name}|{strategy}|{SHOTS[0]}", {}).get("accuracy") for name in sets]
+        if not any(found):
+            continue
         places = [i + 0.2 * (k - 1.5) for i, each in enumerate(found) if each]
         means = [100 * each["mean"] for each in found if each]
         spread = [[100 * (each["mean"] - each["low"]) for each in found if each],
