@@ -166,7 +166,7 @@ def test_mistakes_end_with_one_sentence_and_exit_code_2(
     out = tmp_path / "new.featx"
     (tmp_path / "empty").mkdir()
     class_folders(tmp_path / "single", names=("ants",))
-    mistake(featx("extract", tmp_path / "nowhere", "--out", out), 2, "nowhere: no such folder or manifest")
+    mistake(featx("extract", tmp_path / "nowhere", "--out", out), 2, "nowhere: no such folder or file")
     mistake(featx("extract", tmp_path / "empty", "--out", out), 2, "no images in this folder")
     mistake(featx("extract", tmp_path / "single", "--out", out), 2, "only one class folder", "at least two folders")
     mistake(featx("extract", source, "--out", out, "--backbone", "resnet81"), 2, "resnet81", "Did you mean resnet18")
