@@ -333,11 +333,13 @@ def test_a_users_mistake_is_one_sentence(store: Path, featx: Featx, arguments: l
 
 @pytest.mark.slow
 def test_with_the_images_everything_is_measured(store: Path, featx: Featx) -> None:
-    ran = featx("advise", "photos.featx", "--source", "photos", "--minutes", "2", "--n-jobs", "1", "--json", cwd=store)
+    ran = featx("advise", "photos.featx", "--source", "photos", "--minutes", "1", "--n-jobs", "1", "--json", cwd=store)
     assert ran.code == 0, ran.err
     measured = {each["strategy"] for each in ran.json["cells"]}
-    assert {"random features", "finetune:1", REFERENCE} <= measured
-    assert "Without any pretraining" in ran.json["sentences"]["pretraining"]
+    assert REFERENCE in measured
+    named = " ".join(each["what"] for each in ran.json["not_measured"])
+    for strategy in ("random features", "finetune:1", "finetune:2", "finetune:all", "scratch"):
+        assert strategy in measured or strategy in named  # a busy machine measures less, and says so
     for each in ran.json["cells"]:
         apart = each["against_reference"]
         assert (apart is None) == (each["strategy"] == REFERENCE)
