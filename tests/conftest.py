@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +21,12 @@ from featx.backbones import Backbone
 from featx.images import Preprocess
 
 TINY = Preprocess(resize=24, crop=(24, 24), interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3)
+
+
+def pytest_configure() -> None:
+    """A shell that starts the suite in the background has SIGINT ignored, and so would the commands under test."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

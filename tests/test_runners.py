@@ -271,7 +271,7 @@ def test_options_that_do_not_go_together(
 @pytest.mark.slow
 def test_the_real_commands(tmp_path: Path, featx: Featx) -> None:
     photos = class_folders(tmp_path / "photos", each=5)
-    (photos / "ants" / "bad.png").write_bytes(b"no image")
+    (photos / "ants" / "!bad.png").write_bytes(b"no image")
     command = ["extract", photos, "--json", "--out"]
     assert featx(*command, tmp_path / "whole.featx").code == 3
     expected = content_hash(tmp_path / "whole.featx")
