@@ -145,8 +145,11 @@ class Trials:
         return stats.paired_difference(scores, images[np.isfinite(images)], *_sizes(base))
 
     def hits(self, name: str, shots: Sequence[int]) -> NDArray[np.float64]:
-        """Hits (e, s, n) at every number of shots on the images that the largest leaves over, else nan."""
-        episodes = sorted({e for s, n, e in self.trials if (s, n) == (name, shots[-1])})
+        """Hits (e, s, n) at every number of shots on the images that the largest leaves over, else nan.
+
+        Of the draws that were made at every number of shots: the time may have allowed more of them at some.
+        """
+        episodes = sorted(set.intersection(*({e for s, n, e in self.trials if (s, n) == (name, k)} for k in shots)))
         out = np.full((len(episodes), len(shots), len(self.labels)), np.nan)
         for i, episode in enumerate(episodes):
             judged = self.queries[shots[-1], episode]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -69,8 +70,12 @@ def store(tmp_path: Path) -> Path:
 
 def busy_workers() -> list[psutil.Process]:
     """Ray's processes that run a task of ours just now: they say so in their names."""
-    family = psutil.Process().children(recursive=True)
-    return [process for process in family if process.cmdline()[:1] == ["ray::_do_part"]]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # a zombie's parent has not noticed yet
+            if process.cmdline()[:1] == ["ray::_do_part"]:
+                found.append(process)
+    return found
 
 
 def test_the_cluster_makes_what_one_process_makes_though_a_worker_is_killed(
