@@ -12,6 +12,7 @@ import logging
 import os
 import pickle
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -58,7 +59,12 @@ def run_ray(
     """
     started = time.perf_counter()
     _check_paths(images, job)
-    ray = connect()
+    with connected() as ray:
+        _run_parts(ray, images, job, device, progress)
+    return finish(images, job, started, prune=prune)
+
+
+def _run_parts(ray: Any, images: ImageSet, job: Job, device: str, progress: Progress | None) -> None:
     has = ray.cluster_resources()
     if device == "cuda" and not has.get("GPU"):
         raise UsageError("the Ray cluster has no GPU", where="device", hint="Use --device cpu.")
@@ -92,16 +98,23 @@ def run_ray(
     finally:
         _stop(ray, list(waiting))
         ray.kill(counter)
-    return finish(images, job, started, prune=prune)
 
 
-def connect() -> Any:
-    """The module ray, connected to the cluster that RAY_ADDRESS names, or that runs on this host."""
+@contextlib.contextmanager
+def connected() -> Iterator[Any]:
+    """The module ray, connected to the cluster that RAY_ADDRESS names, or that runs on this host.
+
+    Ray's threads print what they notice (a worker that died, say) as long as the connection lasts: to stderr here, for
+    stdout is the command's answer. A connection that was there before is used as it is, and stays.
+    """
     try:
         import ray
     except ImportError as error:
         raise UsageError("Ray is not installed", hint="Install it: pip install 'featx[ray]'") from error
-    if not ray.is_initialized():
+    if ray.is_initialized():
+        yield ray
+        return
+    with contextlib.redirect_stdout(sys.stderr):
         handler = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
@@ -113,20 +126,23 @@ def connect() -> Any:
         finally:
             with contextlib.suppress(ValueError):  # not the main thread: Ray has not touched it
                 signal.signal(signal.SIGTERM, handler)  # Ray would end the process; here it is another Ctrl-C
-    return ray
+        try:
+            yield ray
+        finally:
+            ray.shutdown()
 
 
 @contextlib.contextmanager
 def joblib_on_ray() -> Iterator[None]:
     """Let joblib run on the Ray cluster, all its cores by default."""
-    connect()
-    import joblib
-    import ray.util.joblib
+    with connected():
+        import joblib
+        import ray.util.joblib
 
-    register: Any = ray.util.joblib.register_ray  # without annotations
-    register()
-    with joblib.parallel_config(backend="ray", n_jobs=-1):
-        yield
+        register: Any = ray.util.joblib.register_ray  # without annotations
+        register()
+        with joblib.parallel_config(backend="ray", n_jobs=-1):
+            yield
 
 
 def _check_paths(images: ImageSet, job: Job) -> None:

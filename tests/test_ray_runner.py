@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -22,7 +24,7 @@ from test_runners import computed, fail_once, job_for
 
 from featx.errors import FeatxError, Interrupted, MismatchError, UsageError
 from featx.parts import Part, extract_part, parts_of
-from featx.ray_runner import connect, joblib_on_ray, run_ray
+from featx.ray_runner import connected, joblib_on_ray, run_ray
 from featx.runners import Job
 from featx.sources import ImageSet
 from featx.store_tools import content_hash
@@ -161,12 +163,30 @@ def test_without_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", nothing)
     handler = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(UsageError, match=r"no Ray cluster to work on: found Could not.* Start one \(ray start"):
-        connect()
+    no_cluster = r"no Ray cluster to work on: found Could not.* Start one \(ray start"
+    with pytest.raises(UsageError, match=no_cluster), connected():
+        pass
     assert signal.getsignal(signal.SIGTERM) is handler
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UsageError, match=r"Ray is not installed. Install it: pip install 'featx\[ray\]'"):
-        connect()
+    with pytest.raises(UsageError, match=r"Ray is not installed. Install it: pip install 'featx\[ray\]'"), connected():
+        pass
+
+
+def test_what_ray_says_is_not_in_the_way_of_the_answer(cluster: str) -> None:
+    program = """
+        import io, os, sys, time
+        from featx.ray_runner import connected
+        sys.stderr = said = io.StringIO()
+        with connected() as ray:
+            ray.wait([ray.remote(lambda: os._exit(1)).options(max_retries=0).remote()])
+            end = time.monotonic() + 30
+            while "worker died" not in said.getvalue() and time.monotonic() < end:
+                time.sleep(0.1)
+        print("worker died" in said.getvalue(), ray.is_initialized())
+    """
+    env = {**os.environ, "RAY_ADDRESS": cluster}
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], env=env, capture_output=True, check=True)
+    assert run.stdout == b"True False\n"
 
 
 def test_a_sweep_on_the_cluster_is_the_ordinary_sweep(cluster: str) -> None:
