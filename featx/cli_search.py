@@ -354,7 +354,12 @@ def _notes(result: RetrievalResult) -> list[str]:
 def duplicates(
     store: StoreArgument,
     threshold: Annotated[
-        float, typer.Option(min=0.5, max=1.0, help="Cosine from which on images are near duplicates.")
+        float,
+        typer.Option(
+            min=0.5,
+            max=1.0,
+            help="Cosine from which on images are near duplicates; saved anew or scaled, a copy may reach 0.9 only.",
+        ),
     ] = 0.98,
     exact_only: Annotated[bool, typer.Option("--exact-only", help="Equal bytes only.")] = False,
     layer: Layer = "penultimate",
@@ -380,6 +385,8 @@ def duplicates(
         print_json({**said, "groups": [_group_json(features, group) for group in groups]})
     else:
         _say_groups(features, groups, counts)
+        if threshold > 0.9 and not exact_only:
+            say("A copy that was saved anew or scaled may lie lower: look at --threshold 0.9, too.")
     if html is not None:
         say(f"Sheet: {html}", err=as_json)
 
@@ -410,8 +417,7 @@ def _say_groups(features: FeatureSet, groups: list[DuplicateGroup], counts: dict
     )
     for number, group in enumerate(groups[:20], 1):
         say(f"\n{group.title(number)}")
-        for row, similarity, exact in zip(group.rows, group.similarity, group.exact, strict=True):
-            kind = "same bytes" if exact else f"{similarity:.4f}"
-            say(f"  {features.ids[row]}  ({kind})")
+        for place, row in enumerate(group.rows):
+            say(f"  {features.ids[row]}  ({group.likeness(place)})")
     if len(groups) > 20:
         say(f"\n{len(groups) - 20} more groups: --json or --html FILE.html")

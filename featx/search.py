@@ -152,6 +152,12 @@ class DuplicateGroup:
     across_splits: bool
     conflicting: bool
 
+    def likeness(self, place: int) -> str:
+        """How a member is like the first one, for people."""
+        if place == 0:
+            return "the first"
+        return "same bytes" if self.exact[place] else f"cosine {self.similarity[place]:.4f}"
+
     def title(self, number: int) -> str:
         """A heading for it."""
         remarks = ["across splits"] if self.across_splits else []

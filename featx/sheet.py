@@ -202,15 +202,15 @@ def duplicate_sheet(
     sections = []
     for number, group in enumerate(groups[:MAX_GROUPS], 1):
         cards = []
-        for row, similarity, exact in zip(group.rows, group.similarity, group.exact, strict=True):
+        for place, row in enumerate(group.rows):
             name, split = str(features.ids[row]), str(features.splits[row])
-            said = [label_of(features, row) or "unlabelled", split, "same bytes" if exact else f"{similarity:.4f}"]
+            said = [label_of(features, row) or "unlabelled", split, group.likeness(place)]
             digest = features.digests[row].tobytes()
             cards.append(Card(name, find(name), ", ".join(filter(None, said)), digest=digest))
         warnings = ["It is on both sides of a split."] if group.across_splits else []
         warnings += ["Its labels differ."] if group.conflicting else []
         sections.append(Section(group.title(number), cards, " ".join(warnings)))
-    facts = [f"{len(groups)} groups among {len(features)} images; numbers are cosines with the first of a group."]
+    facts = [f"{len(groups)} groups among {len(features)} images; each is compared with the first of its group."]
     if len(groups) > MAX_GROUPS:
         facts.append(f"The first {MAX_GROUPS} groups are shown; featx duplicates --json lists all.")
     return write_sheet(path, title=f"Duplicates in {store.name}", facts=facts, sections=sections)
