@@ -185,13 +185,7 @@ def choose(
     start = head.default[head.parameter] if head.parameter else 0.0
     kind, converged, score = kinds[0], True, 0.0
     if len(kinds) > 1:
-        each = []
-        for name in kinds:
-            losses, fine = out_of_fold_losses(head, name, views, labels, folds, (start,))
-            each.append(losses[0])
-            converged &= fine
-        kind = kinds[_clearly_best(np.stack(each), head.kind_margin)]
-        score = float(each[kinds.index(kind)].mean())
+        kind, score, converged = _choose_kind(head, kinds, views, labels, folds, start)
     if not head.parameter:
         return Choice({"kind": kind}, score, int(folds.max()) + 1, converged)
     values = head.values
@@ -209,6 +203,26 @@ def choose(
     best = int(ties[np.argmin(np.abs(np.log(np.array(values)[ties] / start)))])
     params = {"kind": kind, head.parameter: values[best]}
     return Choice(params, float(means[best]), int(folds.max()) + 1, converged and fine)
+
+
+def _choose_kind(
+    head: Head, kinds: Sequence[Kind], views: Views, labels: NDArray[np.integer], folds: Index, start: float
+) -> tuple[Kind, float, bool]:
+    """A normaliser, its mean loss, and whether all fits converged.
+
+    The first is kept, and no other tried, where it names every held-out row rightly: what a lower loss then tells is
+    noise. Measured on cats and dogs (98 % right), where it brings back a third of what combined layers lose; four sets
+    that are harder do not notice.
+    """
+    scores, converged = _out_of_fold_scores(head, kinds[0], views, labels, folds, (start,))
+    each = [_losses(head, scores, labels)[0]]
+    if _wrong(scores, labels)[0].any():
+        for name in kinds[1:]:
+            losses, fine = out_of_fold_losses(head, name, views, labels, folds, (start,))
+            each.append(losses[0])
+            converged &= fine
+    best = _clearly_best(np.stack(each), head.kind_margin)
+    return kinds[best], float(each[best].mean()), converged
 
 
 def _thin(labels: NDArray[np.integer], random_state: Any) -> Index:
@@ -267,8 +281,15 @@ def out_of_fold_losses(
     folds share one projection. The second value says whether all fits converged.
     """
     views = rows if isinstance(rows, Views) else Views(rows, head.mean)
-    scores, converged = _FAMILIES[head.estimator](_Validation(views, kind, labels, folds, values))
+    scores, converged = _out_of_fold_scores(head, kind, views, labels, folds, values)
     return _losses(head, scores, labels), converged
+
+
+def _out_of_fold_scores(
+    head: Head, kind: Kind, views: Views, labels: NDArray[np.integer], folds: Index, values: tuple[float, ...]
+) -> Scores:
+    """Scores (v, n, c), or (v, n, 1) for the second of two classes, by fits without the row's fold."""
+    return _FAMILIES[head.estimator](_Validation(views, kind, labels, folds, values))
 
 
 def _losses(head: Head, scores: Array, labels: NDArray[np.integer]) -> Array:
@@ -276,10 +297,15 @@ def _losses(head: Head, scores: Array, labels: NDArray[np.integer]) -> Array:
         picked = [softmax(each)[np.arange(len(labels)), labels] for each in scores]
         return np.asarray(-np.log(np.maximum(np.stack(picked), np.finfo(np.float64).tiny)))
     if head.criterion == "accuracy":
-        named = scores.argmax(axis=2) if scores.shape[2] > 1 else (scores[:, :, 0] > 0)
-        return np.asarray(named != labels, dtype=np.float64)
+        return _wrong(scores, labels).astype(np.float64)
     short = np.maximum(1.0 - signs(labels, int(labels.max()) + 1) * scores, 0.0)
     return np.asarray((short**2).sum(axis=2))
+
+
+def _wrong(scores: Array, labels: NDArray[np.integer]) -> NDArray[np.bool_]:
+    """Which rows (v, n) the scores name wrongly."""
+    named = scores.argmax(axis=2) if scores.shape[2] > 1 else (scores[:, :, 0] > 0)
+    return np.asarray(named != labels)
 
 
 def _penalised(task: _Validation, *, hinge: bool) -> Scores:

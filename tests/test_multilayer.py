@@ -14,7 +14,7 @@ from sklearn.linear_model import RidgeClassifier
 
 from featx.batches import COMBINED, layer_place, of_layer
 from featx.bundle import read_bundle
-from featx.choose import choose
+from featx.choose import choose, out_of_fold_losses
 from featx.errors import UsageError
 from featx.export import to_pipeline
 from featx.heads import HEADS, mean_squared_norm
@@ -23,7 +23,7 @@ from featx.normalise import Normalise
 from featx.predictor import open_embedder
 from featx.scoring import Scorer, blocks_kind, blocks_of, is_kind
 from featx.service_evidence import Evidence
-from featx.splits import KShotSplit
+from featx.splits import KShotSplit, fold_numbers
 from featx.sweep import sweep_heads
 
 SIZES = {"early": 6, "middle": 5, "penultimate": 12}
@@ -116,6 +116,19 @@ def test_weights_go_where_the_classes_can_be_told(head: str) -> None:
             assert choice.score is not None
     assert min(found["early"]) >= 0.5
     assert np.mean(found["penultimate"]) < 0.1
+
+
+def test_the_reference_layer_is_left_alone_where_it_makes_no_mistake() -> None:
+    head = LAYERS.on(HEADS["ridge"], COMBINED)
+    rows, labels = stacked(10, {"early": 6.0, "middle": 0.0, "penultimate": 3.0})
+    groups = np.arange(len(labels))
+    folds = fold_numbers(labels, groups, 5, 0)
+    reference, other = (
+        out_of_fold_losses(head, kind, rows, labels, folds, (1.0,))[0][0] for kind in (head.kinds[0], head.kinds[2])
+    )
+    gain = reference - other
+    assert gain.mean() > 2 * gain.std() / np.sqrt(len(gain))  # the loss alone would have it otherwise
+    assert choose(head, rows, labels, groups, random_state=0).params["kind"] == head.kinds[0]
 
 
 def test_with_few_images_the_reference_layer_is_taken_alone() -> None:
