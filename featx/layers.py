@@ -4,8 +4,8 @@ Early layers see texture and colour, late ones the objects that the network was 
 to be measured. *Combined* means that the embeddings of all layers are brought to unit length, weighted and
 concatenated. Early layers share a part of the squared length (:data:`SHARES`) that is chosen inside the support by
 cross-validated log-loss: none of it, that is the reference layer alone, unless that names a held-out image wrongly and
-another share is better by more than one standard error. A linear head on such rows is a linear head on embeddings, so it is kept, served and exported as
-any other.
+another share is better by more than one standard error. A linear head on such rows is a linear head on embeddings, so
+it is kept, served and exported as any other.
 """
 
 from __future__ import annotations
