@@ -189,7 +189,7 @@ def extract(
         say(f"Note: {note}.", err=True)
     if as_json:
         print_json(summary.to_json())
-    rate = f", {summary.images_per_second:.0f} images/s" if summary.embedded else ""
+    rate = f", {summary.images_per_second:.0f} images/s" if summary.images_per_second else ""
     say(
         f"{summary.images} images: {summary.embedded} embedded, {summary.reused} reused, "
         f"{summary.quarantined} quarantined, in {summary.seconds:.1f} s{rate} "
