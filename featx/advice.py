@@ -341,7 +341,7 @@ def named(strategy: str) -> str:
 
 def points(interval: stats.Interval) -> str:
     """A difference in points, with sign and interval: ``+1.2 points (0.3..2.1)``."""
-    return f"{100 * interval.mean:+.1f} points ({100 * interval.low:+.1f}..{100 * interval.high:+.1f})"
+    return f"{100 * interval.mean:+z.1f} points ({100 * interval.low:+z.1f}..{100 * interval.high:+z.1f})"
 
 
 def percent(interval: stats.Interval) -> str:

@@ -71,7 +71,7 @@ def _row(cell: Cell) -> str:
     apart = verdict = ""
     if cell.difference is not None:
         found = cell.difference.interval
-        apart = f"{100 * found.mean:+.1f} ({100 * found.low:+.1f}..{100 * found.high:+.1f})"
+        apart = f"{100 * found.mean:+z.1f} ({100 * found.low:+z.1f}..{100 * found.high:+z.1f})"
         verdict = cell.difference.verdict
     return (
         f"<tr{' class=tied' if cell.difference is None else ''}><td>{escape(cell.strategy)}</td>"

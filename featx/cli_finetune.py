@@ -166,8 +166,8 @@ def _show(result: FinetuneResult, as_json: bool) -> None:
         shots = "all shots" if each.n_shots == "all" else f"{each.n_shots} shots"
         verdict = each.difference.verdict
         say(
-            f"{result.head} against {each.b}, the best head here, at {shots}: {100 * interval.mean:+.1f} points "
-            f"({100 * interval.low:+.1f} to {100 * interval.high:+.1f}), {verdict}.",
+            f"{result.head} against {each.b}, the best head here, at {shots}: {100 * interval.mean:+z.1f} points "
+            f"({100 * interval.low:+z.1f} to {100 * interval.high:+z.1f}), {verdict}.",
             err=as_json,
         )
     say(
