@@ -177,11 +177,16 @@ class Advice:
             return "Ten more images a class: cannot tell; there are too few images for a learning curve."
         now = self.curve.measured[-1]
         most = int(self.curve.shots[-1])
-        text = f"{capital(named(self.reference))} is right in {percent(now)} with {most} images a class"
+        text = (
+            f"On draws that judge the same images at every size, {named(self.reference)} is right in {percent(now)} "
+            f"with {most} images a class"
+        )
         interval = self.gain.interval
         ten = f"from {self.n_now:.0f} to {self.n_now + 10:.0f} images a class"
         if self.gain.verdict == "cannot tell":
             return f"{text}. What ten more ({ten}) are worth: cannot tell; {points(interval)}, and {self.gain.reason}."
+        if self.gain.verdict == "little":
+            return f"{text}. Ten more ({ten}) are worth less than half a point: {points(interval)}."
         return f"{text}. Ten more ({ten}) are worth about {points(interval)}."
 
     def _fine_tuning(self) -> str:

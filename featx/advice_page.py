@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from featx.advice import Advice, Cell, named
 from featx.curves import Curve
+from featx.errors import plural
 from featx.html import document
 
 _HEADINGS = {
@@ -38,7 +39,7 @@ def render_advice(advice: Advice, *, title: str, provenance: Mapping[str, Any], 
     parts = [
         f"<h1>Advice on {escape(title)}</h1>",
         f'<p class="soft">{advice.images} labelled images, {len(advice.class_names)} classes, '
-        f"{min(advice.counts)} to {max(advice.counts)} different images each.</p>",
+        f"{_span(advice.counts)} different images each.</p>",
         f'<p class="lead">{escape(sentences["strategy"])}</p>',
     ]
     if advice.interrupted:
@@ -55,10 +56,14 @@ def render_advice(advice: Advice, *, title: str, provenance: Mapping[str, Any], 
     return document(f"Advice on {title}", [*parts, "<h2>How this was made</h2>", f"<dl>{made}</dl>"])
 
 
+def _span(counts: Sequence[int]) -> str:
+    return f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else str(min(counts))
+
+
 def _table(advice: Advice, n_shots: int) -> str:
     rows = "".join(_row(cell) for cell in advice.at(n_shots))
     return (
-        f'<h3>{n_shots} image{"" if n_shots == 1 else "s"} a class</h3><div class="wide"><table><thead><tr>'
+        f'<h3>{plural(n_shots, "image")} a class</h3><div class="wide"><table><thead><tr>'
         "<th>strategy</th><th>right %</th><th>95 % interval</th><th>against the first head</th><th>verdict</th>"
         f"<th>draws</th><th>s a draw</th></tr></thead><tbody>{rows}</tbody><caption>Differences in points to "
         f"{escape(named(advice.reference))}, on the same draws; verdicts hold for all of a table together."
@@ -85,7 +90,7 @@ def _curve(curve: Curve, advice: Advice) -> str:
     """Measured points with their intervals, and the fitted curve; dashed where it is carried beyond them."""
     width, height, left, bottom = 720, 320, 44, 44
     last, first = float(curve.shots[-1]), float(curve.shots[0])
-    told = advice.gain is not None and advice.gain.verdict == "worth"
+    told = advice.gain is not None and advice.gain.verdict != "cannot tell"
     end = max(last, advice.n_now + 10) if told else last
     ns = np.geomspace(first, max(end, first * 1.01), 60)
     band = [curve.accuracy(float(n)) for n in ns]

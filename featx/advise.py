@@ -89,7 +89,8 @@ class _Run:
         except OutOfTime:
             self.skipped.append(Skipped(what, "the time was up before it was done"))
         except (UsageError, WeightsError) as error:
-            self.skipped.append(Skipped(what, str(error).rstrip(".").replace(". ", "; ")))
+            clauses = str(error).rstrip(".").split(". ")
+            self.skipped.append(Skipped(what, "; ".join([clauses[0], *(c[0].lower() + c[1:] for c in clauses[1:])])))
 
     # --- from the store alone ---
 

@@ -204,7 +204,7 @@ def extract(
         say(f"All refused images: {how.folder(out) / 'quarantine.jsonl'}", err=True)
         raise typer.Exit(QUARANTINED)
     if not as_json:
-        say(f"Next: {how.next_step(out, source)}")
+        say(f"Next: {how.next_step(out, source, labelled=len(images.class_names) > 1)}")
 
 
 @app.command(epilog="Example:  featx info photos.featx --json")
@@ -247,7 +247,7 @@ def verify(
         told = content_hash(store) if not problems and sample is None else None
         print_json({"sound": not problems, "problems": problems, "sample": sample, "content_hash": told})
     elif not problems:
-        print(f"{store}: sound{'' if sample is None else f', as far as {sample} of its shards tell'}.")
+        print(f"{store}: sound{'' if sample is None else ', as far as a sample of its shards tells'}.")
     for problem in problems:
         say(problem, err=True)
     if problems:

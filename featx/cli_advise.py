@@ -12,8 +12,8 @@ import typer
 
 from featx.cli_model import Json, OwnBackbone, Weights, own_network
 from featx.cli_sweep import stem
-from featx.errors import FeatxError, Interrupted, UsageError
-from featx.terminal import ProgressLine, check_writable, print_json, say, show
+from featx.errors import FeatxError, Interrupted
+from featx.terminal import PAGE_MARK, ProgressLine, check_file, print_json, say, show
 
 if TYPE_CHECKING:
     from featx.backbones import Backbone
@@ -62,11 +62,7 @@ def advise(
     features, columns = read_layers(store)
     images = None if source is None else ImageSet.from_source(source)
     page = out or store.with_name(stem(store) + ".advice.html")
-    if page.is_dir():
-        raise UsageError(
-            "a folder is in the way", where=page, expected="the name of a page", hint="Choose another --out."
-        )
-    check_writable(page.absolute().parent)
+    check_file(page, PAGE_MARK, example="photos.advice.html")
     network: Backbone | FeatxError
     try:
         network = network_like(features.provenance, where=store, backbone=own_network(backbone), weights=weights)
@@ -76,7 +72,6 @@ def advise(
             raise  # asked for, and cannot be had
         network = error
     beside = page.absolute().parent
-    beside.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(prefix=f".{stem(store)}.advise-", dir=beside) as folder,
         ProgressLine("advice") as line,

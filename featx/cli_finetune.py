@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,13 +17,12 @@ from featx.cli_model import (
     Json,
     OwnBackbone,
     Weights,
-    check_out,
     own_network,
     tell_model,
 )
 from featx.cli_sweep import parse_heads, parse_shots, stem
 from featx.errors import Interrupted, UsageError
-from featx.terminal import ProgressLine, print_json, say, show
+from featx.terminal import MODEL_MARK, ProgressLine, check_file, print_json, say, show
 
 if TYPE_CHECKING:
     from featx.finetune import FinetuneResult
@@ -87,7 +87,7 @@ def finetune(
     blocks = _unfreeze(unfreeze)
     wanted_heads, wanted_shots = parse_heads(heads), parse_shots(shots)
     if out is not None:
-        check_out(out)
+        check_file(out, MODEL_MARK, example="photos.model")
     if from_scratch and (blocks != 1 and blocks != "all"):
         raise UsageError("from scratch all is trained", where="--unfreeze", expected="all", found=unfreeze)
     if augment and blocks != "all" and not from_scratch:
@@ -95,7 +95,7 @@ def finetune(
             "activations cannot be mirrored or shifted, images can", where="--augment", hint="Use --unfreeze all."
         )
     from featx.embed import network_like
-    from featx.finetune import judge_episodes
+    from featx.finetune import judge_episodes, plan_shots
     from featx.finetune_bundle import finetune_bundle
     from featx.manifest import check_same
     from featx.sources import ImageSet
@@ -108,6 +108,7 @@ def finetune(
         early_stop=early_stop, augment=augment,
     )  # fmt: skip
     features = read_features(store, layer=layer)
+    wanted = plan_shots(features, wanted_shots, early_stop=recipe.early_stop)
     images = ImageSet.from_source(source)
     network = network_like(features.provenance, where=store, backbone=own_network(backbone), weights=weights)
     check_same(features.provenance, {**features.provenance, **network.provenance()}, store)
@@ -124,7 +125,7 @@ def finetune(
             ) as tuning,
         ):  # fmt: skip
             result = judge_episodes(
-                tuning, shots=wanted_shots, episodes=episodes, heads=wanted_heads, random_state=seed,
+                tuning, shots=wanted, episodes=episodes, heads=wanted_heads, random_state=seed,
                 journal=journal, progress=line.update,
             )  # fmt: skip
             if out is not None:
@@ -133,6 +134,8 @@ def finetune(
                 )
             journal.unlink(missing_ok=True)
     except KeyboardInterrupt as error:
+        if not folder.is_dir():
+            raise Interrupted("stopped before anything was computed", where=store) from error
         raise Interrupted(
             "stopped; activations and finished draws are kept",
             where=folder,
@@ -158,16 +161,16 @@ def _unfreeze(text: str) -> Unfreeze:
 
 
 def _show(result: FinetuneResult, as_json: bool) -> None:
-    from featx.report import render
+    from featx.report import TABLE_WIDTH, render
+    from featx.splits import shots_label
 
-    show(render(result.sweep), err=as_json)
+    show(render(result.sweep), err=as_json, least=TABLE_WIDTH)
     for each in result.against_best():
         interval = each.difference.interval
-        shots = "all shots" if each.n_shots == "all" else f"{each.n_shots} shots"
-        verdict = each.difference.verdict
         say(
-            f"{result.head} against {each.b}, the best head here, at {shots}: {100 * interval.mean:+z.1f} points "
-            f"({100 * interval.low:+z.1f} to {100 * interval.high:+z.1f}), {verdict}.",
+            f"{result.head} against {each.b}, the best head here, at {shots_label(each.n_shots)}: "
+            f"{100 * interval.mean:+z.1f} points ({100 * interval.low:+z.1f} to {100 * interval.high:+z.1f}), "
+            f"{each.difference.verdict}.",
             err=as_json,
         )
     say(
@@ -190,7 +193,7 @@ def autoencoder(
     as_json: Json = False,
 ) -> None:
     """Learn a backbone from your own images, without labels: a small convolutional autoencoder."""
-    check_out(out)
+    check_file(out, b"featx-autoencoder", example="ae.pt")
     from featx.autoencoder import check_shape, held_out_rows, read_pixels, train_autoencoder
     from featx.engines import available_cpus
     from featx.sources import ImageSet
@@ -226,6 +229,7 @@ def autoencoder(
     for name, refusal in found.refused[:10]:
         say(f"  refused {name}: {refusal.reason}, {refusal.what}", err=True)
     if not as_json:
-        say(f"Next: featx extract {source} --out ae.featx --backbone autoencoder --weights {out}")
+        again = ["featx", "extract", source, "--out", "ae.featx", "--backbone", "autoencoder", "--weights", str(out)]
+        say(f"Next: {shlex.join(again)}")
     if found.refused:
         raise typer.Exit(REFUSED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import tempfile
 from enum import StrEnum
@@ -13,7 +14,7 @@ from zipfile import is_zipfile
 import typer
 
 from featx.errors import ImageError, UsageError
-from featx.terminal import ProgressLine, print_json, say, show
+from featx.terminal import MODEL_MARK, ProgressLine, check_file, print_json, say, show
 
 if TYPE_CHECKING:
     from featx.bundle import Bundle
@@ -113,7 +114,7 @@ def fit(
     from featx.layers import open_layers
     from featx.unlabelled import heads_for, unlabelled_rows
 
-    check_out(out)
+    check_file(out, MODEL_MARK, example="photos.model")
     head, layer = _head_on(head, layer)
     pooled = unlabelled or unlabelled_from is not None
     features, columns, on = open_layers(store, layer, one=pooled)
@@ -161,7 +162,7 @@ def tell_model(bundle: Bundle, out: Path, *, err: bool) -> None:
     say(_story(bundle), err=err)
     say(f"Model: {out}", err=err)
     if not err:
-        say(f"Next: featx predict {out} photo.jpg")
+        say(f"Next: {shlex.join(['featx', 'predict', str(out), 'photo.jpg'])}")
 
 
 def own_network(name: str | None) -> Own | None:
@@ -240,6 +241,8 @@ def predict(
         print_json({"predictions": predictions, "refused": refused})
     else:
         _table(predictions, kept.score_kind)
+        if predictions and kept.threshold is None:
+            say("Every answer abstains: with its images the model could not show that it errs seldom enough.", err=True)
     for item in refused:
         say(f"  refused {item['id']}: {item['reason']}, {item['message']}", err=True)
     if refused:
@@ -275,18 +278,24 @@ class ExportFormat(StrEnum):
     onnx = "onnx"
 
 
+_EXPORT_MARKS = {"joblib": b"sklearn", "skops": b"schema.json", "onnx": b"embedding"}
+
+
 def export(
     model: ModelArgument,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The file to make.")],
     form: Annotated[ExportFormat, typer.Option("--format", help="joblib is a pickle; skops is not; onnx is a graph.")],
+    as_json: Json = False,
 ) -> None:
     """Write the head for other software: a scikit-learn pipeline, or an ONNX graph. It takes embeddings."""
     from featx.bundle import read_bundle
     from featx.export import export_bundle
 
-    check_out(out)
+    check_file(out, _EXPORT_MARKS[form.value], example=f"photos.{form.value}")
     export_bundle(read_bundle(model), out, form.value)
-    say(f"{out}: {out.stat().st_size:,} bytes, takes embeddings.")
+    if as_json:
+        print_json({"path": str(out), "format": form.value, "bytes": out.stat().st_size})
+    say(f"{out}: {out.stat().st_size:,} bytes, takes embeddings.", err=as_json)
 
 
 def serve(
@@ -396,12 +405,3 @@ def _table(predictions: list[dict[str, Any]], kind: str) -> None:
         table.add_row(Text(each["id"], overflow="fold"), Text(each["label"]), f"{each['score']:.3f}", doubt)
     if predictions:
         show(table)
-
-
-def check_out(out: Path) -> None:
-    """Say now, not after the work, that nothing can be written there."""
-    if out.is_dir():
-        raise UsageError("a folder is in the way", where=out, hint="Name a file, such as photos.model.")
-    parent = out.absolute().parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UsageError("cannot write there", where=parent, hint="Choose another --out.")

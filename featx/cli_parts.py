@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -125,11 +126,12 @@ class Spread:
         """Where this command's list of refused images is."""
         return store if self.part is None else self.part.folder(store)
 
-    def next_step(self, store: Path, source: str) -> str:
+    def next_step(self, store: Path, source: str, *, labelled: bool) -> str:
         """What to do after this command."""
-        if self.part is None:
-            return f"featx sweep {store}"
-        return f"when all {self.part.of} parts are done, featx extract {source} --out {store} --finish"
+        if self.part is not None:
+            finish = shlex.join(["featx", "extract", source, "--out", str(store), "--finish"])
+            return f"when all {self.part.of} parts are done, {finish}"
+        return shlex.join(["featx", "sweep" if labelled else "duplicates", str(store)])
 
 
 def load(name: str, weights: str, layers: tuple[str, ...], progress: Callable[[str], None] | None = None) -> Backbone:

@@ -19,8 +19,8 @@ from featx.cli_model import (
     Weights,
     own_network,
 )
-from featx.errors import ImageError, UsageError
-from featx.terminal import ProgressLine, check_writable, print_json, say, show
+from featx.errors import ImageError, UsageError, plural
+from featx.terminal import PAGE_MARK, ProgressLine, check_file, print_json, say, show
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -97,7 +97,7 @@ def search(
     from featx.sheet import image_finder, search_sheet
 
     if html is not None:
-        _check_sheet(html)
+        check_file(html, PAGE_MARK, example="alike.html")
         find = image_finder(store, source)
     with ProgressLine("embedding") as line:
         gallery = ImageSearch.open(
@@ -249,15 +249,6 @@ def _match_table(found: Found) -> Table:
     return table
 
 
-def _check_sheet(html: Path) -> None:
-    """Say now, not after the work, that the sheet cannot be written."""
-    if html.is_dir():
-        raise UsageError("a folder is in the way", where=html, hint="Name a file, such as alike.html.")
-    if not html.absolute().parent.is_dir():
-        raise UsageError("no such folder", where=html.absolute().parent)
-    check_writable(html.absolute().parent)
-
-
 def _say_missing(count: int) -> None:
     if count:
         say(f"Note: {count} pictures could not be shown; the sheet says why.", err=True)
@@ -296,7 +287,7 @@ def evaluate_retrieval(
     if as_json:
         print_json(result.to_json())
         return
-    show(_metrics_table(result))
+    show(_metrics_table(result), least=80)
     for note in _notes(result):
         say(note)
 
@@ -339,13 +330,13 @@ def _notes(result: RetrievalResult) -> list[str]:
     ]
     if result.exact_duplicates:
         notes.append(
-            f"{result.exact_duplicates} exact duplicates; copies of a query are left out of its ranking "
+            f"{plural(result.exact_duplicates, 'exact duplicate')}; copies of a query are left out of its ranking "
             f"({result.queries_with_copies} queries)."
         )
     if result.lonely:
-        notes.append(f"{result.lonely} images have no other of their class, and were no queries.")
+        notes.append(f"{plural(result.lonely, 'image')} without another of the class: no queries.")
     if result.unlabelled:
-        notes.append(f"{result.unlabelled} unlabelled images were no queries, and never count as right.")
+        notes.append(f"{plural(result.unlabelled, 'unlabelled image')}: no queries, and never right.")
     if result.sampled_from > result.overall.queries:
         notes.append(f"{result.overall.queries} of {result.sampled_from} queries were drawn (--max-queries).")
     return notes
@@ -373,7 +364,7 @@ def duplicates(
     from featx.store import read_features
 
     if html is not None:
-        _check_sheet(html)
+        check_file(html, PAGE_MARK, example="alike.html")
         find = image_finder(store, source)
     features = read_features(store, layer=layer)
     groups = duplicate_groups(features, threshold=None if exact_only else threshold)
@@ -412,12 +403,13 @@ def _group_json(features: FeatureSet, group: DuplicateGroup) -> dict[str, Any]:
 
 def _say_groups(features: FeatureSet, groups: list[DuplicateGroup], counts: dict[str, int]) -> None:
     say(
-        f"{counts['exact']} exact and {counts['near']} near duplicates in {counts['n_groups']} groups; "
-        f"{counts['across_splits']} groups across splits, {counts['conflicting_labels']} with different labels."
+        f"{counts['exact']} exact and {plural(counts['near'], 'near duplicate')} in "
+        f"{plural(counts['n_groups'], 'group')}; {plural(counts['across_splits'], 'group')} across splits, "
+        f"{counts['conflicting_labels']} with different labels."
     )
     for number, group in enumerate(groups[:20], 1):
         say(f"\n{group.title(number)}")
         for place, row in enumerate(group.rows):
             say(f"  {features.ids[row]}  ({group.likeness(place)})")
     if len(groups) > 20:
-        say(f"\n{len(groups) - 20} more groups: --json or --html FILE.html")
+        say(f"\n{plural(len(groups) - 20, 'more group')}: --json or --html FILE.html")

@@ -128,7 +128,7 @@ def run_sweep(
     from featx.large import taken
     from featx.layers import open_layers
     from featx.originals import Originals
-    from featx.report import render, write_report
+    from featx.report import TABLE_WIDTH, render, write_report
     from featx.store import source_of
     from featx.sweep import sweep_heads
     from featx.testset import judge
@@ -158,7 +158,7 @@ def run_sweep(
                 taken(features.embeddings, rows),
                 features.labels[rows],
                 class_names=features.class_names,
-                groups=np.unique(features.digests[rows], axis=0, return_inverse=True)[1].reshape(-1),
+                groups=features.copies[rows],
                 heads=wanted_heads,
                 shots=wanted_shots,
                 episodes=episodes,
@@ -200,7 +200,7 @@ def run_sweep(
                 "report": str(where),
             }
         )
-    show(render(result), err=as_json)
+    show(render(result), err=as_json, least=TABLE_WIDTH)
     say(f"Report: {where}", err=as_json)
 
 

@@ -76,7 +76,7 @@ class Labelled:
             raise UsageError("no labelled images outside the split test", hint="Advice takes labelled images.")
         present, labels = np.unique(features.labels[rows], return_inverse=True)
         names = tuple(features.class_names[int(i)] for i in present)
-        exact = np.unique(features.digests[rows], axis=0, return_inverse=True)[1].reshape(-1)
+        exact = features.copies[rows]
         reference = features.embeddings[:, slice(*columns.columns(columns.reference))]
         found = find_duplicates(reference[rows], exact, threshold=0.98)
         return cls(features, rows, labels.reshape(-1).astype(np.int64), names, found, columns)

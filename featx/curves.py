@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx.errors import UsageError
-from featx.stats import Interval
+from featx.stats import Interval, unseen_share
 
 Array: TypeAlias = NDArray[np.float64]
 
@@ -25,6 +25,9 @@ MIN_POINTS = 4
 
 TOO_WIDE = 0.10
 """An interval wider than ten points says nothing that one could act on."""
+
+LITTLE = 0.005
+"""A gain below half a point is not worth ten photos of each class, whichever its sign."""
 
 _POWERS = np.geomspace(0.05, 2.0, 120)
 _BLOCK = 100
@@ -44,9 +47,11 @@ class Gain:
     reason: str
 
     @property
-    def verdict(self) -> Literal["worth", "cannot tell"]:
-        """Whether one can act on it."""
-        return "cannot tell" if self.reason else "worth"
+    def verdict(self) -> Literal["worth", "little", "cannot tell"]:
+        """Whether one can act on it; "little" is less than half a point, up or down, for sure."""
+        if self.reason:
+            return "cannot tell"
+        return "little" if self.interval.low > -LITTLE and self.interval.high < LITTLE else "worth"
 
 
 @dataclass(frozen=True)
@@ -99,8 +104,8 @@ class Curve:
             return f"a curve needs {MIN_POINTS} numbers of images a class, and only {len(self.shots)} could be measured"
         if interval.high - interval.low > TOO_WIDE:
             return f"the interval is wider than {100 * TOO_WIDE:.0f} points"
-        if interval.low <= 0.0 <= interval.high:
-            return "the interval includes none"
+        if interval.low <= 0.0 <= interval.high and max(-interval.low, interval.high) >= LITTLE:
+            return "the interval includes zero"
         return ""
 
 
@@ -147,6 +152,8 @@ def fit_curve(
     # A point without any spread (all right, always) is not infinitely sure: as if one image in all had been wrong.
     weights = 1.0 / np.maximum(spread, 1.0 / images**2)
     low, high = np.quantile(resampled, [0.025, 0.975], axis=0)
+    blind = unseen_share(images)
+    low, high = np.where(means >= 1, 1 - blind, low), np.where(means <= 0, blind, high)
     measured = tuple(
         Interval(float(a), float(min(b, a)), float(max(c, a))) for a, b, c in zip(means, low, high, strict=True)
     )

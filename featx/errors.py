@@ -11,6 +11,11 @@ import difflib
 from collections.abc import Iterable
 
 
+def plural(n: int, noun: str) -> str:
+    """A number of things in words: "1 image", "3 images"."""
+    return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
 class FeatxError(Exception):
     """Base class: what went wrong, with up to four more slots that the message is made of.
 

@@ -145,6 +145,7 @@ class Pickled:
         self.pipeline, self.told = pipeline, told
         self.provenance: Mapping[str, Any] = told["provenance"]
         self.layer = layer_place(told["layer"], told["provenance"]["layers"])
+        self.threshold: float | None = told["threshold"]
         # Votes of neighbours are not calibrated: they are no probabilities that a threshold is for.
         self.score_kind = "margin" if told["sharpness"] is None or told["n_neighbors"] else "probability"
 
@@ -173,14 +174,13 @@ class Pickled:
         """As of :meth:`featx.bundle.Bundle.answer`."""
         rows = np.asarray(embeddings, dtype=np.float64)
         shares = self.pipeline.predict_proba(rows)
-        threshold = self.told["threshold"]
         calibrated = self.score_kind == "probability"
         return [
             Answer(
                 label=str(label),
                 score=float(share.max() if calibrated else np.diff(np.sort(share)[-2:])[0]),
                 score_kind=self.score_kind,
-                abstain=not calibrated or threshold is None or bool(share.max() < threshold),
+                abstain=not calibrated or self.threshold is None or bool(share.max() < self.threshold),
                 probabilities=dict(zip(self.told["class_names"], share.tolist(), strict=True)) if calibrated else {},
             )
             for label, share in zip(self.pipeline.predict(rows), shares, strict=True)

@@ -22,7 +22,7 @@ from featx.backbones import Backbone
 from featx.batches import Engine, for_views
 from featx.decoders import TIMEOUT, DecoderPool
 from featx.engines import make_engine
-from featx.errors import ImageError, Interrupted, SourceError, TooManyBadImages
+from featx.errors import ImageError, Interrupted, SourceError, TooManyBadImages, plural
 from featx.hdf5 import MAX_STRING
 from featx.index import PARTS, Index, Refused, longest_id
 from featx.provenance import provenance_of
@@ -185,7 +185,7 @@ def extract_features(
 def _notes(images: ImageSet, writer: StoreWriter) -> tuple[str, ...]:
     notes, earlier_source = [], writer.manifest.source
     if images.ignored:
-        notes.append(f"{images.ignored} files that are no images by their names were passed over")
+        notes.append(f"{plural(images.ignored, 'file')} passed over: no image by its name")
     if earlier_source and earlier_source != images.source:
         notes.append(
             f"the store described {earlier_source} before and describes {images.source} now; "

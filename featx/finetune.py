@@ -26,7 +26,16 @@ from featx.journal import Journal, Task, plan_hash
 from featx.results import Comparison, SweepResult, Trial
 from featx.scoring import softmax
 from featx.sources import ImageSet
-from featx.splits import Index, KShotSplit, Shots, distinct_counts, feasible_shots, find_duplicates
+from featx.splits import (
+    Index,
+    KShotSplit,
+    Shots,
+    check_shots,
+    distinct_counts,
+    feasible_shots,
+    find_duplicates,
+    shots_label,
+)
 from featx.store import FeatureSet
 from featx.sweep import sweep_heads
 from featx.tails import Unfreeze
@@ -160,15 +169,10 @@ def judge_episodes(
     use = tuning.choosable
     if heads is not None and not heads:
         raise UsageError("no head to compare with")
-    wanted = _shots(tuning, use, shots)
-    if tuning.recipe.early_stop and 1 in wanted:
-        raise UsageError(
-            "too few images to stop early by", where="shots", expected="2 or more of every class", found=1,
-            hint="Leave 1 out of --shots, or ask for a fixed number of epochs with --no-early-stop.",
-        )  # fmt: skip
+    wanted = plan_shots(tuning.features, shots, early_stop=tuning.recipe.early_stop)
     swept = sweep_heads(
         tuning.features.embeddings[use], tuning.features.labels[use], class_names=tuning.features.class_names,
-        groups=tuning.copies[use], heads=heads, shots=wanted, episodes=episodes, random_state=random_state,
+        groups=tuning.features.copies[use], heads=heads, shots=wanted, episodes=episodes, random_state=random_state,
         n_jobs=n_jobs, progress=progress,
     )  # fmt: skip
     rows = use[swept.rows]
@@ -181,8 +185,7 @@ def judge_episodes(
             done[task] = kept.done[task][0][0]
             continue
         begun = time.perf_counter()
-        shown = "all shots" if task[0] == "all" else f"{task[0]} shots"
-        place = f"{tuning.head}, {shown}, draw {task[1] + 1}"
+        place = f"{tuning.head}, {shots_label(task[0])}, draw {task[1] + 1}"
 
         def tick(what: str, number: int = number, place: str = place) -> None:
             tell(number, len(tasks), f"{place}: {what}")
@@ -210,17 +213,33 @@ def judge_episodes(
     )  # fmt: skip
 
 
-def _shots(tuning: Tuning, use: Index, shots: Sequence[Shots] | None) -> Sequence[Shots]:
-    """What was asked for, or those of the default that the smallest class can give."""
-    if shots is not None:
-        return shots
-    labelled = use[tuning.features.labels[use] >= 0]
-    if not len(labelled):
-        return DEFAULT_SHOTS  # the sweep says what is wrong
-    labels = np.unique(tuning.features.labels[labelled], return_inverse=True)[1].reshape(-1)
-    groups = find_duplicates(tuning.features.embeddings[labelled], tuning.copies[labelled]).groups
-    most = int(distinct_counts(labels, groups, int(labels.max()) + 1).min()) - 1
-    return feasible_shots(labels, groups, DEFAULT_SHOTS) or (max(most, 1),)
+def plan_shots(features: FeatureSet, shots: Sequence[Shots] | None, *, early_stop: bool) -> list[Shots]:
+    """What was asked for, or those of the default that the smallest class can give.
+
+    Raises
+    ------
+    UsageError
+        A class has too few images for that, or to stop early by. It takes the embeddings alone, so that it can be said
+        before anything is computed.
+    """
+    rows = np.flatnonzero((features.labels >= 0) & (features.splits != "test"))
+    present, labels = np.unique(features.labels[rows], return_inverse=True)
+    names = [features.class_names[int(i)] for i in present]
+    if len(names) < 2:
+        check_shots(labels, rows, 1, names)
+    groups = find_duplicates(features.embeddings[rows], features.copies[rows]).groups
+    if shots is None:
+        most = int(distinct_counts(labels, groups, len(names)).min()) - 1
+        least = 2 if early_stop else 1
+        shots = feasible_shots(labels, groups, DEFAULT_SHOTS) or (max(most, least),)
+    elif early_stop and 1 in shots:
+        raise UsageError(
+            "too few images to stop early by", where="shots", expected="2 or more of every class", found=1,
+            hint="Leave 1 out of --shots, or ask for a fixed number of epochs with --no-early-stop.",
+        )  # fmt: skip
+    for n_shots in shots:
+        check_shots(labels, groups, n_shots, names)
+    return list(shots)
 
 
 def _journal(tuning: Tuning, path: Path | None, swept: SweepResult, rows: Index) -> Journal | None:

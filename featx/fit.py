@@ -7,6 +7,7 @@ no part in any of it; where there is one, it judges the finished head once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -25,7 +26,7 @@ from featx.calibrate import fit_sharpness, fit_threshold
 from featx.centre import unlabelled_centre
 from featx.choose import N_FOLDS, fit_chosen
 from featx.embed import Embedder
-from featx.errors import UsageError
+from featx.errors import UsageError, plural
 from featx.heads import Head
 from featx.images import encode
 from featx.large import is_large, taken
@@ -156,8 +157,9 @@ def fit_head(
     threshold, metrics = judge_scores(scores, sharpness, y, copies, max_error)
     if scores is not None and threshold is None:
         notes.append(
-            f"An error rate of at most {max_error:g} cannot be shown on {len(rows)} images, so every answer "
-            "abstains. Add images, or allow more with --max-error."
+            f"An error rate of at most {max_error:g} cannot be shown on {len(rows)} images, so every answer abstains: "
+            f"it takes the {math.ceil(1 / max_error - 1 - 1e-9)} surest answers to be right, or more of them with a "
+            "mistake among them. Add images, or allow more with --max-error."
         )
     return FittedHead(
         scorer=scorer,
@@ -173,7 +175,7 @@ def fit_head(
 
 
 def _notes(unlabelled: int, class_names: Sequence[str], present: Sequence[str]) -> list[str]:
-    notes = [f"{unlabelled} images without a label were left out."] if unlabelled else []
+    notes = [f"Left out: {plural(unlabelled, 'image')} without a label."] if unlabelled else []
     empty = [name for name in class_names if name not in present]
     return [*notes, f"Classes without images were left out: {', '.join(empty)}."] if empty else notes
 
@@ -263,7 +265,7 @@ def fit_bundle(
     heads, max_error, random_state, pool, layers, device, progress : as of :func:`fit_head`.
     """
     use = np.flatnonzero((features.splits != "test") & ((features.labels >= 0) | (pool is None)))
-    groups = np.unique(features.digests, axis=0, return_inverse=True)[1].reshape(-1)
+    groups = features.copies
     fitted = fit_head(
         taken(features.embeddings, use),
         features.labels[use],
@@ -291,7 +293,7 @@ def pack_bundle(fitted: FittedHead, features: FeatureSet, embedder: Embedder, *,
     tail : the trained part of a fine-tuned network, of :func:`featx.tails.tail_bytes`.
     """
     use = np.flatnonzero(features.splits != "test")
-    groups = np.unique(features.digests, axis=0, return_inverse=True)[1].reshape(-1)
+    groups = features.copies
     probe = encode(probe_pixels())
     place = layer_place(features.layer, features.provenance["layers"])
     golden = np.sort(np.random.default_rng(_SEED_OF_GOLDEN).permutation(use)[:N_GOLDEN])

@@ -111,6 +111,14 @@ def _write_column(file: h5py.File, column: Column, raw: LatchedFile) -> None:
         raise ValueError(f"column {column.name}: {at} rows were given, {column.rows} were announced")
 
 
+def _what_it_is(start: bytes) -> str:
+    if b"bundle.json" in start:
+        return "It is a model (featx predict and serve take it); a store is made by: featx extract FOLDER --out STORE"
+    if not start.startswith((_SEAL[:4], b"\x89HDF")):
+        return "It is foreign. A store is made by: featx extract FOLDER --out STORE"
+    return "It is foreign, or its first bytes changed."
+
+
 def check_seal(path: Path) -> str:
     """Compare a sealed file with its own sha256, and return that; StoreError when they differ."""
     _must_be_regular(path)
@@ -118,7 +126,7 @@ def check_seal(path: Path) -> str:
         block = raw.read(USER_BLOCK)
         found = hashlib.file_digest(raw, "sha256").hexdigest()
     if not block.startswith(_SEAL):
-        raise StoreError("not a file that featx sealed", where=path, hint="It is foreign, or its first bytes changed.")
+        raise StoreError("not a file that featx sealed", where=path, hint=_what_it_is(block))
     if block != (_SEAL + found.encode() + b"\n").ljust(USER_BLOCK, b"\0"):
         raise StoreError("the file was altered: its checksum does not match", where=path, hint=RESTORE)
     return found

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from featx.errors import plural
 from featx.results import HeadResult, SweepResult
 from featx.splits import Shots
 
@@ -124,7 +125,7 @@ def render_page(
 def document(title: str, parts: Sequence[str]) -> str:
     """A whole page of these parts (which are HTML), in the one style of all of featx's reports."""
     return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="generator" content="featx">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'\">\n"
@@ -158,7 +159,7 @@ def _points(share: float) -> str:
 def _words(n_shots: Shots) -> str:
     if n_shots == "all":
         return "all but a fifth of the images"
-    return f"{n_shots} image{'' if n_shots == 1 else 's'} a class"
+    return f"{plural(n_shots, 'image')} a class"
 
 
 def _ranked(result: SweepResult, n_shots: Shots) -> list[HeadResult]:
@@ -311,8 +312,8 @@ def _duplicates(result: SweepResult, images: _Images) -> list[str]:
             cards.append(images.card(int(result.rows[row]), escape(result.class_names[result.labels[row]])))
     return [
         "<h2>Duplicates</h2>",
-        f"<p>{found.exact} exact and {found.near} near duplicates in {found.n_groups} groups. No group is in support "
-        'and query at once.</p><p class="soft">The first of them:</p>',
+        f"<p>{found.exact} exact and {plural(found.near, 'near duplicate')} in {plural(found.n_groups, 'group')}. "
+        'No group is in support and query at once.</p><p class="soft">The first of them:</p>',
         f'<div class="cards">{"".join(cards)}</div>',
     ]
 

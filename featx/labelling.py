@@ -121,7 +121,8 @@ def plan_simulation(labels: NDArray[np.integer], groups: Index, batch: int) -> i
             return start
     raise UsageError(
         "too few labelled images to try labelling on", expected=f"{4 * batch} images beyond one of each class",
-        found=f"{int(left.sum())} that are not held out", hint="Ask for fewer images with --next.",
+        found=f"{max(int(left.sum()) - len(counts), 0)} that are not held out",
+        hint="Ask for fewer images with --next." if batch > 1 else None,
     )  # fmt: skip
 
 

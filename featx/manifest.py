@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from featx._files import canonical_json, publish_bytes, read_regular
@@ -165,7 +166,8 @@ def read_manifest(store: Path) -> Manifest:
         if not there:
             hint = did_you_mean(store.name, _names(store.parent)) or "Make it with: featx extract FOLDER --out STORE"
             raise StoreError("no such store", where=store, hint=hint)
-        raise StoreError("not a featx store: it has no manifest.json", where=store)
+        hint = f"If it is a folder of images: featx extract {quote(str(store))} --out {quote(store.name + '.featx')}"
+        raise StoreError("not a featx store: it has no manifest.json", where=store, hint=hint)
     return _parse(path, raw)
 
 

@@ -17,20 +17,17 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from featx.errors import UsageError
+from featx.errors import UsageError, plural
 from featx.html import Thumbnail, render_page
 from featx.results import HeadResult, SweepResult
-from featx.splits import Shots
+from featx.splits import Shots, shots_label
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def shots_label(n_shots: Shots) -> str:
-    """The words for an n_shots: "1 shot", "5 shots", "all but a fifth"."""
-    if n_shots == "all":
-        return "all but a fifth"
-    return f"{n_shots} shot{'' if n_shots == 1 else 's'}"
+TABLE_WIDTH = 72
+"""Columns of a terminal that the table needs with all its digits."""
 
 
 def render_table(result: SweepResult) -> Table:
@@ -99,8 +96,8 @@ def duplicate_notes(result: SweepResult) -> list[str]:
     found = result.duplicates
     if not found.n_groups:
         return []
-    counted = f"{found.exact} exact and {found.near} near duplicates"
-    return [f"{counted} in {found.n_groups} groups: no group is in support and query at once."]
+    counted = f"{found.exact} exact and {plural(found.near, 'near duplicate')}"
+    return [f"{counted} in {plural(found.n_groups, 'group')}: no group is in support and query at once."]
 
 
 def _and(names: Sequence[str]) -> str:

@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from featx.errors import UsageError
 from featx.postprocess import Postprocess, expand_queries, unit_rows
-from featx.stats import Interval
+from featx.stats import Interval, unseen_share
 
 KS = (1, 5, 10)
 N_BOOT = 2000
@@ -250,6 +250,9 @@ def _ranking(
 def _scores(table: Floats, groups: NDArray[np.intp], ks: Sequence[int], random_state: int) -> Scores:
     means = table.mean(axis=0)
     low, high = _bootstrap(table, groups, random_state)
+    # Where every query is right (or wrong) the bootstrap sees no spread, which says nothing.
+    blind = unseen_share(len(np.unique(groups)))
+    low, high = np.where(means >= 1, 1 - blind, low), np.where(means <= 0, blind, high)
     each = [Interval(float(m), float(a), float(b)) for m, a, b in zip(means, low, high, strict=True)]
     return Scores(
         queries=len(table),

@@ -126,7 +126,7 @@ def write_sheet(path: Path, *, title: str, facts: Iterable[str], sections: Seque
             body.append(f'<p class="warn">{escape(section.warning)}</p>')
         body.append(f'<div class="row">{"".join(_figure(card, pictures) for card in section.cards)}</div>')
     page = (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="generator" content="featx">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'\">\n"

@@ -321,14 +321,17 @@ def _walk(root: Path) -> Iterator[tuple[str, os.stat_result]]:
                         continue
                     relative = prefix + entry.name
                     try:
+                        stat = entry.stat()
                         if entry.is_dir():
-                            pending.append((relative + "/", entry.stat()))
-                        elif entry.is_file():
-                            yield relative, entry.stat()
-                        elif entry.is_symlink():
-                            raise SourceError("a link that leads nowhere", where=root / relative, hint="Remove it.")
+                            pending.append((relative + "/", stat))
+                            continue
                     except OSError as error:
-                        raise SourceError(f"cannot be looked at ({error.strerror})", where=root / relative) from error
+                        if not entry.is_symlink():
+                            what = f"cannot be looked at ({error.strerror})"
+                            raise SourceError(what, where=root / relative) from error
+                        # It leads nowhere, or in a circle: the extraction quarantines it, with its id.
+                        stat = entry.stat(follow_symlinks=False)
+                    yield relative, stat
         except PermissionError as error:
             raise SourceError("no permission to read this folder", where=root / prefix) from error
 

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
-from featx.errors import UsageError
+from featx.errors import UsageError, plural
 
 Shots: TypeAlias = int | Literal["all"]
 Index: TypeAlias = NDArray[np.intp]
@@ -28,6 +28,11 @@ _TILE = 1024
 
 _MAX_PAIRS = 10_000_000
 """Pairs of near duplicates that are kept before they become groups: n equal images make n * n / 2 of them."""
+
+
+def shots_label(n_shots: Shots) -> str:
+    """The words for an n_shots: "1 shot", "5 shots", "all but a fifth"."""
+    return "all but a fifth" if n_shots == "all" else plural(n_shots, "shot")
 
 
 class KShotSplit:
@@ -143,12 +148,14 @@ def check_shots(labels: NDArray[np.integer], groups: Index, n_shots: Shots, clas
     needed = 2 if n_shots == "all" else n_shots + 1
     if counts[smallest] < needed:
         copies = " once copies are counted once" if (labels == smallest).sum() > counts[smallest] else ""
-        shots = "a support and a query" if n_shots == "all" else f"{n_shots} shots and one query image"
+        shots = "a support and a query" if n_shots == "all" else f"{plural(n_shots, 'shot')} and one query image"
         raise UsageError(
             f"class {class_names[smallest]!r} has too few images",
             expected=f"at least {needed} for {shots}",
             found=f"{counts[smallest]}{copies}",
-            hint="Ask for fewer shots, add images, or leave the class out.",
+            hint="Add images, or extract the others without this class."
+            if counts[smallest] < 2
+            else "Ask for fewer shots, add images, or extract the others without this class.",
         )
 
 

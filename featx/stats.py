@@ -94,7 +94,7 @@ def resampled_variance(scores: Array, images: Array, n_support: float, n_query: 
     shots their ratio would be large and empty, because then supports hardly overlap and queries are
     nearly the same images in every episode; so there the overlap is that of the supports,
     ``n_support/n_query``, and the finite set of query images adds its own variance, that of a mean over
-    images.
+    images. It is the least there can be in either case: two episodes may agree by chance.
 
     Parameters
     ----------
@@ -106,7 +106,7 @@ def resampled_variance(scores: Array, images: Array, n_support: float, n_query: 
     between = float(scores.var(ddof=1)) if j > 1 else 0.0
     of_images = float(images.var(ddof=1)) / m if m > 1 else 0.0
     if j > 1 and n_query <= n_support:
-        return between * (1.0 / j + n_query / n_support)
+        return max(between * (1.0 / j + n_query / n_support), of_images)
     return between * (1.0 / j + min(n_support / n_query, 1.0)) + of_images
 
 
@@ -123,21 +123,31 @@ def mean_interval(scores: Array, images: Array, n_support: float, n_query: float
     mean = float(scores.mean())
     variance = resampled_variance(scores, images, n_support, n_query)
     margin = float(stats.t.ppf(0.5 + level / 2, _freedom(scores, images))) * math.sqrt(variance)
-    blind = 1.0 - ((1.0 - level) / 2) ** (1.0 / max(len(images), 1))
+    blind = unseen_share(len(images), level=level)
     low = min(mean - margin, 1.0 - blind) if mean >= 1.0 else mean - margin
     high = max(mean + margin, blind) if mean <= 0.0 else mean + margin
     return Interval(mean, max(low, 0.0), min(high, 1.0))
 
 
+def unseen_share(n: int, *, level: float = 0.95) -> float:
+    """The largest share that may well not occur among ``n`` images (Clopper and Pearson)."""
+    return float(1.0 - ((1.0 - level) / 2) ** (1.0 / max(n, 1)))
+
+
 def paired_difference(
     scores: Array, images: Array, n_support: float, n_query: float, *, level: float = 0.95
 ) -> Difference:
-    """Compare two heads on the same draws; the arguments are differences, as in :func:`resampled_variance`."""
+    """Compare two heads on the same draws; the arguments are differences, as in :func:`resampled_variance`.
+
+    Where all images differ alike (mostly: none does) the variance is zero and says nothing; then the limits are
+    the share that could still differ otherwise and be seen in none of that many.
+    """
     mean = float(scores.mean())
     variance = resampled_variance(scores, images, n_support, n_query)
     freedom = _freedom(scores, images)
-    margin = float(stats.t.ppf(0.5 + level / 2, freedom)) * math.sqrt(variance)
-    # Without any variance no image ever differed, or all did alike: there is no spread to judge by.
+    margin = float(stats.t.ppf(0.5 + level / 2, freedom)) * math.sqrt(variance) or unseen_share(
+        len(images), level=level
+    )
     p = float(2 * stats.t.sf(abs(mean) / math.sqrt(variance), freedom)) if variance > 0 else 1.0
     return Difference(Interval(mean, mean - margin, mean + margin), p)
 

@@ -114,6 +114,11 @@ class FeatureSet:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def copies(self) -> NDArray[np.intp]:
+        """Dense numbers (n,): equal for equal bytes."""
+        return np.unique(self.digests, axis=0, return_inverse=True)[1].reshape(-1)
+
     def to_numpy(self) -> dict[str, NDArray[Any]]:
         """Plain arrays by name: embeddings, ids, labels, class_names, splits, digests."""
         return frames.to_numpy(self)

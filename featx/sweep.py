@@ -22,7 +22,7 @@ from threadpoolctl import threadpool_limits
 from featx import large, stats
 from featx.centre import Centre
 from featx.choose import Views, fit_chosen
-from featx.errors import UsageError
+from featx.errors import UsageError, plural
 from featx.heads import Head, Logistic
 from featx.journal import Journal, plan_hash
 from featx.large import blocks, is_large, taken
@@ -38,6 +38,7 @@ from featx.splits import (
     distinct_counts,
     feasible_shots,
     find_duplicates,
+    shots_label,
 )
 from featx.torch_heads import check_device
 from featx.unlabelled import heads_for
@@ -193,7 +194,7 @@ class _Data:
         present, dense = np.unique(every[rows], return_inverse=True)
         notes = []
         if len(rows) < len(every):
-            notes.append(f"{len(every) - len(rows)} images without a label were left out.")
+            notes.append(f"Left out: {plural(len(every) - len(rows), 'image')} without a label.")
         empty = [str(name) for i, name in enumerate(class_names) if i not in set(present.tolist())]
         if empty:
             notes.append(f"Classes without any labelled image were left out: {', '.join(empty)}.")
@@ -250,15 +251,11 @@ def _run(
         for start in range(0, len(tasks), chunk):
             some = tasks[start : start + chunk]
             if progress:
-                progress(already + start, already + len(tasks), f"{_shots(some[0][0])}, draw {some[0][1] + 1}")
+                progress(already + start, already + len(tasks), f"{shots_label(some[0][0])}, draw {some[0][1] + 1}")
             outcomes = pool(joblib.delayed(_episode)(*arguments, *task) for task in some)
             yield from zip(some, outcomes, strict=True)
     if progress:
         progress(already + len(tasks), already + len(tasks), "done")
-
-
-def _shots(n_shots: Shots) -> str:
-    return "all shots" if n_shots == "all" else f"{n_shots} shot{'s' if n_shots > 1 else ''}"
 
 
 def _episode(

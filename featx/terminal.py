@@ -18,17 +18,24 @@ if TYPE_CHECKING:
 
 LOG_SECONDS = 10.0
 
+PAGE_MARK, MODEL_MARK = b'<meta name="generator" content="featx">', b"bundle.json"
+"""What :func:`check_file` knows featx's own pages and models by."""
+
 
 def say(text: str, *, err: bool = False) -> None:
     """Print one line of text, as it is."""
     print(text, file=sys.stderr if err else sys.stdout, flush=True)
 
 
-def show(table: RenderableType, *, err: bool = False) -> None:
-    """Print a table or another of rich's renderables."""
+def show(table: RenderableType, *, err: bool = False, least: int = 0) -> None:
+    """Print a table or another of rich's renderables.
+
+    A terminal that is narrower than ``least`` columns breaks the lines itself: rich would cut digits.
+    """
     from rich.console import Console
 
-    Console(stderr=err).print(table)
+    console = Console(stderr=err)
+    console.print(table, width=max(console.width, least), crop=False)
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -43,6 +50,37 @@ def check_writable(out: Path) -> None:
         raise UsageError("a file is in the way", where=parent, hint="Choose another folder for the output.")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise UsageError("no permission to write", where=parent, hint="Choose another folder for the output.")
+
+
+def check_file(out: Path, mark: bytes, *, example: str) -> None:
+    """Say now, not after the work, that a file cannot be written there, or that it would replace someone's own.
+
+    Parameters
+    ----------
+    mark : what the first or the last KiB of such a file has in it when featx made it; only these are replaced.
+    example : a name to suggest.
+    """
+    if out.is_dir():
+        raise UsageError("a folder is in the way", where=out, hint=f"Name a file, such as {example}.")
+    if not out.absolute().parent.is_dir():
+        raise UsageError("no such folder", where=out.absolute().parent)
+    check_writable(out.absolute().parent)
+    if not out.exists():
+        return
+    if not out.is_file():
+        raise UsageError("not a regular file", where=out, hint=f"Name a file, such as {example}.")
+    try:
+        with out.open("rb") as file:
+            start = file.read(1024)
+            file.seek(max(0, out.stat().st_size - 1024))
+            end = file.read(1024)
+    except OSError as error:
+        raise UsageError(f"cannot be read ({error.strerror}), and would be replaced", where=out) from error
+    if start and mark not in start and mark not in end:
+        raise UsageError(
+            "there is a file of this name already, of another kind than would be made", where=out,
+            hint=f"Delete it, or choose another name, such as {example}.",
+        )  # fmt: skip
 
 
 class ProgressLine:

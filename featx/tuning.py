@@ -19,7 +19,7 @@ from featx import training
 from featx.activations import MAX_GIB, Wanted, activations, check_room
 from featx.backbones import Backbone, load_backbone
 from featx.engines import make_engine
-from featx.errors import MismatchError, SourceError
+from featx.errors import MismatchError, SourceError, UsageError
 from featx.providers import Own
 from featx.sources import ImageSet
 from featx.splits import Index
@@ -64,12 +64,6 @@ class Tuning:
     def choosable(self) -> Index:
         """Rows that may be trained on: the split ``test`` is for the one judgement at the end."""
         return np.flatnonzero(self.features.splits != "test")
-
-    @property
-    def copies(self) -> Index:
-        """Dense numbers (n,): equal for equal bytes."""
-        digests = self.features.digests
-        return np.unique(digests, axis=0, return_inverse=True)[1].reshape(-1)
 
     @property
     def notes(self) -> list[str]:
@@ -137,6 +131,8 @@ def open_tuning(
     if not with_test:
         use &= features.splits != "test"
     rows = np.flatnonzero(use)
+    if not len(rows):
+        raise UsageError("no labelled image to train on", hint="Images are labelled by folders, or by a list.")
     decode = str(dict(features.provenance.get("decode", {})).get("mode", "full"))
     halves = cut_network(network, unfreeze)
     wanted = Wanted(

@@ -235,8 +235,7 @@ def load(path: Path, *, unlabelled: bool) -> tuple[tuple[Rows, Any, Any], dict[s
     features = read_features(path)
     known = features.labels >= 0
     rows, labels = features.embeddings[known].astype(np.float64), features.labels[known]
-    digests = np.unique(features.digests[known], axis=0, return_inverse=True)[1].reshape(-1)
-    groups = find_duplicates(rows, digests).groups
+    groups = find_duplicates(rows, features.copies[known]).groups
     if not unlabelled:
         return (rows, labels, groups), {"featx": HEADS}
     pooled = (np.random.default_rng(0).random(groups.max() + 1) < 0.5)[groups]

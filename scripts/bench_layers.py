@@ -100,7 +100,7 @@ def measure(folder: Path, stores: Path, episodes: int, n_jobs: int) -> dict[str,
     plain, combined = layers.on(HEADS["auto"], layers.reference), layers.on(HEADS["auto"], COMBINED)
     data = {way: (views if way in ("views", "both") else center).embeddings for way in WAYS}
     heads = {way: combined if way in ("layers", "both") else plain for way in WAYS}
-    digests = np.unique(center.digests, axis=0, return_inverse=True)[1].reshape(-1)
+    digests = center.copies
     groups = find_duplicates(plain.seen(center.embeddings), digests).groups
     tasks = [(n, e) for n in SHOTS for e in range(episodes)]
     done = joblib.Parallel(n_jobs)(joblib.delayed(one)(data, heads, center.labels, groups, *task) for task in tasks)

@@ -180,9 +180,44 @@ def test_mistakes_end_with_one_sentence_and_exit_code_2(
     mistake(featx("sweep", store, "--shots", "many"), 2, "--shots cannot be read")
     mistake(featx("sweep", store, "--heads", "logrge"), 2, "logrge", "logreg")
     mistake(featx("sweep", store, "--layer", "penultima"), 2, "no layer 'penultima'", "Did you mean penultimate?")
-    mistake(featx("info", source), 2, "not a featx store: it has no manifest.json")
+    mistake(featx("info", source), 2, "not a featx store: it has no manifest.json", f"featx extract {source} --out")
+    photo = next(source.rglob("*.png"))
+    mistake(featx("search", photo, store), 2, f"{photo}: not a file that featx sealed. It is foreign")
     mistake(featx("info", Path(__file__)), 2, "test_cli.py")
     mistake(featx("pack", store, tmp_path / "no" / "x.h5"), 2, "no such folder")
+
+
+def test_only_files_of_featx_are_replaced(source: Path, store: Path, tmp_path: Path, featx: Featx) -> None:
+    model = tmp_path / "kept.model"
+    assert featx("fit", store, "--head", "ridge", "--out", model).code == 0
+    mistake(featx("sweep", model), 2, "kept.model: not a file that featx sealed. It is a model")
+    photo = tmp_path / "my photo.png"
+    shutil.copy(next(source.rglob("*.png")), photo)
+    before = photo.read_bytes()
+    commands: dict[str, tuple[object, ...]] = {
+        "fit": ("fit", store, "--head", "ridge", "--out"),
+        "joblib": ("export", model, "--format", "joblib", "--out"),
+        "skops": ("export", model, "--format", "skops", "--out"),
+        "onnx": ("export", model, "--format", "onnx", "--out"),
+        "alike": ("search", store, photo, "--html"),
+        "copies": ("duplicates", store, "--html"),
+        "advice": ("advise", store, "--minutes", 0.05, "--out"),
+        "tuned": ("finetune", store, source, "--out"),
+        "code": ("autoencoder", source, "--epochs", 1, "--size", 16, "--out"),
+    }
+    for command in commands.values():
+        mistake(featx(*command, photo), 2, "there is a file of this name already, of another kind")
+    assert photo.read_bytes() == before
+    for name, command in commands.items():
+        if name in ("tuned", "copies"):  # the same kinds of files as those of fit and of search
+            continue
+        for _ in range(2):  # made, and made again
+            ran = featx(*command, tmp_path / f"{name} 1")
+            assert ran.code == 0, (name, ran.err)
+    assert f"Next: featx predict '{tmp_path / 'fit 1'}' photo.jpg" in featx(*commands["fit"], tmp_path / "fit 1").out
+    mistake(featx(*commands["fit"], tmp_path), 2, "a folder is in the way")
+    mistake(featx(*commands["fit"], tmp_path / "no" / "x.model"), 2, "no such folder")
+    assert featx(*commands["joblib"], tmp_path / "j", "--json").json["format"] == "joblib"
 
 
 def test_a_store_with_one_class_cannot_be_swept(tmp_path: Path, featx: Featx) -> None:

@@ -82,6 +82,20 @@ def test_no_gain_is_claimed_where_there_is_none() -> None:
     assert claims <= 4
 
 
+def test_where_hardly_anything_is_left_to_gain_that_is_known() -> None:
+    rng = np.random.default_rng(1)
+    curve = fit_curve(SHOTS, simulated(rng, parameters=(0.1, 0.3, 2.0), images=20_000, draws=20))
+    gain = curve.gain(20, 30)
+    assert gain.verdict == "little", gain
+    assert max(abs(gain.interval.low), abs(gain.interval.high)) < 0.005
+    assert curve.gain(1, 2).verdict == "worth"
+
+
+def test_always_right_is_not_surely_always_right() -> None:
+    curve = fit_curve((1, 2, 5, 10), np.ones((5, 4, 30)))
+    assert [point.low for point in curve.measured] == pytest.approx([0.025 ** (1 / 30)] * 4)
+
+
 def test_too_few_points_too_few_images_and_a_bent_curve_cannot_tell() -> None:
     rng = np.random.default_rng(2)
     few = fit_curve(SHOTS[: MIN_POINTS - 1], simulated(rng, SHOTS[: MIN_POINTS - 1]), resamples=100)

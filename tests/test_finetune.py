@@ -80,7 +80,7 @@ def test_heads_and_draws_are_those_of_a_sweep(
     features: FeatureSet, images: ImageSet, backbone: Backbone, tmp_path: Path
 ) -> None:
     found = tune(features, images, backbone, tmp_path / "t", unfreeze=1)
-    groups = np.unique(features.digests, axis=0, return_inverse=True)[1].reshape(-1)
+    groups = features.copies
     swept = sweep_heads(
         features.embeddings, features.labels, class_names=features.class_names, groups=groups,
         heads=("logreg", "ridge"), shots=(3,), episodes=2,
@@ -335,6 +335,7 @@ def test_finetune_from_the_command_line(featx: Featx, tmp_path: Path) -> None:
         (["--unfreeze", "99"], "has no 99 blocks to unfreeze"),
         (["--unfreeze", "some"], "--unfreeze cannot be read"),
         (["--shots", "1"], "too few images to stop early by"),
+        (["--shots", "99"], "class 'ants' has too few images"),
         (["--augment"], "activations cannot be mirrored or shifted"),
         (["--weights", "other.pt"], "no such weights file"),
     ],
@@ -344,6 +345,18 @@ def test_usage_errors_exit_with_2(featx: Featx, store_of_photos: Path, options: 
     assert ran.code == 2
     assert message in " ".join(ran.err.split())
     assert ran.err.count("Error:") == 1
+    assert not (store_of_photos / "s.tuning").exists()
+
+
+def test_images_without_labels_cannot_be_trained_on(featx: Featx, tmp_path: Path) -> None:
+    class_folders(tmp_path / "photos", names=("a", "b"), each=3)
+    photos = tmp_path / "photos" / "a"
+    ran = featx("extract", photos, "--out", "s.featx", cwd=tmp_path)
+    assert "Next: featx duplicates s.featx" in ran.out
+    ran = featx("finetune", "s.featx", photos, cwd=tmp_path)
+    assert ran.code == 2
+    assert "at least two classes: expected 2 classes, found no labelled image" in ran.err
+    assert not (tmp_path / "s.tuning").exists()
 
 
 @pytest.fixture(scope="module")

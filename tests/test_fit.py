@@ -143,7 +143,7 @@ def test_notes_say_what_was_left_out() -> None:
     fitted = fit_head(rows, labels, class_names=["a", "none", "b"])
     assert fitted.class_names == ("a", "b")
     assert fitted.notes[:2] == (
-        "1 images without a label were left out.",
+        "Left out: 1 image without a label.",
         "Classes without images were left out: none.",
     )
     few = fit_head(rows[:12:2], np.arange(6) % 2, class_names=["a", "b"])
@@ -243,7 +243,7 @@ def test_a_tampered_model_and_wrong_uses_exit_with_2(kept: Path, featx: Featx, t
         (("predict", tmp_path / "bad.model", photo), "its sha256 does not match"),
         (("predict", kept / "photos.featx", photo), "featx fit STORE"),
         (("predict", kept / "photos.model", kept / "photos.featx"), "no images in this folder"),
-        (("fit", kept / "photos.featx", "--out", tmp_path / "no/where.model"), "cannot write there"),
+        (("fit", kept / "photos.featx", "--out", tmp_path / "no/where.model"), "no such folder"),
         (("fit", kept / "photos.featx", "--out", tmp_path / "m", "--head", "lgr"), "no such head"),
     ]:
         done = featx(*arguments)

@@ -144,6 +144,12 @@ def test_the_interval_is_that_of_the_mean_of_the_queries() -> None:
     assert wide.high - wide.low == pytest.approx(found.high - found.low, rel=0.1)
 
 
+def test_always_right_is_not_surely_always_right() -> None:
+    found = evaluate(on_a_circle(0, 1, 90, 91), [0, 0, 1, 1]).overall.recall_at_k[1]
+    assert (found.mean, found.high) == (1.0, 1.0)
+    assert found.low == pytest.approx(0.025 ** (1 / 4))  # Clopper and Pearson, of four queries
+
+
 def test_queries_are_drawn_where_there_are_too_many() -> None:
     random = np.random.default_rng(0)
     rows, labels = random.normal(size=(300, 8)).astype(np.float32), random.integers(0, 3, 300)

@@ -253,7 +253,7 @@ def test_evaluate_retrieval(store: Path, featx: Featx) -> None:
     assert found["recall_at_k"]["1"] >= 2 / 22  # the equal pixels under two names find each other
     assert featx("evaluate-retrieval", store, "--json", "--seed", "0").json == found
     ran = featx("evaluate-retrieval", store, "--center", "--expand", "2", "--max-queries", "10")
-    assert "1 exact duplicates; copies of a query are left out" in ran.out
+    assert "1 exact duplicate; copies of a query are left out" in ran.out
     assert "10 of 22 queries were drawn" in ran.out
     assert re.search(r"bees +\d+ ", ran.out)
 
@@ -294,7 +294,7 @@ def test_duplicates_across_splits_come_first(store: Path, tmp_path: Path, here: 
     only = here("duplicates", store, "--exact-only", "--json").json
     assert (only["exact"], only["near"], only["n_groups"]) == (1, 0, 1)
     ran = here("duplicates", store, "--threshold", 0.9999)
-    assert "1 exact and 1 near duplicates in 2 groups; 1 groups across splits" in ran.out
+    assert "1 exact and 1 near duplicate in 2 groups; 1 group across splits" in ran.out
     assert "Group 1: 2 images, across splits, different labels" in ran.out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,20 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     (tmp_path / "set" / "bees" / "loop").symlink_to(tmp_path / "set")
     images = ImageSet.from_folder(tmp_path / "set")
     assert sorted(labels(images)) == ["ants/000.png", "ants/001.png", "bees/b.png"]
+
+
+def test_links_to_nowhere_and_pipes_are_images_that_cannot_be_read(tmp_path: Path) -> None:
+    """The extraction quarantines each with its id, and goes on."""
+    folder = tmp_path / "photos" / "a"
+    folder.mkdir(parents=True)
+    (folder / "nowhere.jpg").symlink_to("missing.jpg")
+    (folder / "circle.jpg").symlink_to("circle.jpg")
+    (folder / "circle").symlink_to("circle")
+    class_folders(tmp_path / "photos", names=("b",), each=1)
+    os.mkfifo(folder / "pipe.jpg")
+    images = ImageSet.from_folder(tmp_path / "photos")
+    assert [ref.id for ref in images.refs] == ["a/circle.jpg", "a/nowhere.jpg", "a/pipe.jpg", "b/000.png"]
+    assert images.ignored == 1
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])

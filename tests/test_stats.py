@@ -40,9 +40,14 @@ def test_holm_by_hand() -> None:
 
 
 def test_nadeau_and_bengio_where_the_query_is_the_smaller_part() -> None:
-    scores, images = np.array([0.8, 0.9, 0.7, 0.8]), np.array([1.0, 0.5])
+    scores, images = np.array([0.8, 0.9, 0.7, 0.8]), np.repeat([1.0, 0.5], 50)
     expected = scores.var(ddof=1) * (1 / 4 + 20 / 80)
     assert stats.resampled_variance(scores, images, 80, 20) == pytest.approx(expected)
+
+
+def test_draws_that_agree_by_chance_leave_the_variance_of_the_images() -> None:
+    images = np.repeat([1.0, 0.0], [9, 6])
+    assert stats.resampled_variance(np.full(2, 0.9), images, 10, 10) == pytest.approx(images.var(ddof=1) / 15)
 
 
 def test_verdict_needs_a_small_adjusted_p() -> None:
@@ -59,6 +64,7 @@ def test_perfect_scores_do_not_make_a_perfect_interval() -> None:
     assert interval.low == pytest.approx(0.025 ** (1 / 50))
     nothing = stats.paired_difference(np.zeros(20), np.zeros(50), 10, 50)
     assert nothing.p == 1.0
+    assert nothing.interval.high == -nothing.interval.low == pytest.approx(1 - 0.025 ** (1 / 50))
 
 
 def draw(
