@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-TABLE_WIDTH = 72
+TABLE_WIDTH = 76
 """Columns of a terminal that the table needs with all its digits."""
 
 

@@ -35,7 +35,8 @@ def show(table: RenderableType, *, err: bool = False, least: int = 0) -> None:
     from rich.console import Console
 
     console = Console(stderr=err)
-    console.print(table, width=max(console.width, least), crop=False)
+    console.width = max(console.width, least)
+    console.print(table)
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -104,6 +104,7 @@ def test_sweep_ranks_heads_and_writes_a_report(store: Path, tmp_path: Path, feat
     with (tmp_path / "report" / "trials.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 5 * len(found["results"])
+    assert "…" not in featx(*arguments, env={"COLUMNS": "40"}).out  # a terminal may break lines, but no digit is cut
     again = featx(*arguments, "--json", "--n-jobs", 1).json
     strip = [{k: v for k, v in row.items() if k != "fit_seconds"} for row in found["results"]]
     assert strip == [{k: v for k, v in row.items() if k != "fit_seconds"} for row in again["results"]]
