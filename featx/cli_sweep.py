@@ -147,6 +147,8 @@ def run_sweep(
     rows = np.flatnonzero(~np.isin(features.splits, sorted(held)))
     for name in sorted(held & set(features.splits.tolist())):
         say(f"Note: {int((features.splits == name).sum())} images of the split {name} are left out.", err=True)
+    if {"train", "val"} <= set(features.splits[rows].tolist()):
+        say("Note: draws are made from train and val together; --test val keeps val for one judgement.", err=True)
     pool = None
     if unlabelled or unlabelled_from:
         pool = unlabelled_rows(features, rows if unlabelled else rows[:0], unlabelled_from)

@@ -127,13 +127,15 @@ def test_the_scripts_are_the_commands(source: Path, store: Path, tmp_path: Path)
 
 def test_test_images_take_no_part_in_choosing(tmp_path: Path, featx: Featx) -> None:
     class_folders(tmp_path / "photos" / "train", each=6)
+    class_folders(tmp_path / "photos" / "val", each=2, first=30)
     class_folders(tmp_path / "photos" / "test", each=6, first=50)
     store = tmp_path / "s.featx"
     assert featx("extract", tmp_path / "photos", "--out", store).code == 0
-    assert featx("info", store, "--json").json["splits"] == {"test": 12, "train": 12}
+    assert featx("info", store, "--json").json["splits"] == {"test": 12, "train": 12, "val": 4}
     ran = featx("sweep", store, "--shots", "2", "--heads", "knn", "--episodes", "3", "--json")
     assert "12 images of the split test are left out" in ran.err
-    assert ran.json["images"] == 12
+    assert "draws are made from train and val together" in ran.err
+    assert ran.json["images"] == 16
 
 
 def test_awkward_images_end_with_exit_code_3(source: Path, tmp_path: Path, featx: Featx) -> None:
