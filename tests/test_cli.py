@@ -190,6 +190,7 @@ def test_mistakes_end_with_one_sentence_and_exit_code_2(
     mistake(featx("pack", store, tmp_path / "no" / "x.h5"), 2, "no such folder")
 
 
+@pytest.mark.slow
 def test_only_files_of_featx_are_replaced(source: Path, store: Path, tmp_path: Path, featx: Featx) -> None:
     model = tmp_path / "kept.model"
     assert featx("fit", store, "--head", "ridge", "--out", model).code == 0
@@ -212,7 +213,7 @@ def test_only_files_of_featx_are_replaced(source: Path, store: Path, tmp_path: P
         mistake(featx(*command, photo), 2, "there is a file of this name already, of another kind")
     assert photo.read_bytes() == before
     for name, command in commands.items():
-        if name in ("tuned", "copies"):  # the same kinds of files as those of fit and of search
+        if name in ("tuned", "copies", "advice"):  # the same kinds of files as those of fit and of search
             continue
         for _ in range(2):  # made, and made again
             ran = featx(*command, tmp_path / f"{name} 1")
