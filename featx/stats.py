@@ -145,9 +145,8 @@ def paired_difference(
     mean = float(scores.mean())
     variance = resampled_variance(scores, images, n_support, n_query)
     freedom = _freedom(scores, images)
-    margin = float(stats.t.ppf(0.5 + level / 2, freedom)) * math.sqrt(variance) or unseen_share(
-        len(images), level=level
-    )
+    margin = float(stats.t.ppf(0.5 + level / 2, freedom)) * math.sqrt(variance)
+    margin = margin or unseen_share(len(images), level=level)
     p = float(2 * stats.t.sf(abs(mean) / math.sqrt(variance), freedom)) if variance > 0 else 1.0
     return Difference(Interval(mean, mean - margin, mean + margin), p)
 
