@@ -131,13 +131,15 @@ def finetune_episodes(
     random_state : seed of the draws, and of training.
     journal : file of finished draws, from which an interrupted run goes on; removed at the end.
     """
+    recipe = recipe or Recipe()
+    wanted = plan_shots(features, shots, early_stop=recipe.early_stop)
     with open_tuning(
         features, images, backbone, folder, unfreeze=unfreeze, recipe=recipe, device=device,
         random_state=random_state, progress=progress, say=say,
     ) as opened:  # fmt: skip
         found = judge_episodes(
             opened,
-            shots=shots,
+            shots=wanted,
             episodes=episodes,
             heads=heads,
             random_state=random_state,
@@ -152,7 +154,7 @@ def finetune_episodes(
 def judge_episodes(
     tuning: Tuning,
     *,
-    shots: Sequence[Shots] | None = None,
+    shots: Sequence[Shots],
     episodes: int = 5,
     heads: Sequence[str] | None = None,
     random_state: int = 0,
@@ -162,17 +164,17 @@ def judge_episodes(
 ) -> FinetuneResult:
     """Judge fine-tuning and heads on the draws that a sweep of the same seed makes; see :func:`finetune_episodes`.
 
-    The journal stays, for whoever goes on to do something long; the caller removes it.
+    The shots are those that :func:`plan_shots` allows. The journal stays, for whoever goes on to do something long; the
+    caller removes it.
     """
     started = time.perf_counter()
     tell: Progress = progress or (lambda done, total, what: None)
     use = tuning.choosable
     if heads is not None and not heads:
         raise UsageError("no head to compare with")
-    wanted = plan_shots(tuning.features, shots, early_stop=tuning.recipe.early_stop)
     swept = sweep_heads(
         tuning.features.embeddings[use], tuning.features.labels[use], class_names=tuning.features.class_names,
-        groups=tuning.features.copies[use], heads=heads, shots=wanted, episodes=episodes, random_state=random_state,
+        groups=tuning.features.copies[use], heads=heads, shots=shots, episodes=episodes, random_state=random_state,
         n_jobs=n_jobs, progress=progress,
     )  # fmt: skip
     rows = use[swept.rows]
