@@ -24,7 +24,7 @@ from featx._files import refuse_second_writer
 from featx.cli_model import Device, EngineName, Json
 from featx.cli_parts import DevicesOption, FinishOption, PartOption, RunnerOption, Spread, everywhere, load
 from featx.cli_sweep import run_sweep
-from featx.errors import FeatxError, UsageError
+from featx.errors import FeatxError, Interrupted, UsageError
 from featx.terminal import ProgressLine, check_writable, print_json, say, show
 
 if TYPE_CHECKING:
@@ -337,6 +337,12 @@ def _terminate(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
+def _by_ctrl_c(error: BaseException) -> bool:
+    """Whether an error was made of a Ctrl-C: an extension module that is just being imported says ImportError."""
+    cause = error.__cause__
+    return cause is not None and (isinstance(cause, KeyboardInterrupt) or _by_ctrl_c(cause))
+
+
 def main() -> None:
     """Entry point of ``featx``."""
     signal.signal(signal.SIGTERM, _terminate)
@@ -346,7 +352,9 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except FeatxError as error:
-        _fail(str(error), error.exit_code)
+        if isinstance(error, Interrupted) or not _by_ctrl_c(error):
+            _fail(str(error), error.exit_code)
+        code = _INTERRUPTED
     except ClickException as error:
         error.show()
         if "--json" in sys.argv[1:]:
@@ -358,6 +366,10 @@ def main() -> None:
         # The reader of our output (head, less) has gone: nothing to say, and nobody to say it to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except Exception as error:
+        if not _by_ctrl_c(error):
+            raise
+        code = _INTERRUPTED
     if code == _INTERRUPTED:  # Typer makes an exit code, or an error, of Ctrl-C, as its version has it
         _fail("interrupted; what was published is kept. Run the same command again to go on.", _INTERRUPTED)
     raise SystemExit(code if isinstance(code, int) else 0)

@@ -303,6 +303,22 @@ def test_a_stopped_extraction_says_how_to_go_on(tmp_path: Path, number: signal.S
     assert done["embedded"] + done["reused"] == 300
 
 
+@pytest.mark.parametrize("word", ["ImportError", "RuntimeError"])
+def test_ctrl_c_while_something_is_imported(word: str, tmp_path: Path, featx: Featx) -> None:
+    """An extension module makes an error of its own of the KeyboardInterrupt that comes in its initialisation."""
+    class_folders(tmp_path / "photos")
+    (tmp_path / "own.py").write_text(
+        "import os, signal, time\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(9)\n"
+        "except KeyboardInterrupt as error:\n"
+        f"    raise {word}('initialization failed') from error\n"
+    )
+    ran = featx("extract", "photos", "--out", "s.featx", "--backbone", "own.py:Net", cwd=tmp_path)
+    mistake(ran, 130, "interrupted; what was published is kept")
+
+
 def test_output_into_a_closed_pipe_is_no_error(store: Path) -> None:
     command = f"{sys.executable} -m featx info {store} --json | true"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, check=False)

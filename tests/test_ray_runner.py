@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -83,17 +85,21 @@ def busy_workers() -> list[psutil.Process]:
 def test_the_cluster_makes_what_one_process_makes_though_a_worker_is_killed(
     cluster: str, source: Path, store: Path, whole: Path
 ) -> None:
-    images, job = job_for(source, store, pause=0.3)
+    images, job = job_for(source, store, pause=0.6)
     victims: list[int] = []
     seen: list[tuple[int, int]] = []
 
-    def kill_one(done: int, total: int) -> None:
-        seen.append((done, total))
-        if done and not victims:
-            victims.append(busy_workers()[0].pid)
-            os.kill(victims[0], signal.SIGKILL)
+    def kill_one() -> None:
+        while not (busy := busy_workers()):
+            time.sleep(0.02)
+        time.sleep(0.5)  # into its work, of which there are seconds
+        victims.append(busy[0].pid)
+        os.kill(victims[0], signal.SIGKILL)
 
-    summary = run_ray(images, job, progress=kill_one)
+    killer = threading.Thread(target=kill_one, daemon=True)
+    killer.start()
+    summary = run_ray(images, job, progress=lambda done, total: seen.append((done, total)))
+    killer.join()
     assert len(victims) == 1
     assert (summary.images, summary.embedded, summary.reused) == (40, 40, 0)
     assert_same(store, whole)
@@ -130,7 +136,7 @@ def test_an_interrupt_keeps_what_was_computed(
     cluster: str, source: Path, store: Path, whole: Path, tmp_path: Path
 ) -> None:
     log = tmp_path / "log"
-    images, job = job_for(source, store, log=log, pause=1.0)
+    images, job = job_for(source, store, log=log, pause=0.6)
 
     def stop(done: int, total: int) -> None:
         if done >= 9:  # by then one of the two has computed a batch of four

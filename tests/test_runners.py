@@ -74,7 +74,7 @@ def test_two_processes_make_what_one_makes(source: Path, store: Path, whole: Pat
 
 
 def test_a_killed_process_is_replaced(source: Path, store: Path, whole: Path) -> None:
-    images, job = job_for(source, store, pause=0.1)
+    images, job = job_for(source, store, pause=0.5)
     victims: list[int] = []
 
     def kill_one(done: int, total: int) -> None:
