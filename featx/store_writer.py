@@ -74,7 +74,8 @@ class StoreWriter:
     def __enter__(self) -> StoreWriter:
         if self.path.is_file():
             raise StoreError("a file is in the way of the store", where=self.path, hint="Choose another --out.")
-        if self.path.is_dir() and not (self.path / "manifest.json").exists() and _foreign(self.path):
+        # The manifest last: what another writer has just put there, it put there after its manifest, or with it.
+        if self.path.is_dir() and _foreign(self.path) and not (self.path / "manifest.json").exists():
             raise StoreError(
                 "a folder with other things in it", where=self.path, hint="Choose a new or empty folder for --out."
             )

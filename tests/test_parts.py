@@ -24,9 +24,11 @@ from featx._files import writer_lock
 from featx.errors import FeatxError, Interrupted, MismatchError, StoreBusy, StoreError, TooManyBadImages, UsageError
 from featx.extract import ExtractSummary
 from featx.parts import Part, extract_part, finish_parts, parts_of, unfinished
+from featx.provenance import provenance_of
 from featx.sources import ImageRef, ImageSet
 from featx.store import read_features
 from featx.store_tools import content_hash, info, verify
+from featx.store_writer import StoreWriter
 
 
 def run_part(source: Path, store: Path, part: str, **options: Any) -> ExtractSummary:
@@ -399,3 +401,28 @@ def test_another_writer_of_the_store_is_respected(source: Path, store: Path) -> 
         with pytest.raises(FeatxError, match="another process is writing to this store"):
             finish(source, store)
         assert run_part(source, store, "1/2").reused == 7  # parts do not need it
+
+
+def test_the_store_may_appear_while_a_part_looks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another part makes it between this one's looks: that is no folder with other things in it."""
+    store = tmp_path / "s.featx"
+    store.mkdir()
+    provenance = provenance_of(light_backbone(), LightEngine())
+    look = store_writer._foreign
+
+    def look_late(folder: Path) -> bool:
+        monkeypatch.setattr(store_writer, "_foreign", look)
+        with StoreWriter(folder, provenance):
+            pass
+        return look(folder)
+
+    monkeypatch.setattr(store_writer, "_foreign", look_late)
+    with StoreWriter(store, provenance) as writer:
+        assert writer.manifest.shards == ()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").touch()
+    with (
+        pytest.raises(StoreError, match="a folder with other things in it"),
+        StoreWriter(tmp_path / "other", provenance),
+    ):
+        pass
