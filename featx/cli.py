@@ -7,6 +7,7 @@ images than ``--max-bad``; 130 interrupted, resumable.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import sys
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 QUARANTINED = 3
 _INTERRUPTED = 130
+_STDERR = 2
 
 # Typer has brought click along in two ways; wherever it lives, this is the base of its usage errors.
 ClickException: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -345,6 +347,7 @@ def _by_ctrl_c(error: BaseException) -> bool:
 
 def main() -> None:
     """Entry point of ``featx``."""
+    faulthandler.enable(_STDERR)  # a crash in a library's native code says where
     signal.signal(signal.SIGTERM, _terminate)
     if isinstance(sys.stdout, TextIOWrapper):
         # A file name that is no text must not end the output; in JSON the escape even means the same.

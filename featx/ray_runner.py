@@ -8,6 +8,7 @@ images and the folder of the store under the same paths, and have featx installe
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import logging
 import os
 import pickle
@@ -30,6 +31,7 @@ Progress = Callable[[int, int], None]
 
 _REPORT_SECONDS = 1.0
 _BUSY_SECONDS = 5.0
+_STDERR = 2
 
 
 def run_ray(
@@ -76,7 +78,7 @@ def _run_parts(ray: Any, images: ImageSet, job: Job, device: str, progress: Prog
     left = parts_to_do(images, job.store, max(-(-len(images) // SHARD_ROWS), min(slots, len(images))))
     tally = Tally(len(images), left, progress)
     job = replace(job, options={**job.options, "workers": cores})
-    counter = ray.remote(_Counter).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
+    counter = ray.remote(_Counter).options(num_cpus=0, max_restarts=-1).remote()
     task = ray.remote(_do_part).options(**needs, max_retries=RESTARTS, retry_exceptions=True)
     shared = ray.put(pack(job))
     waiting = {task.remote(shared, part, pack(cut), where, counter): part for part, cut in left.items()}
@@ -130,6 +132,9 @@ def connected() -> Iterator[Any]:
             yield ray
         finally:
             ray.shutdown()
+            if faulthandler.is_enabled():  # in name only: Ray took its handler away together with Ray's own
+                faulthandler.disable()
+                faulthandler.enable(_STDERR)
 
 
 @contextlib.contextmanager

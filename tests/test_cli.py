@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -317,6 +318,14 @@ def test_ctrl_c_while_something_is_imported(word: str, tmp_path: Path, featx: Fe
     )
     ran = featx("extract", "photos", "--out", "s.featx", "--backbone", "own.py:Net", cwd=tmp_path)
     mistake(ran, 130, "interrupted; what was published is kept")
+
+
+def test_a_crash_in_native_code_says_where(tmp_path: Path, featx: Featx) -> None:
+    class_folders(tmp_path / "photos")
+    (tmp_path / "own.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
+    ran = featx("extract", "photos", "--out", "s.featx", "--backbone", "own.py:Net", cwd=tmp_path)
+    assert ran.code == -signal.SIGSEGV
+    assert re.search(r'^Fatal Python error: Segmentation fault\n.*own\.py", line 2', ran.err, re.DOTALL)
 
 
 def test_output_into_a_closed_pipe_is_no_error(store: Path) -> None:

@@ -41,6 +41,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # of Ray's sockets and processes
 ]
 
+# Ray 2.60 ended one driver of some 500 so, without a word from its handler: before it was connected, or afterwards.
+CRASH = -signal.SIGSEGV
+
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
@@ -136,7 +139,7 @@ def test_an_interrupt_keeps_what_was_computed(
     cluster: str, source: Path, store: Path, whole: Path, tmp_path: Path
 ) -> None:
     log = tmp_path / "log"
-    images, job = job_for(source, store, log=log, pause=0.6)
+    images, job = job_for(source, store, log=log, pause=1.5)
 
     def stop(done: int, total: int) -> None:
         if done >= 9:  # by then one of the two has computed a batch of four
@@ -178,6 +181,17 @@ def test_without_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
 
+def driver(program: str, cluster: str) -> subprocess.CompletedProcess[str]:
+    """Run a program that connects to the cluster; once more where Ray crashed it before it had answered."""
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    env = {**os.environ, "RAY_ADDRESS": cluster}
+    for _ in range(2):
+        run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        if run.returncode != CRASH or run.stdout:
+            break
+    return run
+
+
 def test_what_ray_says_is_not_in_the_way_of_the_answer(cluster: str) -> None:
     program = """
         import io, os, sys, time
@@ -190,9 +204,24 @@ def test_what_ray_says_is_not_in_the_way_of_the_answer(cluster: str) -> None:
                 time.sleep(0.1)
         print("worker died" in said.getvalue(), ray.is_initialized())
     """
-    env = {**os.environ, "RAY_ADDRESS": cluster}
-    run = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], env=env, capture_output=True, check=True)
-    assert run.stdout == b"True False\n"
+    run = driver(program, cluster)
+    assert (run.stdout, run.returncode) == ("True False\n", 0), run.stderr
+
+
+def test_a_crash_after_the_connection_says_where(cluster: str) -> None:
+    program = """
+        import faulthandler, os, signal
+        from featx.ray_runner import connected
+        faulthandler.enable()
+        with connected():
+            pass
+        print("disconnected", flush=True)
+        os.kill(os.getpid(), signal.SIGSEGV)
+    """
+    run = driver(program, cluster)
+    assert (run.stdout, run.returncode) == ("disconnected\n", -signal.SIGSEGV), run.stderr
+    assert "Fatal Python error: Segmentation fault" in run.stderr
+    assert 'File "<string>", line 8 in <module>' in run.stderr
 
 
 def test_a_sweep_on_the_cluster_is_the_ordinary_sweep(cluster: str) -> None:
@@ -217,13 +246,18 @@ def test_the_real_commands(cluster: str, tmp_path: Path, featx: Featx) -> None:
     env = {"RAY_ADDRESS": cluster}
     assert featx("extract", photos, "--out", tmp_path / "whole.featx").code == 0
     store = tmp_path / "ray.featx"
-    done = featx("extract", "photos", "--out", "ray.featx", "--runner", "ray", "--json", cwd=tmp_path, env=env)
+    extract = ["extract", "photos", "--out", "ray.featx", "--runner", "ray", "--json"]
+    done = featx(*extract, cwd=tmp_path, env=env)
+    if done.code == CRASH:  # nothing is lost by it: the same command goes on
+        done = featx(*extract, cwd=tmp_path, env=env)
     assert done.code == 0, done.err
-    assert done.json["embedded"] == 12
+    assert done.json["embedded"] + done.json["reused"] == 12
     assert content_hash(store) == content_hash(tmp_path / "whole.featx")
     sweep = ["sweep", store, "--heads", "logreg", "--shots", "1,2", "--episodes", "2", "--json"]
     ordinary = featx(*sweep, "--out", tmp_path / "a")
     on_ray = featx(*sweep, "--out", tmp_path / "b", "--backend", "ray", env=env)
+    if on_ray.code == CRASH:
+        on_ray = featx(*sweep, "--out", tmp_path / "c", "--backend", "ray", env=env)
     assert on_ray.code == 0, on_ray.err
     for one, other in zip(ordinary.json["results"], on_ray.json["results"], strict=True):
         assert {**one, "fit_seconds": 0} == {**other, "fit_seconds": 0}
