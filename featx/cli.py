@@ -354,10 +354,6 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = app(standalone_mode=False)
-    except FeatxError as error:
-        if isinstance(error, Interrupted) or not _by_ctrl_c(error):
-            _fail(str(error), error.exit_code)
-        code = _INTERRUPTED
     except ClickException as error:
         error.show()
         if "--json" in sys.argv[1:]:
@@ -370,7 +366,9 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except Exception as error:
-        if not _by_ctrl_c(error):
+        if isinstance(error, Interrupted) or not _by_ctrl_c(error):
+            if isinstance(error, FeatxError):
+                _fail(str(error), error.exit_code)
             raise
         code = _INTERRUPTED
     if code == _INTERRUPTED:  # Typer makes an exit code, or an error, of Ctrl-C, as its version has it

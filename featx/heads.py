@@ -11,6 +11,7 @@ Not learnt here: the embeddings. A head sees arrays (n, d) only.
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -48,7 +49,7 @@ def mean_squared_norm(rows: Array, weights: Array | None = None) -> float:
     return total if total > 1e-12 else 1.0
 
 
-class _Linear(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+class _Linear(ClassifierMixin, BaseEstimator, ABC):  # type: ignore[misc]
     """What every linear head shares: validation, ``coef_`` (c, d), ``intercept_`` (c,), scores."""
 
     classes_: NDArray[Any]
@@ -70,8 +71,9 @@ class _Linear(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """The directions (n, d) rows leave to this head; the costly half of most fits."""
         return RowSpace.of(rows)
 
+    @abstractmethod
     def _fit(self, rows: Array, labels: NDArray[np.intp], space: RowSpace | None) -> None:
-        raise NotImplementedError
+        """Set ``coef_`` and ``intercept_`` from rows (n, d) and the numbers (n,) of their classes."""
 
     def decision_function(self, X: ArrayLike) -> Array:
         """Scores (n, c), or (n,) for the second of two classes."""

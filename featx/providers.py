@@ -66,7 +66,11 @@ class Provider:
 
     def build(self) -> nn.Module:
         """The network, initialised from torch's generator, which featx has seeded. This one has to be written."""
-        raise NotImplementedError(f"{type(self).__name__} has no method build")
+        raise UsageError(
+            "the network has no method build",
+            where=type(self).__name__,
+            expected="build(self), which returns a torch.nn.Module",
+        )
 
     def weights(self, progress: Progress | None = None) -> Path | None:
         """The file of its default weights, fetched if need be; None if ``build`` brings them along.

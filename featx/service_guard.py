@@ -145,7 +145,7 @@ class Guard:
                     await self.app(scope, request.receive, stamped)
                 except Refusal as raised:
                     refusal = raised
-                except Exception:
+                except Exception:  # outermost: the traceback is logged, and the client is told under which id
                     log.exception("a bug")
                     refusal = Refusal(500, "bug", "featx failed; the log has this request's id.")
             if refusal is not None and not status:

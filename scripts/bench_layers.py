@@ -28,6 +28,7 @@ import joblib
 import numpy as np
 from bench_heads import vissl
 from numpy.typing import NDArray
+from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 
 from featx._files import publish_bytes
@@ -83,7 +84,8 @@ def one(
             rows = heads[way].seen(data[way])
             if way == "peer":
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # its own settings stop short of the optimum: part of the protocol
+                    # Its own settings stop short of the optimum: part of the protocol.
+                    warnings.simplefilter("ignore", ConvergenceWarning)
                     model = vissl(rows[support].astype(np.float64), labels[support])
             else:
                 model = fit_chosen(heads[way], rows[support], labels[support], local, random_state=[0, episode])[1]
@@ -139,13 +141,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("sets", nargs="+", type=Path, metavar="SET")
     parser.add_argument("--out", type=Path, default=Path("data/bench/layers.json"))
-    parser.add_argument("--episodes", type=int, default=10)
+    parser.add_argument("--episodes", type=int, default=10, help="at least 2, for intervals")
     parser.add_argument("--images", type=int, default=100, help="of each class, at most (or 400 in all)")
     parser.add_argument("--backbone", default="efficientnet_lite0")
     parser.add_argument("--views", default="center,flip,full,full-flip,zoom")
     parser.add_argument("--layer", action="append", help="instead of the suggested ones; may be repeated")
     parser.add_argument("--n-jobs", type=int, default=joblib.cpu_count())
     options = parser.parse_args()
+    if options.episodes < 2:
+        parser.error("--episodes: at least 2, for intervals")
     views = parse_views(options.views)
     layers = tuple(options.layer or ())
     if not layers:

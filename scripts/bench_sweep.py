@@ -108,7 +108,8 @@ def quietly(work: Callable[..., Any], *arguments: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         before = os.environ.get("PYTHONWARNINGS")
-        os.environ["PYTHONWARNINGS"] = "ignore"  # the same in workers, which start while this holds
+        # The same in workers, which start while this holds: by their words, for Python reads it before it can import.
+        os.environ["PYTHONWARNINGS"] = "ignore:lbfgs failed to converge,ignore:Liblinear failed to converge"
         try:
             return work(*arguments)
         finally:

@@ -176,6 +176,14 @@ def test_a_network_that_cannot_be_built(body: str, says: str) -> None:
         load_backbone(Broken())
 
 
+def test_a_network_without_build() -> None:
+    class Empty(Provider):
+        preprocess = Preprocess(8, (8, 8), "bilinear", (0.5,) * 3, (0.5,) * 3)
+
+    with pytest.raises(UsageError, match=r"Empty: the network has no method build: expected build\(self\)"):
+        load_backbone(Empty())
+
+
 def test_weights_that_do_not_fit(plankton: Path, tmp_path: Path) -> None:
     torch.save({"0.weight": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(WeightsError, match="another network than Plankton"):
