@@ -7,7 +7,6 @@ renamed or copied one by its digest.
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 from featx.backbones import Backbone
 from featx.batches import Engine, for_views
 from featx.decoders import TIMEOUT, DecoderPool
-from featx.engines import make_engine
+from featx.engines import available_cpus, make_engine
 from featx.errors import ImageError, Interrupted, SourceError, TooManyBadImages, plural
 from featx.hdf5 import MAX_STRING
 from featx.index import PARTS, Index, Refused, longest_id
@@ -143,7 +142,7 @@ def extract_features(
         try:
             if known is not None:
                 writer.take_over(known)
-            run.embed(workers or len(os.sched_getaffinity(0)), decode_timeout, progress, total or len(images))
+            run.embed(workers or available_cpus(), decode_timeout, progress, total or len(images))
             refused = tuple(run.refused)
             check_refused(refused, total or len(images), max_bad, writer)
             notes = _notes(images, writer)

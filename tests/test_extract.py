@@ -259,3 +259,9 @@ def test_an_id_that_would_widen_a_large_index_is_refused(
     assert (refused.reason, len(refused.id)) == ("bad_name", 613)
     assert refused.message == "the path has 613 bytes; at most 512 can be kept in a store of this size"
     assert verify(store) == []
+
+
+def test_without_sched_getaffinity_as_on_macos(source: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("os.sched_getaffinity", raising=False)
+    summary = extract_features(ImageSet.from_source(source), tiny_backbone(), store, engine=TinyEngine())
+    assert summary.embedded == 10
