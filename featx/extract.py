@@ -182,7 +182,7 @@ def extract_features(
 
 
 def _notes(images: ImageSet, writer: StoreWriter) -> tuple[str, ...]:
-    notes, earlier_source = [], writer.manifest.source
+    notes, earlier_source = list(images.notes), writer.manifest.source
     if images.ignored:
         notes.append(f"{plural(images.ignored, 'file')} passed over: no image by its name")
     if earlier_source and earlier_source != images.source:

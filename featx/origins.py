@@ -8,6 +8,7 @@ readers are in the process that meets hostile images. Nothing that is fetched is
 
 from __future__ import annotations
 
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -102,6 +103,12 @@ class ImageRef:
     split: str
     size: int
     mtime_ns: int
+
+
+def file_ref(id: str, path: Path, label: str | None, split: str, stat: os.stat_result | None) -> ImageRef:
+    """An image that is a file; ``stat`` is None where the system has none for it, which the extraction quarantines."""
+    size, mtime = (-1, 0) if stat is None else (stat.st_size, stat.st_mtime_ns)
+    return ImageRef(id, path, label, split, size, mtime)
 
 
 def too_many_bytes(found: int, most: int) -> ImageError:

@@ -3,7 +3,7 @@
 A source is named by one text:
 
 - a folder of class folders (``train/ val/ test/`` above them are splits), or of images without labels;
-- a CSV or JSONL manifest with the columns ``path, label[, split]``;
+- a CSV or JSONL manifest with the columns ``path, label[, split]`` (:mod:`featx.sources_list`);
 - a tar, or a folder of tars: WebDataset shards, or class folders (:mod:`featx.sources_tar`);
 - a Parquet file, a folder of them, or what ``datasets`` saves (:mod:`featx.sources_table`);
 - ``torchvision:NAME:ROOT``, a data set of torchvision that is on this machine (:mod:`featx.sources_torchvision`);
@@ -14,18 +14,16 @@ Nothing is decoded here, nothing is downloaded, and nothing that is fetched is k
 
 from __future__ import annotations
 
-import csv
-import json
+import errno
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
 from featx.errors import SourceError
-from featx.origins import IMAGE_SUFFIXES, SPLITS, ImageRef, Origin, Unreadable, labels_from_folders
+from featx.origins import IMAGE_SUFFIXES, SPLITS, ImageRef, Origin, Unreadable, file_ref, labels_from_folders
 
 __all__ = ["IMAGE_SUFFIXES", "SPLITS", "ImageRef", "ImageSet", "count_labels", "finder", "is_local"]
 
@@ -47,11 +45,13 @@ class ImageSet:
     refs : the images.
     root : the folder, file or address that they come from.
     ignored : number of files that are no images by their names (``notes.txt``) and were passed over.
+    notes : what people should know of how the source was read, as clauses.
     """
 
     refs: tuple[ImageRef, ...]
     root: Path | str
     ignored: int = 0
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.refs)
@@ -128,10 +128,10 @@ class ImageSet:
         root = Path(folder)
         if not root.is_dir():
             raise SourceError("no such folder", where=root)
-        found: list[tuple[str, os.stat_result]] = []
+        found: list[tuple[str, os.stat_result | None]] = []
         ignored = 0
         for relative, stat in _walk(root):
-            if os.path.splitext(relative)[1].lower() in IMAGE_SUFFIXES:  # noqa: PTH122 - pathlib is 5 times slower here
+            if stat is None or os.path.splitext(relative)[1].lower() in IMAGE_SUFFIXES:  # noqa: PTH122 - pathlib is 5 times slower here
                 found.append((relative, stat))
             else:
                 ignored += 1
@@ -144,7 +144,7 @@ class ImageSet:
             )
         named = labels_from_folders([relative for relative, _ in found])
         refs = [
-            ImageRef(relative, root / relative, label, split, stat.st_size, stat.st_mtime_ns)
+            file_ref(relative, root / relative, label, split, stat)
             for (relative, stat), (label, split) in zip(found, named, strict=True)
         ]
         images = cls(tuple(sorted(refs, key=lambda ref: ref.id)), root, ignored)
@@ -162,24 +162,20 @@ class ImageSet:
     def from_manifest(cls, manifest: str | Path) -> ImageSet:
         """Images named by a CSV file with a header, or by a JSONL file: ``path``, ``label`` and perhaps ``split``.
 
-        Paths are relative to the manifest's folder. An empty label means unlabelled.
+        Paths are relative to the manifest's folder. An empty label means unlabelled. See :mod:`featx.sources_list`.
         """
+        from featx.sources_list import SUFFIXES, list_refs
+
         path = Path(manifest)
-        rows = _READERS.get(path.suffix.lower())
-        if rows is None:
+        if path.suffix.lower() not in SUFFIXES:
             raise SourceError(
                 "not a list of images",
                 where=path,
                 expected=".csv, .jsonl, .tar or .parquet",
                 found=path.suffix or "no suffix",
             )
-        refs: dict[str, ImageRef] = {}
-        for number, row in rows(path):
-            ref = _manifest_ref(path, number, row)
-            earlier = refs.setdefault(ref.id, ref)
-            if earlier is not ref:
-                raise SourceError("the same path twice", where=f"{path}, line {number}", found=ref.id)
-        return cls._of(refs.values(), path, "this manifest")
+        refs, notes = list_refs(path)
+        return cls._of(refs, path, "this manifest", notes=notes)
 
     @classmethod
     def from_tars(cls, path: str | Path, *, progress: Progress | None = None) -> ImageSet:
@@ -225,8 +221,10 @@ class ImageSet:
         return cls._of(refs, url, "this address", ignored)
 
     @classmethod
-    def _of(cls, refs: Iterable[ImageRef], root: Path | str, what: str, ignored: int = 0) -> ImageSet:
-        images = cls(tuple(sorted(refs, key=lambda ref: ref.id)), root, ignored)
+    def _of(
+        cls, refs: Iterable[ImageRef], root: Path | str, what: str, ignored: int = 0, notes: tuple[str, ...] = ()
+    ) -> ImageSet:
+        images = cls(tuple(sorted(refs, key=lambda ref: ref.id)), root, ignored, notes)
         if not images.refs:
             raise SourceError(f"no images in {what}", where=root)
         if len(images.class_names) == 1:
@@ -305,8 +303,11 @@ def _files_of(path: Path, suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:
     return [(name, path / name) for name in names]
 
 
-def _walk(root: Path) -> Iterator[tuple[str, os.stat_result]]:
-    """Relative paths and stats of all files below a folder, hidden ones left out, links followed once."""
+def _walk(root: Path) -> Iterator[tuple[str, os.stat_result | None]]:
+    """Relative paths and stats of all files below a folder, hidden ones left out, links followed once.
+
+    A file or folder whose path is longer than the system takes has None: nothing in it can be opened.
+    """
     seen: set[tuple[int, int]] = set()
     pending = [("", root.stat())]
     while pending:
@@ -326,6 +327,9 @@ def _walk(root: Path) -> Iterator[tuple[str, os.stat_result]]:
                             pending.append((relative + "/", stat))
                             continue
                     except OSError as error:
+                        if error.errno == errno.ENAMETOOLONG:
+                            yield relative, None
+                            continue
                         if not entry.is_symlink():
                             what = f"cannot be looked at ({error.strerror})"
                             raise SourceError(what, where=root / relative) from error
@@ -334,60 +338,3 @@ def _walk(root: Path) -> Iterator[tuple[str, os.stat_result]]:
                     yield relative, stat
         except PermissionError as error:
             raise SourceError("no permission to read this folder", where=root / prefix) from error
-
-
-def _manifest_ref(manifest: Path, number: int, row: dict[str, Any]) -> ImageRef:
-    where = f"{manifest}, line {number}"
-    name = row.get("path")
-    if not isinstance(name, str) or not name or "\0" in name:
-        raise SourceError("no path in this line", where=where, expected="path, label[, split]", found=list(row))
-    label, split = row.get("label"), row.get("split") or ""
-    if isinstance(label, int | float) and not isinstance(label, bool):
-        label = str(label)
-    if not (label is None or isinstance(label, str)):
-        raise SourceError("a label that is no text", where=where, found=repr(label))
-    if split not in ("", *SPLITS):
-        raise SourceError("unknown split", where=where, expected="train, val or test", found=split)
-    path = manifest.parent / name
-    try:
-        stat = path.stat()
-        size, mtime = stat.st_size, stat.st_mtime_ns
-    except OSError:
-        size, mtime = -1, 0  # the extraction quarantines it as missing, with its id
-    return ImageRef(str(PurePosixPath(name)), path, label or None, split, size, mtime)
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file, skipinitialspace=True)
-            if "path" not in (rows.fieldnames or ()):
-                raise SourceError(
-                    "no column named path",
-                    where=path,
-                    expected="path,label[,split]",
-                    found=",".join(rows.fieldnames or ()),
-                )
-            for row in rows:
-                if None in row:
-                    raise SourceError("more fields than the header has", where=f"{path}, line {rows.line_num}")
-                yield rows.line_num, dict(row)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise SourceError(f"not a CSV file in UTF-8 ({error})", where=path) from error
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise SourceError("not a JSON object", where=f"{path}, line {number}", found=line.strip()[:40])
-                yield number, row
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise SourceError(f"not JSON lines in UTF-8 ({error})", where=path) from error
-
-
-_READERS = {".csv": _csv_rows, ".jsonl": _jsonl_rows, ".ndjson": _jsonl_rows}
