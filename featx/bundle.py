@@ -33,6 +33,7 @@ import json
 import math
 import re
 import struct
+import sys
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -60,6 +61,10 @@ _NPY = re.compile(
     rb"\x93NUMPY\x01\x00..\{'descr': '(<[fi][48])', 'fortran_order': False, 'shape': \(([0-9, ]{2,60})\), \} *\n",
     re.DOTALL,
 )
+_UNSOUND = (
+    ValueError, KeyError, TypeError, OverflowError, struct.error, EOFError, zipfile.BadZipFile,
+    RuntimeError,  # encrypted members, ZIP features of the future (NotImplementedError), JSON without end
+)  # fmt: skip
 _AGAIN = "Copy it again, or make it again with: featx fit STORE --out MODEL"
 _ARRAYS: Mapping[str, tuple[str, int]] = MappingProxyType(
     {
@@ -253,6 +258,8 @@ def parse_bundle(raw: bytes, where: Path) -> Bundle:
     try:
         members = _members(raw)
         fields = json.loads(members.pop("bundle.json"), parse_constant=_no_number)
+        # What cannot be written again (1e999, half a surrogate pair) could not be shown to anybody either.
+        json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()
         _check_version(fields, where)
         probe, tail = members.pop("probe.png"), members.pop(_TAIL_MEMBER, None)
         arrays = {name.removesuffix(".npy"): _array(name.removesuffix(".npy"), data) for name, data in members.items()}
@@ -262,7 +269,7 @@ def parse_bundle(raw: bytes, where: Path) -> Bundle:
             raise ValueError("golden_scores do not fit golden")
     except FeatxError:
         raise
-    except (ValueError, KeyError, TypeError, RecursionError, zipfile.BadZipFile, struct.error, EOFError) as error:
+    except _UNSOUND as error:
         how = f"{error.args[0]} is missing" if isinstance(error, KeyError) and error.args else str(error)
         raise BundleError(f"not a sound model: {how}", where=where, hint=_AGAIN) from error
     off = float(np.abs(found - expected).max())
@@ -370,6 +377,9 @@ def _assemble(fields: dict[str, Any], arrays: dict[str, NDArray[Any]], probe: by
     if not isinstance(layers, list) or layer not in (*layers, COMBINED):
         raise ValueError("its layer is not one of the provenance's")
     notes = _typed(fields, "notes", list)
+    max_error = _number(fields, "max_error")
+    if max_error is None:
+        raise ValueError("max_error is null")
     return Bundle(
         scorer=scorer,
         class_names=tuple(names),
@@ -379,7 +389,7 @@ def _assemble(fields: dict[str, Any], arrays: dict[str, NDArray[Any]], probe: by
         provenance=provenance,
         sharpness=_number(fields, "sharpness"),
         threshold=_number(fields, "threshold"),
-        max_error=float(_typed(fields, "max_error", (int, float))),
+        max_error=max_error,
         golden=arrays["golden"],
         probe=probe,
         probe_embedding=arrays["probe_embedding"],
@@ -401,6 +411,6 @@ def _number(fields: Mapping[str, Any], name: str) -> float | None:
     value = fields[name]
     if value is None:
         return None
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value) or value < 0:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= sys.float_info.max:
         raise ValueError(f"{name} is {value!r:.40}")
     return float(value)

@@ -123,7 +123,8 @@ class Embedder:
             network = tuned(network, tail)
         precision = str(provenance.get("precision", "auto"))
         chosen = make_engine(network, engine=engine, device=device, precision=precision, batch_size=batch_size)
-        decode = str(dict(provenance.get("decode", {})).get("mode", "full"))
+        recorded = provenance.get("decode")
+        decode = str(recorded.get("mode", "full")) if isinstance(recorded, Mapping) else "full"
         views = parse_views(str(provenance.get("views", "center")))
         check_same(provenance, provenance_of(network, chosen, views=views, decode=decode), where)
         return cls(network, chosen, decode=decode, views=views)

@@ -86,8 +86,10 @@ def judge(
     Raises
     ------
     UsageError
-        No labelled images in the split or outside it, or classes that only the split has.
+        No labelled images in the split or outside it, classes that only the split has, or a ledger that featx did
+        not write.
     """
+    _uses(ledger)  # nobody looks at a test set where that cannot be counted
     labelled = features.labels >= 0
     inside = labelled & (features.splits == split)
     outside = labelled & (features.splits != split) & (features.splits != "test")
@@ -144,13 +146,36 @@ def judge(
     )
 
 
+def _uses(ledger: Path) -> list[str]:
+    """The test sets of all uses that are written down; UsageError for a file that featx did not write."""
+    try:
+        lines = ledger.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise cannot_write(ledger, error) from error
+    uses = []
+    for number, line in enumerate(lines[:-1] if lines[-1] == b"" else lines, 1):
+        try:
+            use = json.loads(line.decode())
+            uses.append(str(use["test_set"]))
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise UsageError(
+                "the uses of this test set cannot be counted",
+                where=f"{ledger}, line {number}",
+                expected="one JSON object a line, as featx writes them",
+                found=ascii(line[:40].decode(errors="replace")),
+                hint="Restore the file; if it is gone for good, move it away and count the earlier uses yourself.",
+            ) from error
+    return uses
+
+
 def _write_down(ledger: Path, use: dict[str, Any]) -> int:
     """Add a use to the ledger; returns how many of this test set there are now."""
     line = json.dumps({**use, "time": datetime.now(UTC).isoformat(timespec="seconds")})
     try:
-        with ledger.open("a") as file:
-            file.write(line + "\n")
-        lines = ledger.read_text().splitlines()
+        with ledger.open("ab") as file:
+            file.write(line.encode() + b"\n")
     except OSError as error:
         raise cannot_write(ledger, error) from error
-    return sum(f'"test_set": "{use["test_set"]}"' in each for each in lines)
+    return _uses(ledger).count(use["test_set"])

@@ -21,10 +21,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sklearn.pipeline import Pipeline
 
+from featx.backbones import load_backbone
 from featx.bundle import Bundle, bundle_bytes, parse_bundle, read_bundle, write_bundle
-from featx.errors import BundleError
+from featx.engines import make_engine
+from featx.errors import BundleError, MismatchError
 from featx.heads import HEADS, make_head
 from featx.normalise import Normalise
+from featx.predictor import open_embedder
+from featx.provenance import provenance_of
 from featx.scoring import KINDS, Scorer, margins, softmax
 
 PROVENANCE = {"backbone": "tiny", "weights": "none", "weights_sha256": "0" * 64, "layers": ["penultimate"]}
@@ -188,6 +192,11 @@ def put(**arrays: Any) -> Callable[[dict[str, bytes]], None]:
     return change
 
 
+def respell(members: dict[str, bytes], was: bytes, now: bytes) -> None:
+    assert was in members["bundle.json"]
+    members["bundle.json"] = members["bundle.json"].replace(was, now)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -201,6 +210,14 @@ def put(**arrays: Any) -> Callable[[dict[str, bytes]], None]:
         (edit(sharpness=2.0), "does not give its golden values"),
         (edit(sharpness="1"), "sharpness is '1'"),
         (edit(threshold=-1), "threshold is -1"),
+        (edit(threshold=10**400), "threshold is 1000"),
+        (edit(sharpness=10**400), "sharpness is 1000"),
+        (edit(max_error=10**400), "max_error is 1000"),
+        (edit(max_error=None), "max_error is null"),
+        (edit(notes=["\ud800"]), "not a sound model"),
+        (edit(class_names=["\ud800", "b", "c"]), "not a sound model"),
+        (lambda members: respell(members, b'"head": "logreg"', b'"head": 1e999'), "not a sound model"),
+        (lambda members: respell(members, b'"C": 316.0', b'"C": 1e999'), "not a sound model"),
         (edit(n_neighbors=3), "rows is missing|its arrays are"),
         (edit(layer="features.3"), "its layer is not one of the provenance's"),
         (edit(provenance=[]), r"provenance is \[\]"),
@@ -256,6 +273,39 @@ def test_compressed_members_are_refused(raw: bytes) -> None:
     body = out.getvalue()[:-71]
     with pytest.raises(BundleError, match="compressed"):
         parse_bundle(body + b"sha256=" + hashlib.sha256(body).hexdigest().encode(), WHERE)
+
+
+def marked(raw: bytes, offset: int, value: int) -> bytes:
+    """The bundle with two bytes of every member's header changed, in both places where ZIP files have one."""
+    with zipfile.ZipFile(io.BytesIO(raw)) as file:
+        infos = file.infolist()
+        places = [file.start_dir + offset + 2]
+        for info in infos[:-1]:
+            places.append(places[-1] + 46 + len(info.filename) + len(info.extra) + len(info.comment))
+    body = bytearray(raw[:-71])
+    for place in [info.header_offset + offset for info in infos] + places:
+        body[place : place + 2] = value.to_bytes(2, "little")
+    return bytes(body) + b"sha256=" + hashlib.sha256(body).hexdigest().encode()
+
+
+@pytest.mark.parametrize(("offset", "value"), [(4, 99), (6, 1), (6, 0x20), (6, 0x40), (8, 97)])
+def test_encrypted_members_and_zips_of_the_future_are_refused(raw: bytes, offset: int, value: int) -> None:
+    assert parse_bundle(marked(raw, 4, 20), WHERE)  # the version that they have anyway
+    with pytest.raises(BundleError, match="not a sound model"):
+        parse_bundle(marked(raw, offset, value), WHERE)
+
+
+@pytest.mark.parametrize("decode", [None, 3, "full", ["mode"], {"mode": 3}, {"mode": None}])
+def test_a_model_that_was_decoded_in_no_known_way_names_the_field(raw: bytes, decode: Any) -> None:
+    provenance = {**network_provenance(), "decode": decode}
+    bundle = parse_bundle(sealed(raw, edit(provenance=provenance)), WHERE)
+    with pytest.raises(MismatchError, match="another decode"):
+        open_embedder(bundle, WHERE, engine="torch", device="cpu")
+
+
+def network_provenance() -> dict[str, Any]:
+    network = load_backbone("resnet18", weights="none")
+    return provenance_of(network, make_engine(network, engine="torch", device="cpu", precision="fp32"))
 
 
 def test_foreign_files_are_refused_with_a_hint(tmp_path: Path, featx: Featx) -> None:

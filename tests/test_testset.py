@@ -61,6 +61,19 @@ def test_every_use_of_a_test_set_is_counted(tmp_path: Path) -> None:
     assert len([json.loads(line) for line in ledger.read_text().splitlines()]) == 5
 
 
+@pytest.mark.parametrize(
+    "line", [b"\xff\xfe{\n", b'{"test_set": "\xe9"}\n', b"{\n", b"[]\n", b'{"split": "test"}', b"\n"]
+)
+def test_a_ledger_that_cannot_be_counted_is_left_as_it_is(tmp_path: Path, line: bytes) -> None:
+    ledger = tmp_path / "uses.jsonl"
+    judge(made(), "test", HEADS["knn"], ledger)
+    content = ledger.read_bytes() + line
+    ledger.write_bytes(content)
+    with pytest.raises(UsageError, match=r"uses\.jsonl, line 2: the uses of this test set cannot be counted"):
+        judge(made(), "test", HEADS["knn"], ledger)
+    assert ledger.read_bytes() == content
+
+
 def test_copies_of_training_images_are_left_out(tmp_path: Path) -> None:
     features = made()
     embeddings, digests = features.embeddings.copy(), features.digests.copy()
@@ -95,3 +108,6 @@ def test_the_command_says_how_often(tmp_path: Path, featx: Featx) -> None:
     assert "This is use number 2 of this test set" in " ".join(featx(*arguments).out.split())
     assert "use number 2" in (tmp_path / "s.report" / "report.html").read_text()
     assert featx("sweep", store, "--test", "val", "--shots", "2").code == 2
+    (tmp_path / "s.test-uses.jsonl").write_bytes(b"\xff\xfe")
+    refused = featx(*arguments)
+    assert (refused.code, "s.test-uses.jsonl, line 1" in refused.err) == (2, True)
