@@ -288,6 +288,7 @@ def _trial(
         n_query=len(query),
         accuracy=stats.accuracy(truth, predicted),
         balanced_accuracy=stats.balanced_accuracy(truth, predicted),
+        macro_f1=stats.macro_f1(truth, predicted),
         log_loss=stats.log_loss(truth, probabilities),
         ece=stats.expected_calibration_error(confidence, predicted == truth),
         brier=stats.brier(truth, probabilities),

@@ -26,7 +26,7 @@ from featx.splits import Index, Shots
 Task = tuple[Shots, int]
 Outcome = tuple[list[Trial], Index]
 
-_VERSION = 2
+_VERSION = 3
 
 
 def plan_hash(

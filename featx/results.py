@@ -31,6 +31,7 @@ class Trial:
     n_query: int
     accuracy: float
     balanced_accuracy: float
+    macro_f1: float
     log_loss: float | None
     ece: float | None
     brier: float | None
@@ -58,6 +59,7 @@ class HeadResult:
     episodes: int
     accuracy: stats.Interval
     balanced_accuracy: stats.Interval
+    macro_f1: float
     log_loss: float | None
     ece: float | None
     brier: float | None
@@ -197,6 +199,7 @@ class SweepResult:
             episodes=len(trials),
             accuracy=stats.mean_interval(plain, images, support, query),
             balanced_accuracy=stats.mean_interval(balanced, images, support, query),
+            macro_f1=float(np.mean([t.macro_f1 for t in trials])),
             log_loss=_mean([t.log_loss for t in trials]),
             ece=_mean([t.ece for t in trials]),
             brier=_mean([t.brier for t in trials]),

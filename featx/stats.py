@@ -32,6 +32,14 @@ def balanced_accuracy(labels: Labels, predicted: Labels) -> float:
     return float((hits[counts > 0] / counts[counts > 0]).mean())
 
 
+def macro_f1(labels: Labels, predicted: Labels) -> float:
+    """Mean F1 (n,) of all classes that are there or are named: scikit-learn's ``f1_score(average="macro")``."""
+    n = int(max(labels.max(), predicted.max())) + 1
+    hits = np.bincount(labels[labels == predicted], minlength=n)
+    sizes = np.bincount(labels, minlength=n) + np.bincount(predicted, minlength=n)
+    return float((2.0 * hits[sizes > 0] / sizes[sizes > 0]).mean())
+
+
 def majority_baseline(labels: Labels) -> float:
     """Accuracy of always naming the most frequent class."""
     return float(np.bincount(labels).max() / len(labels))

@@ -335,6 +335,7 @@ def _trial(
         n_query=len(truth),
         accuracy=stats.accuracy(truth, predicted),
         balanced_accuracy=stats.balanced_accuracy(truth, predicted),
+        macro_f1=stats.macro_f1(truth, predicted),
         log_loss=None if probabilities is None else stats.log_loss(truth, probabilities),
         ece=None if confidence is None else stats.expected_calibration_error(confidence, predicted == truth),
         brier=None if probabilities is None else stats.brier(truth, probabilities),

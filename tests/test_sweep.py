@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import f1_score
 from sklearn.model_selection import GridSearchCV, PredefinedSplit
 from sklearn.svm import LinearSVC
 
@@ -72,6 +73,16 @@ def test_trials_are_what_the_draws_and_pipelines_give(result: Any) -> None:
                 assert trial.accuracy == model.score(rows[query], labels[query])
                 assert (trial.n_support, trial.n_query) == (len(support), len(query))
                 np.testing.assert_array_equal(result.queries[n_shots, episode], query)
+
+
+def test_the_macro_f1_is_scikit_learns(result: Any) -> None:
+    for trial in result.trials:
+        truth = result.labels[result.queries[trial.n_shots, trial.episode]]
+        assert trial.macro_f1 == pytest.approx(f1_score(truth, trial.predictions, average="macro", zero_division=0))
+        assert trial.row()["macro_f1"] == trial.macro_f1
+    for row in result.to_json()["results"]:
+        own = [t.macro_f1 for t in result.of(row["head"], row["n_shots"])]
+        assert row["macro_f1"] == pytest.approx(np.mean(own))
 
 
 def test_ranks_follow_the_means_and_the_best_is_tied_with_itself(result: Any) -> None:
