@@ -163,6 +163,11 @@ class Bundle:
             for label, score, row in zip(labels.tolist(), best, judged, strict=True)
         ]
 
+    @property
+    def silence(self) -> str | None:
+        """Why every answer abstains, in a sentence; None where some do not."""
+        return silence(self.threshold, self.metrics)
+
     def describe(self) -> dict[str, Any]:
         """Everything that is not an array, in plain JSON types."""
         return {
@@ -182,6 +187,19 @@ class Bundle:
             "versions": dict(self.versions),
             "notes": list(self.notes),
         }
+
+
+def silence(threshold: float | None, metrics: Mapping[str, Any]) -> str | None:
+    """:attr:`Bundle.silence` of a model with this threshold and these metrics."""
+    if threshold is not None:
+        return None
+    least = metrics.get("smallest_max_error")
+    known = isinstance(least, float) and 0 < least < 1
+    again = f"--max-error {least:g} is the smallest that they can promise" if known else "--max-error"
+    return (
+        "Every answer of this model abstains: its images could not promise as few errors as it was to make. "
+        f"Fit it again with more images, or with a larger share of errors ({again})."
+    )
 
 
 # --- writing ------------------------------------------------------------------------------------------------------

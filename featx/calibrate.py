@@ -57,12 +57,8 @@ def fit_threshold(scores: Array, correct: NDArray[np.bool_], max_error: float) -
     The threshold, or None where the images are too few (fewer than ``1 / max_error - 1`` right ones) or too hard to
     show it for any.
     """
-    order = np.argsort(-scores, kind="stable")
-    ranked = scores[order]
-    answered = np.arange(1, len(scores) + 1)
-    errors = np.cumsum(~correct[order])
-    last_of_ties = np.append(ranked[1:] != ranked[:-1], True)
-    fine = last_of_ties & ((errors + 1) / (answered + 1) <= max_error)
+    ranked, errors = _error_rates(scores, correct)
+    fine = errors <= max_error
     if not fine.any():
         return None
     last = int(np.flatnonzero(fine)[-1])
@@ -70,6 +66,20 @@ def fit_threshold(scores: Array, correct: NDArray[np.bool_], max_error: float) -
         return float(ranked[-1])
     # Half way to the next lower score: the same answers here, and no knife's edge for others.
     return float((ranked[last] + ranked[last + 1]) / 2)
+
+
+def smallest_error(scores: Array, correct: NDArray[np.bool_]) -> float:
+    """The smallest ``max_error`` that :func:`fit_threshold` has a threshold for; arguments as there."""
+    return float(_error_rates(scores, correct)[1].min())
+
+
+def _error_rates(scores: Array, correct: NDArray[np.bool_]) -> tuple[Array, Array]:
+    """Scores (n,) from the highest on, and the error rate of all answers down to each; inf between equal scores."""
+    order = np.argsort(-scores, kind="stable")
+    ranked = scores[order]
+    rates = (np.cumsum(~correct[order]) + 1) / (np.arange(1, len(scores) + 1) + 1)
+    last_of_ties = np.append(ranked[1:] != ranked[:-1], True)
+    return ranked, np.where(last_of_ties, rates, np.inf)
 
 
 def calibrated(scores: Array, sharpness: float | None) -> Array | None:

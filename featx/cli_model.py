@@ -187,11 +187,21 @@ def _head_on(head: str, layer: str | None) -> tuple[str, str | None]:
     return ",".join(name for name, _, _ in pairs), named.pop()
 
 
+_CLASSES_TOLD = 12
+
+
 def _story(bundle: Bundle) -> str:
+    from featx.fit import by_recall
+
     metrics: Any = bundle.metrics
     params = ", ".join(f"{name} {value}" for name, value in bundle.params.items())
     lines = [f"{bundle.head} ({params}) on {metrics['images']} images of {metrics['classes']} classes."]
-    for key, where in (("out_of_fold", "On images it had not seen"), ("test", "On the split test")):
+    rivals = len(metrics.get("chosen_among") or ())
+    unseen = f"On images that the fit, but not the choice among {rivals} heads, had not seen"
+    for key, where in (
+        ("out_of_fold", unseen if rivals else "On images it had not seen"),
+        ("test", "On the split test"),
+    ):
         found = metrics.get(key)
         if found:
             accuracy = found["accuracy"]
@@ -199,8 +209,14 @@ def _story(bundle: Bundle) -> str:
             wrong = "" if error is None else f", {error:.1%} of these answers wrong"
             lines.append(
                 f"{where}: accuracy {accuracy['mean']:.1%} ({accuracy['low']:.1%} to {accuracy['high']:.1%}), "
-                f"calibration error {found['ece']:.1%}; answers {found['answered']:.1%}{wrong}."
+                f"macro-F1 {found['macro_f1']:.1%}, calibration error {found['ece']:.1%}; "
+                f"answers {found['answered']:.1%}{wrong}."
             )
+            classes = by_recall(found)
+            recalls = [f"{name} {each['recall']:.1%} of {each['images']}" for name, each in classes[:_CLASSES_TOLD]]
+            rest = len(classes) - len(recalls)
+            more = f", and {rest} better ones (--json lists all)" if rest else ""
+            lines.append(f"  Recognised of each class: {', '.join(recalls)}{more}.")
     if bundle.threshold is not None:
         lines.append(f"Abstains below a probability of {bundle.threshold:.3f} (--max-error {bundle.max_error:g}).")
     return "\n".join(lines)
@@ -241,8 +257,8 @@ def predict(
         print_json({"predictions": predictions, "refused": refused})
     else:
         _table(predictions, kept.score_kind)
-        if predictions and kept.threshold is None:
-            say("Every answer abstains: with its images the model could not show that it errs seldom enough.", err=True)
+    if kept.silence:
+        say(f"Note: {kept.silence}", err=True)
     for item in refused:
         say(f"  refused {item['id']}: {item['reason']}, {item['message']}", err=True)
     if refused:
@@ -338,6 +354,8 @@ def serve(
     featx.service_run.check_address(host, key, insecure=insecure)
     bundle = read_bundle(model)
     evidence = None if store is None else Evidence(store, bundle, images)
+    for note in [*([bundle.silence] if bundle.silence else []), *(evidence.notes if evidence else [])]:
+        say(f"Note: {note}", err=True)
     embedder = open_embedder(
         bundle,
         model,

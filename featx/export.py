@@ -21,7 +21,7 @@ from sklearn.preprocessing import FunctionTransformer, Normalizer, StandardScale
 
 from featx._files import publish_bytes
 from featx.batches import layer_place
-from featx.bundle import Answer, Bundle
+from featx.bundle import Answer, Bundle, silence
 from featx.errors import BundleError, UsageError
 from featx.scoring import blocks_of
 
@@ -169,6 +169,11 @@ class Pickled:
                 where=path,
                 hint="Make one with: featx export MODEL --format joblib --out FILE",
             ) from error
+
+    @property
+    def silence(self) -> str | None:
+        """As of :attr:`featx.bundle.Bundle.silence`."""
+        return silence(self.threshold, self.told["metrics"])
 
     def answer(self, embeddings: NDArray[np.floating]) -> list[Answer]:
         """As of :meth:`featx.bundle.Bundle.answer`."""

@@ -13,7 +13,7 @@ from featx.calibrate import fit_sharpness
 from featx.embed import Embedder
 from featx.engines import make_engine
 from featx.errors import UsageError
-from featx.fit import FittedHead, judge_scores, pack_bundle
+from featx.fit import FittedHead, judge_scores, pack_bundle, warnings_of
 from featx.manifest import fingerprint
 from featx.provenance import provenance_of
 from featx.splits import Index, distinct_counts, find_duplicates, fold_numbers
@@ -60,7 +60,7 @@ def finetune_bundle(
     trained = _train(tuning, use, y, copies, (random_state, total), tell, total - 1, total)
     tell(total, total, "packing")
     sharpness = fit_sharpness(scores, y)
-    threshold, metrics = judge_scores(scores, sharpness, y, copies, max_error)
+    threshold, metrics = judge_scores(scores, sharpness, y, copies, max_error, names)
     tail = tail_bytes(trained.classifier.tail, tuning.halves.cut)
     network = tuned(tuning.backbone, tail)
     runner = make_engine(network, engine=engine, device=tuning.device, precision="fp32")
@@ -79,7 +79,7 @@ def finetune_bundle(
         FittedHead(
             scorer=trained.classifier.scorer(), class_names=names, head=tuning.head,
             params={"epochs": trained.epochs}, sharpness=sharpness, threshold=threshold, max_error=max_error,
-            metrics=metrics, notes=tuple(tuning.notes),
+            metrics=metrics, notes=(*tuning.notes, *warnings_of(metrics, threshold, max_error)),
         ),
         replace(
             tuning.features,

@@ -8,7 +8,7 @@ no part in any of it; where there is one, it judges the finished head once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +22,7 @@ from threadpoolctl import threadpool_limits
 from featx import stats
 from featx.batches import COMBINED, layer_place, of_layer
 from featx.bundle import Bundle
-from featx.calibrate import fit_sharpness, fit_threshold
+from featx.calibrate import fit_sharpness, fit_threshold, smallest_error
 from featx.centre import unlabelled_centre
 from featx.choose import N_FOLDS, fit_chosen
 from featx.embed import Embedder
@@ -42,6 +42,8 @@ N_GOLDEN = 16
 """Rows that are kept with the scores they got, to find out at loading whether the head still gives them."""
 
 _SEED_OF_GOLDEN = 20
+_N_LISTED = 10
+"""Classes that a sentence names at most."""
 
 Progress = Callable[[int, int, str], None]
 
@@ -120,14 +122,18 @@ def fit_head(
     catalogue = heads_for(centre, pool)
     notes += [centre.told] if centre else []
     chosen = [catalogue[name].name for name in dict.fromkeys(heads)]
+    compared_heads: list[str] = []
     if len(chosen) > 1:
         swept = sweep_heads(
             rows, y, class_names=names, groups=copies, heads=chosen, shots=("all",), episodes=10,
             random_state=random_state, n_jobs=n_jobs, near_duplicates=None, centre=centre, pool=pool,
             layers=layers, on=None if layers is None else [COMBINED], device=device, progress=progress,
         )  # fmt: skip
-        notes.append(f"{swept.winner} had the highest accuracy of {', '.join(chosen)} over 10 draws.")
-        chosen = [swept.winner]
+        notes.append(
+            f"{swept.winner} had the highest accuracy of {', '.join(chosen)} over 10 draws. The choice has seen every "
+            "image, so the accuracy below may be slightly too high; a split called test is judged honestly."
+        )
+        compared_heads, chosen = chosen, [swept.winner]
     head = catalogue[chosen[0]] if layers is None else layers.on(catalogue[chosen[0]], COMBINED)
     folds = fold_numbers(y, copies, N_FOLDS, random_state)
     n_folds = int(folds.max()) + 1
@@ -154,13 +160,8 @@ def fit_head(
     if not converged:
         notes.append("A fit stopped before its optimum.")
     sharpness = None if scores is None else fit_sharpness(scores, y)
-    threshold, metrics = judge_scores(scores, sharpness, y, copies, max_error)
-    if scores is not None and threshold is None:
-        notes.append(
-            f"An error rate of at most {max_error:g} cannot be shown on {len(rows)} images, so every answer abstains: "
-            f"it takes the {math.ceil(1 / max_error - 1 - 1e-9)} surest answers to be right, or more of them with a "
-            "mistake among them. Add images, or allow more with --max-error."
-        )
+    threshold, metrics = judge_scores(scores, sharpness, y, copies, max_error, names)
+    notes += warnings_of(metrics, threshold, max_error)
     return FittedHead(
         scorer=scorer,
         class_names=names,
@@ -169,7 +170,11 @@ def fit_head(
         sharpness=sharpness,
         threshold=threshold,
         max_error=max_error,
-        metrics={**metrics, "unlabelled_images": 0 if pool is None else len(pool)},
+        metrics={
+            **metrics,
+            "unlabelled_images": 0 if pool is None else len(pool),
+            "chosen_among": compared_heads,
+        },
         notes=tuple(notes),
     )
 
@@ -195,36 +200,97 @@ def _fit(
 
 
 def judge_scores(
-    scores: Array | None, sharpness: float | None, labels: NDArray[np.int64], groups: Index, max_error: float
+    scores: Array | None,
+    sharpness: float | None,
+    labels: NDArray[np.int64],
+    groups: Index,
+    max_error: float,
+    class_names: Sequence[str],
 ) -> tuple[float | None, dict[str, Any]]:
     """The threshold, and what is to be expected of new images, from scores (n, c) out of fold."""
     counts = {"images": len(labels), "duplicates": len(labels) - len(np.unique(groups))}
     counts["classes"] = int(labels.max()) + 1
     if scores is None or sharpness is None:
-        return None, {**counts, "out_of_fold": None}
+        return None, {**counts, "out_of_fold": None, "smallest_max_error": None}
     probabilities = softmax(scores, sharpness)
     predicted = scores.argmax(axis=1)
     confidence = probabilities[np.arange(len(labels)), predicted]
     # Copies of an image are not evidence of their own: one of each group counts.
     one = np.unique(groups, return_index=True)[1]
-    threshold = fit_threshold(confidence[one], predicted[one] == labels[one], max_error)
+    correct = predicted[one] == labels[one]
+    threshold = fit_threshold(confidence[one], correct, max_error)
     return threshold, {
         **counts,
-        "out_of_fold": measure(labels[one], scores[one], probabilities[one], threshold),
+        "out_of_fold": measure(labels[one], scores[one], probabilities[one], threshold, class_names),
+        # Rounded up, so that what is said can be asked for.
+        "smallest_max_error": math.ceil(1000 * smallest_error(confidence[one], correct)) / 1000,
     }
 
 
-def measure(labels: NDArray[np.int64], scores: Array, probabilities: Array, threshold: float | None) -> dict[str, Any]:
-    """Accuracy with its 95 % interval, calibration and abstention of scores (m, c) and probabilities (m, c)."""
+def warnings_of(metrics: Mapping[str, Any], threshold: float | None, max_error: float) -> list[str]:
+    """Sentences about a head that answers nothing, and about classes that it does not recognise."""
+    found = metrics["out_of_fold"]
+    if found is None:
+        return []
+    out = []
+    if threshold is None:
+        least = metrics["smallest_max_error"]
+        offer = f", or fit again with --max-error {least:g}, the smallest that they can promise" if least < 1 else ""
+        out.append(
+            f"Every answer abstains: promising at most {100 * max_error:g} % errors takes at least "
+            f"{plural(math.ceil(1 / max_error - 1 - 1e-9), 'correct answer')} without a mistake, which "
+            f"{plural(found['images'], 'image')} did not show. Add images{offer}."
+        )
+    # Counted with one more image, a wrong one: two of four show little.
+    weak = [
+        f"{name} ({each['right']} of {plural(each['images'], 'image')})"
+        for name, each in by_recall(found)
+        if each["right"] / (each["images"] + 1) < found["accuracy"]["mean"] / 2
+    ]
+    if weak:
+        listed = ", ".join(weak[:_N_LISTED]) + (f" and {len(weak) - _N_LISTED} more" if len(weak) > _N_LISTED else "")
+        out.append(f"Hardly recognised out of fold: {listed}. Add images of such a class, or leave it out.")
+    return out
+
+
+def by_recall(found: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Each class of :func:`measure` with its ``recall``, ``right`` and ``images``, the least recognised first."""
+    return sorted(found["recall_per_class"].items(), key=lambda item: item[1]["recall"])
+
+
+def measure(
+    labels: NDArray[np.int64],
+    scores: Array,
+    probabilities: Array,
+    threshold: float | None,
+    class_names: Sequence[str],
+) -> dict[str, Any]:
+    """Accuracy with its 95 % interval, recall of each class, calibration and abstention.
+
+    Parameters
+    ----------
+    labels, scores, probabilities : (m,), (m, c) and (m, c).
+    threshold : below which an answer abstains; None where every one does.
+    class_names : c names.
+    """
     predicted = scores.argmax(axis=1)
     correct = predicted == labels
     confidence = probabilities[np.arange(len(labels)), predicted]
     answered = np.zeros(len(labels), bool) if threshold is None else confidence >= threshold
     low, high = _clopper_pearson(int(correct.sum()), len(labels))
+    images = np.bincount(labels, minlength=len(class_names)).tolist()
+    right = np.bincount(labels[correct], minlength=len(class_names)).tolist()
+    recalled = {
+        name: {"recall": r / n, "right": r, "images": n}
+        for name, r, n in zip(class_names, right, images, strict=True)
+        if n
+    }
     return {
         "images": len(labels),
         "accuracy": {"mean": float(correct.mean()), "low": low, "high": high},
         "balanced_accuracy": stats.balanced_accuracy(labels, predicted),
+        "macro_f1": stats.macro_f1(labels, predicted),
+        "recall_per_class": recalled,
         "majority_baseline": stats.majority_baseline(labels),
         "log_loss": stats.log_loss(labels, probabilities),
         "brier": stats.brier(labels, probabilities),
@@ -328,7 +394,7 @@ def _test(bundle: Bundle, features: FeatureSet, groups: Index) -> dict[str, Any]
         return None
     labels = np.array([place[features.class_names[int(i)]] for i in features.labels[use]])
     scores = bundle.scorer.scores(features.embeddings[use])
-    return measure(labels, scores, softmax(scores, bundle.sharpness), bundle.threshold)
+    return measure(labels, scores, softmax(scores, bundle.sharpness), bundle.threshold, bundle.class_names)
 
 
 def probe_pixels(height: int = 240, width: int = 320) -> NDArray[np.uint8]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,11 @@ class Evidence:
     Raises
     ------
     MismatchError
-        Store and bundle are of different networks, weights or preprocessing.
+        Store and bundle are of different networks, weights or preprocessing, or have no class in common.
+
+    Attributes
+    ----------
+    notes : sentences about classes that only one of the two has.
     """
 
     def __init__(self, store: Path, bundle: Bundle, images: Path | None = None) -> None:
@@ -61,6 +66,7 @@ class Evidence:
         self.path = store
         self.ids = features.ids[rows]
         self.labels = [features.class_names[int(label)] for label in features.labels[rows]]
+        self.notes = _class_differences(store, set(self.labels), bundle.class_names)
         self._digests = features.digests[rows]
         self._index = GalleryIndex().fit(features.embeddings[rows])
         self._folder = images or _said_folder(store)
@@ -118,6 +124,24 @@ class Evidence:
         """End the decoding process."""
         if self._pool is not None:
             self._pool.__exit__(None, None, None)
+
+
+def _class_differences(store: Path, stored: set[str], known: tuple[str, ...]) -> list[str]:
+    strange, gone = sorted(stored - set(known)), [name for name in known if name not in stored]
+    if len(gone) == len(known):
+        raise MismatchError(
+            "store and model have no class in common",
+            where=store,
+            expected=_some(known),
+            found=_some(strange),
+            hint="Serve the model with the store that it was fitted on, or without --store.",
+        )
+    notes = [f"{store} has classes that the model can never answer: {_some(strange)}. Fit it again."] if strange else []
+    return [*notes, f"{store} has no images of classes that the model can answer: {_some(gone)}."] if gone else notes
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def _said_folder(store: Path) -> Path | None:

@@ -13,18 +13,20 @@ import pytest
 from conftest import Featx, class_folders, picture
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import f1_score, recall_score
 from test_bundle import clusters
 
 from featx.batches import Engine
 from featx.bundle import read_bundle
-from featx.calibrate import fit_sharpness, fit_threshold
+from featx.calibrate import fit_sharpness, fit_threshold, smallest_error
 from featx.engines import make_engine
 from featx.errors import MismatchError, UsageError
-from featx.fit import fit_head, probe_pixels
+from featx.fit import fit_head, measure, probe_pixels, warnings_of
 from featx.heads import HEADS
 from featx.images import encode
 from featx.predictor import open_embedder
 from featx.scoring import softmax
+from featx.service_evidence import Evidence
 from featx.stats import expected_calibration_error, log_loss
 from featx.store import read_features
 
@@ -81,6 +83,16 @@ def test_too_few_images_show_nothing() -> None:
         threshold = fit_threshold(np.ones(n), np.ones(n, bool), 0.05)
         assert (threshold is not None) == shown
     assert fit_threshold(np.arange(10.0), np.zeros(10, bool), 0.5) is None
+
+
+def test_the_smallest_error_is_the_smallest_that_has_a_threshold() -> None:
+    rng = np.random.default_rng(6)
+    for n in (1, 5, 40, 300):
+        scores = np.round(rng.random(n), 1)
+        correct = rng.random(n) < scores
+        least = smallest_error(scores, correct)
+        assert fit_threshold(scores, correct, least) is not None
+        assert fit_threshold(scores, correct, least - 1e-9) is None
 
 
 def test_the_error_rate_holds_on_new_images() -> None:
@@ -147,8 +159,43 @@ def test_notes_say_what_was_left_out() -> None:
         "Classes without images were left out: none.",
     )
     few = fit_head(rows[:12:2], np.arange(6) % 2, class_names=["a", "b"])
-    assert "at most 0.05 cannot be shown on 6 images, so every answer abstains" in few.notes[-1]
+    (note,) = [note for note in few.notes if "Every answer abstains" in note]
+    assert "at most 5 % errors takes at least 19 correct answers without a mistake, which 6 images did not" in note
     assert few.threshold is None
+    # What it proposes can be promised, and nothing less can.
+    least = few.metrics["smallest_max_error"]
+    assert f"--max-error {least:g}, the smallest" in note
+    for asked, promised in ((least, True), (least - 0.001, False)):
+        again = fit_head(rows[:12:2], np.arange(6) % 2, class_names=["a", "b"], max_error=asked)
+        assert (again.threshold is not None) is promised
+
+
+def test_recall_and_f1_are_those_of_scikit_learn() -> None:
+    rng = np.random.default_rng(8)
+    labels, scores = rng.choice([0, 1, 3], 200), rng.normal(size=(200, 5))
+    found = measure(labels, scores, softmax(scores), None, ["a", "b", "c", "d", "e"])
+    predicted = scores.argmax(axis=1)
+    recalls = recall_score(labels, predicted, average=None, labels=[0, 1, 3])
+    assert [each["recall"] for each in found["recall_per_class"].values()] == pytest.approx(recalls.tolist())
+    assert list(found["recall_per_class"]) == ["a", "b", "d"]
+    assert sum(each["images"] for each in found["recall_per_class"].values()) == 200
+    assert found["macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro", zero_division=0))
+
+
+def test_a_class_that_is_hardly_recognised_is_named() -> None:
+    rows, labels = clusters(4, 64)
+    rng = np.random.default_rng(0)
+    rare = rng.normal(size=(64, rows.shape[1])) * 1.5  # in the middle of all others
+    few = np.vstack([rows, rare[:4]]).astype(np.float32)
+    names = ["a", "b", "c", "d", "rare"]
+    fitted = fit_head(few, np.append(labels, [4] * 4), class_names=names)
+    assert (fitted.scorer.scores(rare[4:]).argmax(axis=1) == 4).mean() < 0.2  # indeed
+    (note,) = [note for note in fitted.notes if note.startswith("Hardly recognised")]
+    told = fitted.metrics["out_of_fold"]["recall_per_class"]["rare"]
+    assert f"out of fold: rare ({told['right']} of 4 images). Add images" in note
+    balanced = fit_head(*clusters(4, 64), class_names=names[:4])
+    assert not any("Hardly" in note for note in balanced.notes)
+    assert warnings_of(balanced.metrics, balanced.threshold, 0.05) == []
 
 
 def test_of_several_heads_the_sweeps_winner_is_taken() -> None:
@@ -156,6 +203,9 @@ def test_of_several_heads_the_sweeps_winner_is_taken() -> None:
     fitted = fit_head(rows, labels, class_names=["a", "b", "c"], heads=["knn", "logreg"], n_jobs=1)
     assert fitted.head in ("knn", "logreg")
     assert fitted.notes[0].startswith(f"{fitted.head} had the highest accuracy of knn, logreg")
+    assert "The choice has seen every image" in fitted.notes[0]
+    assert fitted.metrics["chosen_among"] == ["knn", "logreg"]
+    assert fit_head(rows, labels, class_names=["a", "b", "c"], heads=["knn"]).metrics["chosen_among"] == []
 
 
 def test_it_repeats_itself() -> None:
@@ -232,6 +282,48 @@ def test_predict_gives_what_the_store_says(kept: Path, featx: Featx) -> None:
     for each, answer in zip(done.json["predictions"], expected, strict=True):
         assert each["label"] == answer.label
         assert each["score"] == pytest.approx(answer.score, abs=1e-6)
+
+
+def test_fit_says_which_classes_are_recognised_and_how_it_chose(kept: Path, featx: Featx, tmp_path: Path) -> None:
+    done = featx("fit", kept / "photos.featx", "--out", tmp_path / "all.model", "--head", "knn,ridge")
+    assert done.code == 0
+    assert "On images that the fit, but not the choice among 2 heads, had not seen: accuracy" in done.out
+    assert "On the split test: accuracy" in done.out
+    assert "On images it had not seen" not in done.out
+    recalls = read_bundle(tmp_path / "all.model").metrics["out_of_fold"]["recall_per_class"]
+    for name, each in recalls.items():
+        assert f"{name} {each['recall']:.1%} of 14" in done.out
+
+
+def test_a_model_that_always_abstains_says_so_everywhere(kept: Path, featx: Featx, tmp_path: Path) -> None:
+    model, photo = tmp_path / "shy.model", kept / "photos/train/ants/000.png"
+    fitted = featx("fit", kept / "photos.featx", "--out", model, "--max-error", "0.001", "--json")
+    least = fitted.json["metrics"]["smallest_max_error"]
+    assert fitted.code == 0
+    assert f"or fit again with --max-error {least:g}, the smallest that they can promise" in fitted.err
+    for arguments in ((), ("--json",)):
+        done = featx("predict", model, photo, *arguments)
+        assert done.code == 0
+        assert "Every answer of this model abstains: its images could not promise" in done.err
+        assert f"(--max-error {least:g} is the smallest that they can promise)" in done.err
+    assert featx("fit", kept / "photos.featx", "--out", model, "--max-error", f"{least:g}").code == 0
+    assert read_bundle(model).silence is None
+
+
+def test_a_store_of_other_classes_is_not_served_in_silence(kept: Path, featx: Featx, tmp_path: Path) -> None:
+    class_folders(tmp_path / "photos", ("cats", "dogs"))
+    assert featx("extract", tmp_path / "photos", "--out", tmp_path / "other.featx").code == 0
+    done = featx("serve", kept / "photos.model", "--store", tmp_path / "other.featx", "--port", "0")
+    assert done.code == 2
+    assert "no class in common: expected ants, bees, found cats, dogs" in done.err
+    class_folders(tmp_path / "photos", ("ants",), first=50)
+    assert featx("extract", tmp_path / "photos", "--out", tmp_path / "other.featx").code == 0
+    notes = Evidence(tmp_path / "other.featx", read_bundle(kept / "photos.model")).notes
+    assert [note.removeprefix(f"{tmp_path / 'other.featx'} ") for note in notes] == [
+        "has classes that the model can never answer: cats, dogs. Fit it again.",
+        "has no images of classes that the model can answer: bees.",
+    ]
+    assert Evidence(kept / "photos.featx", read_bundle(kept / "photos.model")).notes == []
 
 
 def test_a_tampered_model_and_wrong_uses_exit_with_2(kept: Path, featx: Featx, tmp_path: Path) -> None:
