@@ -328,6 +328,7 @@ def serve(
         Path | None, typer.Option(help="A file with the API key, if it is not in FEATX_API_KEY.")
     ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Let anyone in who can reach the address.")] = False,
+    max_pixels: Annotated[int, typer.Option(min=4, help="Larger images are refused by their header.")] = 50_000_000,
     log_json: Annotated[bool, typer.Option("--log-json", help="Log lines as JSON.")] = False,
     backbone: OwnBackbone = None,
     weights: Weights = None,
@@ -348,6 +349,7 @@ def serve(
     from featx.predictor import open_embedder
     from featx.service_batch import BATCH_SIZES
     from featx.service_evidence import Evidence
+    from featx.service_guard import Limits
     from featx.service_work import Service
 
     key = _api_key(api_key_file)
@@ -366,7 +368,7 @@ def serve(
         batch_sizes=BATCH_SIZES,
     )
     featx.service_run.serve(
-        Service(bundle, embedder, evidence),
+        Service(bundle, embedder, evidence, Limits(pixels=max_pixels)),
         host=host,
         port=port,
         api_key=key,

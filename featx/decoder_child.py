@@ -1,46 +1,55 @@
-"""The inside of a decoding process: read, hash, decode, and put the pixels where the parent sees them.
+"""The inside of a decoding process: read, hash, decode, and send the pixels back.
 
 This is all that a child of :class:`featx.decoders.DecoderPool` runs. It speaks by short messages over a socket: the
 parent names an image (or brings its bytes), the child answers with its digest; the parent asks for the pixels if that
-content is new.
+content is new. A parent that serves strangers asks first how much work they are.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
-import mmap
 import os
+import resource
 import signal
 import stat
 import struct
+import sys
 import time
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
-
-import numpy as np
+from pathlib import Path
+from typing import Any
 
 from featx.errors import ImageError
-from featx.images import Preprocess, decode
+from featx.images import BYTES_PER_PIXEL, Preprocess, decode, weigh
 from featx.origins import MAX_BYTES, too_many_bytes
 from featx.views import Looks
 
 READY = b"!"
-READ, PART, HERE, DECODE = b"R", b"P", b"H", b"G"
-"""What the parent asks: read a file, read a part of one, take these bytes; then, decode them."""
+READ, PART, HERE, WEIGH, DECODE = b"R", b"P", b"H", b"W", b"G"
+"""What the parent asks: read a file, read a part of one, take these bytes; then, weigh them, decode them."""
 
 PLACE = struct.Struct("<QQ")
 TIMES = struct.Struct("<dd")
+WEIGHT = struct.Struct("<Q")
+
+_SPARE = 256 * 2**20
+"""Bytes for decoding beside those that every pixel needs."""
+
+_PDEATHSIG, _NO_NEW_PRIVS = 1, 38
+"""Of prctl(2)."""
 
 
-def serve(socket_handle: int, memory_handle: int) -> None:
+def serve(socket_handle: int) -> None:
     """The child's side: answer requests until the parent is gone."""
     with contextlib.suppress(EOFError, ConnectionError), Connection(socket_handle) as parent:
-        said = json.loads(parent.recv_bytes())
-        looks, timeout = Looks(Preprocess.from_json(said["preprocess"]), said["views"]), said["timeout"]
-        max_pixels = said["max_pixels"]
-        memory = mmap.mmap(memory_handle, 0)
-        out = np.frombuffer(memory, dtype=np.uint8).reshape(looks.shape)
+        _confine()
+        settings = json.loads(parent.recv_bytes())
+        os.nice(settings["nice"])
+        looks = Looks(Preprocess.from_json(settings["preprocess"]), settings["views"])
         data = b""
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # it would be ignored if it was so in a parent of the parent
         # From here on native code speaks to nobody: libtiff, for one, has much to say about sound files.
@@ -48,29 +57,61 @@ def serve(socket_handle: int, memory_handle: int) -> None:
         parent.send_bytes(READY)
         while True:
             message = parent.recv_bytes()
-            # The parent is patient for ``timeout``; the alarm is for the case that there is no parent any more.
-            signal.setitimer(signal.ITIMER_REAL, timeout + 5.0)
-            if message == DECODE:
-                try:
-                    started = time.perf_counter()
-                    enough_for = looks if said["mode"] == "scaled" else None
-                    image = decode(data, enough_for=enough_for, max_pixels=max_pixels)
-                    decoded = time.perf_counter()
-                    out[...] = looks.cut(image)
-                    answer = b"K" + TIMES.pack(decoded - started, time.perf_counter() - decoded)
-                except ImageError as error:
-                    answer = b"E" + json.dumps([error.reason, error.what[:4096]]).encode()
-            else:
-                try:
+            # The parent is patient for the time-out; the alarm is for the case that there is no parent any more.
+            signal.setitimer(signal.ITIMER_REAL, settings["timeout"] + 5.0)
+            try:
+                if message == DECODE:
+                    answer = _decode(data, looks, settings)
+                elif message == WEIGH:
+                    with _limited_memory(settings["max_pixels"]):
+                        answer = b"W" + WEIGHT.pack(weigh(data, max_pixels=settings["max_pixels"]))
+                else:
                     started = time.perf_counter()
                     data = _take(message)
                     read = time.perf_counter()
                     digest = hashlib.sha256(data).digest()
                     answer = b"D" + digest + TIMES.pack(read - started, time.perf_counter() - read)
-                except ImageError as error:
-                    answer = b"E" + json.dumps([error.reason, error.what[:4096]]).encode()
+            except ImageError as error:
+                answer = b"E" + json.dumps([error.reason, error.what[:4096]]).encode()
             signal.setitimer(signal.ITIMER_REAL, 0)
             parent.send_bytes(answer)
+
+
+def _decode(data: bytes, looks: Looks, settings: dict[str, Any]) -> bytes:
+    started = time.perf_counter()
+    with _limited_memory(settings["max_pixels"]):
+        enough_for = looks if settings["mode"] == "scaled" else None
+        image = decode(data, enough_for=enough_for, max_pixels=settings["max_pixels"])
+        decoded = time.perf_counter()
+        pixels = looks.cut(image)
+    return b"".join([b"K", TIMES.pack(decoded - started, time.perf_counter() - decoded), pixels.tobytes()])
+
+
+def _confine() -> None:
+    """End with the parent, and never gain privileges."""
+    if sys.platform == "linux":
+        kernel = ctypes.CDLL(None, use_errno=True)
+        for option, value in ((_PDEATHSIG, signal.SIGKILL), (_NO_NEW_PRIVS, 1)):
+            if kernel.prctl(option, ctypes.c_ulong(value), *[ctypes.c_ulong(0)] * 3):
+                raise OSError(ctypes.get_errno(), "prctl failed")
+
+
+@contextlib.contextmanager
+def _limited_memory(max_pixels: int) -> Iterator[None]:
+    """No more memory than the largest image that is allowed needs; a MemoryError in place of a machine that swaps."""
+    if sys.platform != "linux":  # nothing else says how much a process has, and keeps to the limit
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * resource.getpagesize() + BYTES_PER_PIXEL * max_pixels + _SPARE
+    if before[0] != resource.RLIM_INFINITY:
+        most = min(most, before[0])
+    resource.setrlimit(resource.RLIMIT_AS, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def _take(message: bytes) -> bytes:

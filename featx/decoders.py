@@ -2,11 +2,16 @@
 
 A decoder is native code that meets bytes from anywhere: now and then one takes its process down, or never
 comes back. Here that costs the one file. Each worker is a child process that does nothing but read, hash and
-decode; its pixels come back through shared memory. The child never imports torch, never unpickles, and does not
-run the caller's main module, so a script needs no ``if __name__ == "__main__"``.
+decode; bytes and pixels travel through a socket, so that no temporary file is needed. The child never imports torch,
+never unpickles, and does not run the caller's main module, so a script needs no ``if __name__ == "__main__"``.
 
-A child ends with its parent, however that ends: an idle one reads end-of-file, and one that hangs in a decoder is
-ended by its own alarm, which the kernel delivers without asking the interpreter.
+A child ends with its parent, however that ends: Linux kills it. Elsewhere an idle one reads end-of-file, and one that
+hangs in a decoder is ended by its own alarm, which the kernel delivers without asking the interpreter.
+
+A child knows no secrets: its environment holds only what Python and its libraries need to start, and it can gain no
+privileges. Its memory is limited while it decodes. Its time is limited by the clock and not by RLIMIT_CPU, which would
+also count the threads of a decoder that uses several cores. There is no seccomp filter: Python's binding needs a system
+library that wheels do not bring, and no released package offers Landlock.
 """
 
 from __future__ import annotations
@@ -14,14 +19,13 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import mmap
 import os
 import queue
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,13 +33,12 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featx._files import uninterrupted
-from featx.decoder_child import DECODE, HERE, PART, PLACE, READ, READY, TIMES
+from featx.decoder_child import DECODE, HERE, PART, PLACE, READ, READY, TIMES, WEIGH, WEIGHT
 from featx.errors import FeatxError, ImageError
 from featx.fetchers import Fetchers, Fetching
 from featx.images import MAX_PIXELS, Preprocess
@@ -49,6 +52,19 @@ FETCH_AHEAD = 32
 
 _START_TIMEOUT = 60.0
 _MAX_ANSWER = 65_536
+
+_GRACE = 1.0
+"""Seconds for which a decoder goes on for a caller that has left: most images cost less than another process."""
+
+_STEP = 0.1
+"""Seconds between two looks at whether the caller is still there."""
+
+_ENVIRONMENT = (
+    *("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TMPDIR", "PYTHONHOME", "PYTHONPATH", "PYTHONUTF8"),
+    *("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "DYLD_FALLBACK_LIBRARY_PATH"),
+)
+"""All that a child learns of the parent's environment."""
+
 TIMEOUT = 30.0
 """Seconds that one image may take; the slowest honest one (89 megapixels of PNG) takes about five."""
 
@@ -67,6 +83,18 @@ class Decoded:
     seconds: Seconds = (0.0, 0.0, 0.0, 0.0)
 
 
+class NoDecoder(FeatxError):
+    """No decoding process can be had now, which says nothing about the image."""
+
+
+class TooHeavy(Exception):
+    """The image costs more than the caller wants to spend here; ``weight`` as of :func:`featx.images.weigh`."""
+
+    def __init__(self, weight: int) -> None:
+        super().__init__(f"an image as heavy as {weight:,} pixels")
+        self.weight = weight
+
+
 class DecoderPool:
     """``workers`` child processes that turn files, or what else an image's bytes are in, into pixels, in order.
 
@@ -78,6 +106,7 @@ class DecoderPool:
     mode : of :data:`featx.images.DECODE_MODES`.
     max_pixels : a larger image is refused by its header.
     views : names of :data:`featx.views.VIEWS`; of several, an image's pixels are a stack (v, h, w, 3).
+    nice : how far the processes stand back for others, 0 to 19.
     """
 
     def __init__(
@@ -89,6 +118,7 @@ class DecoderPool:
         mode: str = "full",
         max_pixels: int = MAX_PIXELS,
         views: Sequence[str] = CENTER,
+        nice: int = 0,
     ) -> None:
         self.preprocess, self.workers, self.timeout = preprocess, workers, timeout
         looks = Looks(preprocess, views)
@@ -96,7 +126,7 @@ class DecoderPool:
         self._children: list[_Child] = []
         try:
             for _ in range(workers):
-                self._children.append(_Child(looks, timeout, mode, max_pixels))
+                self._children.append(_Child(looks, timeout, mode, max_pixels, nice))
         except BaseException:
             for child in self._children:
                 child.stop()
@@ -160,15 +190,51 @@ class DecoderPool:
     def _decode(self, request: bytes, known: Callable[[bytes], bool]) -> Decoded:
         child = self._idle.get()
         try:
-            reason, digest = "decoder_crash", None
-            for _ in range(ATTEMPTS):
+            for attempt in range(ATTEMPTS):
                 try:
                     return child.decode(request, known)
                 except _Lost as lost:
-                    reason, digest = lost.reason, lost.digest
-                    child.restart()
-            how = "took its process down" if reason == "decoder_crash" else f"did not end within {self.timeout:g} s"
-            return Decoded(digest, refusal=ImageError(reason, f"the decoder {how}, {ATTEMPTS} times"))
+                    child.end()
+                    if attempt == ATTEMPTS - 1:
+                        return Decoded(lost.digest, refusal=self._refusal(lost, f", {ATTEMPTS} times"))
+            raise AssertionError("unreachable")
+        finally:
+            self._idle.put(child)
+
+    def _refusal(self, lost: _Lost, often: str = "") -> ImageError:
+        crashed = lost.reason == "decoder_crash"
+        how = "took its process down" if crashed else f"did not end within {self.timeout:g} s"
+        return ImageError(lost.reason, f"the decoder {how}{often}")
+
+    def prepare(self) -> None:
+        """Wait until a process is ready, and start it anew if it has ended; NoDecoder where that fails."""
+        child = self._idle.get()
+        try:
+            child.wait_until_ready()
+        finally:
+            self._idle.put(child)
+
+    def decode(self, data: bytes, *, wanted: Callable[[], bool], heaviest: float = math.inf) -> Decoded | None:
+        """What becomes of an image file's bytes, without a second try; None when they were not wanted any more.
+
+        Parameters
+        ----------
+        wanted : asked now and then; when it says no, the work is ended.
+        heaviest : a heavier image raises TooHeavy before it is decoded.
+
+        Raises
+        ------
+        NoDecoder
+            There is no process, and none can be started.
+        TooHeavy
+            See ``heaviest``.
+        """
+        child = self._idle.get()
+        try:
+            return child.decode(HERE + data, lambda digest: False, wanted, heaviest)
+        except _Lost as lost:
+            child.end()
+            return None if lost.reason == _UNWANTED else Decoded(lost.digest, refusal=self._refusal(lost))
         finally:
             self._idle.put(child)
 
@@ -193,73 +259,77 @@ class _Lost(Exception):
         self.reason, self.digest = reason, digest
 
 
-class _Child:
-    """One process, the socket to it, and the memory that it puts pixels into."""
+_UNWANTED = "unwanted"
 
-    def __init__(self, looks: Looks, timeout: float, mode: str, max_pixels: int) -> None:
-        self.looks, self.timeout, self.mode, self.max_pixels = looks, timeout, mode, max_pixels
-        self.shape = looks.shape
-        self._file = _shared_file(math.prod(self.shape))
-        self._memory = mmap.mmap(self._file.fileno(), math.prod(self.shape))
+
+class _Child:
+    """One process, and the socket to it."""
+
+    def __init__(self, looks: Looks, timeout: float, mode: str, max_pixels: int, nice: int) -> None:
+        self.timeout, self.shape = timeout, looks.shape
+        self._settings = {
+            "preprocess": looks.preprocess.to_json(),
+            "views": looks.views,
+            "timeout": timeout,
+            "mode": mode,
+            "max_pixels": max_pixels,
+            "nice": nice,
+        }
         self._changing = threading.Lock()
         self._stopped = False
-        try:
-            self._start()
-        except BaseException:
-            self._memory.close()
-            self._file.close()
-            raise
+        self._start()
 
     def _start(self) -> None:
         self._ready = False
-        self._words = tempfile.TemporaryFile()  # noqa: SIM115 - what it says before it is ready, for the error message
-        ours, theirs = socket.socketpair()
-        with theirs:
-            handles = (theirs.fileno(), self._file.fileno())
-            try:
-                self._process = subprocess.Popen(
-                    # -P: a numpy.py in the working folder must not become part of the decoder.
-                    [sys.executable, "-P", "-c", _MAIN, *map(str, handles), json.dumps([*map(str, sys.path)])],
-                    pass_fds=handles,
-                    stdin=subprocess.DEVNULL,
-                    stderr=self._words,
-                    # A group of its own: Ctrl-C is for the parent, which then ends the child.
-                    process_group=0,
-                )
-            except OSError as error:
-                ours.close()
-                self._words.close()
-                raise FeatxError(
-                    f"a decoding process cannot be started ({error.strerror})",
-                    where=sys.executable,
-                    hint="Try fewer of them: --workers 1.",
-                ) from error
+        try:
+            ours, theirs = socket.socketpair()
+            with theirs:
+                handle = theirs.fileno()
+                try:
+                    self._process = subprocess.Popen(
+                        # -P: a numpy.py in the working folder must not become part of the decoder.
+                        [sys.executable, "-P", "-c", _MAIN, str(handle), json.dumps([*map(str, sys.path)])],
+                        pass_fds=(handle,),
+                        stdin=subprocess.DEVNULL,
+                        stderr=subprocess.PIPE,  # what it says before it is ready, for the error message
+                        env=_environment(),
+                        # A group of its own: Ctrl-C is for the parent, which then ends the child.
+                        process_group=0,
+                    )
+                except OSError:
+                    ours.close()
+                    raise
+        except OSError as error:
+            raise NoDecoder(
+                f"a decoding process cannot be started ({error.strerror})",
+                where=sys.executable,
+                hint="Try fewer of them: --workers 1.",
+            ) from error
         self._socket = Connection(ours.detach())
-        said = {
-            "preprocess": self.looks.preprocess.to_json(),
-            "views": self.looks.views,
-            "timeout": self.timeout,
-            "mode": self.mode,
-            "max_pixels": self.max_pixels,
-        }
-        with contextlib.suppress(OSError):  # it has ended already: _wait_until_ready says why
-            self._socket.send_bytes(json.dumps(said).encode())
+        with contextlib.suppress(OSError):  # it has ended already: wait_until_ready says why
+            self._socket.send_bytes(json.dumps(self._settings).encode())
 
-    def _wait_until_ready(self) -> None:
-        """The first answer of a child. One that cannot even start is no fault of the image."""
-        for attempt in range(ATTEMPTS):
+    def wait_until_ready(self) -> None:
+        """The first answer of a child; one that has ended meanwhile is started anew.
+
+        One that cannot even start is no fault of the image: NoDecoder.
+        """
+        for _ in range(ATTEMPTS):  # something may have killed the first one, such as a lack of memory
+            if not self._stopped and self._process.poll() is not None:
+                self._restart()
             if self._ready or self._stopped:
                 return
-            if attempt:
-                self.restart()  # something may have killed the first one, such as a lack of memory
             try:
                 self._ready = self._socket.poll(_START_TIMEOUT) and self._socket.recv_bytes(_MAX_ANSWER) == READY
             except (EOFError, OSError):
                 self._ready = False
-        if not self._ready and not self._stopped:
-            self._words.seek(0)
-            words = self._words.read()[-2000:].decode(errors="replace").strip().splitlines()
-            raise FeatxError(
+            if self._ready:
+                return
+            self.end()
+        if not self._stopped:
+            assert self._process.stderr is not None
+            words = self._process.stderr.read()[-2000:].decode(errors="replace").strip().splitlines()
+            raise NoDecoder(
                 "a decoding process does not start",
                 where=sys.executable,
                 found=words[-1] if words else "no answer",
@@ -273,77 +343,85 @@ class _Child:
             self._end()
 
     def close(self) -> None:
-        """Give back what a stopped child held; nobody may use it any more."""
+        """Give back what an ended child held; nobody may use it any more."""
+        assert self._process.stderr is not None
+        self._process.stderr.close()
         self._socket.close()
-        self._words.close()
-        self._memory.close()
-        self._file.close()
 
-    def restart(self) -> None:
-        """Another process in place of this one."""
+    def end(self) -> None:
+        """End the process; another takes its place when it is needed."""
         with self._changing:
             self._end()
+
+    def _restart(self) -> None:
+        with self._changing:
             if not self._stopped:
-                self._socket.close()
-                self._words.close()
+                self.close()
                 self._start()
 
     def _end(self) -> None:
         self._process.kill()
         self._process.wait()
 
-    def decode(self, request: bytes, known: Callable[[bytes], bool]) -> Decoded:
+    def decode(
+        self,
+        request: bytes,
+        known: Callable[[bytes], bool],
+        wanted: Callable[[], bool] | None = None,
+        heaviest: float = math.inf,
+    ) -> Decoded:
         """What becomes of one image; _Lost when the process does not survive it."""
-        self._wait_until_ready()
+        self.wait_until_ready()
         digest: bytes | None = None
         try:
             self._socket.send_bytes(request)
-            answer = self._answer(digest)
-            reading, decoding = (0.0, 0.0), (0.0, 0.0)
+            answer = self._answer(digest, wanted)
+            reading = (0.0, 0.0)
             if answer[:1] == b"D":
                 digest, reading = answer[1:33], TIMES.unpack(answer[33:])
                 if known(digest):
-                    return Decoded(digest, seconds=(*reading, *decoding))
-                self._socket.send_bytes(DECODE)
-                answer = self._answer(digest)
+                    return Decoded(digest, seconds=(*reading, 0.0, 0.0))
+                if heaviest < math.inf:
+                    self._socket.send_bytes(WEIGH)
+                    answer = self._answer(digest, wanted)
+                    if answer[:1] == b"W":
+                        (weight,) = WEIGHT.unpack(answer[1:])
+                        if weight > heaviest:
+                            raise TooHeavy(weight)
+                if answer[:1] != b"E":
+                    self._socket.send_bytes(DECODE)
+                    answer = self._answer(digest, wanted)
             if answer[:1] == b"E":
                 reason, message = json.loads(answer[1:])
                 return Decoded(digest, refusal=ImageError(reason, message))
-            decoding = TIMES.unpack(answer[1:])
+            start = 1 + TIMES.size
+            decoding = TIMES.unpack(answer[1:start])
+            pixels = np.frombuffer(answer, dtype=np.uint8, offset=start).reshape(self.shape).copy()
         except (EOFError, OSError) as error:
             raise _Lost("decoder_crash", digest) from error
-        pixels = np.frombuffer(self._memory, dtype=np.uint8).reshape(self.shape).copy()
         return Decoded(digest, pixels, seconds=(*reading, *decoding))
 
-    def _answer(self, digest: bytes | None) -> bytes:
-        if not self._socket.poll(self.timeout):
-            raise _Lost("decoder_timeout", digest)
-        return self._socket.recv_bytes(_MAX_ANSWER)
+    def _answer(self, digest: bytes | None, wanted: Callable[[], bool] | None) -> bytes:
+        started = time.monotonic()
+        wait = self.timeout if wanted is None else min(_GRACE, self.timeout)
+        while not self._socket.poll(wait):
+            left = started + self.timeout - time.monotonic()
+            if left <= 0:
+                raise _Lost("decoder_timeout", digest)
+            if wanted is not None and not wanted():
+                raise _Lost(_UNWANTED, digest)
+            wait = min(_STEP, left)
+        return self._socket.recv_bytes(_MAX_ANSWER + math.prod(self.shape))
 
 
-def _shared_file(size: int) -> BinaryIO:
-    """An unlinked file: shared by descriptor, and gone with its users however they end."""
-    for folder in ("/dev/shm", None):
-        try:
-            file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - lives as long as the child
-        except OSError:
-            continue
-        try:
-            # Reserved now: a page that cannot be had later on would kill the decoder, as if by the image.
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size)
-            else:
-                file.truncate(size)
-        except OSError:
-            file.close()
-            continue
-        return file
-    raise FeatxError("no room for temporary files", where=tempfile.gettempdir(), hint="Free some space, or set TMPDIR.")
+def _environment() -> dict[str, str]:
+    kept = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    return {**kept, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 _MAIN = """\
 import json, sys
-sys.path[:] = json.loads(sys.argv[3])
+sys.path[:] = json.loads(sys.argv[2])
 from featx.decoder_child import serve
-serve(int(sys.argv[1]), int(sys.argv[2]))
+serve(int(sys.argv[1]))
 """

@@ -4,7 +4,7 @@ Extraction and the service decode through the same functions, so a photo gives t
 both. What is decided here, once:
 
 - only the formats of ``FORMATS`` are tried (Pillow has some forty readers, most of them unaudited);
-- the size is checked from the header, before anything is decoded;
+- the size and a JPEG's scans are checked before anything is decoded;
 - EXIF orientation is applied; of an animation the first frame is taken;
 - 16-bit images are scaled to 8 bits (a plain ``convert("RGB")`` would clip them to white);
 - transparency is composited on white (hidden pixels under it often hold arbitrary colours);
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -64,6 +65,14 @@ DECODE_MODES = ("full", "scaled")
 MAX_PIXELS = 89_478_485
 """Above this (a quarter of 2**30 bytes at 3 bytes a pixel, Pillow's own bound) a file is refused by its header."""
 
+BYTES_PER_PIXEL = 24
+"""Memory that decoding may take; the greediest (lossless WebP, TIFF with 32-bit integers) were seen to take 18."""
+
+MAX_SCANS = 100
+"""Every scan of a JPEG is work on all pixels. Cameras write 1, common programs 10, the most thorough ones some 20."""
+
+_USUAL_SCANS = 10
+
 MIN_SIDE = 2
 """A tracking pixel decodes well, and says nothing: images with a side below this are refused."""
 
@@ -79,15 +88,18 @@ REASONS: Mapping[str, str] = MappingProxyType(
         "truncated": "the file ends before the image does",
         "corrupt": "the decoder gives up on the bytes",
         "too_large": "the header declares more pixels than MAX_PIXELS",
+        "too_costly": "decoding would take far longer than a photo does",
         "too_small": "a side is shorter than MIN_SIDE pixels",
         "unsupported_mode": "pixels of a kind that has no defined 8-bit meaning",
-        "decoder_crash": "the decoder took its process down, twice",
-        "decoder_timeout": "the decoder did not end in time, twice",
+        "decoder_crash": "the decoder took its process down",
+        "decoder_timeout": "the decoder did not end in time",
     }
 )
 
 # Pillow warns above MAX_PIXELS and goes on; here that warning is an answer, in every thread.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+
+_ROWS = 256
 
 _RADIUS = 3
 """Of the widest filter (Lanczos), in pixels of the smaller of the two pictures."""
@@ -172,17 +184,10 @@ def decode(data: bytes, *, enough_for: Resized | None = None, max_pixels: int = 
     ImageError
         With the reason code of what is wrong with the file.
     """
-    if not data:
-        raise ImageError("empty", "the file is empty")
-    image = _open(data)
-    width, height = image.size
-    if width * height > max_pixels:
-        raise _too_large(f"{width}x{height}", max_pixels)
-    if min(width, height) < MIN_SIDE:
-        raise ImageError("too_small", f"{width}x{height} pixels; at least {MIN_SIDE} a side are needed")
+    image, _ = _admit(data, max_pixels)
     try:
         if enough_for is not None:
-            image.draft("RGB", enough_for.resized(width, height))
+            image.draft("RGB", enough_for.resized(*image.size))
         image.load()
         # Most files are upright already, and exif_transpose copies.
         if image.getexif().get(0x0112, 1) != 1:
@@ -194,6 +199,53 @@ def decode(data: bytes, *, enough_for: Resized | None = None, max_pixels: int = 
         raise
     except Exception as error:
         raise _refusal(error) from error
+
+
+def weigh(data: bytes, *, max_pixels: int = MAX_PIXELS) -> int:
+    """How much work decoding is, before it is done: the pixels that the header declares, more for needless scans.
+
+    Raises
+    ------
+    ImageError
+        It would be refused, as by :func:`decode`.
+    """
+    image, scans = _admit(data, max_pixels)
+    return image.width * image.height * max(_USUAL_SCANS, scans) // _USUAL_SCANS
+
+
+def _admit(data: bytes, max_pixels: int) -> tuple[Image.Image, int]:
+    """The image, of which only the header was read, and the number of its scans; ImageError where it is refused."""
+    if not data:
+        raise ImageError("empty", "the file is empty")
+    image = _open(data)
+    width, height = image.size
+    if width * height > max_pixels:
+        raise _too_large(f"{width}x{height}", max_pixels)
+    if min(width, height) < MIN_SIDE:
+        raise ImageError("too_small", f"{width}x{height} pixels; at least {MIN_SIDE} a side are needed")
+    scans = _scans(data) if image.format in ("JPEG", "MPO") else 1
+    if scans > MAX_SCANS:
+        raise ImageError("too_costly", f"more than {MAX_SCANS} scans; save it again with any program")
+    return image, scans
+
+
+_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
+
+
+def _scans(data: bytes) -> int:
+    """Scans of a JPEG up to one more than MAX_SCANS, by its markers."""
+    if data.count(b"\xff\xda") <= _USUAL_SCANS:  # fast, and never less than there are
+        return 1
+    place, scans = 2, 0
+    while scans <= MAX_SCANS and (found := _MARKER.search(data, place)):
+        place = found.end()
+        kind = data[place - 1]
+        if kind == 0xD9:  # the end: an embedded preview or video may follow
+            break
+        if kind not in (0x01, 0xD8):
+            scans += kind == 0xDA
+            place += int.from_bytes(data[place : place + 2], "big")
+    return scans
 
 
 def is_image(value: object) -> bool:
@@ -331,10 +383,19 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ImageError("unsupported_mode", "floating-point pixels have no defined range; save as 8 or 16 bits")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        canvas = Image.new("RGBA", rgba.size, (*BACKGROUND, 255))
-        return Image.alpha_composite(canvas, rgba).convert("RGB")
+        return _on_background(image)
     return image.convert("RGB")
+
+
+def _on_background(image: Image.Image) -> Image.Image:
+    """Transparency composited, by rows: the whole in one piece would take three more copies of it."""
+    width, height = image.size
+    rgb = Image.new("RGB", image.size)
+    for top in range(0, height, _ROWS):
+        rows = image.crop((0, top, width, min(top + _ROWS, height))).convert("RGBA")
+        canvas = Image.new("RGBA", rows.size, (*BACKGROUND, 255))
+        rgb.paste(Image.alpha_composite(canvas, rows).convert("RGB"), (0, top))
+    return rgb
 
 
 def _from_16_bits(wide: NDArray[np.uint16]) -> Image.Image:

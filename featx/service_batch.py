@@ -3,7 +3,10 @@
 Many requests bring an image each, and the engine wants sixteen at a time. Images wait in one queue of fixed length;
 decoding processes (the same that extraction uses) take them from there; each of the engine's threads gathers what is
 decoded into a batch. A batch starts when it is full, or when nothing more is about to join it. Whoever stops waiting
-for an answer says so, and the work is skipped wherever it has got to.
+for an answer says so, and the work is skipped, or ended, wherever it has got to.
+
+Some files are small and cost much: 34 bytes of WebP may declare fifty megapixels. What is that heavy waits for a
+process of its own, which stands back for all others, so that it slows nobody but its like.
 
 Threads only; nothing here knows of HTTP.
 """
@@ -12,17 +15,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from featx.decoders import DecoderPool, NoDecoder, TooHeavy
 from featx.embed import Embedder
 from featx.engines import available_cpus
 from featx.errors import ImageError
@@ -36,11 +38,29 @@ BATCH_SIZES = {"cpu": 8, "cuda": 32}
 DECODE_TIMEOUT = 8.0
 """Seconds for one image; the slowest honest one of 50 megapixels takes about three."""
 
-STUCK = 30.0
-"""Seconds after which a batch counts as hanging: nothing is accepted any more."""
+STUCK = 1.5
+"""Seconds after which a batch counts as hanging, unless batches are slow here: nothing is accepted any more."""
+
+_SLOW = 5.0
+"""So many times longer than usual a batch may take before it counts as hanging."""
 
 LOST = 120.0
 """Seconds after which it will not come back either."""
+
+HEAVY_PIXELS = 24_000_000
+"""What weighs more (as of :func:`featx.images.weigh`) is decoded apart."""
+
+_LIGHT_PIXELS, _PIXELS_A_BYTE = 4_000_000, 64
+"""So is what weighs more than this and has so little in it; photos have fewer than 20 pixels a byte."""
+
+HEAVY_QUEUE = 4
+"""Heavy images that may wait; more are refused as when the queue is full."""
+
+_BACK = 19
+"""How far the process for heavy images stands back."""
+
+_RETRY = 1.0
+"""Seconds between two attempts to start a decoding process, while nobody asks for one."""
 
 _JOIN = 2.0
 """Seconds for all threads to end; after that the process ends without waiting for them."""
@@ -60,8 +80,12 @@ class WorkerDied(Exception):
     """The engine does not work any more, so nothing can be computed."""
 
 
+class OutOfResources(Exception):
+    """The system does not give what an image needs just now; the next one may have more luck."""
+
+
 class Job:
-    """One image on its way; ``future`` gets its embeddings, an ImageError, or WorkerDied."""
+    """One image on its way; ``future`` gets its embeddings, or an exception that says why there are none."""
 
     def __init__(self, data: bytes, deadline: float) -> None:
         self.data = data
@@ -70,10 +94,6 @@ class Job:
         self.dropped = False
         self.pixels: NDArray[np.uint8] | None = None
         self.ready_at = 0.0
-
-    def drop(self) -> None:
-        """Nobody waits for it any more."""
-        self.dropped = True
 
     @property
     def wanted(self) -> bool:
@@ -97,7 +117,7 @@ class Batcher:
     known_good : pixels of an image that the engine must be able to embed: it tells a poisoned image from a dead engine.
     queue_size : images that may wait at a time.
     max_pixels : a larger image is refused by its header.
-    workers : decoding processes; by default one a core.
+    workers : decoding processes beside the one for heavy images; by default one a core.
     lanes : batches in the engine at once.
     on_batch : called with the number of images of every batch that is computed.
     """
@@ -121,24 +141,39 @@ class Batcher:
         self._lanes = lanes or (1 if (embedder.engine.name, embedder.engine.device) == ("torch", "cpu") else 2)
         self._changed = threading.Condition()
         self._queue: deque[Job] = deque()
+        self._heavy: deque[Job] = deque()
         self._ready: deque[Job] = deque()
         self._decoding = 0
+        self._shortage: dict[int, str] = {}
         self._running: dict[int, float] = {}
         self._batch_seconds = 0.1
         self._dead = ""
         self._stopping = False
         self._threads: list[threading.Thread] = []
         self._active: set[Job] = set()
+        self._pools: list[DecoderPool] = []
+        self._stack = contextlib.ExitStack()
 
     # --- from outside ---------------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Start the processes and threads, and embed one batch, so that the first request finds all warm."""
-        self._folder = tempfile.TemporaryDirectory(prefix="featx-serve-", dir=_memory_folder())
-        self._pool = self.embedder.decoders(workers=self._workers, timeout=DECODE_TIMEOUT, max_pixels=self.max_pixels)
-        self._pool.__enter__()
+        with contextlib.ExitStack() as started:
+            # A pool for each thread, so that a process that cannot be started concerns one thread.
+            for number in range(self._workers + 1):
+                pool = self.embedder.decoders(
+                    workers=1,
+                    timeout=DECODE_TIMEOUT,
+                    max_pixels=self.max_pixels,
+                    nice=_BACK if number == self._workers else 0,
+                )
+                self._pools.append(started.enter_context(pool))
+            self._stack = started.pop_all()
         self.embedder.embed_pixels([self.known_good])
-        tasks = [(self._decode, number) for number in range(self._workers)]
+        before = time.monotonic()
+        self.embedder.embed_pixels([self.known_good])
+        self._batch_seconds = time.monotonic() - before
+        tasks = [(self._decode, number) for number in range(self._workers + 1)]
         tasks += [(self._compute, number) for number in range(self._lanes)]
         for task, number in tasks:
             thread = threading.Thread(target=self._guarded, args=(task, number), daemon=True, name=task.__name__)
@@ -150,28 +185,37 @@ class Batcher:
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
-        self._pool.__exit__(None, None, None)
+        self._stack.close()
         until = time.monotonic() + _JOIN
         for thread in self._threads:
             thread.join(timeout=max(0.0, until - time.monotonic()))
         self._fail_all("the service stops")
-        self._folder.cleanup()
 
     def problem(self) -> str:
-        """Why nothing can be computed, or "" when all is well."""
+        """Why nothing can be computed just now, or "" when all is well."""
+        return self.refusing() or self._short()
+
+    def refusing(self) -> str:
+        """Why no image is accepted, or "". A lack of resources is no reason: the next image is the next attempt."""
         if self._dead:
             return self._dead
         if self._stopping:
             return "the service stops"
         if any(not thread.is_alive() for thread in self._threads):
             return "a worker has ended"
-        if self._longest() > STUCK:
-            return f"a batch has been running for more than {STUCK:g} s"
+        most = max(STUCK, _SLOW * self._batch_seconds)
+        if self._longest() > most:
+            return f"a batch has been running for more than {most:.3g} s"
         return ""
+
+    def _short(self) -> str:
+        """What all decoding processes lack (that for heavy images does not count), or ""."""
+        lacking = [self._shortage.get(number, "") for number in range(self._workers)]
+        return lacking[0] if all(lacking) else ""
 
     def lost(self) -> str:
         """Why nothing will ever be computed again, or ""; whoever runs the process should end it."""
-        return self.problem() if self._dead or self._longest() > LOST else ""
+        return self.refusing() if self._dead or self._longest() > LOST else ""
 
     def _longest(self) -> float:
         """Seconds for which the oldest batch has been running."""
@@ -180,7 +224,7 @@ class Batcher:
     @property
     def waiting(self) -> int:
         """Images that are accepted and not yet in a batch."""
-        return len(self._queue) + self._decoding + len(self._ready)
+        return len(self._queue) + len(self._heavy) + self._decoding + len(self._ready)
 
     def retry_after(self) -> int:
         """Seconds until there should be room again."""
@@ -204,15 +248,27 @@ class Batcher:
         """
         jobs = [Job(data, deadline) for data in images]
         with self._changed:
-            problem = self.problem()
-            if problem:
-                raise WorkerDied(problem)
+            refusing = self.refusing()
+            if refusing:
+                raise WorkerDied(refusing)
             if self.waiting + len(jobs) > self.queue_size:
                 raise QueueFull(self.retry_after())
             self._queue.extend(jobs)
             self._active.update(jobs)
             self._changed.notify_all()
         return jobs
+
+    def drop(self, jobs: Sequence[Job]) -> None:
+        """Nobody waits for these any more: their places are free, and what has begun is ended."""
+        with self._changed:
+            for job in jobs:
+                job.dropped = True
+            for queue in (self._queue, self._heavy, self._ready):
+                unwanted = [job for job in queue if job.dropped]
+                for job in unwanted:
+                    queue.remove(job)
+                    self._skip(job)
+            self._changed.notify_all()
 
     # --- threads --------------------------------------------------------------------------------------------------
 
@@ -233,8 +289,8 @@ class Batcher:
         with self._changed:
             jobs = list(self._active)
             self._active.clear()
-            self._queue.clear()
-            self._ready.clear()
+            for queue in (self._queue, self._heavy, self._ready):
+                queue.clear()
         for job in jobs:
             job.answer(WorkerDied(why))
 
@@ -245,31 +301,76 @@ class Batcher:
         job.answer(found)
 
     def _decode(self, number: int) -> None:
-        path = Path(self._folder.name) / str(number)
-        while True:
+        heavy = number == self._workers
+        pool, queue = self._pools[number], self._heavy if heavy else self._queue
+        while not self._stopping:
+            self._prepare(number, queue)
             with self._changed:
-                while not self._queue and not self._stopping:
-                    self._changed.wait()
-                if self._stopping:
-                    return
-                job = self._queue.popleft()
+                lacking = self._shortage[number]
+                if (lacking or not queue) and not self._stopping:
+                    self._changed.wait(_RETRY if lacking else None)
+                if lacking or not queue or self._stopping:
+                    continue
+                job = queue.popleft()
                 self._decoding += 1
-            refusal: Exception | None = None
             try:
-                if job.wanted:
-                    path.write_bytes(job.data)
-                    (decoded,) = self._pool.run([path], _never, ahead=1)
-                    job.pixels, refusal = decoded.pixels, decoded.refusal
+                found = self._decode_one(pool, job, heavy)
             finally:
                 with self._changed:
                     self._decoding -= 1
+            if found is None:
+                with self._changed:
                     job.data = b""
-                    if job.pixels is not None and refusal is None:
-                        job.ready_at = time.monotonic()
-                        self._ready.append(job)
+                    job.ready_at = time.monotonic()
+                    self._ready.append(job)
                     self._changed.notify_all()
-            if refusal is not None or job.pixels is None:
-                self._finish(job, refusal or TimeoutError())
+            elif not isinstance(found, TooHeavy):
+                self._finish(job, found)
+
+    def _prepare(self, number: int, queue: deque[Job]) -> None:
+        """Have a process ready; where that fails and no other thread has one, whoever waits is told."""
+        try:
+            self._pools[number].prepare()
+            lacking = ""
+        except (NoDecoder, OSError, MemoryError) as error:
+            lacking = error.what if isinstance(error, NoDecoder) else f"{type(error).__name__}: {error}"
+            if not self._shortage.get(number):
+                log.warning("short of resources: %s", lacking)
+        with self._changed:
+            self._shortage[number] = lacking
+            hopeless = bool(lacking) and (queue is self._heavy or bool(self._short()))
+            jobs = list(queue) if hopeless else []
+            if hopeless:
+                queue.clear()
+        for job in jobs:
+            self._finish(job, OutOfResources(lacking))
+
+    def _decode_one(self, pool: DecoderPool, job: Job, heavy: bool) -> Exception | None:
+        """Why there are no pixels, if there are none."""
+        if not job.wanted:
+            return TimeoutError()
+        heaviest = min(HEAVY_PIXELS, max(_LIGHT_PIXELS, _PIXELS_A_BYTE * len(job.data)))
+        try:
+            decoded = pool.decode(job.data, wanted=lambda: job.wanted, heaviest=np.inf if heavy else heaviest)
+        except TooHeavy as error:
+            with self._changed:
+                if len(self._heavy) >= HEAVY_QUEUE:
+                    return QueueFull(self.retry_after())
+                self._heavy.append(job)
+                self._changed.notify_all()
+            return error
+        except NoDecoder as error:
+            return OutOfResources(error.what)
+        except (OSError, MemoryError) as error:
+            return OutOfResources(f"{type(error).__name__}: {error}")
+        except Exception as error:  # noqa: BLE001 - a bug: the request that met it answers for it, and no other
+            return error
+        if self._stopping:
+            return WorkerDied("the service stops")
+        if decoded is None:
+            return TimeoutError()
+        job.pixels = decoded.pixels
+        return decoded.refusal
 
     def _gather(self) -> list[Job]:
         """The next batch: full, or all there is when nothing is about to join it."""
@@ -279,9 +380,7 @@ class Batcher:
                 if self._stopping:
                     return []
                 while self._ready and not self._ready[0].wanted:
-                    job = self._ready.popleft()
-                    self._active.discard(job)
-                    job.answer(TimeoutError())
+                    self._skip(self._ready.popleft())
                 wait = self._patience() if self._ready else None
                 if len(self._ready) >= size or (wait is not None and wait <= 0):
                     some = [self._ready.popleft() for _ in range(min(size, len(self._ready)))]
@@ -336,12 +435,3 @@ class Batcher:
 
 def _not_finite() -> ImageError:
     return ImageError("engine", "the network gives no finite numbers for this image")
-
-
-def _never(digest: bytes) -> bool:
-    return False
-
-
-def _memory_folder() -> str | None:
-    """Where a file is memory, if there is such a place."""
-    return "/dev/shm" if Path("/dev/shm").is_dir() else None

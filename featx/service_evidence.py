@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx.bundle import Bundle
-from featx.decoders import DecoderPool
+from featx.decoders import DecoderPool, NoDecoder
 from featx.errors import MismatchError, UsageError
 from featx.images import Preprocess, encode
 from featx.manifest import check_same, read_manifest
 from featx.retrieval import GalleryIndex
+from featx.service_guard import Refusal
 from featx.store import is_packed, read_features
 
 SIDE = 160
@@ -111,6 +112,13 @@ class Evidence:
             return made
 
     def _make(self, path: Path, digest: bytes) -> bytes | None:
+        try:
+            return self._decode(path, digest)
+        except NoDecoder as error:
+            message = f"The system lacks what an image needs just now: {error.what}. Try again later."
+            raise Refusal(503, "resources", message, {"Retry-After": "1"}) from error
+
+    def _decode(self, path: Path, digest: bytes) -> bytes | None:
         if self._pool is None:
             half = (0.5, 0.5, 0.5)
             small = Preprocess(resize=SIDE, crop=(SIDE, SIDE), interpolation="bicubic", mean=half, std=half)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -13,8 +14,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 from numpy.typing import NDArray
 from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
 from featx.batches import of_layer
@@ -23,7 +23,7 @@ from featx.embed import Embedder
 from featx.errors import ImageError
 from featx.images import REASONS
 from featx.predictor import layer_number
-from featx.service_batch import Batcher, Embedded, QueueFull, WorkerDied
+from featx.service_batch import Batcher, Embedded, OutOfResources, QueueFull, WorkerDied
 from featx.service_evidence import Evidence
 from featx.service_guard import Limits, Refusal
 from featx.service_watch import Metrics, request_id
@@ -58,8 +58,12 @@ class Service:
         self.layer = layer_number(self.bundle)
 
     def problem(self) -> str:
-        """Why requests cannot be answered, or ""."""
-        return self.batcher.problem() or ("the service stops" if self.stopping else "")
+        """Why requests cannot be answered just now, or ""."""
+        return self.batcher.problem() or self.refusing()
+
+    def refusing(self) -> str:
+        """Why no request is accepted, or ""."""
+        return self.batcher.refusing() or ("the service stops" if self.stopping else "")
 
     def info(self) -> dict[str, Any]:
         """What is served."""
@@ -146,7 +150,7 @@ def _sentence(error: ImageError) -> str:
 
 
 def _check_able(service: Service) -> None:
-    problem = service.problem()
+    problem = service.refusing()
     if problem:
         closing = {"Connection": "close"} if service.stopping else {}
         raise Refusal(503, "not_ready", f"Not able to compute: {problem}.", {"Retry-After": "5", **closing})
@@ -168,11 +172,17 @@ async def _read_images(request: Request, limits: Limits) -> list[tuple[str, byte
 
 async def _read_form(request: Request, limits: Limits) -> list[tuple[str, bytes]]:
     try:
-        async with request.form(max_files=limits.queue, max_fields=limits.queue) as form:
+        async with contextlib.aclosing(request.stream()) as stream:
+            parser = MultiPartParser(request.headers, stream, max_files=limits.queue, max_fields=limits.queue)
+            parser.spool_max_size = limits.body  # in memory, all of it: a full disk is no matter, and nothing is left
+            form = await parser.parse()
+        try:
             uploads = [(name, each) for name, each in form.multi_items() if isinstance(each, UploadFile)]
             images = [(each.filename or name, await each.read()) for name, each in uploads]
-    except (MultiPartException, HTTPException) as error:
-        said = str(getattr(error, "detail", "") or getattr(error, "message", ""))
+        finally:
+            await form.close()
+    except MultiPartException as error:
+        said = error.message
         if said.startswith("Too many"):
             raise Refusal(413, "images", f"{said}") from error
         raise Refusal(400, "form", f"The form cannot be read: {said}") from error
@@ -206,6 +216,11 @@ async def _embed(
         for result in everything.result():
             if isinstance(result, WorkerDied):
                 raise Refusal(503, "not_ready", f"Not able to compute: {result}.")
+            if isinstance(result, OutOfResources):
+                message = f"The system lacks what an image needs just now: {result}. Try again later."
+                raise Refusal(503, "resources", message, {"Retry-After": "1"})
+            if isinstance(result, QueueFull):
+                raise _busy(result.retry_after)
             if isinstance(result, TimeoutError):
                 raise _late(service)
             if isinstance(result, BaseException) and not isinstance(result, ImageError):
@@ -215,8 +230,7 @@ async def _embed(
     finally:
         gone.cancel()
         everything.cancel()
-        for job in jobs:
-            job.drop()
+        service.batcher.drop(jobs)
 
 
 def _late(service: Service) -> Refusal:

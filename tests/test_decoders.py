@@ -33,14 +33,14 @@ from featx.store_tools import verify
 
 BROKEN = """
 import os, signal, sys, time
-if sys.argv[0] == "-c" and len(sys.argv) == 4:  # a decoding process
+if sys.argv[0] == "-c" and len(sys.argv) == 3:  # a decoding process
     import PIL.Image
     import PIL.PngImagePlugin
     real = PIL.Image.open
     def open(source, *arguments, **options):
         data = source.getvalue()
-        if b"CRASH-ONCE" in data and not os.path.exists(os.environ["FLAG"]):
-            with __import__("builtins").open(os.environ["FLAG"], "w"):
+        if b"CRASH-ONCE" in data and not os.path.exists({flag!r}):
+            with __import__("builtins").open({flag!r}, "w"):
                 pass
             os.kill(os.getpid(), signal.SIGSEGV)
         if data.endswith(b"SEGV"):
@@ -65,9 +65,8 @@ def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Decoding processes break on marked files; the folder of the sitecustomize."""
     folder = tmp_path / "site"
     folder.mkdir()
-    (folder / "sitecustomize.py").write_text(BROKEN)
+    (folder / "sitecustomize.py").write_text(BROKEN.replace("{flag!r}", repr(str(tmp_path / "flag"))))
     monkeypatch.setenv("PYTHONPATH", str(folder))
-    monkeypatch.setenv("FLAG", str(tmp_path / "flag"))
     return folder
 
 
