@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from featx.finetune import finetune_episodes
     from featx.heads import make_head
     from featx.images import Preprocess
+    from featx.pixels import PixelExtractor, make_pixels_baseline
     from featx.providers import Provider
     from featx.retrieval import GalleryIndex
     from featx.sources import ImageSet
@@ -36,6 +37,7 @@ _HOME = {
     "GalleryIndex": "retrieval",
     "ImageSet": "sources",
     "KShotSplit": "splits",
+    "PixelExtractor": "pixels",
     "Preprocess": "images",
     "Provider": "providers",
     "extract_features": "extract",
@@ -45,6 +47,7 @@ _HOME = {
     "load_backbone": "backbones",
     "make_engine": "engines",
     "make_head": "heads",
+    "make_pixels_baseline": "pixels",
     "read_features": "store",
     "sweep_heads": "sweep",
 }
@@ -62,6 +65,8 @@ __all__ = [  # noqa: RUF022 - in the order of use
     "FeatureSet",
     "FeatureExtractor",
     "make_head",
+    "PixelExtractor",
+    "make_pixels_baseline",
     "KShotSplit",
     "sweep_heads",
     "finetune_episodes",

@@ -20,11 +20,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from featx import cli_advise, cli_finetune, cli_layers, cli_model, cli_search, cli_sweep, cli_tabular
+from featx import cli_advise, cli_demo, cli_finetune, cli_layers, cli_model, cli_search, cli_sweep, cli_tabular
 from featx._files import refuse_second_writer
 from featx.cli_model import Device, EngineName, Json
 from featx.cli_parts import DevicesOption, FinishOption, PartOption, RunnerOption, Spread, everywhere, load
-from featx.cli_sweep import run_sweep
 from featx.errors import FeatxError, Interrupted, UsageError
 from featx.terminal import ProgressLine, check_writable, print_json, say, show
 
@@ -272,25 +271,6 @@ def pack(
         print(f"{made}: {made.stat().st_size:,} bytes.")
 
 
-@app.command(epilog="Example:  featx demo")
-def demo(
-    folder: Annotated[Path, typer.Option(help="Where images, store and report go.")] = Path("data"), seed: Seed = 0
-) -> None:
-    """The main job on data that is already there: 1,797 scanned digits of scikit-learn. Works offline."""
-    from featx.demo import write_digits
-
-    check_writable(folder)
-    images = folder / "digits"
-    count = write_digits(images)
-    print(f"1. {count} images of ten digits are class folders in {images}")
-    print(f"2. featx extract {images} --out {folder / 'digits.featx'}")
-    extract(str(images), folder / "digits.featx")
-    print(f"3. featx sweep {folder / 'digits.featx'} --episodes 10")
-    run_sweep(folder / "digits.featx", episodes=10, seed=seed)
-    print("\nNow with your own photos, one folder for each class:")
-    print("  featx extract photos --out photos.featx\n  featx sweep photos.featx")
-
-
 def _stages(stages: Mapping[str, float], images: int) -> Table:
     from rich.table import Table
 
@@ -308,6 +288,7 @@ cli_sweep.register(app)
 cli_tabular.register(app)
 cli_finetune.register(app)
 cli_advise.register(app)
+cli_demo.register(app, extract)
 
 
 # --- arguments ----------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from featx.errors import Interrupted, UsageError
 from featx.terminal import ProgressLine, check_writable, print_json, say, show
 
 if TYPE_CHECKING:
+    from featx.results import SweepResult
     from featx.splits import Shots
 
 
@@ -118,8 +119,8 @@ def run_sweep(
     device: Where = Where.cpu,
     seed: int = 0,
     as_json: bool = False,
-) -> None:
-    """What ``featx sweep`` and the last step of ``featx demo`` do."""
+) -> SweepResult:
+    """What ``featx sweep`` and a step of ``featx demo`` do."""
     if device == Where.cuda:
         let_scipy_take_tensors()
     import numpy as np
@@ -204,6 +205,7 @@ def run_sweep(
         )
     show(render(result), err=as_json, least=TABLE_WIDTH)
     say(f"Report: {where}", err=as_json)
+    return result
 
 
 def stem(store: Path) -> str:

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Transfo
 
 from featx.backbones import DEFAULT_BACKBONE, Backbone, load_backbone
 from featx.catalogue import NETWORKS
+from featx.decoders import DecoderPool
 from featx.embed import Embedder
 from featx.engines import make_engine
 from featx.errors import ImageError, SourceError, StoreBusy, UsageError
@@ -99,7 +100,7 @@ class FeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         MismatchError
             The store was made with another network.
         """
-        _items(X)
+        items_of(X)
         self._open()
         return self
 
@@ -124,7 +125,7 @@ class FeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         MismatchError
             The store was made with another network.
         """
-        items = _items(X)
+        items = items_of(X)
         run = self._open()
         return run.embed_all(items) if run.cache is None else run.cached(items)
 
@@ -139,7 +140,7 @@ class FeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         if row is not None and self.layer == "penultimate":
             return row.embedding_dim
         black = np.zeros((8, 8, 3), np.uint8)
-        return int(_Run(self, None).embed_all(_items([black])).shape[1])
+        return int(_Run(self, None).embed_all(items_of([black])).shape[1])
 
     def __sklearn_is_fitted__(self) -> bool:
         return True
@@ -174,11 +175,11 @@ class _Run:
                 wanted["precision"] = given.precision
             check_same(self.stored, {**self.stored, **wanted}, cache or Path())
 
-    def embed_all(self, items: Sequence[_Item]) -> NDArray[np.float32]:
+    def embed_all(self, items: Sequence[Item]) -> NDArray[np.float32]:
         """Embeddings of all items, computed."""
         return np.concatenate([layers[self.number] for _, layers in self.embed(items)])
 
-    def cached(self, items: Sequence[_Item]) -> NDArray[np.float32]:
+    def cached(self, items: Sequence[Item]) -> NDArray[np.float32]:
         """Embeddings of all items, of which the store learns those that it does not have."""
         assert self.cache is not None
         digests = np.frombuffer(b"".join(item.digest() for item in items), np.uint8).reshape(-1, 32)
@@ -202,7 +203,7 @@ class _Run:
         reader = steady(cache, lambda: ShardReader(cache, read_manifest(cache)))
         return reader, reader.find(digests)
 
-    def _learn(self, items: Sequence[_Item]) -> None:
+    def _learn(self, items: Sequence[Item]) -> None:
         assert self.cache is not None
         provenance = provenance_of(self.backbone, self.embedder.engine, views=self.views)
         for digests, layers in self.embed(items):
@@ -221,7 +222,7 @@ class _Run:
         threads = effective_n_jobs(given.n_jobs)
         return _embedder(self.backbone, given.engine, given.device, precision, given.batch_size, threads, self.views)
 
-    def embed(self, items: Sequence[_Item]) -> Iterator[tuple[list[bytes], tuple[NDArray[np.float32], ...]]]:
+    def embed(self, items: Sequence[Item]) -> Iterator[tuple[list[bytes], tuple[NDArray[np.float32], ...]]]:
         """Digests and embeddings, one array (m, d) a layer, of so many items at a time."""
         embedder = self.embedder
         size = embedder.engine.batch_size
@@ -230,7 +231,13 @@ class _Run:
             layers: list[tuple[NDArray[np.float32], ...]] = []
             pixels: list[NDArray[np.uint8]] = []
             part = items[start : start + _AT_A_TIME]
-            for digest, image in _pixels(part, embedder, effective_n_jobs(self.given.n_jobs)):
+            for digest, image in pixels_of(
+                part,
+                lambda workers: embedder.decoders(workers=workers),
+                embedder.looks.cut,
+                jobs=effective_n_jobs(self.given.n_jobs),
+                ahead=2 * size,
+            ):
                 digests.append(digest)
                 pixels.append(image)
                 if len(pixels) == size or len(digests) == len(part):
@@ -255,7 +262,7 @@ def _embedder(
     return Embedder(backbone, chosen, views=views)
 
 
-class _Item:
+class Item:
     """One image: a file, or pixels."""
 
     def __init__(self, value: Any, place: int) -> None:
@@ -275,7 +282,7 @@ class _Item:
             raise SourceError(f"cannot be read ({error.strerror})", where=self.name) from error
 
 
-def _items(X: Any) -> list[_Item]:
+def items_of(X: Any) -> list[Item]:
     """The images of ``X``; pixels are checked here, files when they are read."""
     if isinstance(X, str | bytes | os.PathLike) or is_image(X):
         raise UsageError("one image, where a list of them is expected", where="X", hint="Write [X].")
@@ -296,7 +303,7 @@ def _items(X: Any) -> list[_Item]:
         raise UsageError("no images", where="X", expected="a list of paths or images", found=type(X).__name__)
     if not len(X):
         raise UsageError("no images", where="X", expected="one or more", found=0)
-    return [_Item(value, place) for place, value in enumerate(X)]
+    return [Item(value, place) for place, value in enumerate(X)]
 
 
 def _rgb(value: Any, name: str) -> Any:
@@ -313,17 +320,37 @@ def _rgb(value: Any, name: str) -> Any:
         ) from error
 
 
-def _pixels(items: Sequence[_Item], embedder: Embedder, jobs: int) -> Iterator[tuple[bytes, NDArray[np.uint8]]]:
-    """Digest and pixels of each item; files are decoded in processes of their own."""
+def pixels_of(
+    items: Sequence[Item],
+    open_decoders: Callable[[int], DecoderPool],
+    cut: Callable[[Any], NDArray[np.uint8]],
+    *,
+    jobs: int,
+    ahead: int,
+) -> Iterator[tuple[bytes, NDArray[np.uint8]]]:
+    """Digest and pixels of each item; files are decoded in processes of their own.
+
+    Parameters
+    ----------
+    open_decoders : starts so many decoding processes.
+    cut : what they do, for an RGB image that is in memory.
+    jobs : decoding processes.
+    ahead : images that are decoded ahead of the one that is wanted.
+
+    Raises
+    ------
+    SourceError
+        An image is refused.
+    """
     files = [item.path for item in items if item.path is not None]
     with contextlib.ExitStack() as stack:
         if files:
             workers = min(jobs, len(files))
-            pool = stack.enter_context(embedder.decoders(workers=workers))
-            decoded = pool.run(files, lambda digest: False, ahead=2 * embedder.engine.batch_size + workers)
+            pool = stack.enter_context(open_decoders(workers))
+            decoded = pool.run(files, lambda digest: False, ahead=ahead + workers)
         for item in items:
             if item.image is not None:
-                yield item.digest(), embedder.looks.cut(item.image)
+                yield item.digest(), cut(item.image)
                 continue
             result = next(decoded)
             if result.refusal is not None:

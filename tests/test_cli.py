@@ -335,19 +335,6 @@ def test_output_into_a_closed_pipe_is_no_error(store: Path) -> None:
     assert done.returncode in (0, 1, 141)  # whoever notices first
 
 
-@pytest.mark.slow
-def test_the_demo(tmp_path: Path, featx: Featx) -> None:
-    ran = featx("demo", "--folder", tmp_path / "data")
-    assert ran.code == 0, ran.err
-    assert len(list((tmp_path / "data" / "digits").rglob("*.png"))) == 1797
-    report = tmp_path / "data" / "digits.report"
-    assert str(report) in ran.out
-    summary = json.loads((report / "summary.json").read_text())
-    best = {row["n_shots"]: row["accuracy"]["mean"] for row in summary["results"] if row["head"] == summary["winner"]}
-    assert best[5] > 0.6
-    assert best[20] > 0.8
-
-
 def test_photos_of_ants_and_bees(photos: Path, tmp_path: Path, featx: Featx) -> None:
     store = tmp_path / "h.featx"
     assert featx("extract", photos / "hymenoptera", "--out", store, "--json").json["embedded"] == 397

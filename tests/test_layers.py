@@ -70,7 +70,20 @@ LAYERS = [
         "retrieval_metrics",
         "search",
     },
-    {"extract", "embed", "sweep", "testset", "results", "journal", "fit", "export", "predictor", "estimator", "tabular"}
+    {
+        "extract",
+        "embed",
+        "sweep",
+        "testset",
+        "results",
+        "journal",
+        "fit",
+        "export",
+        "predictor",
+        "estimator",
+        "tabular",
+        "pixels",
+    }
     | {"tuning", "finetune", "finetune_bundle"}
     | {"parts", "runners", "ray_runner"},
     {
@@ -96,6 +109,7 @@ LAYERS = [
     {
         "cli",
         "cli_advise",
+        "cli_demo",
         "cli_finetune",
         "cli_layers",
         "cli_model",
@@ -123,15 +137,26 @@ DOORS = {
     "faiss": {"ann"},
     "ray": {"ray_runner"},
     "typer": {"cli", "cli_advise", "cli_finetune", "cli_layers", "cli_model", "cli_parts", "cli_search", "cli_sweep"}
-    | {"cli_tabular"},
-    "rich": {"cli", "cli_advise", "cli_layers", "cli_model", "cli_search", "cli_sweep", "terminal", "report"},
+    | {"cli_tabular", "cli_demo"},
+    "rich": {
+        "cli",
+        "cli_advise",
+        "cli_demo",
+        "cli_layers",
+        "cli_model",
+        "cli_search",
+        "cli_sweep",
+        "terminal",
+        "report",
+    },
     "matplotlib": {"report"},
     "fastapi": {"service", "service_work"},
     "starlette": {"service", "service_work", "service_guard"},
     "uvicorn": {"service_run"},
     "prometheus_client": {"service_watch"},
     "sklearn": {"retrieval", "postprocess", "normalise", "heads", "solvers", "splits", "stats", "choose"}
-    | {"sweep", "journal", "fit", "export", "demo", "estimator", "torch_heads", "labelling"},
+    | {"sweep", "journal", "fit", "export", "demo", "estimator", "torch_heads", "labelling"}
+    | {"pixels"},
 }
 """Who may import what; a library that is not named is free."""
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 ELSEWHERE = {
-    "scripts/demo": "test_cli.test_the_demo runs what it runs, and CI runs scripts/test",
+    "scripts/demo": "test_demo.test_the_demo runs what it runs, and CI runs scripts/test",
     "scripts/test": "is what runs this test",
     "pip install .": "is how featx came here",
 }
