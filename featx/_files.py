@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -22,6 +23,10 @@ from typing import Any
 from featx.errors import FeatxError, StoreBusy, StoreError
 
 TEMP_PREFIX = ".tmp-"
+_TEMPORARY = re.compile(r"\.tmp-[0-9]+-[0-9a-f]+-.+", re.DOTALL)
+"""A name that :func:`temporary` gave."""
+
+_NO_HARD_LINKS = (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS, errno.EACCES)
 
 
 def sha256_file(path: Path) -> str:
@@ -49,20 +54,76 @@ def publish(
     -------
     The path that was published.
     """
-    temp = path.parent / f"{TEMP_PREFIX}{os.getpid()}-{time.monotonic_ns():x}-{path.name}"
     try:
-        write(temp)
-        fsync_path(temp)
-        name = verify(temp) if verify is not None else None
-        final = path.parent / name if name else path
-        temp.replace(final)
-        fsync_path(path.parent)
-        return final
+        with temporary(path) as temp:
+            write(temp)
+            fsync_path(temp)
+            name = verify(temp) if verify is not None else None
+            final = path.parent / name if name else path
+            temp.replace(final)
+            fsync_path(path.parent)
+            return final
     except OSError as error:
         raise cannot_write(path, error) from error
+
+
+@contextlib.contextmanager
+def temporary(path: Path) -> Iterator[Path]:
+    """A name beside ``path`` for a file or a folder that is not done yet; what is there at the end is removed.
+
+    Who has such a name holds a shared lock (flock) of the folder that it is in. The kernel's locks go with their
+    processes, however these end: whoever gets the lock for himself knows that nobody is at work, and removes
+    what dead processes left. Where a file system has no such locks, nothing is removed.
+    """
+    handle = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            pass  # others are at work, or there are no locks here
+        else:
+            for left in list(path.parent.glob(f"{TEMP_PREFIX}*")):
+                if _TEMPORARY.fullmatch(left.name) and left.lstat().st_uid == os.geteuid():
+                    _remove(left)
+        for _ in range(50):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                # Whoever clears up is done in a moment. Another program's lock of the folder (flock FOLDER featx ...)
+                # may last as long as this process, and keeps out those who clear up just as well.
+                time.sleep(0.02)
+            except OSError:
+                break  # no locks here: then nobody gets one for himself, either
+            else:
+                break
+        temp = path.parent / f"{TEMP_PREFIX}{os.getpid()}-{time.monotonic_ns():x}-{path.name}"
+        try:
+            yield temp
+        finally:
+            with contextlib.suppress(OSError):
+                _remove(temp)
     finally:
-        with contextlib.suppress(OSError):
-            temp.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def without_replacing(path: Path, new: Path) -> None:
+    """Rename a file to a name that is free; FileExistsError where it is not, also where that has just changed."""
+    try:
+        new.hardlink_to(path)
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        new.touch(exist_ok=False)
+        path.replace(new)
+    else:
+        path.unlink()
 
 
 def publish_bytes(path: Path, data: bytes) -> Path:
@@ -195,7 +256,7 @@ def link_or_copy(path: Path, new: Path) -> None:
         try:
             new.hardlink_to(path)
         except OSError as error:
-            if error.errno not in (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS, errno.EACCES):
+            if error.errno not in _NO_HARD_LINKS:
                 raise
         else:
             return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -52,6 +51,7 @@ def advise(
     Strategies are compared on the same draws within the time given; what cannot be told is said so. Images of the
     split test take no part.
     """
+    from featx._files import publish_bytes, temporary
     from featx.advice_page import render_advice
     from featx.advise import advise as measure
     from featx.embed import network_like
@@ -71,20 +71,15 @@ def advise(
         if backbone is not None or weights is not None:
             raise  # asked for, and cannot be had
         network = error
-    beside = page.absolute().parent
-    with (
-        tempfile.TemporaryDirectory(prefix=f".{stem(store)}.advise-", dir=beside) as folder,
-        ProgressLine("advice") as line,
-    ):
+    with temporary(page.absolute()) as folder, ProgressLine("advice") as line:
+        folder.mkdir()
         found = measure(
-            features, columns, backbone=network, images=images, folder=Path(folder), minutes=minutes, count=label,
+            features, columns, backbone=network, images=images, folder=folder, minutes=minutes, count=label,
             random_state=seed, n_jobs=n_jobs, progress=line.update,
         )  # fmt: skip
     command = shlex.join(["featx", *sys.argv[1:]])
     provenance = {**features.provenance, "fingerprint": features.fingerprint}
-    part = page.with_name(page.name + ".tmp")
-    part.write_text(render_advice(found, title=store.name, provenance=provenance, command=command), encoding="utf-8")
-    part.replace(page)
+    publish_bytes(page, render_advice(found, title=store.name, provenance=provenance, command=command).encode())
     if as_json:
         print_json({**found.to_json(), "page": str(page)})
     _tell(found.sentences(), err=as_json)

@@ -352,7 +352,7 @@ def test_ctrl_c_ends_with_130_and_leaves_no_folder_behind(store: Path) -> None:
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )  # fmt: skip
     deadline = time.monotonic() + 60
-    while not list(store.glob(".photos.advise-*")):
+    while not list(store.glob(".tmp-*-stopped.html")):
         assert going.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -360,4 +360,4 @@ def test_ctrl_c_ends_with_130_and_leaves_no_folder_behind(store: Path) -> None:
     out, err = going.communicate(timeout=60)
     assert going.returncode == 130, err
     assert isinstance(json.loads(out), dict)
-    assert list(store.glob(".photos.advise-*")) == []
+    assert list(store.glob(".tmp-*-stopped.html")) == []
