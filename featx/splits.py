@@ -125,9 +125,11 @@ def _hold_out(queues: Sequence[Index], groups: Index) -> tuple[Index, Index]:
 
 
 def _dense(groups: ArrayLike | None, n: int) -> Index:
+    """Groups (n,) numbered 0, 1, ... in the order of their first row; where nothing repeats, 0 .. n-1."""
     if groups is None:
         return np.arange(n)
-    return np.unique(np.asarray(groups), return_inverse=True)[1].reshape(-1)
+    _, first, inverse = np.unique(np.asarray(groups), return_index=True, return_inverse=True)
+    return np.unique(first[inverse.reshape(-1)], return_inverse=True)[1].reshape(-1)
 
 
 def distinct_counts(labels: NDArray[np.integer], groups: Index, n_classes: int) -> Index:
@@ -253,5 +255,4 @@ def _join(groups: Index, pairs: Sequence[NDArray[np.intp]]) -> Index:
     """Groups (n,) after those with a pair of rows in common have become one; dense, in the order of their first row."""
     ends = groups[np.concatenate([np.empty((2, 0), dtype=np.intp), *pairs], axis=1)]
     graph = sparse.coo_array((np.ones(ends.shape[1], dtype=np.int8), (ends[0], ends[1])), shape=(len(groups),) * 2)
-    joined = connected_components(graph, directed=False)[1][groups]
-    return np.unique(joined, return_inverse=True)[1].reshape(-1)
+    return _dense(connected_components(graph, directed=False)[1][groups], len(groups))

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
+from conftest import Featx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
 from sklearn.model_selection import cross_val_score
 
 from featx.errors import UsageError
 from featx.heads import make_head
 from featx.splits import KShotSplit, feasible_shots, find_duplicates, fold_numbers
+from featx.store import read_features
+from featx.sweep import sweep_heads
 
 
 @settings(max_examples=60, deadline=None)
@@ -151,3 +159,65 @@ def test_blocks_of_the_duplicate_search_meet() -> None:
     found = find_duplicates(rows, threshold=0.9999)
     assert found.to_json() == {"exact": 0, "near": 1, "groups": 1}
     assert found.groups[3] == found.groups[1400]
+
+
+def _partition(groups: NDArray[np.intp]) -> set[frozenset[int]]:
+    return {frozenset(np.flatnonzero(groups == number).tolist()) for number in np.unique(groups)}
+
+
+def _by_brute_force(rows: NDArray[np.float64], digests: list[int], threshold: float) -> set[frozenset[int]]:
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    alike = (unit @ unit.T >= threshold) | np.equal.outer(digests, digests)
+    sets = [{i} for i in range(len(rows))]
+    for i, j in zip(*np.nonzero(alike), strict=True):
+        if sets[i] is not sets[j]:
+            sets[i] |= sets[j]
+            for k in sets[j]:
+                sets[k] = sets[i]
+    return {frozenset(members) for members in sets}
+
+
+@settings(max_examples=80, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), n=st.integers(1, 14), exact=st.integers(0, 4), near=st.integers(0, 6))
+def test_copies_are_those_of_brute_force_in_any_order_and_under_any_digests(
+    seed: int, n: int, exact: int, near: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    base = rng.normal(size=(n, 40))
+    same, alike = rng.integers(0, n, exact), rng.integers(0, n, near)
+    rows = np.concatenate([base, base[same], base[alike] + 0.01 * rng.normal(size=(near, 40))])
+    digests = np.concatenate([np.arange(n), same, np.arange(n, n + near)])
+    order, names = rng.permutation(len(rows)), rng.permutation(n + near)
+    rows, digests = rows[order], names[digests[order]]
+    found = find_duplicates(rows, digests)
+    expected = _by_brute_force(rows, digests.tolist(), 0.98)
+    assert _partition(found.groups) == expected
+    assert (found.exact, found.near) == (exact, n + near - len(expected))
+    first = np.unique(found.groups, return_index=True)[1]
+    assert (np.diff(first) > 0).all()  # numbered in the order of their first row
+
+
+def test_every_photo_is_paired_with_its_own_resaved_copy(photos: Path, featx: Featx, tmp_path: Path) -> None:
+    """The order that real data has: no two files are equal, and digests are in no order."""
+    originals = sorted((photos / "hymenoptera" / "train").rglob("*.jpg"))[::3][:64]
+    for number, path in enumerate(originals):
+        folder = tmp_path / "photos" / path.parent.name
+        folder.mkdir(parents=True, exist_ok=True)
+        image = Image.open(path).convert("RGB")
+        image.save(folder / f"{number:03d}-a.png", compress_level=1)
+        image.save(folder / f"{number:03d}-b.jpg", quality=93)
+    store = tmp_path / "photos.featx"
+    assert featx("extract", tmp_path / "photos", "--out", store).code == 0
+    groups = featx("duplicates", store, "--json", "--threshold", "0.95").json["groups"]
+    pairs = [sorted(Path(image["id"]).stem[:3] for image in group["images"]) for group in groups]
+    assert len(pairs) >= 0.9 * len(originals)
+    assert all(len(set(pair)) == 1 and len(pair) == 2 for pair in pairs)
+    features = read_features(store)
+    alone = np.array([str(name).endswith(".png") for name in features.ids])
+    plan: dict[str, Any] = {"class_names": features.class_names, "heads": ["ridge"], "shots": (5, 10), "n_jobs": 1}
+    without = sweep_heads(features.embeddings[alone], features.labels[alone], groups=features.copies[alone], **plan)
+    both = sweep_heads(
+        features.embeddings, features.labels, groups=features.copies, near_duplicates=0.95, **plan
+    )  # fmt: skip
+    for a, b in zip(without.results, both.results, strict=True):
+        assert b.accuracy.mean <= a.accuracy.high
