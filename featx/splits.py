@@ -47,7 +47,8 @@ class KShotSplit:
     Notes
     -----
     Rows that share a group (duplicates) are drawn once: one of them goes to the support, the others are
-    left out of the query. ``"all"`` keeps whole groups on one side.
+    left out of the query. ``"all"`` keeps whole groups on one side. An image that several classes have is in
+    no draw: which of its labels is right is not known.
     """
 
     def __init__(self, n_shots: Shots, *, n_episodes: int = 20, random_state: int = 0) -> None:
@@ -67,9 +68,9 @@ class KShotSplit:
 
         Parameters
         ----------
-        X : ignored, as the draw depends on labels and groups only.
+        X : (n, d) rows, or None; looked at for copies only, and only without ``groups``.
         y : (n,) labels.
-        groups : (n,) rows with the same value are copies of each other; by default there are none.
+        groups : (n,) rows with the same value are copies of each other; by default equal rows of X are.
 
         Raises
         ------
@@ -77,7 +78,7 @@ class KShotSplit:
             There are fewer than two classes, or a class has too few rows.
         """
         names, labels = np.unique(np.asarray(y), return_inverse=True)
-        grouping = _dense(groups, len(labels))
+        grouping = _dense(_equal_rows(X) if groups is None else groups, len(labels))
         check_shots(labels, grouping, self.n_shots, [str(name) for name in names])
         for episode in range(self.n_episodes):
             yield self.episode(labels, grouping, episode)
@@ -86,10 +87,10 @@ class KShotSplit:
         """The draw number ``episode`` of labels (n,) in 0 .. c-1 and dense groups (n,)."""
         keys = np.random.default_rng([self.random_state, episode]).random(len(labels))
         order = np.argsort(keys, kind="stable")
-        queues = [order[labels[order] == c] for c in range(int(labels.max()) + 1)]
-        if self.n_shots == "all":
-            return _hold_out(queues, groups)
-        return _take(queues, groups, self.n_shots)
+        own = of_one_class(labels, groups)
+        queues = [order[own[order] & (labels[order] == c)] for c in range(int(labels.max()) + 1)]
+        support, query = _hold_out(queues, groups) if self.n_shots == "all" else _take(queues, groups, self.n_shots)
+        return support[own[support]], query[own[query]]
 
 
 def _take(queues: Sequence[Index], groups: Index, n_shots: int) -> tuple[Index, Index]:
@@ -132,9 +133,21 @@ def _dense(groups: ArrayLike | None, n: int) -> Index:
     return np.unique(first[inverse.reshape(-1)], return_inverse=True)[1].reshape(-1)
 
 
+def _equal_rows(X: Any) -> list[bytes] | None:
+    """A key (n,) for each row of an array, equal for equal rows; None for what is no array of rows."""
+    return [row.tobytes() for row in X] if isinstance(X, np.ndarray) and X.ndim > 1 else None
+
+
+def of_one_class(labels: NDArray[np.integer], groups: Index) -> NDArray[np.bool_]:
+    """Which rows (n,) show an image that no other class has."""
+    pairs = np.unique(np.column_stack([groups, labels]), axis=0)
+    return np.asarray(np.bincount(pairs[:, 0])[groups] == 1)
+
+
 def distinct_counts(labels: NDArray[np.integer], groups: Index, n_classes: int) -> Index:
-    """Number of different images of each class (n_classes,), copies counted once."""
-    pairs = np.unique(np.column_stack([labels, groups]), axis=0)
+    """Number of different images that each class (n_classes,) has alone, copies counted once."""
+    own = of_one_class(labels, groups)
+    pairs = np.unique(np.column_stack([labels[own], groups[own]]), axis=0)
     return np.bincount(pairs[:, 0], minlength=n_classes)
 
 
@@ -150,6 +163,8 @@ def check_shots(labels: NDArray[np.integer], groups: Index, n_shots: Shots, clas
     needed = 2 if n_shots == "all" else n_shots + 1
     if counts[smallest] < needed:
         copies = " once copies are counted once" if (labels == smallest).sum() > counts[smallest] else ""
+        shared = ((labels == smallest) & ~of_one_class(labels, groups)).sum()
+        copies = f", as {shared} are in other classes too (featx duplicates lists them)" if shared else copies
         shots = "a support and a query" if n_shots == "all" else f"{plural(n_shots, 'shot')} and one query image"
         raise UsageError(
             f"class {class_names[smallest]!r} has too few images",
@@ -177,6 +192,8 @@ def fold_numbers(labels: NDArray[np.integer], groups: Index, n_folds: int, rando
     if n_folds < 2:
         return np.zeros(len(labels), dtype=np.intp)
     order = np.argsort(np.random.default_rng(random_state).random(len(labels)), kind="stable")
+    # Images that several classes have come last, so that every fold has some that a class has alone.
+    order = order[np.argsort(~of_one_class(labels, groups)[order], kind="stable")]
     fold_of = np.full(int(groups.max()) + 1, -1, dtype=np.intp)
     for c in range(int(labels.max()) + 1):
         own = dict.fromkeys(groups[order[labels[order] == c]].tolist())

@@ -38,6 +38,7 @@ from featx.splits import (
     distinct_counts,
     feasible_shots,
     find_duplicates,
+    of_one_class,
     shots_label,
 )
 from featx.torch_heads import check_device
@@ -202,6 +203,12 @@ class _Data:
         exact = None if groups is None else np.asarray(groups)[rows]
         compared = kept if columns is None else kept[:, slice(*columns)]
         duplicates = find_duplicates(compared, exact, threshold=near_duplicates)
+        own = of_one_class(dense.reshape(-1), duplicates.groups)
+        if not own.all():
+            notes.append(
+                f"Left out: {plural(int((~own).sum()), 'image')} with copies in another class; "
+                "featx duplicates lists them."
+            )
         return cls(kept, dense.reshape(-1).astype(np.int64), rows, names, duplicates, tuple(notes))
 
 

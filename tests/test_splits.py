@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Featx
+from conftest import Featx, class_folders
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -221,3 +222,34 @@ def test_every_photo_is_paired_with_its_own_resaved_copy(photos: Path, featx: Fe
     )  # fmt: skip
     for a, b in zip(without.results, both.results, strict=True):
         assert b.accuracy.mean <= a.accuracy.high
+
+
+def test_images_that_two_classes_have_are_in_no_draw_and_named(featx: Featx, tmp_path: Path) -> None:
+    labels = np.repeat([0, 1], [12, 9])
+    groups = np.array([*range(12), *range(4), *range(12, 17)])
+    for n_shots in (1, 4, "all"):
+        for support, query in KShotSplit(n_shots, n_episodes=20).split(None, labels, groups):
+            assert not set(groups[[*support, *query]]) & set(range(4))
+            assert set(labels[query]) == set(labels[support]) == {0, 1}
+    folds = fold_numbers(labels, groups, 4, 0)
+    assert all(set(labels[folds != fold]) == {0, 1} for fold in range(4))
+    with pytest.raises(UsageError, match=r"class '1' has too few images: .* found 0, as 4 are in other classes too"):
+        next(KShotSplit(1).split(None, labels[:16], groups[:16]))
+    class_folders(tmp_path / "photos", ["ants"], each=12)
+    class_folders(tmp_path / "photos", ["bees"], each=4)
+    assert featx("extract", tmp_path / "photos", "--out", tmp_path / "s.featx").code == 0
+    ran = featx("sweep", tmp_path / "s.featx", "--json")
+    assert ran.code == 2
+    assert "class 'bees' has too few images" in json.dumps(ran.json)
+
+
+def test_equal_rows_are_copies_where_no_groups_are_given() -> None:
+    rows = np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32)
+    rows, labels = np.repeat(rows, 2, axis=0), np.repeat([0, 1], 12)
+    groups = np.repeat(np.arange(12), 2)
+    safe = KShotSplit(2, n_episodes=5).split(rows, labels)
+    told = KShotSplit(2, n_episodes=5).split(None, labels, groups)
+    for ours, theirs in zip(safe, told, strict=True):
+        np.testing.assert_array_equal(ours[0], theirs[0])
+        np.testing.assert_array_equal(ours[1], theirs[1])
+        assert not set(groups[ours[0]]) & set(groups[ours[1]])
