@@ -32,7 +32,7 @@ from featx.images import encode
 from featx.large import is_large, taken
 from featx.layers import Layers
 from featx.scoring import Array, Scorer, softmax
-from featx.splits import Index, distinct_counts, find_duplicates, fold_numbers
+from featx.splits import Index, alike_note, distinct_counts, find_duplicates, fold_numbers
 from featx.store import FeatureSet
 from featx.sweep import sweep_heads
 from featx.torch_heads import check_device
@@ -175,7 +175,7 @@ def fit_head(
             "unlabelled_images": 0 if pool is None else len(pool),
             "chosen_among": compared_heads,
         },
-        notes=tuple(notes),
+        notes=(*notes, *alike_note(compared, copies)),
     )
 
 

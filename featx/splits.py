@@ -23,6 +23,9 @@ Index: TypeAlias = NDArray[np.intp]
 #: Part of each class that is held out when ``n_shots`` is "all".
 HOLD_OUT = 0.2
 
+ALIKE = 0.9
+"""Cosine from which on pairs that do not count as copies are reported: copies saved anew often lie there."""
+
 _TILE = 1024
 """Rows that are compared with 16 times as many at once: 64 MB of cosines, however large the gallery."""
 
@@ -247,12 +250,28 @@ def find_duplicates(
     return Duplicates(joined, n - n_exact, n_exact - len(sizes), int((sizes > 1).sum()))
 
 
-def _near(rows: NDArray[np.floating], threshold: float) -> Index:
+def alike(embeddings: NDArray[np.floating], groups: Index, threshold: float = ALIKE) -> int:
+    """How many pairs of rows that are no copies of each other have at least this cosine."""
+    first = np.unique(groups, return_index=True)[1]
+    one_each = embeddings if len(first) == len(embeddings) else embeddings[first]
+    return sum(pairs.shape[1] for pairs in _pairs(one_each, threshold))
+
+
+def alike_note(embeddings: NDArray[np.floating], groups: Index) -> list[str]:
+    """A sentence on pairs that may be copies unknown as such, or none."""
+    n = alike(embeddings, groups)
+    if not n:
+        return []
+    return [
+        f"{plural(n, 'more pair')} of images with a cosine above {ALIKE:g}: if these are copies saved anew, "
+        "accuracy looks too high. featx duplicates --threshold 0.9 lists them."
+    ]
+
+
+def _pairs(rows: NDArray[np.floating], threshold: float) -> Iterator[NDArray[np.intp]]:
+    """Pairs (2, m) of rows with at least this cosine, tile by tile."""
     length = np.sqrt(np.einsum("ij,ij->i", rows, rows))
     scale = 1.0 / np.where(length > 0, length, 1.0).astype(np.float32)
-    groups: Index = np.arange(len(rows))
-    pairs: list[NDArray[np.intp]] = []
-    waiting = 0
     for start in range(0, len(rows), _TILE):
         here = np.asarray(rows[start : start + _TILE], dtype=np.float32) * scale[start : start + _TILE, None]
         for other in range(start, len(rows), 16 * _TILE):
@@ -261,10 +280,18 @@ def _near(rows: NDArray[np.floating], threshold: float) -> Index:
             scores *= scale[other : other + 16 * _TILE]
             left, right = np.nonzero(scores >= threshold)
             left, right = left + start, right + other
-            pairs.append(np.stack([left, right])[:, left < right])
-            waiting += pairs[-1].shape[1]
-            if waiting > _MAX_PAIRS:
-                groups, pairs, waiting = _join(groups, pairs), [], 0
+            yield np.stack([left, right])[:, left < right]
+
+
+def _near(rows: NDArray[np.floating], threshold: float) -> Index:
+    groups: Index = np.arange(len(rows))
+    pairs: list[NDArray[np.intp]] = []
+    waiting = 0
+    for found in _pairs(rows, threshold):
+        pairs.append(found)
+        waiting += found.shape[1]
+        if waiting > _MAX_PAIRS:
+            groups, pairs, waiting = _join(groups, pairs), [], 0
     return _join(groups, pairs)
 
 

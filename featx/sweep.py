@@ -34,6 +34,7 @@ from featx.splits import (
     Index,
     KShotSplit,
     Shots,
+    alike_note,
     check_shots,
     distinct_counts,
     feasible_shots,
@@ -209,6 +210,8 @@ class _Data:
                 f"Left out: {plural(int((~own).sum()), 'image')} with copies in another class; "
                 "featx duplicates lists them."
             )
+        if near_duplicates is not None:
+            notes += alike_note(compared, duplicates.groups)
         return cls(kept, dense.reshape(-1).astype(np.int64), rows, names, duplicates, tuple(notes))
 
 

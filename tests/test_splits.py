@@ -16,6 +16,7 @@ from PIL import Image
 from sklearn.model_selection import cross_val_score
 
 from featx.errors import UsageError
+from featx.fit import fit_head
 from featx.heads import make_head
 from featx.splits import KShotSplit, feasible_shots, find_duplicates, fold_numbers
 from featx.store import read_features
@@ -253,3 +254,19 @@ def test_equal_rows_are_copies_where_no_groups_are_given() -> None:
         np.testing.assert_array_equal(ours[0], theirs[0])
         np.testing.assert_array_equal(ours[1], theirs[1])
         assert not set(groups[ours[0]]) & set(groups[ours[1]])
+
+
+def test_pairs_above_a_cosine_of_0_9_that_are_no_copies_are_counted_in_a_note() -> None:
+    rng = np.random.default_rng(3)
+    rows = np.repeat(rng.normal(size=(20, 60)), 2, axis=0)
+    rows[1::2] += 0.3 * rng.normal(size=(20, 60))
+    labels = np.repeat([0, 1], 20)
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    cosine = np.triu(unit @ unit.T, 1)
+    expected = int((cosine >= 0.9).sum())
+    assert expected >= 10
+    assert cosine.max() < 0.98
+    swept = sweep_heads(rows, labels, class_names="ab", heads=["ridge"], shots=(2,), episodes=2, n_jobs=1)
+    fitted = fit_head(rows, labels, class_names="ab")
+    for notes in (swept.notes, fitted.notes):
+        assert any(note.startswith(f"{expected} more pairs of images with a cosine above 0.9") for note in notes)
