@@ -270,3 +270,13 @@ def test_pairs_above_a_cosine_of_0_9_that_are_no_copies_are_counted_in_a_note() 
     fitted = fit_head(rows, labels, class_names="ab")
     for notes in (swept.notes, fitted.notes):
         assert any(note.startswith(f"{expected} more pairs of images with a cosine above 0.9") for note in notes)
+
+
+def test_random_weights_find_no_near_copies_and_sweep(featx: Featx, tmp_path: Path) -> None:
+    class_folders(tmp_path / "photos", each=8)
+    store = tmp_path / "random.featx"
+    assert featx("extract", tmp_path / "photos", "--out", store, "--weights", "none").code == 0
+    ran = featx("sweep", store, "--heads", "ridge", "--episodes", 2, "--json")
+    assert ran.code == 0
+    assert ran.json["duplicates"] == {"exact": 0, "near": 0, "groups": 0}
+    assert "near copies are not looked for" in ran.err
