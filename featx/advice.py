@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 from featx import stats
 from featx.curves import Curve, Gain
 from featx.domain import DIFFERENT, SIMILAR, Domain
+from featx.errors import plural
 from featx.labelling import Simulation
 from featx.rule import LARGE, Rule
 
@@ -144,7 +145,7 @@ class Advice:
     def _strategy(self) -> str:
         best, n = self.recommended, self.n_compared
         others = [cell for cell in self.at(n) if cell.family != "control" and cell.strategy != best.strategy]
-        text = f"With {n} images a class, use {named(best.strategy)}: right in {percent(best.accuracy)}"
+        text = f"With {plural(n, 'image')} a class, use {named(best.strategy)}: right in {percent(best.accuracy)}"
         if not others:
             return f"{text}; nothing else was compared."
         if best.difference is not None:
@@ -154,11 +155,12 @@ class Advice:
         gap = points(nearest.difference.interval)
         if nearest.difference.interval.mean > 0:
             return (
-                f"{text}. {capital(named(nearest.strategy))} had more on these draws, {gap}, but that cannot be told "
-                "from chance: the simplest is taken."
+                f"{text}. {capital(named(nearest.strategy))} scored higher, {gap}, but the difference may be chance, "
+                "so the simpler option is recommended."
             )
         return (
-            f"{text}. None of the {len(others)} others is better for sure; the next, {named(nearest.strategy)}: {gap}."
+            f"{text}. No other strategy ({len(others)} compared) is clearly better; the next best is "
+            f"{named(nearest.strategy)}, {gap}."
         )
 
     def _pretraining(self) -> str:
@@ -170,7 +172,7 @@ class Advice:
             for cell in controls
             if cell.difference
         ]
-        return f"Without any pretraining, at {self.n_compared} images a class: {'; '.join(parts)}."
+        return f"Without any pretraining, at {plural(self.n_compared, 'image')} a class: {'; '.join(parts)}."
 
     def _learning_curve(self) -> str:
         if self.curve is None or self.gain is None:
@@ -179,7 +181,7 @@ class Advice:
         most = int(self.curve.shots[-1])
         text = (
             f"On draws that judge the same images at every size, {named(self.reference)} is right in {percent(now)} "
-            f"with {most} images a class"
+            f"with {plural(most, 'image')} a class"
         )
         interval = self.gain.interval
         ten = f"from {self.n_now:.0f} to {self.n_now + 10:.0f} images a class"
@@ -196,36 +198,31 @@ class Advice:
         pays = sorted((cell for cell in tuned if cell.verdict == "better"), key=lambda cell: cell.n_shots)
         shown = best_at_each(tuned)
         told = "; ".join(
-            f"{cell.n_shots} images a class: {cell.strategy} {points(cell.difference.interval)}"
+            f"{plural(cell.n_shots, 'image')} a class: {cell.strategy} {points(cell.difference.interval)}"
             for cell in shown
             if cell.difference
         )
         if pays:
-            return f"Fine-tuning pays from {pays[0].n_shots} images a class on ({told})."
-        most = max(cell.n_shots for cell in tuned)
+            return f"Fine-tuning pays from {plural(pays[0].n_shots, 'image')} a class on ({told})."
+        up_to = f"{plural(max(cell.n_shots for cell in tuned), 'image')} a class"
         if all(cell.verdict == "worse" for cell in shown):
-            return (
-                f"Fine-tuning does not pay up to {most} images a class: it loses ({told}). Beyond, it was not measured."
-            )
-        return (
-            f"That fine-tuning pays cannot be shown up to {most} images a class ({told}). Beyond, it was not measured."
-        )
+            return f"Fine-tuning does not pay up to {up_to}: it loses ({told}). Beyond, it was not measured."
+        return f"It is not clear that fine-tuning pays up to {up_to} ({told}). Beyond, it was not measured."
 
     def _domain(self) -> str:
         if self.domain is None:
             return "How far the images are from those of the pretraining was not measured."
         found, mean = self.domain, self.domain.standout
         words = {
-            "similar": "The images are similar to those of the pretraining",
-            "in between": "The images are neither close to those of the pretraining nor far",
-            "different": "The images are different from those of the pretraining",
+            "similar": "Your photos resemble those the network was trained on",
+            "in between": "Your photos are neither close to those the network was trained on nor far from them",
+            "different": "Your photos differ from those the network was trained on",
         }
         least = min(found.by_class, key=lambda name: found.by_class[name]) if found.by_class else ""
-        furthest = f"; furthest: {least}, {found.by_class[least]:.1f}" if least else ""
+        furthest = f" The class that differs most is {least} ({found.by_class[least]:.1f})." if least else ""
         return (
-            f"{words[found.nearness]}: the likeliest of its {found.classes:,} classes stands out by {mean.mean:.1f} "
-            f"standard deviations ({mean.low:.1f}..{mean.high:.1f}; chance {found.chance:.1f}, different up to "
-            f"{DIFFERENT}, similar from {SIMILAR}{furthest})."
+            f"{words[found.nearness]} (score {mean.mean:.1f}; {SIMILAR:g} or more is similar, {DIFFERENT:g} or less is "
+            f"different; 95 % interval {mean.low:.1f} to {mean.high:.1f}, noise {found.chance:.1f}).{furthest}"
         )
 
     def _rule(self) -> str:
@@ -261,14 +258,14 @@ class Advice:
             return " ".join(parts)
         found = self.simulation
         where = (
-            f"from {found.start} images a class on, {found.batch} more bring held-out accuracy from "
+            f"from {plural(found.start, 'image')} a class on, {found.batch} more bring held-out accuracy from "
             f"{100 * found.before:.1f} to {100 * found.chosen:.1f} % when chosen by margin and diversity, and to "
             f"{100 * found.at_random:.1f} % at random ({points(found.gain.interval)})"
         )
         words = {
             "better": f"Choosing pays here: {where}.",
             "worse": f"Label at random, not by choice: {where}.",
-            "cannot tell": f"Whether choosing beats chance cannot be told: {where}.",
+            "cannot tell": f"No clear difference between choosing images and drawing them at random: {where}.",
         }
         parts.append(words[found.verdict])
         return " ".join(parts)
@@ -331,11 +328,7 @@ def named(strategy: str) -> str:
     """A strategy in words."""
     if strategy.startswith("finetune:"):
         number = strategy.removeprefix("finetune:")
-        return (
-            "fine-tuning all blocks"
-            if number == "all"
-            else f"fine-tuning the last {number} block{'s'[: number != '1']}"
-        )
+        return "fine-tuning all blocks" if number == "all" else f"fine-tuning the last {plural(int(number), 'block')}"
     if strategy == "scratch":
         return "training from scratch"
     if strategy == "random features":

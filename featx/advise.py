@@ -25,7 +25,7 @@ from featx.curves import fit_curve
 from featx.domain import Domain, measure_domain
 from featx.embed import Embedder
 from featx.engines import make_engine
-from featx.errors import FeatxError, ImageError, MismatchError, SourceError, UsageError, WeightsError
+from featx.errors import FeatxError, ImageError, MismatchError, SourceError, UsageError, WeightsError, plural
 from featx.heads import HEADS
 from featx.labelling import Simulation, next_batch, plan_simulation, rank_unlabelled, simulate
 from featx.layers import PENULTIMATE, Layers
@@ -163,7 +163,7 @@ class _Run:
             if isinstance(embedded, ImageError):
                 raise embedded
             rows.append(embedded[0])
-            self.budget.tick(f"{RANDOM}: {len(rows)} of {len(origins)} images")
+            self.budget.tick(f"{RANDOM}: {len(rows)} of {plural(len(origins), 'image')}")
         found = self.swept(RANDOM, np.stack(rows), ("auto",), self.compared, near_duplicates=None)
         self.trials.add(found, lambda name: "control", lambda name: RANDOM)
 
@@ -190,7 +190,7 @@ class _Run:
         ) as tuning:  # fmt: skip
             last: tuple[int, float] | None = None
             for n_shots in shots:
-                name = f"{what} at {n_shots} images a class"
+                name = f"{what} at {plural(n_shots, 'image')} a class"
                 # Every epoch sees the support once: the time grows with it.
                 expected = 0.0 if last is None else last[1] * n_shots / last[0]
                 if expected > self.budget.left:

@@ -24,7 +24,7 @@ from featx import cli_advise, cli_demo, cli_finetune, cli_layers, cli_model, cli
 from featx._files import refuse_second_writer
 from featx.cli_model import Device, EngineName, Json
 from featx.cli_parts import DevicesOption, FinishOption, PartOption, RunnerOption, Spread, everywhere, load
-from featx.errors import FeatxError, Interrupted, UsageError
+from featx.errors import FeatxError, Interrupted, UsageError, plural
 from featx.terminal import ProgressLine, check_writable, print_json, say, show
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ def extract(
         print_json(summary.to_json())
     rate = f", {summary.images_per_second:.0f} images/s" if summary.images_per_second else ""
     say(
-        f"{summary.images} images: {summary.embedded} embedded, {summary.reused} reused, "
+        f"{plural(summary.images, 'image')}: {summary.embedded} embedded, {summary.reused} reused, "
         f"{summary.quarantined} quarantined, in {summary.seconds:.1f} s{rate} "
         f"({summary.backbone}, {summary.engine} on {summary.device}, {summary.precision}).",
         err=as_json,

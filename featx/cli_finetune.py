@@ -21,7 +21,7 @@ from featx.cli_model import (
     tell_model,
 )
 from featx.cli_sweep import parse_heads, parse_shots, stem
-from featx.errors import Interrupted, UsageError
+from featx.errors import Interrupted, UsageError, plural
 from featx.terminal import MODEL_MARK, ProgressLine, check_file, print_json, say, show
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def _show(result: FinetuneResult, as_json: bool) -> None:
             err=as_json,
         )
     say(
-        f"{result.parameters:,} parameters trained on {result.device}; the frozen part took "
+        f"{plural(result.parameters, 'parameter')} trained on {result.device}; the frozen part took "
         f"{result.trunk_seconds:.1f} s once, a draw {result.draw_seconds:.1f} s.",
         err=as_json,
     )
@@ -216,13 +216,14 @@ def autoencoder(
     facts = {"checkpoint": str(out), **trained.facts(), "refused": len(found.refused), "device": where}
     if trained.epochs < trained.planned:
         raise Interrupted(
-            f"stopped after {trained.epochs} of {trained.planned} epochs; the best of them is kept", where=out
+            f"stopped after {trained.epochs} of {plural(trained.planned, 'epoch')}; the best of them is kept", where=out
         )
     if as_json:
         print_json(facts)
     say(
-        f"{trained.images} images, {trained.epochs} epochs, {trained.seconds:.0f} s on {where}. Squared error of "
-        f"{trained.held_out} held-out images: {trained.error:.4f} ({trained.baseline:.4f} for the mean image, so "
+        f"{plural(trained.images, 'image')}, {plural(trained.epochs, 'epoch')}, {trained.seconds:.0f} s on {where}. "
+        f"Squared error of {plural(trained.held_out, 'held-out image')}: {trained.error:.4f} "
+        f"({trained.baseline:.4f} for the mean image, so "
         f"{1 - trained.error / max(trained.baseline, 1e-12):.0%} is explained).",
         err=as_json,
     )

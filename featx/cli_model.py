@@ -13,7 +13,7 @@ from zipfile import is_zipfile
 
 import typer
 
-from featx.errors import ImageError, UsageError
+from featx.errors import ImageError, UsageError, plural
 from featx.terminal import MODEL_MARK, ProgressLine, check_file, print_json, say, show
 
 if TYPE_CHECKING:
@@ -195,7 +195,8 @@ def _story(bundle: Bundle) -> str:
 
     metrics: Any = bundle.metrics
     params = ", ".join(f"{name} {value}" for name, value in bundle.params.items())
-    lines = [f"{bundle.head} ({params}) on {metrics['images']} images of {metrics['classes']} classes."]
+    counted = f"{plural(metrics['images'], 'image')} of {plural(metrics['classes'], 'class')}"
+    lines = [f"{bundle.head} ({params}) on {counted}."]
     rivals = len(metrics.get("chosen_among") or ())
     unseen = f"On images that the fit, but not the choice among {rivals} heads, had not seen"
     for key, where in (
@@ -236,7 +237,7 @@ def predict(
     device: DeviceOption = Device.auto,
     as_json: Json = False,
 ) -> None:
-    """Say what is on photos: label, probability, and whether it would rather not say."""
+    """Say what is on photos: label, probability, and whether the model is unsure."""
     with tempfile.TemporaryDirectory(prefix="featx-") as folder:
         named = _name_files(images, Path(folder))
         from featx.predictor import predict_files

@@ -251,7 +251,7 @@ def _match_table(found: Found) -> Table:
 
 def _say_missing(count: int) -> None:
     if count:
-        say(f"Note: {count} pictures could not be shown; the sheet says why.", err=True)
+        say(f"Note: {plural(count, 'picture')} could not be shown; the sheet says why.", err=True)
 
 
 def evaluate_retrieval(
@@ -331,14 +331,14 @@ def _notes(result: RetrievalResult) -> list[str]:
     if result.exact_duplicates:
         notes.append(
             f"{plural(result.exact_duplicates, 'exact duplicate')}; copies of a query are left out of its ranking "
-            f"({result.queries_with_copies} queries)."
+            f"({plural(result.queries_with_copies, 'query')})."
         )
     if result.lonely:
         notes.append(f"{plural(result.lonely, 'image')} without another of the class: no queries.")
     if result.unlabelled:
         notes.append(f"{plural(result.unlabelled, 'unlabelled image')}: no queries, and never right.")
     if result.sampled_from > result.overall.queries:
-        notes.append(f"{result.overall.queries} of {result.sampled_from} queries were drawn (--max-queries).")
+        notes.append(f"{result.overall.queries} of {plural(result.sampled_from, 'query')} drawn (--max-queries).")
     return notes
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from featx.cli_model import Unlabelled, UnlabelledFrom, let_scipy_take_tensors
-from featx.errors import Interrupted, UsageError
+from featx.errors import Interrupted, UsageError, plural
 from featx.terminal import ProgressLine, check_writable, print_json, say, show
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def run_sweep(
     held = {"test"} | ({test.value} if test else set())
     rows = np.flatnonzero(~np.isin(features.splits, sorted(held)))
     for name in sorted(held & set(features.splits.tolist())):
-        say(f"Note: {int((features.splits == name).sum())} images of the split {name} are left out.", err=True)
+        say(f"Note: the split {name} ({plural(int((features.splits == name).sum()), 'image')}) is left out.", err=True)
     if {"train", "val"} <= set(features.splits[rows].tolist()):
         say("Note: draws are made from train and val together; --test val keeps val for one judgement.", err=True)
     pool = None

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from featx.cli_model import Json
+from featx.errors import plural
 from featx.terminal import ProgressLine, check_writable, print_json, say
 
 
@@ -45,4 +46,4 @@ def export_features(
         rows = export_table(store, out, form=form.value if form else None, layer=layer, progress=line.update)
     if as_json:
         print_json({"path": str(out), "rows": rows, "bytes": out.stat().st_size})
-    say(f"{out}: {rows} rows, {out.stat().st_size:,} bytes.", err=as_json)
+    say(f"{out}: {plural(rows, 'row')}, {out.stat().st_size:,} bytes.", err=as_json)

@@ -12,8 +12,14 @@ from collections.abc import Iterable
 
 
 def plural(n: int, noun: str) -> str:
-    """A number of things in words: "1 image", "3 images"."""
-    return f"{n} {noun}{'' if n == 1 else 's'}"
+    """A number of things in words: "1 image", "3 classes", "2,000 queries"."""
+    if n == 1:
+        return f"1 {noun}"
+    if noun.endswith(("s", "x", "ch", "sh")):
+        return f"{n:,} {noun}es"
+    if noun.endswith("y") and noun[-2] not in "aeiou":
+        return f"{n:,} {noun[:-1]}ies"
+    return f"{n:,} {noun}s"
 
 
 class FeatxError(Exception):

@@ -154,9 +154,8 @@ def extract_features(
         except KeyboardInterrupt as error:
             writer.flush()
             raise Interrupted(
-                "stopped",
+                f"stopped after {run.done} of {plural(len(images), 'image')}; {plural(writer.rows, 'embedding')} kept",
                 where=store,
-                found=f"{run.done} of {len(images)} images done, {writer.rows} embeddings kept",
                 hint="Run the same command again to go on.",
             ) from error
         fingerprint = writer.manifest.fingerprint
@@ -184,7 +183,8 @@ def extract_features(
 def _notes(images: ImageSet, writer: StoreWriter) -> tuple[str, ...]:
     notes, earlier_source = list(images.notes), writer.manifest.source
     if images.ignored:
-        notes.append(f"{plural(images.ignored, 'file')} passed over: no image by its name")
+        kind = "that is not an image" if images.ignored == 1 else "that are not images"
+        notes.append(f"skipped {plural(images.ignored, 'file')} {kind}")
     if earlier_source and earlier_source != images.source:
         notes.append(
             f"the store described {earlier_source} before and describes {images.source} now; "

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from featx import ann
 from featx._files import canonical_json, make_folder, publish, publish_bytes, read_regular, sha256_file
-from featx.errors import StoreError
+from featx.errors import StoreError, plural
 from featx.retrieval import APPROXIMATE_ABOVE, GalleryIndex, Method, Rows
 from featx.store import FeatureSet, digest_keys
 
@@ -116,7 +116,7 @@ class _Saved:
             return gallery
         if len(self.features) >= ann.MIN_ROWS:
             make_folder(self.folder)  # before the work, so that a folder that cannot be written is told now
-        self.say(f"making a search index of {len(self.features):,} images, once")
+        self.say(f"making a search index of {plural(len(self.features), 'image')}, once")
         built = GalleryIndex(method=method).fit(self.features.embeddings)
         self._save(built, self.features.digests)
         return built
@@ -134,7 +134,7 @@ class _Saved:
         gallery = GalleryIndex(method="exact").fit(self.features.embeddings)
         gallery.attach(index, rows)
         if len(new):
-            self.say(f"adding {len(new):,} images to the search index")
+            self.say(f"adding {plural(len(new), 'image')} to the search index")
             index.add(gallery.unit_rows, new)
             gallery.attach(index, np.concatenate([rows, new]))
             gallery.calibrate()

@@ -111,12 +111,13 @@ def _write_column(file: h5py.File, column: Column, raw: LatchedFile) -> None:
         raise ValueError(f"column {column.name}: {at} rows were given, {column.rows} were announced")
 
 
-def _what_it_is(start: bytes) -> str:
+def _foreign(path: Path, start: bytes) -> StoreError:
+    make = "To make a store: featx extract FOLDER --out STORE"
     if b"bundle.json" in start:
-        return "It is a model (featx predict and serve take it); a store is made by: featx extract FOLDER --out STORE"
+        return StoreError("this is a model, not a store", where=path, hint=f"featx predict and serve take it. {make}")
     if not start.startswith((_SEAL[:4], b"\x89HDF")):
-        return "It is foreign. A store is made by: featx extract FOLDER --out STORE"
-    return "It is foreign, or its first bytes changed."
+        return StoreError("this file was not made by featx", where=path, hint=make)
+    return StoreError("this file was not made by featx, or its first bytes have changed", where=path)
 
 
 def check_seal(path: Path) -> str:
@@ -126,7 +127,7 @@ def check_seal(path: Path) -> str:
         block = raw.read(USER_BLOCK)
         found = hashlib.file_digest(raw, "sha256").hexdigest()
     if not block.startswith(_SEAL):
-        raise StoreError("not a file that featx sealed", where=path, hint=_what_it_is(block))
+        raise _foreign(path, block)
     if block != (_SEAL + found.encode() + b"\n").ljust(USER_BLOCK, b"\0"):
         raise StoreError("the file was altered: its checksum does not match", where=path, hint=RESTORE)
     return found

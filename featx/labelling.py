@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits
 
 from featx import stats
 from featx.choose import fit_chosen
-from featx.errors import UsageError
+from featx.errors import UsageError, plural
 from featx.heads import HEADS, Head
 from featx.splits import Index, KShotSplit, distinct_counts
 
@@ -120,7 +120,8 @@ def plan_simulation(labels: NDArray[np.integer], groups: Index, batch: int) -> i
         if left.min() >= start and left.sum() - start * len(counts) >= 4 * batch:
             return start
     raise UsageError(
-        "too few labelled images to try labelling on", expected=f"{4 * batch} images beyond one of each class",
+        "too few labelled images to try labelling on",
+        expected=f"{plural(4 * batch, 'image')} beyond one of each class",
         found=f"{max(int(left.sum()) - len(counts), 0)} that are not held out",
         hint="Ask for fewer images with --next." if batch > 1 else None,
     )  # fmt: skip

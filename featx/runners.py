@@ -28,7 +28,7 @@ from typing import Any
 from featx.backbones import Backbone
 from featx.batches import Engine
 from featx.engines import available_cpus, cuda_devices, make_engine
-from featx.errors import FeatxError, Interrupted, UsageError
+from featx.errors import FeatxError, Interrupted, UsageError, plural
 from featx.extract import ExtractSummary
 from featx.parts import Part, extract_cut, finish_parts, parts_of, unfinished
 from featx.sources import ImageSet
@@ -229,8 +229,8 @@ def died(part: Part, store: Path, how: str) -> FeatxError:
 
 def stopped(store: Path, tally: Tally) -> Interrupted:
     """The error for an interrupt."""
-    found = f"{tally.done} of {tally.total} images done"
-    return Interrupted("stopped", where=store, found=found, hint="Run the same command again to go on.")
+    what = f"stopped after {tally.done} of {plural(tally.total, 'image')}"
+    return Interrupted(what, where=store, hint="Run the same command again to go on.")
 
 
 @dataclass(frozen=True)

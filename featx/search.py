@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from featx.errors import UsageError, did_you_mean
+from featx.errors import UsageError, did_you_mean, plural
 from featx.gallery import Say, open_gallery
 from featx.postprocess import Postprocess, expand_queries
 from featx.retrieval import GalleryIndex, Method, Rows
@@ -162,7 +162,7 @@ class DuplicateGroup:
         """A heading for it."""
         remarks = ["across splits"] if self.across_splits else []
         remarks += ["different labels"] if self.conflicting else []
-        return f"Group {number}: {len(self.rows)} images" + (f", {', '.join(remarks)}" if remarks else "")
+        return f"Group {number}: {plural(len(self.rows), 'image')}" + (f", {', '.join(remarks)}" if remarks else "")
 
 
 def duplicate_groups(features: FeatureSet, *, threshold: float | None = 0.98) -> list[DuplicateGroup]:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from featx.errors import SourceError
+from featx.errors import SourceError, plural
 from featx.origins import IMAGE_SUFFIXES, SPLITS, ImageRef, Origin, Unreadable, file_ref, labels_from_folders
 
 __all__ = ["IMAGE_SUFFIXES", "SPLITS", "ImageRef", "ImageSet", "count_labels", "finder", "is_local"]
@@ -140,7 +140,7 @@ class ImageSet:
                 "no images in this folder",
                 where=root,
                 expected="class folders with files such as .jpg or .png",
-                found=f"{ignored} other files" if ignored else "nothing",
+                found=plural(ignored, "other file") if ignored else "nothing",
             )
         named = labels_from_folders([relative for relative, _ in found])
         refs = [

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, ClassVar
 
-from featx.errors import FeatxError, ImageError, SourceError, UsageError
+from featx.errors import FeatxError, ImageError, SourceError, UsageError, plural
 from featx.origins import (
     IMAGE_SUFFIXES,
     MAX_FETCHED,
@@ -62,7 +62,7 @@ def remote_refs(url: str) -> tuple[list[ImageRef], int]:
             "no images at this address",
             where=url,
             expected="class folders with files such as .jpg or .png",
-            found=f"{ignored} other files" if ignored else "nothing",
+            found=plural(ignored, "other file") if ignored else "nothing",
         )
     named = labels_from_folders([name for name, _ in found])
     refs = [

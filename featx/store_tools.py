@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from featx import hdf5
 from featx._files import canonical_json, publish
-from featx.errors import StoreError, UsageError
+from featx.errors import StoreError, UsageError, plural
 from featx.hdf5 import RESTORE
 from featx.index import Index, name_columns, read_index, read_quarantine
 from featx.manifest import FORMAT_VERSION, Manifest, Shard, fingerprint, manifest_bytes, read_manifest
@@ -157,7 +157,7 @@ def _verify_index(path: Path, manifest: Manifest, known: NDArray[np.bytes_] | No
     index = read_index(path, manifest)
     lost = 0 if known is None else int((~np.isin(digest_keys(index.digests), known)).sum())
     if lost:
-        raise StoreError(f"{lost} images have no embedding in any shard", where=path / "index.h5", hint=RESTORE)
+        raise StoreError(f"{plural(lost, 'image')} without an embedding", where=path / "index.h5", hint=RESTORE)
 
 
 def _foreign_files(path: Path, manifest: Manifest) -> list[str]:

@@ -237,7 +237,8 @@ def _plan_shots(data: _Data, shots: Sequence[Shots] | None) -> tuple[list[Shots]
         return wanted, []
     counts = distinct_counts(data.labels, groups, len(names))
     name = names[int(counts.argmin())]
-    note = f"n_shots {', '.join(missing)} left out: class {name!r} has {counts.min()} different images only."
+    least = plural(int(counts.min()), "different image")
+    note = f"n_shots {', '.join(missing)} left out: class {name!r} has only {least}."
     return wanted, [note]
 
 
@@ -364,7 +365,7 @@ def _device_notes(device: str | None, heads: dict[str, Head], trials: Sequence[T
     features = data.embeddings.shape[1]
     fits = [t for t in trials if heads[t.head].estimator is Logistic and t.n_support * features >= large.LARGE]
     if fits:
-        return [f"{len(fits)} fits of logistic regression were solved on {device}, everything else on the CPU."]
+        return [f"{plural(len(fits), 'logistic regression')} solved on {device}, everything else on the CPU."]
     return [f"Nothing was solved on {device}: no support of logistic regression had {large.LARGE:,} numbers or more."]
 
 
@@ -374,5 +375,5 @@ def _convergence_notes(trials: Sequence[Trial]) -> list[str]:
         own = [t for t in trials if t.head == head]
         failed = sum(not t.converged for t in own)
         if failed:
-            notes.append(f"{head} did not converge in {failed} of {len(own)} trials.")
+            notes.append(f"{head} did not converge in {failed} of {plural(len(own), 'trial')}.")
     return notes

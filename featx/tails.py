@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from featx._files import canonical_json
 from featx.backbones import Backbone, find
-from featx.errors import BundleError, UsageError
+from featx.errors import BundleError, UsageError, plural
 from featx.images import Preprocess
 from featx.providers import Provider
 
@@ -139,7 +139,7 @@ def cut_network(backbone: Backbone, unfreeze: Unfreeze) -> Halves:
     names, numbered = blocks(network.body, network.classifier)
     if not 1 <= unfreeze <= len(numbered):
         raise UsageError(
-            f"{backbone.name} has no {unfreeze} blocks to unfreeze",
+            f"{backbone.name} has no {plural(unfreeze, 'block')} to unfreeze",
             where="unfreeze",
             expected=f"1 to {len(numbered)}, or all" if numbered else "all",
             found=unfreeze,

@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits
 from featx import stats
 from featx._files import cannot_write
 from featx.choose import fit_chosen
-from featx.errors import UsageError
+from featx.errors import UsageError, plural
 from featx.heads import Head
 from featx.large import is_large
 from featx.splits import find_duplicates
@@ -63,8 +63,9 @@ class Judgement:
         warning = "" if self.used == 1 else " What was chosen after an earlier look makes this too good."
         warning += "" if self.converged else " A fit stopped before its optimum."
         return (
-            f"On the {self.images} images of the split {self.split}, {self.head} is right in {100 * self.accuracy:.1f} "
-            f"% ({100 * self.low:.1f} to {100 * self.high:.1f}). This is {times} of this test set.{warning}"
+            f"On {plural(self.images, 'image')} of the split {self.split}, {self.head} is right in "
+            f"{100 * self.accuracy:.1f} % ({100 * self.low:.1f} to {100 * self.high:.1f}). "
+            f"This is {times} of this test set.{warning}"
         )
 
 

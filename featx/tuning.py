@@ -19,7 +19,7 @@ from featx import training
 from featx.activations import MAX_GIB, Wanted, activations, check_room
 from featx.backbones import Backbone, load_backbone
 from featx.engines import make_engine
-from featx.errors import MismatchError, SourceError, UsageError
+from featx.errors import MismatchError, SourceError, UsageError, plural
 from featx.providers import Own
 from featx.sources import ImageSet
 from featx.splits import Index
@@ -151,7 +151,7 @@ def open_tuning(
     check_room(folder, size, max_gib)
     what = "pixels" if runner is None else f"activations before {halves.cut}"
     say(
-        f"{halves.parameters:,} parameters are trained, on {what} of {len(rows)} images, which take "
+        f"Training {plural(halves.parameters, 'parameter')} on {what} of {plural(len(rows), 'image')}, which take "
         f"{size / 2**20:.0f} MiB in {folder} until this is done."
     )
     started = time.perf_counter()

@@ -134,7 +134,7 @@ def test_test_images_take_no_part_in_choosing(tmp_path: Path, featx: Featx) -> N
     assert featx("extract", tmp_path / "photos", "--out", store).code == 0
     assert featx("info", store, "--json").json["splits"] == {"test": 12, "train": 12, "val": 4}
     ran = featx("sweep", store, "--shots", "2", "--heads", "knn", "--episodes", "3", "--json")
-    assert "12 images of the split test are left out" in ran.err
+    assert "the split test (12 images) is left out" in ran.err
     assert "draws are made from train and val together" in ran.err
     assert ran.json["images"] == 16
 
@@ -186,7 +186,7 @@ def test_mistakes_end_with_one_sentence_and_exit_code_2(
     mistake(featx("sweep", store, "--layer", "penultima"), 2, "no layer 'penultima'", "Did you mean penultimate?")
     mistake(featx("info", source), 2, "not a featx store: it has no manifest.json", f"featx extract {source} --out")
     photo = next(source.rglob("*.png"))
-    mistake(featx("search", photo, store), 2, f"{photo}: not a file that featx sealed. It is foreign")
+    mistake(featx("search", photo, store), 2, f"{photo}: this file was not made by featx. To make a store")
     mistake(featx("info", Path(__file__)), 2, "test_cli.py")
     mistake(featx("pack", store, tmp_path / "no" / "x.h5"), 2, "no such folder")
 
@@ -195,7 +195,7 @@ def test_mistakes_end_with_one_sentence_and_exit_code_2(
 def test_only_files_of_featx_are_replaced(source: Path, store: Path, tmp_path: Path, featx: Featx) -> None:
     model = tmp_path / "kept.model"
     assert featx("fit", store, "--head", "ridge", "--out", model).code == 0
-    mistake(featx("sweep", model), 2, "kept.model: not a file that featx sealed. It is a model")
+    mistake(featx("sweep", model), 2, "kept.model: this is a model, not a store.")
     photo = tmp_path / "my photo.png"
     shutil.copy(next(source.rglob("*.png")), photo)
     before = photo.read_bytes()

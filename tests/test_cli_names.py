@@ -12,6 +12,8 @@ import pytest
 from conftest import Featx
 from storekit import make_store
 
+from featx.errors import plural
+
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
@@ -87,3 +89,11 @@ def test_zsh_is_told_where_to_ask(tmp_path: Path) -> None:
         check=True,
     )
     assert '"verify"' in done.stdout and '"pack"' not in done.stdout
+
+
+def test_numbers_and_nouns_agree() -> None:
+    assert plural(1, "class") == "1 class"
+    assert plural(2, "class") == "2 classes"
+    assert plural(0, "copy") == "0 copies"
+    assert plural(3, "day") == "3 days"
+    assert plural(2000, "epoch") == "2,000 epochs"

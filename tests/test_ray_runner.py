@@ -145,7 +145,7 @@ def test_an_interrupt_keeps_what_was_computed(
         if done >= 9:  # by then one of the two has computed a batch of four
             raise KeyboardInterrupt
 
-    with pytest.raises(Interrupted, match=r"\d+ of 40 images done. Run the same command again"):
+    with pytest.raises(Interrupted, match=r"stopped after \d+ of 40 images. Run the same command again"):
         run_ray(images, job, progress=stop)
     first = computed(log)
     kept = sum(storekit.check_published(part.folder(store)) for part in parts_of(store))

@@ -140,7 +140,7 @@ def test_an_interrupt_keeps_what_was_computed(source: Path, store: Path, whole: 
         if done >= 16:
             raise KeyboardInterrupt
 
-    with pytest.raises(Interrupted, match=r"stopped: found \d+ of 40 images done. Run the same command again"):
+    with pytest.raises(Interrupted, match=r"stopped after \d+ of 40 images. Run the same command again"):
         run_local(images, job, TWO, progress=stop)
     assert workers() == []
     first = computed(log)

@@ -254,7 +254,7 @@ def test_evaluate_retrieval(store: Path, featx: Featx) -> None:
     assert featx("evaluate-retrieval", store, "--json", "--seed", "0").json == found
     ran = featx("evaluate-retrieval", store, "--center", "--expand", "2", "--max-queries", "10")
     assert "1 exact duplicate; copies of a query are left out" in ran.out
-    assert "10 of 22 queries were drawn" in ran.out
+    assert "10 of 22 queries drawn" in ran.out
     assert re.search(r"bees +\d+ ", ran.out)
 
 
