@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
 from conftest import Featx, class_folders, picture
-from servicekit import Running, start, start_tiny
+from servicekit import Running, png, start, start_tiny
 from webdriver import Browser, driver, missing
 
 from featx.images import encode
@@ -21,6 +22,14 @@ pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "there is a
 
 DONE = "!document.querySelector('.card[data-state=waiting]') && document.querySelectorAll('.card').length == {}"
 READY = "document.getElementById('health').textContent == 'ready'"
+
+
+def photos(folder: Path, number: int) -> list[Path]:
+    folder.mkdir()
+    files = [folder / f"{i:03}.png" for i in range(number)]
+    for i, file in enumerate(files):
+        file.write_bytes(png(i))
+    return files
 
 
 @pytest.fixture(scope="module")
@@ -143,3 +152,60 @@ def test_a_key_is_asked_for_and_the_badge_tells_the_end(chrome: tuple[str, Path]
         browser.wait("document.getElementById('about').textContent == 'ants, bees'")
         assert server.end() == 0
     browser.wait("document.getElementById('health').textContent == 'no connection'", 30)
+
+
+def test_what_was_refused_without_a_key_is_tried_again_with_it(chrome: tuple[str, Path], browser: Browser) -> None:
+    files = photos(chrome[1] / "locked", 2)
+    with start_tiny(chrome[1], api_key="sesame") as server:
+        browser.open(server.url + "/")
+        browser.wait("!document.getElementById('key').hidden")
+        browser.choose("#files", *files)
+        browser.wait("document.querySelectorAll('.card[data-state=locked]').length == 2")
+        for secret, state in (("wrong", "locked"), ("sesame", "done")):
+            browser.run("document.getElementById('secret').value = arguments[0]", secret)
+            browser.run("document.getElementById('key').requestSubmit()")
+            browser.wait(f"document.querySelectorAll('.card[data-state={state}]').length == 2")
+
+
+def test_a_photo_above_the_limit_is_scaled_down_and_says_so(chrome: tuple[str, Path], browser: Browser) -> None:
+    large = chrome[1] / "large.png"
+    large.write_bytes(encode(np.random.default_rng(0).integers(0, 256, (1900, 2200, 3), dtype=np.uint8)))
+    assert large.stat().st_size > 10 * 2**20
+    with start_tiny(chrome[1]) as server:
+        assert server.send("/predict", large.read_bytes()).status == 413
+        browser.open(server.url + "/")
+        browser.choose("#files", large)
+        browser.wait(DONE.format(1))
+        assert browser.run("return document.querySelector('.card').dataset.state") == "done"
+        note = browser.run("return document.querySelector('.card .note').textContent")
+        assert "scaled down to 2048 x 1769 pixels" in note
+
+
+def test_many_photos_get_a_summary_a_filter_and_a_table(chrome: tuple[str, Path], browser: Browser) -> None:
+    files = photos(chrome[1] / "many", 60)
+    odd = chrome[1] / "=odd, name.txt"
+    odd.write_text("no image")
+    with start_tiny(chrome[1]) as server:
+        browser.open(server.url + "/")
+        browser.choose("#files", *files, odd)
+        browser.wait(DONE.format(61))
+        names = "return [...document.querySelectorAll('.card .name')].map(e => e.textContent)"
+        assert browser.run(names) == [*(file.name for file in files), odd.name]
+        assert browser.run("return document.getElementById('counts').textContent").startswith("61 photos")
+        assert browser.run("return document.body.scrollHeight") < 12_000
+        visible = "[...document.querySelectorAll('.card')].filter(c => !c.hidden)"
+        assert browser.run(f"return {visible}.length") == 20
+        browser.run("document.getElementById('more').click()")
+        assert browser.run(f"return {visible}.length") == 40
+        browser.run(
+            "const f = document.getElementById('filter'); f.value = 'not read'; f.dispatchEvent(new Event('change'))"
+        )
+        assert browser.run(f"return {visible}.map(c => c.querySelector('.name').textContent)") == [odd.name]
+        # Nothing that the browser cannot show leaves an empty slot.
+        browser.wait(f"getComputedStyle({visible}[0].querySelector('img')).display == 'none'")
+        rows = list(csv.DictReader(browser.run("return table()").splitlines()))
+        assert [row["file"] for row in rows] == [*(file.name for file in files), "'" + odd.name]
+        (expected,) = server.send("/predict", files[7].read_bytes()).json["predictions"]
+        assert rows[7]["label"] == expected["label"]
+        assert float(rows[7]["score"]) == pytest.approx(expected["score"], abs=1e-6)
+        assert rows[60]["label"] == "" and "Not one of JPEG" in rows[60]["error"]
