@@ -11,7 +11,7 @@ import numpy as np
 from featx.advice import Advice, Cell, named
 from featx.curves import Curve
 from featx.errors import plural
-from featx.html import document
+from featx.html import HINT, Images, Thumbnail, bar, document, made
 
 _HEADINGS = {
     "strategy": "Which strategy now",
@@ -25,8 +25,22 @@ _HEADINGS = {
 }
 
 
-def render_advice(advice: Advice, *, title: str, provenance: Mapping[str, Any], command: str) -> str:
-    """The whole page as text: one file that loads nothing."""
+def render_advice(
+    advice: Advice,
+    *,
+    title: str,
+    provenance: Mapping[str, Any],
+    command: str,
+    thumbnail: Thumbnail | None = None,
+    paths: Mapping[str, str] | None = None,
+) -> str:
+    """The whole page as text: one file that loads nothing.
+
+    Parameters
+    ----------
+    thumbnail : of a row of the store, for the images to label; None where they are not at hand.
+    paths : where they are, by id.
+    """
     sentences = advice.sentences()
     extra = {
         "strategy": "".join(
@@ -34,11 +48,11 @@ def render_advice(advice: Advice, *, title: str, provenance: Mapping[str, Any], 
         ),
         "learning curve": "" if advice.curve is None else _curve(advice.curve, advice),
         "domain": _by_class(advice),
-        "label next": _next(advice),
+        "label next": _next(advice, thumbnail, paths or {}),
     }
     parts = [
         f"<h1>Advice on {escape(title)}</h1>",
-        f'<p class="soft">{advice.images} labelled images, {len(advice.class_names)} classes, '
+        f'<p class="soft">{plural(advice.images, "labelled image")}, {plural(len(advice.class_names), "class")}, '
         f"{_span(advice.counts)} different images each.</p>",
         f'<p class="lead">{escape(sentences["strategy"])}</p>',
     ]
@@ -52,8 +66,7 @@ def render_advice(advice: Advice, *, title: str, provenance: Mapping[str, Any], 
         parts.append(extra.get(topic, ""))
     rows = {"command": command, **{k: v for k, v in provenance.items() if isinstance(v, str | int | float)}}
     rows |= {"seed": advice.random_state, "minutes allowed": f"{advice.minutes:g}", "seconds": f"{advice.seconds:.0f}"}
-    made = "".join(f"<dt>{escape(str(k))}</dt><dd><code>{escape(str(v))}</code></dd>" for k, v in rows.items())
-    return document(f"Advice on {title}", [*parts, "<h2>How this was made</h2>", f"<dl>{made}</dl>"])
+    return document(f"Advice on {title}", [*parts, "<h2>How this was made</h2>", made(rows)])
 
 
 def _span(counts: Sequence[int]) -> str:
@@ -63,8 +76,9 @@ def _span(counts: Sequence[int]) -> str:
 def _table(advice: Advice, n_shots: int) -> str:
     rows = "".join(_row(cell) for cell in advice.at(n_shots))
     return (
-        f'<h3>{plural(n_shots, "image")} a class</h3><div class="wide"><table><thead><tr>'
-        "<th>strategy</th><th>right %</th><th>95 % interval</th><th>against the first head</th><th>verdict</th>"
+        f'<h3>{plural(n_shots, "image")} a class</h3>{HINT}<div class="wide"><table><thead><tr>'
+        "<th>strategy</th><th>right %</th><th></th><th>95 % interval</th>"
+        "<th>against the first head</th><th>verdict</th>"
         f"<th>draws</th><th>s a draw</th></tr></thead><tbody>{rows}</tbody><caption>Differences in points to "
         f"{escape(named(advice.reference))}, on the same draws; verdicts hold for all of a table together."
         "</caption></table></div>"
@@ -72,7 +86,6 @@ def _table(advice: Advice, n_shots: int) -> str:
 
 
 def _row(cell: Cell) -> str:
-    bar = f"background:linear-gradient(90deg,rgba(var(--fill),.22) {100 * cell.accuracy.mean:.1f}%,transparent 0)"
     apart = verdict = ""
     if cell.difference is not None:
         found = cell.difference.interval
@@ -80,7 +93,7 @@ def _row(cell: Cell) -> str:
         verdict = cell.difference.verdict
     return (
         f"<tr{' class=tied' if cell.difference is None else ''}><td>{escape(cell.strategy)}</td>"
-        f'<td style="{bar}">{100 * cell.accuracy.mean:.1f}</td>'
+        f"<td>{100 * cell.accuracy.mean:.1f}</td>{bar(cell.accuracy.mean)}"
         f"<td>{100 * cell.accuracy.low:.1f} - {100 * cell.accuracy.high:.1f}</td><td>{apart}</td><td>{verdict}</td>"
         f"<td>{cell.episodes}</td><td>{cell.seconds:.2f}</td></tr>"
     )
@@ -88,7 +101,7 @@ def _row(cell: Cell) -> str:
 
 def _curve(curve: Curve, advice: Advice) -> str:
     """Measured points with their intervals, and the fitted curve; dashed where it is carried beyond them."""
-    width, height, left, bottom = 720, 320, 44, 44
+    width, height, left, bottom = 720, 360, 56, 72
     last, first = float(curve.shots[-1]), float(curve.shots[0])
     told = advice.gain is not None and advice.gain.verdict != "cannot tell"
     end = max(last, advice.n_now + 10) if told else last
@@ -101,7 +114,7 @@ def _curve(curve: Curve, advice: Advice) -> str:
         return float(left + 16 + np.log(n / first) / np.log(ns[-1] / first) * (width - left - 40))
 
     def y(value: float) -> float:
-        return float(10 + (1 - value) / (1 - low + 1e-9) * (height - bottom - 10))
+        return float(20 + (1 - value) / (1 - low + 1e-9) * (height - bottom - 20))
 
     out = []
     for tick in np.arange(low, 1.001, 0.1):
@@ -109,20 +122,22 @@ def _curve(curve: Curve, advice: Advice) -> str:
         out.append(f'<text x="{left - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{100 * tick:.0f}</text>')
     edges = [f"{x(float(n)):.1f},{y(each.high):.1f}" for n, each in zip(ns, band, strict=True)]
     edges += [f"{x(float(n)):.1f},{y(each.low):.1f}" for n, each in zip(ns[::-1], band[::-1], strict=True)]
-    out.append(f'<polygon points="{" ".join(edges)}" fill="#0072b2" fill-opacity=".12"/>')
+    out.append(f'<polygon points="{" ".join(edges)}" fill="var(--best)" fill-opacity=".12"/>')
     line = [(x(float(n)), y(each.mean), float(n)) for n, each in zip(ns, band, strict=True)]
     for inside, dash in ((True, ""), (False, ' stroke-dasharray="5 4"')):
         some = " ".join(f"{a:.1f},{b:.1f}" for a, b, n in line if (n <= last * 1.0001) == inside)
         if some:
-            out.append(f'<polyline points="{some}" fill="none" stroke="#0072b2" stroke-width="2"{dash}/>')
+            out.append(f'<polyline points="{some}" fill="none" stroke="var(--best)" stroke-width="2"{dash}/>')
     for n, each in zip(curve.shots.tolist(), curve.measured, strict=True):
-        out.append(f'<path d="M{x(n):.1f} {y(each.low):.1f}V{y(each.high):.1f}" stroke="#d55e00" stroke-width="2"/>')
         out.append(
-            f'<circle cx="{x(n):.1f}" cy="{y(each.mean):.1f}" r="4" fill="#d55e00"><title>{n} images a class: '
+            f'<path d="M{x(n):.1f} {y(each.low):.1f}V{y(each.high):.1f}" stroke="var(--rival)" stroke-width="2"/>'
+        )
+        out.append(
+            f'<circle cx="{x(n):.1f}" cy="{y(each.mean):.1f}" r="4" fill="var(--rival)"><title>{n} images a class: '
             f"{100 * each.mean:.1f} %</title></circle>"
         )
-        out.append(f'<text x="{x(n):.1f}" y="{height - 26}" text-anchor="middle">{n}</text>')
-    out.append(f'<text x="{width / 2:.0f}" y="{height - 8}" text-anchor="middle">labelled images of each class</text>')
+        out.append(f'<text x="{x(n):.1f}" y="{height - 42}" text-anchor="middle">{n}</text>')
+    out.append(f'<text x="{width / 2:.0f}" y="{height - 10}" text-anchor="middle">labelled images of each class</text>')
     return (
         f'<figure><svg viewBox="0 0 {width} {height}" role="img" aria-label="learning curve">{"".join(out)}</svg>'
         "<figcaption>Accuracy in %: dots are measured, on the images that the largest draw leaves over, with 95 % "
@@ -137,17 +152,20 @@ def _by_class(advice: Advice) -> str:
     found = sorted(advice.domain.by_class.items(), key=lambda item: -item[1])
     rows = "".join(f"<tr><td>{escape(name)}</td><td>{value:.1f}</td></tr>" for name, value in found)
     return (
-        '<div class="wide small"><table><thead><tr><th>class</th><th>stands out by</th></tr></thead>'
+        '<div class="wide small"><table><thead><tr><th>class</th><th>similarity score</th></tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
     )
 
 
-def _next(advice: Advice) -> str:
+def _next(advice: Advice, thumbnail: Thumbnail | None, paths: Mapping[str, str]) -> str:
     if not advice.next_images:
         return ""
+    images = Images({each.row: each.id for each in advice.next_images}, thumbnail)
     cards = "".join(
-        f'<div class="card"><code>{escape(each.id)}</code><br>perhaps {escape(each.likeliest)}, margin '
-        f"{each.margin:.2f}</div>"
+        images.card(each.row, f'perhaps {escape(each.likeliest)}<br><span class="soft">margin {each.margin:.2f}</span>')
         for each in advice.next_images[:60]
     )
-    return f'<div class="cards">{cards}</div>'
+    lines = (
+        f'<pre class="list">{escape(chr(10).join(paths.get(each.id, each.id) for each in advice.next_images))}</pre>'
+    )
+    return f'<div class="cards">{cards}</div><details><summary>List to copy</summary>{lines}</details>'

@@ -18,9 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from featx.errors import UsageError, plural
-from featx.html import Thumbnail, render_page
-from featx.results import HeadResult, SweepResult
-from featx.splits import Shots, shots_label
+from featx.html import Thumbnail, images_a_class, ranked, render_page, rival
+from featx.results import SweepResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,8 +32,14 @@ TABLE_WIDTH = 76
 def render_table(result: SweepResult) -> Table:
     """Ranked table: one section for each n_shots, 95 % intervals, ``=`` where the best is not better for sure."""
     table = Table(
-        title=f"{len(result.labels)} images, {len(result.class_names)} classes, {result.episodes} draws",
-        caption="= cannot be told from the best of its section. ECE: confidence against accuracy, points.",
+        title=", ".join(
+            [
+                plural(len(result.labels), "image"),
+                plural(len(result.class_names), "class"),
+                plural(result.episodes, "draw"),
+            ]
+        ),
+        caption="= no clear difference from the best. ECE: confidence against accuracy, points.",
         caption_justify="left",
         box=box.HORIZONTALS,  # without upright lines, and one space for each: it has to fit 80 columns
         show_edge=False,
@@ -65,30 +70,41 @@ def render_table(result: SweepResult) -> Table:
 
 def render(result: SweepResult) -> Group:
     """The table, the conclusion and the notes, for a rich console."""
-    baseline = f"Always naming the largest class would be right in {100 * result.majority_baseline:.1f} %."
+    baseline = f"Guessing the most common class: {100 * result.majority_baseline:.1f} %."
     notes = [Text(note, style="yellow") for note in (*result.notes, *duplicate_notes(result))]
     return Group(render_table(result), Text(conclusion(result), style="bold"), Text(baseline), *notes)
 
 
-def ranked(result: SweepResult, n_shots: Shots) -> list[HeadResult]:
-    """Results at one n_shots, best first."""
-    return sorted((each for each in result.results if each.n_shots == n_shots), key=lambda each: each.rank)
-
-
 def conclusion(result: SweepResult) -> str:
-    """One sentence: who wins at the most telling n_shots, who cannot be told apart, who is beaten."""
-    n_shots = 5 if 5 in result.shots else result.shots[len(result.shots) // 2]
+    """What to do, in words: which head, how good it is with the most images, and what would help more."""
+    n_shots = result.shots[-1]
     rows = ranked(result, n_shots)
-    where = f"with {shots_label(n_shots)}" if n_shots == "all" else f"at {shots_label(n_shots)}"
-    best = f"{rows[0].head} is right in {100 * rows[0].accuracy.mean:.1f} %"
-    tied = [each.head for each in rows[1:] if each.tied]
-    beaten = [each.head for each in rows[1:] if not each.tied]
-    if not rows[1:]:
-        return f"{best} {where}."
-    if not tied:
-        return f"{best} {where} and beats {_and(beaten)}."
-    same = f"{_and([rows[0].head, *tied])} cannot be told apart {where} (best: {100 * rows[0].accuracy.mean:.1f} %)"
-    return f"{same}; {rows[0].head} beats {_and(beaten)}." if beaten else f"{same}."
+    own = next(each for each in rows if each.head == result.winner)
+    where = images_a_class(n_shots)
+    interval = f"95 % interval {100 * own.accuracy.low:.1f} to {100 * own.accuracy.high:.1f}"
+    parts = [f"Use {own.head}: {100 * own.accuracy.mean:.1f} % right with {where} ({interval})."]
+    others = [each for each in rows if each is not own]
+    if len(result.shots) > 1:
+        before = next(r for r in result.results if r.head == own.head and r.n_shots == result.shots[-2])
+        gain = own.accuracy.mean - before.accuracy.mean
+        if gain >= _WORTH and gain > max([each.accuracy.mean - own.accuracy.mean for each in others] or [0.0]):
+            first = result.shots[-2] if n_shots != "all" else images_a_class(result.shots[-2])
+            more = f"{100 * gain:.1f} points from {first} to {where}"
+            parts.append(f"More images help{' more than another head' if others else ''}: {more}.")
+    tied = [each.head for each in others if result.cannot_tell(own.head, each.head, n_shots)]
+    worse = [each.head for each in others if each.head not in tied and each.accuracy.mean < own.accuracy.mean]
+    better = [each.head for each in others if each.head not in tied and each.accuracy.mean >= own.accuracy.mean]
+    if better:
+        parts.append(f"With {where}, {_and(better)} {'is' if len(better) == 1 else 'are'} better.")
+    if tied:
+        parts.append(f"No clear difference between {_and([own.head, *tied])}.")
+    if worse:
+        parts.append(f"{own.head} beats {_and(worse)}.")
+    return " ".join(parts)
+
+
+_WORTH = 0.01
+"""A gain in accuracy that is worth a sentence."""
 
 
 def duplicate_notes(result: SweepResult) -> list[str]:
@@ -180,8 +196,7 @@ class _Lines(list[str]):
         return len(text)
 
 
-# Okabe and Ito: told apart by colour-blind readers; marks differ as well.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_BEST, _RIVAL, _REST = "#0072B2", "#D55E00", "#AAB1BA"
 _MARKS = "osD^vPX"
 
 
@@ -196,15 +211,17 @@ def draw_accuracy(result: SweepResult, *, title: str) -> Figure:
     places = range(len(result.shots))
     for i, head in enumerate(result.heads):
         rows = [each for each in result.results if each.head == head]
-        colour = _COLOURS[i % len(_COLOURS)]
+        colour = {result.winner: _BEST, rival(result): _RIVAL}.get(head, _REST)
+        front = 2 if colour == _REST else 3
         means = [100 * each.accuracy.mean for each in rows]
         low, high = ([100 * getattr(each.accuracy, end) for each in rows] for end in ("low", "high"))
-        axes.plot(places, means, color=colour, marker=_MARKS[(i + i // 7) % len(_MARKS)], markersize=5, label=head)
-        axes.fill_between(places, low, high, color=colour, alpha=0.12, linewidth=0)
-    axes.axhline(100 * result.majority_baseline, color="#777777", linestyle=":", label="largest class")
+        axes.plot(places, means, color=colour, marker=_MARKS[i % len(_MARKS)], label=head, zorder=front)
+        if colour != _REST:
+            axes.fill_between(places, low, high, color=colour, alpha=0.12, linewidth=0)
+    axes.axhline(100 * result.majority_baseline, color="#777777", linestyle=":", label="most common class")
     axes.set_xticks(list(places), ["all but\na fifth" if n == "all" else str(n) for n in result.shots])
-    axes.set_xlabel("images of each class in the support")
-    axes.set_ylabel("accuracy on the rest, %")
+    axes.set_xlabel("labelled images a class")
+    axes.set_ylabel("accuracy on the others, %")
     axes.set_title(title)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=9)

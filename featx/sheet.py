@@ -11,7 +11,8 @@ from typing import TypeAlias
 
 from featx._files import publish_bytes
 from featx.decoders import DecoderPool
-from featx.errors import StoreError, UsageError
+from featx.errors import StoreError, UsageError, plural
+from featx.html import document
 from featx.images import Preprocess, jpeg_bytes
 from featx.manifest import read_manifest
 from featx.origins import Origin
@@ -34,23 +35,17 @@ SIDE = 160
 _THUMBNAIL = Preprocess(resize=SIDE, crop=(SIDE, SIDE), interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3)
 
 _STYLE = """
-:root { color-scheme: light dark; --page: #fff; --ink: #1a1c1f; --soft: #5d6570; --line: #d9dee5; --mark: #0072b2;
-  --warn: #8a4b00; }
-@media (prefers-color-scheme: dark) { :root { --page: #14171b; --ink: #e8eaed; --soft: #a0a8b3; --line: #343b45;
-  --mark: #56b4e9; --warn: #f0b060; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 80rem; padding: 1.2rem 1rem 3rem; background: var(--page); color: var(--ink);
-  font: 15px/1.45 system-ui, sans-serif; }
-h1 { font-size: 1.4rem; margin: 0 0 .2rem; overflow-wrap: anywhere; }
-h2 { font-size: 1rem; margin: 1.6rem 0 .5rem; overflow-wrap: anywhere; } p { margin: .3rem 0; }
-.soft { color: var(--soft); } .warn { color: var(--warn); }
-.row { display: grid; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); gap: .7rem; }
-figure { margin: 0; border: 1px solid var(--line); border-radius: .4rem; padding: .4rem; font-size: .82rem;
-  overflow-wrap: anywhere; } figure.mark { border: 2px solid var(--mark); }
-img, .none { width: 100%; aspect-ratio: 1; border-radius: .25rem; display: block; margin-bottom: .3rem; }
+body { max-width: 80rem; }
+.sections { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; }
+.sections section { border: 1px solid var(--line); border-radius: .5rem; padding: .6rem .7rem; max-width: 100%; }
+.sections h2 { font-size: .95rem; margin: 0 0 .4rem; overflow-wrap: anywhere; }
+.row { display: flex; flex-wrap: wrap; gap: .6rem; }
+.row figure { width: 9.2rem; font-size: .82rem; overflow-wrap: anywhere; }
+.row img, .none { width: 100%; aspect-ratio: 1; object-fit: cover; border-radius: .25rem; display: block;
+  margin-bottom: .3rem; } .mark img { outline: 3px solid var(--best); }
 .none { display: grid; place-items: center; text-align: center; padding: .5rem; color: var(--soft);
   border: 1px dashed var(--line); }
-code { font-family: ui-monospace, monospace; font-size: .8rem; }
+@media (max-width: 26rem) { .row figure { width: calc(50% - .3rem); max-width: 160px; } }
 """
 
 
@@ -120,20 +115,12 @@ def write_sheet(path: Path, *, title: str, facts: Iterable[str], sections: Seque
     """
     pictures = _thumbnails([card for section in sections for card in section.cards])
     body = [f"<h1>{escape(title)}</h1>", *(f'<p class="soft">{escape(fact)}</p>' for fact in facts)]
+    boxes = []
     for section in sections:
-        body.append(f"<h2>{escape(section.title)}</h2>")
-        if section.warning:
-            body.append(f'<p class="warn">{escape(section.warning)}</p>')
-        body.append(f'<div class="row">{"".join(_figure(card, pictures) for card in section.cards)}</div>')
-    page = (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="generator" content="featx">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
-        "style-src 'unsafe-inline'\">\n"
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(body)
-        + "\n</body>\n</html>\n"
-    )
+        warning = f'<p class="warn">{escape(section.warning)}</p>' if section.warning else ""
+        cards = "".join(_figure(card, pictures) for card in section.cards)
+        boxes.append(f'<section><h2>{escape(section.title)}</h2>{warning}<div class="row">{cards}</div></section>')
+    page = document(title, [*body, f'<div class="sections">{"".join(boxes)}</div>'], _STYLE)
     if path.is_dir():
         raise StoreError("a folder is in the way", where=path)
     publish_bytes(path, page.encode("utf-8", errors="backslashreplace"))
@@ -191,7 +178,10 @@ def search_sheet(path: Path, store: Path, find: Finder, features: FeatureSet, fo
             for match in matches
         ]
         sections.append(Section(name, [query, *cards]))
-    facts = [f"{len(features)} images in {store.name}; the number below a match is its cosine with the query."]
+    facts = [
+        f"{plural(len(features), 'image')} in {store.name}. The number below a match is its similarity (cosine) to the "
+        "query: 1 is the same image, 0 is unrelated."
+    ]
     return write_sheet(path, title=f"What looks alike in {store.name}", facts=facts, sections=sections)
 
 
@@ -207,10 +197,16 @@ def duplicate_sheet(
             said = [label_of(features, row) or "unlabelled", split, group.likeness(place)]
             digest = features.digests[row].tobytes()
             cards.append(Card(name, find(name), ", ".join(filter(None, said)), digest=digest))
-        warnings = ["It is on both sides of a split."] if group.across_splits else []
-        warnings += ["Its labels differ."] if group.conflicting else []
+        warnings = ["On both sides of a split."] if group.across_splits else []
+        warnings += ["Labels differ."] if group.conflicting else []
         sections.append(Section(group.title(number), cards, " ".join(warnings)))
-    facts = [f"{len(groups)} groups among {len(features)} images; each is compared with the first of its group."]
+    facts = [
+        f"{plural(len(groups), 'group')} among {plural(len(features), 'image')}; each image is compared with the first "
+        "of its group.",
+        "What to do: keep one image of each group and delete the others. Where labels differ, at least one is wrong: "
+        "correct it. A group on both sides of a split makes a test look better than it is: keep it on one side. Then "
+        "run featx extract again; nothing is computed twice.",
+    ]
     if len(groups) > MAX_GROUPS:
         facts.append(f"The first {MAX_GROUPS} groups are shown; featx duplicates --json lists all.")
     return write_sheet(path, title=f"Duplicates in {store.name}", facts=facts, sections=sections)
