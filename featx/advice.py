@@ -252,7 +252,9 @@ class Advice:
         parts = []
         if self.next_images:
             first = ", ".join(each.id for each in self.next_images[:3])
-            parts.append(f"Label these {len(self.next_images)} of {self.unlabelled} next: {first}, ...")
+            more = ", ..." if len(self.next_images) > 3 else "."
+            counted = f"{len(self.next_images)} of {plural(self.unlabelled, 'unlabelled image')}"
+            parts.append(f"Label these {counted} next: {first}{more}")
         if self.simulation is None:
             parts.append("What choosing images by margin and diversity gains over chance was not measured.")
             return " ".join(parts)

@@ -57,7 +57,9 @@ def advise(
     from featx.embed import network_like
     from featx.layers import read_layers
     from featx.manifest import check_same
-    from featx.sources import ImageSet
+    from featx.originals import Originals
+    from featx.sources import ImageSet, finder, is_local
+    from featx.store import source_of
 
     features, columns = read_layers(store)
     images = None if source is None else ImageSet.from_source(source)
@@ -79,10 +81,21 @@ def advise(
         )  # fmt: skip
     command = shlex.join(["featx", *sys.argv[1:]])
     provenance = {**features.provenance, "fingerprint": features.fingerprint}
-    publish_bytes(page, render_advice(found, title=store.name, provenance=provenance, command=command).encode())
+    origin = source or source_of(store)
+    find = finder(origin) if origin and is_local(origin) else Path
+    paths = {each.id: str(find(each.id)) for each in found.next_images}
+    text = render_advice(
+        found, title=store.name, provenance=provenance, command=command, paths=paths,
+        thumbnail=Originals(origin, features.ids.tolist(), features.digests).thumbnail,
+    )  # fmt: skip
+    publish_bytes(page, text.encode())
     if as_json:
         print_json({**found.to_json(), "page": str(page)})
     _tell(found.sentences(), err=as_json)
+    if paths:
+        say("Label next:", err=as_json)
+    for path in paths.values():
+        say(f"  {path}", err=as_json)
     say(f"\nPage: {page}", err=as_json)
     if found.interrupted:
         raise typer.Exit(Interrupted.exit_code)

@@ -63,7 +63,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx import frames, hdf5
-from featx.errors import StoreError, UsageError, did_you_mean
+from featx.errors import StoreError, UsageError, did_you_mean, plural
 from featx.hdf5 import RESTORE
 from featx.index import NAME_COLUMNS, SPLITS, read_index, read_names
 from featx.manifest import check_version, damaged, fingerprint, manifest_bytes, read_manifest
@@ -113,6 +113,10 @@ class FeatureSet:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def __repr__(self) -> str:
+        counted = f"{plural(len(self), 'image')} x {self.embeddings.shape[1]}"
+        return f"FeatureSet({counted}, {plural(len(self.class_names), 'class')}, layer {self.layer!r})"
 
     @property
     def copies(self) -> NDArray[np.intp]:
