@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from featx.advise import REFERENCE, advise, curve_shots
 from featx.comparison import Budget, OutOfTime, Trials
 from featx.domain import Domain
 from featx.errors import UsageError
+from featx.images import encode
 from featx.labelling import Simulation
 from featx.layers import Layers
 from featx.rule import size_by_similarity
@@ -240,6 +242,21 @@ def test_the_page_is_whole_escapes_names_and_shows_every_number(advice: Advice) 
             assert f"{100 * each.accuracy.mean:.1f}" in words
     assert advice.next_images[0].id in words
     assert "http" not in text.replace("http-equiv", "")
+
+
+def test_the_images_to_label_are_shown_and_listed_with_whole_paths(advice: Advice) -> None:
+    rows = {each.row: each.id for each in advice.next_images}
+    assert rows
+    paths = {name: f"/photos/{name}" for name in rows.values()}
+    dot = encode(np.zeros((4, 4, 3), dtype=np.uint8))
+    text = render_advice(
+        advice, title="x", provenance={"fingerprint": "f00d"}, command="", thumbnail=lambda row: dot, paths=paths
+    )
+    page = Page(text)
+    assert {dict(attributes)["alt"] for tag, attributes in page.tags if tag == "img"} == set(rows.values())
+    (copied,) = re.findall(r'<pre class="list">(.*?)</pre>', text, re.DOTALL)
+    assert copied.splitlines() == [paths[each.id] for each in advice.next_images]
+    assert text.index("f00d") > text.index("Versions, settings and hashes")
 
 
 # --- time ---

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -209,3 +210,27 @@ def test_many_photos_get_a_summary_a_filter_and_a_table(chrome: tuple[str, Path]
         assert rows[7]["label"] == expected["label"]
         assert float(rows[7]["score"]) == pytest.approx(expected["score"], abs=1e-6)
         assert rows[60]["label"] == "" and "Not one of JPEG" in rows[60]["error"]
+
+
+def test_a_sheet_of_duplicates_uses_the_width_and_fits_a_phone(
+    kept: Path, browser: Browser, featx: Featx, tmp_path: Path
+) -> None:
+    photos = tmp_path / "photos"
+    shutil.copytree(kept / "photos", photos)
+    for file in sorted(photos.rglob("*.png"))[:6]:
+        shutil.copy(file, file.with_name(f"copy-{file.name}"))
+    assert featx("extract", photos, "--out", tmp_path / "s.featx").code == 0
+    assert featx("duplicates", tmp_path / "s.featx", "--exact-only", "--html", tmp_path / "d.html").code == 0
+    browser.open((tmp_path / "d.html").as_uri())
+    assert "keep one image of each group" in browser.run("return document.body.innerText")
+    tops = "return [...document.querySelectorAll('section')].map(e => Math.round(e.getBoundingClientRect().top))"
+    sizes = "return [...document.images].map(i => [i.width, i.height, i.naturalWidth])"
+    try:
+        for width, fewest in ((1280, 3), (390, 1)):
+            browser.resize(width, 900)
+            assert browser.run("return document.documentElement.scrollWidth") <= width
+            rows = browser.run(tops)
+            assert len(rows) == 6 and max(rows.count(top) for top in rows) >= fewest
+            assert all(w == h <= natural for w, h, natural in browser.run(sizes))
+    finally:
+        browser.resize(1000, 900)
