@@ -6,24 +6,29 @@ import os
 import shlex
 import sys
 import tempfile
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from unicodedata import category
 from zipfile import is_zipfile
 
 import typer
 
 from featx.errors import ImageError, UsageError, plural
-from featx.terminal import MODEL_MARK, ProgressLine, check_file, print_json, say, show
+from featx.terminal import MODEL_MARK, ProgressLine, check_file, check_writable, print_json, say, show
 
 if TYPE_CHECKING:
     from featx.bundle import Bundle
     from featx.embed import Embedder
     from featx.export import Pickled
     from featx.providers import Own
+    from featx.sorting import Sorted
 
 REFUSED = 3
 _STDIN = Path("-")
+_CSV_COLUMNS = ("id", "label", "score", "score_kind", "abstain", "refused")
+_CSV_MARK = ",".join(_CSV_COLUMNS).encode()
 _MAX_STDIN = 2**30
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -231,13 +236,33 @@ def predict(
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="MODEL is a joblib export. Loading it runs code: trust its source.")
     ] = False,
+    csv: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="Write the answers to a CSV file, too.")
+    ] = None,
+    sort_into: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Copy the photos into a folder for each label in FOLDER, those that the model is unsure of into "
+            "_unsure. Files that are there are never replaced.",
+        ),
+    ] = None,
     backbone: OwnBackbone = None,
     weights: Weights = None,
     engine: EngineOption = EngineName.auto,
     device: DeviceOption = Device.auto,
     as_json: Json = False,
 ) -> None:
-    """Say what is on photos: label, probability, and whether the model is unsure."""
+    """Say what is on photos: label, probability, and whether the model is unsure.
+
+    Where the output is not a terminal, it is one line an image, with tabs between image, label, score and "abstains".
+    """
+    if csv is not None:
+        check_file(csv, _CSV_MARK, example="answers.csv")
+    if sort_into is not None:
+        check_writable(sort_into)
+        if _STDIN in images:
+            raise UsageError("an image on standard input has no name to keep", where="--sort-into")
     with tempfile.TemporaryDirectory(prefix="featx-") as folder:
         named = _name_files(images, Path(folder))
         from featx.predictor import predict_files
@@ -254,14 +279,29 @@ def predict(
                 else:
                     predictions.append({"id": name, **answer.to_json()})
                 line.update(len(predictions) + len(refused), len(named))
+    filed = None if sort_into is None else _sort_into(sort_into, dict(named), predictions, kept.class_names)
+    if csv is not None:
+        _write_csv(csv, predictions, refused, kept.class_names)
     if as_json:
-        print_json({"predictions": predictions, "refused": refused})
-    else:
+        answer: dict[str, Any] = {"predictions": predictions, "refused": refused}
+        if filed is not None:
+            answer["sorted"] = {"folder": str(sort_into), "copied": filed.copied, "already_there": filed.there}
+        print_json(answer)
+    elif sys.stdout.isatty():
         _table(predictions, kept.score_kind)
+    else:
+        for each in predictions:
+            say("\t".join([*map(_one_line, (each["id"], each["label"])), f"{each['score']:.3f}", _doubt(each)]))
     if kept.silence:
         say(f"Note: {kept.silence}", err=True)
     for item in refused:
-        say(f"  refused {item['id']}: {item['reason']}, {item['message']}", err=True)
+        say(f"  refused {_one_line(item['id'])}: {item['reason']}, {item['message']}", err=True)
+    if filed is not None:
+        into = ", ".join(f"{name} {count}" for name, count in filed.copied.items())
+        there = f"; {filed.there} already there" if filed.there else ""
+        say(f"Copied into {sort_into}: {into or 'nothing'}{there}.", err=True)
+    if csv is not None:
+        say(f"CSV: {csv}", err=True)
     if refused:
         raise typer.Exit(REFUSED)
 
@@ -416,13 +456,56 @@ def _name_files(images: list[Path], folder: Path) -> list[tuple[str, Path]]:
     return named
 
 
+def _doubt(prediction: dict[str, Any]) -> str:
+    return "abstains" if prediction["abstain"] else ""
+
+
+def _one_line(text: str) -> str:
+    """Text with control characters, line ends and backslashes spelt as in a Python string."""
+    spelt = {"Cc", "Cs", "Zl", "Zp"}
+    return "".join(
+        char.encode("unicode_escape").decode() if char == "\\" or category(char) in spelt else char for char in text
+    )
+
+
 def _table(predictions: list[dict[str, Any]], kind: str) -> None:
     from rich.table import Table
     from rich.text import Text
 
     table = Table("image", "label", kind, "", box=None)
     for each in predictions:
-        doubt = "abstains" if each["abstain"] else ""
-        table.add_row(Text(each["id"], overflow="fold"), Text(each["label"]), f"{each['score']:.3f}", doubt)
+        name, label = Text(_one_line(each["id"]), overflow="fold"), Text(_one_line(each["label"]))
+        table.add_row(name, label, f"{each['score']:.3f}", _doubt(each))
     if predictions:
         show(table)
+
+
+def _write_csv(
+    path: Path, predictions: list[dict[str, Any]], refused: list[dict[str, Any]], class_names: Sequence[str]
+) -> None:
+    from csv import DictWriter
+    from io import StringIO
+
+    from featx._files import publish_bytes
+
+    columns = [f"probability of {name}" for name in class_names]
+    text = StringIO()
+    writer = DictWriter(text, [*_CSV_COLUMNS, *columns], lineterminator="\n")
+    writer.writeheader()
+    for each in predictions:
+        row = {name: each[name] for name in _CSV_COLUMNS if name in each}
+        shares = {f"probability of {name}": share for name, share in each["probabilities"].items()}
+        writer.writerow({**row, **shares, "abstain": "yes" if each["abstain"] else "no"})
+    for each in refused:
+        writer.writerow({"id": each["id"], "refused": f"{each['reason']}: {each['message']}"})
+    publish_bytes(path, text.getvalue().encode(errors="backslashreplace"))
+
+
+def _sort_into(
+    folder: Path, paths: dict[str, Path], predictions: list[dict[str, Any]], class_names: Sequence[str]
+) -> Sorted:
+    from featx.sorting import sort_into
+
+    photos = [(paths[each["id"]], None if each["abstain"] else each["label"]) for each in predictions]
+    with ProgressLine("copying") as line:
+        return sort_into(folder, photos, class_names, progress=lambda done: line.update(done, len(photos)))

@@ -7,7 +7,7 @@ The pipeline consists of scikit-learn's own classes, so it loads where featx is 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +145,7 @@ class Pickled:
         self.pipeline, self.told = pipeline, told
         self.provenance: Mapping[str, Any] = told["provenance"]
         self.layer = layer_place(told["layer"], told["provenance"]["layers"])
+        self.class_names: Sequence[str] = told["class_names"]
         self.threshold: float | None = told["threshold"]
         # Votes of neighbours are not calibrated: they are no probabilities that a threshold is for.
         self.score_kind = "margin" if told["sharpness"] is None or told["n_neighbors"] else "probability"

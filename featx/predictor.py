@@ -14,7 +14,7 @@ from featx.bundle import Answer, Bundle
 from featx.embed import Embedder
 from featx.errors import ImageError, MismatchError
 from featx.providers import Provider
-from featx.sources import IMAGE_SUFFIXES
+from featx.sources import IMAGE_SUFFIXES, _walk
 
 PROBE_COSINE = {"fp32": 0.9999}
 """What the engines promise of each other; 0.999 at the precisions that are not named."""
@@ -97,5 +97,6 @@ def predict_files(
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Files below a folder whose names promise an image, sorted."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    """Files below a folder whose names promise an image, sorted; hidden ones are left out, as by an extraction."""
+    found = (folder / relative for relative, _ in _walk(folder))
+    return sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES)

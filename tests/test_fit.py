@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -272,6 +274,65 @@ def test_predict_files_folders_and_standard_input(kept: Path, featx: Featx) -> N
     table = featx("predict", kept / "photos.model", photo)
     assert table.code == 0
     assert found[0]["label"] in table.out
+
+
+def test_predict_in_a_pipe_is_one_line_an_image(kept: Path, featx: Featx, tmp_path: Path) -> None:
+    image = (kept / "photos/train/ants/000.png").read_bytes()
+    folder = tmp_path / ("a long name that a table would fold, " * 4)
+    names = [
+        "plain.png",
+        "tab\there.png",
+        "line\nend.png",
+        "back\\slash.png",
+        "\x1b[31mred.png",
+        "b\udcff.png",
+        "._x.png",
+    ]
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_bytes(image)
+    done = featx("predict", kept / "photos.model", folder, "--csv", tmp_path / "a.csv", env={"COLUMNS": "40"})
+    assert done.code == 0, done.err
+    rows = [line.split("\t") for line in done.out.splitlines()]
+    assert len(rows) == 6
+    assert len({tuple(row[1:]) for row in rows}) == 1
+    spelt = {row[0].removeprefix(f"{folder}/").encode().decode("unicode_escape") for row in rows}
+    assert spelt == set(names[:-1])
+    with (tmp_path / "a.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert {row["id"].removeprefix(f"{folder}/") for row in table} == {*names[:5], "b\\udcff.png"}
+    for row, line in zip(table, rows, strict=True):
+        assert (row["label"], f"{float(row['score']):.3f}") == (line[1], line[2])
+        assert float(row["probability of ants"]) + float(row["probability of bees"]) == pytest.approx(1)
+        assert row["abstain"] == ("yes" if line[3] else "no")
+
+
+def test_predict_sorts_photos_and_lists_what_it_refused(kept: Path, featx: Featx, tmp_path: Path) -> None:
+    (tmp_path / "bad.png").write_text("no picture")
+    given = ("predict", kept / "photos.model", kept / "photos", tmp_path / "bad.png")
+    told = ("--json", "--csv", tmp_path / "a.csv", "--sort-into", tmp_path / "out")
+    done = featx(*given, *told)
+    assert done.code == 3
+    answers = {each["id"]: each for each in done.json["predictions"]}
+    assert len(answers) == 56
+    into = {name: "_unsure" if each["abstain"] else each["label"] for name, each in answers.items()}
+    copies = {path.relative_to(tmp_path / "out"): path.read_bytes() for path in (tmp_path / "out").rglob("*.png")}
+    assert copies == {Path(label) / Path(name).name: Path(name).read_bytes() for name, label in into.items()}
+    assert done.json["sorted"]["copied"] == dict(sorted(Counter(into.values()).items()))
+    with (tmp_path / "a.csv").open(newline="") as file:
+        (refused,) = [row for row in csv.DictReader(file) if row["refused"]]
+    assert refused["id"] == str(tmp_path / "bad.png")
+    assert refused["refused"].startswith("not_an_image: ")
+    again = featx(*given, *told)  # the CSV file is featx's own, and is replaced; copies are not made twice
+    assert again.json["sorted"] == {"folder": str(tmp_path / "out"), "copied": {}, "already_there": 56}
+    (tmp_path / "letter.csv").write_text("dear,")
+    for options, message in [
+        (("--csv", tmp_path / "letter.csv"), "of another kind than would be made"),
+        (("--sort-into", tmp_path / "letter.csv"), "a file is in the way"),
+    ]:
+        refusal = featx(*given, *options)
+        assert (refusal.code, message in refusal.err) == (2, True), refusal.err
+    assert featx("predict", kept / "photos.model", "-", "--sort-into", tmp_path / "out").code == 2
 
 
 def test_predict_gives_what_the_store_says(kept: Path, featx: Featx) -> None:
