@@ -283,10 +283,10 @@ def predict(
     if csv is not None:
         _write_csv(csv, predictions, refused, kept.class_names)
     if as_json:
-        answer: dict[str, Any] = {"predictions": predictions, "refused": refused}
+        reply: dict[str, Any] = {"predictions": predictions, "refused": refused}
         if filed is not None:
-            answer["sorted"] = {"folder": str(sort_into), "copied": filed.copied, "already_there": filed.there}
-        print_json(answer)
+            reply["sorted"] = {"folder": str(sort_into), "copied": filed.copied, "already_there": filed.there}
+        print_json(reply)
     elif sys.stdout.isatty():
         _table(predictions, kept.score_kind)
     else:

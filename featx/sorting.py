@@ -59,7 +59,8 @@ def sort_into(
     by_label: dict[str | None, list[Path]] = {}
     for path, label in photos:
         by_label.setdefault(label, []).append(path)
-    names: dict[str | None, str] = {None: UNSURE, **folder_names(class_names)}
+    names: dict[str | None, str] = {None: UNSURE}
+    names.update(folder_names(class_names).items())
     copied: dict[str, int] = {}
     done = 0
     for label, paths in by_label.items():
