@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
-from unicodedata import category
 from zipfile import is_zipfile
 
 import typer
 
-from featx.errors import ImageError, UsageError, plural
+from featx.errors import ImageError, UsageError, one_line, plural
 from featx.terminal import MODEL_MARK, ProgressLine, check_file, check_writable, print_json, say, show
 
 if TYPE_CHECKING:
@@ -291,11 +290,11 @@ def predict(
         _table(predictions, kept.score_kind)
     else:
         for each in predictions:
-            say("\t".join([*map(_one_line, (each["id"], each["label"])), f"{each['score']:.3f}", _doubt(each)]))
+            say("\t".join([*map(one_line, (each["id"], each["label"])), f"{each['score']:.3f}", _doubt(each)]))
     if kept.silence:
         say(f"Note: {kept.silence}", err=True)
     for item in refused:
-        say(f"  refused {_one_line(item['id'])}: {item['reason']}, {item['message']}", err=True)
+        say(f"  refused {one_line(item['id'])}: {item['reason']}, {item['message']}", err=True)
     if filed is not None:
         into = ", ".join(f"{name} {count}" for name, count in filed.copied.items())
         there = f"; {filed.there} already there" if filed.there else ""
@@ -460,21 +459,13 @@ def _doubt(prediction: dict[str, Any]) -> str:
     return "abstains" if prediction["abstain"] else ""
 
 
-def _one_line(text: str) -> str:
-    """Text with control characters, line ends and backslashes spelt as in a Python string."""
-    spelt = {"Cc", "Cs", "Zl", "Zp"}
-    return "".join(
-        char.encode("unicode_escape").decode() if char == "\\" or category(char) in spelt else char for char in text
-    )
-
-
 def _table(predictions: list[dict[str, Any]], kind: str) -> None:
     from rich.table import Table
     from rich.text import Text
 
     table = Table("image", "label", kind, "", box=None)
     for each in predictions:
-        name, label = Text(_one_line(each["id"]), overflow="fold"), Text(_one_line(each["label"]))
+        name, label = Text(one_line(each["id"]), overflow="fold"), Text(one_line(each["label"]))
         table.add_row(name, label, f"{each['score']:.3f}", _doubt(each))
     if predictions:
         show(table)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from unicodedata import category
 
 
 def plural(n: int, noun: str) -> str:
@@ -111,3 +112,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint that names the closest known names, or lists where to find them all."""
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
     return f"Did you mean {' or '.join(close)}?" if close else ""
+
+
+def one_line(text: str) -> str:
+    """Text with control characters, line ends and backslashes spelt as in a Python string."""
+    spelt = {"Cc", "Cs", "Zl", "Zp"}
+    return "".join(
+        char.encode("unicode_escape").decode() if char == "\\" or category(char) in spelt else char for char in text
+    )

@@ -12,6 +12,8 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from featx.errors import one_line
+
 request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
 """Of the request that the current task answers."""
 
@@ -45,6 +47,7 @@ class TextLines(logging.Formatter):
         text = f"{clock} {record.levelname.lower()} [{request_id.get()}] {record.getMessage()}"
         extra = {name: value for name, value in vars(record).items() if name not in _PLAIN and name != "color_message"}
         text += "".join(f" {name}={value}" for name, value in extra.items())
+        text = one_line(text)  # paths come from clients, who must not write lines of their own
         if record.exc_info:
             text += "\n" + self.formatException(record.exc_info)
         return text
