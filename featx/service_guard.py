@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 OPEN_PATHS = frozenset({"/", "/live", "/ready"})
 """What needs no API key: the page holds no data, and probes hold no secrets."""
 
+PROBES = frozenset({"/live", "/ready", "/metrics"})
+"""What is answered whatever the load."""
+
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
 
 LINGER_SECONDS = 30.0
@@ -151,7 +154,7 @@ class Guard:
             if refusal is not None and not status:
                 await answer(refusal, stamped)
         finally:
-            self._buffered -= request.size
+            request.free()
             self.in_flight -= 1
             self.metrics.in_flight.dec()
             self._note(scope, status, seconds or time.perf_counter() - started, request.size)
@@ -174,16 +177,20 @@ class Guard:
         length = headers.get(b"content-length", b"")
         if length.isdigit() and int(length) > self.limits.body:
             return self._too_large()
-        if self._buffered > self.limits.buffered:
-            return Refusal(429, "busy", "Too many uploads at once; try again.", {"Retry-After": "1"})
+        if self._buffered > self.limits.buffered and scope["path"] not in PROBES:
+            return self._too_many()
         return None
+
+    def _too_many(self) -> Refusal:
+        return Refusal(429, "busy", "Too many uploads at once; try again.", {"Retry-After": "1"})
 
     def _too_large(self) -> Refusal:
         return Refusal(413, "body", f"The request is larger than {self.limits.body:,} bytes.")
 
-    def took(self, size: int) -> None:
-        """Count bytes that a request now holds."""
+    def took(self, size: int) -> bool:
+        """Count bytes that a request now holds (or, below 0, no longer); whether all of them are not too many."""
         self._buffered += size
+        return self._buffered <= self.limits.buffered
 
     def _note(self, scope: Scope, status: int, seconds: float, size: int) -> None:
         path = scope["path"]
@@ -215,7 +222,13 @@ class _Counted:
     def __init__(self, guard: Guard, receive: Receive, limit: int) -> None:
         self._guard, self._receive, self._limit = guard, receive, limit
         self.size = 0
+        self._held = 0
         self.complete = False
+
+    def free(self) -> None:
+        """Hold nothing any more."""
+        self._guard.took(-self._held)
+        self._held = 0
 
     async def throw_away(self, seconds: float) -> None:
         """Receive what is left, keeping nothing, for so long."""
@@ -231,9 +244,11 @@ class _Counted:
         if message["type"] == "http.request":
             size = len(message.get("body", b""))
             self.size += size
-            self._guard.took(size)
-            if self.size > self._limit:
-                raise self._guard._too_large()
+            self._held += size
+            enough = self._guard.took(size)
+            if self.size > self._limit or not enough:
+                self.free()
+                raise self._guard._too_large() if self.size > self._limit else self._guard._too_many()
         return message
 
 

@@ -1,4 +1,4 @@
-"""Running the service: one process, one address, signals, and connections that may not dawdle."""
+"""Running the service: one process, one address, signals, and limits on what a connection may hold."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
+import resource
 import signal
 import socket
 import uuid
@@ -26,6 +27,18 @@ from featx.service_work import Service
 HEADER_SECONDS = 10.0
 """A connection that has begun a request, or nothing at all, gets this long until its headers are complete."""
 
+KEEP_ALIVE_SECONDS = 5
+"""How long a connection may stay open between two requests."""
+
+HEAD_BYTES = 64 * 2**10
+"""Of a request line with its headers, and of the trailers after a chunked body."""
+
+HEAD_LINES = 100
+"""Headers and trailers of one request."""
+
+CONNECTIONS = 1000
+"""Open at a time; fewer where the system allows few open files."""
+
 NOTICE_SECONDS = 1.0
 """After SIGTERM: how long the address still answers, so that whoever asks /ready learns of it."""
 
@@ -41,14 +54,50 @@ class ServiceLost(FeatxError):
     exit_code = 1
 
 
+class _HeadTooLarge(Exception):
+    """Raised inside the parser, which ends with its own error then."""
+
+
 class Protocol(HttpToolsProtocol):
-    """uvicorn's HTTP with a clock: headers that do not end are cut."""
+    """uvicorn's HTTP with limits: on time, size and number of headers, and on connections.
+
+    The parser keeps headers until they are complete, before anything can look at an API key, so they are counted as
+    they come. httptools tells of a header only when the next one begins; ``_pending`` counts the bytes since it last
+    told anything.
+
+    uvicorn is pinned below its next major version for this class: it overrides callbacks of the parser.
+    """
+
+    connections_at_most = CONNECTIONS
+    """At a time; the one that has waited longest without a request makes room for a new one."""
 
     _timer: TimerHandle | None = None
+    _waiting_since: float | None = None
+    _pending = _head_bytes = _head_lines = 0
+    _in_head = True
+    _too_large = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._waiting_since = self.loop.time()
         self._set_timer(HEADER_SECONDS)
+        if len(self.connections) > self.connections_at_most:
+            self._make_room()
+
+    def _make_room(self) -> None:
+        others = (each for each in self.connections if isinstance(each, Protocol) and each is not self)
+        idle = [each for each in others if each._waiting_since is not None and not each.transport.is_closing()]
+        if idle:
+            # Aborted, since what a client that reads nothing has not taken would keep its descriptor open.
+            min(idle, key=lambda each: each._waiting_since or 0.0).transport.abort()
+            return
+        self._answer(503, "connections", "Too many connections; try again.", "retry-after: 1\r\n")
+
+    def data_received(self, data: bytes) -> None:
+        self._pending += len(data)
+        super().data_received(data)
+        if self._pending > HEAD_BYTES and not self._too_large and not self.transport.is_closing():
+            self._refuse_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._unset_timer()
@@ -56,27 +105,74 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._head_bytes = self._head_lines = 0
+        self._in_head = True
         self._set_timer(HEADER_SECONDS)
+
+    def on_url(self, url: bytes) -> None:
+        super().on_url(url)
+        self._count(len(url))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        super().on_header(name, value)
+        self._head_lines += 1
+        self._count(len(name) + len(value))
 
     def on_headers_complete(self) -> None:
         self._unset_timer()
+        self._pending, self._in_head, self._waiting_since = 0, False, None
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._pending = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._pending = 0
+        super().on_message_complete()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        if not self.pipeline:
+            self._waiting_since = self.loop.time()
         if self.cycle is not None and self.cycle.response_complete and self.cycle.more_body:
             self._cut()  # the guard waited for the rest of the body long enough
 
+    def _count(self, size: int) -> None:
+        """Count a part of the head, which the parser has told of."""
+        self._pending = 0
+        self._head_bytes += size
+        if self._head_bytes > HEAD_BYTES or self._head_lines > HEAD_LINES:
+            self._too_large = True
+            raise _HeadTooLarge
+
     def send_400_response(self, msg: str) -> None:
         """As uvicorn's, with what all answers carry."""
+        if self._too_large:
+            self._refuse_head()
+        else:
+            self._answer(400, "http", msg)
+
+    def _refuse_head(self) -> None:
+        self._too_large = True
+        before = self.cycle if self.cycle is not None and not self.cycle.response_complete else None
+        if before is not None and (self._in_head or before.response_started):
+            self._cut()  # an answer here would be taken for, or stand inside, that of an earlier request
+            return
+        self._answer(
+            431, "headers", f"Request line, headers and trailers may have {HEAD_BYTES:,} bytes in {HEAD_LINES} lines."
+        )
+
+    def _answer(self, status: int, reason: str, message: str, headers: str = "") -> None:
+        """Answer without an application, and close."""
         own = uuid.uuid4().hex
-        log.warning("not HTTP", extra={"status": 400, "answered_id": own})
-        body = f'{{"error": {{"reason": "http", "message": "{msg}"}}, "request_id": "{own}"}}'.encode()
+        log.warning("refused a connection: %s", reason, extra={"status": status, "answered_id": own})
+        body = f'{{"error": {{"reason": "{reason}", "message": "{message}"}}, "request_id": "{own}"}}'.encode()
         head = (
-            f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
+            f"content-type: application/json\r\ncontent-length: {len(body)}\r\n{headers}"
             f"x-request-id: {own}\r\nconnection: close\r\n\r\n"
         )
-        self.transport.write(STATUS_LINE[400] + head.encode() + body)
+        self.transport.write(STATUS_LINE[status] + head.encode() + body)
         self.transport.close()
 
     def _set_timer(self, seconds: float) -> None:
@@ -202,14 +298,14 @@ def serve(
     _, guard = create_app(service, api_key=api_key, hosts=hosts)
     config = uvicorn.Config(
         guard,
-        http=Protocol,
+        http=_limited_protocol(),
         ws="none",
         lifespan="on",
         log_config=None,
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=3,
-        timeout_keep_alive=15,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         backlog=1024,
     )
     server = Server(config, service, guard)
@@ -231,10 +327,23 @@ def serve(
         raise ServiceLost("the service ended: nothing can be computed any more", found=server.lost, hint=hint)
 
 
+def _limited_protocol() -> type[Protocol]:
+    """The protocol with as many connections as leave half of the descriptors to the work; the soft limit is raised."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 4 * CONNECTIONS
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        soft = most
+    number = CONNECTIONS if soft == resource.RLIM_INFINITY else max(1, min(CONNECTIONS, soft // 2))
+    return type("LimitedProtocol", (Protocol,), {"connections_at_most": number})
+
+
 def _listen(host: str, port: int) -> socket.socket:
     """A socket that listens; said before any network is loaded that it cannot be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # Named, since asyncio sets TCP_NODELAY for this protocol only; without it a second answer waits for 40 ms.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
