@@ -16,7 +16,7 @@ def plural(n: int, noun: str) -> str:
     """A number of things in words: "1 image", "3 classes", "2,000 queries"."""
     if n == 1:
         return f"1 {noun}"
-    if noun.endswith(("s", "x", "ch", "sh")):
+    if noun.endswith(("s", "x", "sh")) or (noun.endswith("ch") and noun != "epoch"):
         return f"{n:,} {noun}es"
     if noun.endswith("y") and noun[-2] not in "aeiou":
         return f"{n:,} {noun[:-1]}ies"
