@@ -9,6 +9,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,12 +20,13 @@ from joblib import effective_n_jobs
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 
+from featx._files import canonical_json
 from featx.backbones import DEFAULT_BACKBONE, Backbone, load_backbone
 from featx.catalogue import NETWORKS
 from featx.decoders import DecoderPool
 from featx.embed import Embedder
 from featx.engines import make_engine
-from featx.errors import ImageError, SourceError, StoreBusy, UsageError
+from featx.errors import ImageError, MismatchError, SourceError, StoreBusy, UsageError
 from featx.images import as_rgb, decode_settings, is_image
 from featx.manifest import check_same, read_manifest
 from featx.provenance import provenance_of
@@ -36,6 +38,9 @@ from featx.views import parse_views
 
 _AT_A_TIME = 1024
 """Images that are embedded between two visits to the store: a crash costs no more."""
+
+_OTHERS = ".networks"
+"""Folder inside a store with the stores of other networks than the one that it was made with."""
 
 _PATIENCE = 600.0
 """Seconds to wait for another writer of the store, such as another fold of a cross-validation."""
@@ -54,7 +59,9 @@ class FeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
     layer : "penultimate", or a name of the network's module tree; one that ``store`` has, if that exists.
     views : ways to see an image whose embeddings are averaged, such as "center,flip".
     store : folder of a store that serves as the cache, by the content of the images: made if there is none, and used
-        and added to if ``featx extract`` made it. Without one everything is computed every time.
+        and added to if ``featx extract`` made it. Where it was made with another network, layer or other views, a
+        second store is kept inside it, below ``.networks``: a search over ``backbone`` may share one ``store``.
+        Without one everything is computed every time.
     engine, device, precision, batch_size : see :func:`featx.make_engine`. A store decides the "auto" of precision.
     n_jobs : decoding processes, and threads of the network on a CPU; None is one (joblib's rule), -1 all cores.
 
@@ -97,8 +104,6 @@ class FeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         ------
         UsageError, WeightsError
             For an unknown backbone or view, or weights that are missing.
-        MismatchError
-            The store was made with another network.
         """
         items_of(X)
         self._open()
@@ -122,8 +127,6 @@ class FeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
             An image is refused; it and the reason are named.
         UsageError
             X is nothing of the kind.
-        MismatchError
-            The store was made with another network.
         """
         items = items_of(X)
         run = self._open()
@@ -158,22 +161,42 @@ class FeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
 class _Run:
     """What one call needs: the backbone, and the store of embeddings that are known."""
 
-    def __init__(self, given: FeatureExtractor, cache: Path | None) -> None:
-        self.given, self.cache = given, cache
+    def __init__(self, given: FeatureExtractor, root: Path | None) -> None:
+        self.given, self.root = given, root
         self.views = parse_views(given.views)
-        self.layers: tuple[str, ...] = (given.layer,)
+        self.backbone = self._load((given.layer,))
+        self.cache: Path | None = None
         self.stored: dict[str, Any] = {}
-        if cache is not None and (cache / "manifest.json").exists():
-            self.stored = dict(read_manifest(cache).provenance)
-            if given.layer in self.stored["layers"]:
-                self.layers = tuple(self.stored["layers"])
-        self.number = self.layers.index(given.layer)
-        self.backbone: Backbone = load_backbone(given.backbone, weights=given.weights, layers=self.layers)
-        if self.stored:
-            wanted = {**self.backbone.provenance(), "views": ",".join(self.views), "decode": decode_settings()}
-            if given.precision != "auto":
-                wanted["precision"] = given.precision
-            check_same(self.stored, {**self.stored, **wanted}, cache or Path())
+        if root is not None:
+            self._find_store(root)
+        self.number = self.backbone.layers.index(given.layer)
+
+    def _load(self, layers: tuple[str, ...]) -> Backbone:
+        return load_backbone(self.given.backbone, weights=self.given.weights, layers=layers)
+
+    def _find_store(self, root: Path) -> None:
+        """The store ``root`` itself if it is new or of this network, else the one of this network inside it."""
+        wanted = {**self.backbone.provenance(), "views": ",".join(self.views), "decode": decode_settings()}
+        if self.given.precision != "auto":
+            wanted["precision"] = self.given.precision
+        name = re.sub(r"[^A-Za-z0-9_.-]", "_", self.backbone.name)
+        own = root / _OTHERS / f"{name}-{hashlib.sha256(canonical_json(wanted)).hexdigest()[:12]}"
+        for self.cache in (root, own):
+            if not (self.cache / "manifest.json").exists():
+                return
+            stored = dict(read_manifest(self.cache).provenance)
+            layers = tuple(stored["layers"])
+            same = {"layers": stored["layers"]} if self.given.layer in layers else {}
+            try:
+                check_same(stored, {**stored, **wanted, **same}, self.cache)
+            except MismatchError:
+                if self.cache == own:
+                    raise
+                continue
+            self.stored = stored
+            if layers != self.backbone.layers:
+                self.backbone = self._load(layers)
+            return
 
     def embed_all(self, items: Sequence[Item]) -> NDArray[np.float32]:
         """Embeddings of all items, computed."""
@@ -187,7 +210,13 @@ class _Run:
         missing = np.flatnonzero(rows < 0)
         if len(missing):
             first = np.unique(digests[missing], axis=0, return_index=True)[1]
-            self._learn([items[row] for row in missing[np.sort(first)].tolist()])
+            try:
+                self._learn([items[row] for row in missing[np.sort(first)].tolist()])
+            except MismatchError:
+                if self.stored:
+                    raise
+                # Since this run looked, another candidate of a search has made the store, with its own network.
+                return _Run(self.given, self.root).cached(items)
             known, rows = self._look_up(digests)
         if (rows < 0).any():
             item = items[int(np.flatnonzero(rows < 0)[0])]

@@ -29,7 +29,7 @@ from featx import estimator
 from featx.backbones import load_backbone
 from featx.catalogue import NETWORKS
 from featx.engines import make_engine
-from featx.errors import FeatxError, MismatchError, SourceError, UsageError, WeightsError
+from featx.errors import FeatxError, SourceError, UsageError, WeightsError
 from featx.estimator import FeatureExtractor
 from featx.extract import extract_features
 from featx.images import Preprocess, resize_crop
@@ -38,6 +38,7 @@ from featx.providers import Provider
 from featx.shards import ShardReader
 from featx.sources import ImageSet
 from featx.store import read_features
+from featx.store_tools import verify
 
 
 class Toy(Provider):
@@ -181,9 +182,7 @@ def test_in_a_pipeline_it_scores_as_its_embeddings_do(paths: list[Path], tmp_pat
     np.testing.assert_allclose(scores, wanted)
     assert len(engines) == 2  # for all folds: the second when the store that the first made says what "auto" is
     search = GridSearchCV(pipeline, {"featureextractor__layer": ["penultimate", "0"]}, cv=2, error_score="raise")
-    with pytest.raises(MismatchError, match="layers"):
-        search.fit(paths, y)
-    search.set_params(estimator__featureextractor__store=None).fit(paths, y)
+    search.fit(paths, y)
     assert set(search.predict(paths)) <= {"ants", "bees"}
 
 
@@ -267,14 +266,40 @@ def test_many_writers_of_one_cache(paths: list[Path], tmp_path: Path) -> None:
     assert len(ShardReader(store, read_manifest(store))) == len(set(np.concatenate(orders).tolist()))
 
 
-def test_a_store_of_another_network_is_refused(paths: list[Path], tmp_path: Path) -> None:
+def test_other_networks_have_stores_of_their_own_inside(paths: list[Path], tmp_path: Path, engines: list[str]) -> None:
     store = tmp_path / "cache.featx"
-    toy(store=store).transform(paths[:1])
-    for options, field in (({"views": "center,flip"}, "views"), ({"precision": "bf16"}, "precision")):
-        with pytest.raises(MismatchError, match=f"another {field}"):
-            toy(store=store, **options).fit(paths)
-    with pytest.raises(MismatchError, match="another backbone"):
-        FeatureExtractor(store=store).fit(paths)
+    toy(store=store).transform(paths)
+    before, wrong = read_manifest(store), verify(store)  # a cache has no index
+    others: tuple[dict[str, Any], ...] = ({"views": "center,flip"}, {"precision": "bf16"}, {"layer": "0"})
+    for options in others:
+        wanted = toy(**options).transform(paths)
+        np.testing.assert_allclose(toy(store=store, **options).transform(paths), wanted, atol=1e-5)
+        made = len(engines)
+        estimator._embedder.cache_clear()
+        np.testing.assert_allclose(toy(store=store, **options).transform(paths), wanted, atol=1e-5)
+        assert len(engines) == made
+    assert read_manifest(store) == before
+    assert verify(store) == wrong
+    inside = sorted((store / ".networks").iterdir())
+    assert len(inside) == len(others)
+    assert all(len(ShardReader(each, read_manifest(each))) == len(paths) for each in inside)
+
+
+@pytest.mark.parametrize("n_jobs", [1, 2])
+def test_a_search_over_backbones_shares_one_store(folder: Path, tmp_path: Path, n_jobs: int) -> None:
+    """The candidates of a search may meet in a store that none of them had seen."""
+    paths = sorted(folder.rglob("*.png"))
+    y = labels(paths)
+    names = ["shufflenet_v2_x0_5", "shufflenet_v2_x1_0"]
+    extractor = FeatureExtractor(weights="none", engine="torch", device="cpu", store=tmp_path / "cache.featx")
+    pipeline = make_pipeline(extractor, LogisticRegression())
+    grid = {"featureextractor__backbone": names}
+    search = GridSearchCV(pipeline, grid, cv=2, error_score="raise", n_jobs=n_jobs, refit=False).fit(paths, y)
+    for name, score in zip(names, search.cv_results_["mean_test_score"], strict=True):
+        alone = clone(pipeline).set_params(featureextractor__backbone=name, featureextractor__store=None)
+        assert score == cross_val_score(alone, paths, y, cv=2).mean()
+    stores = [tmp_path / "cache.featx", *(tmp_path / "cache.featx" / ".networks").iterdir()]
+    assert sorted(read_manifest(each).provenance["backbone"] for each in stores) == names
 
 
 @pytest.mark.parametrize(
