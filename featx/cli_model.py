@@ -282,10 +282,10 @@ def predict(
     if csv is not None:
         _write_csv(csv, predictions, refused, kept.class_names)
     if as_json:
-        reply: dict[str, Any] = {"predictions": predictions, "refused": refused}
+        told: dict[str, Any] = {"predictions": predictions, "refused": refused}
         if filed is not None:
-            reply["sorted"] = {"folder": str(sort_into), "copied": filed.copied, "already_there": filed.there}
-        print_json(reply)
+            told["sorted"] = {"folder": str(sort_into), "copied": filed.copied, "already_there": filed.there}
+        print_json(told)
     elif sys.stdout.isatty():
         _table(predictions, kept.score_kind)
     else:

@@ -59,12 +59,11 @@ def sort_into(
     by_label: dict[str | None, list[Path]] = {}
     for path, label in photos:
         by_label.setdefault(label, []).append(path)
-    names: dict[str | None, str] = {None: UNSURE}
-    names.update(folder_names(class_names).items())
+    names = folder_names(class_names)
     copied: dict[str, int] = {}
     done = 0
     for label, paths in by_label.items():
-        into = folder / names[label]
+        into = folder / (UNSURE if label is None else names[label])
         if into.is_symlink() or (into.exists() and not into.is_dir()):
             raise UsageError("a link or a file is in the way of a folder", where=into, hint="Move it away.")
         make_folder(into)
