@@ -20,7 +20,17 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from featx import cli_advise, cli_demo, cli_finetune, cli_layers, cli_model, cli_search, cli_sweep, cli_tabular
+from featx import (
+    cli_advise,
+    cli_demo,
+    cli_finetune,
+    cli_labels,
+    cli_layers,
+    cli_model,
+    cli_search,
+    cli_sweep,
+    cli_tabular,
+)
 from featx._files import refuse_second_writer
 from featx.cli_model import Device, EngineName, Json
 from featx.cli_parts import DevicesOption, FinishOption, PartOption, RunnerOption, Spread, everywhere, load
@@ -281,6 +291,7 @@ def _stages(stages: Mapping[str, float], images: int) -> Table:
     return table
 
 
+cli_labels.register(app)
 cli_layers.register(app)
 cli_model.register(app)
 cli_search.register(app)

@@ -9,12 +9,15 @@ from html import escape
 from pathlib import Path
 from typing import TypeAlias
 
+import numpy as np
+
 from featx._files import publish_bytes
 from featx.decoders import DecoderPool
 from featx.errors import StoreError, UsageError, plural
 from featx.html import document
 from featx.images import Preprocess, jpeg_bytes
 from featx.manifest import read_manifest
+from featx.mislabelled import LabelRanking
 from featx.origins import Origin
 from featx.search import DuplicateGroup, Match, label_of
 from featx.sources import finder, is_local
@@ -210,3 +213,31 @@ def duplicate_sheet(
     if len(groups) > MAX_GROUPS:
         facts.append(f"The first {MAX_GROUPS} groups are shown; featx duplicates --json lists all.")
     return write_sheet(path, title=f"Duplicates in {store.name}", facts=facts, sections=sections)
+
+
+def label_sheet(path: Path, store: Path, find: Finder, features: FeatureSet, ranking: LabelRanking) -> int:
+    """The sheet of ``featx labels``: the first ``MAX_GROUPS`` images whose labels are doubtful, in one section."""
+    names = ranking.class_names
+    doubtful = np.flatnonzero(ranking.doubtful).tolist()
+    cards = [
+        Card(
+            str(ranking.ids[i]),
+            find(str(ranking.ids[i])),
+            f"{names[ranking.labels[i]]} \u2192 {names[ranking.suggested[i]]} ({ranking.confidence[i]:.0%})",
+            digest=features.digests[ranking.rows[i]].tobytes(),
+        )
+        for i in doubtful[:MAX_GROUPS]
+    ]
+    facts = [
+        f"{len(doubtful)} of {plural(len(ranking), 'label')} may be wrong. The arrow leads from the present label to "
+        "the one that is suggested by heads that have not learnt from the image.",
+        "Move a photo to the folder of its class, or correct your list, and run featx extract again.",
+    ]
+    if len(doubtful) > MAX_GROUPS:
+        facts.append(f"The first {MAX_GROUPS} are shown; featx labels --csv FILE lists all.")
+    return write_sheet(
+        path,
+        title=f"Labels to check in {store.name}",
+        facts=facts,
+        sections=[Section("The least likely labels first", cards)],
+    )

@@ -264,7 +264,7 @@ def test_usage_errors_suggest(featx: Featx) -> None:
 def test_help_is_quick_and_names_every_command(featx: Featx) -> None:
     ran = featx("--help")
     assert ran.code == 0
-    for name in ("demo", "backbones", "extract", "info", "verify", "pack", "sweep"):
+    for name in ("demo", "labels", "backbones", "extract", "info", "verify", "pack", "sweep"):
         assert name in ran.out
         help_of = featx(name, "--help")
         assert help_of.code == 0

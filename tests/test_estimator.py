@@ -285,16 +285,24 @@ def test_other_networks_have_stores_of_their_own_inside(paths: list[Path], tmp_p
     assert all(len(ShardReader(each, read_manifest(each))) == len(paths) for each in inside)
 
 
-@pytest.mark.parametrize("n_jobs", [1, 2])
-def test_a_search_over_backbones_shares_one_store(folder: Path, tmp_path: Path, n_jobs: int) -> None:
-    """The candidates of a search may meet in a store that none of them had seen."""
+def test_two_networks_that_meet_in_a_new_store_both_keep_theirs(paths: list[Path], tmp_path: Path) -> None:
+    """What the workers of a search do: both look before either has made the store."""
+    store = tmp_path / "cache.featx"
+    first, second = toy(store=store)._open(), toy(store=store, views="center,flip")._open()
+    items = estimator.items_of(paths)
+    np.testing.assert_allclose(first.cached(items), plain(paths), atol=1e-5)
+    np.testing.assert_allclose(second.cached(items), toy(views="center,flip").transform(paths), atol=1e-5)
+    assert len(list((store / ".networks").iterdir())) == 1
+
+
+def test_a_search_over_backbones_shares_one_store(folder: Path, tmp_path: Path) -> None:
     paths = sorted(folder.rglob("*.png"))
     y = labels(paths)
     names = ["shufflenet_v2_x0_5", "shufflenet_v2_x1_0"]
     extractor = FeatureExtractor(weights="none", engine="torch", device="cpu", store=tmp_path / "cache.featx")
     pipeline = make_pipeline(extractor, LogisticRegression())
     grid = {"featureextractor__backbone": names}
-    search = GridSearchCV(pipeline, grid, cv=2, error_score="raise", n_jobs=n_jobs, refit=False).fit(paths, y)
+    search = GridSearchCV(pipeline, grid, cv=2, error_score="raise", refit=False).fit(paths, y)
     for name, score in zip(names, search.cv_results_["mean_test_score"], strict=True):
         alone = clone(pipeline).set_params(featureextractor__backbone=name, featureextractor__store=None)
         assert score == cross_val_score(alone, paths, y, cv=2).mean()

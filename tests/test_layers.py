@@ -83,6 +83,7 @@ LAYERS = [
         "estimator",
         "tabular",
         "pixels",
+        "mislabelled",
     }
     | {"tuning", "finetune", "finetune_bundle"}
     | {"parts", "runners", "ray_runner"},
@@ -110,6 +111,7 @@ LAYERS = [
         "cli",
         "cli_advise",
         "cli_demo",
+        "cli_labels",
         "cli_finetune",
         "cli_layers",
         "cli_model",
@@ -137,11 +139,12 @@ DOORS = {
     "faiss": {"ann"},
     "ray": {"ray_runner"},
     "typer": {"cli", "cli_advise", "cli_finetune", "cli_layers", "cli_model", "cli_parts", "cli_search", "cli_sweep"}
-    | {"cli_tabular", "cli_demo"},
+    | {"cli_tabular", "cli_demo", "cli_labels"},
     "rich": {
         "cli",
         "cli_advise",
         "cli_demo",
+        "cli_labels",
         "cli_layers",
         "cli_model",
         "cli_search",
