@@ -205,7 +205,7 @@ def judge_episodes(
         swept,
         heads=(*swept.heads, tuning.head),
         trials=(*swept.trials, *(done[task] for task in tasks)),
-        notes=(*swept.notes, *tuning.notes),
+        notes=(*swept.notes, *tuning.notes, *(kept.notes if kept else ())),
         seconds=time.perf_counter() - started,
     )
     return FinetuneResult(

@@ -1,8 +1,9 @@
 """What an interrupted sweep has done already, one line for each draw.
 
-A line is appended and synced when its draw is complete. The first line names the plan (a hash of the embeddings,
-labels, duplicates, heads, seed and versions); a journal of another plan is begun anew, and a line cut
-short by a crash is done again.
+A line is appended and synced when its draw is complete. It starts with a sha256 of itself together with the plan (a
+hash of the embeddings, labels, duplicates, heads, seed and versions), and only lines that match are believed: the
+draws of all others, damaged or cut short by a crash, are done again. The first line names the plan; a journal
+of another plan is begun anew.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import numpy as np
 import sklearn
 from numpy.typing import NDArray
 
+from featx._files import publish_bytes
 from featx.errors import UsageError
 from featx.results import Trial
 from featx.splits import Index, Shots
@@ -54,44 +57,82 @@ class Journal:
     path : the file; its folder is made.
     plan : of :func:`plan_hash`.
 
+    Attributes
+    ----------
+    done : the draws that are finished.
+    notes : sentences on what could not be used.
+
     Raises
     ------
-    UsageError
-        The file cannot be written.
+    FeatxError
+        The file cannot be read or written.
     """
 
     def __init__(self, path: Path, plan: str) -> None:
         self.path, self.plan = path, plan
         self.done: dict[Task, Outcome] = {}
+        self.notes: list[str] = []
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
-            whole = lines[:-1]  # what follows the last line end was cut short
-            if whole and json.loads(whole[0]) == {"plan": plan}:
-                for line in whole[1:]:
-                    task, outcome = _decode(json.loads(line))
-                    self.done[task] = outcome
-                self._rewrite(whole)
-            else:
-                self._rewrite([json.dumps({"plan": plan}).encode()])
+            content = path.read_bytes() if path.exists() else b""
         except OSError as error:
-            raise UsageError("cannot write the journal", where=path, found=error.strerror) from error
+            raise self._refused(error) from error
+        header, *lines = content.removesuffix(b"\n").split(b"\n")
+        whole = []
+        for line in lines if content.endswith(b"\n") else lines[:-1]:
+            row = _opened(line, plan)
+            if row is not None:
+                task, outcome = _decode(row)
+                self.done[task] = outcome
+                whole.append(line)
+        kept = b"".join(line + b"\n" for line in (_sealed({"plan": plan}, plan), *whole))
+        if content == kept:
+            return
+        if header.startswith(b'{"plan": '):
+            self.notes = [f"{path} is from featx 0.1.0, without checksums: its draws were made again."]
+        elif content and (whole or not _of_a_plan(header)):
+            self.notes = [f"{path} had damaged lines, or one cut short: their draws were made again."]
+        publish_bytes(path, kept)
 
-    def _rewrite(self, lines: Sequence[bytes]) -> None:
-        part = self.path.with_name(self.path.name + ".tmp")
-        part.write_bytes(b"".join(line + b"\n" for line in lines))
-        part.replace(self.path)
+    def _refused(self, error: OSError) -> UsageError:
+        return UsageError(
+            "cannot write the journal", where=self.path, found=error.strerror,
+            hint="Free some space and run the same command again: it goes on from the finished draws.",
+        )  # fmt: skip
 
     def add(self, task: Task, outcome: Outcome) -> None:
         """Keep one finished draw."""
-        with self.path.open("ab") as file:
-            file.write(json.dumps(_encode(task, outcome)).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self.path.open("ab") as file:
+                file.write(_sealed(_encode(task, outcome), self.plan) + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise self._refused(error) from error
 
     def close(self) -> None:
         """The sweep is complete: its journal is of no more use."""
         self.path.unlink(missing_ok=True)
+
+
+def _sealed(row: dict[str, Any], plan: str) -> bytes:
+    data = json.dumps(row).encode()
+    return hashlib.sha256(plan.encode() + data).hexdigest().encode() + b" " + data
+
+
+def _opened(line: bytes, plan: str) -> dict[str, Any] | None:
+    """What :func:`_sealed` was given; None for a line that is damaged or of another plan."""
+    seal, _, data = line.partition(b" ")
+    if seal != hashlib.sha256(plan.encode() + data).hexdigest().encode():
+        return None
+    row: dict[str, Any] = json.loads(data)
+    return row
+
+
+def _of_a_plan(header: bytes) -> bool:
+    """Whether a first line is intact, of whatever plan."""
+    named = re.search(rb'"plan": "([0-9a-f]{64})"', header)
+    return named is not None and _opened(header, named[1].decode()) is not None
 
 
 def _encode(task: Task, outcome: Outcome) -> dict[str, Any]:

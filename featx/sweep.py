@@ -150,6 +150,7 @@ def sweep_heads(
         notes=(
             *data.notes,
             *notes,
+            *(kept.notes if kept else ()),
             *([centre.told] if centre else []),
             *_device_notes(device, chosen, trials, data),
             *_convergence_notes(trials),

@@ -131,6 +131,26 @@ def test_full_disk_with_the_real_command(small_disk: Path, tmp_path: Path, featx
     assert verify(store) == []
 
 
+def test_a_sweep_goes_on_after_a_full_disk(small_disk: Path, tmp_path: Path, featx: Featx) -> None:
+    store = make_store(tmp_path / "s.featx", names_of(300))
+    arguments = ["sweep", store, "--heads=ridge,knn", "--shots=1,2", "--episodes=6", "--n-jobs=1", "--json"]
+    whole = featx(*arguments, "--out", tmp_path / "whole").json
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(380_000))
+    ran = featx(*arguments, "--out", small_disk / "report")
+    assert ran.code == 2
+    assert ran.err.count("Error: ") == 1
+    assert "cannot write the journal: found No space left on device. Free some space and run" in ran.err
+    assert (small_disk / "report" / "journal.jsonl").read_bytes().count(b"\n") > 1
+    filler.unlink()
+    resumed = featx(*arguments, "--out", small_disk / "report").json
+    for row in (whole, resumed):
+        del row["seconds"], row["report"], row["notes"]
+        for each in row["results"]:
+            del each["fit_seconds"]
+    assert resumed == whole
+
+
 def test_read_only_folder(tmp_path: Path, featx: Featx) -> None:
     source, store = storekit.png_folders(tmp_path / "photos", 4), tmp_path / "s.featx"
     make_store(store)
