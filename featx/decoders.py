@@ -231,10 +231,18 @@ class DecoderPool:
         """
         child = self._idle.get()
         try:
-            return child.decode(HERE + data, lambda digest: False, wanted, heaviest)
-        except _Lost as lost:
-            child.end()
-            return None if lost.reason == _UNWANTED else Decoded(lost.digest, refusal=self._refusal(lost))
+            for _ in range(ATTEMPTS):
+                try:
+                    return child.decode(HERE + data, lambda digest: False, wanted, heaviest)
+                except _Lost as lost:
+                    child.end()
+                    if lost.reason == _UNWANTED:
+                        return None
+                    refused = Decoded(lost.digest, refusal=self._refusal(lost))
+                    if lost.digest is not None or lost.reason != "decoder_crash":
+                        break
+                    # It ended before any decoder saw the bytes, so something else killed it.
+            return refused
         finally:
             self._idle.put(child)
 
