@@ -23,7 +23,7 @@ import storekit
 from conftest import Featx
 from storekit import PREPROCESS, light_backbone, png_folders, refused_of
 
-from featx.decoders import Decoded, DecoderPool
+from featx.decoders import Decoded, DecoderPool, TooHeavy
 from featx.errors import FeatxError
 from featx.extract import extract_features
 from featx.images import pixels
@@ -51,6 +51,8 @@ if sys.argv[0] == "-c" and len(sys.argv) == 3:  # a decoding process
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
             while True:
                 time.sleep(1000)
+        if data.endswith(b"GREED"):
+            bytearray(8 << 30)
         if data.endswith(b"NOISE"):
             os.write(2, b"native noise\\n" * 100)
         if data.endswith(b"MEMORY"):
@@ -255,7 +257,7 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 from storekit import PREPROCESS
 from featx.decoders import DecoderPool
-pool = DecoderPool(PREPROCESS, workers=2, timeout=1.0)
+pool = DecoderPool(PREPROCESS, workers=2, timeout={600.0 if sys.platform == "linux" else 1.0})
 paths = [Path(p) for p in {[str(p) for p in files(source)]!r}]
 first = next(pool.run(paths[1:3], lambda d: False, ahead=1))
 print(first.refusal, *(child._process.pid for child in pool._children), flush=True)
@@ -347,3 +349,41 @@ def test_known_content_is_not_decoded(source: Path, broken: Path) -> None:
     with DecoderPool(PREPROCESS, workers=1) as pool:
         (done,) = pool.run(files(source)[:1], lambda digest: True, ahead=1)
     assert isinstance(done, Decoded) and done.pixels is None and done.refusal is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it looks into /proc")
+def test_children_know_no_secrets_and_gain_no_privileges(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FEATX_API_KEY", "AWS_SECRET_ACCESS_KEY", "AZURE_STORAGE_KEY", "HF_TOKEN", "SOME_PASSWORD"):
+        monkeypatch.setenv(name, "secret-of-mine")
+    with DecoderPool(PREPROCESS, workers=1) as pool:
+        assert next(pool.run(files(source)[:1], nothing_known, ahead=1)).refusal is None
+        proc = Path(f"/proc/{pool._children[0]._process.pid}")
+        assert b"secret-of-mine" not in (proc / "environ").read_bytes()
+        assert "NoNewPrivs:\t1" in (proc / "status").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux only")
+def test_memory_is_limited_and_is_enough(source: Path, broken: Path) -> None:
+    """What takes 8 GiB ends; the greediest format at the limit of the service's pixels is decoded."""
+    webp = bytes.fromhex("524946461a000000574542505650384c0d0000002f57dbd516071011118888fe0700")  # 49 megapixels
+    with DecoderPool(PREPROCESS, workers=1, max_pixels=49_000_000, timeout=120) as pool:
+        (greedy,) = pool.run([mark(files(source)[0], b"GREED")], nothing_known, ahead=1)
+        assert greedy.refusal is not None and greedy.refusal.reason == "decoder_crash"
+        decoded = pool.decode(webp, wanted=lambda: True)
+        assert decoded is not None and decoded.pixels is not None
+
+
+def test_bytes_at_hand_are_tried_once_and_only_while_wanted(source: Path, broken: Path) -> None:
+    hanging, good = files(source)[0].read_bytes() + b"HANG", files(source)[1].read_bytes()
+    with DecoderPool(PREPROCESS, workers=1, timeout=2.0) as pool:
+        refused = pool.decode(hanging, wanted=lambda: True)
+        assert refused is not None and refused.refusal is not None
+        assert refused.refusal.what == "the decoder did not end within 2 s"
+        assert pool.decode(hanging, wanted=lambda: False) is None
+        pool.prepare()
+        with pytest.raises(TooHeavy):
+            pool.decode(good, wanted=lambda: True, heaviest=10)
+        decoded = pool.decode(good, wanted=lambda: True, heaviest=10**6)
+        assert decoded is not None and decoded.pixels is not None
+        assert np.array_equal(decoded.pixels, pixels(good, PREPROCESS))

@@ -16,7 +16,7 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 from featx.errors import ImageError
-from featx.images import FORMATS, REASONS, Preprocess, decode, pixels, resize_crop
+from featx.images import FORMATS, MAX_SCANS, REASONS, Preprocess, decode, pixels, resize_crop, weigh
 
 HALF = (0.5, 0.5, 0.5)
 IMAGENET = Preprocess(256, (224, 224), "bilinear", HALF, HALF)
@@ -250,3 +250,31 @@ def test_resizing_the_crop_alone_is_resizing_everything(interpolation: str, size
     difference = np.abs(expected - resize_crop(Image.fromarray(noise), preprocess))
     assert difference.max() <= 1
     assert difference.mean() < 5e-3
+
+
+def repeated_scans(more: int) -> bytes:
+    """A progressive JPEG, with its last scan so many times more."""
+    data = encoded(picture(1, (64, 48)), "JPEG", progressive=True)
+    return data[:-2] + data[data.rfind(b"\xff\xda") : -2] * more + data[-2:]
+
+
+def test_a_jpeg_of_too_many_scans_is_refused() -> None:
+    usual = repeated_scans(0).count(b"\xff\xda")
+    assert refused(repeated_scans(MAX_SCANS + 1 - usual)).reason == "too_costly"
+    assert decode(repeated_scans(MAX_SCANS - usual)).size == (64, 48)
+    assert weigh(repeated_scans(0)) == 64 * 48
+    assert weigh(repeated_scans(50 - usual)) == 64 * 48 * 5
+
+
+def test_what_only_looks_like_a_scan_is_none() -> None:
+    """Previews in a segment before the picture, and a video or another picture behind it."""
+    data, marks = encoded(picture(1), "JPEG", progressive=True), b"\xff\xda" * 500
+    segment = b"\xff\xe9" + (len(marks) + 2).to_bytes(2, "big") + marks
+    assert decode(data[:2] + segment + data[2:] + marks).tobytes() == decode(data).tobytes()
+
+
+def test_transparency_is_the_same_in_rows_as_in_one_piece() -> None:
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (700, 9, 4), dtype=np.uint8), "RGBA")
+    whole = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
+    assert decode(encoded(image, "PNG")).tobytes() == whole.tobytes()
