@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import json
 import os
@@ -20,8 +21,10 @@ import sys
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from featx.errors import ImageError
 from featx.images import BYTES_PER_PIXEL, Preprocess, decode, weigh
@@ -59,9 +62,10 @@ def serve(socket_handle: int) -> None:
             message = parent.recv_bytes()
             # The parent is patient for the time-out; the alarm is for the case that there is no parent any more.
             signal.setitimer(signal.ITIMER_REAL, settings["timeout"] + 5.0)
+            pixels = None
             try:
                 if message == DECODE:
-                    answer = _decode(data, looks, settings)
+                    answer, pixels = _decode(data, looks, settings)
                 elif message == WEIGH:
                     with _limited_memory(settings["max_pixels"]):
                         answer = b"W" + WEIGHT.pack(weigh(data, max_pixels=settings["max_pixels"]))
@@ -75,16 +79,21 @@ def serve(socket_handle: int) -> None:
                 answer = b"E" + json.dumps([error.reason, error.what[:4096]]).encode()
             signal.setitimer(signal.ITIMER_REAL, 0)
             parent.send_bytes(answer)
+            if pixels is not None:
+                left = pixels.data.cast("B")
+                while left:
+                    left = left[os.write(socket_handle, left) :]
 
 
-def _decode(data: bytes, looks: Looks, settings: dict[str, Any]) -> bytes:
+def _decode(data: bytes, looks: Looks, settings: dict[str, Any]) -> tuple[bytes, NDArray[np.uint8]]:
+    """The answer, and the pixels that follow it."""
     started = time.perf_counter()
     with _limited_memory(settings["max_pixels"]):
         enough_for = looks if settings["mode"] == "scaled" else None
         image = decode(data, enough_for=enough_for, max_pixels=settings["max_pixels"])
         decoded = time.perf_counter()
         pixels = looks.cut(image)
-    return b"".join([b"K", TIMES.pack(decoded - started, time.perf_counter() - decoded), pixels.tobytes()])
+    return b"K" + TIMES.pack(decoded - started, time.perf_counter() - decoded), np.ascontiguousarray(pixels)
 
 
 def _confine() -> None:
@@ -96,6 +105,11 @@ def _confine() -> None:
                 raise OSError(ctypes.get_errno(), "prctl failed")
 
 
+@functools.cache
+def _own_size() -> int:
+    return os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+
+
 @contextlib.contextmanager
 def _limited_memory(max_pixels: int) -> Iterator[None]:
     """No more memory than the largest image that is allowed needs; a MemoryError in place of a machine that swaps."""
@@ -103,7 +117,7 @@ def _limited_memory(max_pixels: int) -> Iterator[None]:
         yield
         return
     before = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    pages = int(os.pread(_own_size(), 32, 0).split()[0])
     most = pages * resource.getpagesize() + BYTES_PER_PIXEL * max_pixels + _SPARE
     if before[0] != resource.RLIM_INFINITY:
         most = min(most, before[0])
