@@ -207,6 +207,9 @@ class _Run:
         assert self.cache is not None
         digests = np.frombuffer(b"".join(item.digest() for item in items), np.uint8).reshape(-1, 32)
         known, rows = self._look_up(digests)
+        if known is not None and not self.stored:
+            # Since this run looked, another has made the store, perhaps with another network: its rows may be foreign.
+            return _Run(self.given, self.root).cached(items)
         missing = np.flatnonzero(rows < 0)
         if len(missing):
             first = np.unique(digests[missing], axis=0, return_index=True)[1]

@@ -145,7 +145,7 @@ def rank_labels(
         label_confidence=own[order],
         doubtful=wrong[order] & (np.cumsum(wrong[order]) <= count),
         class_names=tuple(str(name) for name in class_names),
-        left_out=tuple(str(class_names[int(c)]) for c in np.flatnonzero(counts == 1)),
+        left_out=tuple(str(class_names[c]) for c in np.setdiff1d(every[rows], present).tolist()),
     )
 
 

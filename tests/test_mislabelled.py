@@ -66,7 +66,6 @@ def test_copies_do_not_vouch_for_a_wrong_label() -> None:
     assert apart.label_confidence[wrong[again][apart.rows]].mean() > together + 0.1
 
 
-@pytest.mark.xfail(reason="known fault: folds now put images of two classes last, which the ranking did not expect")
 def test_an_image_under_two_labels_and_classes_too_small() -> None:
     rows, labels, _ = planted(0.0, 200)
     copies = np.concatenate([np.arange(200), [0, 1]])
