@@ -140,10 +140,10 @@ plan = {"class_names": "abcd", "heads": ["logreg"], "shots": ("all",), "episodes
 found, plain = (sweep_heads(rows, labels, **plan, device=device) for device in ("cpu", None))
 for ours, theirs in zip(found.trials, plain.trials, strict=True):
     assert abs(ours.accuracy - theirs.accuracy) < 0.005 and ours.converged
-assert found.notes == ("2 logistic regressions solved on cpu, everything else on the CPU.",)
+assert "2 logistic regressions solved on cpu, everything else on the CPU." in found.notes, found.notes
 featx.large.LARGE = 10**9
 found = sweep_heads(rows, labels, **plan, device="cpu")
-assert found.notes[0].startswith("Nothing was solved on cpu"), found.notes
+assert any(note.startswith("Nothing was solved on cpu") for note in found.notes), found.notes
 """
 
 

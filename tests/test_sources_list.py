@@ -91,5 +91,7 @@ def test_a_folder_too_deep_to_open_is_quarantined(tmp_path: Path) -> None:
         os.chdir(before)
     images = ImageSet.from_source(root)
     summary = extract_features(images, tiny_backbone(), tmp_path / "s.featx", engine=TinyEngine(), workers=1)
-    assert (summary.embedded, [item.reason for item in summary.refused]) == (4, ["bad_name"])
-    assert summary.refused[0].id.startswith("ants/ddd")
+    (refused,) = summary.refused
+    assert summary.embedded == 4 and refused.id.startswith("ants/ddd")
+    # The longer the folder's own path, the less of the rest stands in the id, which has a limit too.
+    assert refused.reason in ("bad_name", "unreadable")
