@@ -164,7 +164,7 @@ class _Run:
                 raise embedded
             rows.append(embedded[0])
             self.budget.tick(f"{RANDOM}: {len(rows)} of {plural(len(origins), 'image')}")
-        found = self.swept(RANDOM, np.stack(rows), ("auto",), self.compared, near_duplicates=None)
+        found = self.swept(RANDOM, np.stack(rows), ("auto",), self.compared)
         self.trials.add(found, lambda name: "control", lambda name: RANDOM)
 
     def tune(self, backbone: Backbone, images: ImageSet, folder: Path, unfreeze: Unfreeze | None) -> None:
@@ -225,7 +225,7 @@ class _Run:
             return sweep_heads(
                 rows, data.labels, class_names=data.class_names, groups=data.duplicates.groups, heads=heads,
                 shots=shots, episodes=episodes, random_state=self.random_state, n_jobs=self.n_jobs,
-                progress=self.budget.under(what), **options,
+                progress=self.budget.under(what), near_duplicates=None, **options,
             )  # fmt: skip
 
         probe = run(MIN_EPISODES)

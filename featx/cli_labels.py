@@ -67,7 +67,6 @@ def labels(
     features, _, on = open_layers(store, layer, one=True)
     if len(on) > 1:
         raise UsageError("labels are judged on one layer", where="--layer", found=layer)
-    trained = features.provenance.get("weights") != "none"
     with ProgressLine("judging labels") as line:
         ranking = rank_labels(
             features.embeddings,
@@ -76,7 +75,7 @@ def labels(
             groups=features.copies,
             ids=features.ids.tolist(),
             head=head,
-            near_duplicates=0.98 if trained else None,
+            near_duplicates=features.near_copies,
             random_state=seed,
             n_jobs=n_jobs,
             progress=line.update,

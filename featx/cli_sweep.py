@@ -155,9 +155,7 @@ def run_sweep(
         pool = unlabelled_rows(features, rows if unlabelled else rows[:0], unlabelled_from)
         rows = rows[features.labels[rows] >= 0]
     centre = None if pool is None else unlabelled_centre(pool)
-    # Random weights find all images alike: their cosine says nothing about copies.
-    untrained = features.provenance.get("weights") == "none"
-    if untrained:
+    if features.near_copies is None:
         say("Note: near copies are not looked for, as the weights are random; equal bytes are.", err=True)
     try:
         with _workers(backend) as all_of_them, ProgressLine("comparing heads") as line:
@@ -171,7 +169,7 @@ def run_sweep(
                 episodes=episodes,
                 random_state=seed,
                 n_jobs=n_jobs or all_of_them,
-                near_duplicates=None if untrained else 0.98,
+                near_duplicates=features.near_copies,
                 centre=centre,
                 pool=pool,
                 layers=columns,

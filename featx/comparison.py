@@ -78,7 +78,7 @@ class Labelled:
         names = tuple(features.class_names[int(i)] for i in present)
         exact = features.copies[rows]
         reference = features.embeddings[:, slice(*columns.columns(columns.reference))]
-        found = find_duplicates(reference[rows], exact, threshold=0.98)
+        found = find_duplicates(reference[rows], exact, threshold=features.near_copies)
         return cls(features, rows, labels.reshape(-1).astype(np.int64), names, found, columns)
 
     @property

@@ -175,7 +175,7 @@ def judge_episodes(
     swept = sweep_heads(
         tuning.features.embeddings[use], tuning.features.labels[use], class_names=tuning.features.class_names,
         groups=tuning.features.copies[use], heads=heads, shots=shots, episodes=episodes, random_state=random_state,
-        n_jobs=n_jobs, progress=progress,
+        n_jobs=n_jobs, near_duplicates=tuning.features.near_copies, progress=progress,
     )  # fmt: skip
     rows = use[swept.rows]
     tasks = [(n_shots, episode) for n_shots in swept.shots for episode in range(episodes)]
@@ -229,7 +229,7 @@ def plan_shots(features: FeatureSet, shots: Sequence[Shots] | None, *, early_sto
     names = [features.class_names[int(i)] for i in present]
     if len(names) < 2:
         check_shots(labels, rows, 1, names)
-    groups = find_duplicates(features.embeddings[rows], features.copies[rows]).groups
+    groups = find_duplicates(features.embeddings[rows], features.copies[rows], threshold=features.near_copies).groups
     if shots is None:
         most = int(distinct_counts(labels, groups, len(names)).min()) - 1
         least = 2 if early_stop else 1

@@ -42,7 +42,9 @@ def finetune_bundle(
     use = use[tuning.features.labels[use] >= 0]
     present, y = np.unique(tuning.features.labels[use], return_inverse=True)
     names = tuple(tuning.features.class_names[int(i)] for i in present)
-    copies = find_duplicates(tuning.features.embeddings[use], tuning.features.copies[use]).groups
+    copies = find_duplicates(
+        tuning.features.embeddings[use], tuning.features.copies[use], threshold=tuning.features.near_copies
+    ).groups
     folds = fold_numbers(y, copies, OUT_OF_FOLD, random_state)
     total = int(folds.max()) + 2
     tell: Progress = progress or (lambda done, total, what: None)

@@ -32,7 +32,7 @@ from featx.images import encode
 from featx.large import is_large, taken
 from featx.layers import Layers
 from featx.scoring import Array, Scorer, softmax
-from featx.splits import Index, alike_note, distinct_counts, find_duplicates, fold_numbers
+from featx.splits import NEAR, Index, distinct_counts, find_duplicates, fold_numbers
 from featx.store import FeatureSet
 from featx.sweep import sweep_heads
 from featx.torch_heads import check_device
@@ -69,6 +69,7 @@ def fit_head(
     *,
     class_names: Sequence[str],
     groups: NDArray[np.integer] | None = None,
+    near_duplicates: float | None = NEAR,
     heads: Sequence[str] = ("auto",),
     max_error: float = 0.05,
     random_state: int = 0,
@@ -86,6 +87,7 @@ def fit_head(
     labels : (n,) in 0 .. c-1; rows with a negative label are left out.
     class_names : c names, of which those without any row are left out.
     groups : (n,) rows with the same value are exact copies.
+    near_duplicates : cosine from which two rows count as copies; None looks for exact copies only.
     heads : names of :data:`featx.heads.HEADS`; of several, the sweep's winner when all images but a fifth are shots.
     max_error : share of answers that may be wrong; below the threshold that follows the head abstains.
     random_state : seed of the folds.
@@ -114,7 +116,10 @@ def fit_head(
     if not np.isfinite(rows).all():
         raise UsageError("embeddings must be finite", hint="Extract them again.")
     compared = rows if layers is None else rows[:, slice(*layers.columns(layers.reference))]
-    copies = find_duplicates(compared, None if groups is None else np.asarray(groups)[kept]).groups
+    duplicates = find_duplicates(
+        compared, None if groups is None else np.asarray(groups)[kept], threshold=near_duplicates
+    )
+    copies = duplicates.groups
     say: Progress = progress or (lambda done, total, what: None)
     notes = _notes(len(labels) - len(kept), class_names, names)
 
@@ -175,7 +180,7 @@ def fit_head(
             "unlabelled_images": 0 if pool is None else len(pool),
             "chosen_among": compared_heads,
         },
-        notes=(*notes, *alike_note(compared, copies)),
+        notes=(*notes, *duplicates.notes),
     )
 
 
@@ -337,6 +342,7 @@ def fit_bundle(
         features.labels[use],
         class_names=features.class_names,
         groups=groups[use],
+        near_duplicates=features.near_copies,
         heads=heads,
         max_error=max_error,
         random_state=random_state,

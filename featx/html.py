@@ -368,8 +368,7 @@ def _duplicates(result: SweepResult, images: Images) -> list[str]:
             cards.append(images.card(int(result.rows[row]), escape(result.class_names[result.labels[row]])))
     return [
         "<h2>Duplicates</h2>",
-        f"<p>{found.exact} exact and {plural(found.near, 'near duplicate')} in {plural(found.n_groups, 'group')}. "
-        'No group is in support and query at once.</p><p class="soft">The first of them:</p>',
+        f'<p>{escape(found.sentence)}</p><p class="soft">The first of them:</p>',
         f'<div class="cards">{"".join(cards)}</div>',
     ]
 

@@ -23,7 +23,7 @@ from featx.choose import fit_chosen
 from featx.errors import UsageError
 from featx.heads import HEADS
 from featx.large import is_large, taken
-from featx.splits import Index, distinct_counts, find_duplicates, fold_numbers
+from featx.splits import NEAR, Index, distinct_counts, find_duplicates, fold_numbers
 
 REPEATS = 3
 N_FOLDS = 5
@@ -71,7 +71,7 @@ def rank_labels(
     ids: Sequence[str] | None = None,
     head: str = "auto",
     repeats: int = REPEATS,
-    near_duplicates: float | None = 0.98,
+    near_duplicates: float | None = NEAR,
     random_state: int = 0,
     n_jobs: int | None = None,
     progress: Progress | None = None,

@@ -71,7 +71,7 @@ def render_table(result: SweepResult) -> Table:
 def render(result: SweepResult) -> Group:
     """The table, the conclusion and the notes, for a rich console."""
     baseline = f"Guessing the most common class: {100 * result.majority_baseline:.1f} %."
-    notes = [Text(note, style="yellow") for note in (*result.notes, *duplicate_notes(result))]
+    notes = [Text(note, style="yellow") for note in (*result.notes, result.duplicates.sentence) if note]
     return Group(render_table(result), Text(conclusion(result), style="bold"), Text(baseline), *notes)
 
 
@@ -105,15 +105,6 @@ def conclusion(result: SweepResult) -> str:
 
 _WORTH = 0.01
 """A gain in accuracy that is worth a sentence."""
-
-
-def duplicate_notes(result: SweepResult) -> list[str]:
-    """A sentence on copies among the images, if there are any."""
-    found = result.duplicates
-    if not found.n_groups:
-        return []
-    counted = f"{found.exact} exact and {plural(found.near, 'near duplicate')}"
-    return [f"{counted} in {plural(found.n_groups, 'group')}: no group is in support and query at once."]
 
 
 def _and(names: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ from featx.errors import UsageError, did_you_mean, plural
 from featx.gallery import Say, open_gallery
 from featx.postprocess import Postprocess, expand_queries
 from featx.retrieval import GalleryIndex, Method, Rows
-from featx.splits import find_duplicates
+from featx.splits import NEAR, find_duplicates
 from featx.store import FeatureSet, digest_keys, read_features
 
 _SUGGEST_BELOW = 50_000
@@ -165,7 +165,7 @@ class DuplicateGroup:
         return f"Group {number}: {plural(len(self.rows), 'image')}" + (f", {', '.join(remarks)}" if remarks else "")
 
 
-def duplicate_groups(features: FeatureSet, *, threshold: float | None = 0.98) -> list[DuplicateGroup]:
+def duplicate_groups(features: FeatureSet, *, threshold: float | None = NEAR) -> list[DuplicateGroup]:
     """Exact and near duplicates of a store as groups: those across splits first, then those whose labels differ.
 
     Parameters

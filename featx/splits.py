@@ -6,6 +6,7 @@ comparison is paired. Draws are nested: the 1-shot support of an episode lies in
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -22,6 +23,9 @@ Index: TypeAlias = NDArray[np.intp]
 
 #: Part of each class that is held out when ``n_shots`` is "all".
 HOLD_OUT = 0.2
+
+NEAR = 0.98
+"""Cosine from which on two rows count as copies of each other."""
 
 ALIKE = 0.9
 """Cosine from which on pairs that do not count as copies are reported: copies saved anew often lie there."""
@@ -136,22 +140,29 @@ def _dense(groups: ArrayLike | None, n: int) -> Index:
     return np.unique(first[inverse.reshape(-1)], return_inverse=True)[1].reshape(-1)
 
 
-def _equal_rows(X: Any) -> list[bytes] | None:
-    """A key (n,) for each row of an array, equal for equal rows; None for what is no array of rows."""
-    return [row.tobytes() for row in X] if isinstance(X, np.ndarray) and X.ndim > 1 else None
+def _equal_rows(X: Any) -> NDArray[np.void] | None:
+    """A hash (n,) of each row of an array; None for what is no array of rows."""
+    if not (isinstance(X, np.ndarray) and X.ndim > 1):
+        return None
+    return np.array([hashlib.sha256(row.tobytes()).digest() for row in X], dtype="V32")
 
 
 def of_one_class(labels: NDArray[np.integer], groups: Index) -> NDArray[np.bool_]:
     """Which rows (n,) show an image that no other class has."""
-    pairs = np.unique(np.column_stack([groups, labels]), axis=0)
-    return np.asarray(np.bincount(pairs[:, 0])[groups] == 1)
+    return np.asarray(np.bincount(_pairs_of(groups, labels)[0])[groups] == 1)
+
+
+def _pairs_of(groups: Index, labels: NDArray[np.integer]) -> tuple[Index, Index]:
+    """Group and label of each pair of them that occurs."""
+    n_classes = int(labels.max(initial=0)) + 1
+    group, label = np.divmod(np.unique(groups * n_classes + labels), n_classes)
+    return group, label
 
 
 def distinct_counts(labels: NDArray[np.integer], groups: Index, n_classes: int) -> Index:
     """Number of different images that each class (n_classes,) has alone, copies counted once."""
     own = of_one_class(labels, groups)
-    pairs = np.unique(np.column_stack([labels[own], groups[own]]), axis=0)
-    return np.bincount(pairs[:, 0], minlength=n_classes)
+    return np.bincount(_pairs_of(groups[own], labels[own])[1], minlength=n_classes)
 
 
 def check_shots(labels: NDArray[np.integer], groups: Index, n_shots: Shots, class_names: Sequence[str]) -> None:
@@ -215,12 +226,39 @@ class Duplicates:
     exact : rows that repeat the bytes of an earlier row.
     near : further rows that are nearly the same as an earlier one.
     n_groups : groups of two or more rows.
+    alike : pairs of different images that have a cosine of :data:`ALIKE` or more all the same.
+    threshold : cosine from which on rows counted as near copies; None where none were looked for.
     """
 
     groups: Index
     exact: int
     near: int
     n_groups: int
+    alike: int
+    threshold: float | None
+
+    @property
+    def sentence(self) -> str:
+        """What was found and what became of it, or ""; no more is claimed than was looked for."""
+        if not self.n_groups:
+            return ""
+        groups = plural(self.n_groups, "group")
+        if self.threshold is None:
+            return (
+                f"{plural(self.exact, 'exact duplicate')} in {groups}, each on one side; near ones were not looked for."
+            )
+        counted = f"{self.exact} exact and {plural(self.near, 'near duplicate')}"
+        return f"{counted} in {groups}: no group is in support and query at once."
+
+    @property
+    def notes(self) -> list[str]:
+        """A sentence on pairs that may be copies unknown as such, or none."""
+        if not self.alike:
+            return []
+        return [
+            f"{plural(self.alike, 'more pair')} of images with a cosine above {ALIKE:g}: if these are copies saved "
+            f"anew, accuracy looks too high. featx duplicates --threshold {ALIKE:g} lists them."
+        ]
 
     def to_json(self) -> dict[str, int]:
         """Counts as ``summary.json`` has them."""
@@ -228,7 +266,7 @@ class Duplicates:
 
 
 def find_duplicates(
-    embeddings: NDArray[np.floating], groups: ArrayLike | None = None, *, threshold: float | None = 0.98
+    embeddings: NDArray[np.floating], groups: ArrayLike | None = None, *, threshold: float | None = NEAR
 ) -> Duplicates:
     """Group exact copies (given as ``groups``, e.g. of equal digests) and near ones by their embeddings.
 
@@ -242,34 +280,17 @@ def find_duplicates(
     n = len(embeddings)
     exact = _dense(groups, n)
     n_exact = int(exact.max()) + 1 if n else 0
-    joined = exact
+    joined, alike = exact, 0
     if threshold is not None and n:
         first = np.unique(exact, return_index=True)[1]
-        joined = _near(embeddings if n_exact == n else embeddings[first], threshold)[exact]
+        near, alike = _near(embeddings if n_exact == n else embeddings[first], threshold)
+        joined = near[exact]
     sizes = np.bincount(joined) if n else np.zeros(0, dtype=np.intp)
-    return Duplicates(joined, n - n_exact, n_exact - len(sizes), int((sizes > 1).sum()))
+    return Duplicates(joined, n - n_exact, n_exact - len(sizes), int((sizes > 1).sum()), alike, threshold)
 
 
-def alike(embeddings: NDArray[np.floating], groups: Index, threshold: float = ALIKE) -> int:
-    """How many pairs of rows that are no copies of each other have at least this cosine."""
-    first = np.unique(groups, return_index=True)[1]
-    one_each = embeddings if len(first) == len(embeddings) else embeddings[first]
-    return sum(pairs.shape[1] for pairs in _pairs(one_each, threshold))
-
-
-def alike_note(embeddings: NDArray[np.floating], groups: Index) -> list[str]:
-    """A sentence on pairs that may be copies unknown as such, or none."""
-    n = alike(embeddings, groups)
-    if not n:
-        return []
-    return [
-        f"{plural(n, 'more pair')} of images with a cosine above {ALIKE:g}: if these are copies saved anew, "
-        "accuracy looks too high. featx duplicates --threshold 0.9 lists them."
-    ]
-
-
-def _pairs(rows: NDArray[np.floating], threshold: float) -> Iterator[NDArray[np.intp]]:
-    """Pairs (2, m) of rows with at least this cosine, tile by tile."""
+def _pairs(rows: NDArray[np.floating], threshold: float) -> Iterator[tuple[NDArray[np.intp], NDArray[np.float32]]]:
+    """Pairs (2, m) of rows with at least this cosine, and their cosines (m,), tile by tile."""
     length = np.sqrt(np.einsum("ij,ij->i", rows, rows))
     scale = 1.0 / np.where(length > 0, length, 1.0).astype(np.float32)
     for start in range(0, len(rows), _TILE):
@@ -279,20 +300,38 @@ def _pairs(rows: NDArray[np.floating], threshold: float) -> Iterator[NDArray[np.
             scores = here @ np.asarray(rows[other : other + 16 * _TILE], dtype=np.float32).T
             scores *= scale[other : other + 16 * _TILE]
             left, right = np.nonzero(scores >= threshold)
-            left, right = left + start, right + other
-            yield np.stack([left, right])[:, left < right]
+            pairs = np.stack([left + start, right + other])
+            once = pairs[0] < pairs[1]
+            yield pairs[:, once], scores[left[once], right[once]]
 
 
-def _near(rows: NDArray[np.floating], threshold: float) -> Index:
+def _near(rows: NDArray[np.floating], threshold: float) -> tuple[Index, int]:
+    """Groups (n,) of near copies; and how many pairs of different groups, by their first rows, are alike.
+
+    Of more than :data:`_MAX_PAIRS` pairs, those that become copies by way of later ones are counted among the alike.
+    """
     groups: Index = np.arange(len(rows))
-    pairs: list[NDArray[np.intp]] = []
-    waiting = 0
-    for found in _pairs(rows, threshold):
-        pairs.append(found)
-        waiting += found.shape[1]
+    near: list[NDArray[np.intp]] = []
+    others: list[NDArray[np.intp]] = []
+    alike = waiting = 0
+    for pairs, scores in _pairs(rows, min(threshold, ALIKE)):
+        close = scores >= threshold
+        near.append(pairs[:, close])
+        others.append(pairs[:, ~close & (scores >= ALIKE)])
+        waiting += near[-1].shape[1] + others[-1].shape[1]
         if waiting > _MAX_PAIRS:
-            groups, pairs, waiting = _join(groups, pairs), [], 0
-    return _join(groups, pairs)
+            groups = _join(groups, near)
+            alike += _between(groups, others)
+            near, others, waiting = [], [], 0
+    groups = _join(groups, near)
+    return groups, alike + _between(groups, others)
+
+
+def _between(groups: Index, pairs: Sequence[NDArray[np.intp]]) -> int:
+    """How many of the pairs are of the first rows of their groups."""
+    first = np.zeros(len(groups), dtype=np.bool_)
+    first[np.unique(groups, return_index=True)[1]] = True
+    return sum(int(first[each].all(axis=0).sum()) for each in pairs)
 
 
 def _join(groups: Index, pairs: Sequence[NDArray[np.intp]]) -> Index:

@@ -123,6 +123,16 @@ class FeatureSet:
         """Dense numbers (n,): equal for equal bytes."""
         return np.unique(self.digests, axis=0, return_inverse=True)[1].reshape(-1)
 
+    @property
+    def near_copies(self) -> float | None:
+        """Cosine from which on two images count as copies; None where it tells nothing, as all look alike.
+
+        Random weights find every image like every other.
+        """
+        from featx.splits import NEAR
+
+        return None if self.provenance.get("weights") == "none" else NEAR
+
     def to_numpy(self) -> dict[str, NDArray[Any]]:
         """Plain arrays by name: embeddings, ids, labels, class_names, splits, digests."""
         return frames.to_numpy(self)

@@ -30,11 +30,11 @@ from featx.layers import Layers
 from featx.results import SweepResult, Trial
 from featx.scoring import Kind
 from featx.splits import (
+    NEAR,
     Duplicates,
     Index,
     KShotSplit,
     Shots,
-    alike_note,
     check_shots,
     distinct_counts,
     feasible_shots,
@@ -60,7 +60,7 @@ def sweep_heads(
     episodes: int = 20,
     random_state: int = 0,
     n_jobs: int | None = None,
-    near_duplicates: float | None = 0.98,
+    near_duplicates: float | None = NEAR,
     centre: Centre | None = None,
     pool: NDArray[np.floating] | None = None,
     layers: Layers | None = None,
@@ -211,8 +211,7 @@ class _Data:
                 f"Left out: {plural(int((~own).sum()), 'image')} with copies in another class; "
                 "featx duplicates lists them."
             )
-        if near_duplicates is not None:
-            notes += alike_note(compared, duplicates.groups)
+        notes += duplicates.notes
         return cls(kept, dense.reshape(-1).astype(np.int64), rows, names, duplicates, tuple(notes))
 
 

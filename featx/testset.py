@@ -102,7 +102,7 @@ def judge(
     both = np.flatnonzero(inside | outside)
     exact = features.copies[both]
     embeddings = head.seen(features.embeddings)
-    groups = find_duplicates(embeddings[both], exact).groups
+    groups = find_duplicates(embeddings[both], exact, threshold=features.near_copies).groups
     here = outside[both]
     copied = inside[both] & np.isin(groups, groups[here])
     train, test = both[here], both[~here & ~copied]
