@@ -63,8 +63,12 @@ _NPY = re.compile(
 )
 _UNSOUND = (
     ValueError, KeyError, TypeError, OverflowError, struct.error, EOFError, zipfile.BadZipFile,
-    RuntimeError,  # encrypted members, ZIP features of the future (NotImplementedError), JSON without end
+    NotImplementedError,  # a ZIP version or feature that zipfile does not know
+    RecursionError,  # JSON that is nested without end
 )  # fmt: skip
+_ENCRYPTED = 0x1
+"""The flag of a ZIP member that only a password opens."""
+
 _AGAIN = "Copy it again, or make it again with: featx fit STORE --out MODEL"
 _ARRAYS: Mapping[str, tuple[str, int]] = MappingProxyType(
     {
@@ -337,6 +341,8 @@ def _members(raw: bytes) -> dict[str, bytes]:
             name = info.filename
             if name not in ("bundle.json", "probe.png", _TAIL_MEMBER) and name.removesuffix(".npy") not in _ARRAYS:
                 raise ValueError(f"{name!r} does not belong in it")
+            if info.flag_bits & _ENCRYPTED:
+                raise ValueError(f"{name!r} is encrypted")
             if info.compress_type != zipfile.ZIP_STORED or info.file_size > len(raw) or name in members:
                 raise ValueError(f"{name!r} is compressed, too large or there twice")
             if name == "bundle.json" and info.file_size > _MAX_JSON:
