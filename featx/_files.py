@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -20,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from featx._system import lock
 from featx.errors import FeatxError, StoreBusy, StoreError
 
 TEMP_PREFIX = ".tmp-"
@@ -78,7 +78,7 @@ def temporary(path: Path) -> Iterator[Path]:
     handle = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(handle)
         except OSError:
             pass  # others are at work, or there are no locks here
         else:
@@ -87,7 +87,7 @@ def temporary(path: Path) -> Iterator[Path]:
                     _remove(left)
         for _ in range(50):
             try:
-                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                lock(handle, shared=True)
             except BlockingIOError:
                 # Whoever clears up is done in a moment. Another program's lock of the folder (flock FOLDER featx ...)
                 # may last as long as this process, and keeps out those who clear up just as well.
@@ -304,7 +304,7 @@ def writer_lock(path: Path) -> Iterator[None]:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise StoreError("not the lock of a store; refused", where=path, hint="Delete it.")
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(handle)
         except BlockingIOError as error:
             raise StoreBusy(
                 "another process is writing to this store",

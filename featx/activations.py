@@ -25,9 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx._files import cannot_write, canonical_json, make_folder, publish_bytes, uninterrupted, writer_lock
+from featx._system import available_cpus
 from featx.batches import Engine
 from featx.decoders import DecoderPool
-from featx.engines import available_cpus
 from featx.errors import MismatchError, SourceError, UsageError
 from featx.images import Preprocess
 from featx.origins import Origin

@@ -8,24 +8,20 @@ content is new. A parent that serves strangers asks first how much work they are
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import functools
 import hashlib
 import json
 import os
-import resource
 import signal
 import stat
 import struct
-import sys
 import time
-from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from featx._system import confine, limited_memory
 from featx.errors import ImageError
 from featx.images import BYTES_PER_PIXEL, Preprocess, decode, weigh
 from featx.origins import MAX_BYTES, too_many_bytes
@@ -42,14 +38,11 @@ WEIGHT = struct.Struct("<Q")
 _SPARE = 256 * 2**20
 """Bytes for decoding beside those that every pixel needs."""
 
-_PDEATHSIG, _NO_NEW_PRIVS = 1, 38
-"""Of prctl(2)."""
-
 
 def serve(socket_handle: int) -> None:
     """The child's side: answer requests until the parent is gone."""
     with contextlib.suppress(EOFError, ConnectionError), Connection(socket_handle) as parent:
-        _confine()
+        confine()
         settings = json.loads(parent.recv_bytes())
         os.nice(settings["nice"])
         looks = Looks(Preprocess.from_json(settings["preprocess"]), settings["views"])
@@ -67,7 +60,7 @@ def serve(socket_handle: int) -> None:
                 if message == DECODE:
                     answer, pixels = _decode(data, looks, settings)
                 elif message == WEIGH:
-                    with _limited_memory(settings["max_pixels"]):
+                    with limited_memory(BYTES_PER_PIXEL * settings["max_pixels"] + _SPARE):
                         answer = b"W" + WEIGHT.pack(weigh(data, max_pixels=settings["max_pixels"]))
                 else:
                     started = time.perf_counter()
@@ -88,44 +81,12 @@ def serve(socket_handle: int) -> None:
 def _decode(data: bytes, looks: Looks, settings: dict[str, Any]) -> tuple[bytes, NDArray[np.uint8]]:
     """The answer, and the pixels that follow it."""
     started = time.perf_counter()
-    with _limited_memory(settings["max_pixels"]):
+    with limited_memory(BYTES_PER_PIXEL * settings["max_pixels"] + _SPARE):
         enough_for = looks if settings["mode"] == "scaled" else None
         image = decode(data, enough_for=enough_for, max_pixels=settings["max_pixels"])
         decoded = time.perf_counter()
         pixels = looks.cut(image)
     return b"K" + TIMES.pack(decoded - started, time.perf_counter() - decoded), np.ascontiguousarray(pixels)
-
-
-def _confine() -> None:
-    """End with the parent, and never gain privileges."""
-    if sys.platform == "linux":
-        kernel = ctypes.CDLL(None, use_errno=True)
-        for option, value in ((_PDEATHSIG, signal.SIGKILL), (_NO_NEW_PRIVS, 1)):
-            if kernel.prctl(option, ctypes.c_ulong(value), *[ctypes.c_ulong(0)] * 3):
-                raise OSError(ctypes.get_errno(), "prctl failed")
-
-
-@functools.cache
-def _own_size() -> int:
-    return os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
-
-
-@contextlib.contextmanager
-def _limited_memory(max_pixels: int) -> Iterator[None]:
-    """No more memory than the largest image that is allowed needs; a MemoryError in place of a machine that swaps."""
-    if sys.platform != "linux":  # nothing else says how much a process has, and keeps to the limit
-        yield
-        return
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(os.pread(_own_size(), 32, 0).split()[0])
-    most = pages * resource.getpagesize() + BYTES_PER_PIXEL * max_pixels + _SPARE
-    if before[0] != resource.RLIM_INFINITY:
-        most = min(most, before[0])
-    resource.setrlimit(resource.RLIMIT_AS, (most, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def _take(message: bytes) -> bytes:

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from featx._system import available_cpus
 from featx.backbones import Backbone, load_backbone
 from featx.batches import Engine, for_views
 from featx.decoders import DecoderPool
-from featx.engines import available_cpus, make_engine
+from featx.engines import make_engine
 from featx.errors import ImageError, UsageError, WeightsError
 from featx.manifest import check_same
 from featx.provenance import provenance_of

@@ -15,11 +15,11 @@ import copy
 import ctypes
 import importlib.util
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from featx._system import available_cpus
 from featx.backbones import Backbone
 from featx.batches import EXACT_START, Batch, Embeddings, Engine, fill
 from featx.errors import UsageError
@@ -111,13 +111,6 @@ def cuda_devices() -> int:
     import torch
 
     return torch.cuda.device_count()
-
-
-def available_cpus() -> int:
-    """How many CPUs this process may run on, which can be fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 class TorchEngine:

@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from featx._system import available_cpus
 from featx.backbones import Backbone
 from featx.batches import Engine, for_views
 from featx.decoders import TIMEOUT, DecoderPool
-from featx.engines import available_cpus, make_engine
+from featx.engines import make_engine
 from featx.errors import ImageError, Interrupted, SourceError, TooManyBadImages, plural
 from featx.hdf5 import MAX_STRING
 from featx.index import PARTS, Index, Refused, longest_id

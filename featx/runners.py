@@ -25,9 +25,10 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from featx._system import available_cpus
 from featx.backbones import Backbone
 from featx.batches import Engine
-from featx.engines import available_cpus, cuda_devices, make_engine
+from featx.engines import cuda_devices, make_engine
 from featx.errors import FeatxError, Interrupted, UsageError, plural
 from featx.extract import ExtractSummary
 from featx.parts import Part, extract_cut, finish_parts, parts_of, unfinished

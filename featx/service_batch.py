@@ -24,9 +24,9 @@ from concurrent.futures import Future, InvalidStateError
 import numpy as np
 from numpy.typing import NDArray
 
+from featx._system import available_cpus
 from featx.decoders import DecoderPool, NoDecoder, TooHeavy
 from featx.embed import Embedder
-from featx.engines import available_cpus
 from featx.errors import ImageError
 
 Embedded = tuple[NDArray[np.float32], ...]

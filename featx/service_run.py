@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
-import resource
 import signal
 import socket
 import uuid
@@ -18,6 +17,7 @@ import uvicorn
 from threadpoolctl import ThreadpoolController
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from featx._system import allow_descriptors
 from featx.errors import FeatxError, UsageError
 from featx.service import create_app
 from featx.service_guard import LOOPBACK_NAMES, Guard
@@ -329,13 +329,7 @@ def serve(
 
 def _limited_protocol() -> type[Protocol]:
     """The protocol with as many connections as leave half of the descriptors to the work; the soft limit is raised."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 4 * CONNECTIONS
-    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-        soft = most
-    number = CONNECTIONS if soft == resource.RLIM_INFINITY else max(1, min(CONNECTIONS, soft // 2))
+    number = max(1, min(CONNECTIONS, allow_descriptors(4 * CONNECTIONS) // 2))
     return type("LimitedProtocol", (Protocol,), {"connections_at_most": number})
 
 

@@ -36,9 +36,9 @@ from rich.console import Console
 from rich.table import Table
 
 from featx import ImageSet, extract_features, load_backbone, make_engine, read_features
+from featx._system import available_cpus
 from featx.backbones import Backbone
 from featx.decoders import DecoderPool
-from featx.engines import available_cpus
 from featx.images import Preprocess
 from featx.store import FeatureSet
 from featx.sweep import sweep_heads

@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from featx import engines
+from featx._system import available_cpus
 from featx.backbones import Backbone, load_backbone
 from featx.catalogue import NETWORKS
 from featx.checkpoints import load_checkpoint
-from featx.engines import BATCH_SIZES, TorchEngine, available_cpus, make_engine
+from featx.engines import BATCH_SIZES, TorchEngine, make_engine
 from featx.errors import UsageError
 from featx.images import pixels
 from featx.networks import catalogue_body

@@ -15,7 +15,7 @@ import featx
 PACKAGE = Path(featx.__file__).parent
 
 LAYERS = [
-    {"errors", "_files"},
+    {"errors", "_files", "_system"},
     {"sources_list", "sources_tar", "sources_table", "sources_remote", "sources_torchvision"}
     | {"images", "origins", "sources", "decoders", "decoder_child", "fetchers", "originals", "views"},
     {
@@ -126,6 +126,9 @@ LAYERS = [
 """From the floor upwards. A module may import from its own layer and from those below."""
 
 DOORS = {
+    "fcntl": {"_system"},
+    "resource": {"_system"},
+    "ctypes": {"_system", "engines"},
     "PIL": {"images"},
     "h5py": {"hdf5"},
     "torch": {"networks", "checkpoints", "timm_models", "engines", "openvino_engine", "hub"}
@@ -196,6 +199,12 @@ def test_imports_go_downwards(name: str) -> None:
     allowed = set().union(*LAYERS[: level + 1])
     inside = {dotted.split(".")[1] for dotted in imported(modules()[name]) if dotted.startswith("featx.")}
     assert inside <= allowed, f"{name} imports {inside - allowed} from above"
+
+
+@pytest.mark.parametrize("word", ["sched_getaffinity", "sys.platform", "/proc/", "prctl"])
+def test_one_module_knows_the_operating_system(word: str) -> None:
+    users = {path.stem for path in PACKAGE.glob("*.py") if word in path.read_text()}
+    assert users <= {"_system"}
 
 
 @pytest.mark.parametrize("library", sorted(DOORS))

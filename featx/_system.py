@@ -1,0 +1,87 @@
+"""What differs between operating systems, and what only some of them have: processors, locks, limits of a process.
+
+Nothing else in featx asks which system it runs on. Linux has all of it; macOS has locks and descriptors, and what it
+lacks is left out, as each function says. Windows lacks the modules that are imported here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import functools
+import os
+import resource
+import signal
+import sys
+from collections.abc import Iterator
+
+_LINUX = sys.platform == "linux"
+
+_PDEATHSIG, _NO_NEW_PRIVS = 1, 38
+"""Of prctl(2)."""
+
+
+def available_cpus() -> int:
+    """How many CPUs this process may run on, which on Linux can be fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def lock(handle: int, *, shared: bool = False) -> None:
+    """Lock an open file or folder (flock), without waiting; the lock goes with the process, however that ends.
+
+    Raises
+    ------
+    BlockingIOError
+        Another process holds it.
+    OSError
+        The file system has no locks.
+    """
+    fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+
+
+def confine() -> None:
+    """Make this process end with its parent and never gain privileges; Linux only."""
+    if _LINUX:
+        kernel = ctypes.CDLL(None, use_errno=True)
+        for option, value in ((_PDEATHSIG, signal.SIGKILL), (_NO_NEW_PRIVS, 1)):
+            if kernel.prctl(option, ctypes.c_ulong(value), *[ctypes.c_ulong(0)] * 3):
+                raise OSError(ctypes.get_errno(), "prctl failed")
+
+
+@contextlib.contextmanager
+def limited_memory(more: int) -> Iterator[None]:
+    """Let this process have no more than ``more`` bytes in addition: a MemoryError in place of a machine that swaps.
+
+    Linux only: nothing else says how much address space a process has, and keeps to the limit.
+    """
+    if not _LINUX:
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(os.pread(_own_size(), 32, 0).split()[0])
+    most = pages * resource.getpagesize() + more
+    if before[0] != resource.RLIM_INFINITY:
+        most = min(most, before[0])
+    resource.setrlimit(resource.RLIMIT_AS, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@functools.cache
+def _own_size() -> int:
+    return os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def allow_descriptors(wanted: int) -> int:
+    """Raise the limit on open files to ``wanted`` or as far as the system lets it; the limit that holds then."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        soft = most
+    return wanted if soft == resource.RLIM_INFINITY else soft
