@@ -46,7 +46,23 @@ _PATIENCE = 600.0
 """Seconds to wait for another writer of the store, such as another fold of a cross-validation."""
 
 
-class FeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
+class ImageTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
+    """What transformers of images have in common: they learn nothing, and take a list and no matrix."""
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return True
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.requires_fit = False
+        tags.input_tags.two_d_array = False
+        tags.input_tags.one_d_array = True
+        tags.input_tags.string = True
+        tags.transformer_tags.preserves_dtype = []
+        return tags
+
+
+class FeatureExtractor(ImageTransformer):
     """Embeddings of images by a frozen network.
 
     Nothing is learnt: ``fit`` only checks the parameters, and an image's embedding depends on no other image. The
@@ -144,18 +160,6 @@ class FeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
             return row.embedding_dim
         black = np.zeros((8, 8, 3), np.uint8)
         return int(_Run(self, None).embed_all(items_of([black])).shape[1])
-
-    def __sklearn_is_fitted__(self) -> bool:
-        return True
-
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.requires_fit = False
-        tags.input_tags.two_d_array = False
-        tags.input_tags.one_d_array = True
-        tags.input_tags.string = True
-        tags.transformer_tags.preserves_dtype = []
-        return tags
 
 
 class _Run:

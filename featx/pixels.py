@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 from joblib import effective_n_jobs
 from numpy.typing import NDArray
-from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.pipeline import Pipeline, make_pipeline
 
 from featx.decoders import DecoderPool
 from featx.errors import UsageError
-from featx.estimator import items_of, pixels_of
+from featx.estimator import ImageTransformer, items_of, pixels_of
 from featx.heads import make_head
 from featx.images import Preprocess, resize_crop
 
@@ -24,7 +23,7 @@ _AHEAD = 64
 """Images that are decoded ahead of the one that is wanted."""
 
 
-class PixelExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
+class PixelExtractor(ImageTransformer):
     """Images as small RGB pictures: the rows that a network's embeddings have to beat.
 
     Nothing is learnt. The whole image is squeezed into a square, and its pixels are divided by 255.
@@ -93,18 +92,6 @@ class PixelExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
     @property
     def _n_features_out(self) -> int:
         return 3 * int(self.side) ** 2
-
-    def __sklearn_is_fitted__(self) -> bool:
-        return True
-
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.requires_fit = False
-        tags.input_tags.two_d_array = False
-        tags.input_tags.one_d_array = True
-        tags.input_tags.string = True
-        tags.transformer_tags.preserves_dtype = []
-        return tags
 
 
 def make_pixels_baseline(head: str = "auto", *, side: int = 16, n_jobs: int | None = None, **params: Any) -> Pipeline:

@@ -198,7 +198,7 @@ class Guard:
         self.metrics.requests.labels(route, str(status)).inc()
         self.metrics.seconds.labels(route).observe(seconds)
         # A probe every second would drown the rest.
-        level = logging.DEBUG if path in ("/live", "/ready", "/metrics") else logging.INFO
+        level = logging.DEBUG if path in PROBES else logging.INFO
         extra = {
             "method": scope["method"],
             "path": path[:200],
