@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import StrEnum
@@ -18,8 +18,11 @@ from featx.errors import Interrupted, UsageError, plural
 from featx.terminal import ProgressLine, check_writable, print_json, say, show
 
 if TYPE_CHECKING:
+    from featx.layers import Layers
+    from featx.mislabelled import LabelRanking
     from featx.results import SweepResult
-    from featx.splits import Shots
+    from featx.splits import Index, Shots
+    from featx.store import FeatureSet
 
 
 class Backend(StrEnum):
@@ -183,6 +186,7 @@ def run_sweep(
                 winner = columns.heads(heads_for(centre, pool), wanted_heads, on)[result.winner]
                 judged = judge(features, test.value, winner, _ledger(store), random_state=seed)
                 result = replace(result, notes=(*result.notes, judged.sentence))
+            labels = _rank_labels(features, rows, result, columns, n_jobs or all_of_them, line.update)
             originals = Originals(source_of(store), features.ids[rows].tolist(), features.digests[rows])
             where = write_report(
                 result,
@@ -192,6 +196,7 @@ def run_sweep(
                 command=shlex.join(["featx", *sys.argv[1:]]),
                 ids=originals.ids,
                 thumbnail=originals.thumbnail,
+                labels=labels,
             )
     except KeyboardInterrupt as error:
         raise Interrupted(
@@ -209,6 +214,40 @@ def run_sweep(
     show(render(result), err=as_json, least=TABLE_WIDTH)
     say(f"Report: {where}", err=as_json)
     return result
+
+
+def _rank_labels(
+    features: FeatureSet,
+    rows: Index,
+    result: SweepResult,
+    columns: Layers,
+    n_jobs: int | None,
+    progress: Callable[[int, int, str], None],
+) -> LabelRanking | None:
+    """The labels of the images that took part in a sweep, by the reference layer; None where there is too little."""
+    import numpy as np
+
+    from featx.large import is_large, taken
+    from featx.mislabelled import REPEATS, rank_labels
+    from featx.splits import distinct_counts
+
+    groups = result.duplicates.groups
+    if (distinct_counts(result.labels, groups, len(result.class_names)) >= 2).sum() < 2:
+        return None
+    took_part = rows[result.rows]
+    reference = taken(features.embeddings, took_part)[:, slice(*columns.columns(columns.reference))]
+    ranking = rank_labels(
+        reference,
+        result.labels,
+        class_names=result.class_names,
+        groups=groups,
+        repeats=1 if is_large(reference) else REPEATS,
+        near_duplicates=None,
+        random_state=result.random_state,
+        n_jobs=n_jobs,
+        progress=progress,
+    )
+    return replace(ranking, rows=np.asarray(result.rows)[ranking.rows])
 
 
 def stem(store: Path) -> str:

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from featx.errors import plural
+from featx.mislabelled import LabelRanking
 from featx.results import HeadResult, SweepResult
 from featx.splits import Shots
 
@@ -68,34 +69,11 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; mar
 """
 
 
-@dataclass(frozen=True)
-class Suspect:
-    """An image whose label is probably wrong: its row, its label, a better one, and how sure that is (0 to 1)."""
-
-    row: int
-    label: str
-    suggested: str
-    confidence: float
-
-
 _FIRST = 6
 """Photos in sight before the rest folds away: a row of a desktop's page."""
 
-
-def suspects(result: SweepResult, head: str, n_shots: Shots, *, limit: int = 24) -> list[Suspect]:
-    """Likely mislabelled images: in the query at least twice and named as one other class in 4 of 5 cases.
-
-    ``row`` is a position in the input of the sweep. The worst come first.
-    """
-    votes = result.votes(head, n_shots)
-    times, named = votes.sum(axis=1), votes.argmax(axis=1)
-    share = votes.max(axis=1) / np.maximum(times, 1)
-    wrong = np.flatnonzero((times >= 2) & (named != result.labels) & (share >= 0.8))
-    worst = sorted(wrong.tolist(), key=lambda row: (-share[row], -times[row], row))[:limit]
-    names = result.class_names
-    return [
-        Suspect(int(result.rows[row]), names[result.labels[row]], names[named[row]], float(share[row])) for row in worst
-    ]
+_MOST_SUSPECTS = 24
+"""Photos that are shown; the list to copy has all."""
 
 
 def render_page(
@@ -107,6 +85,7 @@ def render_page(
     command: str,
     ids: Sequence[str] | None,
     thumbnail: Thumbnail | None,
+    labels: LabelRanking | None,
 ) -> str:
     """The whole page as text; the arguments are those of :func:`featx.report.write_report`."""
     n_shots = result.shots[-1]
@@ -119,7 +98,7 @@ def render_page(
         f"{_points(result.majority_baseline)} %.</p>",
         f'<p class="lead">{escape(first + stop.strip())}</p><p>{escape(rest)}</p>',
         *(f'<p class="warn">{escape(note)}</p>' for note in result.notes),
-        *_suspects(result, n_shots, images),
+        *_suspects(labels, images),
         "<h2>Accuracy against images a class</h2>",
         _curves(result),
         "<h2>Heads, ranked</h2>",
@@ -328,19 +307,23 @@ def _reliability(result: SweepResult, n_shots: Shots) -> str:
     )
 
 
-def _suspects(result: SweepResult, n_shots: Shots, images: Images) -> list[str]:
-    found = suspects(result, result.winner, n_shots)
-    if not found:
+def _suspects(labels: LabelRanking | None, images: Images) -> list[str]:
+    if labels is None or not labels.doubtful.any():
         return []
+    names, doubtful = labels.class_names, np.flatnonzero(labels.doubtful).tolist()
+    found = [
+        (int(labels.rows[i]), names[labels.labels[i]], names[labels.suggested[i]], float(labels.confidence[i]))
+        for i in doubtful
+    ]
     cards = [
         images.card(
-            each.row,
-            f"{escape(each.label)} &rarr; <strong>{escape(each.suggested)}</strong><br>"
-            f'<span class="soft">confidence {100 * each.confidence:.0f}&nbsp;%</span>',
+            row,
+            f"{escape(label)} &rarr; <strong>{escape(suggested)}</strong><br>"
+            f'<span class="soft">confidence {100 * confidence:.0f}&nbsp;%</span>',
         )
-        for each in found
+        for row, label, suggested, confidence in found[:_MOST_SUSPECTS]
     ]
-    lines = "\n".join(f"{images.name(s.row)}\t{s.label}\t{s.suggested}\t{s.confidence:.2f}" for s in found)
+    lines = "\n".join(f"{images.name(row)}\t{label}\t{better}\t{sure:.2f}" for row, label, better, sure in found)
     shown = f'<div class="cards">{"".join(cards[:_FIRST])}</div>'
     if cards[_FIRST:]:
         more = f"{len(cards) - _FIRST} more"
@@ -348,8 +331,8 @@ def _suspects(result: SweepResult, n_shots: Shots, images: Images) -> list[str]:
     return [
         "<h2>Labels to check</h2>",
         f"<p>{plural(len(found), 'photo')} may be mislabelled. The arrow leads from the present label to the one that "
-        f"{escape(result.winner)} gives without having learnt from the photo; confidence is the share of draws in "
-        "which it did.</p>",
+        "heads suggest which have not learnt from the photo; confidence is the probability that they give it. "
+        "featx labels ranks all photos.</p>",
         shown,
         "<details><summary>List to copy: file, label, suggested label, confidence</summary>"
         f'<pre class="list">{escape(lines)}</pre></details>',

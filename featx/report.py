@@ -19,6 +19,7 @@ from rich.text import Text
 
 from featx.errors import UsageError, plural
 from featx.html import Thumbnail, images_a_class, ranked, render_page, rival
+from featx.mislabelled import LabelRanking
 from featx.results import SweepResult
 
 if TYPE_CHECKING:
@@ -120,6 +121,7 @@ def write_report(
     command: str = "",
     ids: Sequence[str] | None = None,
     thumbnail: Thumbnail | None = None,
+    labels: LabelRanking | None = None,
 ) -> Path:
     """Write ``report.html``, ``trials.csv``, ``summary.json`` and ``accuracy_vs_shots.png`` into a folder.
 
@@ -132,6 +134,7 @@ def write_report(
     command : the command line that made this, for the page.
     ids : names of all rows of the sweep's input; by default their numbers.
     thumbnail : small JPEG or PNG of an input row, or None where the image is not at hand.
+    labels : which labels to check, where they were ranked; its rows are those of the sweep's input.
 
     Returns
     -------
@@ -151,7 +154,7 @@ def write_report(
         _write(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
         page = render_page(
             result, title=title, sentence=conclusion(result), provenance=provenance or {}, command=command,
-            ids=ids, thumbnail=thumbnail,
+            ids=ids, thumbnail=thumbnail, labels=labels,
         )  # fmt: skip
         _write(folder / "report.html", page)
         picture = folder / "accuracy_vs_shots.tmp.png"

@@ -118,3 +118,11 @@ def test_the_command_finds_swapped_photos(tmp_path: Path, featx: Featx) -> None:
     table.write_text("something of mine\n")
     refused = featx("labels", store, "--csv", table)
     assert refused.code == 2 and table.read_text() == "something of mine\n"
+    # The report of a sweep shows the same ones.
+    swept = featx("sweep", store, "--heads", "ridge", "--shots", "1", "--episodes", "2")
+    assert swept.code == 0, swept.err
+    report = (tmp_path / "tiles.report" / "report.html").read_text()
+    (listed,) = re.findall(r'<pre class="list">(.*?)</pre>', report, re.DOTALL)
+    assert [line.split("\t")[0] for line in listed.splitlines()] == [
+        row["id"] for row in answer["ranking"] if row["doubtful"]
+    ]

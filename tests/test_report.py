@@ -17,7 +17,7 @@ from PIL import Image
 from rich.console import Console
 
 from featx.errors import UsageError
-from featx.html import suspects
+from featx.mislabelled import rank_labels
 from featx.report import conclusion, render, render_table, write_report
 from featx.results import SweepResult
 from featx.sweep import sweep_heads
@@ -183,7 +183,9 @@ def test_the_page_leads_with_what_to_do_and_folds_the_hashes_away(tmp_path: Path
     heads = ["ridge", "knn", "lda", "logreg"]
     found = sweep_heads(rows, labels, class_names=["a", "b"], heads=heads, shots=(1, 10), episodes=8, n_jobs=1)
     names = [f"{i:02}.jpg" for i in range(80)]
-    folder = write_report(found, tmp_path, title="x", provenance={"backbone": "tiny", "fingerprint": "f00d"}, ids=names)
+    provenance = {"backbone": "tiny", "fingerprint": "f00d"}
+    ranking = rank_labels(rows, labels, class_names=["a", "b"], n_jobs=1)
+    folder = write_report(found, tmp_path, title="x", provenance=provenance, ids=names, labels=ranking)
     text = (folder / "report.html").read_text(encoding="utf-8")
     places = [text.index(part) for part in (conclusion(found)[:40], "Labels to check", "<svg", '<td class="bar">')]
     assert places == sorted(places)
@@ -207,8 +209,10 @@ def test_likely_mislabelled_images_are_found() -> None:
     rows = 3.0 * rng.normal(size=(2, 32))[labels] + rng.normal(size=(80, 32))
     labels[[5, 50]] = 1 - labels[[5, 50]]
     found = sweep_heads(rows, labels, class_names=["a", "b"], heads=["ridge"], shots=(10,), episodes=8, n_jobs=1)
-    assert sorted(each.row for each in suspects(found, "ridge", 10)) == [5, 50]
-    assert all((each.label != each.suggested) and each.confidence >= 0.8 for each in suspects(found, "ridge", 10))
+    ranking = rank_labels(rows, labels, class_names=["a", "b"], n_jobs=1)
+    assert sorted(ranking.rows[ranking.doubtful].tolist()) == [5, 50]
+    assert (ranking.suggested != ranking.labels)[ranking.doubtful].all()
+    assert (ranking.confidence[ranking.doubtful] >= 0.8).all()
     confusion = found.confusion("ridge", 10)
     assert confusion.sum() == sum(t.n_query for t in found.trials)
     assert np.trace(confusion) / confusion.sum() == pytest.approx(found.results[0].accuracy.mean, abs=0.01)
