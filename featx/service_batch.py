@@ -94,6 +94,7 @@ class Job:
         self.dropped = False
         self.pixels: NDArray[np.uint8] | None = None
         self.ready_at = 0.0
+        self.tries = 0
 
     @property
     def wanted(self) -> bool:
@@ -312,6 +313,7 @@ class Batcher:
                 if lacking or not queue or self._stopping:
                     continue
                 job = queue.popleft()
+                job.tries += 1
                 self._decoding += 1
             try:
                 found = self._decode_one(pool, job, heavy)
@@ -323,6 +325,12 @@ class Batcher:
                     job.data = b""
                     job.ready_at = time.monotonic()
                     self._ready.append(job)
+                    self._changed.notify_all()
+            elif isinstance(found, OutOfResources) and not heavy and job.tries <= self._workers:
+                # Another process may be able. If none is, every thread notes what it lacks, and then the image is
+                # refused: so /ready never calls a service able that has just refused one.
+                with self._changed:
+                    self._queue.appendleft(job)
                     self._changed.notify_all()
             elif not isinstance(found, TooHeavy):
                 self._finish(job, found)
