@@ -83,7 +83,7 @@ def test_heads_and_draws_are_those_of_a_sweep(
     groups = features.copies
     swept = sweep_heads(
         features.embeddings, features.labels, class_names=features.class_names, groups=groups,
-        heads=("logreg", "ridge"), shots=(3,), episodes=2,
+        heads=("logreg", "ridge"), shots=(3,), episodes=2, near_duplicates=features.near_copies,
     )  # fmt: skip
     for head in swept.heads:
         for ours, theirs in zip(found.sweep.of(head, 3), swept.of(head, 3), strict=True):
