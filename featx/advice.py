@@ -184,7 +184,7 @@ class Advice:
             f"with {plural(most, 'image')} a class"
         )
         interval = self.gain.interval
-        ten = f"from {self.n_now:.0f} to {self.n_now + 10:.0f} images a class"
+        ten = f"from {self.gain.n_from:.0f} to {self.gain.n_to:.0f} images a class"
         if self.gain.verdict == "cannot tell":
             return f"{text}. What ten more ({ten}) are worth: cannot tell; {points(interval)}, and {self.gain.reason}."
         if self.gain.verdict == "little":

@@ -103,8 +103,8 @@ def _curve(curve: Curve, advice: Advice) -> str:
     """Measured points with their intervals, and the fitted curve; dashed where it is carried beyond them."""
     width, height, left, bottom = 720, 360, 56, 72
     last, first = float(curve.shots[-1]), float(curve.shots[0])
-    told = advice.gain is not None and advice.gain.verdict != "cannot tell"
-    end = max(last, advice.n_now + 10) if told else last
+    gain = advice.gain
+    end = max(last, gain.n_to) if gain is not None and gain.verdict != "cannot tell" else last
     ns = np.geomspace(first, max(end, first * 1.01), 60)
     band = [curve.accuracy(float(n)) for n in ns]
     lowest = min([each.low for each in curve.measured] + [each.low for each in band])

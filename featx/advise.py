@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ from featx.layers import PENULTIMATE, Layers
 from featx.results import SweepResult
 from featx.rule import size_by_similarity
 from featx.sources import ImageSet
-from featx.splits import Index
+from featx.splits import Index, Shots, plan_shots, reached
 from featx.store import FeatureSet
 from featx.sweep import sweep_heads
 
@@ -56,7 +56,7 @@ _UP_TO = 0.7
 
 
 def curve_shots(smallest: int) -> list[int]:
-    """Numbers of images a class for the learning curve of a smallest class of so many."""
+    """Numbers of images a class for the learning curve, where the smallest class of it has so many."""
     most = max(int(_UP_TO * smallest), 1)
     shots = [n for n in GRID if n <= most]
     return [*shots, most] if most >= 1.5 * shots[-1] else shots
@@ -70,10 +70,18 @@ class _Run:
         self.random_state, self.n_jobs = random_state, n_jobs
         self.trials = Trials(data.labels, REFERENCE)
         self.skipped: list[Skipped] = []
-        self.notes: list[str] = []
-        smallest = int(data.counts.min())
-        self.compared = [n for n in COMPARED if n < smallest] or [max(smallest - 1, 1)]
-        self.shots = curve_shots(smallest)
+        most = reached(data.counts)
+        self.compared = [n for n in COMPARED if n < most] or [max(most - 1, 1)]
+        groups = data.duplicates.groups
+        _, self.notes = plan_shots(data.labels, groups, data.class_names, shots=self.compared, default=())
+        # A curve is that of the same classes at every number of images.
+        self.shots = curve_shots(most)
+        large = data.counts > self.shots[-1]
+        self.curved = data if large.all() else data.of_classes(large)
+        self.curve = self.trials if large.all() else Trials(self.curved.labels, REFERENCE)
+        if not large.all():
+            classes = plural(len(large), "class")
+            self.notes.append(f"The learning curve is that of the {large.sum()} of {classes} with enough images.")
         self.domain: Domain | None = None
         self.simulation: Simulation | None = None
         self.next_images: tuple[NextImage, ...] = ()
@@ -96,7 +104,10 @@ class _Run:
 
     def first(self) -> None:
         """The recommended head along the learning curve: everything else is compared with it."""
-        self.sweep("learning curve", self.data.reference, ("auto",), self.shots)
+        found = self.swept("learning curve", self.curved.reference, ("auto",), self.shots, data=self.curved)
+        self.curve.add(found, lambda name: "head")
+        if self.curve is not self.trials:
+            self.sweep("recommended head", self.data.reference, ("auto",), self.compared)
 
     def heads(self) -> None:
         self.sweep("heads", self.data.reference, tuple(HEADS), self.compared)
@@ -212,14 +223,21 @@ class _Run:
 
     # --- sweeps ---
 
-    def sweep(self, what: str, rows: NDArray[np.floating], heads: tuple[str, ...], shots: list[int]) -> None:
+    def sweep(self, what: str, rows: NDArray[np.floating], heads: tuple[str, ...], shots: Sequence[Shots]) -> None:
         self.trials.add(self.swept(what, rows, heads, shots), lambda name: "head")
 
     def swept(
-        self, what: str, rows: NDArray[np.floating], heads: tuple[str, ...], shots: list[int], **options: Any
+        self,
+        what: str,
+        rows: NDArray[np.floating],
+        heads: tuple[str, ...],
+        shots: Sequence[Shots],
+        *,
+        data: Labelled | None = None,
+        **options: Any,
     ) -> SweepResult:
         """A sweep of as many draws as a fifth of what is left allows, by the time that the first of them take."""
-        data = self.data
+        data = data or self.data
 
         def run(episodes: int) -> SweepResult:
             return sweep_heads(
@@ -373,9 +391,9 @@ def _stages(
 
 def _advice(run: _Run, count: int, minutes: float, interrupted: bool) -> Advice:
     data = run.data
-    now = float(data.counts.mean())
+    now = float(run.curved.counts.mean())
     curve = (
-        fit_curve(run.shots, run.trials.hits(REFERENCE, run.shots), random_state=run.random_state)
+        fit_curve(run.shots, run.curve.hits(REFERENCE, run.shots), random_state=run.random_state)
         if len(run.shots) > 1
         else None
     )
@@ -388,7 +406,7 @@ def _advice(run: _Run, count: int, minutes: float, interrupted: bool) -> Advice:
         curve=curve,
         gain=None if curve is None else curve.gain(now, now + 10),
         domain=run.domain,
-        rule=None if run.domain is None else size_by_similarity(now, run.domain.nearness),
+        rule=None if run.domain is None else size_by_similarity(float(data.counts.mean()), run.domain.nearness),
         simulation=run.simulation,
         batch=count,
         next_images=run.next_images,

@@ -91,6 +91,8 @@ def advise(
     publish_bytes(page, text.encode())
     if as_json:
         print_json({**found.to_json(), "page": str(page)})
+    for note in found.notes:
+        say(f"Note: {note}", err=as_json)
     _tell(found.sentences(), err=as_json)
     if paths:
         say("Label next:", err=as_json)

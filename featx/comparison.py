@@ -81,6 +81,17 @@ class Labelled:
         found = find_duplicates(reference[rows], exact, threshold=features.near_copies)
         return cls(features, rows, labels.reshape(-1).astype(np.int64), names, found, columns)
 
+    def of_classes(self, wanted: NDArray[np.bool_]) -> Labelled:
+        """The images of some of the classes (c,) only."""
+        kept = wanted[self.labels]
+        return replace(
+            self, rows=self.rows[kept], labels=(np.cumsum(wanted) - 1)[self.labels[kept]],
+            class_names=tuple(name for name, use in zip(self.class_names, wanted, strict=True) if use),
+            duplicates=replace(
+                self.duplicates, groups=np.unique(self.duplicates.groups[kept], return_inverse=True)[1].reshape(-1)
+            ),
+        )  # fmt: skip
+
     @property
     def reference(self) -> NDArray[np.float32]:
         """Embeddings (n, d) of the reference layer."""

@@ -19,23 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from featx import stats, training
+from featx import splits, stats, training
 from featx.backbones import Backbone
 from featx.errors import UsageError
 from featx.journal import Journal, Task, plan_hash
 from featx.results import Comparison, SweepResult, Trial
 from featx.scoring import softmax
 from featx.sources import ImageSet
-from featx.splits import (
-    Index,
-    KShotSplit,
-    Shots,
-    check_shots,
-    distinct_counts,
-    feasible_shots,
-    find_duplicates,
-    shots_label,
-)
+from featx.splits import Index, KShotSplit, Shots, distinct_counts, find_duplicates, reached, shots_label
 from featx.store import FeatureSet
 from featx.sweep import sweep_heads
 from featx.tails import Unfreeze
@@ -216,32 +207,29 @@ def judge_episodes(
 
 
 def plan_shots(features: FeatureSet, shots: Sequence[Shots] | None, *, early_stop: bool) -> list[Shots]:
-    """What was asked for, or those of the default that the smallest class can give.
+    """What was asked for, or those of the default that half of the classes can give.
 
     Raises
     ------
     UsageError
-        A class has too few images for that, or to stop early by. It takes the embeddings alone, so that it can be said
+        There are too few images for that, or to stop early by. It takes the embeddings alone, so that it can be said
         before anything is computed.
     """
     rows = np.flatnonzero((features.labels >= 0) & (features.splits != "test"))
     present, labels = np.unique(features.labels[rows], return_inverse=True)
     names = [features.class_names[int(i)] for i in present]
-    if len(names) < 2:
-        check_shots(labels, rows, 1, names)
     groups = find_duplicates(features.embeddings[rows], features.copies[rows], threshold=features.near_copies).groups
-    if shots is None:
-        most = int(distinct_counts(labels, groups, len(names)).min()) - 1
-        least = 2 if early_stop else 1
-        shots = feasible_shots(labels, groups, DEFAULT_SHOTS) or (max(most, least),)
-    elif early_stop and 1 in shots:
+    if early_stop and 1 in (shots or ()):
         raise UsageError(
             "too few images to stop early by", where="shots", expected="2 or more of every class", found=1,
             hint="Leave 1 out of --shots, or ask for a fixed number of epochs with --no-early-stop.",
         )  # fmt: skip
-    for n_shots in shots:
-        check_shots(labels, groups, n_shots, names)
-    return list(shots)
+    wanted, _ = splits.plan_shots(labels, groups, names, shots=shots, default=DEFAULT_SHOTS)
+    if not wanted:
+        most = reached(distinct_counts(labels, groups, len(names))) - 1
+        least = 2 if early_stop else 1
+        wanted, _ = splits.plan_shots(labels, groups, names, shots=(max(most, least),), default=())
+    return wanted
 
 
 def _journal(tuning: Tuning, path: Path | None, swept: SweepResult, rows: Index) -> Journal | None:
@@ -269,33 +257,19 @@ def _trial(
     support, query = KShotSplit(n_shots, random_state=random_state).episode(labels, groups, episode)
     if not np.array_equal(query, swept.queries[n_shots, episode]):
         raise RuntimeError("the draws of heads and of fine-tuning differ")
+    classes, known = np.unique(labels[support], return_inverse=True)
     started = time.perf_counter()
     trained = training.train(
-        tuning.halves.tail, tuning.activations, rows[support], labels[support],
+        tuning.halves.tail, tuning.activations, rows[support], known,
         np.unique(groups[support], return_inverse=True)[1].reshape(-1),
         recipe=tuning.recipe, seeds=(random_state, episode), device=tuning.device, tick=tick,
     )  # fmt: skip
     seconds = time.perf_counter() - started
     scores = training.scores(trained.classifier, tuning.activations, rows[query], tick=tick)
-    probabilities, truth = softmax(scores), labels[query]
-    predicted = probabilities.argmax(axis=1).astype(np.int32)
-    confidence = probabilities.max(axis=1)
-    return Trial(
-        head=tuning.head,
-        n_shots=n_shots,
-        episode=episode,
-        n_support=len(support),
-        n_query=len(query),
-        accuracy=stats.accuracy(truth, predicted),
-        balanced_accuracy=stats.balanced_accuracy(truth, predicted),
-        macro_f1=stats.macro_f1(truth, predicted),
-        log_loss=stats.log_loss(truth, probabilities),
-        ece=stats.expected_calibration_error(confidence, predicted == truth),
-        brier=stats.brier(truth, probabilities),
-        params={"epochs": trained.epochs},
-        selection_score=None if trained.losses is None else float(trained.losses.min()),
-        converged=True,
+    probabilities = softmax(scores)
+    return Trial.of(
+        np.searchsorted(classes, labels[query]), probabilities.argmax(axis=1), probabilities, classes,
+        head=tuning.head, n_shots=n_shots, episode=episode, n_support=len(support), params={"epochs": trained.epochs},
+        selection_score=None if trained.losses is None else float(trained.losses.min()), converged=True,
         fit_seconds=seconds,
-        predictions=predicted,
-        confidences=confidence.astype(np.float32),
-    )
+    )  # fmt: skip

@@ -43,6 +43,30 @@ class Trial:
     confidences: NDArray[np.float32] | None = field(repr=False, compare=False)
     layer: str = ""
 
+    @classmethod
+    def of(
+        cls,
+        truth: NDArray[np.integer],
+        predicted: NDArray[np.integer],
+        probabilities: NDArray[np.float64] | None,
+        classes: Index,
+        **about: Any,
+    ) -> Trial:
+        """Judge what was named: truth and predicted (m,), probabilities (m, k), all in 0 .. k-1 of ``classes`` (k,)."""
+        confidence = None if probabilities is None else probabilities.max(axis=1)
+        return cls(
+            n_query=len(truth),
+            accuracy=stats.accuracy(truth, predicted),
+            balanced_accuracy=stats.balanced_accuracy(truth, predicted),
+            macro_f1=stats.macro_f1(truth, predicted),
+            log_loss=None if probabilities is None else stats.log_loss(truth, probabilities),
+            ece=None if confidence is None else stats.expected_calibration_error(confidence, predicted == truth),
+            brier=None if probabilities is None else stats.brier(truth, probabilities),
+            predictions=classes[predicted].astype(np.int32),
+            confidences=None if confidence is None else confidence.astype(np.float32),
+            **about,
+        )
+
     def row(self) -> dict[str, Any]:
         """One row of ``trials.csv``: plain values, parameters as columns ``param_*``."""
         skip = {"params", "predictions", "confidences"}

@@ -33,6 +33,9 @@ ALIKE = 0.9
 _TILE = 1024
 """Rows that are compared with 16 times as many at once: 64 MB of cosines, however large the gallery."""
 
+_NAMED = 5
+"""Classes that a sentence names at most."""
+
 _MAX_PAIRS = 10_000_000
 """Pairs of near duplicates that are kept before they become groups: n equal images make n * n / 2 of them."""
 
@@ -40,6 +43,10 @@ _MAX_PAIRS = 10_000_000
 def shots_label(n_shots: Shots) -> str:
     """The words for an n_shots: "1 shot", "5 shots", "all but a fifth"."""
     return "all but a fifth" if n_shots == "all" else plural(n_shots, "shot")
+
+
+def _listed(shots: Sequence[Shots]) -> str:
+    return ", ".join(map(str, shots))
 
 
 class KShotSplit:
@@ -91,11 +98,12 @@ class KShotSplit:
             yield self.episode(labels, grouping, episode)
 
     def episode(self, labels: NDArray[np.integer], groups: Index, episode: int) -> tuple[Index, Index]:
-        """The draw number ``episode`` of labels (n,) in 0 .. c-1 and dense groups (n,)."""
+        """The draw number ``episode`` of labels (n,) in 0 .. c-1 and dense groups (n,); too small classes stay out."""
         keys = np.random.default_rng([self.random_state, episode]).random(len(labels))
         order = np.argsort(keys, kind="stable")
-        own = of_one_class(labels, groups)
-        queues = [order[own[order] & (labels[order] == c)] for c in range(int(labels.max()) + 1)]
+        large = distinct_counts(labels, groups, int(labels.max()) + 1) >= least_images(self.n_shots)
+        own = of_one_class(labels, groups) & large[labels]
+        queues = [order[own[order] & (labels[order] == c)] for c in np.flatnonzero(large)]
         support, query = _hold_out(queues, groups) if self.n_shots == "all" else _take(queues, groups, self.n_shots)
         return support[own[support]], query[own[query]]
 
@@ -174,7 +182,7 @@ def check_shots(labels: NDArray[np.integer], groups: Index, n_shots: Shots, clas
         raise UsageError("n_shots must be at least 1", found=n_shots)
     counts = distinct_counts(labels, groups, len(class_names))
     smallest = int(counts.argmin())
-    needed = 2 if n_shots == "all" else n_shots + 1
+    needed = least_images(n_shots)
     if counts[smallest] < needed:
         copies = " once copies are counted once" if (labels == smallest).sum() > counts[smallest] else ""
         shared = ((labels == smallest) & ~of_one_class(labels, groups)).sum()
@@ -190,10 +198,57 @@ def check_shots(labels: NDArray[np.integer], groups: Index, n_shots: Shots, clas
         )
 
 
-def feasible_shots(labels: NDArray[np.integer], groups: Index, shots: Sequence[Shots]) -> list[Shots]:
-    """Those of the shots that the smallest class can give, one image being left for the query."""
-    smallest = int(distinct_counts(labels, groups, int(labels.max()) + 1).min())
-    return [n for n in shots if smallest >= (2 if n == "all" else n + 1)]
+def least_images(n_shots: Shots) -> int:
+    """Different images that a class needs for a draw that leaves one for the query."""
+    return 2 if n_shots == "all" else n_shots + 1
+
+
+def reached(counts: NDArray[np.integer]) -> int:
+    """Number of different images that half of the classes (c,) have, and two of them at the least."""
+    return int(np.sort(counts)[::-1][max(2, (len(counts) + 1) // 2) - 1])
+
+
+def plan_shots(
+    labels: NDArray[np.integer],
+    groups: Index,
+    class_names: Sequence[str],
+    *,
+    shots: Sequence[Shots] | None,
+    default: Sequence[Shots],
+) -> tuple[list[Shots], list[str]]:
+    """Which n_shots to compare at, and sentences that name the classes that are too small for some of them.
+
+    A class takes part where one of its images is left for the query. What is asked for needs two such classes; a size
+    of the ``default``, which people take for the whole set, half of them.
+
+    Raises
+    ------
+    UsageError
+        Fewer than two classes have the images that it takes.
+    """
+    counts = distinct_counts(labels, groups, len(class_names))
+    if len(class_names) < 2:
+        check_shots(labels, groups, 1, class_names)
+    wanted = list(dict.fromkeys(shots or [n for n in default if reached(counts) >= least_images(n)]))
+    for n_shots in wanted or [1]:
+        if (counts >= least_images(n_shots)).sum() < 2:
+            check_shots(labels, groups, n_shots, class_names)
+    notes = []
+    missing = [n for n in default if n not in wanted] if shots is None else []
+    if missing:
+        name = class_names[int(np.flatnonzero(counts == reached(counts))[0])]
+        least = plural(reached(counts), "different image")
+        notes.append(f"n_shots {_listed(missing)} left out: class {name!r} has only {least}.")
+    lacking = [n for n in wanted if counts.min() < least_images(n)]
+    if lacking:
+        small = [i for i in np.argsort(counts, kind="stable") if counts[i] < max(map(least_images, lacking))]
+        named = [f"{class_names[i]!r} has only {plural(int(counts[i]), 'different image')}" for i in small[:_NAMED]]
+        more = [plural(len(small) - _NAMED, "more class")] if len(small) > _NAMED else []
+        notes.append(
+            f"n_shots {_listed(lacking)} compare only the classes with enough images: {', '.join([*named, *more])}. "
+            "Add photos there first."
+        )
+    return wanted, notes
 
 
 def fold_numbers(labels: NDArray[np.integer], groups: Index, n_folds: int, random_state: int | Sequence[int]) -> Index:

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.pipeline import Pipeline
 from threadpoolctl import threadpool_limits
 
-from featx import large, stats
+from featx import large
 from featx.centre import Centre
 from featx.choose import Views, fit_chosen
 from featx.errors import UsageError, plural
@@ -35,11 +35,9 @@ from featx.splits import (
     Index,
     KShotSplit,
     Shots,
-    check_shots,
-    distinct_counts,
-    feasible_shots,
     find_duplicates,
     of_one_class,
+    plan_shots,
     shots_label,
 )
 from featx.torch_heads import check_device
@@ -78,8 +76,9 @@ def sweep_heads(
     class_names : c names, of which those without any row are left out.
     groups : (n,) rows with the same value are exact copies (e.g. equal digests).
     heads : names of :data:`featx.heads.HEADS` or "auto"; all of them by default.
-    shots : by default 1, 2, 5, 10, 20 and "all", less those that the smallest class cannot give, which
-        ``notes`` then says; shots that were asked for and cannot be given are an error.
+    shots : by default 1, 2, 5, 10, 20 and "all", less those that half of the classes cannot give. At each, the classes
+        that have the images are compared; ``notes`` name the others. Shots that fewer than two classes can give are an
+        error.
     episodes : draws for each n_shots.
     random_state : seed of the draws and folds; the result does not depend on ``n_jobs``.
     n_jobs : joblib workers, one BLAS thread each; by default one for each core. Large embeddings
@@ -117,7 +116,11 @@ def sweep_heads(
         progress(0, 1, "looking for duplicates")
     columns = None if layers is None else layers.columns(layers.reference)
     data = _Data.of(embeddings, labels, class_names, groups, near_duplicates, columns)
-    wanted, notes = _plan_shots(data, shots)
+    if shots is not None and not shots:
+        raise UsageError("no n_shots to sweep", expected="numbers of images of each class, or all")
+    wanted, notes = plan_shots(
+        data.labels, data.duplicates.groups, data.class_names, shots=shots, default=DEFAULT_SHOTS
+    )  # fmt: skip
     tasks = [(n_shots, episode) for n_shots in wanted for episode in range(episodes)]
     done: dict[tuple[Shots, int], tuple[list[Trial], Index]] = {}
     kept = None
@@ -222,26 +225,6 @@ def _check_layers(layers: Layers, embeddings: NDArray[np.floating], centre: Cent
         raise UsageError("images without labels can be learnt from on one layer at a time", found=layers.names)
 
 
-def _plan_shots(data: _Data, shots: Sequence[Shots] | None) -> tuple[list[Shots], list[str]]:
-    groups, names = data.duplicates.groups, data.class_names
-    if shots is not None:
-        if not shots:
-            raise UsageError("no n_shots to sweep", expected="numbers of images of each class, or all")
-        for n_shots in shots:
-            check_shots(data.labels, groups, n_shots, names)
-        return list(dict.fromkeys(shots)), []
-    check_shots(data.labels, groups, 1, names)
-    wanted = feasible_shots(data.labels, groups, DEFAULT_SHOTS)
-    missing = [str(n) for n in DEFAULT_SHOTS if n not in wanted]
-    if not missing:
-        return wanted, []
-    counts = distinct_counts(data.labels, groups, len(names))
-    name = names[int(counts.argmin())]
-    least = plural(int(counts.min()), "different image")
-    note = f"n_shots {', '.join(missing)} left out: class {name!r} has only {least}."
-    return wanted, [note]
-
-
 def _run(
     data: _Data,
     heads: tuple[Head, ...],
@@ -283,6 +266,8 @@ def _episode(
     """All heads on one draw."""
     support, query = KShotSplit(n_shots, random_state=random_state).episode(labels, groups, episode)
     local = np.unique(groups[support], return_inverse=True)[1]
+    classes, known = np.unique(labels[support], return_inverse=True)
+    truth = np.searchsorted(classes, labels[query])
     with threadpool_limits(limits=threads, user_api="blas"):
         shared: dict[tuple[int, int] | None, tuple[Views, _Query]] = {}
         trials = []
@@ -293,7 +278,7 @@ def _episode(
             views, asked = shared[head.columns]
             trials.append(
                 _trial(
-                    head, views, labels[support], local, asked, labels[query],
+                    head, views, known, local, asked, truth, classes,
                     n_shots=n_shots, episode=episode, random_state=random_state, device=device,
                 )
             )  # fmt: skip
@@ -324,6 +309,7 @@ def _trial(
     groups: Index,
     query: _Query,
     truth: NDArray[np.int64],
+    classes: Index,
     *,
     n_shots: Shots,
     episode: int,
@@ -335,28 +321,11 @@ def _trial(
     seconds = time.perf_counter() - started
     probabilities = query.judge(pipeline, "predict_proba") if head.probabilistic else None
     named = query.judge(pipeline, "predict") if probabilities is None else probabilities.argmax(axis=1)
-    predicted = named.astype(np.int32)
-    confidence = None if probabilities is None else probabilities.max(axis=1)
-    return Trial(
-        head=head.name,
-        layer=head.layer,
-        n_shots=n_shots,
-        episode=episode,
-        n_support=len(labels),
-        n_query=len(truth),
-        accuracy=stats.accuracy(truth, predicted),
-        balanced_accuracy=stats.balanced_accuracy(truth, predicted),
-        macro_f1=stats.macro_f1(truth, predicted),
-        log_loss=None if probabilities is None else stats.log_loss(truth, probabilities),
-        ece=None if confidence is None else stats.expected_calibration_error(confidence, predicted == truth),
-        brier=None if probabilities is None else stats.brier(truth, probabilities),
-        params=choice.params,
-        selection_score=choice.score,
-        converged=choice.converged,
-        fit_seconds=seconds,
-        predictions=predicted,
-        confidences=None if confidence is None else confidence.astype(np.float32),
-    )
+    return Trial.of(
+        truth, named, probabilities, classes,
+        head=head.name, layer=head.layer, n_shots=n_shots, episode=episode, n_support=len(labels),
+        params=choice.params, selection_score=choice.score, converged=choice.converged, fit_seconds=seconds,
+    )  # fmt: skip
 
 
 def _device_notes(device: str | None, heads: dict[str, Head], trials: Sequence[Trial], data: _Data) -> list[str]:

@@ -18,7 +18,7 @@ from sklearn.model_selection import cross_val_score
 from featx.errors import UsageError
 from featx.fit import fit_head
 from featx.heads import make_head
-from featx.splits import KShotSplit, feasible_shots, find_duplicates, fold_numbers
+from featx.splits import KShotSplit, Shots, find_duplicates, fold_numbers, plan_shots
 from featx.store import read_features
 from featx.sweep import sweep_heads
 
@@ -119,9 +119,38 @@ def test_one_image_under_two_labels_is_drawn_for_one_of_them_only() -> None:
         assert not set(groups[support]) & set(groups[query])
 
 
-def test_feasible_shots_leave_one_image_for_the_query() -> None:
-    labels = np.repeat([0, 1], [6, 50])
-    assert feasible_shots(labels, np.arange(56), (1, 2, 5, 6, 10, "all")) == [1, 2, 5, "all"]
+def test_classes_that_are_too_small_stay_out_of_a_draw_and_are_named() -> None:
+    labels = np.repeat([0, 1, 2, 3], [30, 4, 21, 40])
+    groups = np.arange(95)
+    names = ["ants", "bees", "cats", "dogs"]
+
+    def plan(*shots: Shots) -> tuple[list[Shots], list[str]]:
+        return plan_shots(labels, groups, names, shots=shots or None, default=(1, 2, 5, 20, 30, "all"))
+
+    wanted, notes = plan()
+    assert wanted == [1, 2, 5, 20, "all"]  # half of the classes have 30 images, but one is for the query
+    assert notes == [
+        "n_shots 30 left out: class 'ants' has only 30 different images.",
+        "n_shots 5, 20 compare only the classes with enough images: 'bees' has only 4 different images. "
+        "Add photos there first.",
+    ]
+    assert plan(1, "all") == ([1, "all"], [])
+    assert plan(20, 20)[0] == [20]
+    with pytest.raises(UsageError, match=r"class 'bees' has too few images: expected at least 41"):
+        plan(40)
+    for n_shots in wanted:
+        split = KShotSplit(n_shots)
+        for episode in range(5):
+            support, query = split.episode(labels, groups, episode)
+            others = {0, 2, 3} if n_shots in (5, 20) else {0, 1, 2, 3}
+            assert set(labels[support]) == set(labels[query]) == others
+            assert not set(support) & set(query)
+            if n_shots != "all":
+                assert (np.bincount(labels[support])[sorted(others)] == n_shots).all()
+                assert len(support) + len(query) == np.isin(labels, sorted(others)).sum()
+    # The classes that take part are drawn as they were: nested, and the same rows as without the small class.
+    few, more = (set(KShotSplit(n).episode(labels, groups, 0)[0]) for n in (2, 20))
+    assert {row for row in few if labels[row] != 1} < more
 
 
 def test_folds_are_stratified_and_keep_groups_together() -> None:

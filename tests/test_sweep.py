@@ -154,6 +154,31 @@ def test_default_shots_that_cannot_be_given_are_left_out_and_named() -> None:
         sweep_heads(rows, labels, class_names=names, heads=["ridge"], shots=(5, 10), n_jobs=1)
 
 
+def test_a_small_class_takes_no_size_from_the_others() -> None:
+    """At the sizes that it does not reach the others are compared as if it were not there."""
+    rows, labels, names = blobs([30, 4, 30, 30])
+    options: dict[str, Any] = {"heads": ["logreg", "ridge", "knn"], "episodes": 3, "n_jobs": 1}
+    found = sweep_heads(rows, labels, class_names=names, **options)
+    assert found.shots == (1, 2, 5, 10, 20, "all")
+    (note,) = found.notes
+    assert note.startswith("n_shots 5, 10, 20 compare only") and "'b' has only 4 different images" in note
+    large = labels != 1
+    for n_shots in (5, 10, 20):
+        for head in found.heads:
+            for trial in found.of(head, n_shots):
+                query = found.queries[n_shots, trial.episode]
+                assert set(found.labels[query]) == {0, 2, 3} >= set(trial.predictions)
+                assert trial.accuracy == (trial.predictions == found.labels[query]).mean()
+                assert trial.n_support + trial.n_query == large.sum()
+    # One set of draws: the accuracy is about that of a sweep of the three alone.
+    alone = sweep_heads(rows[large], np.array([0, -1, 1, 2])[labels[large]], class_names=["a", "c", "d"], **options)
+    means = {(r.head, r.n_shots): r.accuracy.mean for r in found.results}
+    for each in alone.results:
+        if each.n_shots in (5, 10, 20):
+            assert means[each.head, each.n_shots] == pytest.approx(each.accuracy.mean, abs=0.06)
+    json.dumps(found.to_json(), allow_nan=False)
+
+
 def test_unlabelled_rows_and_empty_classes_are_left_out_and_named() -> None:
     rows, labels, _ = blobs([10, 10, 10])
     labels[:5] = -1
