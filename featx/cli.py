@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 QUARANTINED = 3
 _INTERRUPTED = 130
 _STDERR = 2
+_CLASSES = 12
+"""Classes that are counted by name at the end of an extraction."""
 
 # Typer has brought click along in two ways; wherever it lives, this is the base of its usage errors.
 ClickException: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -155,6 +157,15 @@ def extract(
         float | None,
         typer.Option(min=0, max=1, help="Share of images that may be refused. [default: 0.01, but at least ten]"),
     ] = None,
+    unlabelled: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="A folder (or label) that is no class: its images have no label. Repeatable."
+        ),
+    ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Let SOURCE take the place of most of the store's labelled images.")
+    ] = False,
     prune: Annotated[bool, typer.Option("--prune", help="Drop embeddings that no image refers to any more.")] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Show where the time went.")] = False,
     part: PartOption = None,
@@ -168,7 +179,8 @@ def extract(
     Run it again after adding, renaming or relabelling images: only new content is computed. An interrupted run goes
     on where it stopped.
     """
-    from featx.sources import ImageSet
+    from featx.extract import UNREAD
+    from featx.sources import ImageSet, count_labels
     from featx.views import parse_views
 
     how = Spread.of(part, finish, runner, devices, prune=prune, device=device.value)
@@ -177,7 +189,7 @@ def extract(
     with ProgressLine("listing") as line:
         if "://" in source:
             line.say(f"Listing {source} ...")
-        images = ImageSet.from_source(source, progress=line.count)
+        images = ImageSet.from_source(source, progress=line.count).without_labels(unlabelled or ())
 
     looks = parse_views(views)
     if len(looks) > 1:
@@ -192,14 +204,23 @@ def extract(
             engine={"engine": engine.value, "batch_size": batch_size},
             device=device.value,
             precision=precision.value,
-            options={"workers": workers, "decode": decode.value, "views": looks, "max_bad": max_bad},
+            options={
+                "workers": workers,
+                "decode": decode.value,
+                "views": looks,
+                "max_bad": max_bad,
+                "replace_images": replace,
+            },
             prune=prune,
             progress=line.update,
         )
     for note in summary.notes:
         say(f"Note: {note}.", err=True)
+    refused = {item.id for item in summary.refused}
+    labels = [ref.label for ref in (images if how.part is None else how.part.cut(images)).refs if ref.id not in refused]
+    classes, nameless = count_labels(labels), labels.count(None)
     if as_json:
-        print_json(summary.to_json())
+        print_json({**summary.to_json(), "classes": classes, "unlabelled": nameless})
     rate = f", {summary.images_per_second:.0f} images/s" if summary.images_per_second else ""
     say(
         f"{plural(summary.images, 'image')}: {summary.embedded} embedded, {summary.reused} reused, "
@@ -207,15 +228,25 @@ def extract(
         f"({summary.backbone}, {summary.engine} on {summary.device}, {summary.precision}).",
         err=as_json,
     )
+    say(_classes(classes, nameless), err=as_json)
     if profile:
         show(_stages(summary.stages, summary.embedded), err=as_json)
-    for item in summary.refused[:10]:
+    for item in [each for each in summary.refused if each.reason != UNREAD][:10]:
         say(f"  refused {item.id}: {item.reason}, {item.message}", err=True)
     if summary.quarantined:
         say(f"All refused images: {how.folder(out) / 'quarantine.jsonl'}", err=True)
         raise typer.Exit(QUARANTINED)
     if not as_json:
-        say(f"Next: {how.next_step(out, source, labelled=len(images.class_names) > 1)}")
+        labelled = len(images.class_names) > 1
+        say(f"Next: {how.next_step(out, source, labelled=labelled, unlabelled=unlabelled or ())}")
+
+
+def _classes(classes: dict[str, int], nameless: int) -> str:
+    counted = [f"{name} {n}" for name, n in list(classes.items())[:_CLASSES]]
+    more = [plural(len(classes) - _CLASSES, "more class")] if len(classes) > _CLASSES else []
+    without = [f"{nameless} without a label"] if nameless else []
+    found = f"{plural(len(classes), 'class')}: {', '.join([*counted, *more])}" if classes else "No classes"
+    return f"{'; '.join([found, *without])}."
 
 
 @app.command(epilog="Example:  featx info photos.featx --json")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
@@ -107,7 +107,8 @@ class Spread:
         from featx.runners import Job, parse_devices, run_local
 
         if self.finish:
-            return finish_parts(images, store, max_bad=options["max_bad"], prune=prune, progress=progress)
+            chosen = {name: options[name] for name in ("max_bad", "replace_images")}
+            return finish_parts(images, store, prune=prune, progress=progress, **chosen)
         job = Job(store, len(images), load, partial(make_engine, **engine), precision, options)
         if self.whole:
             started = job.engine(device=device)
@@ -126,10 +127,11 @@ class Spread:
         """Where this command's list of refused images is."""
         return store if self.part is None else self.part.folder(store)
 
-    def next_step(self, store: Path, source: str, *, labelled: bool) -> str:
+    def next_step(self, store: Path, source: str, *, labelled: bool, unlabelled: Sequence[str] = ()) -> str:
         """What to do after this command."""
         if self.part is not None:
-            finish = shlex.join(["featx", "extract", source, "--out", str(store), "--finish"])
+            nameless = [word for name in unlabelled for word in ("--unlabelled", name)]
+            finish = shlex.join(["featx", "extract", source, "--out", str(store), *nameless, "--finish"])
             return f"when all {self.part.of} parts are done, {finish}"
         return shlex.join(["featx", "sweep" if labelled else "duplicates", str(store)])
 

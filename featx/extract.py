@@ -22,11 +22,12 @@ from featx.backbones import Backbone
 from featx.batches import Engine, for_views
 from featx.decoders import TIMEOUT, DecoderPool
 from featx.engines import make_engine
-from featx.errors import ImageError, Interrupted, SourceError, TooManyBadImages, plural
+from featx.errors import ImageError, Interrupted, MismatchError, SourceError, TooManyBadImages, plural
 from featx.hdf5 import MAX_STRING
 from featx.index import PARTS, Index, Refused, longest_id
 from featx.provenance import provenance_of
 from featx.sources import ImageRef, ImageSet
+from featx.store import digest_keys
 from featx.store_writer import StoreWriter
 from featx.views import CENTER, parse_views
 
@@ -34,12 +35,18 @@ MAX_BAD = 0.01
 MAX_BAD_IMAGES = 10
 """Without an explicit ``max_bad``: a share of the images, but never fewer than this many."""
 
+_NAMED = 3
+"""Skipped files that a note names."""
+
 _SETTLED_NS = 2_000_000_000
 """A file changed this shortly before it was read may change again within the clock's resolution."""
 
 STAGES = ("read", "hash", "decode", "resize", "wait for pixels", "network", "write")
 """Where the time of an extraction goes, in seconds: the first four are summed over the decoding processes, which work
 beside the rest; the last three add up to the time that passes."""
+
+UNREAD = "unsupported_format"
+"""The reason of an image that is sound for all that is known."""
 
 Progress = Callable[[int, int], None]
 
@@ -99,6 +106,7 @@ def extract_features(
     workers: int | None = None,
     max_bad: float | None = None,
     prune: bool = False,
+    replace_images: bool = False,
     decode: str = "full",
     views: Sequence[str] = CENTER,
     decode_timeout: float = TIMEOUT,
@@ -117,6 +125,7 @@ def extract_features(
     workers : number of decoding processes; by default one a core.
     max_bad : share of images (0..1) that may be refused; by default 1 %, but at least ten images.
     prune : drop embeddings that no image refers to any more.
+    replace_images : let ``images`` take the place of others; see :class:`MismatchError` below.
     decode : "full", or "scaled": of a large JPEG only as much as the resize needs. Part of the fingerprint.
     views : names of :data:`featx.views.VIEWS`, over which an image's embeddings are averaged; each costs the network's
         time once more. Part of the fingerprint.
@@ -130,6 +139,9 @@ def extract_features(
     ------
     TooManyBadImages
         More than ``max_bad`` were refused. What was embedded is kept, the index stays as it was.
+    MismatchError
+        More than half of the labelled images of the store are not among ``images``, or have no label there. What was
+        embedded is kept, the index stays as it was.
     MismatchError, StoreError
         See :class:`featx.store_writer.StoreWriter`.
     Interrupted
@@ -146,8 +158,11 @@ def extract_features(
             run.embed(workers or available_cpus(), decode_timeout, progress, total or len(images))
             refused = tuple(run.refused)
             check_refused(refused, total or len(images), max_bad, writer)
-            notes = _notes(images, writer)
-            writer.finish(run.index(), refused, source=images.source)
+            notes = (*_notes(images, writer), *format_notes(refused))
+            index = run.index()
+            if not replace_images:
+                check_replaced(index, writer)
+            writer.finish(index, refused, source=images.source)
             pruned = writer.prune() if prune else 0
         except SourceError:
             writer.flush()  # a network that went away costs no image
@@ -184,8 +199,13 @@ def extract_features(
 def _notes(images: ImageSet, writer: StoreWriter) -> tuple[str, ...]:
     notes, earlier_source = list(images.notes), writer.manifest.source
     if images.ignored:
-        kind = "that is not an image" if images.ignored == 1 else "that are not images"
-        notes.append(f"skipped {plural(images.ignored, 'file')} {kind}")
+        kind = "that is not an image" if len(images.ignored) == 1 else "that are not images"
+        named = ", ".join([*images.ignored[:_NAMED], *(["..."] if len(images.ignored) > _NAMED else [])])
+        notes.append(f"skipped {plural(len(images.ignored), 'file')} {kind} ({named})")
+    notes += [
+        f"{name!r} is taken for a class; if nobody has labelled its images, run this again with --unlabelled {name}"
+        for name in images.doubtful_classes
+    ]
     if earlier_source and earlier_source != images.source:
         notes.append(
             f"the store described {earlier_source} before and describes {images.source} now; "
@@ -197,20 +217,53 @@ def _notes(images: ImageSet, writer: StoreWriter) -> tuple[str, ...]:
 
 
 def check_refused(refused: tuple[Refused, ...], total: int, max_bad: float | None, writer: StoreWriter) -> None:
-    """TooManyBadImages, with the list of them published, if of ``total`` images too many were refused."""
+    """TooManyBadImages, with the list of them published, if of ``total`` images too many were refused.
+
+    Images in a format that is not read are refused too, but say nothing about the others: they do not count.
+    """
     allowed = max(MAX_BAD_IMAGES, MAX_BAD * total) if max_bad is None else max_bad * total
-    if len(refused) > allowed or len(refused) == total:
+    bad = tuple(item for item in refused if item.reason != UNREAD)
+    if len(bad) > allowed or len(refused) == total:
         writer.flush()
         writer.write_quarantine(refused)
-        raise _too_many(refused, total, allowed, writer.path)
+        raise _too_many(bad or refused, total, allowed, writer.path, none_left=len(refused) == total)
 
 
-def _too_many(refused: tuple[Refused, ...], total: int, allowed: float, store: Path) -> TooManyBadImages:
+def format_notes(refused: tuple[Refused, ...]) -> tuple[str, ...]:
+    """A note on the images whose format is not read, or none."""
+    unread = [item for item in refused if item.reason == UNREAD]
+    if not unread:
+        return ()
+    count = plural(len(unread), "image")
+    return (f"{count} left out for the format, such as {unread[0].id}: {unread[0].message}",)
+
+
+def check_replaced(index: Index, writer: StoreWriter) -> None:
+    """MismatchError if more than half of the store's labelled images are not in ``index``, or have no label there."""
+    before = writer.index
+    if before is None:
+        return
+    had = np.unique(digest_keys(before.digests[before.labels >= 0]))
+    gone = np.setdiff1d(had, digest_keys(index.digests[index.labels >= 0]))
+    if 2 * len(gone) > len(had):
+        writer.flush()
+        raise MismatchError(
+            "this would take the place of other labelled images",
+            where=writer.path,
+            expected=f"the images of {writer.manifest.source or 'the store'}, for the most part",
+            found=f"{len(gone)} of {plural(len(had), 'labelled image')} missing, or without a label",
+            hint="Give another --out, or run it again with --replace; what was embedded is kept.",
+        )
+
+
+def _too_many(
+    refused: tuple[Refused, ...], total: int, allowed: float, store: Path, *, none_left: bool
+) -> TooManyBadImages:
     first = refused[0]
     return TooManyBadImages(
         "too many images were refused",
         where=store / "quarantine.jsonl",
-        expected=f"at most {int(allowed)} of {total}" if len(refused) < total else "at least one good image",
+        expected="at least one good image" if none_left else f"at most {int(allowed)} of {total}",
         found=f"{len(refused)}, such as {first.id} ({first.reason}: {first.message})",
         hint="Good images are kept; mend or remove the bad ones, or allow more with --max-bad, and run it again.",
     )

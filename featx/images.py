@@ -78,6 +78,12 @@ MIN_SIDE = 2
 
 BACKGROUND = (255, 255, 255)
 
+_UNSUPPORTED = {
+    "JPEG XL": (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n"),
+    "JPEG 2000": (b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51"),
+    "Photoshop's PSD": (b"8BPS",),
+}
+
 REASONS: Mapping[str, str] = MappingProxyType(
     {
         "empty": "the file has no bytes",
@@ -85,6 +91,7 @@ REASONS: Mapping[str, str] = MappingProxyType(
         "unreadable": "the operating system cannot read the file",
         "missing": "the manifest names a file that is not there",
         "not_an_image": "no allowed decoder recognises the bytes",
+        "unsupported_format": "a photo, in a format that is not read",
         "truncated": "the file ends before the image does",
         "corrupt": "the decoder gives up on the bytes",
         "too_large": "the header declares more pixels than MAX_PIXELS",
@@ -363,6 +370,8 @@ def _open(data: bytes) -> Image.Image:
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise _too_large(str(error)) from error
     except UnidentifiedImageError as error:
+        if found := _unsupported(data):
+            raise ImageError("unsupported_format", f"{found} is not read; export it as JPEG") from error
         raise ImageError("not_an_image", f"not one of {', '.join(FORMATS)}{_what_it_is(data)}") from error
     except MemoryError:
         raise
@@ -412,10 +421,17 @@ def _refusal(error: Exception) -> ImageError:
     return ImageError(reason, f"{type(error).__name__}: {error}")
 
 
+def _unsupported(data: bytes) -> str:
+    """The format of an image that is sound for all that is known, and that no allowed decoder reads; or ""."""
+    if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"heim", b"heis"):
+        return "HEIC, the iPhone's format,"
+    if data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"avis"):
+        return "AVIF (by this Pillow)"
+    return next((name for name, starts in _UNSUPPORTED.items() if data.startswith(starts)), "")
+
+
 def _what_it_is(data: bytes) -> str:
     """A word of help for the files that people most often mistake for photos."""
-    if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"heim", b"heis"):
-        return " (it is HEIC, the iPhone's format: export as JPEG)"
     if data[:4] == b"%PDF":
         return " (it is a PDF)"
     if data.lstrip()[:1] == b"<":

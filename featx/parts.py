@@ -33,7 +33,14 @@ from featx.backbones import Backbone
 from featx.batches import Engine
 from featx.engines import make_engine
 from featx.errors import Interrupted, StoreBusy, StoreError, UsageError
-from featx.extract import ExtractSummary, check_refused, extract_features, index_of
+from featx.extract import (
+    ExtractSummary,
+    check_refused,
+    check_replaced,
+    extract_features,
+    format_notes,
+    index_of,
+)
 from featx.index import PARTS, Index, Refused, read_index, read_quarantine
 from featx.manifest import Manifest, check_same, read_manifest
 from featx.provenance import provenance_of
@@ -143,9 +150,10 @@ def extract_cut(
     make_folder(store / PARTS)
     has_shards = bool(read_manifest(store).shards)
     folder = part.folder(store)
-    return extract_features(
-        cut, backbone, folder, engine=engine, total=total, known=store if has_shards else None, **options
-    )
+    known = store if has_shards else None
+    # The list of a part may change between two runs: what its store had is known in STORE, or computed again.
+    options["replace_images"] = True
+    return extract_features(cut, backbone, folder, engine=engine, total=total, known=known, **options)
 
 
 def _agree(store: Path, provenance: dict[str, Any]) -> None:
@@ -234,6 +242,7 @@ def finish_parts(
     *,
     max_bad: float | None = None,
     prune: bool = False,
+    replace_images: bool = False,
     progress: Progress | None = None,
 ) -> ExtractSummary:
     """Put the parts of an extraction together; the store then says what ``images`` says.
@@ -244,7 +253,7 @@ def finish_parts(
     ----------
     images : all images of the source, as for every part.
     store : folder of the store.
-    max_bad, prune : as for :func:`featx.extract.extract_features`.
+    max_bad, prune, replace_images : as for :func:`featx.extract.extract_features`.
     progress : called as ``progress(done, total)`` with numbers of images.
 
     Returns
@@ -258,7 +267,7 @@ def finish_parts(
     StoreError
         A part is damaged.
     MismatchError
-        A part was made with other settings than the store.
+        A part was made with other settings than the store; or see :func:`featx.extract.extract_features`.
     TooManyBadImages
         More than ``max_bad`` of all images were refused. The parts are kept.
     """
@@ -282,12 +291,15 @@ def finish_parts(
                 if progress is not None:
                     progress(through, len(images))
             digests, times = _names(done)
-            writer.finish(index_of(images, digests, times), refused, source=_source(images))
+            index = index_of(images, digests, times)
+            if not replace_images:
+                check_replaced(index, writer)
+            writer.finish(index, refused, source=images.source)
             pruned = writer.prune() if prune else 0
         except KeyboardInterrupt as error:
             raise Interrupted("stopped", where=store, hint="Run the same command again; parts are kept.") from error
         provenance = writer.manifest.provenance
-    notes = _differing(done)
+    notes = (*_differing(done), *format_notes(refused))
     left = _delete_parts(store)
     if left:
         notes = (*notes, f"parts {', '.join(map(str, left))} are being written again just now, and were left there")
@@ -357,10 +369,6 @@ def _finished_before(images: ImageSet, store: Path, begun: Sequence[Part]) -> Ex
 
 def _command(images: ImageSet, store: Path, part: Part) -> str:
     return shlex.join(["featx", "extract", str(images.root), "--out", str(store), "--part", str(part)])
-
-
-def _source(images: ImageSet) -> str:
-    return images.source
 
 
 def _take_over(writer: StoreWriter, done: _Done, again: str) -> int:

@@ -155,7 +155,8 @@ class Tally:
 
 def finish(images: ImageSet, job: Job, started: float, *, prune: bool) -> ExtractSummary:
     """Put the parts together; the summary's times are those since ``started``."""
-    summary = finish_parts(images, job.store, max_bad=job.options.get("max_bad"), prune=prune)
+    chosen = {name: job.options[name] for name in ("max_bad", "replace_images") if name in job.options}
+    summary = finish_parts(images, job.store, prune=prune, **chosen)
     seconds = time.perf_counter() - started
     return replace(summary, seconds=seconds, images_per_second=summary.embedded / seconds)
 

@@ -19,10 +19,10 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from featx.errors import SourceError, plural
+from featx.errors import SourceError, did_you_mean, plural
 from featx.origins import IMAGE_SUFFIXES, SPLITS, ImageRef, Origin, Unreadable, file_ref, labels_from_folders
 
 __all__ = ["IMAGE_SUFFIXES", "SPLITS", "ImageRef", "ImageSet", "count_labels", "finder", "is_local"]
@@ -32,6 +32,10 @@ Progress = Callable[[int], None]
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/+)(.*)", re.DOTALL)
 _TORCHVISION = "torchvision:"
 _TABLES = (".parquet", ".arrow")
+_DOUBTFUL = frozenset(
+    {"inbox", "misc", "miscellaneous", "temp", "tmp", "todo", "to do", "unassigned", "uncategorised", "uncategorized"}
+    | {"unclassified", "undefined", "unidentified", "unknown", "unlabeled", "unlabelled", "unsorted", "untagged"}
+)
 _NONE = Unreadable("the source has no such image")
 _KINDS = "a folder of class folders, or a .csv, .jsonl, .tar or .parquet file"
 
@@ -44,13 +48,13 @@ class ImageSet:
     ----------
     refs : the images.
     root : the folder, file or address that they come from.
-    ignored : number of files that are no images by their names (``notes.txt``) and were passed over.
+    ignored : names of the files that are no images by their names (``notes.txt``) and were skipped.
     notes : what people should know of how the source was read, as clauses.
     """
 
     refs: tuple[ImageRef, ...]
     root: Path | str
-    ignored: int = 0
+    ignored: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -65,6 +69,34 @@ class ImageSet:
     def source(self) -> str:
         """What :meth:`from_source` makes the same set of, from any folder."""
         return str(self.root.absolute()) if isinstance(self.root, Path) else self.root
+
+    def without_labels(self, names: Iterable[str]) -> ImageSet:
+        """The same images, of which those of the classes ``names`` have no label.
+
+        Raises
+        ------
+        SourceError
+            There is no such class, or a single one is left.
+        """
+        nameless = set(names)
+        for name in sorted(nameless - set(self.class_names)):
+            raise SourceError(
+                "no class of this name", where=self.root, expected=", ".join(self.class_names) or "any class",
+                found=name, hint=did_you_mean(name, self.class_names) or None,
+            )  # fmt: skip
+        refs = tuple(replace(ref, label=None) if ref.label in nameless else ref for ref in self.refs)
+        images = replace(self, refs=refs)
+        if len(images.class_names) == 1:
+            raise SourceError(
+                "only one class is left", where=self.root, expected="at least two classes, or none",
+                found=images.class_names[0],
+            )  # fmt: skip
+        return images
+
+    @property
+    def doubtful_classes(self) -> tuple[str, ...]:
+        """Classes whose names say that nobody has labelled what is in them, such as ``unsorted`` and ``_new``."""
+        return tuple(name for name in self.class_names if name.startswith("_") or name.strip().lower() in _DOUBTFUL)
 
     @classmethod
     def from_source(cls, source: str | Path, *, progress: Progress | None = None) -> ImageSet:
@@ -129,25 +161,25 @@ class ImageSet:
         if not root.is_dir():
             raise SourceError("no such folder", where=root)
         found: list[tuple[str, os.stat_result | None]] = []
-        ignored = 0
+        ignored: list[str] = []
         for relative, stat in _walk(root):
             if stat is None or os.path.splitext(relative)[1].lower() in IMAGE_SUFFIXES:  # noqa: PTH122 - pathlib is 5 times slower here
                 found.append((relative, stat))
             else:
-                ignored += 1
+                ignored.append(relative)
         if not found:
             raise SourceError(
                 "no images in this folder",
                 where=root,
                 expected="class folders with files such as .jpg or .png",
-                found=plural(ignored, "other file") if ignored else "nothing",
+                found=plural(len(ignored), "other file") if ignored else "nothing",
             )
         named = labels_from_folders([relative for relative, _ in found])
         refs = [
             file_ref(relative, root / relative, label, split, stat)
             for (relative, stat), (label, split) in zip(found, named, strict=True)
         ]
-        images = cls(tuple(sorted(refs, key=lambda ref: ref.id)), root, ignored)
+        images = cls(tuple(sorted(refs, key=lambda ref: ref.id)), root, tuple(sorted(ignored)))
         if len(images.class_names) == 1:
             raise SourceError(
                 "only one class folder",
@@ -222,9 +254,14 @@ class ImageSet:
 
     @classmethod
     def _of(
-        cls, refs: Iterable[ImageRef], root: Path | str, what: str, ignored: int = 0, notes: tuple[str, ...] = ()
+        cls,
+        refs: Iterable[ImageRef],
+        root: Path | str,
+        what: str,
+        ignored: Iterable[str] = (),
+        notes: tuple[str, ...] = (),
     ) -> ImageSet:
-        images = cls(tuple(sorted(refs, key=lambda ref: ref.id)), root, ignored, notes)
+        images = cls(tuple(sorted(refs, key=lambda ref: ref.id)), root, tuple(sorted(ignored)), notes)
         if not images.refs:
             raise SourceError(f"no images in {what}", where=root)
         if len(images.class_names) == 1:

@@ -30,8 +30,8 @@ _EXTRA = {"s3": ("s3fs", "s3"), "s3a": ("s3fs", "s3")}
 _TIMES = ("LastModified", "last_modified", "updated", "mtime", "modified", "created")
 
 
-def remote_refs(url: str) -> tuple[list[ImageRef], int]:
-    """The images below an address, labelled by folders as on a disk, and how many other files are there.
+def remote_refs(url: str) -> tuple[list[ImageRef], list[str]]:
+    """The images below an address, labelled by folders as on a disk, and the names of the other files there.
 
     Raises
     ------
@@ -48,7 +48,7 @@ def remote_refs(url: str) -> tuple[list[ImageRef], int]:
         raise _no_answer(error, url) from error
     prefix = top.rstrip("/") + "/"
     found: list[tuple[str, Mapping[str, Any]]] = []
-    ignored = 0
+    ignored: list[str] = []
     for path, about in listed.items():
         name = path.removeprefix(prefix)
         if not path.startswith(prefix) or not name or name.endswith("/") or _hidden(name):
@@ -56,13 +56,13 @@ def remote_refs(url: str) -> tuple[list[ImageRef], int]:
         if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:  # noqa: PTH122 - pathlib is 5 times slower here
             found.append((name, about))
         else:
-            ignored += 1
+            ignored.append(name)
     if not found:
         raise SourceError(
             "no images at this address",
             where=url,
             expected="class folders with files such as .jpg or .png",
-            found=plural(ignored, "other file") if ignored else "nothing",
+            found=plural(len(ignored), "other file") if ignored else "nothing",
         )
     named = labels_from_folders([name for name, _ in found])
     refs = [

@@ -46,8 +46,8 @@ class _Member:
 
 def tar_refs(
     files: Sequence[tuple[str, Path]], progress: Callable[[int], None] | None = None
-) -> tuple[list[ImageRef], int]:
-    """The images of all archives, and how many other files are in them.
+) -> tuple[list[ImageRef], list[str]]:
+    """The images of all archives, and the names of the other files in them.
 
     Parameters
     ----------
@@ -62,7 +62,7 @@ def tar_refs(
     splits = splits_from_names([name for name, _ in files])
     found: list[tuple[str, int, str, _Member]] = []
     labels: dict[tuple[str, str], str] = {}
-    ignored = 0
+    ignored: list[str] = []
     for (archive, path), split in zip(files, splits, strict=True):
         mtime = path.stat().st_mtime_ns
         seen: set[str] = set()
@@ -80,7 +80,7 @@ def tar_refs(
                 if label is not None:
                     labels[archive, key] = label
             else:
-                ignored += 1
+                ignored.append(f"{archive}/{member.name}")
     named: list[tuple[str | None, str]]
     if labels:
         named = [(labels.get((archive, _key(member.name)[0])), split) for archive, _, split, member in found]

@@ -154,6 +154,61 @@ def test_awkward_images_end_with_exit_code_3(source: Path, tmp_path: Path, featx
     assert featx("extract", photos, "--out", store, "--max-bad", 0).code == 4
 
 
+def test_a_messy_folder_is_told_apart(tmp_path: Path, featx: Featx) -> None:
+    """Unsorted photos, other files, and an iPhone's format for more than half of the images."""
+    photos, store = (
+        class_folders(tmp_path / "photos", ("ants", "bees", "unsorted", "_new"), each=3),
+        tmp_path / "s.featx",
+    )
+    for name in ("Thumbs.db", "bees/notes.txt", "list.xlsx", "z.txt"):
+        (photos / name).write_text("x")
+    for number in range(14):
+        (photos / "ants" / f"IMG_{number}.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic%d" % number)
+    (photos / "ants" / "bad.jpg").write_text("no image")
+    ran = featx("extract", photos, "--out", store, "--json")
+    assert ran.code == 3, ran.err
+    assert (ran.json["embedded"], ran.json["quarantined"], ran.json["unlabelled"]) == (12, 15, 0)
+    assert ran.json["classes"] == {"_new": 3, "ants": 3, "bees": 3, "unsorted": 3}
+    notes = "\n".join(ran.json["notes"])
+    assert "skipped 4 files that are not images (Thumbs.db, bees/notes.txt, list.xlsx, ...)" in notes
+    assert "14 images left out for the format, such as ants/IMG_0.HEIC: HEIC, the iPhone's format" in notes
+    assert "'unsorted' is taken for a class" in notes and "--unlabelled _new" in notes
+    assert ran.err.count("  refused ") == 1 and "refused ants/bad.jpg: not_an_image" in ran.err
+    assert "4 classes: _new 3, ants 3, bees 3, unsorted 3." in ran.err
+    lines = [json.loads(line) for line in (store / "quarantine.jsonl").read_text().splitlines()]
+    assert sum(line["reason"] == "unsupported_format" for line in lines) == 14
+    named = ("--unlabelled", "unsorted", "--unlabelled", "_new")
+    ran = featx("extract", photos, "--out", store, *named)
+    assert "2 classes: ants 3, bees 3; 6 without a label." in ran.out and "is taken for" not in ran.err
+    told = featx("info", store, "--json").json
+    assert (told["classes"], told["unlabelled"]) == ({"ants": 3, "bees": 3}, 6)
+    mistake(
+        featx("extract", photos, "--out", store, "--unlabelled", "Unsorted"), 2, "no class of this name",
+        "found Unsorted. Did you mean unsorted?",
+    )  # fmt: skip
+    mistake(
+        featx("extract", photos, "--out", store, *named, "--unlabelled", "ants"), 2, "only one class is left", "bees"
+    )
+    # The same in parts; the command that finishes them is told with the names.
+    parts = tmp_path / "p.featx"
+    for part in ("1/2", "2/2"):
+        ran = featx("extract", photos, "--out", parts, *named, "--part", part)
+        assert ran.code in (0, 3), ran.err
+    ran = featx("extract", photos, "--out", parts, *named, "--finish", "--json")
+    assert (ran.code, ran.json["unlabelled"]) == (3, 6)
+    assert any("14 images left out for the format" in note for note in ran.json["notes"])
+    # Another folder in the same store.
+    others = class_folders(tmp_path / "others", ("cats", "dogs"), each=2, first=50)
+    mistake(
+        featx("extract", others, "--out", store), 2, "the place of other labelled images", "6 of 6 labelled images",
+        "--replace",
+    )  # fmt: skip
+    mistake(featx("extract", others, "--out", store, "--finish"), 2, "no parts")
+    assert featx("info", store, "--json").json["classes"] == {"ants": 3, "bees": 3}
+    assert featx("extract", others, "--out", store, "--replace").code == 0
+    assert featx("info", store, "--json").json["classes"] == {"cats": 2, "dogs": 2}
+
+
 def mistake(ran: object, code: int, *words: str) -> None:
     """One sentence on stderr, nothing else, and the exit code."""
     assert getattr(ran, "code") == code, ran  # noqa: B009 - any Ran

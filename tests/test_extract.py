@@ -233,14 +233,38 @@ def test_progress_counts_to_the_end(source: Path, store: Path) -> None:
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
-def test_another_source_is_noted(source: Path, store: Path, tmp_path: Path) -> None:
+def test_another_source_takes_the_place_of_the_first_only_when_told(source: Path, store: Path, tmp_path: Path) -> None:
     run(source, store)
+    before = content_hash(store)
     other = class_folders(tmp_path / "others", each=2, first=60)
-    summary = run(other, store)
+    with pytest.raises(
+        MismatchError, match=r"the place of other labelled images.* found 10 of 10 .*--replace"
+    ) as error:
+        run(other, store)
+    assert error.value.expected == f"the images of {source}, for the most part"
+    assert read_features(store).ids.tolist() == [ref.id for ref in ImageSet.from_folder(source).refs]
+    assert content_hash(store) == before and verify(store) == []
+    # Half of them, under other names, in other classes and from another place, are no other images.
+    half = tmp_path / "half"
+    for number, path in enumerate(sorted(source.rglob("*.png"))):
+        copy = half / f"{number % 2}" / path.name if number < 5 else half / f"{number % 2}" / f"new{number}.png"
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes()) if number < 5 else picture(900 + number).save(copy)
+    assert run(half, store).embedded == 5
+    run(source, store)
+    flat = tmp_path / "flat"  # the same images, without their labels
+    flat.mkdir()
+    for number, path in enumerate(source.rglob("*.png")):
+        shutil.copy(path, flat / f"{number}.png")
+    with pytest.raises(MismatchError, match="10 of 10 labelled images missing, or without a label"):
+        run(flat, store)
+    summary = run(other, store, replace_images=True)
+    assert summary.embedded == 0  # kept, when it was refused
     assert any("describes" in note for note in summary.notes)
     assert len(read_features(store)) == 4
-    assert run(source, store).embedded == 0  # both are kept ...
-    assert run(source, store, prune=True).pruned == 4  # ... until they are pruned
+    back = run(source, store, replace_images=True)
+    assert back.embedded == 0  # all are kept ...
+    assert run(source, store, prune=True).pruned == 9  # ... until they are pruned
     assert verify(store) == []
 
 

@@ -22,6 +22,7 @@ from storekit import (
     rows_of,
 )
 
+from featx.errors import MismatchError
 from featx.manifest import read_manifest
 from featx.provenance import provenance_of
 from featx.store import read_features
@@ -52,7 +53,9 @@ def test_relabelling_moving_removing_pruning(tmp_path: Path) -> None:
     assert content_hash(store) == before and verify(store) == []
     shutil.rmtree(source / "wasps")
     png_folders(source, 2, first=100)
-    assert storekit.extract(source, store, prune=True).pruned == 10
+    with pytest.raises(MismatchError, match=r"found 10 of 19 labelled images missing"):
+        storekit.extract(source, store, prune=True)
+    assert storekit.extract(source, store, prune=True, replace_images=True).pruned == 10
     assert verify(store) == [] and len(read_features(store)) == 11
 
 
