@@ -368,6 +368,7 @@ def serve(
         Path | None, typer.Option(help="A file with the API key, if it is not in FEATX_API_KEY.")
     ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Let anyone in who can reach the address.")] = False,
+    max_images: Annotated[int, typer.Option(min=1, max=10_000, help="Images that one request may have.")] = 64,
     max_pixels: Annotated[int, typer.Option(min=4, help="Larger images are refused by their header.")] = 50_000_000,
     log_json: Annotated[bool, typer.Option("--log-json", help="Log lines as JSON.")] = False,
     backbone: OwnBackbone = None,
@@ -408,7 +409,12 @@ def serve(
         batch_sizes=BATCH_SIZES,
     )
     featx.service_run.serve(
-        Service(bundle, embedder, evidence, Limits(pixels=max_pixels)),
+        Service(
+            bundle,
+            embedder,
+            evidence,
+            Limits(pixels=max_pixels, images=max_images, queue=max(Limits.queue, max_images)),
+        ),
         host=host,
         port=port,
         api_key=key,

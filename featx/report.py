@@ -125,6 +125,8 @@ def write_report(
 ) -> Path:
     """Write ``report.html``, ``trials.csv``, ``summary.json`` and ``accuracy_vs_shots.png`` into a folder.
 
+    Equal sweeps give equal ``trials.csv``: how long each trial took is in ``times.csv``.
+
     Parameters
     ----------
     result : of :func:`featx.sweep.sweep_heads`.
@@ -150,7 +152,8 @@ def write_report(
     summary = {"title": title, "provenance": dict(provenance or {}), **result.to_json()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "trials.csv", _csv(result))
+        _write(folder / "trials.csv", _csv([trial.row() for trial in result.trials]))
+        _write(folder / "times.csv", _csv([trial.times() for trial in result.trials]))
         _write(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
         page = render_page(
             result, title=title, sentence=conclusion(result), provenance=provenance or {}, command=command,
@@ -173,9 +176,8 @@ def _write(path: Path, text: str) -> None:
     os.replace(part, path)  # noqa: PTH105 (the two-argument form reads as what it does)
 
 
-def _csv(result: SweepResult) -> str:
-    """One row for each trial; empty cells where a head has no such number."""
-    rows = [trial.row() for trial in result.trials]
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Empty cells where a row has no such column."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     lines = _Lines()
     writer = csv.DictWriter(lines, columns, restval="", lineterminator="\n")

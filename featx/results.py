@@ -43,6 +43,10 @@ class Trial:
     confidences: NDArray[np.float32] | None = field(repr=False, compare=False)
     layer: str = ""
 
+    def times(self) -> dict[str, Any]:
+        """One row of ``times.csv``."""
+        return {name: getattr(self, name) for name in ("head", "layer", "n_shots", "episode", "fit_seconds")}
+
     @classmethod
     def of(
         cls,
@@ -68,8 +72,8 @@ class Trial:
         )
 
     def row(self) -> dict[str, Any]:
-        """One row of ``trials.csv``: plain values, parameters as columns ``param_*``."""
-        skip = {"params", "predictions", "confidences"}
+        """One row of ``trials.csv``: plain values, parameters as columns ``param_*``; the same at every run."""
+        skip = {"params", "predictions", "confidences", "fit_seconds"}
         row = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in skip}
         return {**row, **{f"param_{name}": value for name, value in self.params.items()}}
 

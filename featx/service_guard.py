@@ -51,6 +51,7 @@ class Limits:
     body : bytes of a request.
     buffered : bytes of all requests' bodies at a time.
     pixels : of an image.
+    images : of a request, and no more than the queue takes.
     queue : images that wait.
     deadline : seconds for a request, from its headers to its answer.
     """
@@ -58,6 +59,7 @@ class Limits:
     body: int = 10 * 2**20
     buffered: int = 256 * 2**20
     pixels: int = 50_000_000
+    images: int = 64
     queue: int = 64
     deadline: float = 10.0
 

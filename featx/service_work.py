@@ -20,7 +20,7 @@ from starlette.requests import ClientDisconnect
 from featx.batches import of_layer
 from featx.bundle import Bundle
 from featx.embed import Embedder
-from featx.errors import ImageError
+from featx.errors import ImageError, plural
 from featx.images import REASONS
 from featx.predictor import layer_number
 from featx.service_batch import Batcher, Embedded, OutOfResources, QueueFull, WorkerDied
@@ -171,9 +171,10 @@ async def _read_images(request: Request, limits: Limits) -> list[tuple[str, byte
 
 
 async def _read_form(request: Request, limits: Limits) -> list[tuple[str, bytes]]:
+    most = min(limits.images, limits.queue)
     try:
         async with contextlib.aclosing(request.stream()) as stream:
-            parser = MultiPartParser(request.headers, stream, max_files=limits.queue, max_fields=limits.queue)
+            parser = MultiPartParser(request.headers, stream, max_files=most, max_fields=most)
             parser.spool_max_size = limits.body  # in memory, all of it: a full disk is no matter, and nothing is left
             form = await parser.parse()
         try:
@@ -184,7 +185,8 @@ async def _read_form(request: Request, limits: Limits) -> list[tuple[str, bytes]
     except MultiPartException as error:
         said = error.message
         if said.startswith("Too many"):
-            raise Refusal(413, "images", f"{said}") from error
+            message = f"A request may have at most {plural(most, 'image')} (serve --max-images). Send them in batches."
+            raise Refusal(413, "images", message) from error
         raise Refusal(400, "form", f"The form cannot be read: {said}") from error
     if not images:
         raise Refusal(422, "empty", "The form has no file. With curl: -F images=@photo.jpg")

@@ -84,8 +84,15 @@ def verify(
     Returns
     -------
     One sentence for each problem, naming the file; an empty list for a sound store.
+
+    Raises
+    ------
+    StoreError
+        There is nothing of this name.
     """
     path = Path(path)
+    if not path.exists():
+        read_manifest(path)  # says that there is no store
     if sample is not None and sample < 1:
         raise UsageError("must be 1 or more", where="sample", found=sample)
     if path.is_file():

@@ -106,7 +106,12 @@ def test_sweep_ranks_heads_and_writes_a_report(store: Path, tmp_path: Path, feat
         rows = list(csv.DictReader(file))
     assert len(rows) == 5 * len(found["results"])
     assert "…" not in featx(*arguments, env={"COLUMNS": "40"}).out  # a terminal may break lines, but no digit is cut
+    trials = (tmp_path / "report" / "trials.csv").read_bytes()
     again = featx(*arguments, "--json", "--n-jobs", 1).json
+    assert (tmp_path / "report" / "trials.csv").read_bytes() == trials
+    with (tmp_path / "report" / "times.csv").open() as file:
+        times = list(csv.DictReader(file))
+    assert len(times) == len(rows) and all(float(row["fit_seconds"]) >= 0 for row in times)
     strip = [{k: v for k, v in row.items() if k != "fit_seconds"} for row in found["results"]]
     assert strip == [{k: v for k, v in row.items() if k != "fit_seconds"} for row in again["results"]]
 
@@ -289,6 +294,7 @@ def test_a_store_with_one_class_cannot_be_swept(tmp_path: Path, featx: Featx) ->
 def test_mistakes_are_json_too(tmp_path: Path, featx: Featx) -> None:
     for arguments in (
         ("info", tmp_path / "nowhere", "--json"),
+        ("verify", tmp_path / "nowhere", "--json"),
         ("extract", "--json"),
         ("backbones", "--json", "--jsn"),
     ):

@@ -91,7 +91,7 @@ def test_the_conclusion_names_ties_and_the_beaten(result: SweepResult) -> None:
 def test_files_of_the_report(result: SweepResult, tmp_path: Path) -> None:
     folder = write_report(result, tmp_path / "deep" / "report", title="insects", provenance={"backbone": "tiny"})
     assert sorted(path.name for path in folder.iterdir()) == [
-        "accuracy_vs_shots.png", "report.html", "summary.json", "trials.csv",
+        "accuracy_vs_shots.png", "report.html", "summary.json", "times.csv", "trials.csv",
     ]  # fmt: skip
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["title"] == "insects"

@@ -101,6 +101,18 @@ def huge_png(width: int, height: int) -> bytes:
     )
 
 
+def test_a_form_may_have_as_many_images_as_the_limit_says(tmp_path: Path) -> None:
+    images = [(f"{i}.png", png(i)) for i in range(101)]
+    with start_tiny(tmp_path, limits={"images": 100, "queue": 100}) as server:
+        assert server.get("/info").json["limits"]["images"] == 100
+        body, kind = form(images[:100])
+        answer = server.ask("/predict", body, kind)
+        assert answer.status == 200 and len(answer.json["predictions"]) == 100
+        body, kind = form(images)
+        answer = server.ask("/predict", body, kind)
+        assert answer.status == 413 and "at most 100 images" in answer.json["error"]["message"]
+
+
 def test_every_refusal_has_its_status_and_reason(server: Running) -> None:
     image = png(1)
     cut_form, kind = form([("a.png", image)])
@@ -124,7 +136,14 @@ def test_every_refusal_has_its_status_and_reason(server: Running) -> None:
         ("/predict", b"x", {"Content-Type": "multipart/form-data"}, 400, "form", "cannot be read"),
         ("/predict", b"xyz", kind, 400, "form", "cannot be read"),
         ("/predict", cut_form.replace(b'; filename="a.png"', b""), kind, 422, "empty", "no file"),
-        ("/predict", form([(f"{i}", b"x") for i in range(70)])[0], kind, 413, "images", "Too many files"),
+        (
+            "/predict",
+            form([(f"{i}", b"x") for i in range(70)])[0],
+            kind,
+            413,
+            "images",
+            r"at most 64 images \(serve --max-images\). Send them in batches.",
+        ),
         ("/predict", b"x" * (10 * 2**20 + 1), {}, 413, "body", "larger than 10,485,760 bytes"),
         ("/predict?k=-1", image, {}, 422, "parameter", "query.k"),
         ("/search", image, {}, 404, "no_store", "started without --store"),
