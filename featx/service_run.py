@@ -296,9 +296,10 @@ def serve(
     set_up_logging(as_json=log_json)
     hosts = LOOPBACK_NAMES | {host} if local and not api_key and not insecure else None
     _, guard = create_app(service, api_key=api_key, hosts=hosts)
+    protocol = _limited_protocol()
     config = uvicorn.Config(
         guard,
-        http=_limited_protocol(),
+        http=protocol,
         ws="none",
         lifespan="on",
         log_config=None,
@@ -306,7 +307,8 @@ def serve(
         server_header=False,
         timeout_graceful_shutdown=3,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        backlog=1024,
+        # As many are accepted in one go, before any of them can be closed to make room.
+        backlog=max(1, protocol.connections_at_most // 2),
     )
     server = Server(config, service, guard)
     bound, number = listener.getsockname()[:2]

@@ -10,10 +10,12 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,6 +135,31 @@ def start(folder: Path, *command: object) -> Iterator[Running]:
 def start_tiny(folder: Path, **settings: Any) -> AbstractContextManager[Running]:
     """The service with the engine of tiny_server.py."""
     return start(folder, TESTS / "tiny_server.py", 0, json.dumps(settings))
+
+
+def start_through(folder: Path, *wrapper: str) -> AbstractContextManager[Running]:
+    """The tiny service, started by another command that becomes it."""
+    code = f"import os, sys; os.execvp({wrapper[0]!r}, [*{list(wrapper)!r}, sys.executable, *sys.argv[1:]])"
+    return start(folder, "-c", code, TESTS / "tiny_server.py", 0, "{}")
+
+
+@contextmanager
+def asking(server: Running) -> Iterator[list[int]]:
+    """An honest client that asks on new connections for as long as this lasts; the statuses of all answers."""
+    statuses: list[int] = []
+    done = threading.Event()
+
+    def ask() -> None:
+        while not done.is_set():
+            statuses.append(server.send("/predict", png(len(statuses))).status)
+
+    with ThreadPoolExecutor(1) as pool:
+        client = pool.submit(ask)
+        try:
+            yield statuses
+        finally:
+            done.set()
+            client.result()
 
 
 def png(seed: int = 0, size: tuple[int, int] = (40, 30)) -> bytes:

@@ -29,7 +29,7 @@ pytest.importorskip("uvicorn")
 from http.client import HTTPConnection
 
 from PIL import Image
-from servicekit import TESTS, Running, form, plain, png, start, start_tiny
+from servicekit import Running, form, plain, png, start_through, start_tiny
 from tiny_server import GREEN
 
 from featx.images import encode
@@ -105,12 +105,6 @@ def as_nobody() -> list[str]:
     if shutil.which("setpriv") is None or subprocess.run([*wrapper, sys.executable, "-c", ""], check=False).returncode:
         pytest.skip("root's processes are not counted, and setpriv cannot change the user here")
     return wrapper
-
-
-def start_through(folder: Path, *wrapper: str) -> contextlib.AbstractContextManager[Running]:
-    """The tiny service, started by another command that becomes it."""
-    code = f"import os, sys; os.execvp({wrapper[0]!r}, [*{list(wrapper)!r}, sys.executable, *sys.argv[1:]])"
-    return start(folder, "-c", code, TESTS / "tiny_server.py", 0, "{}")
 
 
 def check_shortage(server: Running, option: str, most: int, words: str, wrapper: Sequence[str] = ("env",)) -> None:
