@@ -146,14 +146,17 @@ class Trials:
 
     def _mean(self, own: dict[int, Trial], n_shots: Shots) -> stats.Interval:
         images = self._images(own, n_shots)
-        scores = np.array([trial.accuracy for trial in own.values()])
-        return stats.mean_interval(scores, images[np.isfinite(images)], *_sizes(own))
+        scores = np.array([own[e].accuracy for e in sorted(own)])
+        return stats.mean_interval(scores, images, *_sizes(own), self._lessons(images, own, n_shots))
 
     def _difference(self, own: dict[int, Trial], base: dict[int, Trial], n_shots: Shots) -> stats.Difference:
         episodes = sorted(base)
         scores = np.array([own[e].accuracy - base[e].accuracy for e in episodes])
         images = self._images({e: own[e] for e in episodes}, n_shots) - self._images(base, n_shots)
-        return stats.paired_difference(scores, images[np.isfinite(images)], *_sizes(base))
+        return stats.paired_difference(scores, images, *_sizes(base), self._lessons(images, base, n_shots))
+
+    def _lessons(self, images: NDArray[np.float64], own: dict[int, Trial], n_shots: Shots) -> NDArray[np.float64]:
+        return stats.lessons(images, [self.queries[n_shots, episode] for episode in sorted(own)])
 
     def hits(self, name: str, shots: Sequence[int]) -> NDArray[np.float64]:
         """Hits (e, s, n) at every number of shots on the images that the largest leaves over, else nan.

@@ -184,17 +184,19 @@ class SweepResult:
         left, right = self.of(a, n_shots), self.of(b, n_shots)
         scores = np.array([x.accuracy - y.accuracy for x, y in zip(left, right, strict=True)])
         images = self._hits(a, n_shots) - self._hits(b, n_shots)
-        support, query = _sizes(left)
-        return stats.paired_difference(scores, images, support, query)
+        return stats.paired_difference(scores, images, *_sizes(left), self._lessons(images, left))
+
+    def _lessons(self, images: NDArray[np.float64], trials: Sequence[Trial]) -> NDArray[np.float64]:
+        return stats.lessons(images, [self.queries[t.n_shots, t.episode] for t in trials])
 
     def _hits(self, head: str, n_shots: Shots) -> NDArray[np.float64]:
-        """Share of right predictions (m,) of each image that was ever queried."""
+        """Share of right predictions (n,) of each image; nan where it was never queried."""
         right, seen = np.zeros(len(self.labels)), np.zeros(len(self.labels))
         for trial in self.of(head, n_shots):
             query = self.queries[n_shots, trial.episode]
             right[query] += trial.predictions == self.labels[query]
             seen[query] += 1
-        return right[seen > 0] / seen[seen > 0]
+        return np.asarray(np.divide(right, seen, out=np.full(len(right), np.nan), where=seen > 0))
 
     @cached_property
     def results(self) -> tuple[HeadResult, ...]:
@@ -216,8 +218,8 @@ class SweepResult:
 
     def _summarise(self, head: str, n_shots: Shots, rank: int, tied: bool) -> HeadResult:
         trials = self.of(head, n_shots)
-        support, query = _sizes(trials)
         images = self._hits(head, n_shots)
+        drawn = (*_sizes(trials), self._lessons(images, trials))
         plain = np.array([t.accuracy for t in trials])
         balanced = np.array([t.balanced_accuracy for t in trials])
         choices = [tuple(t.params.items()) for t in trials]
@@ -225,8 +227,8 @@ class SweepResult:
             head=head,
             n_shots=n_shots,
             episodes=len(trials),
-            accuracy=stats.mean_interval(plain, images, support, query),
-            balanced_accuracy=stats.mean_interval(balanced, images, support, query),
+            accuracy=stats.mean_interval(plain, images, *drawn),
+            balanced_accuracy=stats.mean_interval(balanced, images, *drawn),
             macro_f1=float(np.mean([t.macro_f1 for t in trials])),
             log_loss=_mean([t.log_loss for t in trials]),
             ece=_mean([t.ece for t in trials]),

@@ -94,7 +94,18 @@ class Difference:
         return "better" if self.interval.mean > 0 else "worse"
 
 
-def resampled_variance(scores: Array, images: Array, n_support: float, n_query: float) -> float:
+def lessons(images: Array, queries: Sequence[NDArray[np.intp]]) -> Array:
+    """Sum (j,) for each episode, over the images that it does not query, of what they have above the mean of all.
+
+    ``images`` (n,) are as in :func:`resampled_variance`, nan where never queried; ``queries`` are j arrays of rows.
+    """
+    above = np.nan_to_num(images - np.nanmean(images))
+    return np.array([-above[query].sum() for query in queries])  # all together they are zero
+
+
+def resampled_variance(
+    scores: Array, images: Array, n_support: float, n_query: float, taught: Array | None = None
+) -> float:
     """Variance of the mean of ``scores`` over new data, from episodes that share their images.
 
     Nadeau and Bengio (2003) multiply the variance between episodes by ``1/J + n_query/n_support``: what
@@ -104,32 +115,51 @@ def resampled_variance(scores: Array, images: Array, n_support: float, n_query: 
     ``n_support/n_query``, and the finite set of query images adds its own variance, that of a mean over
     images. It is the least there can be in either case: two episodes may agree by chance.
 
+    These two are not independent, as the images that are queried are those that supports are drawn from: one
+    that is often judged wrong (an unusual one) also teaches badly. With score = f(queried) + h(support) in
+    Hoeffding's decomposition, the variance of a mean over n images has the term 2 cov(f, h) n_support/n**2, and
+    n_support cov(f, h) is the covariance of ``scores`` and ``taught``. Without this term, equal heads were told
+    apart in up to 7 % of the simulated cases at 1 to 5 shots, where 5 % are promised. It is never negative here,
+    so that noise in it does not shrink an interval.
+
     Parameters
     ----------
     scores : (j,) one number for each episode.
-    images : (m,) mean of the same number for each image over the episodes that queried it.
+    images : (m,) mean of the same number for each image over the episodes that queried it; nan is left out.
     n_support, n_query : mean sizes of the two parts.
+    taught : (j,) of :func:`lessons`, where the support is what is not queried.
     """
+    images = images[np.isfinite(images)]
     j, m = len(scores), len(images)
     between = float(scores.var(ddof=1)) if j > 1 else 0.0
     of_images = float(images.var(ddof=1)) / m if m > 1 else 0.0
     if j > 1 and n_query <= n_support:
         return max(between * (1.0 / j + n_query / n_support), of_images)
-    return between * (1.0 / j + min(n_support / n_query, 1.0)) + of_images
+    both = 0.0 if taught is None or j < 2 else 2.0 * float(np.cov(scores, taught)[0, 1]) / m
+    return between * (1.0 / j + min(n_support / n_query, 1.0)) + of_images + max(both, 0.0)
 
 
 def _freedom(scores: Array, images: Array) -> int:
     return max(len(scores) - 1, 1) if len(scores) > 1 else max(len(images) - 1, 1)
 
 
-def mean_interval(scores: Array, images: Array, n_support: float, n_query: float, *, level: float = 0.95) -> Interval:
+def mean_interval(
+    scores: Array,
+    images: Array,
+    n_support: float,
+    n_query: float,
+    taught: Array | None = None,
+    *,
+    level: float = 0.95,
+) -> Interval:
     """Mean accuracy over episodes with its interval, within 0 and 1; arguments as in :func:`resampled_variance`.
 
     Where every image is always right (or wrong) the variance is zero and says nothing; then the limit is
     the share that could still give that many in a row (Clopper and Pearson).
     """
+    images = images[np.isfinite(images)]
     mean = float(scores.mean())
-    variance = resampled_variance(scores, images, n_support, n_query)
+    variance = resampled_variance(scores, images, n_support, n_query, taught)
     margin = float(stats.t.ppf(0.5 + level / 2, _freedom(scores, images))) * math.sqrt(variance)
     blind = unseen_share(len(images), level=level)
     low = min(mean - margin, 1.0 - blind) if mean >= 1.0 else mean - margin
@@ -143,15 +173,22 @@ def unseen_share(n: int, *, level: float = 0.95) -> float:
 
 
 def paired_difference(
-    scores: Array, images: Array, n_support: float, n_query: float, *, level: float = 0.95
+    scores: Array,
+    images: Array,
+    n_support: float,
+    n_query: float,
+    taught: Array | None = None,
+    *,
+    level: float = 0.95,
 ) -> Difference:
     """Compare two heads on the same draws; the arguments are differences, as in :func:`resampled_variance`.
 
     Where all images differ alike (mostly: none does) the variance is zero and says nothing; then the limits are
     the share that could still differ otherwise and be seen in none of that many.
     """
+    images = images[np.isfinite(images)]
     mean = float(scores.mean())
-    variance = resampled_variance(scores, images, n_support, n_query)
+    variance = resampled_variance(scores, images, n_support, n_query, taught)
     freedom = _freedom(scores, images)
     margin = float(stats.t.ppf(0.5 + level / 2, freedom)) * math.sqrt(variance)
     margin = margin or unseen_share(len(images), level=level)

@@ -15,6 +15,7 @@ from sklearn.metrics import f1_score
 from sklearn.model_selection import GridSearchCV, PredefinedSplit
 from sklearn.svm import LinearSVC
 
+from featx import stats
 from featx.choose import choose, out_of_fold_losses, search_penalty
 from featx.errors import UsageError
 from featx.heads import HEADS, Head, mean_squared_norm
@@ -39,6 +40,22 @@ def blobs(sizes: list[int], d: int = 32, gap: float = 0.8, seed: int = 0) -> tup
 def result() -> Any:
     rows, labels, names = blobs([40, 30, 35])
     return sweep_heads(rows, labels, class_names=names, episodes=6, shots=(1, 5, 12, "all"), n_jobs=1)
+
+
+def test_intervals_and_comparisons_count_what_supports_teach(result: Any) -> None:
+    for pair in result.comparisons:
+        left, right = (result.of(head, pair.n_shots) for head in (pair.a, pair.b))
+        hits, asked = np.zeros((2, len(left), len(result.labels)))
+        for trial, other in zip(left, right, strict=True):
+            query = result.queries[pair.n_shots, trial.episode]
+            hits[trial.episode, query] = trial.predictions == result.labels[query]
+            hits[trial.episode, query] -= other.predictions == result.labels[query]
+            asked[trial.episode, query] = 1
+        images = hits.sum(axis=0)[asked.any(axis=0)] / asked.sum(axis=0)[asked.any(axis=0)]
+        taught = ((1 - asked)[:, asked.any(axis=0)] * (images - images.mean())).sum(axis=1)
+        scores = hits.sum(axis=1) / asked.sum(axis=1)
+        sizes = np.mean([t.n_support for t in left]), np.mean([t.n_query for t in left])
+        assert pair.difference.p == pytest.approx(stats.paired_difference(scores, images, *sizes, taught).p)
 
 
 def test_json_has_what_the_design_lists_in_plain_types(result: Any) -> None:
