@@ -26,6 +26,7 @@ from starlette.requests import ClientDisconnect
 from featx import service_schema as schema
 from featx.service_docs import docs_page
 from featx.service_guard import Guard, Refusal
+from featx.service_watch import Metrics
 from featx.service_work import Service, do_work
 
 ROUTES = frozenset({"/", "/predict", "/embed", "/search", "/live", "/ready", "/info", "/metrics", "/openapi.json"})
@@ -57,7 +58,7 @@ def create_app(service: Service, *, api_key: str = "", hosts: frozenset[str] | N
         title="featx", version=version("featx"), lifespan=lifespan, docs_url=None, redoc_url=None,
         description="A classifier on frozen CNN features. Send an image as it is, or several in a form.",
     )  # fmt: skip
-    _add_errors(app)
+    _add_errors(app, service.metrics)
     _add_work(app, service)
     _add_reading(app, service)
     guard = Guard(app, metrics=service.metrics, routes=ROUTES, limits=service.limits, api_key=api_key, hosts=hosts)
@@ -166,8 +167,9 @@ def _add_reading(app: FastAPI, service: Service) -> None:
         return Response(found, media_type="image/jpeg", headers={"cache-control": "private, max-age=3600"})
 
 
-def _add_errors(app: FastAPI) -> None:
+def _add_errors(app: FastAPI, metrics: Metrics) -> None:
     def said(refusal: Refusal) -> JSONResponse:
+        metrics.rejected(refusal.status, refusal.reason)
         return JSONResponse(refusal.to_json(), refusal.status, headers=refusal.headers)
 
     async def refused(request: Request, error: Exception) -> Response:

@@ -90,6 +90,7 @@ class Job:
     def __init__(self, data: bytes, deadline: float) -> None:
         self.data = data
         self.deadline = deadline
+        self.accepted_at = time.monotonic()
         self.future: Future[Embedded] = Future()
         self.dropped = False
         self.pixels: NDArray[np.uint8] | None = None
@@ -120,7 +121,7 @@ class Batcher:
     max_pixels : a larger image is refused by its header.
     workers : decoding processes beside the one for heavy images; by default one a core.
     lanes : batches in the engine at once.
-    on_batch : called with the number of images of every batch that is computed.
+    on_batch : called for every batch that begins, with the seconds for which each of its images has waited.
     """
 
     def __init__(
@@ -132,7 +133,7 @@ class Batcher:
         max_pixels: int = 50_000_000,
         workers: int | None = None,
         lanes: int | None = None,
-        on_batch: Callable[[int], None] = lambda size: None,
+        on_batch: Callable[[Sequence[float]], None] = lambda waits: None,
     ) -> None:
         self.embedder, self.known_good = embedder, known_good
         self.queue_size, self.max_pixels = queue_size, max_pixels
@@ -413,6 +414,7 @@ class Batcher:
             if not jobs:
                 continue
             started = time.monotonic()
+            self._on_batch([started - job.accepted_at for job in jobs])
             self._running[number] = started
             try:
                 found = self._embed(jobs)
@@ -420,7 +422,6 @@ class Batcher:
                 del self._running[number]
             took = time.monotonic() - started
             self._batch_seconds += 0.2 * (took - self._batch_seconds)
-            self._on_batch(len(jobs))
             for job, result in zip(jobs, found, strict=True):
                 self._finish(job, result)
             with self._changed:

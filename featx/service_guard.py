@@ -154,6 +154,7 @@ class Guard:
                     log.exception("a bug")
                     refusal = Refusal(500, "bug", "featx failed; the log has this request's id.")
             if refusal is not None and not status:
+                self.metrics.rejected(refusal.status, refusal.reason)
                 await answer(refusal, stamped)
         finally:
             request.free()

@@ -21,7 +21,7 @@ from featx._system import allow_descriptors
 from featx.errors import FeatxError, UsageError
 from featx.service import create_app
 from featx.service_guard import LOOPBACK_NAMES, Guard
-from featx.service_watch import set_up_logging
+from featx.service_watch import Metrics, set_up_logging
 from featx.service_work import Service
 
 HEADER_SECONDS = 10.0
@@ -70,6 +70,9 @@ class Protocol(HttpToolsProtocol):
 
     connections_at_most = CONNECTIONS
     """At a time; the one that has waited longest without a request makes room for a new one."""
+
+    metrics: Metrics
+    """Where what is refused here is counted."""
 
     _timer: TimerHandle | None = None
     _waiting_since: float | None = None
@@ -166,6 +169,7 @@ class Protocol(HttpToolsProtocol):
     def _answer(self, status: int, reason: str, message: str, headers: str = "") -> None:
         """Answer without an application, and close."""
         own = uuid.uuid4().hex
+        self.metrics.rejected(status, reason)
         log.warning("refused a connection: %s", reason, extra={"status": status, "answered_id": own})
         body = f'{{"error": {{"reason": "{reason}", "message": "{message}"}}, "request_id": "{own}"}}'.encode()
         head = (
@@ -296,7 +300,7 @@ def serve(
     set_up_logging(as_json=log_json)
     hosts = LOOPBACK_NAMES | {host} if local and not api_key and not insecure else None
     _, guard = create_app(service, api_key=api_key, hosts=hosts)
-    protocol = _limited_protocol()
+    protocol = _limited_protocol(service.metrics)
     config = uvicorn.Config(
         guard,
         http=protocol,
@@ -329,10 +333,10 @@ def serve(
         raise ServiceLost("the service ended: nothing can be computed any more", found=server.lost, hint=hint)
 
 
-def _limited_protocol() -> type[Protocol]:
+def _limited_protocol(metrics: Metrics) -> type[Protocol]:
     """The protocol with as many connections as leave half of the descriptors to the work; the soft limit is raised."""
     number = max(1, min(CONNECTIONS, allow_descriptors(4 * CONNECTIONS) // 2))
-    return type("LimitedProtocol", (Protocol,), {"connections_at_most": number})
+    return type("LimitedProtocol", (Protocol,), {"connections_at_most": number, "metrics": metrics})
 
 
 def _listen(host: str, port: int) -> socket.socket:

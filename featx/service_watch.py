@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -88,9 +88,28 @@ class Metrics:
             buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256),
             registry=self.registry,
         )
+        self.waits = Histogram(
+            "featx_queue_wait_seconds",
+            "Time from the acceptance of an image to the start of its batch",
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self._rejected = Counter(
+            "featx_rejected", "Requests that were answered with no result", ["status", "reason"], registry=self.registry
+        )
         self.in_flight = Gauge("featx_requests_in_flight", "Requests being answered", registry=self.registry)
         Gauge("featx_queue_images", "Images that wait", registry=self.registry).set_function(waiting)
         Gauge("featx_ready", "1 where images can be computed", registry=self.registry).set_function(ready)
+
+    def batch(self, waits: Sequence[float]) -> None:
+        """Count a batch that begins, by the seconds that each of its images has waited."""
+        self.batches.observe(len(waits))
+        for seconds in waits:
+            self.waits.observe(seconds)
+
+    def rejected(self, status: int, reason: str) -> None:
+        """Count a request that is refused; ``reason`` is the word that its client reads."""
+        self._rejected.labels(str(status), reason).inc()
 
     def text(self) -> bytes:
         """The exposition format of Prometheus."""

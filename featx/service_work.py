@@ -53,7 +53,7 @@ class Service:
             self.embedder.pixels(self.bundle.probe),
             queue_size=self.limits.queue,
             max_pixels=self.limits.pixels,
-            on_batch=self.metrics.batches.observe,
+            on_batch=self.metrics.batch,
         )
         self.layer = layer_number(self.bundle)
 

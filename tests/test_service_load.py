@@ -99,6 +99,30 @@ def test_a_full_queue_refuses_at_once(tmp_path: Path) -> None:
         assert server.ask("/predict", body, headers).status == 200
 
 
+def test_metrics_tell_how_long_images_waited_and_who_was_refused(tmp_path: Path) -> None:
+    # A batch of four takes 0.3 s, in two lanes; of 40 images at once, 12 may wait.
+    with start_tiny(tmp_path, seconds=0.3, limits={"queue": 12, "body": 100_000}) as server:
+
+        async def go() -> list[Reply]:
+            return await asyncio.gather(*(post_once(server.port, "/predict", png(i)) for i in range(40)))
+
+        statuses = Counter(reply.status for reply in asyncio.run(go()))
+        assert set(statuses) == {200, 429}
+        assert server.metric("featx_queue_wait_seconds_count") == statuses[200]
+        assert server.metric('featx_rejected_total{reason="busy",status="429"}') == statuses[429]
+        assert server.metric('featx_queue_wait_seconds_bucket{le="+Inf"}') == statuses[200]
+        # The last batch of them waited for one or two others, the first for none.
+        assert 1 <= server.metric('featx_queue_wait_seconds_bucket{le="0.25"}') < statuses[200]
+        assert 0.2 < server.metric("featx_queue_wait_seconds_sum") < 1.2 * statuses[200]
+        assert server.ask("/predict", b"x" * 100_001, {"Content-Type": "image/png"}).status == 413
+        assert server.ask("/predict", b"text", {"Content-Type": "text/plain"}).status == 415
+        with socket.create_connection(("127.0.0.1", server.port)) as raw:  # refused by the parser: no application
+            raw.sendall(b"GET /live HTTP/1.1\r\n" + b"a: b\r\n" * 200)
+            assert raw.recv(65536).startswith(b"HTTP/1.1 431")
+        for status, reason in ((413, "body"), (415, "content_type"), (431, "headers")):
+            assert server.metric(f'featx_rejected_total{{reason="{reason}",status="{status}"}}') == 1, reason
+
+
 def test_the_deadline_ends_waiting_and_work(tmp_path: Path) -> None:
     with start_tiny(tmp_path, seconds=1.0, limits={"deadline": 1.5}) as server:
 
