@@ -35,6 +35,15 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def signature(path: Path) -> tuple[int, ...]:
+    """What changes when a file is written to or replaced; () where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
 def canonical_json(value: Any) -> bytes:
     """The one spelling of a JSON value that hashes are taken of; NaN is refused."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()

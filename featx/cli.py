@@ -167,6 +167,12 @@ def extract(
         bool, typer.Option("--replace", help="Let SOURCE take the place of most of the store's labelled images.")
     ] = False,
     prune: Annotated[bool, typer.Option("--prune", help="Drop embeddings that no image refers to any more.")] = False,
+    rehash: Annotated[
+        bool,
+        typer.Option(
+            "--rehash", help="Read every image again, those too whose size, times and inode have not changed."
+        ),
+    ] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Show where the time went.")] = False,
     part: PartOption = None,
     finish: FinishOption = False,
@@ -183,7 +189,7 @@ def extract(
     from featx.sources import ImageSet, count_labels
     from featx.views import parse_views
 
-    how = Spread.of(part, finish, runner, devices, prune=prune, device=device.value)
+    how = Spread.of(part, finish, runner, devices, prune=prune, rehash=rehash, device=device.value)
     source = how.source(source)
     _check_output(out, Path(source), alone=how.part is None)
     with ProgressLine("listing") as line:
@@ -210,6 +216,7 @@ def extract(
                 "views": looks,
                 "max_bad": max_bad,
                 "replace_images": replace,
+                "rehash": rehash,
             },
             prune=prune,
             progress=line.update,

@@ -61,7 +61,15 @@ class Spread:
 
     @classmethod
     def of(
-        cls, part: str | None, finish: bool, runner: Runner | None, devices: str | None, *, prune: bool, device: str
+        cls,
+        part: str | None,
+        finish: bool,
+        runner: Runner | None,
+        devices: str | None,
+        *,
+        prune: bool,
+        rehash: bool,
+        device: str,
     ) -> Spread:
         """The options, where they go together."""
         from featx.parts import Part
@@ -75,6 +83,10 @@ class Spread:
             raise UsageError("--device does not go with --runner local", hint=f"Use --devices {device}.")
         if part is not None and prune:
             raise UsageError("--prune does not go with --part", hint="Give it to --finish.")
+        if finish and rehash:
+            raise UsageError(
+                "--rehash does not go with --finish", hint="Give it to every --part: they read the images."
+            )
         return cls(None if part is None else Part.parse(part), finish, runner, devices)
 
     @property

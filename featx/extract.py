@@ -1,7 +1,7 @@
 """Images through an engine into a store: every content once, whatever it is called.
 
 What is slow overlaps: child processes read, hash and decode ahead (:mod:`featx.decoders`), the engine computes,
-the writer publishes. What is remembered is not repeated: an unchanged file is recognised by size and time, a
+the writer publishes. What is remembered is not repeated: an unchanged file is recognised by size, times and inode, a
 renamed or copied one by its digest.
 """
 
@@ -113,6 +113,7 @@ def extract_features(
     progress: Progress | None = None,
     total: int | None = None,
     known: Path | None = None,
+    rehash: bool = False,
 ) -> ExtractSummary:
     """Embed every image whose content the store does not have, and let the index say what ``images`` says.
 
@@ -134,6 +135,7 @@ def extract_features(
     total : number of images of the whole extraction that ``images`` are a part of (:mod:`featx.parts`); it decides how
         many may be refused, and how long an id may be. By default ``images`` are the whole.
     known : another store, whose embeddings are taken over before anything is computed.
+    rehash : read every image, those too that look unchanged; only new content is embedded all the same.
 
     Raises
     ------
@@ -155,7 +157,7 @@ def extract_features(
         try:
             if known is not None:
                 writer.take_over(known)
-            run.embed(workers or available_cpus(), decode_timeout, progress, total or len(images))
+            run.embed(workers or available_cpus(), decode_timeout, progress, total or len(images), rehash=rehash)
             refused = tuple(run.refused)
             check_refused(refused, total or len(images), max_bad, writer)
             notes = (*_notes(images, writer), *format_notes(refused))
@@ -290,19 +292,19 @@ class _Run:
         self._digests: dict[str, bytes] = {}
         self._read_at: dict[str, int] = {}
 
-    def embed(self, workers: int, timeout: float, progress: Progress | None, of: int) -> None:
+    def embed(self, workers: int, timeout: float, progress: Progress | None, of: int, *, rehash: bool) -> None:
         """Find the digest of every image, and publish the embedding of every new content; ``of`` as ``total``."""
         total = len(self.images)
         longest = longest_id(of)
-        remembered = self._remembered()
+        remembered = {} if rehash else self._remembered()
         pending = []
         for ref in self.images.refs:
             problem = _name_problem(ref, longest)
             if problem:
                 self._refuse(ref, None, ImageError("bad_name", problem))
                 continue
-            # A time of -1 is no time: the source has none, or (in the index) it cannot be relied on.
-            digest = remembered.get((ref.id, ref.size, ref.mtime_ns)) if ref.mtime_ns >= 0 else None
+            # Nothing is remembered of an image whose source has no times, or that may have changed while it was read.
+            digest = remembered.get((ref.id, ref.size, ref.stamp))
             if digest is not None and self.writer.has(digest):
                 self._digests[ref.id] = digest
             else:
@@ -341,8 +343,8 @@ class _Run:
         if index is None:
             return {}
         flat = index.digests.tobytes()
-        keys = zip(index.ids, index.sizes.tolist(), index.mtimes_ns.tolist(), strict=True)
-        return {key: flat[32 * row : 32 * row + 32] for row, key in enumerate(keys)}
+        keys = zip(index.ids, index.sizes.tolist(), index.stamps.tolist(), strict=True)
+        return {key: flat[32 * row : 32 * row + 32] for row, key in enumerate(keys) if key[2] >= 0}
 
     def _batches(
         self, pool: DecoderPool, pending: list[ImageRef], batches: deque[list[bytes]], progress: Progress | None
@@ -388,15 +390,15 @@ class _Run:
     def index(self) -> Index:
         """What the images are called, refused ones left out."""
         # A file that changed while, or just before, it was read is hashed again the next time.
-        times = {
-            ref.id: ref.mtime_ns if ref.mtime_ns + _SETTLED_NS <= self._read_at.get(ref.id, 2**63) else -1
+        stamps = {
+            ref.id: ref.stamp if ref.changed_ns + _SETTLED_NS <= self._read_at.get(ref.id, 2**63) else -1
             for ref in self.images.refs
         }
-        return index_of(self.images, self._digests, times)
+        return index_of(self.images, self._digests, stamps)
 
 
-def index_of(images: ImageSet, digests: Mapping[str, bytes], mtimes_ns: Mapping[str, int]) -> Index:
-    """What the images with a digest are called; ``mtimes_ns`` is -1 for files to be read again the next time."""
+def index_of(images: ImageSet, digests: Mapping[str, bytes], stamps: Mapping[str, int]) -> Index:
+    """What the images with a digest are called; ``stamps`` is -1 for files to be read again the next time."""
     refs = [ref for ref in images.refs if ref.id in digests]
     names = tuple(name for name in images.class_names if not _text_problem(name))
     number = {name: i for i, name in enumerate(names)}
@@ -407,7 +409,7 @@ def index_of(images: ImageSet, digests: Mapping[str, bytes], mtimes_ns: Mapping[
         digests=np.frombuffer(b"".join(digests[ref.id] for ref in refs), np.uint8).reshape(-1, 32),
         class_names=names,
         sizes=np.array([ref.size for ref in refs], np.int64),
-        mtimes_ns=np.array([mtimes_ns[ref.id] for ref in refs], np.int64),
+        stamps=np.array([stamps[ref.id] for ref in refs], np.int64),
     )
 
 

@@ -33,15 +33,20 @@ NAME_COLUMNS = {
     "digests": "uint8 matrix",
     "class_names": "text",
 }
-INDEX_COLUMNS = {**NAME_COLUMNS, "sizes": "int64", "mtimes_ns": "int64"}
+
+STAMPS = "mtimes_ns"
+"""The column's name: featx 0.1.0 kept modification times there, and refuses a file with any other column. It takes a
+stamp for a time that has changed and reads the image again, as featx does with its times."""
+
+INDEX_COLUMNS = {**NAME_COLUMNS, "sizes": "int64", STAMPS: "int64"}
 
 
 @dataclass(frozen=True)
 class Index:
     """What the images of a store are called: columns of equal length, sorted by id.
 
-    ``labels`` are rows of ``class_names`` or -1; ``digests`` is uint8 (n, 32); ``sizes`` (bytes) and ``mtimes_ns``
-    recognise unchanged files.
+    ``labels`` are rows of ``class_names`` or -1; ``digests`` is uint8 (n, 32); ``sizes`` (bytes) and ``stamps``
+    (:attr:`featx.origins.ImageRef.stamp`, -1 for what is to be read again) recognise unchanged files.
     """
 
     ids: Sequence[str]
@@ -50,7 +55,7 @@ class Index:
     digests: NDArray[np.uint8]
     class_names: tuple[str, ...]
     sizes: NDArray[np.int64]
-    mtimes_ns: NDArray[np.int64]
+    stamps: NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -94,10 +99,10 @@ def _read_index(path: Path, manifest: Manifest) -> Index:
     with hdf5.open_checked(path, INDEX_COLUMNS) as file:
         if file.attribute("fingerprint") != manifest.fingerprint:
             raise StoreError("the index of another store, made with other settings", where=path, hint=RESTORE)
-        return read_names(file, sizes=file.read("sizes"), mtimes_ns=file.read("mtimes_ns"))
+        return read_names(file, sizes=file.read("sizes"), stamps=file.read(STAMPS))
 
 
-def read_names(file: hdf5.CheckedFile, *, sizes: NDArray[np.int64], mtimes_ns: NDArray[np.int64]) -> Index:
+def read_names(file: hdf5.CheckedFile, *, sizes: NDArray[np.int64], stamps: NDArray[np.int64]) -> Index:
     """The columns that name images, of an index or a packed file, checked against each other."""
     class_names = tuple(file.text("class_names"))
     ids, labels, split, digests = file.text("ids"), file.read("labels"), file.text("split"), file.read("digests")
@@ -109,7 +114,7 @@ def read_names(file: hdf5.CheckedFile, *, sizes: NDArray[np.int64], mtimes_ns: N
     # As bytes: a set of millions of strings would take half a gigabyte, and sorted ones need only their neighbours.
     if not (raw[1:] > raw[:-1]).all() and len(np.unique(raw)) < len(raw):
         raise StoreError("an id occurs twice", where=file.path, hint=RESTORE)
-    return Index(ids, labels, split, digests, class_names, sizes, mtimes_ns)
+    return Index(ids, labels, split, digests, class_names, sizes, stamps)
 
 
 def write_index(path: Path, index: Index, fingerprint: str) -> None:
@@ -117,7 +122,7 @@ def write_index(path: Path, index: Index, fingerprint: str) -> None:
     columns = [
         *name_columns(index),
         hdf5.Column.of("sizes", index.sizes.astype("<i8")),
-        hdf5.Column.of("mtimes_ns", index.mtimes_ns.astype("<i8")),
+        hdf5.Column.of(STAMPS, index.stamps.astype("<i8")),
     ]
     hdf5.write(path, columns, {"fingerprint": fingerprint}, seal=True)
 
@@ -127,7 +132,7 @@ def check_index(path: Path, index: Index, manifest: Manifest) -> None:
     found = _read_index(path, manifest)
     same = list(found.ids) == list(index.ids) and found.class_names == index.class_names
     same = same and list(found.split) == list(index.split)
-    for name in ("labels", "digests", "sizes", "mtimes_ns"):
+    for name in ("labels", "digests", "sizes", "stamps"):
         same = same and np.array_equal(getattr(found, name), getattr(index, name))
     if not same:
         raise StoreError("the disk did not keep what was written", where=path)

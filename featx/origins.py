@@ -8,6 +8,7 @@ readers are in the process that meets hostile images. Nothing that is fetched is
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from abc import ABC, abstractmethod
@@ -95,6 +96,8 @@ class ImageRef:
     size : bytes (for a row of a table, those of the whole file), or -1 when the file is missing.
     mtime_ns : modification time in nanoseconds of the file or of the file that holds it; -1 where there is none, so
         that the image is read again each time.
+    ctime_ns, inode : of the same file, where it is one of this machine. A program that sets the modification time back
+        (``rsync --times``, ``cp -p``) cannot set the first, and a file that takes another's place has another inode.
     """
 
     id: str
@@ -103,12 +106,34 @@ class ImageRef:
     split: str
     size: int
     mtime_ns: int
+    ctime_ns: int = -1
+    inode: int = -1
+
+    @property
+    def stamp(self) -> int:
+        """A number of 63 bits that changes with the times and the inode; -1 where there is no time."""
+        if self.mtime_ns < 0:
+            return -1
+        decides = f"{self.mtime_ns} {self.ctime_ns} {self.inode}".encode()
+        return int.from_bytes(hashlib.blake2b(decides, digest_size=8).digest()) >> 1
+
+    @property
+    def changed_ns(self) -> int:
+        """When the file was changed or put there, whichever came last."""
+        return max(self.mtime_ns, self.ctime_ns)
 
 
-def file_ref(id: str, path: Path, label: str | None, split: str, stat: os.stat_result | None) -> ImageRef:
-    """An image that is a file; ``stat`` is None where the system has none for it, which the extraction quarantines."""
-    size, mtime = (-1, 0) if stat is None else (stat.st_size, stat.st_mtime_ns)
-    return ImageRef(id, path, label, split, size, mtime)
+def file_ref(
+    id: str, path: Origin, label: str | None, split: str, stat: os.stat_result | None, size: int | None = None
+) -> ImageRef:
+    """An image that is a file, or ``size`` bytes of one.
+
+    ``stat`` is None where the system has none for it, which the extraction quarantines.
+    """
+    if stat is None:
+        return ImageRef(id, path, label, split, -1, 0)
+    size = stat.st_size if size is None else size
+    return ImageRef(id, path, label, split, size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
 
 
 def too_many_bytes(found: int, most: int) -> ImageError:

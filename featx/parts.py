@@ -290,8 +290,8 @@ def finish_parts(
                 through += len(each.index) + len(each.refused)
                 if progress is not None:
                     progress(through, len(images))
-            digests, times = _names(done)
-            index = index_of(images, digests, times)
+            digests, stamps = _names(done)
+            index = index_of(images, digests, stamps)
             if not replace_images:
                 check_replaced(index, writer)
             writer.finish(index, refused, source=images.source)
@@ -382,14 +382,14 @@ def _take_over(writer: StoreWriter, done: _Done, again: str) -> int:
 
 
 def _names(done: Sequence[_Done]) -> tuple[dict[str, bytes], dict[str, int]]:
-    """Digest and modification time of every image, by its id."""
+    """Digest and stamp of every image, by its id."""
     digests: dict[str, bytes] = {}
-    times: dict[str, int] = {}
+    stamps: dict[str, int] = {}
     for each in done:
         flat = each.index.digests.tobytes()
         digests |= {name: flat[32 * row : 32 * row + 32] for row, name in enumerate(each.index.ids)}
-        times |= dict(zip(each.index.ids, each.index.mtimes_ns.tolist(), strict=True))
-    return digests, times
+        stamps |= dict(zip(each.index.ids, each.index.stamps.tolist(), strict=True))
+    return digests, stamps
 
 
 def _differing(done: Sequence[_Done]) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx import hdf5
-from featx._files import sha256_file
+from featx._files import sha256_file, signature
 from featx.errors import StoreError
 from featx.hdf5 import RESTORE
 from featx.manifest import Manifest, Shard
@@ -64,15 +64,6 @@ def digest_keys(digests: NDArray[np.uint8]) -> NDArray[np.bytes_]:
 def _prefixes(digests: NDArray[np.uint8]) -> NDArray[np.uint64]:
     """The first eight bytes of digests (n, 32), as numbers."""
     return np.ascontiguousarray(digests[:, :8]).view(np.uint64).reshape(-1)
-
-
-def signature(path: Path) -> tuple[int, ...]:
-    """What changes when a file is written to or replaced; () where there is none."""
-    try:
-        found = path.stat()
-    except OSError:
-        return ()
-    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def read_rows(file: hdf5.CheckedFile, layer: str, rows: NDArray[np.int64], out: NDArray[np.float32]) -> None:

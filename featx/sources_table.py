@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featx.errors import ImageError, SourceError
-from featx.origins import MAX_FETCHED, Fetched, ImageRef, not_installed, splits_from_names, too_many_bytes
+from featx.origins import MAX_FETCHED, Fetched, ImageRef, file_ref, not_installed, splits_from_names, too_many_bytes
 
 if TYPE_CHECKING:
     import pyarrow
@@ -53,7 +53,7 @@ def table_refs(files: Sequence[tuple[str, Path]]) -> list[ImageRef]:
         for row in range(table.rows):
             origin = Row(path, status.st_mtime_ns, row)
             label = labels[row] if labels else None
-            refs.append(ImageRef(f"{name}/{row:06d}", origin, label, split, status.st_size, status.st_mtime_ns))
+            refs.append(file_ref(f"{name}/{row:06d}", origin, label, split, status))
     return refs
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from featx._files import signature
 from featx.errors import SourceError
 from featx.origins import (
     IMAGE_SUFFIXES,
@@ -27,6 +28,7 @@ from featx.origins import (
     Origin,
     Part,
     Unreadable,
+    file_ref,
     labels_from_folders,
     splits_from_names,
 )
@@ -60,11 +62,11 @@ def tar_refs(
         An archive is damaged, compressed, or names what is outside it.
     """
     splits = splits_from_names([name for name, _ in files])
-    found: list[tuple[str, int, str, _Member]] = []
+    found: list[tuple[str, os.stat_result, str, _Member]] = []
     labels: dict[tuple[str, str], str] = {}
     ignored: list[str] = []
     for (archive, path), split in zip(files, splits, strict=True):
-        mtime = path.stat().st_mtime_ns
+        status = path.stat()
         seen: set[str] = set()
         for member in _members(path):
             key, extension = _key(member.name)
@@ -72,7 +74,7 @@ def tar_refs(
                 if member.name in seen:
                     raise SourceError("the same name twice", where=path, found=member.name)
                 seen.add(member.name)
-                found.append((archive, mtime, split, member))
+                found.append((archive, status, split, member))
                 if progress is not None and len(found) % 1000 == 0:
                     progress(len(found))
             elif extension in ("cls", "json"):
@@ -92,20 +94,19 @@ def tar_refs(
         inside = labels_from_folders([name.removeprefix(top) for name in names])
         named = [(label, own or split) for (label, own), (_, _, split, _) in zip(inside, found, strict=True)]
     refs = [
-        ImageRef(f"{archive}/{member.name}", member.origin, label, split, member.size, mtime)
-        for (archive, mtime, _, member), (label, split) in zip(found, named, strict=True)
+        file_ref(f"{archive}/{member.name}", member.origin, label, split, status, member.size)
+        for (archive, status, _, member), (label, split) in zip(found, named, strict=True)
     ]
     return refs, ignored
 
 
 def member_origin(archive: Path, name: str) -> Origin:
     """Where one member of an archive is."""
-    status = archive.stat()
-    return _places(archive, status.st_mtime_ns, status.st_size).get(name, Unreadable("no such member in the archive"))
+    return _places(archive, signature(archive)).get(name, Unreadable("no such member in the archive"))
 
 
 @functools.lru_cache(maxsize=16)
-def _places(archive: Path, mtime_ns: int, size: int) -> dict[str, Origin]:
+def _places(archive: Path, state: tuple[int, ...]) -> dict[str, Origin]:
     return {member.name: member.origin for member in _members(archive)}
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from featx.errors import ImageError, SourceError, UsageError, did_you_mean
 from featx.images import encode
-from featx.origins import Fetched, ImageRef
+from featx.origins import Fetched, ImageRef, file_ref
 
 _SPLITS = (("train", "train"), ("trainval", "train"), ("val", "val"), ("valid", "val"), ("test", "test"))
 """What data sets call their splits, and what they are called here; trainval only where there is no train."""
@@ -135,12 +135,11 @@ def _refs(name: str, part: Any, split: str, root: Path) -> Iterator[ImageRef]:
             path = Path(picture)
             try:
                 status = path.stat()
-                size, mtime = status.st_size, status.st_mtime_ns
             except OSError:
-                size, mtime = -1, 0  # the extraction quarantines it as missing
+                status = None  # the extraction quarantines it as missing
             inside = path.absolute().is_relative_to(root.absolute())
             shown = path.absolute().relative_to(root.absolute()).as_posix() if inside else path.as_posix()
-            yield ImageRef(shown, path, label, split, size, mtime)
+            yield file_ref(shown, path, label, split, status)
         else:
             yield ImageRef(f"{split or 'all'}/{row:06d}", Item(part, row), label, split, -1, -1)
 

@@ -25,7 +25,8 @@ A store is a folder. MUST, MAY and SHOULD are meant as in RFC 2119.
 ``index.h5``
     What the images are called: ``/ids`` (fixed-length UTF-8, sorted, unique), ``/labels`` int64 (a row of
     ``/class_names``, or -1), ``/split`` ("", train, val, test), ``/digests`` uint8 (n, 32), ``/sizes`` and
-    ``/mtimes_ns`` int64 (to recognise unchanged files; -1 where they cannot be relied on), and ``/class_names``. It is
+    ``/mtimes_ns`` int64 (to recognise unchanged files: a hash of the file's times and inode, since featx 0.2; a
+    modification time before; -1 for what is to be read again), and ``/class_names``. It is
     sealed: a 512-byte HDF5 user block holds the sha256 of the rest. Its attribute ``fingerprint`` MUST be the
     manifest's, texts MUST NOT be longer than 4,096 bytes (a writer SHOULD refuse an id that would widen a large index:
     :func:`featx.index.longest_id`). Every digest MUST be in a published shard. A store
@@ -63,12 +64,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx import frames, hdf5
+from featx._files import signature
 from featx.errors import StoreError, UsageError, did_you_mean, plural
 from featx.hdf5 import RESTORE
 from featx.index import NAME_COLUMNS, SPLITS, read_index, read_names
 from featx.manifest import check_version, damaged, fingerprint, manifest_bytes, read_manifest
 from featx.shards import SHARD_COLUMNS as SHARD_COLUMNS
-from featx.shards import ShardReader, dims_of, layers_of, read_rows, signature
+from featx.shards import ShardReader, dims_of, layers_of, read_rows
 from featx.shards import digest_keys as digest_keys
 from featx.shards import open_shard as open_shard
 from featx.shards import shard_path as shard_path
@@ -313,7 +315,7 @@ class FeatureReader:
             if not isinstance(layers, list) or sorted(map(str, layers)) != sorted(layers_of(file)):
                 raise damaged(self.path, "its layers are not those of the provenance")
             unknown = np.full(file.rows, -1, dtype=np.int64)
-            self.index = read_names(file, sizes=unknown, mtimes_ns=unknown)
+            self.index = read_names(file, sizes=unknown, stamps=unknown)
         self.provenance: Mapping[str, Any] = provenance
 
     def _open_store(self) -> None:

@@ -73,7 +73,7 @@ def make(store: Path, rows: int, dims: int) -> dict[str, Any]:
             digests=np.concatenate([generated(start, stop, dims)[0] for start, stop in blocks(rows)]),
             class_names=tuple(f"class{number:03d}" for number in range(CLASSES)),
             sizes=np.full(rows, 50_000),
-            mtimes_ns=np.full(rows, 1),
+            stamps=np.full(rows, 1),
         )
         writer.finish(index, [], source="")
     return {"rows written": rows - here}

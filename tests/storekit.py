@@ -73,7 +73,7 @@ def index_of(names: Sequence[str], classes: Sequence[str] = ("ants", "bees")) ->
         digests=np.frombuffer(b"".join(digests_of(names)), np.uint8).reshape(-1, 32),
         class_names=tuple(classes),
         sizes=np.full(n, 10, np.int64),
-        mtimes_ns=np.full(n, 10, np.int64),
+        stamps=np.full(n, 10, np.int64),
     )
 
 

@@ -45,7 +45,7 @@ def store(tmp_path: Path) -> Path:
             digests=np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32),
             class_names=("a", "b", "c"),
             sizes=np.ones(ROWS, np.int64),
-            mtimes_ns=np.ones(ROWS, np.int64),
+            stamps=np.ones(ROWS, np.int64),
         )
         writer.finish(index, [], source="")
     return path

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,11 +24,17 @@ from storekit import (
     png_folders,
     provenance,
     rows_of,
+    write_png,
 )
 
+from featx.decoders import DecoderPool
 from featx.errors import MismatchError
+from featx.index import INDEX_COLUMNS, read_index
 from featx.manifest import read_manifest
+from featx.origins import Origin
+from featx.parts import Part, extract_part, finish_parts
 from featx.provenance import provenance_of
+from featx.sources import ImageSet
 from featx.store import read_features
 from featx.store_tools import content_hash, verify
 from featx.store_writer import StoreWriter
@@ -74,6 +84,109 @@ def test_pruning_rewrites_only_the_shards_it_must(tmp_path: Path) -> None:
     assert_rows(store, 13)
 
 
+# --- what has not changed is not read -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files that decoders are asked for; files count as settled at once."""
+    names: list[str] = []
+    decode = DecoderPool._one
+
+    def noting(pool: DecoderPool, origin: Origin, *rest: Any) -> Any:
+        names.append(Path(str(origin)).name)
+        return decode(pool, origin, *rest)
+
+    monkeypatch.setattr(DecoderPool, "_one", noting)
+    monkeypatch.setattr("featx.extract._SETTLED_NS", 0)
+    return names
+
+
+def written_in_place(path: Path) -> None:
+    """Other content of the same size, and the time set back."""
+    before, other = path.stat(), other_png(path)
+    with path.open("r+b") as file:
+        file.write(other)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_ino == before.st_ino
+
+
+def copied_with_times(path: Path) -> None:
+    """As ``rsync --times`` does: a new file beside it gets the time, then the name."""
+    before, temp = path.stat(), path.with_name(".000000.png.Xy12")
+    temp.write_bytes(other_png(path))
+    os.utime(temp, ns=(before.st_atime_ns, before.st_mtime_ns))
+    temp.replace(path)
+
+
+def other_png(path: Path) -> bytes:
+    """A PNG of other pixels with as many bytes."""
+    old, made = path.read_bytes(), path.with_name(".other")
+    for seed in range(1_000_000, 1_001_000):
+        write_png(made, seed)
+        new = made.read_bytes()
+        if len(new) == len(old) and new != old:
+            made.unlink()
+            return new
+    raise AssertionError("no seed gives a PNG of that size")
+
+
+@pytest.mark.parametrize("change", [written_in_place, copied_with_times])
+def test_other_content_of_the_same_size_and_time_is_read_again(
+    tmp_path: Path, read: list[str], change: Callable[[Path], None]
+) -> None:
+    source, store = png_folders(tmp_path / "photos", 6), tmp_path / "s.featx"
+    storekit.extract(source, store)
+    read.clear()
+    storekit.extract(source, store)
+    assert read == []
+    path = source / "ants" / "000000.png"
+    before = path.stat()
+    change(path)
+    after = path.stat()
+    assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    again = storekit.extract(source, store)
+    assert (again.embedded, again.reused, read) == (1, 5, ["000000.png"])
+    features = read_features(store)
+    assert features.digests[0].tobytes() == hashlib.sha256(path.read_bytes()).digest()
+
+
+def test_parts_recognise_what_has_not_changed(tmp_path: Path, read: list[str]) -> None:
+    source, store = png_folders(tmp_path / "photos", 6), tmp_path / "s.featx"
+    images = ImageSet.from_folder(source)
+    for part in (Part.parse("1/2"), Part.parse("2/2")):
+        extract_part(images, light_backbone(), store, part, engine=storekit.LightEngine(), workers=1)
+    finish_parts(images, store)
+    assert len(read) == 6
+    read.clear()
+    assert (storekit.extract(source, store).reused, read) == (6, [])
+    written_in_place(source / "bees" / "000001.png")
+    assert (storekit.extract(source, store).embedded, read) == (1, ["000001.png"])
+
+
+def test_rehash_reads_everything_and_embeds_what_is_new(tmp_path: Path, read: list[str]) -> None:
+    source, store = png_folders(tmp_path / "photos", 6), tmp_path / "s.featx"
+    storekit.extract(source, store)
+    read.clear()
+    again = storekit.extract(source, store, rehash=True)
+    assert (again.embedded, again.reused, len(read)) == (0, 6, 6)
+
+
+def test_an_index_of_0_1_0_is_read_and_a_new_one_has_its_columns(tmp_path: Path, read: list[str]) -> None:
+    """It kept modification times: images are read again once, and nothing is embedded."""
+    source, store = png_folders(tmp_path / "photos", 6), tmp_path / "s.featx"
+    storekit.extract(source, store)
+    with StoreWriter(store, read_manifest(store).provenance) as writer:
+        assert writer.index is not None
+        writer.finish(replace(writer.index, stamps=np.full(6, 10**18, np.int64)), [], source="")
+    read.clear()
+    again = storekit.extract(source, store)
+    assert (again.embedded, again.reused, len(read)) == (0, 6, 6)
+    # Featx 0.1.0 refuses an index with any other column.
+    assert sorted(INDEX_COLUMNS) == ["class_names", "digests", "ids", "labels", "mtimes_ns", "sizes", "split"]
+    assert (read_index(store, read_manifest(store)).stamps >= 0).all()
+
+
 @pytest.mark.slow
 def test_unchanged_files_are_recognised_without_reading(tmp_path: Path) -> None:
     """100,000 files that no decoder could read: whoever opened one would refuse it."""
@@ -94,7 +207,7 @@ def test_unchanged_files_are_recognised_without_reading(tmp_path: Path) -> None:
         ids.append(path.relative_to(source).as_posix())
     ids.sort()
     index = index_of(ids)
-    index.sizes[:], index.mtimes_ns[:] = 8, 10**18
+    index.sizes[:], index.stamps[:] = 8, [ref.stamp for ref in ImageSet.from_folder(source).refs]
     made = provenance_of(light_backbone(), storekit.LightEngine())
     with StoreWriter(store, made) as writer:
         for start in range(0, count, 4096):
