@@ -22,12 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx._system import confine, limited_memory
+from featx.children import READY, speak_to_nobody
 from featx.errors import ImageError
 from featx.images import BYTES_PER_PIXEL, Preprocess, decode, weigh
 from featx.origins import MAX_BYTES, too_many_bytes
 from featx.views import Looks
 
-READY = b"!"
 READ, PART, HERE, WEIGH, DECODE = b"R", b"P", b"H", b"W", b"G"
 """What the parent asks: read a file, read a part of one, take these bytes; then, weigh them, decode them."""
 
@@ -48,8 +48,7 @@ def serve(socket_handle: int) -> None:
         looks = Looks(Preprocess.from_json(settings["preprocess"]), settings["views"])
         data = b""
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # it would be ignored if it was so in a parent of the parent
-        # From here on native code speaks to nobody: libtiff, for one, has much to say about sound files.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        speak_to_nobody()
         parent.send_bytes(READY)
         while True:
             message = parent.recv_bytes()

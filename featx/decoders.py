@@ -1,36 +1,29 @@
 """Decoding many files at once, in processes of their own.
 
 A decoder is native code that meets bytes from anywhere: now and then one takes its process down, or never
-comes back. Here that costs the one file. Each worker is a child process that does nothing but read, hash and
-decode; bytes and pixels travel through a socket, so that no temporary file is needed. The child never imports torch,
-never unpickles, and does not run the caller's main module, so a script needs no ``if __name__ == "__main__"``.
+comes back. Here that costs the one file. Each worker is a child process (:mod:`featx.children`) that does nothing but
+read, hash and decode; bytes and pixels travel through a socket, so that no temporary file is needed. The child never
+imports torch.
 
-A child ends with its parent, however that ends: Linux kills it. Elsewhere an idle one reads end-of-file, and one that
-hangs in a decoder is ended by its own alarm, which the kernel delivers without asking the interpreter.
+Where no kernel ends a child with its parent, an idle one reads end-of-file, and one that hangs in a decoder is ended by
+its own alarm, which the kernel delivers without asking the interpreter.
 
-A child knows no secrets: its environment holds only what Python and its libraries need to start, and it can gain no
-privileges. Its memory is limited while it decodes. Its time is limited by the clock and not by RLIMIT_CPU, which would
+A child's memory is limited while it decodes. Its time is limited by the clock and not by RLIMIT_CPU, which would
 also count the threads of a decoder that uses several cores. There is no seccomp filter: Python's binding needs a system
 library that wheels do not bring, and no released package offers Landlock.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import queue
-import socket
-import subprocess
-import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
 
@@ -38,7 +31,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx._files import uninterrupted
-from featx.decoder_child import DECODE, HERE, PART, PLACE, READ, READY, TIMES, WEIGH, WEIGHT
+from featx.children import ATTEMPTS, Child
+from featx.decoder_child import DECODE, HERE, PART, PLACE, READ, TIMES, WEIGH, WEIGHT
 from featx.errors import FeatxError, ImageError
 from featx.fetchers import Fetchers, Fetching
 from featx.images import MAX_PIXELS, Preprocess
@@ -46,11 +40,9 @@ from featx.origins import MAX_BYTES as MAX_BYTES
 from featx.origins import Fetched, Origin, Part
 from featx.views import CENTER, Looks
 
-ATTEMPTS = 2
 FETCH_AHEAD = 32
 """So many images that are no local files are in memory at a time, at most."""
 
-_START_TIMEOUT = 60.0
 _MAX_ANSWER = 65_536
 
 _GRACE = 1.0
@@ -58,12 +50,6 @@ _GRACE = 1.0
 
 _STEP = 0.1
 """Seconds between two looks at whether the caller is still there."""
-
-_ENVIRONMENT = (
-    *("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TMPDIR", "PYTHONHOME", "PYTHONPATH", "PYTHONUTF8"),
-    *("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "DYLD_FALLBACK_LIBRARY_PATH"),
-)
-"""All that a child learns of the parent's environment."""
 
 TIMEOUT = 30.0
 """Seconds that one image may take; the slowest honest one (89 megapixels of PNG) takes about five."""
@@ -270,12 +256,15 @@ class _Lost(Exception):
 _UNWANTED = "unwanted"
 
 
-class _Child:
-    """One process, and the socket to it."""
+class _Child(Child):
+    """One decoding process."""
+
+    module, what, missing = "featx.decoder_child", "a decoding process", NoDecoder
+    fewer = "Try fewer of them: --workers 1."
 
     def __init__(self, looks: Looks, timeout: float, mode: str, max_pixels: int, nice: int) -> None:
         self.timeout, self.shape = timeout, looks.shape
-        self._settings = {
+        settings = {
             "preprocess": looks.preprocess.to_json(),
             "views": looks.views,
             "timeout": timeout,
@@ -283,93 +272,7 @@ class _Child:
             "max_pixels": max_pixels,
             "nice": nice,
         }
-        self._changing = threading.Lock()
-        self._stopped = False
-        self._start()
-
-    def _start(self) -> None:
-        self._ready = False
-        try:
-            ours, theirs = socket.socketpair()
-            with theirs:
-                handle = theirs.fileno()
-                try:
-                    self._process = subprocess.Popen(
-                        # -P: a numpy.py in the working folder must not become part of the decoder.
-                        [sys.executable, "-P", "-c", _MAIN, str(handle), json.dumps([*map(str, sys.path)])],
-                        pass_fds=(handle,),
-                        stdin=subprocess.DEVNULL,
-                        stderr=subprocess.PIPE,  # what it says before it is ready, for the error message
-                        env=_environment(),
-                        # A group of its own: Ctrl-C is for the parent, which then ends the child.
-                        process_group=0,
-                    )
-                except OSError:
-                    ours.close()
-                    raise
-        except OSError as error:
-            raise NoDecoder(
-                f"a decoding process cannot be started ({error.strerror})",
-                where=sys.executable,
-                hint="Try fewer of them: --workers 1.",
-            ) from error
-        self._socket = Connection(ours.detach())
-        with contextlib.suppress(OSError):  # it has ended already: wait_until_ready says why
-            self._socket.send_bytes(json.dumps(self._settings).encode())
-
-    def wait_until_ready(self) -> None:
-        """The first answer of a child; one that has ended meanwhile is started anew.
-
-        One that cannot even start is no fault of the image: NoDecoder.
-        """
-        for _ in range(ATTEMPTS):  # something may have killed the first one, such as a lack of memory
-            if not self._stopped and self._process.poll() is not None:
-                self._restart()
-            if self._ready or self._stopped:
-                return
-            try:
-                self._ready = self._socket.poll(_START_TIMEOUT) and self._socket.recv_bytes(_MAX_ANSWER) == READY
-            except (EOFError, OSError):
-                self._ready = False
-            if self._ready:
-                return
-            self.end()
-        if not self._stopped:
-            assert self._process.stderr is not None
-            words = self._process.stderr.read()[-2000:].decode(errors="replace").strip().splitlines()
-            raise NoDecoder(
-                "a decoding process does not start",
-                where=sys.executable,
-                found=words[-1] if words else "no answer",
-                hint="Does this Python import featx.decoder_child?",
-            )
-
-    def stop(self) -> None:
-        """End the process, for good."""
-        with self._changing:
-            self._stopped = True
-            self._end()
-
-    def close(self) -> None:
-        """Give back what an ended child held; nobody may use it any more."""
-        assert self._process.stderr is not None
-        self._process.stderr.close()
-        self._socket.close()
-
-    def end(self) -> None:
-        """End the process; another takes its place when it is needed."""
-        with self._changing:
-            self._end()
-
-    def _restart(self) -> None:
-        with self._changing:
-            if not self._stopped:
-                self.close()
-                self._start()
-
-    def _end(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        super().__init__(settings)
 
     def decode(
         self,
@@ -428,16 +331,3 @@ class _Child:
             if not read:
                 raise EOFError
             pixels = pixels[read:]
-
-
-def _environment() -> dict[str, str]:
-    kept = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-    return {**kept, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-
-
-_MAIN = """\
-import json, sys
-sys.path[:] = json.loads(sys.argv[2])
-from featx.decoder_child import serve
-serve(int(sys.argv[1]))
-"""

@@ -17,7 +17,18 @@ PACKAGE = Path(featx.__file__).parent
 LAYERS = [
     {"errors", "_files", "_system"},
     {"sources_list", "sources_tar", "sources_table", "sources_remote", "sources_torchvision"}
-    | {"images", "origins", "sources", "decoders", "decoder_child", "fetchers", "originals", "views"},
+    | {
+        "images",
+        "origins",
+        "sources",
+        "children",
+        "decoders",
+        "decoder_child",
+        "table_child",
+        "fetchers",
+        "originals",
+        "views",
+    },
     {
         "batches",
         "catalogue",
@@ -134,7 +145,7 @@ DOORS = {
     "torch": {"networks", "checkpoints", "timm_models", "engines", "openvino_engine", "hub"}
     | {"tails", "training", "autoencoder", "torch_heads", "classifiers"},
     "torchvision": {"networks", "checkpoints", "sources_torchvision"},
-    "pyarrow": {"sources_table", "tabular"},
+    "pyarrow": {"table_child", "tabular"},
     "fsspec": {"sources_remote"},
     "pandas": {"frames"},
     "anndata": {"frames"},
