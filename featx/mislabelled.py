@@ -24,6 +24,7 @@ from featx.errors import UsageError
 from featx.heads import HEADS
 from featx.large import is_large, taken
 from featx.splits import NEAR, Index, distinct_counts, find_duplicates, fold_numbers
+from featx.workers import workers
 
 REPEATS = 3
 N_FOLDS = 5
@@ -117,9 +118,9 @@ def rank_labels(
     data, y = taken(kept, use), y.reshape(-1).astype(np.int64)
     group = np.unique(copies.groups[use], return_inverse=True)[1].reshape(-1)
     large = is_large(data)
-    workers = 1 if large else joblib.cpu_count() if n_jobs is None else joblib.effective_n_jobs(n_jobs)
+    n_workers = 1 if large else joblib.cpu_count() if n_jobs is None else joblib.effective_n_jobs(n_jobs)
     probabilities = np.zeros((len(y), len(present)))
-    with joblib.Parallel(n_jobs=workers) as pool:
+    with workers(n_workers) as pool:
         for repeat in range(repeats):
             if progress:
                 progress(repeat, repeats, "judging labels")

@@ -42,6 +42,7 @@ from featx.splits import (
 )
 from featx.torch_heads import check_device
 from featx.unlabelled import heads_for
+from featx.workers import workers
 
 DEFAULT_SHOTS: tuple[Shots, ...] = (1, 2, 5, 10, 20, "all")
 Progress = Callable[[int, int, str], None]
@@ -236,12 +237,12 @@ def _run(
     progress: Progress | None,
 ) -> Iterator[tuple[tuple[Shots, int], tuple[list[Trial], Index]]]:
     """Outcomes of all tasks, in chunks, so that any joblib backend can report progress."""
-    workers = joblib.cpu_count() if n_jobs is None else joblib.effective_n_jobs(n_jobs)
+    n_workers = joblib.cpu_count() if n_jobs is None else joblib.effective_n_jobs(n_jobs)
     # Each worker holds rows of its own: where they are large, one worker with all threads takes draw by draw.
-    workers, threads = (1, workers) if is_large(data.embeddings) else (workers, 1)
-    chunk = max(1, 4 * workers) if workers > 1 else 1
+    n_workers, threads = (1, n_workers) if is_large(data.embeddings) else (n_workers, 1)
+    chunk = max(1, 4 * n_workers) if n_workers > 1 else 1
     arguments = (data.embeddings, data.labels, data.duplicates.groups, heads, random_state, threads, device)
-    with joblib.Parallel(n_jobs=max(1, min(workers, len(tasks)))) as pool:
+    with workers(max(1, min(n_workers, len(tasks)))) as pool:
         for start in range(0, len(tasks), chunk):
             some = tasks[start : start + chunk]
             if progress:

@@ -54,6 +54,7 @@ LAYERS = [
         "store",
         "store_writer",
         "store_tools",
+        "workers",
         "heads",
         "normalise",
         "solvers",
