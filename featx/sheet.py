@@ -229,8 +229,8 @@ def label_sheet(path: Path, store: Path, find: Finder, features: FeatureSet, ran
         for i in doubtful[:MAX_GROUPS]
     ]
     facts = [
-        f"{len(doubtful)} of {plural(len(ranking), 'label')} may be wrong. The arrow leads from the present label to "
-        "the one that is suggested by heads that have not learnt from the image.",
+        f"{len(doubtful)} of {plural(len(ranking), 'label')} may be wrong. The arrow points from the present label to "
+        "the one suggested by models that have not seen the image.",
         "Move a photo to the folder of its class, or correct your list, and run featx extract again.",
     ]
     if len(doubtful) > MAX_GROUPS:
