@@ -34,7 +34,7 @@ from featx import (
 from featx._files import refuse_second_writer
 from featx.cli_model import Device, EngineName, Json
 from featx.cli_parts import DevicesOption, FinishOption, PartOption, RunnerOption, Spread, everywhere, load
-from featx.errors import FeatxError, Interrupted, UsageError, plural
+from featx.errors import FeatxError, Interrupted, UsageError, plural, visible
 from featx.terminal import ProgressLine, check_writable, print_json, say, show
 
 if TYPE_CHECKING:
@@ -296,7 +296,7 @@ def verify(
         told = content_hash(store) if not problems and sample is None else None
         print_json({"sound": not problems, "problems": problems, "sample": sample, "content_hash": told})
     elif not problems:
-        print(f"{store}: sound{'' if sample is None else ', as far as a sample of its shards tells'}.")
+        say(f"{store}: sound{'' if sample is None else ', as far as a sample of its shards tells'}.")
     for problem in problems:
         say(problem, err=True)
     if problems:
@@ -316,7 +316,7 @@ def pack(
     if as_json:
         print_json({"path": str(made), "bytes": made.stat().st_size})
     else:
-        print(f"{made}: {made.stat().st_size:,} bytes.")
+        say(f"{made}: {made.stat().st_size:,} bytes.")
 
 
 def _stages(stages: Mapping[str, float], images: int) -> Table:
@@ -357,7 +357,7 @@ def _check_output(out: Path, source: Path, *, alone: bool) -> None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"Error: {message}", file=sys.stderr)
+    say(f"Error: {message}", err=True)
     if "--json" in sys.argv[1:]:
         print_json({"error": message, "exit_code": code})
     sys.stdout.flush()
@@ -385,6 +385,7 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except ClickException as error:
+        error.message = visible(error.message or "", keep="\n\t")
         error.show()
         if "--json" in sys.argv[1:]:
             print_json({"error": error.format_message(), "exit_code": 2})

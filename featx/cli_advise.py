@@ -98,7 +98,7 @@ def advise(
         say("Label next:", err=as_json)
     for path in paths.values():
         say(f"  {path}", err=as_json)
-    say(f"\nPage: {page}", err=as_json)
+    say("", f"Page: {page}", err=as_json)
     if found.interrupted:
         raise typer.Exit(Interrupted.exit_code)
 

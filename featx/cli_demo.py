@@ -53,7 +53,7 @@ class _Steps:
     def run(self, line: str, command: Callable[..., Any], *arguments: Any, **options: Any) -> dict[str, Any]:
         """Run a command; with ``--json`` its object, else {}."""
         self.commands.append(line)
-        say(f"\n$ {line}", err=self.as_json)
+        say("", f"$ {line}", err=self.as_json)
         if not self.as_json:
             command(*arguments, **options)
             return {}
@@ -102,9 +102,9 @@ def run_demo(folder: Path, extract: Extract, *, open_report: bool, seed: int, as
     say("", err=as_json)
     show(_table(jobs), err=as_json)
     say(demo.verdict(jobs), err=as_json)
-    say(f"\nReport: {page}\nModel: {model}", err=as_json)
+    say("", f"Report: {page}", f"Model: {model}", err=as_json)
     say("Now with your own photos, one folder for each class:", err=as_json)
-    say("  featx extract photos --out photos.featx\n  featx sweep photos.featx", err=as_json)
+    say("  featx extract photos --out photos.featx", "  featx sweep photos.featx", err=as_json)
     if open_report and not webbrowser.open(page.resolve().as_uri()):
         say("Note: no browser could be opened.", err=True)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from featx.cli_model import Json
-from featx.errors import UsageError, plural
+from featx.errors import UsageError, plural, visible
 from featx.terminal import PAGE_MARK, ProgressLine, check_file, print_json, say, show
 
 if TYPE_CHECKING:
@@ -139,6 +139,9 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     table = Table("image", "label", "suggested", "confidence", box=None)
     for row in rows:
         table.add_row(
-            Text(row["id"], overflow="fold"), Text(row["label"]), Text(row["suggested"]), f"{row['confidence']:.2f}"
+            Text(visible(row["id"]), overflow="fold"),
+            Text(visible(row["label"])),
+            Text(visible(row["suggested"])),
+            f"{row['confidence']:.2f}",
         )
     return table

@@ -55,7 +55,7 @@ def layers(
         table.add_row(*row, "yes" if info.suggested else "")
     show(table)
     more = " More inside these: --all." if len(shown) < len(found) else ""
-    say(f"\nShapes are of one image of {height} x {width} pixels.{more}")
+    say("", f"Shapes are of one image of {height} x {width} pixels.{more}")
     named = " ".join(f"--layer {info.name}" for info in found if info.suggested)
     say(f"Next: featx extract photos --out photos.featx --backbone {backbone} {named}")
 

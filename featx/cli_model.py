@@ -163,7 +163,7 @@ def tell_model(bundle: Bundle, out: Path, *, err: bool) -> None:
     """Say what a model that was just made is worth; on stderr if ``err``."""
     for note in bundle.notes:
         say(f"Note: {note}", err=True)
-    say(_story(bundle), err=err)
+    say(*_story(bundle), err=err)
     say(f"Model: {out}", err=err)
     if not err:
         say(f"Next: {shlex.join(['featx', 'predict', str(out), 'photo.jpg'])}")
@@ -194,7 +194,7 @@ def _head_on(head: str, layer: str | None) -> tuple[str, str | None]:
 _CLASSES_TOLD = 12
 
 
-def _story(bundle: Bundle) -> str:
+def _story(bundle: Bundle) -> list[str]:
     from featx.fit import by_recall
 
     metrics: Any = bundle.metrics
@@ -224,7 +224,7 @@ def _story(bundle: Bundle) -> str:
             lines.append(f"  Recognised of each class: {', '.join(recalls)}{more}.")
     if bundle.threshold is not None:
         lines.append(f"Abstains below a probability of {bundle.threshold:.3f} (--max-error {bundle.max_error:g}).")
-    return "\n".join(lines)
+    return lines
 
 
 def predict(

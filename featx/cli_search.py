@@ -19,7 +19,7 @@ from featx.cli_model import (
     Weights,
     own_network,
 )
-from featx.errors import ImageError, UsageError, plural
+from featx.errors import ImageError, UsageError, plural, visible
 from featx.terminal import PAGE_MARK, ProgressLine, check_file, print_json, say, show
 
 if TYPE_CHECKING:
@@ -239,10 +239,10 @@ def _match_table(found: Found) -> Table:
     for name, _, matches in found:
         for rank, match in enumerate(matches, 1):
             table.add_row(
-                Text(name if rank == 1 else "", overflow="fold"),
+                Text(visible(name) if rank == 1 else "", overflow="fold"),
                 str(rank),
-                Text(match.id, overflow="fold"),
-                Text(match.label or ""),
+                Text(visible(match.id), overflow="fold"),
+                Text(visible(match.label or "")),
                 f"{match.score:.3f}",
                 end_section=rank == len(matches),
             )
@@ -304,7 +304,7 @@ def _metrics_table(result: RetrievalResult) -> Table:
     def row(name: str, scores: Scores, style: str = "") -> None:
         precision = scores.mean_average_precision
         table.add_row(
-            Text(name, style=style),
+            Text(visible(name), style=style),
             str(scores.queries),
             *(_points(scores.recall_at_k[k]) for k in (1, 5, 10)),
             _points(scores.precision_at_k[10]),
@@ -408,8 +408,8 @@ def _say_groups(features: FeatureSet, groups: list[DuplicateGroup], counts: dict
         f"{counts['conflicting_labels']} with different labels."
     )
     for number, group in enumerate(groups[:20], 1):
-        say(f"\n{group.title(number)}")
+        say("", f"{group.title(number)}")
         for place, row in enumerate(group.rows):
             say(f"  {features.ids[row]}  ({group.likeness(place)})")
     if len(groups) > 20:
-        say(f"\n{plural(len(groups) - 20, 'more group')}: --json or --html FILE.html")
+        say("", f"{plural(len(groups) - 20, 'more group')}: --json or --html FILE.html")

@@ -8,6 +8,7 @@ a traceback is for bugs of featx alone.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from unicodedata import category
 
@@ -114,9 +115,26 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"Did you mean {' or '.join(close)}?" if close else ""
 
 
-def one_line(text: str) -> str:
-    """Text with control characters, line ends and backslashes spelt as in a Python string."""
+_TURNING = re.compile("[\u202a-\u202e\u2066-\u2069]")
+"""What lets text run the other way, so that a name reads as another."""
+
+
+def visible(text: str, *, keep: str = "") -> str:
+    """Text with what a terminal would obey instead of showing it spelt as in a Python string: escapes, line ends.
+
+    Characters of ``keep`` stay.
+    """
+    if text.isascii() and text.isprintable():
+        return text
     spelt = {"Cc", "Cs", "Zl", "Zp"}
     return "".join(
-        char.encode("unicode_escape").decode() if char == "\\" or category(char) in spelt else char for char in text
+        char.encode("unicode_escape").decode()
+        if char not in keep and (category(char) in spelt or _TURNING.match(char))
+        else char
+        for char in text
     )
+
+
+def one_line(text: str) -> str:
+    """:func:`visible` text from which the original can be told: backslashes are spelt, too."""
+    return visible(text.replace("\\", "\\\\"))

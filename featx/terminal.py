@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from featx.errors import UsageError
+from featx.errors import UsageError, visible
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from collections.abc import Iterable
+
+    from rich.console import Console, ConsoleOptions, RenderableType
     from rich.progress import Progress, TaskID
+    from rich.segment import Segment
 
 LOG_SECONDS = 10.0
 
@@ -22,9 +26,9 @@ PAGE_MARK, MODEL_MARK = b'<meta name="generator" content="featx">', b"bundle.jso
 """What :func:`check_file` knows featx's own pages and models by."""
 
 
-def say(text: str, *, err: bool = False) -> None:
-    """Print one line of text, as it is."""
-    print(text, file=sys.stderr if err else sys.stdout, flush=True)
+def say(*lines: str, err: bool = False) -> None:
+    """Print lines; what a name has of escapes and line ends is spelt, so that it can neither forge nor hide any."""
+    print(*(visible(line, keep="\t") for line in lines), sep="\n", file=sys.stderr if err else sys.stdout, flush=True)
 
 
 def show(table: RenderableType, *, err: bool = False, least: int = 0) -> None:
@@ -32,16 +36,37 @@ def show(table: RenderableType, *, err: bool = False, least: int = 0) -> None:
 
     A terminal that is narrower than ``least`` columns breaks the lines itself: rich would cut digits.
     """
-    from rich.console import Console
-
-    console = Console(stderr=err)
+    console = _console(err=err)
     console.width = max(console.width, least)
     console.print(table)
 
 
 def print_json(value: dict[str, Any]) -> None:
     """Print the one JSON object of a command."""
-    print(json.dumps(value, ensure_ascii=False, allow_nan=False), flush=True)
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    # Whatever visible() spells is inside a string here, where JSON has a spelling of its own for it.
+    print(re.sub(_UNSEEN, lambda found: f"\\u{ord(found[0]):04x}", text), flush=True)
+
+
+_UNSEEN = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def _console(*, err: bool) -> Console:
+    """A console of rich that shows text as it is: square brackets are no markup, control characters are spelt."""
+    from rich.console import Console
+    from rich.text import Text
+
+    class Plain(Console):
+        def render_str(self, text: str, **options: Any) -> Text:
+            return super().render_str(visible(text), **{**options, "markup": False, "emoji": False})
+
+        def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+            if isinstance(renderable, Text) and renderable.plain != visible(renderable.plain):
+                renderable = renderable.copy()
+                renderable.plain = visible(renderable.plain)
+            return super().render(renderable, options)
+
+    return Plain(stderr=err)
 
 
 def check_writable(out: Path) -> None:
@@ -95,15 +120,14 @@ class ProgressLine:
 
     def __enter__(self) -> ProgressLine:
         if sys.stderr.isatty():
-            from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             self._bar = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
-                console=Console(stderr=True),
+                console=_console(err=True),
                 transient=True,
             )
             self._bar.start()
@@ -126,7 +150,7 @@ class ProgressLine:
     def say(self, sentence: str) -> None:
         """Say what is about to be done."""
         if self._bar is not None:
-            self._bar.console.print(sentence, markup=False, highlight=False)
+            self._bar.console.print(sentence, highlight=False)
         else:
             say(sentence, err=True)
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
-from conftest import Featx
+from conftest import Featx, picture
 from storekit import make_store
 
 from featx.errors import plural
@@ -97,3 +99,42 @@ def test_numbers_and_nouns_agree() -> None:
     assert plural(0, "copy") == "0 copies"
     assert plural(3, "day") == "3 days"
     assert plural(2000, "epoch") == "2,000 epochs"
+
+
+HOSTILE = ("\x1b[31mred\nError: forged.png", "\x9b2Jclear.png", "\u202egpj.png", "[red]x[bold].png")
+"""Names that would colour, clear or reverse the terminal, add a line, or be markup."""
+
+
+def assert_shown(text: str) -> None:
+    assert not [char for char in text if char != "\n" and unicodedata.category(char) in ("Cc", "Cf", "Zl", "Zp")]
+    assert "Error: forged.png" not in [line.strip() for line in text.splitlines()]
+
+
+def test_names_neither_forge_nor_hide_what_the_terminal_shows(featx: Featx, tmp_path: Path) -> None:
+    photos, store = tmp_path / "photos", tmp_path / "s.featx"
+    for number, (folder, name) in enumerate(itertools.product(("a[", "[b]"), HOSTILE)):
+        (photos / folder).mkdir(parents=True, exist_ok=True)
+        picture(number // 2).save(photos / folder / name)
+    picture(98).save(photos / "a[" / "].png")  # "a[/].png" would be markup that closes nothing
+    picture(98).save(photos / "[b]" / "copy.png")
+    bad = photos / "[b]" / "bad\x1b]0;title\x07.png"
+    bad.write_bytes(b"no image")
+    ran = featx("extract", photos, "--out", store)
+    assert ran.code == 3 and r"refused [b]/bad\x1b]0;title\x07.png: not_an_image" in ran.err
+    for words in (["info", store], ["duplicates", store], ["search", store, *sorted((photos / "a[").iterdir())]):
+        shown = featx(*words, env={"COLUMNS": "200"})
+        assert shown.code == 0, shown.err
+        assert_shown(shown.out + shown.err)
+        if words[0] != "info":
+            assert "a[/].png" in shown.out and r"\x1b[31mred\nError: forged.png" in shown.out
+    assert "[b] 5" in featx("info", store).out
+    ran = featx("info", tmp_path / HOSTILE[0])
+    assert ran.code == 2 and ran.err.startswith("Error: ") and r"\x1b[31mred\nError: forged.png" in ran.err
+    assert_shown(ran.err)
+    ran = featx("info", store, "--\x1b[31m")
+    assert ran.code == 2 and r"--\x1b[31m" in ran.err
+    assert_shown(ran.err)
+    ran = featx("duplicates", store, "--json")
+    ids = [image["id"] for group in ran.json["groups"] for image in group["images"]]
+    assert f"a[/{HOSTILE[0]}" in ids  # the name itself, in JSON's own spelling
+    assert_shown(ran.out)
