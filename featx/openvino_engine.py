@@ -2,7 +2,7 @@
 
 Converting a network from torch takes seconds, so the result is kept in the user's cache folder. A start that finds
 it there imports no torch. The file's name is a hash of everything that decides its content; the file starts with the
-hash of the rest, and one that does not match is made again.
+hash of all the rest, and one that does not match is made again.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from featx.backbones import Backbone
 from featx.batches import EXACT_START, Batch, Embeddings, fill
 from featx.errors import FeatxError, UsageError
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 _MAGIC = b"featx-ir"
-_HEADER = struct.Struct("<8s32sQ")  # magic, sha256 of what follows the header, length of the graph
+_SEAL = struct.Struct("<8s32s")  # magic, sha256 of all that follows it
+_LENGTH = struct.Struct("<Q")  # of the graph; then the graph, then the constants
 
 REQUESTS = 2
 """Batches in work at once: while one ends and the next is filled, the other keeps the cores busy."""
@@ -157,11 +158,11 @@ def _cached_graph(backbone: Backbone, batch_size: int) -> tuple[bytes, bytes]:
     if found is not None:
         return found
     graph, constants = _convert(backbone, batch_size)
-    payload = graph + constants
-    header = _HEADER.pack(_MAGIC, hashlib.sha256(payload).digest(), len(graph))
+    payload = _LENGTH.pack(len(graph)) + graph + constants
+    seal = _SEAL.pack(_MAGIC, hashlib.sha256(payload).digest())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        publish_bytes(path, header + payload)
+        publish_bytes(path, seal + payload)
     except (OSError, FeatxError) as error:
         warnings.warn(
             f"cannot write to the cache folder {path.parent} ({error}); the network is converted anew at every "
@@ -177,13 +178,15 @@ def _read(path: Path) -> tuple[bytes, bytes] | None:
         content = memoryview(path.read_bytes())
     except OSError:
         return None
-    if len(content) < _HEADER.size:
+    if len(content) < _SEAL.size + _LENGTH.size:
         return None
-    magic, sha256, length = _HEADER.unpack_from(content)
-    payload = content[_HEADER.size :]
+    magic, sha256 = _SEAL.unpack_from(content)
+    payload = content[_SEAL.size :]
     if magic != _MAGIC or hashlib.sha256(payload).digest() != sha256:
         return None
-    return bytes(payload[:length]), bytes(payload[length:])
+    (length,) = _LENGTH.unpack_from(payload)
+    graph = payload[_LENGTH.size :]
+    return bytes(graph[:length]), bytes(graph[length:])
 
 
 def _convert(backbone: Backbone, batch_size: int) -> tuple[bytes, bytes]:

@@ -35,8 +35,9 @@ def _one(backbone: Backbone) -> Array:
         lambda content: content[:20],
         lambda content: content[:999] + bytes([content[999] ^ 1]) + content[1000:],
         lambda content: b"x" + content[1:],
+        lambda content: content[:40] + bytes([content[40] ^ 1]) + content[41:],
     ],
-    ids=["short", "empty", "header", "bit", "magic"],
+    ids=["short", "empty", "header", "bit", "magic", "length"],
 )  # fmt: skip
 def test_a_damaged_cache_file_is_made_again(small: Backbone, damage: Callable[[bytes], bytes]) -> None:
     expected = _one(small)
@@ -46,6 +47,20 @@ def test_a_damaged_cache_file_is_made_again(small: Backbone, damage: Callable[[b
     np.testing.assert_array_equal(_one(small), expected)
     assert openvino_engine._read(path) is not None
     assert [file.name for file in path.parent.iterdir() if file.name.startswith(".")] == []
+
+
+@pytestmark_openvino
+def test_no_bit_of_the_header_can_be_altered(small: Backbone) -> None:
+    _one(small)
+    path = openvino_engine.cache_file(small, 2)
+    content = path.read_bytes()
+    for bit in range(8 * 64):  # magic, hash, length, and the start of the graph
+        altered = bytearray(content)
+        altered[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(altered)
+        assert openvino_engine._read(path) is None, bit
+    path.write_bytes(content)
+    assert openvino_engine._read(path) is not None
 
 
 @pytestmark_openvino
