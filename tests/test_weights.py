@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,7 +15,7 @@ import pytest
 import torch
 import torchvision.models as tv
 
-from featx import backbones
+from featx import backbones, catalogue
 from featx.backbones import load_backbone
 from featx.catalogue import NETWORKS, WEIGHTS, WeightsFile, published
 from featx.errors import WeightsError
@@ -64,6 +65,26 @@ def _embed(backbone: backbones.Backbone) -> torch.Tensor:
 
 
 # Where weights come from
+
+
+def test_what_people_download_most_is_known_by_its_whole_hash() -> None:
+    for name in ("efficientnet_lite0", "resnet18", "resnet50", "mobilenet_v3_large", "efficientnet_b0", "vit_b_16"):
+        assert len(WEIGHTS[NETWORKS[name].default].sha256) == 64
+    for weights in WEIGHTS.values():
+        named = re.search(r"-([0-9a-f]{8,})\.pth$", weights.file)
+        assert named is not None and weights.sha256_prefix.startswith(named[1])
+        assert weights.sha256 == "" or re.fullmatch(r"[0-9a-f]{64}", weights.sha256)
+    assert sum(bool(weights.sha256) for weights in WEIGHTS.values()) >= 20
+
+
+def test_a_file_that_matches_eight_digits_only_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    weights, source = _publish(monkeypatch, tmp_path)
+    monkeypatch.setattr(
+        catalogue, "_SHA256", {weights.file: hashlib.sha256(source.read_bytes()).hexdigest()[:-1] + "x"}
+    )
+    with pytest.raises(WeightsError, match="invalid hash value"):
+        load_backbone(SMALL)
+    assert not list(hub_folder().iterdir())
 
 
 def _publish(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, sha256: str = "") -> tuple[WeightsFile, Path]:
