@@ -81,6 +81,31 @@ def shared_memory(least: int) -> Path | None:
     return folder if status.f_bsize * status.f_bavail >= least and os.access(folder, os.W_OK) else None
 
 
+class OutOfTime(BaseException):
+    """Raised where :func:`limited_time` is over; no ``except Exception`` on the way may take it for its own."""
+
+
+@contextlib.contextmanager
+def limited_time(seconds: float) -> Iterator[None]:
+    """Let what follows have so much of a processor: then OutOfTime, as soon as native code returns to Python.
+
+    For the main thread of a process that uses neither SIGVTALRM nor its timer for anything else.
+    """
+    inside = True
+
+    def end(number: int, frame: object) -> None:
+        if inside:
+            raise OutOfTime
+
+    signal.signal(signal.SIGVTALRM, end)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        inside = False
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+
 @contextlib.contextmanager
 def limited_memory(more: int) -> Iterator[None]:
     """Let this process have no more than ``more`` bytes in addition: a MemoryError in place of a machine that swaps.

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featx._system import confine, limited_memory
+from featx._system import OutOfTime, confine, limited_memory, limited_time
 from featx.children import READY, speak_to_nobody
 from featx.errors import ImageError
 from featx.images import BYTES_PER_PIXEL, Preprocess, decode, weigh
@@ -34,6 +34,10 @@ READ, PART, HERE, WEIGH, DECODE = b"R", b"P", b"H", b"W", b"G"
 PLACE = struct.Struct("<QQ")
 TIMES = struct.Struct("<dd")
 WEIGHT = struct.Struct("<Q")
+
+HEADER_SECONDS = 0.2
+"""Of a processor, to read a header with its metadata: an honest one takes some milliseconds. Formats let a small file
+have millions of chunks, segments, comments or tags, and Pillow walks through them in Python."""
 
 _SPARE = 256 * 2**20
 """Bytes for decoding beside those that every pixel needs."""
@@ -59,8 +63,7 @@ def serve(socket_handle: int) -> None:
                 if message == DECODE:
                     answer, pixels = _decode(data, looks, settings)
                 elif message == WEIGH:
-                    with limited_memory(BYTES_PER_PIXEL * settings["max_pixels"] + _SPARE):
-                        answer = b"W" + WEIGHT.pack(weigh(data, max_pixels=settings["max_pixels"]))
+                    answer = b"W" + WEIGHT.pack(_weigh(data, settings["max_pixels"]))
                 else:
                     started = time.perf_counter()
                     data = _take(message)
@@ -75,6 +78,17 @@ def serve(socket_handle: int) -> None:
                 left = pixels.data.cast("B")
                 while left:
                     left = left[os.write(socket_handle, left) :]
+
+
+def _weigh(data: bytes, max_pixels: int) -> int:
+    """How much work decoding is; ImageError where only to learn that is more than a photo's header can take."""
+    try:
+        with limited_memory(BYTES_PER_PIXEL * max_pixels + _SPARE), limited_time(HEADER_SECONDS):
+            return weigh(data, max_pixels=max_pixels)
+    except OutOfTime:
+        raise ImageError(
+            "too_costly", "its header is far larger than a photo's; save it again with any program"
+        ) from None
 
 
 def _decode(data: bytes, looks: Looks, settings: dict[str, Any]) -> tuple[bytes, NDArray[np.uint8]]:

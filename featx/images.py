@@ -196,10 +196,7 @@ def decode(data: bytes, *, enough_for: Resized | None = None, max_pixels: int = 
         if enough_for is not None:
             image.draft("RGB", enough_for.resized(*image.size))
         image.load()
-        # Most files are upright already, and exif_transpose copies.
-        if image.getexif().get(0x0112, 1) != 1:
-            image = ImageOps.exif_transpose(image)
-        return _to_rgb(image)
+        return _to_rgb(_upright(image))
     except ImageError:
         raise
     except MemoryError:
@@ -217,6 +214,7 @@ def weigh(data: bytes, *, max_pixels: int = MAX_PIXELS) -> int:
         It would be refused, as by :func:`decode`.
     """
     image, scans = _admit(data, max_pixels)
+    image.getexif()  # is read before the pixels are, and is as large as anybody likes
     return image.width * image.height * max(_USUAL_SCANS, scans) // _USUAL_SCANS
 
 
@@ -281,9 +279,7 @@ def as_rgb(value: object) -> Image.Image:
     width, height = value.size
     if min(width, height) < MIN_SIDE:
         raise ImageError("too_small", f"{width}x{height} pixels; at least {MIN_SIDE} a side are needed")
-    if value.getexif().get(0x0112, 1) != 1:
-        value = ImageOps.exif_transpose(value)
-    return _to_rgb(value)
+    return _to_rgb(_upright(value))
 
 
 def pixels(data: bytes, preprocess: Preprocess, *, mode: str = "full") -> NDArray[np.uint8]:
@@ -377,6 +373,15 @@ def _open(data: bytes) -> Image.Image:
         raise
     except Exception as error:
         raise _refusal(error) from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    # Most files are upright already, and exif_transpose copies.
+    if image.getexif().get(0x0112, 1) == 1:
+        return image
+    for name in ("exif", "Raw profile type exif"):
+        image.info.pop(name, None)  # else exif_transpose writes it anew, however large it is
+    return ImageOps.exif_transpose(image)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

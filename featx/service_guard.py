@@ -164,8 +164,8 @@ class Guard:
             request_id.reset(token)
 
     def _check(self, scope: Scope, headers: Mapping[bytes, bytes]) -> Refusal | None:
-        host = headers.get(b"host", b"").decode("latin-1").lower()
-        if self._hosts is not None and re.sub(r":\d+$", "", host) not in self._hosts:
+        given = [value.decode("latin-1").lower() for name, value in scope["headers"] if name == b"host"] or [""]
+        if self._hosts is not None and not all(re.sub(r":\d+$", "", host) in self._hosts for host in given):
             names = ", ".join(sorted(self._hosts))
             message = f"This service answers to {names} only; give it an API key to reach it under other names."
             return Refusal(403, "host", message)

@@ -311,8 +311,8 @@ def serve(
         server_header=False,
         timeout_graceful_shutdown=3,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        # As many are accepted in one go, before any of them can be closed to make room.
-        backlog=max(1, protocol.connections_at_most // 2),
+        # As many are accepted in one go, before any is counted; those that make room are closed two steps later.
+        backlog=max(1, protocol.connections_at_most // 8),
     )
     server = Server(config, service, guard)
     bound, number = listener.getsockname()[:2]

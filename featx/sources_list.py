@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import difflib
 import json
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -92,7 +93,7 @@ def _ref(manifest: Path, where: str, row: dict[str, Any]) -> ImageRef:
     if not isinstance(name, str) or not name or "\0" in name:
         raise SourceError("no path in this line", where=where, expected="path, label[, split]", found=list(row))
     label, split = row.get("label"), row.get("split") or ""
-    if isinstance(label, int | float) and not isinstance(label, bool):
+    if isinstance(label, int | float) and not isinstance(label, bool) and math.isfinite(label):
         label = str(label)
     if not (label is None or isinstance(label, str)):
         raise SourceError("a label that is no text", where=where, found=repr(label))
@@ -117,6 +118,10 @@ def _csv_rows(path: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, Any
                 raise csv.Error("it has zero bytes")
             file.seek(0)
             rows = csv.DictReader(file, delimiter=_separator(header), skipinitialspace=True)
+            names = [name.strip().lower() for name in rows.fieldnames or ()]
+            for name in _OTHER_NAMES:
+                if names.count(name) > 1:
+                    raise SourceError(f"two columns called {name}", where=path, found=header.strip())
             _check_columns(path, rows.fieldnames or ())
             for row in rows:
                 if None in row:

@@ -142,7 +142,7 @@ def _members(path: Path) -> Iterator[_Member]:
                 yield from _checked(path, tar, size)
                 file.seek(tar.offset)
                 _check_end(path, file)
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError) as error:  # ValueError is what tarfile makes of numbers that are none
         with path.open("rb") as file:
             start = file.read(6)
         compressed = (

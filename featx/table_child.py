@@ -217,7 +217,7 @@ class _Parquet:
     def __init__(self, path: Path) -> None:
         from pyarrow import parquet
 
-        self._file = parquet.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False)
+        self._file = parquet.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False, page_checksum_verification=True)
         self.schema = self._file.schema_arrow
         self.starts = [0]
         for group in range(self._file.num_row_groups):

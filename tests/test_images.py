@@ -258,6 +258,18 @@ def test_resizing_the_crop_alone_is_resizing_everything(interpolation: str, size
     assert difference.mean() < 5e-3
 
 
+def test_metadata_is_not_written_anew_to_turn_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """EXIF can have as many bytes as the file, and its numbers are turned to text and back."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x010E] = "x" * 1000
+    data = encoded(picture(1, (40, 30)), "JPEG", exif=exif.tobytes())
+    expected = np.asarray(decode(data))
+    monkeypatch.setattr(Image.Exif, "tobytes", None)
+    turned = decode(data)
+    assert turned.size == (30, 40) and np.array_equal(np.asarray(turned), expected)
+
+
 def repeated_scans(more: int) -> bytes:
     """A progressive JPEG, with its last scan so many times more."""
     data = encoded(picture(1, (64, 48)), "JPEG", progressive=True)

@@ -11,12 +11,15 @@ import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -236,6 +239,53 @@ def test_small_files_that_cost_much_stop_nobody(tmp_path: Path) -> None:
         refused = server.send("/predict", bombs[1])
         assert (refused.status, refused.json["error"]["reason"]) == (422, "too_costly")
         assert server.send("/predict", WEBP).status == 200  # alone, it is an image as any other
+        assert server.get("/ready").status == 200
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def costly_headers() -> dict[str, bytes]:
+    """Sound images of a few thousand pixels and less than 10 MB, whose headers take seconds to walk through."""
+    small = io.BytesIO()
+    Image.new("RGB", (50, 50)).save(small, "JPEG")
+    start, rest = small.getvalue()[:2], small.getvalue()[2:]
+    head = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 50, 50, 8, 2, 0, 0, 0))
+    tail = chunk(b"IDAT", zlib.compress(bytes(50 * 151))) + chunk(b"IEND", b"")
+    return {
+        "png": head + chunk(b"teSt", b"") * 800_000 + tail,
+        "ppm": b"P6\n" + b"#" * 9_500_000 + b"\n50 50 255\n" + bytes(7500),
+        "jpeg": start + b"\xff\xe1\0\2" * 2_300_000 + rest,
+        "jpeg of fill bytes": start + b"\xff" * 9_000_000 + rest,
+    }
+
+
+def test_images_with_costly_headers_stop_nobody(tmp_path: Path) -> None:
+    """Four clients send them; the limit is in seconds of a processor, so a busy machine does not change it."""
+    hostile = costly_headers()
+    with start_tiny(tmp_path) as server:
+        for name, data in hostile.items():
+            refused = server.send("/predict", data)
+            assert (refused.status, refused.json["error"]["reason"]) == (422, "too_costly"), (name, refused.body)
+        over = threading.Event()
+        replies: Counter[int] = Counter()
+
+        def attack(data: bytes) -> None:
+            while not over.is_set():
+                replies.update([server.send("/predict", data).status])
+
+        with ThreadPoolExecutor(4) as pool:
+            attackers = [pool.submit(attack, data) for data in hostile.values()]
+            eventually(lambda: replies)
+            try:
+                honest = [server.send("/predict", png(seed)).status for seed in range(20)]
+            finally:
+                over.set()
+            for attacker in attackers:
+                attacker.result()
+        assert set(honest) == {200}
+        assert set(replies) <= {422, 429, 504}
         assert server.get("/ready").status == 200
 
 

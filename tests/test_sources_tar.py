@@ -243,9 +243,19 @@ def huge_header(folder: Path) -> Path:
     return folder / "x.tar"
 
 
+def broken_sparse_map(folder: Path) -> Path:
+    """A map of holes that is no list of pairs of numbers."""
+    info = tarfile.TarInfo("a/1.jpg")
+    info.size, info.pax_headers = 10, {"GNU.sparse.map": "0,x", "GNU.sparse.size": "10"}
+    with (folder / "x.tar").open("wb") as file:
+        file.write(info.tobuf(tarfile.PAX_FORMAT) + bytes(512) + bytes(1024))
+    return folder / "x.tar"
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
+        (broken_sparse_map, r"not a sound tar \(invalid literal.*Fetch or make it again"),
         (truncated, r"not a sound tar|ends before its last file does"),
         (without_end, r"not a sound tar \(it has no end\).*Fetch or make it again"),
         (joined, r"something follows its end, as when archives are joined with cat"),
