@@ -35,7 +35,7 @@ PLACE = struct.Struct("<QQ")
 TIMES = struct.Struct("<dd")
 WEIGHT = struct.Struct("<Q")
 
-HEADER_SECONDS = 0.2
+HEADER_SECONDS = 0.1
 """Of a processor, to read a header with its metadata: an honest one takes some milliseconds. Formats let a small file
 have millions of chunks, segments, comments or tags, and Pillow walks through them in Python."""
 
