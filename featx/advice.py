@@ -145,7 +145,12 @@ class Advice:
     def _strategy(self) -> str:
         best, n = self.recommended, self.n_compared
         others = [cell for cell in self.at(n) if cell.family != "control" and cell.strategy != best.strategy]
-        text = f"With {plural(n, 'image')} a class, use {named(best.strategy)}: right in {percent(best.accuracy)}"
+        large = sum(count > n for count in self.counts)
+        among = (
+            "" if large == len(self.counts) else f", among the {large} of {plural(len(self.counts), 'class')} with more"
+        )
+        where = f"With {plural(n, 'image')} a class{among}"
+        text = f"{where}, use {named(best.strategy)}: right in {percent(best.accuracy)}"
         if not others:
             return f"{text}; nothing else was compared."
         if best.difference is not None:

@@ -33,7 +33,7 @@ from featx.results import SweepResult
 from featx.rule import size_by_similarity
 from featx.sources import ImageSet
 from featx.splits import Index, Shots, plan_shots, reached
-from featx.store import FeatureSet
+from featx.store import FeatureSet, digest_keys
 from featx.sweep import sweep_heads
 
 if TYPE_CHECKING:
@@ -148,6 +148,8 @@ class _Run:
     def rank(self, count: int) -> None:
         data, features = self.data, self.data.features
         pool = np.flatnonzero((features.labels < 0) & (features.splits != "test"))
+        known = digest_keys(features.digests[features.labels >= 0])
+        pool = pool[~np.isin(digest_keys(features.digests[pool]), known)]  # the others have a label under another name
         if not len(pool):
             raise UsageError("the store has no unlabelled images to choose from")
         first = pool[np.sort(np.unique(features.digests[pool], axis=0, return_index=True)[1])]

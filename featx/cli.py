@@ -403,5 +403,5 @@ def main() -> None:
             raise
         code = _INTERRUPTED
     if code == _INTERRUPTED:  # Typer makes an exit code, or an error, of Ctrl-C, as its version has it
-        _fail("interrupted; what was published is kept. Run the same command again to go on.", _INTERRUPTED)
+        _fail("interrupted; run the same command again.", _INTERRUPTED)
     raise SystemExit(code if isinstance(code, int) else 0)

@@ -42,7 +42,9 @@ def advise(
     ] = None,
     backbone: OwnBackbone = None,
     weights: Weights = None,
-    n_jobs: Annotated[int | None, typer.Option(help="Parallel workers of sweeps. [default: cores]")] = None,
+    n_jobs: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Parallel workers of sweeps. [default: cores]")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of every random draw.")] = 0,
     as_json: Json = False,
 ) -> None:

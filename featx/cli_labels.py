@@ -45,7 +45,7 @@ def labels(
         str | None,
         typer.Option(help="Where the images of the store are, for the sheet. [default: as at extraction]"),
     ] = None,
-    n_jobs: Annotated[int | None, typer.Option(help="Parallel workers. [default: cores]")] = None,
+    n_jobs: Annotated[int | None, typer.Option(min=1, max=1024, help="Parallel workers. [default: cores]")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of every random draw.")] = 0,
     as_json: Json = False,
 ) -> None:

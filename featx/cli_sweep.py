@@ -75,7 +75,7 @@ def sweep(
         int | None,
         typer.Option(min=2, metavar="N", help="Take N images, drawn by the seed in proportion, of a large store."),
     ] = None,
-    n_jobs: Annotated[int | None, typer.Option(help="Parallel workers. [default: cores]")] = None,
+    n_jobs: Annotated[int | None, typer.Option(min=1, max=1024, help="Parallel workers. [default: cores]")] = None,
     backend: Annotated[
         Backend, typer.Option(help="Where they run: here, or on the Ray cluster that runs here or RAY_ADDRESS names.")
     ] = Backend.local,

@@ -213,6 +213,10 @@ def _notes(images: ImageSet, writer: StoreWriter) -> tuple[str, ...]:
             f"the store described {earlier_source} before and describes {images.source} now; "
             "embeddings of both are kept until --prune"
         )
+    if writer.index is not None:
+        gone = [name for name in writer.index.class_names if name not in images.class_names]
+        if gone and earlier_source == images.source:
+            notes.append(f"not there any more: {plural(len(gone), 'class').partition(' ')[2]} {', '.join(gone[:10])}")
     if (writer.path / PARTS).is_dir():
         notes.append("parts of an extraction are waiting in this store; --finish takes over what they have")
     return tuple(notes)

@@ -104,7 +104,9 @@ def fit_head(
         Fewer than two classes with images, no such head, or no such device.
     """
     if not 0 < max_error < 1:
-        raise UsageError("--max-error is a share of the answers", expected="between 0 and 1", found=max_error)
+        raise UsageError(
+            "--max-error is a share of the answers", expected="more than 0 and less than 1", found=max_error
+        )
     if device is not None:
         check_device(device)
     kept = np.flatnonzero(np.asarray(labels) >= 0)

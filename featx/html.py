@@ -160,6 +160,12 @@ def images_a_class(n_shots: Shots) -> str:
     return f"{plural(n_shots, 'image')} a class"
 
 
+def classes_among(result: SweepResult, n_shots: Shots) -> str:
+    """Of how many classes a size is, in words, where it is not of all; else ""."""
+    compared = len(result.compared(n_shots))
+    return "" if compared == len(result.class_names) else f", among {compared} of {len(result.class_names)} classes"
+
+
 def ranked(result: SweepResult, n_shots: Shots) -> list[HeadResult]:
     """Results at one n_shots, best first."""
     return sorted((each for each in result.results if each.n_shots == n_shots), key=lambda each: each.rank)
@@ -187,7 +193,7 @@ def _ranking(result: SweepResult, n_shots: Shots) -> str:
     )
     # The most images first: that is what one has. The rest is there for who asks.
     state = " open" if n_shots == result.shots[-1] else ""
-    words = images_a_class(n_shots)
+    words = images_a_class(n_shots) + classes_among(result, n_shots)
     return f"<details{state}><summary><h3>{words[:1].upper()}{words[1:]}</h3></summary>{table}</details>"
 
 
@@ -220,8 +226,10 @@ def _curves(result: SweepResult) -> str:
     for tick in np.arange(low, 1.001, 0.1):
         out.append(f'<path class="axis" d="M{left} {y(tick):.1f}H{width}"/>')
         out.append(f'<text x="{left - 8}" y="{y(tick) + 5:.1f}" text-anchor="end">{100 * tick:.0f}</text>')
+    fewer = [n_shots for n_shots in result.shots if classes_among(result, n_shots)]
     for i, n_shots in enumerate(result.shots):
-        out.append(f'<text x="{x(i):.1f}" y="{height - 10}" text-anchor="middle">{n_shots}</text>')
+        mark = "*" if n_shots in fewer else ""
+        out.append(f'<text x="{x(i):.1f}" y="{height - 10}" text-anchor="middle">{n_shots}{mark}</text>')
     base = y(result.majority_baseline)
     out.append(f'<path d="M{left} {base:.1f}H{width}" stroke="#888" stroke-dasharray="2 4"/>')
     names = {result.winner: "best", rival(result): "rival"}
@@ -251,14 +259,15 @@ def _curves(result: SweepResult) -> str:
         f'<figure><svg viewBox="0 0 {width} {height}" role="img" aria-label="accuracy against images a class">'
         f'{"".join(out)}</svg><p class="legend">{keys}</p><figcaption>Across: labelled images a class. '
         "Up: accuracy in % on the other images, with 95 % intervals. Dotted: guessing the most common "
-        "class.</figcaption></figure>"
+        f"class.{' *: among fewer classes, so not to be compared with the others.' if fewer else ''}"
+        "</figcaption></figure>"
     )
 
 
 def _confusion(result: SweepResult, n_shots: Shots) -> str:
     counts = result.confusion(result.winner, n_shots)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    names = result.class_names
+    names, judged = result.class_names, [bool(row.any()) for row in counts]
     off = [(float(shares[i, j]), i, j) for i in range(len(names)) for j in range(len(names)) if i != j and shares[i, j]]
     worst = [f"{escape(names[i])} as {escape(names[j])} {_points(s)} %" for s, i, j in sorted(off, reverse=True)[:5]]
     text = f"<p>With {images_a_class(n_shots)}. Most confused: {'; '.join(worst)}.</p>" if worst else "<p>Nothing.</p>"
@@ -267,7 +276,10 @@ def _confusion(result: SweepResult, n_shots: Shots) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in names)
     rows = "".join(
         f"<tr><td>{escape(names[i])}</td>"
-        + "".join(f'<td style="background:rgba(var(--fill),{0.75 * s:.3f})">{100 * s:.0f}</td>' for s in shares[i])
+        + "".join(
+            f'<td style="background:rgba(var(--fill),{0.75 * s:.3f})">{f"{100 * s:.0f}" if judged[i] else "-"}</td>'
+            for s in shares[i]
+        )
         + "</tr>"
         for i in range(len(names))
     )

@@ -120,7 +120,7 @@ def rank_labels(
     large = is_large(data)
     n_workers = 1 if large else joblib.cpu_count() if n_jobs is None else joblib.effective_n_jobs(n_jobs)
     probabilities = np.zeros((len(y), len(present)))
-    with workers(n_workers) as pool:
+    with workers(min(n_workers, N_FOLDS)) as pool:
         for repeat in range(repeats):
             if progress:
                 progress(repeat, repeats, "judging labels")

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from featx.errors import UsageError, plural
-from featx.html import Thumbnail, images_a_class, ranked, render_page, rival
+from featx.html import Thumbnail, classes_among, images_a_class, ranked, render_page, rival
 from featx.mislabelled import LabelRanking
 from featx.results import SweepResult
 
@@ -83,9 +83,11 @@ def conclusion(result: SweepResult) -> str:
     own = next(each for each in rows if each.head == result.winner)
     where = images_a_class(n_shots)
     interval = f"95 % interval {100 * own.accuracy.low:.1f} to {100 * own.accuracy.high:.1f}"
-    parts = [f"Use {own.head}: {100 * own.accuracy.mean:.1f} % right with {where} ({interval})."]
+    among = classes_among(result, n_shots)
+    parts = [f"Use {own.head}: {100 * own.accuracy.mean:.1f} % right with {where}{among} ({interval})."]
     others = [each for each in rows if each is not own]
-    if len(result.shots) > 1:
+    # Fewer classes are easier: only where they are the same is a difference owed to the images.
+    if len(result.shots) > 1 and result.compared(result.shots[-2]) == result.compared(n_shots):
         before = next(r for r in result.results if r.head == own.head and r.n_shots == result.shots[-2])
         gain = own.accuracy.mean - before.accuracy.mean
         if gain >= _WORTH and gain > max([each.accuracy.mean - own.accuracy.mean for each in others] or [0.0]):
@@ -215,7 +217,10 @@ def draw_accuracy(result: SweepResult, *, title: str) -> Figure:
         if colour != _REST:
             axes.fill_between(places, low, high, color=colour, alpha=0.12, linewidth=0)
     axes.axhline(100 * result.majority_baseline, color="#777777", linestyle=":", label="most common class")
-    axes.set_xticks(list(places), ["all but\na fifth" if n == "all" else str(n) for n in result.shots])
+    axes.set_xticks(
+        list(places),
+        ["all but\na fifth" if n == "all" else f"{n}{'*' if classes_among(result, n) else ''}" for n in result.shots],
+    )
     axes.set_xlabel("labelled images a class")
     axes.set_ylabel("accuracy on the others, %")
     axes.set_title(title)

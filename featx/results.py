@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx import stats
-from featx.splits import Duplicates, Index, Shots
+from featx.splits import Duplicates, Index, Shots, distinct_counts, least_images
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,11 @@ class SweepResult:
     def of(self, head: str, n_shots: Shots) -> list[Trial]:
         """Trials of one head at one n_shots, by episode."""
         return [t for t in self.trials if t.head == head and t.n_shots == n_shots]
+
+    def compared(self, n_shots: Shots) -> tuple[str, ...]:
+        """The classes that have enough images for this n_shots; the others are in none of its draws."""
+        counts = distinct_counts(self.labels, self.duplicates.groups, len(self.class_names))
+        return tuple(name for name, n in zip(self.class_names, counts, strict=True) if n >= least_images(n_shots))
 
     @cached_property
     def majority_baseline(self) -> float:

@@ -193,7 +193,7 @@ def _group(features: FeatureSet, contents: NDArray[np.intp], rows: NDArray[np.in
         similarity=tuple(similarity[i] for i in range(len(rows))),
         exact=tuple((contents[rows] == contents[rows[0]]).tolist()),
         across_splits=len(set(features.splits[rows].tolist())) > 1,
-        conflicting=len(set(features.labels[rows].tolist())) > 1,
+        conflicting=len(set(features.labels[rows].tolist()) - {-1}) > 1,
     )
 
 

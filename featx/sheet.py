@@ -206,7 +206,8 @@ def duplicate_sheet(
     facts = [
         f"{plural(len(groups), 'group')} among {plural(len(features), 'image')}; each image is compared with the first "
         "of its group.",
-        "What to do: keep one image of each group and delete the others. Where labels differ, at least one is wrong: "
+        "What to do: look at each group. Of copies keep one and delete the others; photos that only look alike may all "
+        "stay. Where labels differ, at least one is wrong: "
         "correct it. A group on both sides of a split makes a test look better than it is: keep it on one side. Then "
         "run featx extract again; nothing is computed twice.",
     ]

@@ -56,6 +56,11 @@ def sort_into(
     StoreError, UsageError
         A copy cannot be written, or a link or a file stands where a folder is to be.
     """
+    photos, target = list(photos), folder.resolve()
+    if any(path.resolve().is_relative_to(target) for path, _ in photos):
+        raise UsageError(
+            "the photos lie in the folder that they are to be sorted into", where=folder, hint="Choose another folder."
+        )
     by_label: dict[str | None, list[Path]] = {}
     for path, label in photos:
         by_label.setdefault(label, []).append(path)

@@ -186,7 +186,7 @@ class ImageSet:
                 where=root,
                 expected="at least two folders, one a class",
                 found=images.class_names[0],
-                hint=f"For images without labels, give the folder that holds them: {root / images.class_names[0]}",
+                hint=_one_level_up(root, images),
             )
         return images
 
@@ -272,6 +272,14 @@ class ImageSet:
                 found=images.class_names[0],
             )
         return images
+
+
+def _one_level_up(root: Path, images: ImageSet) -> str:
+    beside = sum(ref.label is None for ref in images.refs)
+    if beside:
+        lie = "lies" if beside == 1 else "lie"
+        return f"{plural(beside, 'image')} {lie} beside it: if {root.name} is a class itself, give the folder above it."
+    return f"For images without labels, give the folder that holds them: {root / images.class_names[0]}"
 
 
 def count_labels(labels: Sequence[str | None]) -> dict[str, int]:

@@ -245,8 +245,8 @@ def plan_shots(
         named = [f"{class_names[i]!r} has only {plural(int(counts[i]), 'different image')}" for i in small[:_NAMED]]
         more = [plural(len(small) - _NAMED, "more class")] if len(small) > _NAMED else []
         notes.append(
-            f"n_shots {_listed(lacking)} compare only the classes with enough images: {', '.join([*named, *more])}. "
-            "Add photos there first."
+            f"At n_shots {_listed(lacking)} only the classes with enough images are compared: "
+            f"{', '.join([*named, *more])}. Add photos there first."
         )
     return wanted, notes
 

@@ -378,7 +378,7 @@ def test_ctrl_c_while_something_is_imported(word: str, tmp_path: Path, featx: Fe
         f"    raise {word}('initialization failed') from error\n"
     )
     ran = featx("extract", "photos", "--out", "s.featx", "--backbone", "own.py:Net", cwd=tmp_path)
-    mistake(ran, 130, "interrupted; what was published is kept")
+    mistake(ran, 130, "interrupted; run the same command again")
 
 
 def test_a_crash_in_native_code_says_where(tmp_path: Path, featx: Featx) -> None:

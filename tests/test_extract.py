@@ -268,6 +268,14 @@ def test_another_source_takes_the_place_of_the_first_only_when_told(source: Path
     assert verify(store) == []
 
 
+def test_a_class_that_is_gone_is_named(source: Path, store: Path) -> None:
+    class_folders(source, names=("cats", "dogs"), each=2, first=40)
+    run(source, store)
+    shutil.rmtree(source / "cats")
+    assert "not there any more: class cats" in run(source, store).notes
+    assert not any("not there" in note for note in run(source, store).notes)
+
+
 def test_an_id_that_would_widen_a_large_index_is_refused(
     tmp_path: Path, source: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

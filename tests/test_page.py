@@ -222,7 +222,7 @@ def test_a_sheet_of_duplicates_uses_the_width_and_fits_a_phone(
     assert featx("extract", photos, "--out", tmp_path / "s.featx").code == 0
     assert featx("duplicates", tmp_path / "s.featx", "--exact-only", "--html", tmp_path / "d.html").code == 0
     browser.open((tmp_path / "d.html").as_uri())
-    assert "keep one image of each group" in browser.run("return document.body.innerText")
+    assert "Of copies keep one and delete the others" in browser.run("return document.body.innerText")
     tops = "return [...document.querySelectorAll('section')].map(e => Math.round(e.getBoundingClientRect().top))"
     sizes = "return [...document.images].map(i => [i.width, i.height, i.naturalWidth])"
     try:

@@ -81,6 +81,14 @@ def test_names_that_are_taken_and_photos_that_are_there(tmp_path: Path) -> None:
     assert (out / "x" / "a (2).jpg").stat().st_mtime_ns == two["a"].stat().st_mtime_ns
 
 
+def test_photos_are_not_sorted_into_the_folder_that_they_lie_in(tmp_path: Path) -> None:
+    files = make(tmp_path / "photos" / "ants", a="1", b="2")
+    before = contents(tmp_path)
+    with pytest.raises(UsageError, match=r"the photos lie in the folder that they are to be sorted into"):
+        sort_into(tmp_path / "photos", [(files["a"], "bees"), (files["b"], None)], ["ants", "bees"])
+    assert contents(tmp_path) == before
+
+
 def test_links_are_neither_followed_nor_replaced(tmp_path: Path) -> None:
     photo = make(tmp_path / "in", a="a")["a"]
     (tmp_path / "elsewhere").mkdir()

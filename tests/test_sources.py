@@ -161,3 +161,8 @@ def test_mistakes_about_folders_are_named(tmp_path: Path) -> None:
     class_folders(tmp_path, names=("ants",))
     with pytest.raises(SourceError, match=r"only one class folder.*found ants.*give the folder that holds them"):
         ImageSet.from_source(tmp_path)
+    class_folders(tmp_path / "deep" / "bees", names=("more",), each=2)
+    picture(9).save(tmp_path / "deep" / "bees" / "x.png")
+    words = r"found more\. 1 image lies beside it: if bees is a class itself, give the folder above it"
+    with pytest.raises(SourceError, match=words):
+        ImageSet.from_folder(tmp_path / "deep" / "bees")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,9 @@ from featx import stats
 from featx.choose import choose, out_of_fold_losses, search_penalty
 from featx.errors import UsageError
 from featx.heads import HEADS, Head, mean_squared_norm
+from featx.html import render_page
 from featx.normalise import Normalise
+from featx.report import conclusion
 from featx.scoring import softmax
 from featx.solvers import temperature
 from featx.splits import KShotSplit, fold_numbers
@@ -179,7 +183,7 @@ def test_a_small_class_takes_no_size_from_the_others() -> None:
     found = sweep_heads(rows, labels, class_names=names, **options)
     assert found.shots == (1, 2, 5, 10, 20, "all")
     (note,) = found.notes
-    assert note.startswith("n_shots 5, 10, 20 compare only") and "'b' has only 4 different images" in note
+    assert note.startswith("At n_shots 5, 10, 20 only the classes") and "'b' has only 4 different images" in note
     large = labels != 1
     for n_shots in (5, 10, 20):
         for head in found.heads:
@@ -195,6 +199,14 @@ def test_a_small_class_takes_no_size_from_the_others() -> None:
         if each.n_shots in (5, 10, 20):
             assert means[each.head, each.n_shots] == pytest.approx(each.accuracy.mean, abs=0.06)
     json.dumps(found.to_json(), allow_nan=False)
+    # What is said of the sizes does not take fewer classes for more images.
+    assert found.compared(20) == ("a", "c", "d") and found.compared(2) == found.class_names
+    few = replace(found, shots=(2, 20))
+    assert "among 3 of 4 classes" in conclusion(few) and "More images help" not in conclusion(few)
+    page = render_page(few, title="x", sentence="", provenance={}, command="", ids=None, thumbnail=None, labels=None)
+    assert ">20*</text>" in page and ">2</text>" in page and "among fewer classes" in page
+    row = re.search(r"<tr><td>b</td>(.*?)</tr>", page)
+    assert row is not None and re.findall(r">([^<]*)</td>", row[1]) == ["-"] * 4
 
 
 def test_unlabelled_rows_and_empty_classes_are_left_out_and_named() -> None:
