@@ -214,7 +214,6 @@ def weigh(data: bytes, *, max_pixels: int = MAX_PIXELS) -> int:
         It would be refused, as by :func:`decode`.
     """
     image, scans = _admit(data, max_pixels)
-    image.getexif()  # is read before the pixels are, and is as large as anybody likes
     return image.width * image.height * max(_USUAL_SCANS, scans) // _USUAL_SCANS
 
 
