@@ -165,8 +165,11 @@ class SweepResult:
 
     def compared(self, n_shots: Shots) -> tuple[str, ...]:
         """The classes that have enough images for this n_shots; the others are in none of its draws."""
-        counts = distinct_counts(self.labels, self.duplicates.groups, len(self.class_names))
-        return tuple(name for name, n in zip(self.class_names, counts, strict=True) if n >= least_images(n_shots))
+        return tuple(name for name, n in zip(self.class_names, self._counts, strict=True) if n >= least_images(n_shots))
+
+    @cached_property
+    def _counts(self) -> Index:
+        return distinct_counts(self.labels, self.duplicates.groups, len(self.class_names))
 
     @cached_property
     def majority_baseline(self) -> float:

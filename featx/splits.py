@@ -101,8 +101,9 @@ class KShotSplit:
         """The draw number ``episode`` of labels (n,) in 0 .. c-1 and dense groups (n,); too small classes stay out."""
         keys = np.random.default_rng([self.random_state, episode]).random(len(labels))
         order = np.argsort(keys, kind="stable")
-        large = distinct_counts(labels, groups, int(labels.max()) + 1) >= least_images(self.n_shots)
-        own = of_one_class(labels, groups) & large[labels]
+        own, counts = _alone(labels, groups, int(labels.max()) + 1)
+        large = counts >= least_images(self.n_shots)
+        own &= large[labels]
         queues = [order[own[order] & (labels[order] == c)] for c in np.flatnonzero(large)]
         support, query = _hold_out(queues, groups) if self.n_shots == "all" else _take(queues, groups, self.n_shots)
         return support[own[support]], query[own[query]]
@@ -157,7 +158,14 @@ def _equal_rows(X: Any) -> NDArray[np.void] | None:
 
 def of_one_class(labels: NDArray[np.integer], groups: Index) -> NDArray[np.bool_]:
     """Which rows (n,) show an image that no other class has."""
-    return np.asarray(np.bincount(_pairs_of(groups, labels)[0])[groups] == 1)
+    return _alone(labels, groups, int(labels.max(initial=0)) + 1)[0]
+
+
+def _alone(labels: NDArray[np.integer], groups: Index, n_classes: int) -> tuple[NDArray[np.bool_], Index]:
+    """Which rows (n,) show an image that no other class has, and how many such images each class (n_classes,) has."""
+    group, label = _pairs_of(groups, labels)
+    single = np.bincount(group) == 1
+    return single[groups], np.bincount(label[single[group]], minlength=n_classes)
 
 
 def _pairs_of(groups: Index, labels: NDArray[np.integer]) -> tuple[Index, Index]:
@@ -169,8 +177,7 @@ def _pairs_of(groups: Index, labels: NDArray[np.integer]) -> tuple[Index, Index]
 
 def distinct_counts(labels: NDArray[np.integer], groups: Index, n_classes: int) -> Index:
     """Number of different images that each class (n_classes,) has alone, copies counted once."""
-    own = of_one_class(labels, groups)
-    return np.bincount(_pairs_of(groups[own], labels[own])[1], minlength=n_classes)
+    return _alone(labels, groups, n_classes)[1]
 
 
 def check_shots(labels: NDArray[np.integer], groups: Index, n_shots: Shots, class_names: Sequence[str]) -> None:

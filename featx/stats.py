@@ -139,8 +139,23 @@ def resampled_variance(
     return between * (1.0 / j + min(n_support / n_query, 1.0)) + of_images + max(both, 0.0)
 
 
-def _freedom(scores: Array, images: Array) -> int:
-    return max(len(scores) - 1, 1) if len(scores) > 1 else max(len(images) - 1, 1)
+@dataclass(frozen=True)
+class _Spread:
+    """The variance of a mean over episodes, its degrees of freedom and half its interval; ``n`` images were queried."""
+
+    variance: float
+    freedom: int
+    margin: float
+    n: int
+
+    @classmethod
+    def of(
+        cls, scores: Array, images: Array, n_support: float, n_query: float, taught: Array | None, level: float
+    ) -> _Spread:
+        n = int(np.isfinite(images).sum())
+        variance = resampled_variance(scores, images, n_support, n_query, taught)
+        freedom = max(len(scores) - 1, 1) if len(scores) > 1 else max(n - 1, 1)
+        return cls(variance, freedom, float(stats.t.ppf(0.5 + level / 2, freedom)) * math.sqrt(variance), n)
 
 
 def mean_interval(
@@ -157,13 +172,10 @@ def mean_interval(
     Where every image is always right (or wrong) the variance is zero and says nothing; then the limit is
     the share that could still give that many in a row (Clopper and Pearson).
     """
-    images = images[np.isfinite(images)]
-    mean = float(scores.mean())
-    variance = resampled_variance(scores, images, n_support, n_query, taught)
-    margin = float(stats.t.ppf(0.5 + level / 2, _freedom(scores, images))) * math.sqrt(variance)
-    blind = unseen_share(len(images), level=level)
-    low = min(mean - margin, 1.0 - blind) if mean >= 1.0 else mean - margin
-    high = max(mean + margin, blind) if mean <= 0.0 else mean + margin
+    mean, spread = float(scores.mean()), _Spread.of(scores, images, n_support, n_query, taught, level)
+    blind = unseen_share(spread.n, level=level)
+    low = min(mean - spread.margin, 1.0 - blind) if mean >= 1.0 else mean - spread.margin
+    high = max(mean + spread.margin, blind) if mean <= 0.0 else mean + spread.margin
     return Interval(mean, max(low, 0.0), min(high, 1.0))
 
 
@@ -186,13 +198,11 @@ def paired_difference(
     Where all images differ alike (mostly: none does) the variance is zero and says nothing; then the limits are
     the share that could still differ otherwise and be seen in none of that many.
     """
-    images = images[np.isfinite(images)]
-    mean = float(scores.mean())
-    variance = resampled_variance(scores, images, n_support, n_query, taught)
-    freedom = _freedom(scores, images)
-    margin = float(stats.t.ppf(0.5 + level / 2, freedom)) * math.sqrt(variance)
-    margin = margin or unseen_share(len(images), level=level)
-    p = float(2 * stats.t.sf(abs(mean) / math.sqrt(variance), freedom)) if variance > 0 else 1.0
+    mean, spread = float(scores.mean()), _Spread.of(scores, images, n_support, n_query, taught, level)
+    margin = spread.margin or unseen_share(spread.n, level=level)
+    p = 1.0
+    if spread.variance > 0:
+        p = float(2 * stats.t.sf(abs(mean) / math.sqrt(spread.variance), spread.freedom))
     return Difference(Interval(mean, mean - margin, mean + margin), p)
 
 

@@ -51,7 +51,8 @@ def serve(handle: int) -> None:
         parent.recv_bytes()
         import pyarrow
 
-        with contextlib.suppress(NotImplementedError):  # it gives memory back soonest, where it was built in
+        # jemalloc gives memory back soonest. Not every pyarrow is built with it, and its usual allocator does as well.
+        with contextlib.suppress(NotImplementedError):
             pyarrow.set_memory_pool(pyarrow.jemalloc_memory_pool())
         pyarrow.set_cpu_count(1)
         pyarrow.set_io_thread_count(1)
