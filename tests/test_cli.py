@@ -214,6 +214,20 @@ def test_a_messy_folder_is_told_apart(tmp_path: Path, featx: Featx) -> None:
     assert featx("info", store, "--json").json["classes"] == {"cats": 2, "dogs": 2}
 
 
+def test_a_copy_without_a_label_is_no_wrong_label(tmp_path: Path, featx: Featx) -> None:
+    photos, store = class_folders(tmp_path / "photos", ("ants", "bees", "unsorted"), each=6), tmp_path / "s.featx"
+    shutil.copy(photos / "ants" / "000.png", photos / "unsorted" / "copy.png")
+    assert featx("extract", photos, "--out", store, "--unlabelled", "unsorted").code == 0
+    found = featx("duplicates", store, "--json").json
+    assert (found["exact"], found["conflicting_labels"]) == (1, 0)
+    ran = featx("advise", store, "--minutes", "0.3", "--next", "7", "--json")
+    assert ran.code == 0, ran.err
+    listed = {each["id"] for each in ran.json["label_next"]}
+    assert len(listed) == 6 and "unsorted/copy.png" not in listed
+    for jobs in (0, 100_000):
+        assert featx("sweep", store, "--n-jobs", jobs).code == 2
+
+
 def mistake(ran: object, code: int, *words: str) -> None:
     """One sentence on stderr, nothing else, and the exit code."""
     assert getattr(ran, "code") == code, ran  # noqa: B009 - any Ran
