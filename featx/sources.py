@@ -79,6 +79,8 @@ class ImageSet:
             There is no such class, or a single one is left.
         """
         nameless = set(names)
+        if not nameless:
+            return self
         for name in sorted(nameless - set(self.class_names)):
             raise SourceError(
                 "no class of this name", where=self.root, expected=", ".join(self.class_names) or "any class",

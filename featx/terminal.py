@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 LOG_SECONDS = 10.0
 
+_UNSEEN = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What of JSON a terminal would obey: :func:`featx.errors.visible` spells the same of other text."""
+
 PAGE_MARK, MODEL_MARK = b'<meta name="generator" content="featx">', b"bundle.json"
 """What :func:`check_file` knows featx's own pages and models by."""
 
@@ -46,9 +49,6 @@ def print_json(value: dict[str, Any]) -> None:
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     # Whatever visible() spells is inside a string here, where JSON has a spelling of its own for it.
     print(re.sub(_UNSEEN, lambda found: f"\\u{ord(found[0]):04x}", text), flush=True)
-
-
-_UNSEEN = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def _console(*, err: bool) -> Console:
