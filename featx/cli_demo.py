@@ -101,7 +101,7 @@ def run_demo(folder: Path, extract: Extract, *, open_report: bool, seed: int, as
         )
     say("", err=as_json)
     show(_table(jobs), err=as_json)
-    say(demo.verdict(jobs), err=as_json)
+    say(*demo.verdict(jobs), err=as_json)
     say("", f"Report: {page}", f"Model: {model}", err=as_json)
     say("Now with your own photos, one folder for each class:", err=as_json)
     say("  featx extract photos --out photos.featx", "  featx sweep photos.featx", err=as_json)

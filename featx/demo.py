@@ -191,8 +191,8 @@ def means_of(result: SweepResult, head: str) -> dict[Shots, float]:
     return {each.n_shots: each.accuracy.mean for each in result.results if each.head == head}
 
 
-def verdict(jobs: Sequence[Job]) -> str:
-    """What was seen, in words, with the numbers."""
+def verdict(jobs: Sequence[Job]) -> list[str]:
+    """What was seen, in words with the numbers: a line for each job, and what follows."""
     parts = []
     for job in jobs:
         points = round(100 * job.gain)
@@ -205,4 +205,4 @@ def verdict(jobs: Sequence[Job]) -> str:
             else "is worth nothing"
         )
         parts.append(f"On {job.name} the frozen network {words} ({numbers}, with 5 images a class).")
-    return "\n".join([*parts, "Which it is on your photos, only a measurement on them can say."])
+    return [*parts, "Which it is on your photos, only a measurement on them can say."]

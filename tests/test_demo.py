@@ -80,6 +80,7 @@ def test_the_demo(tmp_path: Path, featx: Featx) -> None:
     browser.chmod(0o755)
     ran = featx("demo", "--json", "--open", cwd=tmp_path, env={"BROWSER": f"{browser} %s"})
     assert ran.code == 0, ran.err
+    assert "\\n" not in ran.err + ran.out  # a line end inside a line would be spelt
     found = ran.json
     rows: dict[tuple[str, str, Any], float] = {
         (job, row["features"], row["n_shots"]): row["accuracy"]
@@ -119,7 +120,7 @@ def test_the_verdict_follows_the_numbers() -> None:
     better = Job("photographs", "ridge", {5: 0.91}, {5: 0.27})
     worse = Job("digits", "ridge", {5: 0.6}, {5: 0.9})
     same = Job("noise", "ridge", {5: 0.5}, {5: 0.5})
-    lines = verdict([better, worse, same]).splitlines()
+    lines = verdict([better, worse, same])
     assert "is worth 64 points (91 % right, raw pixels 27 %" in lines[0]
     assert "costs 30 points" in lines[1]
     assert "is worth nothing" in lines[2]

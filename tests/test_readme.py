@@ -54,6 +54,7 @@ def test_every_command_runs(folder: Path) -> None:
             done = run(["bash", "-c", command], folder)
             assert done.returncode == 0, f"{command}\n{done.stderr}"
             assert done.stdout.strip(), command
+            assert "\\n" not in done.stdout + done.stderr, command
 
 
 def test_the_python_runs(folder: Path) -> None:
