@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from featx._arrays import PENULTIMATE, Index
 from featx.advice import Advice, Family, NextImage, Skipped
 from featx.backbones import Backbone, load_backbone
 from featx.comparison import Budget, Labelled, OutOfTime, Progress, Trials
@@ -28,11 +29,11 @@ from featx.engines import make_engine
 from featx.errors import FeatxError, ImageError, MismatchError, SourceError, UsageError, WeightsError, plural
 from featx.heads import HEADS
 from featx.labelling import Simulation, next_batch, plan_simulation, rank_unlabelled, simulate
-from featx.layers import PENULTIMATE, Layers
+from featx.layers import Layers
 from featx.results import SweepResult
 from featx.rule import size_by_similarity
 from featx.sources import ImageSet
-from featx.splits import Index, Shots, plan_shots, reached
+from featx.splits import Shots, plan_shots, reached
 from featx.store import FeatureSet, digest_keys
 from featx.sweep import sweep_heads
 

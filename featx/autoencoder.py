@@ -3,9 +3,6 @@
 It squeezes an image through a short code and learns to draw it again; the code is then an embedding like any other:
 ``featx extract --backbone autoencoder --weights FILE``. It is what can be had without any pretraining, and so the
 control beside it: where photos resemble those of ImageNet, pretrained embeddings are far ahead.
-
-The checkpoint (a torch file of plain tensors and numbers, format "featx-autoencoder") has the encoder under
-``state_dict``, the decoder under ``decoder``, and ``config`` says how images are prepared and what was reached.
 """
 
 from __future__ import annotations
@@ -15,7 +12,7 @@ import io
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,22 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from featx._files import publish_bytes
-from featx.checkpoints import read_file
+from featx.autoencoder_network import CHANNELS, FORMAT, FORMAT_VERSION, SIDE, Encoder, check_shape, preprocess_of
 from featx.decoders import DecoderPool
-from featx.errors import ImageError, UsageError, WeightsError
-from featx.hub import Progress as Told
-from featx.images import Preprocess
-from featx.providers import Provider
+from featx.errors import ImageError, UsageError
 from featx.sources import ImageSet
 
-NAME = "autoencoder"
-FORMAT, FORMAT_VERSION = "featx-autoencoder", 1
-
-CHANNELS = (32, 64, 128, 256)
-"""Of the encoder's four halvings of the image, and of the decoder's backwards."""
-
-SIDE = 2 ** len(CHANNELS)
-MAX_SIZE, MAX_DIM = 512, 4096
 MIN_IMAGES = 10
 HELD_OUT = 0.1
 IMAGE_PASSES = 60_000
@@ -53,28 +39,6 @@ _BATCH = 32
 _RATE = 2e-3
 
 Tick = Callable[[int, int, str], None]
-
-
-def preprocess_of(size: int) -> Preprocess:
-    """The whole centre square of an image at ``size`` pixels a side, values from -1 to 1."""
-    return Preprocess(size, (size, size), "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-
-
-class Encoder(nn.Sequential):
-    """Normalised images (n, 3, size, size) to codes (n, dim), each number of mean 0 and variance 1 in training.
-
-    Without that the mean image leads the code, and the cosine of any two images is near 1.
-    """
-
-    def __init__(self, dim: int, size: int) -> None:
-        layers: list[nn.Module] = []
-        before = 3
-        for channels in CHANNELS:
-            layers += [nn.Conv2d(before, channels, 3, 2, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()]
-            before = channels
-        super().__init__(
-            *layers, nn.Flatten(), nn.Linear(before * (size // SIDE) ** 2, dim), nn.BatchNorm1d(dim, affine=False)
-        )
 
 
 class Decoder(nn.Sequential):
@@ -143,16 +107,6 @@ class Autoencoder:
         out = io.BytesIO()
         torch.save(content, out)
         return publish_bytes(path, out.getvalue())
-
-
-def check_shape(dim: int, size: int) -> None:
-    """UsageError for a code or an image that cannot be."""
-    if not 1 <= dim <= MAX_DIM:
-        raise UsageError("the code cannot be that long", where="dim", expected=f"1 to {MAX_DIM}", found=dim)
-    if size % SIDE or not SIDE <= size <= MAX_SIZE:
-        raise UsageError(
-            "images cannot have that side", where="size", expected=f"a multiple of {SIDE} up to {MAX_SIZE}", found=size
-        )
 
 
 def held_out_rows(digests: NDArray[np.uint8], random_state: int) -> NDArray[np.bool_]:
@@ -302,41 +256,3 @@ def _baseline(pixels: NDArray[np.uint8], learn: NDArray[np.intp], judge: NDArray
         mean += pixels[learn[start : start + 1024]].sum(axis=0, dtype=np.float64)
     mean /= len(learn)
     return float(np.mean([np.square((pixels[row] - mean) / 255).mean() for row in judge]))
-
-
-class AutoencoderNetwork(Provider):
-    """The encoder as a backbone; its checkpoint says how long its codes are and how images are prepared."""
-
-    name = NAME
-
-    def __init__(self, dim: int = 64, size: int = 64) -> None:
-        self.dim, self.size = dim, size
-        self.preprocess = preprocess_of(size)
-
-    def build(self) -> nn.Module:
-        return Encoder(self.dim, self.size)
-
-    def weights(self, progress: Told | None = None) -> Path | None:
-        raise WeightsError(
-            "an autoencoder has no weights but those that it learns from your images",
-            where=NAME,
-            hint="Train one with featx autoencoder SOURCE --out ae.pt, and name it: --weights ae.pt",
-        )
-
-    def with_weights(self, file: Path, sha256: str, *, default: bool) -> Provider:
-        content = read_file(file)
-        if not isinstance(content, Mapping) or content.get("format") != FORMAT:
-            raise WeightsError(
-                "not the checkpoint of an autoencoder", where=file, hint="Make one: featx autoencoder SOURCE --out FILE"
-            )
-        if not isinstance(content.get("format_version"), int) or content["format_version"] > FORMAT_VERSION:
-            raise WeightsError(
-                "made by a newer featx", where=file, expected=f"format_version up to {FORMAT_VERSION}",
-                found=content.get("format_version"), hint="Update featx: pip install -U featx",
-            )  # fmt: skip
-        try:
-            dim, size = int(content["config"]["dim"]), int(content["config"]["size"])
-            check_shape(dim, size)
-        except (KeyError, TypeError, ValueError, UsageError) as error:
-            raise WeightsError(f"its config is not sound ({error})", where=file) from error
-        return AutoencoderNetwork(dim, size)

@@ -183,7 +183,7 @@ def find(name: str) -> Provider:
 
         return timm_models.find(name)
     if name == "autoencoder":
-        from featx.autoencoder import AutoencoderNetwork
+        from featx.autoencoder_network import AutoencoderNetwork
 
         return AutoencoderNetwork()
     row = NETWORKS.get(name.removeprefix("torchvision:"))

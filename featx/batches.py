@@ -9,14 +9,13 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from featx._arrays import COMBINED
+
 Batch = NDArray[np.uint8]
 """Pixels of shape (n, height, width, 3), as :func:`featx.images.pixels` gives them."""
 
 Embeddings = tuple[NDArray[np.float32], ...]
 """One array (n, d) per layer."""
-
-COMBINED = "combined"
-"""In the place of a layer's name: all of the network's layers, side by side in their order."""
 
 EXACT_START = 0.4
 """Share of the convolutions, from the input, that stay fp32 at bf16 in networks with depthwise convolutions.

@@ -44,8 +44,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from featx._arrays import COMBINED
 from featx._files import publish_bytes, read_regular
-from featx.batches import COMBINED
 from featx.errors import BundleError, FeatxError, StoreError
 from featx.scoring import Array, Scorer, is_kind, margins, softmax
 

@@ -20,6 +20,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import Pipeline
 
+from featx._arrays import Index
+from featx.folds import distinct_counts, fold_numbers
 from featx.heads import (
     Centroid,
     Discriminant,
@@ -36,7 +38,6 @@ from featx.large import is_large
 from featx.normalise import Normalise
 from featx.scoring import Kind, softmax
 from featx.solvers import Array, Loss, RowSpace, discriminant_path, newton_path, ridge_held_out, temperature
-from featx.splits import Index, distinct_counts, fold_numbers
 
 N_FOLDS = 5
 #: A larger support is thinned to about this many rows for the choice (not for the fit that follows):

@@ -195,7 +195,8 @@ def autoencoder(
     """Learn a backbone from your own images, without labels: a small convolutional autoencoder."""
     check_file(out, b"featx-autoencoder", example="ae.pt")
     from featx._system import available_cpus
-    from featx.autoencoder import check_shape, held_out_rows, read_pixels, train_autoencoder
+    from featx.autoencoder import held_out_rows, read_pixels, train_autoencoder
+    from featx.autoencoder_network import check_shape
     from featx.sources import ImageSet
     from featx.training import choose_device
 

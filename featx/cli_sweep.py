@@ -18,10 +18,11 @@ from featx.errors import Interrupted, UsageError, plural
 from featx.terminal import ProgressLine, check_writable, print_json, say, show
 
 if TYPE_CHECKING:
+    from featx._arrays import Index
     from featx.layers import Layers
     from featx.mislabelled import LabelRanking
     from featx.results import SweepResult
-    from featx.splits import Index, Shots
+    from featx.splits import Shots
     from featx.store import FeatureSet
 
 
@@ -227,9 +228,9 @@ def _rank_labels(
     """The labels of the images that took part in a sweep, by the reference layer; None where there is too little."""
     import numpy as np
 
+    from featx.folds import distinct_counts
     from featx.large import is_large, taken
     from featx.mislabelled import REPEATS, rank_labels
-    from featx.splits import distinct_counts
 
     groups = result.duplicates.groups
     if (distinct_counts(result.labels, groups, len(result.class_names)) >= 2).sum() < 2:

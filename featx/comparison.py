@@ -11,11 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx import stats
+from featx._arrays import Index
 from featx.advice import Cell, Family
 from featx.errors import UsageError
+from featx.folds import distinct_counts
 from featx.layers import Layers
 from featx.results import SweepResult, Trial
-from featx.splits import Duplicates, Index, Shots, distinct_counts, find_duplicates
+from featx.splits import Duplicates, Shots, find_duplicates
 from featx.store import FeatureSet
 
 Progress: TypeAlias = Callable[[int, int, str], None]

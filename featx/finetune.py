@@ -20,13 +20,15 @@ from typing import Any
 import numpy as np
 
 from featx import splits, stats, training
+from featx._arrays import Index
 from featx.backbones import Backbone
 from featx.errors import UsageError
+from featx.folds import distinct_counts
 from featx.journal import Journal, Task, plan_hash
 from featx.results import Comparison, SweepResult, Trial
 from featx.scoring import softmax
 from featx.sources import ImageSet
-from featx.splits import Index, KShotSplit, Shots, distinct_counts, find_duplicates, reached, shots_label
+from featx.splits import KShotSplit, Shots, find_duplicates, reached, shots_label
 from featx.store import FeatureSet
 from featx.sweep import sweep_heads
 from featx.tails import Unfreeze

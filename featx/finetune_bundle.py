@@ -8,15 +8,17 @@ from dataclasses import asdict, replace
 import numpy as np
 
 from featx import training
+from featx._arrays import Index
 from featx.bundle import Bundle
 from featx.calibrate import fit_sharpness
 from featx.embed import Embedder
 from featx.engines import make_engine
 from featx.errors import UsageError
 from featx.fit import FittedHead, judge_scores, pack_bundle, warnings_of
+from featx.folds import distinct_counts, fold_numbers
 from featx.manifest import fingerprint
 from featx.provenance import provenance_of
-from featx.splits import Index, distinct_counts, find_duplicates, fold_numbers
+from featx.splits import find_duplicates
 from featx.tails import tail_bytes, tuned
 from featx.tuning import Progress, Tuning
 

@@ -20,19 +20,21 @@ from scipy.stats import beta
 from threadpoolctl import threadpool_limits
 
 from featx import stats
-from featx.batches import COMBINED, layer_place, of_layer
+from featx._arrays import COMBINED, NEAR, Index
+from featx.batches import layer_place, of_layer
 from featx.bundle import Bundle
 from featx.calibrate import fit_sharpness, fit_threshold, smallest_error
 from featx.centre import unlabelled_centre
 from featx.choose import N_FOLDS, fit_chosen
 from featx.embed import Embedder
 from featx.errors import UsageError, plural
+from featx.folds import distinct_counts, fold_numbers
 from featx.heads import Head
 from featx.images import encode
 from featx.large import is_large, taken
 from featx.layers import Layers
 from featx.scoring import Array, Scorer, softmax
-from featx.splits import NEAR, Index, distinct_counts, find_duplicates, fold_numbers
+from featx.splits import find_duplicates
 from featx.store import FeatureSet
 from featx.sweep import sweep_heads
 from featx.torch_heads import check_device

@@ -13,12 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx import hdf5
+from featx._arrays import SPLITS
 from featx._files import canonical_json, read_regular
 from featx.errors import StoreError
 from featx.hdf5 import RESTORE
 from featx.manifest import Manifest
-
-SPLITS = ("train", "val", "test")
 
 PARTS = ".parts"
 """Folder of a store in which an extraction in parts is under way: see :mod:`featx.parts`."""

@@ -21,10 +21,11 @@ import numpy as np
 import sklearn
 from numpy.typing import NDArray
 
+from featx._arrays import Index
 from featx._files import publish_bytes
 from featx.errors import UsageError
 from featx.results import Trial
-from featx.splits import Index, Shots
+from featx.splits import Shots
 
 Task = tuple[Shots, int]
 Outcome = tuple[list[Trial], Index]

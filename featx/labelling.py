@@ -20,10 +20,12 @@ from sklearn.pipeline import Pipeline
 from threadpoolctl import threadpool_limits
 
 from featx import stats
+from featx._arrays import Index
 from featx.choose import fit_chosen
 from featx.errors import UsageError, plural
+from featx.folds import distinct_counts
 from featx.heads import HEADS, Head
-from featx.splits import Index, KShotSplit, distinct_counts
+from featx.splits import KShotSplit
 
 Array: TypeAlias = NDArray[np.float64]
 

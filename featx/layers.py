@@ -16,13 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from featx.batches import COMBINED
+from featx._arrays import COMBINED, PENULTIMATE
 from featx.errors import UsageError, did_you_mean
 from featx.heads import Catalogue, Head
 from featx.scoring import BlocksKind, blocks_kind
 from featx.store import FeatureReader, FeatureSet, read_features
-
-PENULTIMATE = "penultimate"
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 0.9)
 """What the other layers than the reference may have together of the squared length, in equal parts."""

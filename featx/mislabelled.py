@@ -19,11 +19,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from threadpoolctl import threadpool_limits
 
+from featx._arrays import NEAR, Index
 from featx.choose import fit_chosen
 from featx.errors import UsageError
+from featx.folds import distinct_counts, fold_numbers
 from featx.heads import HEADS
 from featx.large import is_large, taken
-from featx.splits import NEAR, Index, distinct_counts, find_duplicates, fold_numbers
+from featx.splits import find_duplicates
 from featx.workers import workers
 
 REPEATS = 3

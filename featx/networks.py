@@ -17,12 +17,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from featx._arrays import PENULTIMATE
 from featx.catalogue import Network
 from featx.errors import UsageError, WeightsError, did_you_mean
 from featx.images import Preprocess
 from featx.providers import Provider
-
-PENULTIMATE = "penultimate"
 
 Pooling = Literal["none", "tokens", "channels_first", "channels_last"]
 

@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol
 
+from featx._arrays import SPLITS
 from featx.errors import ImageError, SourceError, UsageError
-
-SPLITS = ("train", "val", "test")
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm"}

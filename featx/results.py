@@ -13,7 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx import stats
-from featx.splits import Duplicates, Index, Shots, distinct_counts, least_images
+from featx._arrays import Index
+from featx.folds import distinct_counts
+from featx.splits import Duplicates, Shots, least_images
 
 
 @dataclass(frozen=True)

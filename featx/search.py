@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from featx._arrays import NEAR
 from featx.errors import UsageError, did_you_mean, plural
 from featx.gallery import Say, open_gallery
 from featx.postprocess import Postprocess, expand_queries
 from featx.retrieval import GalleryIndex, Method, Rows
-from featx.splits import NEAR, find_duplicates
+from featx.splits import find_duplicates
 from featx.store import FeatureSet, digest_keys, read_features
 
 _SUGGEST_BELOW = 50_000

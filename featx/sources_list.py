@@ -15,8 +15,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from featx._arrays import SPLITS
 from featx.errors import SourceError, plural
-from featx.origins import SPLITS, ImageRef, file_ref
+from featx.origins import ImageRef, file_ref
 
 SUFFIXES = (".csv", ".jsonl", ".ndjson")
 

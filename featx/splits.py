@@ -16,16 +16,14 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
+from featx._arrays import NEAR, Index
 from featx.errors import UsageError, plural
+from featx.folds import alone, distinct_counts, of_one_class
 
 Shots: TypeAlias = int | Literal["all"]
-Index: TypeAlias = NDArray[np.intp]
 
 #: Part of each class that is held out when ``n_shots`` is "all".
 HOLD_OUT = 0.2
-
-NEAR = 0.98
-"""Cosine from which on two rows count as copies of each other."""
 
 ALIKE = 0.9
 """Cosine from which on pairs that do not count as copies are reported: copies saved anew often lie there."""
@@ -101,7 +99,7 @@ class KShotSplit:
         """The draw number ``episode`` of labels (n,) in 0 .. c-1 and dense groups (n,); too small classes stay out."""
         keys = np.random.default_rng([self.random_state, episode]).random(len(labels))
         order = np.argsort(keys, kind="stable")
-        own, counts = _alone(labels, groups, int(labels.max()) + 1)
+        own, counts = alone(labels, groups, int(labels.max()) + 1)
         large = counts >= least_images(self.n_shots)
         own &= large[labels]
         queues = [order[own[order] & (labels[order] == c)] for c in np.flatnonzero(large)]
@@ -154,30 +152,6 @@ def _equal_rows(X: Any) -> NDArray[np.void] | None:
     if not (isinstance(X, np.ndarray) and X.ndim > 1):
         return None
     return np.array([hashlib.sha256(row.tobytes()).digest() for row in X], dtype="V32")
-
-
-def of_one_class(labels: NDArray[np.integer], groups: Index) -> NDArray[np.bool_]:
-    """Which rows (n,) show an image that no other class has."""
-    return _alone(labels, groups, int(labels.max(initial=0)) + 1)[0]
-
-
-def _alone(labels: NDArray[np.integer], groups: Index, n_classes: int) -> tuple[NDArray[np.bool_], Index]:
-    """Which rows (n,) show an image that no other class has, and how many such images each class (n_classes,) has."""
-    group, label = _pairs_of(groups, labels)
-    single = np.bincount(group) == 1
-    return single[groups], np.bincount(label[single[group]], minlength=n_classes)
-
-
-def _pairs_of(groups: Index, labels: NDArray[np.integer]) -> tuple[Index, Index]:
-    """Group and label of each pair of them that occurs."""
-    n_classes = int(labels.max(initial=0)) + 1
-    group, label = np.divmod(np.unique(groups * n_classes + labels), n_classes)
-    return group, label
-
-
-def distinct_counts(labels: NDArray[np.integer], groups: Index, n_classes: int) -> Index:
-    """Number of different images that each class (n_classes,) has alone, copies counted once."""
-    return _alone(labels, groups, n_classes)[1]
 
 
 def check_shots(labels: NDArray[np.integer], groups: Index, n_shots: Shots, class_names: Sequence[str]) -> None:
@@ -256,26 +230,6 @@ def plan_shots(
             f"{', '.join([*named, *more])}. Add photos there first."
         )
     return wanted, notes
-
-
-def fold_numbers(labels: NDArray[np.integer], groups: Index, n_folds: int, random_state: int | Sequence[int]) -> Index:
-    """Fold (n,) of each row, stratified, with whole groups; 0 .. n_folds - 1.
-
-    ``n_folds`` is lowered to the number of different images of the smallest class; with fewer than two
-    of them there is nothing to validate on, and every row gets fold 0.
-    """
-    n_folds = min(n_folds, int(distinct_counts(labels, groups, int(labels.max()) + 1).min()))
-    if n_folds < 2:
-        return np.zeros(len(labels), dtype=np.intp)
-    order = np.argsort(np.random.default_rng(random_state).random(len(labels)), kind="stable")
-    # Images that several classes have come last, so that every fold has some that a class has alone.
-    order = order[np.argsort(~of_one_class(labels, groups)[order], kind="stable")]
-    fold_of = np.full(int(groups.max()) + 1, -1, dtype=np.intp)
-    for c in range(int(labels.max()) + 1):
-        own = dict.fromkeys(groups[order[labels[order] == c]].tolist())
-        fresh = [group for group in own if fold_of[group] < 0]
-        fold_of[fresh] = np.arange(len(fresh)) % n_folds
-    return fold_of[groups]
 
 
 @dataclass(frozen=True)

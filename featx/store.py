@@ -64,10 +64,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx import frames, hdf5
+from featx._arrays import NEAR, SPLITS
 from featx._files import signature
 from featx.errors import StoreError, UsageError, did_you_mean, plural
 from featx.hdf5 import RESTORE
-from featx.index import NAME_COLUMNS, SPLITS, read_index, read_names
+from featx.index import NAME_COLUMNS, read_index, read_names
 from featx.manifest import check_version, damaged, fingerprint, manifest_bytes, read_manifest
 from featx.shards import SHARD_COLUMNS as SHARD_COLUMNS
 from featx.shards import ShardReader, dims_of, layers_of, read_rows
@@ -131,8 +132,6 @@ class FeatureSet:
 
         Random weights find every image like every other.
         """
-        from featx.splits import NEAR
-
         return None if self.provenance.get("weights") == "none" else NEAR
 
     def to_numpy(self) -> dict[str, NDArray[Any]]:

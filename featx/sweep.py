@@ -20,26 +20,18 @@ from sklearn.pipeline import Pipeline
 from threadpoolctl import threadpool_limits
 
 from featx import large
+from featx._arrays import NEAR, Index
 from featx.centre import Centre
 from featx.choose import Views, fit_chosen
 from featx.errors import UsageError, plural
+from featx.folds import of_one_class
 from featx.heads import Head, Logistic
 from featx.journal import Journal, plan_hash
 from featx.large import blocks, is_large, taken
 from featx.layers import Layers
 from featx.results import SweepResult, Trial
 from featx.scoring import Kind
-from featx.splits import (
-    NEAR,
-    Duplicates,
-    Index,
-    KShotSplit,
-    Shots,
-    find_duplicates,
-    of_one_class,
-    plan_shots,
-    shots_label,
-)
+from featx.splits import Duplicates, KShotSplit, Shots, find_duplicates, plan_shots, shots_label
 from featx.torch_heads import check_device
 from featx.unlabelled import heads_for
 from featx.workers import workers

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import update_bn
 
+from featx._arrays import Index
 from featx.errors import UsageError
+from featx.folds import distinct_counts, fold_numbers
 from featx.heads import make_head
 from featx.scoring import Array, Scorer
-from featx.splits import Index, distinct_counts, fold_numbers
 from featx.tails import Tail
 
 N_FOLDS = 3

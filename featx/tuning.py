@@ -16,13 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx import training
+from featx._arrays import Index
 from featx.activations import MAX_GIB, Wanted, activations, check_room
 from featx.backbones import Backbone, load_backbone
 from featx.engines import make_engine
 from featx.errors import MismatchError, SourceError, UsageError, plural
 from featx.providers import Own
 from featx.sources import ImageSet
-from featx.splits import Index
 from featx.store import FeatureSet
 from featx.tails import Halves, Trunk, Unfreeze, cut_network
 from featx.training import Recipe

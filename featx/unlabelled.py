@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from featx._arrays import Index
 from featx.centre import Centre
 from featx.errors import MismatchError
 from featx.heads import HEADS, Catalogue, Head, Ridge, both_columns, round_robin
 from featx.normalise import Normalise
 from featx.scoring import softmax
 from featx.solvers import Array, RowSpace, temperature
-from featx.splits import Index
 from featx.store import FeatureSet, digest_keys, read_features
 
 MAX_POOL = 1000

@@ -31,9 +31,9 @@ from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 
+from featx._arrays import COMBINED
 from featx._files import publish_bytes
 from featx.backbones import load_backbone
-from featx.batches import COMBINED
 from featx.choose import fit_chosen
 from featx.extract import extract_features
 from featx.heads import HEADS, Head

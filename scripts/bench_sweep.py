@@ -43,9 +43,10 @@ from sklearn.svm import LinearSVC
 from threadpoolctl import threadpool_limits
 
 from featx.choose import Search, search_penalty
+from featx.folds import fold_numbers
 from featx.scoring import softmax
 from featx.solvers import Loss
-from featx.splits import KShotSplit, fold_numbers
+from featx.splits import KShotSplit
 from featx.store import read_features
 
 CS = list(np.logspace(-3, 3, 12))

@@ -33,14 +33,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from featx._arrays import COMBINED, PENULTIMATE
 from featx._files import publish_bytes
 from featx.backbones import Backbone, load_backbone
-from featx.batches import COMBINED
 from featx.embed import Embedder
 from featx.engines import make_engine
 from featx.extract import extract_features
 from featx.finetune import judge_episodes
-from featx.layers import PENULTIMATE, Layers, read_layers
+from featx.layers import Layers, read_layers
 from featx.networks import describe_layers
 from featx.results import SweepResult
 from featx.sources import ImageSet

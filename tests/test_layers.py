@@ -15,7 +15,7 @@ import featx
 PACKAGE = Path(featx.__file__).parent
 
 LAYERS = [
-    {"errors", "_files", "_system"},
+    {"errors", "_arrays", "_files", "_system"},
     {"sources_list", "sources_tar", "sources_table", "sources_remote", "sources_torchvision"}
     | {
         "images",
@@ -40,7 +40,7 @@ LAYERS = [
         "timm_models",
         "tails",
         "classifiers",
-        "autoencoder",
+        "autoencoder_network",
         "engines",
         "openvino_engine",
         "provenance",
@@ -72,6 +72,8 @@ LAYERS = [
         "unlabelled",
         "scoring",
         "calibrate",
+        "folds",
+        "autoencoder",
         "training",
         "activations",
         "bundle",
@@ -144,7 +146,7 @@ DOORS = {
     "PIL": {"images"},
     "h5py": {"hdf5"},
     "torch": {"networks", "checkpoints", "timm_models", "engines", "openvino_engine", "hub"}
-    | {"tails", "training", "autoencoder", "torch_heads", "classifiers"},
+    | {"tails", "training", "autoencoder", "autoencoder_network", "torch_heads", "classifiers"},
     "torchvision": {"networks", "checkpoints", "sources_torchvision"},
     "pyarrow": {"table_child", "tabular"},
     "fsspec": {"sources_remote"},

@@ -12,18 +12,20 @@ from conftest import Featx, class_folders
 from numpy.typing import NDArray
 from sklearn.linear_model import RidgeClassifier
 
-from featx.batches import COMBINED, layer_place, of_layer
+from featx._arrays import COMBINED
+from featx.batches import layer_place, of_layer
 from featx.bundle import read_bundle
 from featx.choose import choose, out_of_fold_losses
 from featx.errors import UsageError
 from featx.export import to_pipeline
+from featx.folds import fold_numbers
 from featx.heads import HEADS, mean_squared_norm
 from featx.layers import SHARES, Layers, read_layers
 from featx.normalise import Normalise
 from featx.predictor import open_embedder
 from featx.scoring import Scorer, blocks_kind, blocks_of, is_kind
 from featx.service_evidence import Evidence
-from featx.splits import KShotSplit, fold_numbers
+from featx.splits import KShotSplit
 from featx.sweep import sweep_heads
 
 SIZES = {"early": 6, "middle": 5, "penultimate": 12}

@@ -17,8 +17,9 @@ from sklearn.model_selection import cross_val_score
 
 from featx.errors import UsageError
 from featx.fit import fit_head
+from featx.folds import fold_numbers
 from featx.heads import make_head
-from featx.splits import KShotSplit, Shots, find_duplicates, fold_numbers, plan_shots
+from featx.splits import KShotSplit, Shots, find_duplicates, plan_shots
 from featx.store import read_features
 from featx.sweep import sweep_heads
 

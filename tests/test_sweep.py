@@ -20,13 +20,14 @@ from sklearn.svm import LinearSVC
 from featx import stats
 from featx.choose import choose, out_of_fold_losses, search_penalty
 from featx.errors import UsageError
+from featx.folds import fold_numbers
 from featx.heads import HEADS, Head, mean_squared_norm
 from featx.html import render_page
 from featx.normalise import Normalise
 from featx.report import conclusion
 from featx.scoring import softmax
 from featx.solvers import temperature
-from featx.splits import KShotSplit, fold_numbers
+from featx.splits import KShotSplit
 from featx.sweep import sweep_heads
 
 Rows = NDArray[np.float32]
