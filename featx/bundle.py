@@ -63,7 +63,7 @@ _NPY = re.compile(
 )
 _UNSOUND = (
     ValueError, KeyError, TypeError, OverflowError, struct.error, EOFError, zipfile.BadZipFile,
-    NotImplementedError,  # a ZIP version or feature that zipfile does not know
+    NotImplementedError,  # how zipfile refuses a version or a compression of ZIP that it does not know
     RecursionError,  # JSON that is nested without end
 )  # fmt: skip
 _ENCRYPTED = 0x1

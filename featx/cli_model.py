@@ -14,6 +14,7 @@ from zipfile import is_zipfile
 
 import typer
 
+from featx._arrays import COMBINED
 from featx.errors import ImageError, UsageError, one_line, plural
 from featx.terminal import MODEL_MARK, ProgressLine, check_file, check_writable, print_json, say, show
 
@@ -145,7 +146,7 @@ def fit(
     with ProgressLine("fitting") as line:
         bundle = fit_bundle(
             features, embedder, heads=heads, max_error=max_error, random_state=seed, pool=pool,
-            layers=columns if features.layer == "combined" else None,
+            layers=columns if features.layer == COMBINED else None,
             device="cuda" if device == Device.cuda else None, progress=line.update,
         )  # fmt: skip
     write_bundle(bundle, out)

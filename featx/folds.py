@@ -17,16 +17,9 @@ def of_one_class(labels: NDArray[np.integer], groups: Index) -> NDArray[np.bool_
 
 def alone(labels: NDArray[np.integer], groups: Index, n_classes: int) -> tuple[NDArray[np.bool_], Index]:
     """Which rows (n,) show an image that no other class has, and how many such images each class (n_classes,) has."""
-    group, label = _pairs_of(groups, labels)
+    group, label = np.divmod(np.unique(groups * n_classes + labels), n_classes)  # each pair of them once
     single = np.bincount(group) == 1
     return single[groups], np.bincount(label[single[group]], minlength=n_classes)
-
-
-def _pairs_of(groups: Index, labels: NDArray[np.integer]) -> tuple[Index, Index]:
-    """Group and label of each pair of them that occurs."""
-    n_classes = int(labels.max(initial=0)) + 1
-    group, label = np.divmod(np.unique(groups * n_classes + labels), n_classes)
-    return group, label
 
 
 def distinct_counts(labels: NDArray[np.integer], groups: Index, n_classes: int) -> Index:

@@ -22,11 +22,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from featx._arrays import SPLITS
 from featx.errors import SourceError, did_you_mean, plural
 from featx.origins import IMAGE_SUFFIXES, ImageRef, Origin, Unreadable, file_ref, labels_from_folders
 
-__all__ = ["IMAGE_SUFFIXES", "SPLITS", "ImageRef", "ImageSet", "count_labels", "finder", "is_local"]
+__all__ = ["IMAGE_SUFFIXES", "ImageRef", "ImageSet", "count_labels", "finder", "is_local"]
 
 Progress = Callable[[int], None]
 

@@ -52,7 +52,7 @@ def serve(handle: int) -> None:
         import pyarrow
 
         # jemalloc gives memory back soonest. Not every pyarrow is built with it, and its usual allocator does as well.
-        with contextlib.suppress(NotImplementedError):
+        if "jemalloc" in pyarrow.supported_memory_backends():
             pyarrow.set_memory_pool(pyarrow.jemalloc_memory_pool())
         pyarrow.set_cpu_count(1)
         pyarrow.set_io_thread_count(1)

@@ -146,7 +146,7 @@ def run(task: Task, max_query: int) -> dict[Key, tuple[float, float]]:
             if name in PEERS:
                 warnings.simplefilter("ignore", ConvergenceWarning)
                 # The deviation within a class of one image, which SimpleShot does not use.
-                warnings.filterwarnings("ignore", module=r"sklearn\.neighbors\._nearest_centroid")
+                warnings.filterwarnings("ignore", r"self\.within_class_std_dev_ has at least 1 zero", UserWarning)
             fit = PEERS[name] if name in PEERS else partial(auto, task.ours[name])
             model = fit(rows[support], labels[support])
             right = model.predict(rows[query]) == labels[query]
