@@ -292,7 +292,8 @@ def test_a_table_that_kills_its_reader_is_named(tmp_path: Path, featx: Featx) ->
     (fake / "ipc.py").touch()
     (fake / "__init__.py").write_text(
         "import os, signal\n"
-        "set_cpu_count = set_io_thread_count = set_memory_pool = jemalloc_memory_pool = lambda *_: None\n"
+        "set_cpu_count = set_io_thread_count = lambda count: None\n"
+        "supported_memory_backends = list\n"
         "class ArrowException(Exception): pass\n"
         "def memory_map(path): os.kill(os.getpid(), signal.SIGSEGV)\n"
     )
