@@ -188,6 +188,7 @@ def test_an_index_of_0_1_0_is_read_and_a_new_one_has_its_columns(tmp_path: Path,
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_unchanged_files_are_recognised_without_reading(tmp_path: Path) -> None:
     """100,000 files that no decoder could read: whoever opened one would refuse it."""
     count = 100_000
