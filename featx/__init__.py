@@ -14,21 +14,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from featx.backbones import list_backbones, load_backbone
-    from featx.engines import make_engine
+    from featx.backbones.backbone import list_backbones, load_backbone
+    from featx.backbones.engines.torch import make_engine
     from featx.errors import FeatxError
-    from featx.estimator import FeatureExtractor
-    from featx.extract import extract_features
-    from featx.finetune import finetune_episodes
-    from featx.heads import make_head
-    from featx.images import Preprocess
-    from featx.pixels import PixelExtractor, make_pixels_baseline
-    from featx.providers import Provider
-    from featx.retrieval import GalleryIndex
-    from featx.sources import ImageSet
-    from featx.splits import KShotSplit
-    from featx.store import FeatureSet, iter_features, read_features
-    from featx.sweep import sweep_heads
+    from featx.extraction.transformer import FeatureExtractor
+    from featx.extraction.run import extract_features
+    from featx.adaptation.finetune import finetune_episodes
+    from featx.heads.catalogue import make_head
+    from featx.images.pixels import Preprocess
+    from featx.evaluation.pixels import PixelExtractor, make_pixels_baseline
+    from featx.backbones.provider import Provider
+    from featx.retrieval.neighbours import GalleryIndex
+    from featx.images.source import ImageSet
+    from featx.evaluation.splits import KShotSplit
+    from featx.store.reader import FeatureSet, iter_features, read_features
+    from featx.evaluation.sweep import sweep_heads
 
 _HOME = {
     "FeatureExtractor": "estimator",

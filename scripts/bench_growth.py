@@ -51,9 +51,9 @@ def blocks(rows: int) -> Iterator[tuple[int, int]]:
 
 def make(store: Path, rows: int, dims: int) -> dict[str, Any]:
     """Write the store, or what is missing of it."""
-    from featx.index import Index
-    from featx.manifest import read_manifest
-    from featx.store_writer import StoreWriter
+    from featx.store.index import Index
+    from featx.store.manifest import read_manifest
+    from featx.store.writer import StoreWriter
 
     if (store / "index.h5").exists() and (read_manifest(store).counts or {}).get("images") == rows:
         return {"rows written": 0}
@@ -81,21 +81,21 @@ def make(store: Path, rows: int, dims: int) -> dict[str, Any]:
 
 def open_(store: Path) -> dict[str, Any]:
     """Open it for reading."""
-    from featx.store import FeatureReader
+    from featx.store.reader import FeatureReader
 
     return {"rows": len(FeatureReader(store).index)}
 
 
 def info(store: Path) -> dict[str, Any]:
     """featx info."""
-    from featx.store_tools import info
+    from featx.store.tools import info
 
     return {"classes": len(info(store)["classes"])}
 
 
 def verify(store: Path) -> dict[str, Any]:
     """featx verify --sample 10."""
-    from featx.store_tools import verify
+    from featx.store.tools import verify
 
     assert not verify(store, sample=10)
     return {"shards": 10}
@@ -103,7 +103,7 @@ def verify(store: Path) -> dict[str, Any]:
 
 def verify_all(store: Path) -> dict[str, Any]:
     """featx verify."""
-    from featx.store_tools import verify
+    from featx.store.tools import verify
 
     assert not verify(store)
     return {}
@@ -111,15 +111,15 @@ def verify_all(store: Path) -> dict[str, Any]:
 
 def subset(store: Path) -> dict[str, Any]:
     """Read 10,000 images in proportion."""
-    from featx.store import read_features
+    from featx.store.reader import read_features
 
     return {"rows": len(read_features(store, max_images=10_000))}
 
 
 def sweep(store: Path) -> dict[str, Any]:
     """featx sweep --max-images 3000 --heads ridge --shots 5,20 --episodes 5."""
-    from featx.store import read_features
-    from featx.sweep import sweep_heads
+    from featx.store.reader import read_features
+    from featx.evaluation.sweep import sweep_heads
 
     features = read_features(store, max_images=3000)
     result = sweep_heads(
@@ -136,7 +136,7 @@ def sweep(store: Path) -> dict[str, Any]:
 
 def search(store: Path, method: str) -> dict[str, Any]:
     """100 queries, k = 10, after reading the store and making the index."""
-    from featx.store import iter_features
+    from featx.store.reader import iter_features
 
     gallery: NDArray[np.float32] | None = None
     for rows, part in iter_features(store, block_rows=SHARD_ROWS):
@@ -144,7 +144,7 @@ def search(store: Path, method: str) -> dict[str, Any]:
             gallery = np.empty((rows_of(store), part.shape[1]), np.float32)
         gallery[rows] = part
     assert gallery is not None
-    from featx.retrieval import GalleryIndex
+    from featx.retrieval.neighbours import GalleryIndex
 
     started = time.perf_counter()
     index = GalleryIndex(method=method).fit(gallery)  # type: ignore[arg-type]
@@ -157,7 +157,7 @@ def search(store: Path, method: str) -> dict[str, Any]:
 
 
 def rows_of(store: Path) -> int:
-    from featx.manifest import read_manifest
+    from featx.store.manifest import read_manifest
 
     return sum(shard.rows for shard in read_manifest(store).shards)
 

@@ -33,15 +33,15 @@ from threadpoolctl import threadpool_limits
 
 from featx._arrays import COMBINED
 from featx._files import publish_bytes
-from featx.backbones import load_backbone
-from featx.choose import fit_chosen
-from featx.extract import extract_features
-from featx.heads import HEADS, Head
-from featx.layers import read_layers
-from featx.networks import describe_layers
-from featx.sources import ImageSet
-from featx.splits import KShotSplit, find_duplicates
-from featx.views import parse_views
+from featx.backbones.backbone import load_backbone
+from featx.heads.selection import fit_chosen
+from featx.extraction.run import extract_features
+from featx.heads.catalogue import HEADS, Head
+from featx.heads.layers import read_layers
+from featx.backbones.frozen import describe_layers
+from featx.images.source import ImageSet
+from featx.evaluation.splits import KShotSplit, find_duplicates
+from featx.images.views import parse_views
 
 SHOTS = (5, 10, 20)
 WAYS = ("peer", "auto", "views", "layers", "both")

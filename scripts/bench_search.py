@@ -88,7 +88,7 @@ def memory() -> dict[str, int]:
 def prepare(name: str, rows: Floats, folder: str) -> tuple[Callable[[Floats], Any], dict[str, Any]]:
     """The search function of a contender, and facts about it."""
     if name.startswith("featx"):
-        from featx.retrieval import GalleryIndex
+        from featx.retrieval.neighbours import GalleryIndex
 
         index = GalleryIndex(method="exact" if name == "featx exact" else "approximate").fit(rows)
         facts: dict[str, Any] = {"recall_measured_at_build": index.recall_}
@@ -136,7 +136,7 @@ def recall(found: NDArray[np.int64], truth: NDArray[np.int64]) -> float:
 
 def adding(folder: Path) -> dict[str, float]:
     """Seconds to make an approximate index of nine tenths of the rows, and to add the last tenth."""
-    from featx.retrieval import GalleryIndex
+    from featx.retrieval.neighbours import GalleryIndex
 
     rows: Floats = np.load(folder / "rows.npy", mmap_mode="r")
     most = len(rows) * 9 // 10

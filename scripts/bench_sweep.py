@@ -42,12 +42,12 @@ from sklearn.model_selection import GridSearchCV, PredefinedSplit
 from sklearn.svm import LinearSVC
 from threadpoolctl import threadpool_limits
 
-from featx.choose import Search, search_penalty
-from featx.folds import fold_numbers
-from featx.scoring import softmax
-from featx.solvers import Loss
-from featx.splits import KShotSplit
-from featx.store import read_features
+from featx.heads.selection import Search, search_penalty
+from featx.heads.folds import fold_numbers
+from featx.heads.scorer import softmax
+from featx.heads.solvers.rows import Loss
+from featx.evaluation.splits import KShotSplit
+from featx.store.reader import read_features
 
 CS = list(np.logspace(-3, 3, 12))
 PLAN: list[tuple[Loss, Any]] = [("softmax", LogisticRegression(max_iter=1000)), ("squared_hinge", LinearSVC())]

@@ -6,7 +6,7 @@ python scripts/extract_features.py photos --out photos.featx
 
 import sys
 
-from featx.cli import main
+from featx.cli.main import main
 
 if __name__ == "__main__":
     sys.argv.insert(1, "extract")

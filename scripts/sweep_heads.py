@@ -6,7 +6,7 @@ python scripts/sweep_heads.py photos.featx --shots 5,20
 
 import sys
 
-from featx.cli import main
+from featx.cli.main import main
 
 if __name__ == "__main__":
     sys.argv.insert(1, "sweep")

@@ -5,7 +5,7 @@
 
 LanceDB takes a stream of Arrow record batches, so the store may be larger than memory. The same works with any database
 that reads Arrow or Parquet (``featx export-features photos.featx --out photos.parquet``). The query is an image of the
-store here; ``featx.embed.Embedder.like(provenance, where=store)`` embeds new ones alike.
+store here; ``featx.extraction.embedder.Embedder.like(provenance, where=store)`` embeds new ones alike.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 
 import lancedb
 
-from featx.store import FeatureReader
-from featx.tabular import record_batches, schema
+from featx.store.reader import FeatureReader
+from featx.store.tables import record_batches, schema
 
 
 def main() -> None:

@@ -17,8 +17,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from featx.backbones import Backbone
-from featx.images import Preprocess
+from featx.backbones.backbone import Backbone
+from featx.images.pixels import Preprocess
 
 TINY = Preprocess(resize=24, crop=(24, 24), interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3)
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from conftest import picture
 
-from featx.images import encode
+from featx.images.pixels import encode
 
 TESTS = Path(__file__).parent
 

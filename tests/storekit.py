@@ -20,17 +20,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-import featx.extract
-from featx.backbones import Backbone
+import featx.extraction.run
+from featx.backbones.backbone import Backbone
 from featx.errors import Interrupted
-from featx.extract import ExtractSummary, extract_features
-from featx.images import Preprocess
-from featx.index import Index, Refused, read_quarantine
-from featx.manifest import read_manifest
-from featx.parts import Part, extract_part, finish_parts
-from featx.sources import ImageSet
-from featx.store import digest_keys, open_shard, read_features
-from featx.store_writer import StoreWriter
+from featx.extraction.run import ExtractSummary, extract_features
+from featx.images.pixels import Preprocess
+from featx.store.index import Index, Refused, read_quarantine
+from featx.store.manifest import read_manifest
+from featx.extraction.parts import Part, extract_part, finish_parts
+from featx.images.source import ImageSet
+from featx.store.reader import digest_keys, open_shard, read_features
+from featx.store.writer import StoreWriter
 
 SIDE = 8
 DIM = 8
@@ -255,7 +255,7 @@ def _run_job(job: dict[str, Any]) -> int:
     def writer(path: Path, provenance: dict[str, Any]) -> StoreWriter:
         return StoreWriter(path, provenance, shard_rows=job["shard_rows"])
 
-    featx.extract.StoreWriter = writer  # type: ignore[attr-defined, assignment]
+    featx.extraction.run.StoreWriter = writer  # type: ignore[attr-defined, assignment]
     log = Path(job["log"]) if "log" in job else None
     source, store, pause = Path(job["source"]), Path(job["store"]), job.get("pause", 0.0)
     try:

@@ -10,12 +10,12 @@ import torch
 from conftest import Featx
 from tuningkit import striped_folders, stripes
 
-from featx.autoencoder import Autoencoder, held_out_rows, read_pixels, train_autoencoder
-from featx.backbones import load_backbone
-from featx.engines import make_engine
+from featx.adaptation.autoencoder import Autoencoder, held_out_rows, read_pixels, train_autoencoder
+from featx.backbones.backbone import load_backbone
+from featx.backbones.engines.torch import make_engine
 from featx.errors import UsageError, WeightsError
-from featx.sources import ImageSet
-from featx.store import read_features
+from featx.images.source import ImageSet
+from featx.store.reader import read_features
 
 
 def pictures(n: int = 60, size: int = 16) -> np.ndarray:

@@ -14,13 +14,13 @@ import torchvision.models as tv
 from PIL import Image
 from torch import nn
 
-from featx.backbones import list_backbones, load_backbone
-from featx.catalogue import NETWORKS, TORCHVISION_URL, WEIGHTS
-from featx.checkpoints import load_checkpoint
+from featx.backbones.backbone import list_backbones, load_backbone
+from featx.backbones.catalogue import NETWORKS, TORCHVISION_URL, WEIGHTS
+from featx.backbones.checkpoint import load_checkpoint
 from featx.errors import UsageError
-from featx.hub import hub_folder
-from featx.images import Preprocess
-from featx.networks import FrozenNetwork, catalogue_body, last_layer
+from featx.backbones.hub import hub_folder
+from featx.images.pixels import Preprocess
+from featx.backbones.frozen import FrozenNetwork, catalogue_body, last_layer
 
 TORCHVISION = [n.name for n in NETWORKS.values() if n.source == "torchvision"]
 SMALL = "shufflenet_v2_x0_5"  # 1.4 million parameters, and every kind of layer that checkpoints disagree on
@@ -120,7 +120,7 @@ def test_squeezenet_has_no_linear_layer_and_gives_its_pooled_features() -> None:
 
 @pytest.mark.parametrize("name", ["efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2"])
 def test_lite_rows_agree_with_timm(name: str) -> None:
-    from featx import timm_models
+    from featx.backbones import timm as timm_models
 
     network = NETWORKS[name]
     weights = WEIGHTS[network.default]
@@ -134,7 +134,7 @@ def test_lite_rows_agree_with_timm(name: str) -> None:
 
 def test_listing_and_choosing_need_no_torch() -> None:
     code = (
-        "import sys, featx.backbones as b; rows = b.list_backbones(); r = b.load_backbone();"
+        "import sys, featx.backbones.backbone as b; rows = b.list_backbones(); r = b.load_backbone();"
         "assert rows[0].name == r.name == 'efficientnet_lite0' and rows[0].offline, rows[0];"
         "assert not {'torch', 'torchvision', 'timm', 'openvino'} & set(sys.modules)"
     )
@@ -222,7 +222,7 @@ def test_default_weights_fill_the_network_in_the_right_places() -> None:
     # Renaming by hand could swap two layers of one shape; what the network says would then be noise.
     from sklearn.datasets import load_sample_images
 
-    from featx.images import resize_crop
+    from featx.images.pixels import resize_crop
 
     backbone = load_backbone()
     assert backbone.file is not None

@@ -21,15 +21,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sklearn.pipeline import Pipeline
 
-from featx.backbones import load_backbone
-from featx.bundle import Bundle, bundle_bytes, parse_bundle, read_bundle, write_bundle
-from featx.engines import make_engine
+from featx.backbones.backbone import load_backbone
+from featx.models.bundle import Bundle, bundle_bytes, parse_bundle, read_bundle, write_bundle
+from featx.backbones.engines.torch import make_engine
 from featx.errors import BundleError, MismatchError
-from featx.heads import HEADS, make_head
-from featx.normalise import Normalise
-from featx.predictor import open_embedder
-from featx.provenance import provenance_of
-from featx.scoring import KINDS, Scorer, margins, softmax
+from featx.heads.catalogue import HEADS, make_head
+from featx.heads.normalise import Normalise
+from featx.models.predictor import open_embedder
+from featx.backbones.provenance import provenance_of
+from featx.heads.scorer import KINDS, Scorer, margins, softmax
 
 PROVENANCE = {"backbone": "tiny", "weights": "none", "weights_sha256": "0" * 64, "layers": ["penultimate"]}
 WHERE = Path("some.model")
@@ -332,7 +332,7 @@ def test_foreign_files_are_refused_with_a_hint(tmp_path: Path, featx: Featx) -> 
 def test_reading_imports_neither_torch_nor_scikit_learn(raw: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.model").write_bytes(raw)
     code = (
-        "import sys; from featx.bundle import read_bundle; b = read_bundle(sys.argv[1]); b.answer(b.golden)\n"
+        "import sys; from featx.models.bundle import read_bundle; b = read_bundle(sys.argv[1]); b.answer(b.golden)\n"
         "print([n for n in ('torch', 'sklearn', 'pickle5', 'joblib', 'fastapi') if n in sys.modules])"
     )
     done = subprocess.run(

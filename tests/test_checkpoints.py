@@ -13,7 +13,7 @@ import torch
 import torchvision.models as tv
 from torch import Tensor, nn
 
-from featx.backbones import load_backbone
+from featx.backbones.backbone import load_backbone
 from featx.errors import WeightsError
 
 State = OrderedDict[str, Tensor]
@@ -165,7 +165,7 @@ def _without(key: str) -> State:
 
 
 def _lite(name: str) -> dict[str, Tensor]:
-    from featx.catalogue import NETWORKS, WEIGHTS
-    from featx.networks import catalogue_body
+    from featx.backbones.catalogue import NETWORKS, WEIGHTS
+    from featx.backbones.frozen import catalogue_body
 
     return dict(catalogue_body(NETWORKS[name], WEIGHTS[NETWORKS[name].default].preprocess, 0).state_dict())

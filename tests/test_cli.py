@@ -19,7 +19,7 @@ import pytest
 from conftest import Featx, class_folders, picture
 from test_extract import bad_images
 
-from featx.store import read_features
+from featx.store.reader import read_features
 
 
 @pytest.fixture(scope="module")

@@ -24,10 +24,11 @@ import storekit
 from conftest import Featx
 from storekit import Zygote, check_published, digests_of, index_of, names_of, provenance, rows_of
 
-from featx import _files, store_writer
-from featx.index import Refused
-from featx.store_tools import content_hash, verify
-from featx.store_writer import StoreWriter
+from featx import _files
+from featx.store import writer as store_writer
+from featx.store.index import Refused
+from featx.store.tools import content_hash, verify
+from featx.store.writer import StoreWriter
 
 if TYPE_CHECKING:
     from _typeshed import TraceFunction

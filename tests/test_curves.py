@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.optimize import curve_fit
 
-from featx.curves import MIN_POINTS, fit_curve, fit_power_law
+from featx.advice.curves import MIN_POINTS, fit_curve, fit_power_law
 from featx.errors import UsageError
 
 SHOTS = (1, 2, 5, 10, 20)

@@ -23,13 +23,13 @@ import storekit
 from conftest import Featx
 from storekit import PREPROCESS, light_backbone, png_folders, refused_of
 
-from featx.decoders import Decoded, DecoderPool, TooHeavy
+from featx.images.pool import Decoded, DecoderPool, TooHeavy
 from featx.errors import FeatxError
-from featx.extract import extract_features
-from featx.images import pixels
-from featx.sources import ImageSet
-from featx.store import read_features
-from featx.store_tools import verify
+from featx.extraction.run import extract_features
+from featx.images.pixels import pixels
+from featx.images.source import ImageSet
+from featx.store.reader import read_features
+from featx.store.tools import verify
 
 BROKEN = """
 import os, signal, sys, time
@@ -256,7 +256,7 @@ import sys, time
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 from storekit import PREPROCESS
-from featx.decoders import DecoderPool
+from featx.images.pool import DecoderPool
 pool = DecoderPool(PREPROCESS, workers=2, timeout={600.0 if sys.platform == "linux" else 1.0})
 paths = [Path(p) for p in {[str(p) for p in files(source)]!r}]
 first = next(pool.run(paths[1:3], lambda d: False, ahead=1))

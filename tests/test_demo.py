@@ -22,7 +22,7 @@ from sklearn.pipeline import make_pipeline
 
 import featx as package
 from featx import PixelExtractor, make_head, make_pixels_baseline
-from featx.demo import NEW, PHOTOGRAPHS, TILE, Job, cut_tiles, verdict, write_digits, write_photographs
+from featx.cli.demo_images import NEW, PHOTOGRAPHS, TILE, Job, cut_tiles, verdict, write_digits, write_photographs
 from featx.errors import SourceError, UsageError
 
 
@@ -65,7 +65,7 @@ def test_the_images_of_the_demo(tmp_path: Path) -> None:
 def test_without_scikit_image_the_demo_says_what_to_install(tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['skimage'] = None\n"
-        "from pathlib import Path\nfrom featx.demo import write_photographs\n"
+        "from pathlib import Path\nfrom featx.cli.demo_images import write_photographs\n"
         "from featx.errors import UsageError\n"
         "try:\n    write_photographs(Path('a'), Path('b'))\nexcept UsageError as error:\n    print(error)\n"
     )

@@ -19,9 +19,9 @@ from storekit import check_published, digests_of, index_of, make_store, names_of
 
 from featx._files import LatchedFile
 from featx.errors import StoreError
-from featx.store import read_features
-from featx.store_tools import content_hash, verify
-from featx.store_writer import StoreWriter
+from featx.store.reader import read_features
+from featx.store.tools import content_hash, verify
+from featx.store.writer import StoreWriter
 
 if TYPE_CHECKING:
     pass
@@ -34,7 +34,7 @@ def test_hdf5_survives_a_full_disk(tmp_path: Path, limit: int) -> None:
 import resource, signal
 from pathlib import Path
 import numpy as np
-from featx import hdf5
+from featx.store import hdf5
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 columns = [hdf5.Column.of(name, np.ones((300, 64), np.float32)) for name in "ab"]

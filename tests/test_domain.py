@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from featx.backbones import load_backbone
-from featx.classifiers import pretrained_classes
-from featx.domain import chance_standout, measure_domain, standouts
-from featx.embed import Embedder
-from featx.engines import make_engine
+from featx.backbones.backbone import load_backbone
+from featx.backbones.classes import pretrained_classes
+from featx.advice.domain import chance_standout, measure_domain, standouts
+from featx.extraction.embedder import Embedder
+from featx.backbones.engines.torch import make_engine
 from featx.errors import UsageError
-from featx.rule import size_by_similarity
+from featx.advice.rule import size_by_similarity
 
 
 def test_the_standout_by_hand() -> None:

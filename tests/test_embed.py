@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from conftest import class_folders
 
-from featx.backbones import load_backbone
-from featx.embed import Embedder
+from featx.backbones.backbone import load_backbone
+from featx.extraction.embedder import Embedder
 from featx.errors import ImageError, MismatchError, WeightsError
-from featx.extract import extract_features
-from featx.sources import ImageSet
-from featx.store import FeatureSet, read_features
+from featx.extraction.run import extract_features
+from featx.images.source import ImageSet
+from featx.store.reader import FeatureSet, read_features
 
 
 @pytest.fixture(scope="module")

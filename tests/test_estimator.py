@@ -25,20 +25,20 @@ from sklearn.pipeline import make_pipeline
 from sklearn.utils import estimator_checks
 from torch import nn
 
-from featx import estimator
-from featx.backbones import load_backbone
-from featx.catalogue import NETWORKS
-from featx.engines import make_engine
+from featx.extraction import transformer as estimator
+from featx.backbones.backbone import load_backbone
+from featx.backbones.catalogue import NETWORKS
+from featx.backbones.engines.torch import make_engine
 from featx.errors import FeatxError, SourceError, UsageError, WeightsError
-from featx.estimator import FeatureExtractor
-from featx.extract import extract_features
-from featx.images import Preprocess, resize_crop
-from featx.manifest import read_manifest
-from featx.providers import Provider
-from featx.shards import ShardReader
-from featx.sources import ImageSet
-from featx.store import read_features
-from featx.store_tools import verify
+from featx.extraction.transformer import FeatureExtractor
+from featx.extraction.run import extract_features
+from featx.images.pixels import Preprocess, resize_crop
+from featx.store.manifest import read_manifest
+from featx.backbones.provider import Provider
+from featx.store.shards import ShardReader
+from featx.images.source import ImageSet
+from featx.store.reader import read_features
+from featx.store.tools import verify
 
 
 class Toy(Provider):

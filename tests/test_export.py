@@ -13,10 +13,10 @@ import pytest
 from conftest import Featx
 from test_bundle import clusters, make_bundle
 
-from featx.bundle import Bundle, write_bundle
+from featx.models.bundle import Bundle, write_bundle
 from featx.errors import BundleError, UsageError
-from featx.export import Pickled, export_bundle, to_pipeline
-from featx.heads import HEADS, make_head
+from featx.models.export import Pickled, export_bundle, to_pipeline
+from featx.heads.catalogue import HEADS, make_head
 
 LAYERS = ("blocks_l2:7*0.8000,5*0.6000", "blocks_l2:7*0.0000,5*1.0000")  # two layers combined; the second one alone
 KINDS = ("none", "l2", "centre_l2", "standardise", *LAYERS)
@@ -71,7 +71,7 @@ def test_pipelines_load_without_featx(form: str, kind: str, tmp_path: Path) -> N
 def test_onnx_in_another_runtime(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("onnx")
     pytest.importorskip("openvino")
-    from featx.openvino_engine import import_openvino
+    from featx.backbones.engines.openvino import import_openvino
 
     bundle = fitted(kind=kind)
     path = export_bundle(bundle, tmp_path / "a.onnx", "onnx")

@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from storekit import refused_of
 
-from featx import index
+from featx.store import index
 from featx.errors import Interrupted, MismatchError, TooManyBadImages
-from featx.extract import ExtractSummary, extract_features
-from featx.images import pixels
-from featx.index import longest_id
-from featx.sources import ImageSet
-from featx.store import read_features
-from featx.store_tools import content_hash, info, verify
+from featx.extraction.run import ExtractSummary, extract_features
+from featx.images.pixels import pixels
+from featx.store.index import longest_id
+from featx.images.source import ImageSet
+from featx.store.reader import read_features
+from featx.store.tools import content_hash, info, verify
 
 
 def run(source: Path, store: Path, **options: object) -> ExtractSummary:

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from conftest import TINY, picture
 
-from featx.decoders import FETCH_AHEAD, DecoderPool
+from featx.images.pool import FETCH_AHEAD, DecoderPool
 from featx.errors import SourceError
-from featx.images import pixels
-from featx.origins import Fetched
+from featx.images.pixels import pixels
+from featx.images.origin import Fetched
 
 
 def png(seed: int) -> bytes:
@@ -86,8 +86,8 @@ def test_a_run_that_ends_waits_for_no_network() -> None:
 def test_nor_does_the_end_of_the_program() -> None:
     code = """
 import time
-from featx.fetchers import Fetchers
-from featx.origins import Fetched
+from featx.images.fetchers import Fetchers
+from featx.images.origin import Fetched
 
 class Never(Fetched):
     def read_bytes(self):

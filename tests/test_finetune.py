@@ -18,24 +18,24 @@ import torch
 from conftest import Featx, class_folders
 from tuningkit import small, striped_folders
 
-from featx import training
-from featx.activations import Wanted, activations
-from featx.backbones import Backbone
-from featx.bundle import read_bundle, write_bundle
-from featx.engines import make_engine
+from featx.adaptation import training
+from featx.adaptation.activations import Wanted, activations
+from featx.backbones.backbone import Backbone
+from featx.models.bundle import read_bundle, write_bundle
+from featx.backbones.engines.torch import make_engine
 from featx.errors import MismatchError, SourceError, UsageError
-from featx.extract import extract_features
-from featx.finetune import FinetuneResult, finetune_episodes
-from featx.finetune_bundle import finetune_bundle
-from featx.images import pixels
-from featx.predictor import open_embedder
-from featx.scoring import softmax
-from featx.sources import ImageSet
-from featx.store import FeatureSet, read_features
-from featx.sweep import sweep_heads
-from featx.tails import Trunk, cut_network
-from featx.training import Recipe
-from featx.tuning import open_tuning
+from featx.extraction.run import extract_features
+from featx.adaptation.finetune import FinetuneResult, finetune_episodes
+from featx.models.finetuned import finetune_bundle
+from featx.images.pixels import pixels
+from featx.models.predictor import open_embedder
+from featx.heads.scorer import softmax
+from featx.images.source import ImageSet
+from featx.store.reader import FeatureSet, read_features
+from featx.evaluation.sweep import sweep_heads
+from featx.backbones.cut import Trunk, cut_network
+from featx.adaptation.training import Recipe
+from featx.adaptation.tuning import open_tuning
 
 
 @pytest.fixture(autouse=True)
@@ -143,7 +143,7 @@ def test_from_scratch_is_another_competitor(
 
 def test_no_training_is_the_logistic_head(features: FeatureSet, images: ImageSet, backbone: Backbone) -> None:
     """Stopped before the first epoch, fine-tuning is the head of the frozen embeddings."""
-    from featx.heads import make_head
+    from featx.heads.catalogue import make_head
 
     halves = cut_network(backbone, "all")
     shown = np.stack([pixels(Path(str(ref.path)).read_bytes(), backbone.preprocess) for ref in images.refs])
@@ -301,7 +301,7 @@ def test_finetune_from_the_command_line(featx: Featx, tmp_path: Path) -> None:
     """Compare, keep, predict; the model's probabilities are those of plain torch with the tail put in by hand."""
     import safetensors.torch
 
-    from featx.backbones import load_backbone
+    from featx.backbones.backbone import load_backbone
 
     class_folders(tmp_path / "photos", each=6)
     assert featx("extract", "photos", "--out", "s.featx", cwd=tmp_path).code == 0

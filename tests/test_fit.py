@@ -18,19 +18,19 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, recall_score
 from test_bundle import clusters
 
-from featx.batches import Engine
-from featx.bundle import read_bundle
-from featx.calibrate import fit_sharpness, fit_threshold, smallest_error
-from featx.engines import make_engine
+from featx.backbones.engines.base import Engine
+from featx.models.bundle import read_bundle
+from featx.models.calibrate import fit_sharpness, fit_threshold, smallest_error
+from featx.backbones.engines.torch import make_engine
 from featx.errors import MismatchError, UsageError
-from featx.fit import fit_head, measure, probe_pixels, warnings_of
-from featx.heads import HEADS
-from featx.images import encode
-from featx.predictor import open_embedder
-from featx.scoring import softmax
-from featx.service_evidence import Evidence
-from featx.stats import expected_calibration_error, log_loss
-from featx.store import read_features
+from featx.models.fit import fit_head, measure, probe_pixels, warnings_of
+from featx.heads.catalogue import HEADS
+from featx.images.pixels import encode
+from featx.models.predictor import open_embedder
+from featx.heads.scorer import softmax
+from featx.service.evidence import Evidence
+from featx.evaluation.stats import expected_calibration_error, log_loss
+from featx.store.reader import read_features
 
 # --- calibration --------------------------------------------------------------------------------------------------
 
@@ -412,7 +412,7 @@ def test_a_network_that_sees_the_probe_differently_is_refused(kept: Path, monkey
         made.append(make_engine(*arguments, **options))
         return made[-1]
 
-    monkeypatch.setattr("featx.embed.make_engine", counted)
+    monkeypatch.setattr("featx.extraction.embedder.make_engine", counted)
     embedder = open_embedder(bundle, kept / "photos.model", batch_sizes={"cpu": 3, "cuda": 3})
     assert made == [embedder.engine] and embedder.engine.batch_size == 3  # built once, and as it was wanted
     turned = np.roll(bundle.probe_embedding, 1)

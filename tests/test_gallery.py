@@ -12,11 +12,11 @@ import pytest
 from numpy.typing import NDArray
 from test_retrieval import Rows, clustered, needs_faiss, same
 
-from featx import retrieval
+from featx.retrieval import neighbours as retrieval
 from featx.errors import StoreError
-from featx.gallery import match_rows, open_gallery, search_folder
-from featx.retrieval import GalleryIndex
-from featx.store import FeatureSet
+from featx.retrieval.gallery import match_rows, open_gallery, search_folder
+from featx.retrieval.neighbours import GalleryIndex
+from featx.store.reader import FeatureSet
 
 
 def features(rows: Rows, *, first: int = 0, **changes: Any) -> FeatureSet:
@@ -111,7 +111,7 @@ def test_an_altered_index_is_refused_before_faiss_sees_it(tmp_path: Path, monkey
 
 @needs_faiss
 def test_auto_takes_the_kept_index_above_the_bound_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from featx import gallery
+    from featx.retrieval import gallery
 
     found = features(clustered(1500))
     assert open_gallery(tmp_path / "s.featx", found).method_ == "exact"
@@ -140,7 +140,7 @@ def test_rows_are_matched_by_content() -> None:
 def test_near_duplicates_are_the_same_groups_however_they_are_tiled(monkeypatch: pytest.MonkeyPatch) -> None:
     from sklearn.cluster import DBSCAN
 
-    from featx import splits
+    from featx.evaluation import splits
 
     rows = np.repeat(clustered(60), 9, axis=0)[np.random.default_rng(0).permutation(540)]
     rows = rows + 0.02 * clustered(540, seed=4)

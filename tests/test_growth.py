@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from conftest import Featx
 
-from featx import shards
+from featx.store import shards
 from featx._files import sha256_file
 from featx.errors import StoreError, UsageError
-from featx.index import Index
-from featx.manifest import read_manifest
-from featx.shards import Contents, ShardReader
-from featx.store import FeatureReader, draw_rows, read_features
-from featx.store_tools import info, verify
-from featx.store_writer import StoreWriter
+from featx.store.index import Index
+from featx.store.manifest import read_manifest
+from featx.store.shards import Contents, ShardReader
+from featx.store.reader import FeatureReader, draw_rows, read_features
+from featx.store.tools import info, verify
+from featx.store.writer import StoreWriter
 
 ROOT = Path(__file__).parent.parent
 ROWS, SHARDS = 600, 12

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from storekit import make_store, names_of
 
-from featx import hdf5, manifest
+from featx.store import hdf5
+from featx.store import manifest
 from featx.errors import StoreError
-from featx.manifest import Shard, read_manifest
-from featx.store import FeatureReader, read_features
-from featx.store_tools import verify
+from featx.store.manifest import Shard, read_manifest
+from featx.store.reader import FeatureReader, read_features
+from featx.store.tools import verify
 
 N, D = 6, 4
 EMBEDDINGS = np.arange(N * D, dtype="<f4").reshape(N, D)
@@ -331,8 +332,8 @@ def test_bombs_cost_no_memory(tmp_path: Path) -> None:
 import sys
 from storekit import peak
 from featx.errors import StoreError
-from featx.store import FeatureReader, read_features
-from featx.store_tools import info, verify
+from featx.store.reader import FeatureReader, read_features
+from featx.store.tools import info, verify
 opened = []
 sys.addaudithook(lambda name, arguments: opened.append(str(arguments[0])) if name == "open" else None)
 before = peak()

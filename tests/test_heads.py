@@ -18,9 +18,9 @@ from sklearn.preprocessing import FunctionTransformer, Normalizer, StandardScale
 from sklearn.svm import LinearSVC
 
 from featx.errors import UsageError
-from featx.heads import HEADS, make_head, mean_squared_norm
-from featx.normalise import Normalise
-from featx.scoring import KINDS, Kind
+from featx.heads.catalogue import HEADS, make_head, mean_squared_norm
+from featx.heads.normalise import Normalise
+from featx.heads.scorer import KINDS, Kind
 
 
 def blobs(n_classes: int, shots: int, d: int = 40, seed: int = 0) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
@@ -198,7 +198,7 @@ def test_one_class_is_refused() -> None:
 
 
 def test_stopping_early_is_a_convergence_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("featx.solvers._MAX_NEWTON", 1)
+    monkeypatch.setattr("featx.heads.solvers.rows._MAX_NEWTON", 1)
     rows, labels = blobs(3, 8)
     with pytest.warns(ConvergenceWarning, match=r"Logistic\(C=316.0\) stopped before the optimum"):
         make_head("logreg").fit(rows, labels)

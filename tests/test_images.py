@@ -16,7 +16,7 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 from featx.errors import ImageError
-from featx.images import FORMATS, MAX_SCANS, REASONS, Preprocess, decode, pixels, resize_crop, weigh
+from featx.images.pixels import FORMATS, MAX_SCANS, REASONS, Preprocess, decode, pixels, resize_crop, weigh
 
 HALF = (0.5, 0.5, 0.5)
 IMAGENET = Preprocess(256, (224, 224), "bilinear", HALF, HALF)

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from test_sweep import blobs
 
-from featx.results import SweepResult
-from featx.sweep import sweep_heads
+from featx.evaluation.results import SweepResult
+from featx.evaluation.sweep import sweep_heads
 
 PLAN: dict[str, Any] = {"heads": ["ridge", "knn"], "shots": (1, 2), "episodes": 3, "n_jobs": 1}
 KILLED = 4

@@ -7,9 +7,9 @@ import pytest
 from numpy.typing import NDArray
 
 from featx.errors import UsageError
-from featx.heads import HEADS
-from featx.labelling import choose_next, margins, next_batch, plan_simulation, rank_unlabelled, simulate
-from featx.splits import KShotSplit
+from featx.heads.catalogue import HEADS
+from featx.advice.labelling import choose_next, margins, next_batch, plan_simulation, rank_unlabelled, simulate
+from featx.evaluation.splits import KShotSplit
 
 
 def test_margins_by_hand() -> None:

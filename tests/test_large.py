@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
 from featx.errors import UsageError
-from featx.fit import fit_head
-from featx.heads import Logistic
-from featx.large import logistic_path, moments
-from featx.normalise import Normalise
-from featx.scoring import KINDS, Kind, softmax
-from featx.sweep import sweep_heads
-from featx.torch_heads import check_device
+from featx.models.fit import fit_head
+from featx.heads.catalogue import Logistic
+from featx.heads.solvers.blocks import logistic_path, moments
+from featx.heads.normalise import Normalise
+from featx.heads.scorer import KINDS, Kind, softmax
+from featx.evaluation.sweep import sweep_heads
+from featx.heads.solvers.device import check_device
 
 
 def clusters(n: int, d: int, n_classes: int, seed: int = 0) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -86,7 +86,7 @@ def test_a_sweep_of_large_embeddings_finds_the_same(monkeypatch: pytest.MonkeyPa
     rows, labels = clusters(700, 24, 3)
     plan: dict[str, Any] = {"class_names": "abc", "heads": ["logreg", "ridge", "knn"], "shots": (5, "all")}
     plain = sweep_heads(rows, labels, **plan, episodes=2, n_jobs=1)
-    monkeypatch.setattr("featx.large.LARGE", 2000)
+    monkeypatch.setattr("featx.heads.solvers.blocks.LARGE", 2000)
     calls = []
     path = logistic_path
 
@@ -94,7 +94,7 @@ def test_a_sweep_of_large_embeddings_finds_the_same(monkeypatch: pytest.MonkeyPa
         calls.append(1)
         return path(*args, **more)
 
-    monkeypatch.setattr("featx.heads.logistic_path", counted)
+    monkeypatch.setattr("featx.heads.catalogue.logistic_path", counted)
     large = sweep_heads(rows, labels, **plan, episodes=2, n_jobs=2)
     assert len(calls) == 2  # the two supports of "all"; those of 15 images are small
     for ours, theirs in zip(large.trials, plain.trials, strict=True):
@@ -108,7 +108,7 @@ def test_a_sweep_of_large_embeddings_finds_the_same(monkeypatch: pytest.MonkeyPa
 def test_a_fit_on_large_embeddings_is_the_same_head(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, labels = clusters(600, 24, 3)
     plain = fit_head(rows, labels, class_names="abc", heads=["logreg"])
-    monkeypatch.setattr("featx.large.LARGE", 2000)
+    monkeypatch.setattr("featx.heads.solvers.blocks.LARGE", 2000)
     large = fit_head(rows, labels, class_names="abc", heads=["logreg"])
     assert large.params == plain.params
     np.testing.assert_allclose(large.scorer.scores(rows), plain.scorer.scores(rows), atol=1e-2)
@@ -121,11 +121,11 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import numpy as np
 from test_large import clusters
-from featx.heads import Logistic
-from featx.normalise import Normalise
-from featx.scoring import KINDS
-from featx.sweep import sweep_heads
-import featx.large
+from featx.heads.catalogue import Logistic
+from featx.heads.normalise import Normalise
+from featx.heads.scorer import KINDS
+from featx.evaluation.sweep import sweep_heads
+import featx.heads.solvers.blocks
 for n_classes in (2, 4):
     rows, labels = clusters(1500, 16, n_classes)
     for kind in KINDS:
@@ -135,13 +135,13 @@ for n_classes in (2, 4):
         seen = normalise.transform(rows)
         assert tensors.converged_
         np.testing.assert_allclose(tensors.predict_proba(seen), plain.predict_proba(seen), atol=2e-4)
-featx.large.LARGE = 2000
+featx.heads.solvers.blocks.LARGE = 2000
 plan = {"class_names": "abcd", "heads": ["logreg"], "shots": ("all",), "episodes": 2, "n_jobs": 1}
 found, plain = (sweep_heads(rows, labels, **plan, device=device) for device in ("cpu", None))
 for ours, theirs in zip(found.trials, plain.trials, strict=True):
     assert abs(ours.accuracy - theirs.accuracy) < 0.005 and ours.converged
 assert "2 logistic regressions solved on cpu, everything else on the CPU." in found.notes, found.notes
-featx.large.LARGE = 10**9
+featx.heads.solvers.blocks.LARGE = 10**9
 found = sweep_heads(rows, labels, **plan, device="cpu")
 assert any(note.startswith("Nothing was solved on cpu") for note in found.notes), found.notes
 """
@@ -183,7 +183,7 @@ def test_other_layouts_are_copied_and_agree() -> None:
 
 
 def test_stopping_early_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("featx.large._MAX_NEWTON", 1)
+    monkeypatch.setattr("featx.heads.solvers.blocks._MAX_NEWTON", 1)
     rows, labels = clusters(500, 10, 3)
     assert not next(logistic_path(rows, labels, 3, [10.0])).converged
 
@@ -191,7 +191,7 @@ def test_stopping_early_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 MEASURE = """
 import resource
 import numpy as np
-from featx.large import logistic_path
+from featx.heads.solvers.blocks import logistic_path
 rng = np.random.default_rng(0)
 n, d, c = 16_000, 768, 20
 labels = rng.integers(0, c, n)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import Featx
 
-from featx.backbones import load_backbone
-from featx.networks import LayerInfo, describe_layers
+from featx.backbones.backbone import load_backbone
+from featx.backbones.frozen import LayerInfo, describe_layers
 
 
 def listed(name: str) -> list[LayerInfo]:

@@ -13,20 +13,20 @@ from numpy.typing import NDArray
 from sklearn.linear_model import RidgeClassifier
 
 from featx._arrays import COMBINED
-from featx.batches import layer_place, of_layer
-from featx.bundle import read_bundle
-from featx.choose import choose, out_of_fold_losses
+from featx.backbones.engines.base import layer_place, of_layer
+from featx.models.bundle import read_bundle
+from featx.heads.selection import choose, out_of_fold_losses
 from featx.errors import UsageError
-from featx.export import to_pipeline
-from featx.folds import fold_numbers
-from featx.heads import HEADS, mean_squared_norm
-from featx.layers import SHARES, Layers, read_layers
-from featx.normalise import Normalise
-from featx.predictor import open_embedder
-from featx.scoring import Scorer, blocks_kind, blocks_of, is_kind
-from featx.service_evidence import Evidence
-from featx.splits import KShotSplit
-from featx.sweep import sweep_heads
+from featx.models.export import to_pipeline
+from featx.heads.folds import fold_numbers
+from featx.heads.catalogue import HEADS, mean_squared_norm
+from featx.heads.layers import SHARES, Layers, read_layers
+from featx.heads.normalise import Normalise
+from featx.models.predictor import open_embedder
+from featx.heads.scorer import Scorer, blocks_kind, blocks_of, is_kind
+from featx.service.evidence import Evidence
+from featx.evaluation.splits import KShotSplit
+from featx.evaluation.sweep import sweep_heads
 
 SIZES = {"early": 6, "middle": 5, "penultimate": 12}
 LAYERS = Layers(SIZES)
@@ -284,7 +284,7 @@ def test_the_table_of_many_layers_fits_eighty_columns_and_cuts_no_name() -> None
 
     from rich.console import Console
 
-    from featx.report import render_table
+    from featx.reports.sweep import render_table
 
     rows, labels = stacked(8, dict.fromkeys(SIZES, 1.0))
     found = sweep_heads(

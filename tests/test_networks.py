@@ -11,7 +11,7 @@ import torch
 import torchvision.models as tv
 from torch import nn
 
-from featx.backbones import load_backbone
+from featx.backbones.backbone import load_backbone
 from featx.errors import UsageError, WeightsError
 
 SMALL = "shufflenet_v2_x0_5"

@@ -10,7 +10,7 @@ import numpy as np
 from conftest import class_folders, picture
 from PIL import Image
 
-from featx.originals import Originals
+from featx.images.thumbnails import Originals
 
 
 def test_a_row_finds_its_own_file_only(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from conftest import Featx, class_folders, picture
 from servicekit import Running, png, start, start_tiny
 from webdriver import Browser, driver, missing
 
-from featx.images import encode
+from featx.images.pixels import encode
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "there is a browser")
 

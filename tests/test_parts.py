@@ -21,18 +21,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from storekit import LightEngine, Zygote, light_backbone, refused_of
 
-from featx import _files, manifest, store_writer
+from featx import _files
+from featx.store import manifest
+from featx.store import writer as store_writer
 from featx._files import writer_lock
 from featx.errors import FeatxError, Interrupted, MismatchError, StoreBusy, StoreError, TooManyBadImages, UsageError
-from featx.extract import ExtractSummary
-from featx.index import Index, read_index
-from featx.manifest import read_manifest
-from featx.parts import Part, extract_part, finish_parts, parts_of, unfinished
-from featx.provenance import provenance_of
-from featx.sources import ImageRef, ImageSet
-from featx.store import read_features
-from featx.store_tools import content_hash, info, verify
-from featx.store_writer import StoreWriter
+from featx.extraction.run import ExtractSummary
+from featx.store.index import Index, read_index
+from featx.store.manifest import read_manifest
+from featx.extraction.parts import Part, extract_part, finish_parts, parts_of, unfinished
+from featx.backbones.provenance import provenance_of
+from featx.images.source import ImageRef, ImageSet
+from featx.store.reader import read_features
+from featx.store.tools import content_hash, info, verify
+from featx.store.writer import StoreWriter
 
 
 def run_part(source: Path, store: Path, part: str, **options: Any) -> ExtractSummary:

@@ -16,13 +16,13 @@ from PIL import Image
 from torch import nn
 
 import featx
-from featx.backbones import load_backbone
+from featx.backbones.backbone import load_backbone
 from featx.errors import MismatchError, UsageError, WeightsError
-from featx.images import Preprocess, resize_crop
-from featx.manifest import FINGERPRINTED, check_same, fingerprint
-from featx.providers import Provider, import_provider, is_own
+from featx.images.pixels import Preprocess, resize_crop
+from featx.store.manifest import FINGERPRINTED, check_same, fingerprint
+from featx.backbones.provider import Provider, import_provider, is_own
 
-CODE = (featx.providers.__doc__ or "").split("::\n\n")[1].split("\n\nFrom here on")[0]
+CODE = (featx.backbones.provider.__doc__ or "").split("::\n\n")[1].split("\n\nFrom here on")[0]
 """The example of the documentation, which is the toy of these tests."""
 
 
@@ -225,7 +225,7 @@ def test_on_the_command_line_it_is_a_backbone_like_any_other(featx: Featx, plank
 
 
 def test_openvino_runs_it_too(plankton: Path) -> None:
-    from featx.engines import make_engine
+    from featx.backbones.engines.torch import make_engine
 
     backbone = load_backbone(import_provider(f"{plankton}:Plankton"))
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
@@ -239,7 +239,7 @@ def test_openvino_runs_it_too(plankton: Path) -> None:
 
 
 def test_a_network_that_openvino_cannot_take_is_for_torch() -> None:
-    from featx.engines import make_engine
+    from featx.backbones.engines.torch import make_engine
 
     class Deciding(nn.Module):
         def forward(self, images: torch.Tensor) -> torch.Tensor:

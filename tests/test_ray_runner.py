@@ -25,12 +25,12 @@ from test_parts import assert_same
 from test_runners import computed, fail_once, job_for
 
 from featx.errors import FeatxError, Interrupted, MismatchError, UsageError
-from featx.parts import Part, extract_part, parts_of
-from featx.ray_runner import connected, joblib_on_ray, run_ray
-from featx.runners import Job
-from featx.sources import ImageSet
-from featx.store_tools import content_hash
-from featx.sweep import sweep_heads
+from featx.extraction.parts import Part, extract_part, parts_of
+from featx.extraction.runners.ray import connected, joblib_on_ray, run_ray
+from featx.extraction.runners.local import Job
+from featx.images.source import ImageSet
+from featx.store.tools import content_hash
+from featx.evaluation.sweep import sweep_heads
 
 ray: Any = pytest.importorskip("ray", reason="Ray is not installed: pip install 'featx[ray]'")
 
@@ -195,7 +195,7 @@ def driver(program: str, cluster: str) -> subprocess.CompletedProcess[str]:
 def test_what_ray_says_is_not_in_the_way_of_the_answer(cluster: str) -> None:
     program = """
         import io, os, sys, time
-        from featx.ray_runner import connected
+        from featx.extraction.runners.ray import connected
         sys.stderr = said = io.StringIO()
         with connected() as ray:
             ray.wait([ray.remote(lambda: os._exit(1)).options(max_retries=0).remote()])
@@ -211,7 +211,7 @@ def test_what_ray_says_is_not_in_the_way_of_the_answer(cluster: str) -> None:
 def test_a_crash_after_the_connection_says_where(cluster: str) -> None:
     program = """
         import faulthandler, os, signal
-        from featx.ray_runner import connected
+        from featx.extraction.runners.ray import connected
         faulthandler.enable()
         with connected():
             pass

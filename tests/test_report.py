@@ -17,10 +17,10 @@ from PIL import Image
 from rich.console import Console
 
 from featx.errors import UsageError
-from featx.mislabelled import rank_labels
-from featx.report import conclusion, render, render_table, write_report
-from featx.results import SweepResult
-from featx.sweep import sweep_heads
+from featx.advice.mislabelled import rank_labels
+from featx.reports.sweep import conclusion, render, render_table, write_report
+from featx.evaluation.results import SweepResult
+from featx.evaluation.sweep import sweep_heads
 
 
 def sweep(heads: list[str], seed: int = 0, shots: tuple[int, ...] = (1, 5)) -> SweepResult:

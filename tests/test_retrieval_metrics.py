@@ -10,9 +10,9 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score
 
-from featx import retrieval_metrics
+from featx.retrieval import metrics as retrieval_metrics
 from featx.errors import UsageError
-from featx.retrieval_metrics import RetrievalResult, evaluate_retrieval
+from featx.retrieval.metrics import RetrievalResult, evaluate_retrieval
 
 
 def on_a_circle(*degrees: float) -> NDArray[np.float32]:
@@ -101,7 +101,7 @@ def test_average_precision_is_that_of_scikit_learn(
     rows = (np.eye(12)[labels % 5] + 0.5 * random.normal(size=(200, 12))).astype(np.float32)
     found = evaluate_retrieval(rows, labels, class_names=list("abcde"), ks=(1, 5), **options)
 
-    from featx.postprocess import Postprocess, expand_queries
+    from featx.retrieval.postprocess import Postprocess, expand_queries
 
     unit = Postprocess(center=bool(options.get("center")), whiten=options.get("whiten")).fit(rows).transform(rows)
     precisions, hits, at5 = [], [], []
@@ -166,10 +166,10 @@ def test_queries_are_drawn_where_there_are_too_many() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "recall", "plain"), [("hymenoptera", 0.91, 0.78), ("dtd10", 0.81, 0.50)])
 def test_real_photos(photos: Path, tmp_path: Path, name: str, recall: float, plain: float) -> None:
-    from featx.backbones import load_backbone
-    from featx.extract import extract_features
-    from featx.sources import ImageSet
-    from featx.store import read_features
+    from featx.backbones.backbone import load_backbone
+    from featx.extraction.run import extract_features
+    from featx.images.source import ImageSet
+    from featx.store.reader import read_features
 
     extract_features(ImageSet.from_folder(photos / name), load_backbone("efficientnet_lite0"), tmp_path / "s.featx")
     features = read_features(tmp_path / "s.featx")

@@ -19,13 +19,13 @@ from conftest import Featx, class_folders
 from storekit import light_backbone, start_light
 from test_parts import assert_same
 
-from featx import runners
-from featx.backbones import Backbone
+from featx.extraction.runners import local as runners
+from featx.backbones.backbone import Backbone
 from featx.errors import FeatxError, Interrupted, MismatchError, UsageError
-from featx.parts import Part, extract_part, parts_of
-from featx.runners import Job, pack, parse_devices, run_local
-from featx.sources import ImageSet
-from featx.store_tools import content_hash, verify
+from featx.extraction.parts import Part, extract_part, parts_of
+from featx.extraction.runners.local import Job, pack, parse_devices, run_local
+from featx.images.source import ImageSet
+from featx.store.tools import content_hash, verify
 
 TWO = ("cpu", "cpu")
 
@@ -57,7 +57,7 @@ def computed(log: Path) -> int:
 
 def workers() -> list[psutil.Process]:
     """The processes of parts that are running."""
-    return [child for child in psutil.Process().children() if "featx.runners" in " ".join(child.cmdline())]
+    return [child for child in psutil.Process().children() if "featx.extraction.runners.local" in " ".join(child.cmdline())]
 
 
 def test_two_processes_make_what_one_makes(source: Path, store: Path, whole: Path, tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ DRIVER = """
 import sys
 from pathlib import Path
 from test_runners import TWO, job_for
-from featx.runners import run_local
+from featx.extraction.runners.local import run_local
 images, job = job_for(Path(sys.argv[1]), Path(sys.argv[2]), pause=0.3)
 run_local(images, job, TWO)
 """
@@ -253,7 +253,7 @@ def test_options_that_do_not_go_together(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from featx.cli import main
+    from featx.cli.main import main
 
     photos = class_folders(tmp_path / "photos", each=1)
     monkeypatch.setattr(sys, "argv", ["featx", "extract", str(photos), "--out", str(tmp_path / "s.featx"), *options])

@@ -18,9 +18,9 @@ import pytest
 from conftest import Featx, Ran, class_folders, picture
 from PIL import Image
 
-from featx.cli import app
+from featx.cli.main import app
 from featx.errors import FeatxError
-from featx.store import read_features
+from featx.store.reader import read_features
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from conftest import TINY, Featx, TinyEngine
 from servicekit import Running, form, plain, png, start_tiny
 from tiny_server import BLUE, GREEN, RED, tiny_bundle
 
-from featx.images import pixels
+from featx.images.pixels import pixels
 
 
 @pytest.fixture(scope="module")
@@ -250,13 +250,13 @@ def test_who_may_reach_it(featx: Featx, tmp_path: Path) -> None:
 def test_without_its_packages_it_says_what_to_install(tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['fastapi'] = None; sys.argv[1:] = ['serve', 'a.model']\n"
-        "from featx.cli import main; main()"
+        "from featx.cli.main import main; main()"
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "pip install 'featx[serve]'" in done.stderr
     light = (
-        "import sys, featx, featx.cli, featx.cli_model; print([n for n in ('fastapi', 'torch') if n in sys.modules])"
+        "import sys, featx, featx.cli.main, featx.cli.model; print([n for n in ('fastapi', 'torch') if n in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", light], capture_output=True, text=True, check=True).stdout == "[]\n"
 

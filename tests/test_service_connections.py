@@ -18,7 +18,7 @@ pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
 from servicekit import Running, asking, png, start_through, start_tiny
 
-from featx.service_run import HEAD_BYTES, HEAD_LINES, HEADER_SECONDS, KEEP_ALIVE_SECONDS, _listen
+from featx.service.server import HEAD_BYTES, HEAD_LINES, HEADER_SECONDS, KEEP_ALIVE_SECONDS, _listen
 
 GET = b"GET /live HTTP/1.1\r\nHost: localhost\r\n"
 POST = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"

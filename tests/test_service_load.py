@@ -17,10 +17,10 @@ pytest.importorskip("fastapi", reason="the extra serve is not installed")
 from conftest import Featx, class_folders
 from servicekit import Connection, Reply, Running, form, png, post_once, start, start_tiny
 
-from featx.bundle import read_bundle
-from featx.predictor import open_embedder
-from featx.service_batch import BATCH_SIZES
-from featx.store import read_features
+from featx.models.bundle import read_bundle
+from featx.models.predictor import open_embedder
+from featx.service.batcher import BATCH_SIZES
+from featx.store.reader import read_features
 
 pytestmark = pytest.mark.alone
 

@@ -35,7 +35,7 @@ from PIL import Image
 from servicekit import Running, form, plain, png, start_through, start_tiny
 from tiny_server import GREEN
 
-from featx.images import encode
+from featx.images.pixels import encode
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("prlimit") is None, reason="it takes Linux and its command prlimit"

@@ -14,7 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.linear_model import Ridge as SkRidge
 from sklearn.svm import LinearSVC
 
-from featx.solvers import RowSpace, discriminant_path, newton_path, ridge_coefficients, ridge_held_out, temperature
+from featx.heads.solvers.rows import RowSpace, discriminant_path, newton_path, ridge_coefficients, ridge_held_out, temperature
 
 Array = NDArray[np.float64]
 
@@ -175,7 +175,7 @@ def test_discriminant_without_spread_is_the_nearest_centroid() -> None:
 
 
 def test_reaching_the_limit_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("featx.solvers._MAX_NEWTON", 1)
+    monkeypatch.setattr("featx.heads.solvers.rows._MAX_NEWTON", 1)
     rows, labels = blobs(3, 8, 20)
     with warnings.catch_warnings():
         path = newton_path(rows, labels, 3, np.ones((1, len(rows))), [np.array([100.0])], loss="softmax")

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from featx.errors import UsageError
-from featx.predictor import image_files
-from featx.sorting import UNSURE, Sorted, folder_names, sort_into
-from featx.sources import ImageSet
+from featx.models.predictor import image_files
+from featx.cli.sorting import UNSURE, Sorted, folder_names, sort_into
+from featx.images.source import ImageSet
 
 EVIL = [
     "..",

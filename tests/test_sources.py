@@ -10,7 +10,7 @@ import pytest
 from conftest import class_folders, picture
 
 from featx.errors import SourceError
-from featx.sources import ImageSet
+from featx.images.source import ImageSet
 
 
 def labels(images: ImageSet) -> dict[str, tuple[str | None, str]]:

@@ -9,8 +9,8 @@ import pytest
 from conftest import TinyEngine, class_folders, tiny_backbone
 
 from featx.errors import SourceError
-from featx.extract import extract_features
-from featx.sources import ImageSet
+from featx.extraction.run import extract_features
+from featx.images.source import ImageSet
 
 WANTED = {"ä.png": ("Käfer", "train"), "b,c.png": ("bees", "test")}
 

@@ -13,14 +13,14 @@ import pytest
 from conftest import Featx, TinyEngine, class_folders, tiny_backbone
 
 from featx.errors import ImageError, SourceError, UsageError
-from featx.extract import ExtractSummary, extract_features
-from featx.originals import Originals
-from featx.origins import MAX_FETCHED
-from featx.search import duplicate_groups
-from featx.sheet import duplicate_sheet, image_finder
-from featx.sources import ImageSet
-from featx.sources_remote import Remote
-from featx.store import read_features
+from featx.extraction.run import ExtractSummary, extract_features
+from featx.images.thumbnails import Originals
+from featx.images.origin import MAX_FETCHED
+from featx.retrieval.search import duplicate_groups
+from featx.reports.sheet import duplicate_sheet, image_finder
+from featx.images.source import ImageSet
+from featx.images.remote import Remote
+from featx.store.reader import read_features
 
 boto3 = pytest.importorskip("boto3")
 moto = pytest.importorskip("moto.server")
@@ -57,7 +57,7 @@ def environment(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[s
 
 def forget() -> None:
     """Clients and listings that an earlier test left in this process."""
-    from featx import sources_remote
+    from featx.images import remote as sources_remote
 
     sources_remote._system.cache_clear()
     s3fs.S3FileSystem.clear_instance_cache()
@@ -124,7 +124,7 @@ def test_what_has_not_changed_is_not_fetched_again(
         return read(origin)
 
     monkeypatch.setattr(Remote, "read_bytes", counting)
-    monkeypatch.setattr("featx.extract._SETTLED_NS", 0)  # else what is younger than two seconds is read again
+    monkeypatch.setattr("featx.extraction.run._SETTLED_NS", 0)  # else what is younger than two seconds is read again
     run(bucket.url, tmp_path / "s.featx")
     assert len(fetched) == 6
     fetched.clear()

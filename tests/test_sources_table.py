@@ -16,16 +16,16 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 from conftest import TINY, Featx, TinyEngine, picture, tiny_backbone
 
-from featx import sources_table
+from featx.images import table as sources_table
 from featx.errors import FeatxError, ImageError, SourceError, UsageError
-from featx.extract import extract_features
-from featx.images import pixels
-from featx.originals import Originals
-from featx.origins import Unreadable
-from featx.sources import ImageSet
-from featx.sources_table import Row, _reader
-from featx.store import read_features
-from featx.table_child import Table
+from featx.extraction.run import extract_features
+from featx.images.pixels import pixels
+from featx.images.thumbnails import Originals
+from featx.images.origin import Unreadable
+from featx.images.source import ImageSet
+from featx.images.table import Row, _reader
+from featx.store.reader import read_features
+from featx.images.table_reader import Table
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")

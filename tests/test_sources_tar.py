@@ -15,14 +15,14 @@ import pytest
 from conftest import TINY, Featx, TinyEngine, class_folders, picture, tiny_backbone
 from PIL import Image
 
-from featx.decoders import DecoderPool
+from featx.images.pool import DecoderPool
 from featx.errors import SourceError
-from featx.extract import extract_features
-from featx.images import pixels
-from featx.originals import Originals
-from featx.origins import MAX_BYTES, Part
-from featx.sources import ImageSet
-from featx.store import read_features
+from featx.extraction.run import extract_features
+from featx.images.pixels import pixels
+from featx.images.thumbnails import Originals
+from featx.images.origin import MAX_BYTES, Part
+from featx.images.source import ImageSet
+from featx.store.reader import read_features
 
 
 def jpeg(seed: int) -> bytes:
@@ -81,7 +81,7 @@ def test_shards_are_embedded_like_files(tmp_path: Path) -> None:
 def test_an_unchanged_archive_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shards(tmp_path / "shards", count=1)
     archive = tmp_path / "shards" / "set-0000.tar"
-    monkeypatch.setattr("featx.extract._SETTLED_NS", 0)  # else what is younger than two seconds is read again
+    monkeypatch.setattr("featx.extraction.run._SETTLED_NS", 0)  # else what is younger than two seconds is read again
     store = tmp_path / "s.featx"
     extract_features(ImageSet.from_tars(archive), tiny_backbone(), store, engine=TinyEngine(), workers=1)
     with monkeypatch.context() as patch:

@@ -15,11 +15,11 @@ from PIL import Image
 from torchvision import datasets
 
 from featx.errors import SourceError, UsageError
-from featx.extract import extract_features
-from featx.originals import Originals
-from featx.origins import ImageRef
-from featx.sources import ImageSet
-from featx.store import read_features
+from featx.extraction.run import extract_features
+from featx.images.thumbnails import Originals
+from featx.images.origin import ImageRef
+from featx.images.source import ImageSet
+from featx.store.reader import read_features
 
 
 def make_dtd(root: Path) -> Path:

@@ -16,12 +16,12 @@ from PIL import Image
 from sklearn.model_selection import cross_val_score
 
 from featx.errors import UsageError
-from featx.fit import fit_head
-from featx.folds import fold_numbers
-from featx.heads import make_head
-from featx.splits import KShotSplit, Shots, find_duplicates, plan_shots
-from featx.store import read_features
-from featx.sweep import sweep_heads
+from featx.models.fit import fit_head
+from featx.heads.folds import fold_numbers
+from featx.heads.catalogue import make_head
+from featx.evaluation.splits import KShotSplit, Shots, find_duplicates, plan_shots
+from featx.store.reader import read_features
+from featx.evaluation.sweep import sweep_heads
 
 
 @settings(max_examples=60, deadline=None)

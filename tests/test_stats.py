@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from featx import stats
+from featx.evaluation import stats
 
 
 def test_scores_equal_scikit_learn() -> None:

@@ -29,14 +29,14 @@ from storekit import (
 
 from featx._files import canonical_json, publish_bytes
 from featx.errors import MismatchError, StoreError
-from featx.extract import extract_features
-from featx.images import Preprocess
-from featx.index import Refused, spell_quarantine
-from featx.manifest import FINGERPRINTED, check_same, read_manifest
-from featx.sources import ImageSet
-from featx.store import FeatureReader, read_features
-from featx.store_tools import content_hash, info, pack, verify
-from featx.store_writer import StoreWriter
+from featx.extraction.run import extract_features
+from featx.images.pixels import Preprocess
+from featx.store.index import Refused, spell_quarantine
+from featx.store.manifest import FINGERPRINTED, check_same, read_manifest
+from featx.images.source import ImageSet
+from featx.store.reader import FeatureReader, read_features
+from featx.store.tools import content_hash, info, pack, verify
+from featx.store.writer import StoreWriter
 
 FLIPS = 1000
 
@@ -183,7 +183,7 @@ def test_a_run_that_ends_while_it_replaces_the_list(
 
     for finish in (True, False):
         with monkeypatch.context() as patch:
-            patch.setattr("featx.store_writer.publish_bytes", interrupted)
+            patch.setattr("featx.store.writer.publish_bytes", interrupted)
             with StoreWriter(store, provenance()) as writer, pytest.raises(KeyboardInterrupt):
                 if finish:
                     writer.finish(index_of(names_of(12)), REFUSED[:2], source="")
@@ -245,7 +245,7 @@ def test_other_settings_stop(name: str, tmp_path: Path, monkeypatch: pytest.Monk
     if name == "precision":
         engine.precision, said = "bf16", r'another precision: expected "fp32" \(the store\'s\), found "bf16"'
     elif name == "decode":
-        monkeypatch.setattr("featx.provenance.decode_settings", lambda mode: {"mode": "draft"})
+        monkeypatch.setattr("featx.backbones.provenance.decode_settings", lambda mode: {"mode": "draft"})
         said = r"another decode\..*: expected .*, found "
     else:
         changes, said = CHANGES[name]

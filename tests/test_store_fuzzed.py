@@ -17,7 +17,7 @@ from storekit import make_store, names_of
 
 from featx._files import canonical_json
 from featx.errors import StoreError
-from featx.manifest import read_manifest
+from featx.store.manifest import read_manifest
 
 FUZZ_SECONDS = 10.0
 
@@ -87,9 +87,9 @@ def test_fuzzed_hdf5(tmp_path: Path) -> None:
 import random, sys, time
 from pathlib import Path
 import numpy as np
-from featx import hdf5
+from featx.store import hdf5
 from featx.errors import StoreError
-from featx.store import SHARD_COLUMNS
+from featx.store.reader import SHARD_COLUMNS
 source, target = Path({str(path)!r}), Path({str(tmp_path / "x.h5")!r})
 good, rng = source.read_bytes(), random.Random(int(sys.argv[1]))
 with hdf5.open_checked(source, SHARD_COLUMNS) as file:

@@ -27,9 +27,9 @@ from storekit import (
 )
 
 from featx.errors import StoreError
-from featx.store import FeatureReader, iter_features, read_features
-from featx.store_tools import info, pack, verify
-from featx.store_writer import StoreWriter
+from featx.store.reader import FeatureReader, iter_features, read_features
+from featx.store.tools import info, pack, verify
+from featx.store.writer import StoreWriter
 
 # --- two writers, and readers beside one --------------------------------------------------------------------------
 
@@ -142,7 +142,7 @@ _EIGHT = """
 import hashlib, multiprocessing, sys
 from pathlib import Path
 import numpy as np
-from featx.store import FeatureReader
+from featx.store.reader import FeatureReader
 
 inherited = None
 
@@ -211,8 +211,8 @@ print((peak() - before) // 1024)
 def test_streaming_takes_little_memory(packed: bool, tmp_path: Path) -> None:
     """A store of 120 MB, read by blocks and packed within less than 60 MB."""
     code = """
-from featx.store import FeatureReader, iter_features
-from featx.store_tools import pack
+from featx.store.reader import FeatureReader, iter_features
+from featx.store.tools import pack
 def work():
     total = 0
     for where, block in iter_features(sys.argv[2], block_rows=512):

@@ -27,17 +27,17 @@ from storekit import (
     write_png,
 )
 
-from featx.decoders import DecoderPool
+from featx.images.pool import DecoderPool
 from featx.errors import MismatchError
-from featx.index import INDEX_COLUMNS, read_index
-from featx.manifest import read_manifest
-from featx.origins import Origin
-from featx.parts import Part, extract_part, finish_parts
-from featx.provenance import provenance_of
-from featx.sources import ImageSet
-from featx.store import read_features
-from featx.store_tools import content_hash, verify
-from featx.store_writer import StoreWriter
+from featx.store.index import INDEX_COLUMNS, read_index
+from featx.store.manifest import read_manifest
+from featx.images.origin import Origin
+from featx.extraction.parts import Part, extract_part, finish_parts
+from featx.backbones.provenance import provenance_of
+from featx.images.source import ImageSet
+from featx.store.reader import read_features
+from featx.store.tools import content_hash, verify
+from featx.store.writer import StoreWriter
 
 # --- relabelling, moving, removing --------------------------------------------------------------------------------
 
@@ -98,7 +98,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return decode(pool, origin, *rest)
 
     monkeypatch.setattr(DecoderPool, "_one", noting)
-    monkeypatch.setattr("featx.extract._SETTLED_NS", 0)
+    monkeypatch.setattr("featx.extraction.run._SETTLED_NS", 0)
     return names
 
 

@@ -17,18 +17,18 @@ from sklearn.metrics import f1_score
 from sklearn.model_selection import GridSearchCV, PredefinedSplit
 from sklearn.svm import LinearSVC
 
-from featx import stats
-from featx.choose import choose, out_of_fold_losses, search_penalty
+from featx.evaluation import stats
+from featx.heads.selection import choose, out_of_fold_losses, search_penalty
 from featx.errors import UsageError
-from featx.folds import fold_numbers
-from featx.heads import HEADS, Head, mean_squared_norm
-from featx.html import render_page
-from featx.normalise import Normalise
-from featx.report import conclusion
-from featx.scoring import softmax
-from featx.solvers import temperature
-from featx.splits import KShotSplit
-from featx.sweep import sweep_heads
+from featx.heads.folds import fold_numbers
+from featx.heads.catalogue import HEADS, Head, mean_squared_norm
+from featx.reports.html import render_page
+from featx.heads.normalise import Normalise
+from featx.reports.sweep import conclusion
+from featx.heads.scorer import softmax
+from featx.heads.solvers.rows import temperature
+from featx.evaluation.splits import KShotSplit
+from featx.evaluation.sweep import sweep_heads
 
 Rows = NDArray[np.float32]
 
@@ -254,7 +254,7 @@ def test_an_interrupt_passes_through() -> None:
 
 
 def test_what_does_not_converge_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("featx.solvers._MAX_NEWTON", 2)
+    monkeypatch.setattr("featx.heads.solvers.rows._MAX_NEWTON", 2)
     rows, labels, names = blobs([10, 10])
     found = sweep_heads(rows, labels, class_names=names, heads=["logreg", "ridge"], shots=(5,), episodes=3, n_jobs=1)
     assert found.notes == ("logreg did not converge in 3 of 3 trials.",)

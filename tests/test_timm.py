@@ -16,10 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-from featx import timm_models
-from featx.backbones import load_backbone
+from featx.backbones import timm as timm_models
+from featx.backbones.backbone import load_backbone
 from featx.errors import UsageError, WeightsError
-from featx.images import Preprocess
+from featx.images.pixels import Preprocess
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +68,7 @@ def test_timm_preprocessing_is_timms_own(name: str) -> None:
     # Against the transform that timm builds, on an image whose sides differ.
     import timm.data
 
-    from featx.images import resize_crop
+    from featx.images.pixels import resize_crop
 
     data: Any = timm.data
     model = timm_models.find(f"timm:{name}")

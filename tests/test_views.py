@@ -16,17 +16,17 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
-from featx.backbones import load_backbone
-from featx.batches import ViewsEngine, for_views
-from featx.decoders import DecoderPool
-from featx.embed import Embedder
+from featx.backbones.backbone import load_backbone
+from featx.backbones.engines.base import ViewsEngine, for_views
+from featx.images.pool import DecoderPool
+from featx.extraction.embedder import Embedder
 from featx.errors import MismatchError, UsageError
-from featx.extract import extract_features
-from featx.images import Preprocess, decode
-from featx.manifest import fingerprint
-from featx.sources import ImageSet
-from featx.store import read_features
-from featx.views import VIEWS, Looks, parse_views
+from featx.extraction.run import extract_features
+from featx.images.pixels import Preprocess, decode
+from featx.store.manifest import fingerprint
+from featx.images.source import ImageSet
+from featx.store.reader import read_features
+from featx.images.views import VIEWS, Looks, parse_views
 
 HALF = (0.5, 0.5, 0.5)
 WIDE = Preprocess(resize=60, crop=(50, 40), interpolation="bicubic", mean=HALF, std=HALF)
@@ -243,7 +243,7 @@ def test_embeddings_are_means_of_plain_torch_over_plain_transforms(tmp_path: Pat
 
 
 def _engine(backbone: Any, name: str) -> Any:
-    from featx.engines import make_engine
+    from featx.backbones.engines.torch import make_engine
 
     return make_engine(backbone, engine=name, device="cpu", batch_size=4, threads=1)
 

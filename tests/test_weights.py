@@ -15,12 +15,13 @@ import pytest
 import torch
 import torchvision.models as tv
 
-from featx import backbones, catalogue
-from featx.backbones import load_backbone
-from featx.catalogue import NETWORKS, WEIGHTS, WeightsFile, published
+from featx.backbones import backbone as backbones
+from featx.backbones import catalogue
+from featx.backbones.backbone import load_backbone
+from featx.backbones.catalogue import NETWORKS, WEIGHTS, WeightsFile, published
 from featx.errors import WeightsError
-from featx.hub import hub_folder
-from featx.networks import state_sha256
+from featx.backbones.hub import hub_folder
+from featx.backbones.frozen import state_sha256
 
 SMALL = "shufflenet_v2_x0_5"  # 1.4 million parameters, and every kind of layer that checkpoints disagree on
 

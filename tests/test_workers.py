@@ -19,7 +19,7 @@ import pytest
 from conftest import Featx
 from storekit import digests_of, index_of, names_of, provenance
 
-from featx.store_writer import StoreWriter
+from featx.store.writer import StoreWriter
 
 ROWS = 2400
 """Half of them, labelled and for training, have 2.5 MB: joblib hands arrays over 1 MB to workers in files."""

@@ -18,17 +18,17 @@ import numpy as np
 from conftest import TINY, TinyEngine, tiny_backbone
 from numpy.typing import NDArray
 
-from featx import service_batch
-from featx.bundle import Bundle
-from featx.embed import Embedder
+from featx.service import batcher as service_batch
+from featx.models.bundle import Bundle
+from featx.extraction.embedder import Embedder
 from featx.errors import FeatxError
-from featx.fit import probe_pixels
-from featx.heads import make_head
-from featx.images import encode, pixels
-from featx.scoring import Scorer
-from featx.service_guard import Limits
-from featx.service_run import serve
-from featx.service_work import Service
+from featx.models.fit import probe_pixels
+from featx.heads.catalogue import make_head
+from featx.images.pixels import encode, pixels
+from featx.heads.scorer import Scorer
+from featx.service.guard import Limits
+from featx.service.server import serve
+from featx.service.work import Service
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 

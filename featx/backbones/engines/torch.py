@@ -1,0 +1,282 @@
+"""How a frozen network is run: the choice among engines, and torch, the reference.
+
+An engine takes batches of uint8 pixels and gives float32 embeddings, in order. All engines give the same
+embeddings (cosine to plain torch >= 0.9999 at fp32, >= 0.999 at bf16). Short batches are padded, so every batch has
+the one shape, and an image's embedding does not depend on what else is in its batch: bit for bit at fp32, and at bf16
+for the convolutional networks that were tried (a vision transformer on OpenVINO is not position-independent there).
+
+``TorchEngine`` runs anywhere torch does, and on CUDA. :mod:`featx.backbones.engines.openvino` is 5 to 20 times faster on a CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import ctypes
+import importlib.util
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from featx._system import available_cpus
+from featx.backbones.backbone import Backbone
+from featx.backbones.engines.base import EXACT_START, Batch, Embeddings, Engine, fill
+from featx.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+ENGINES = ("auto", "torch", "openvino")
+DEVICES = ("auto", "cpu", "cuda")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+BATCH_SIZES = {"cpu": 16, "cuda": 256}
+"""Images per batch, by device: large enough that larger ones gain nothing."""
+
+LANES = 2
+"""Batches that a torch engine has under way."""
+
+
+def make_engine(
+    backbone: Backbone,
+    *,
+    engine: str = "auto",
+    device: str = "auto",
+    precision: str = "auto",
+    batch_size: int | Mapping[str, int] | None = None,
+    threads: int | None = None,
+) -> Engine:
+    """Choose and start an engine.
+
+    Parameters
+    ----------
+    backbone : the network to run.
+    engine : "auto" is torch on CUDA if there is a GPU, else OpenVINO if it is installed, else torch.
+    device : "auto" is a GPU if there is one that torch can use and the engine can too.
+    precision : "auto" is fp32 on a CPU, bf16 on a GPU that has it.
+    batch_size : images per batch, or that by device ("cpu", "cuda"); None takes :data:`BATCH_SIZES`.
+    threads : of the CPU; None takes as many as this process may use.
+
+    Raises
+    ------
+    UsageError
+        For a combination that is impossible here; the message says what to do.
+    WeightsError
+        If the backbone's weights do not fit its network.
+    """
+    for value, allowed, what in ((engine, ENGINES, "engine"), (device, DEVICES, "device")):
+        _check_choice(value, allowed, what)
+    _check_choice(precision, PRECISIONS, "precision")
+    if batch_size is None:
+        batch_size = BATCH_SIZES
+    sizes = batch_size if isinstance(batch_size, Mapping) else dict.fromkeys(BATCH_SIZES, batch_size)
+    for number, what in (*((size, "batch size") for size in sizes.values()), (threads, "threads")):
+        if number is not None and number < 1:
+            raise UsageError("must be 1 or more", where=what, found=number)
+    if engine == "openvino" and device == "cuda":
+        raise UsageError("the engine openvino runs on the CPU", where="device", hint="Use --engine torch for CUDA.")
+    if engine == "openvino" and not _installed("openvino"):
+        raise UsageError(
+            "OpenVINO is not installed",
+            where="engine",
+            hint="Install it (pip install openvino), or use --engine torch.",
+        )
+    if engine != "openvino" and device != "cpu" and _cuda():
+        return TorchEngine(backbone, device="cuda", precision=precision, batch_size=sizes["cuda"], threads=threads)
+    if device == "cuda":
+        raise UsageError(
+            "torch finds no CUDA device here",
+            where="device",
+            hint="Use --device cpu, or install a torch and a driver that match the GPU.",
+        )
+    if precision == "fp16":
+        raise UsageError("fp16 is for CUDA", where="precision", hint="On a CPU use fp32 or bf16.")
+    if engine == "torch" or not _installed("openvino"):
+        return TorchEngine(backbone, device="cpu", precision=precision, batch_size=sizes["cpu"], threads=threads)
+    from featx.backbones.engines.openvino import OpenVINOEngine
+
+    return OpenVINOEngine(
+        backbone,
+        precision="fp32" if precision == "auto" else precision,
+        batch_size=sizes["cpu"],
+        threads=threads or available_cpus(),
+    )
+
+
+def cuda_devices() -> int:
+    """How many GPUs torch can use here."""
+    if not _has_driver():
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+class TorchEngine:
+    """Plain torch: the reference on a CPU, and the fast path on CUDA.
+
+    On CUDA uint8 pixels travel from pinned memory on a stream of their own, are normalised on the device, and run
+    channels-last under autocast, while the next batch is being prepared.
+    """
+
+    name = "torch"
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        device: str = "cpu",
+        precision: str = "auto",
+        batch_size: int | None = None,
+        threads: int | None = None,
+    ) -> None:
+        import torch
+
+        self.device = device
+        self.batch_size = batch_size or BATCH_SIZES[device]
+        self.precision = _cuda_precision(precision) if device == "cuda" else precision.replace("auto", "fp32")
+        self._shape = (self.batch_size, *backbone.preprocess.crop, 3)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        network = backbone.network()
+        if device == "cuda" or self.precision == "bf16":  # a copy: the backbone's own stays as it is
+            network = copy.deepcopy(network).to(device)
+        if device == "cuda":
+            network = network.to(memory_format=torch.channels_last)
+        if self.precision == "bf16":
+            _keep_start_exact(network, device)
+        self._network = network
+        # In the scale of uint8 pixels, so that one subtraction and one division normalise.
+        self._mean = torch.tensor(backbone.preprocess.mean, device=device).mul(255).view(1, 3, 1, 1)
+        self._std = torch.tensor(backbone.preprocess.std, device=device).mul(255).view(1, 3, 1, 1)
+
+    def embed(self, batches: Iterable[Batch]) -> Iterator[Embeddings]:
+        """See :meth:`Engine.embed`; two batches are under way, on CUDA at the same time."""
+        # The same two lanes on a CPU, where each has ended before the next starts: one order of things to test.
+        lanes = [_Lane(self._shape, cuda=self.device == "cuda") for _ in range(LANES)]
+        busy: deque[_Lane] = deque()
+        for number, batch in enumerate(batches):
+            if len(busy) == LANES:  # the oldest is the one that is used again next
+                yield busy.popleft().take()
+            lane = lanes[number % LANES]
+            lane.start(batch, self._run)
+            busy.append(lane)
+        while busy:
+            yield busy.popleft().take()
+
+    def _run(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Normalise uint8 (n, h, w, 3) on its device and run the network."""
+        import torch
+
+        # The permuted view of NHWC pixels is channels-last already; only the CPU reference is made contiguous.
+        images = pixels.permute(0, 3, 1, 2).float().sub_(self._mean).div_(self._std)
+        if self.device == "cpu":
+            images = images.contiguous()
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        # Without this, "fp32" convolutions on CUDA are TF32: ten bits of mantissa.
+        exact: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if self.device == "cuda" and dtype is None:
+            exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        with torch.inference_mode(), exact, torch.autocast(self.device, dtype=dtype, enabled=dtype is not None):
+            outputs: tuple[torch.Tensor, ...] = self._network(images)
+            return tuple(output.float() for output in outputs)
+
+
+class _Lane:
+    """Buffers of one batch on its way through torch; on CUDA they are pinned and everything is asynchronous."""
+
+    def __init__(self, shape: tuple[int, ...], *, cuda: bool) -> None:
+        import torch
+
+        self._cuda = cuda
+        self._input = torch.zeros(shape, dtype=torch.uint8, pin_memory=cuda)
+        self._outputs: tuple[torch.Tensor, ...] = ()
+        self._n = 0
+        cuda_module: Any = torch.cuda  # partly annotated
+        if cuda:
+            self._copying, self._done = cuda_module.Stream(), cuda_module.Event()
+
+    def start(self, batch: Batch, run: Any) -> None:
+        """Begin to embed a batch; the lane must be free."""
+        import torch
+
+        self._n = fill(self._input.numpy(), batch)
+        if not self._cuda:
+            self._outputs = run(self._input)
+            return
+        with torch.cuda.stream(self._copying):
+            pixels = self._input.to("cuda", non_blocking=True)
+        compute = torch.cuda.current_stream()
+        compute.wait_stream(self._copying)
+        pixels.record_stream(compute)  # or the copy stream could reuse its memory too early
+        outputs = run(pixels)
+        if not self._outputs:
+            self._outputs = tuple(torch.empty(o.shape, dtype=o.dtype, pin_memory=True) for o in outputs)
+        for host, output in zip(self._outputs, outputs, strict=True):
+            host.copy_(output, non_blocking=True)
+        self._done.record(compute)
+
+    def take(self) -> Embeddings:
+        """Wait for the batch, and return copies of its embeddings."""
+        if self._cuda:
+            self._done.synchronize()
+        return tuple(output[: self._n].numpy().copy() for output in self._outputs)
+
+
+def _keep_start_exact(network: torch.nn.Module, device: str) -> None:
+    """Take the first convolutions out of autocast; what follows them stays fp32 up to the next convolution."""
+    import torch
+
+    convolutions = [module for module in network.modules() if isinstance(module, torch.nn.Conv2d)]
+    if not any(1 < module.groups == module.in_channels for module in convolutions):
+        return
+
+    def exact(forward: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+        def run(images: torch.Tensor) -> torch.Tensor:
+            with torch.autocast(device, enabled=False):
+                return forward(images.float())
+
+        return run
+
+    for module in convolutions[: math.ceil(EXACT_START * len(convolutions))]:
+        setattr(module, "forward", exact(module.forward))  # noqa: B010 - an instance's method, which mypy refuses
+
+
+def _cuda_precision(precision: str) -> str:
+    import torch
+
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "auto":
+        return "bf16" if has_bf16 else "fp32"
+    if precision == "bf16" and not has_bf16:
+        raise UsageError("this GPU has no bf16", where="precision", hint="Use --precision fp16 or fp32.")
+    return precision
+
+
+def _cuda() -> bool:
+    """Whether torch can use a GPU. Where there is no driver, torch (seconds to import) is not asked."""
+    if not _has_driver():
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _has_driver() -> bool:
+    for name in ("libcuda.so.1", "nvcuda.dll", "libamdhip64.so"):
+        try:
+            ctypes.CDLL(name)
+        except OSError:
+            continue
+        return True
+    return False
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _check_choice(value: str, allowed: tuple[str, ...], what: str) -> None:
+    if value not in allowed:
+        raise UsageError("not a choice", where=what, expected=" or ".join(allowed), found=value)

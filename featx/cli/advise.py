@@ -1,0 +1,116 @@
+"""The command that says what to do next with a set of images."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from featx.cli.model import Json, OwnBackbone, Weights, own_network
+from featx.cli.sweep import stem
+from featx.errors import FeatxError, Interrupted
+from featx.cli.terminal import PAGE_MARK, ProgressLine, check_file, print_json, say, show
+
+if TYPE_CHECKING:
+    from featx.backbones.backbone import Backbone
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command of this module."""
+    app.command(
+        epilog="Examples:  featx advise photos.featx  |  featx advise photos.featx --source photos --minutes 10 --json"
+    )(advise)
+
+
+def advise(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="A store, or a file made by featx pack.")],
+    source: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE", help="What the store was made from: the images, to try fine-tuning on them, too."
+        ),
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="Time that it may take; what does not fit is named.")] = 5.0,
+    label: Annotated[
+        int | None, typer.Option("--next", help="How many images to label next. [default: 2 a class, at least 10]")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="PAGE.html", help="The page. [default: beside the store]")
+    ] = None,
+    backbone: OwnBackbone = None,
+    weights: Weights = None,
+    n_jobs: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Parallel workers of sweeps. [default: cores]")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of every random draw.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Which strategy now, what more images would bring, whether fine-tuning pays, and which images to label next.
+
+    Strategies are compared on the same draws within the time given; what cannot be told is said so. Images of the
+    split test take no part.
+    """
+    from featx._files import publish_bytes, temporary
+    from featx.reports.advice import render_advice
+    from featx.advice.measure import advise as measure
+    from featx.extraction.embedder import network_like
+    from featx.heads.layers import read_layers
+    from featx.store.manifest import check_same
+    from featx.images.thumbnails import Originals
+    from featx.images.source import ImageSet, finder, is_local
+    from featx.store.reader import source_of
+
+    features, columns = read_layers(store)
+    images = None if source is None else ImageSet.from_source(source)
+    page = out or store.with_name(stem(store) + ".advice.html")
+    check_file(page, PAGE_MARK, example="photos.advice.html")
+    network: Backbone | FeatxError
+    try:
+        network = network_like(features.provenance, where=store, backbone=own_network(backbone), weights=weights)
+        check_same(features.provenance, {**features.provenance, **network.provenance()}, store)
+    except FeatxError as error:
+        if backbone is not None or weights is not None:
+            raise  # asked for, and cannot be had
+        network = error
+    with temporary(page.absolute()) as folder, ProgressLine("advice") as line:
+        folder.mkdir()
+        found = measure(
+            features, columns, backbone=network, images=images, folder=folder, minutes=minutes, count=label,
+            random_state=seed, n_jobs=n_jobs, progress=line.update,
+        )  # fmt: skip
+    command = shlex.join(["featx", *sys.argv[1:]])
+    provenance = {**features.provenance, "fingerprint": features.fingerprint}
+    origin = source or source_of(store)
+    find = finder(origin) if origin and is_local(origin) else Path
+    paths = {each.id: str(find(each.id)) for each in found.next_images}
+    text = render_advice(
+        found, title=store.name, provenance=provenance, command=command, paths=paths,
+        thumbnail=Originals(origin, features.ids.tolist(), features.digests).thumbnail,
+    )  # fmt: skip
+    publish_bytes(page, text.encode())
+    if as_json:
+        print_json({**found.to_json(), "page": str(page)})
+    for note in found.notes:
+        say(f"Note: {note}", err=as_json)
+    _tell(found.sentences(), err=as_json)
+    if paths:
+        say("Label next:", err=as_json)
+    for path in paths.values():
+        say(f"  {path}", err=as_json)
+    say("", f"Page: {page}", err=as_json)
+    if found.interrupted:
+        raise typer.Exit(Interrupted.exit_code)
+
+
+def _tell(sentences: dict[str, str], *, err: bool) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 1, 0))
+    for topic, sentence in sentences.items():
+        first = topic == "strategy"
+        table.add_row(Text(topic, style="dim"), Text(sentence, style="bold" if first else ""))
+    show(table, err=err)

@@ -1,0 +1,146 @@
+"""The command that shows the main job, on images that are already there."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+import webbrowser
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from featx.cli.model import Json, fit, predict
+from featx.cli.search import search
+from featx.cli.sweep import run_sweep
+from featx.cli.terminal import ProgressLine, check_writable, print_json, say, show
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from featx.cli.demo_images import Job
+
+Extract = Callable[..., None]
+
+EPISODES = 10
+
+
+def register(app: typer.Typer, extract: Extract) -> None:
+    """Add the command of this module, which runs ``extract`` as one of its steps."""
+
+    @app.command(epilog="Examples:  featx demo  |  featx demo --open")
+    def demo(
+        folder: Annotated[Path, typer.Option(help="Where images, stores, report and model go.")] = Path("data/demo"),
+        open_report: Annotated[bool, typer.Option("--open", help="Open the report in the browser at the end.")] = False,
+        seed: Annotated[int, typer.Option(min=0, help="Seed of every random draw.")] = 0,
+        as_json: Json = False,
+    ) -> None:
+        """The main job, offline: photographs, where the network helps, and digits, where it does not."""
+        run_demo(folder, extract, open_report=open_report, seed=seed, as_json=as_json)
+
+
+class _Steps:
+    """Runs commands as a user would, each after the line that would run it."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self.as_json = as_json
+        self.commands: list[str] = []
+
+    def run(self, line: str, command: Callable[..., Any], *arguments: Any, **options: Any) -> dict[str, Any]:
+        """Run a command; with ``--json`` its object, else {}."""
+        self.commands.append(line)
+        say("", f"$ {line}", err=self.as_json)
+        if not self.as_json:
+            command(*arguments, **options)
+            return {}
+        with redirect_stdout(StringIO()) as out:
+            command(*arguments, **options, as_json=True)
+        answer = json.loads(out.getvalue())
+        assert isinstance(answer, dict)
+        return answer
+
+
+def run_demo(folder: Path, extract: Extract, *, open_report: bool, seed: int, as_json: bool) -> None:
+    """What ``featx demo`` does; ``extract`` is the command of that name."""
+    started = time.monotonic()
+    check_writable(folder)
+    from featx.cli import demo_images as demo
+
+    steps = _Steps(as_json=as_json)
+    photographs, new, digits = folder / "photographs", folder / "new", folder / "digits"
+    counts = {"photographs": demo.write_photographs(photographs, new), "digits": demo.write_digits(digits)}
+    say(
+        f"{counts['photographs']} tiles of {len(demo.PHOTOGRAPHS)} photographs are in {photographs}, and "
+        f"{counts['digits']} scanned digits in {digits}: a folder for each class.",
+        err=as_json,
+    )
+    jobs = []
+    for images, shots, heads in ((photographs, "1,2,5", "all"), (digits, "1,2,5,20", "auto")):
+        jobs.append(_job(steps, extract, images, shots, heads, seed))
+    store, model, report = (photographs.with_suffix(end) for end in (".featx", ".model", ".report"))
+    tiles = [new / f"{name}.png" for name in demo.NEW]
+    steps.run(_line("fit", store, "--out", model, *_seed(seed)), fit, store, model, seed=seed)
+    predicted = steps.run(_line("predict", model, *tiles), predict, model, tiles)
+    found = steps.run(_line("search", store, tiles[0], "-k", 3), search, store, [str(tiles[0])], k=3)
+    page = report / "report.html"
+    if as_json:
+        print_json(
+            {
+                **{job.name: {"images": counts[job.name], **job.to_json()} for job in jobs},
+                "commands": steps.commands,
+                "predictions": predicted["predictions"],
+                "search": found["results"],
+                "report": str(page),
+                "model": str(model),
+                "seconds": time.monotonic() - started,
+            }
+        )
+    say("", err=as_json)
+    show(_table(jobs), err=as_json)
+    say(*demo.verdict(jobs), err=as_json)
+    say("", f"Report: {page}", f"Model: {model}", err=as_json)
+    say("Now with your own photos, one folder for each class:", err=as_json)
+    say("  featx extract photos --out photos.featx", "  featx sweep photos.featx", err=as_json)
+    if open_report and not webbrowser.open(page.resolve().as_uri()):
+        say("Note: no browser could be opened.", err=True)
+
+
+def _job(steps: _Steps, extract: Extract, images: Path, shots: str, heads: str, seed: int) -> Job:
+    from featx.cli.demo_images import compare_with_pixels
+    from featx.store.reader import read_features
+
+    store = images.with_suffix(".featx")
+    steps.run(_line("extract", images, "--out", store), extract, str(images), store)
+    results = []
+
+    def sweep(**options: Any) -> None:
+        results.append(run_sweep(store, heads=heads, shots=shots, episodes=EPISODES, seed=seed, **options))
+
+    chosen = () if heads == "all" else ("--heads", heads)
+    steps.run(_line("sweep", store, *chosen, "--shots", shots, "--episodes", EPISODES, *_seed(seed)), sweep)
+    with ProgressLine("raw pixels"):
+        return compare_with_pixels(images.name, results[0], [images / name for name in read_features(store).ids])
+
+
+def _seed(seed: int) -> tuple[object, ...]:
+    return ("--seed", seed) if seed else ()
+
+
+def _line(command: str, *arguments: object) -> str:
+    return shlex.join(["featx", command, *map(str, arguments)])
+
+
+def _table(jobs: list[Job]) -> Table:
+    from rich.table import Table
+
+    shots = sorted({n for job in jobs for n in job.embeddings}, key=lambda n: (n == "all", n))
+    table = Table("right, %", "", *(f"{n} a class" for n in shots), box=None, title=f"head: {jobs[0].head}")
+    for job in jobs:
+        for label, means in (("embeddings", job.embeddings), ("raw pixels", job.pixels)):
+            cells = [f"{100 * means[n]:.0f}" if n in means else "" for n in shots]
+            table.add_row(job.name if label == "embeddings" else "", label, *cells, end_section=label == "raw pixels")
+    return table

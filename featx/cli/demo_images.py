@@ -1,0 +1,208 @@
+"""The images of ``featx demo``, which come with its dependencies, and what raw pixels make of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featx.errors import StoreError, UsageError
+from featx.heads.catalogue import HEADS
+from featx.images.pixels import decode, save_png
+from featx.evaluation.pixels import PixelExtractor
+from featx.evaluation.results import SweepResult
+from featx.evaluation.splits import Shots
+from featx.evaluation.sweep import sweep_heads
+
+PHOTOGRAPHS = (
+    "astronaut.png", "brick.png", "camera.png", "cell.png", "chelsea.png", "coffee.png", "coins.png", "grass.png",
+    "gravel.png", "hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png", "page.png", "retina.jpg",
+    "rocket.jpg",
+)  # fmt: skip
+"""Files that lie in scikit-image's wheel itself; ``skimage.data`` would download some of its others."""
+
+NEW = ("chelsea", "coffee", "rocket")
+"""Of each of these one tile is kept apart, to predict."""
+
+TILE = 80
+"""Pixels a side of a tile."""
+
+CELL = 90
+"""A photograph is divided into up to ``PER_SIDE`` x ``PER_SIDE`` cells of at least so many pixels a side, and a tile
+is cut from the middle of each: no tile touches another, so each is a group of its own."""
+
+PER_SIDE = 4
+
+DIGITS_EACH = 50
+
+SCALE = 4
+"""The digits are 8x8; enlarged without smoothing they can be looked at."""
+
+
+def write_photographs(folder: Path, new: Path) -> int:
+    """Cut the photographs into tiles, ``folder/<photograph>/<row>-<column>.png``.
+
+    Parameters
+    ----------
+    folder : class folders, made if they are not there.
+    new : gets the tiles that are kept apart, ``<photograph>.png``.
+
+    Returns
+    -------
+    How many tiles there are in ``folder``.
+
+    Raises
+    ------
+    UsageError
+        scikit-image is not installed.
+    """
+    spec = find_spec("skimage")
+    if spec is None or not spec.submodule_search_locations:
+        raise UsageError(
+            "the demo's photographs come with scikit-image, which is not installed",
+            hint="Install it with: pip install 'featx[demo]'",
+        )
+    source = Path(spec.submodule_search_locations[0]) / "data"
+    count = 0
+    _make_folder(new)
+    for file in PHOTOGRAPHS:
+        name = Path(file).stem
+        _make_folder(folder / name)
+        try:
+            data = (source / file).read_bytes()
+        except OSError as error:
+            hint = "Install the version that featx was tried with: pip install 'scikit-image==0.26.0'"
+            raise UsageError(
+                "this scikit-image comes without a photograph of the demo", where=file, hint=hint
+            ) from error
+        tiles = cut_tiles(np.asarray(decode(data)))
+        if name in NEW:
+            _write(new / f"{name}.png", tiles.pop(max(tiles)))
+        for (row, column), tile in tiles.items():
+            _write(folder / name / f"{row}-{column}.png", tile)
+        count += len(tiles)
+    return count
+
+
+def cut_tiles(pixels: NDArray[np.uint8]) -> dict[tuple[int, int], NDArray[np.uint8]]:
+    """Tiles (TILE, TILE, 3) of a photograph (h, w, 3), by row and column of their cell."""
+    corners = []
+    for length in pixels.shape[:2]:
+        cells = min(PER_SIDE, length // CELL)
+        corners.append([int((i + 0.5) * length / cells - TILE / 2) for i in range(cells)])
+    return {
+        (row, column): pixels[top : top + TILE, left : left + TILE]
+        for (row, top), (column, left) in product(enumerate(corners[0]), enumerate(corners[1]))
+    }
+
+
+def write_digits(folder: Path) -> int:
+    """Write scikit-learn's first 50 of each digit as ``folder/<digit>/<number>.png``; returns how many there are."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    count = 0
+    for label in range(10):
+        _make_folder(folder / str(label))
+        for number in np.flatnonzero(digits.target == label)[:DIGITS_EACH].tolist():
+            grey = np.round(255 - digits.images[number] * (255 / 16)).astype(np.uint8)
+            _write(folder / str(label) / f"{number:04d}.png", np.kron(grey, np.ones((SCALE, SCALE), np.uint8)))
+            count += 1
+    return count
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise StoreError("a file is in the way of the demo's images", where=folder) from error
+
+
+def _write(path: Path, pixels: NDArray[np.uint8]) -> None:
+    if not path.exists():
+        save_png(pixels, path)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Accuracy of one head on embeddings and on raw pixels, over the same draws.
+
+    Attributes
+    ----------
+    name : of the images.
+    head : what both were judged with.
+    embeddings, pixels : mean accuracy by images a class.
+    """
+
+    name: str
+    head: str
+    embeddings: dict[Shots, float]
+    pixels: dict[Shots, float]
+
+    @property
+    def gain(self) -> float:
+        """What the network adds to raw pixels with five images a class, as a share."""
+        return self.embeddings[5] - self.pixels[5]
+
+    def to_json(self) -> dict[str, Any]:
+        """One row for each kind of features and number of images a class."""
+        return {
+            "head": self.head,
+            "results": [
+                {"features": features, "n_shots": n_shots, "accuracy": accuracy}
+                for features, means in (("embeddings", self.embeddings), ("pixels", self.pixels))
+                for n_shots, accuracy in means.items()
+            ],
+        }
+
+
+def compare_with_pixels(name: str, result: SweepResult, paths: Sequence[Path], *, n_jobs: int | None = None) -> Job:
+    """Judge the pixels baseline on the draws of a sweep of embeddings.
+
+    Parameters
+    ----------
+    result : a sweep that has the recommended head.
+    paths : the files behind the rows of the sweep's input.
+    """
+    head = HEADS["auto"].name
+    pixels = sweep_heads(
+        PixelExtractor(n_jobs=n_jobs).transform([paths[row] for row in result.rows.tolist()]),
+        result.labels,
+        class_names=result.class_names,
+        groups=result.duplicates.groups,
+        heads=[head],
+        shots=result.shots,
+        episodes=result.episodes,
+        random_state=result.random_state,
+        n_jobs=n_jobs,
+        near_duplicates=None,
+    )
+    return Job(name, head, means_of(result, head), means_of(pixels, head))
+
+
+def means_of(result: SweepResult, head: str) -> dict[Shots, float]:
+    """Mean accuracy of a head by images a class."""
+    return {each.n_shots: each.accuracy.mean for each in result.results if each.head == head}
+
+
+def verdict(jobs: Sequence[Job]) -> list[str]:
+    """What was seen, in words with the numbers: a line for each job, and what follows."""
+    parts = []
+    for job in jobs:
+        points = round(100 * job.gain)
+        numbers = f"{100 * job.embeddings[5]:.0f} % right, raw pixels {100 * job.pixels[5]:.0f} %"
+        words = (
+            f"is worth {points} points"
+            if points > 0
+            else f"costs {-points} points"
+            if points < 0
+            else "is worth nothing"
+        )
+        parts.append(f"On {job.name} the frozen network {words} ({numbers}, with 5 images a class).")
+    return [*parts, "Which it is on your photos, only a measurement on them can say."]

@@ -1,0 +1,147 @@
+"""The command that looks for wrong labels."""
+
+from __future__ import annotations
+
+import csv
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from featx.cli.model import Json
+from featx.errors import UsageError, plural, visible
+from featx.cli.terminal import PAGE_MARK, ProgressLine, check_file, print_json, say, show
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from featx.advice.mislabelled import LabelRanking
+
+MOST = 30
+"""Images that the terminal lists."""
+
+CSV_COLUMNS = ("id", "label", "suggested", "confidence", "label_confidence", "doubtful")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command of this module."""
+    app.command(
+        epilog="Examples:  featx labels photos.featx --html labels.html  |  featx labels photos.featx --csv labels.csv"
+    )(labels)
+
+
+def labels(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="A store, or a file made by featx pack.")],
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="A sheet of the doubtful images, in one file.")
+    ] = None,
+    csv_file: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE.csv", help="A table of all images, the most doubtful first.")
+    ] = None,
+    head: Annotated[str, typer.Option(help="A head that gives probabilities.")] = "auto",
+    layer: Annotated[str | None, typer.Option(help="Which of the store's layers. [default: the last]")] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(help="Where the images of the store are, for the sheet. [default: as at extraction]"),
+    ] = None,
+    n_jobs: Annotated[int | None, typer.Option(min=1, max=1024, help="Parallel workers. [default: cores]")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of every random draw.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Find labels that are likely to be wrong.
+
+    Every labelled image is judged by heads that have not learnt from it; those whose label they find least likely come
+    first, with the label that they would give.
+    """
+    from featx._files import publish_bytes
+    from featx.heads.layers import open_layers
+    from featx.advice.mislabelled import rank_labels
+    from featx.reports.sheet import MAX_GROUPS, image_finder, label_sheet
+
+    if csv_file is not None:
+        check_file(csv_file, ",".join(CSV_COLUMNS).encode(), example="labels.csv")
+    if html is not None:
+        check_file(html, PAGE_MARK, example="labels.html")
+        find = image_finder(store, source)
+    features, _, on = open_layers(store, layer, one=True)
+    if len(on) > 1:
+        raise UsageError("labels are judged on one layer", where="--layer", found=layer)
+    with ProgressLine("judging labels") as line:
+        ranking = rank_labels(
+            features.embeddings,
+            features.labels,
+            class_names=features.class_names,
+            groups=features.copies,
+            ids=features.ids.tolist(),
+            head=head,
+            near_duplicates=features.near_copies,
+            random_state=seed,
+            n_jobs=n_jobs,
+            progress=line.update,
+        )
+    rows = [_row(ranking, i) for i in range(len(ranking))]
+    doubtful = [row for row in rows if row["doubtful"]]
+    missing = None if html is None else label_sheet(html, store, find, features, ranking)
+    if csv_file is not None:
+        out = StringIO()
+        writer = csv.DictWriter(out, CSV_COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({**row, "doubtful": int(row["doubtful"])} for row in rows)
+        publish_bytes(csv_file, out.getvalue().encode("utf-8", errors="backslashreplace"))
+    if as_json:
+        print_json(
+            {
+                "images": len(ranking),
+                "doubtful": len(doubtful),
+                "head": head,
+                "layer": features.layer,
+                "left_out": list(ranking.left_out),
+                "ranking": rows,
+            }
+        )
+    elif doubtful:
+        show(_table(doubtful[:MOST]))
+    unlabelled = int((features.labels < 0).sum())
+    if unlabelled:
+        say(f"Note: {plural(unlabelled, 'image')} without a label left out.", err=True)
+    if ranking.left_out:
+        say(f"Note: classes of a single image cannot be judged: {', '.join(ranking.left_out)}.", err=True)
+    seen = f"{len(doubtful)} of {plural(len(ranking), 'label')} may be wrong"
+    say(f"{seen}. Look at the photos before you change them." if doubtful else f"{seen}.", err=as_json)
+    if len(doubtful) > MOST and not as_json:
+        say(f"The first {MOST} are shown; --csv FILE has all.")
+    if html is not None:
+        say(f"Sheet: {html}", err=as_json)
+        if missing:
+            say(f"{plural(missing, 'picture')} could not be shown; the sheet says why in their places.", err=True)
+        if len(doubtful) > MAX_GROUPS:
+            say(f"It shows the first {MAX_GROUPS}.", err=as_json)
+    if csv_file is not None:
+        say(f"Table: {csv_file}", err=as_json)
+
+
+def _row(ranking: LabelRanking, i: int) -> dict[str, Any]:
+    return {
+        "id": str(ranking.ids[i]),
+        "label": ranking.class_names[int(ranking.labels[i])],
+        "suggested": ranking.class_names[int(ranking.suggested[i])],
+        "confidence": round(float(ranking.confidence[i]), 6),
+        "label_confidence": round(float(ranking.label_confidence[i]), 6),
+        "doubtful": bool(ranking.doubtful[i]),
+    }
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("image", "label", "suggested", "confidence", box=None)
+    for row in rows:
+        table.add_row(
+            Text(visible(row["id"]), overflow="fold"),
+            Text(visible(row["label"])),
+            Text(visible(row["suggested"])),
+            f"{row['confidence']:.2f}",
+        )
+    return table

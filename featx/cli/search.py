@@ -1,0 +1,415 @@
+"""The commands about what looks alike: search, evaluate-retrieval, duplicates."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from featx.cli.model import (
+    REFUSED,
+    Device,
+    DeviceOption,
+    EngineName,
+    EngineOption,
+    Json,
+    OwnBackbone,
+    Weights,
+    own_network,
+)
+from featx.errors import ImageError, UsageError, plural, visible
+from featx.cli.terminal import PAGE_MARK, ProgressLine, check_file, print_json, say, show
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from featx.extraction.embedder import Embedder
+    from featx.retrieval.metrics import RetrievalResult, Scores
+    from featx.retrieval.search import DuplicateGroup, ImageSearch
+    from featx.reports.sheet import Found
+    from featx.evaluation.stats import Interval
+    from featx.store.reader import FeatureSet
+
+
+class MethodName(StrEnum):
+    auto = "auto"
+    exact = "exact"
+    approximate = "approximate"
+
+
+StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="A store, or a file made by featx pack.")]
+Layer = Annotated[str, typer.Option(help="Which of the store's layers.")]
+Center = Annotated[bool, typer.Option("--center", help="Subtract the mean of the gallery.")]
+Whiten = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="PCA whitening with so many axes. Measure it on your data first.")
+]
+Expand = Annotated[int, typer.Option(min=0, metavar="N", help="Expand each query by its N nearest images.")]
+Html = Annotated[Path | None, typer.Option(metavar="FILE.html", help="A sheet with thumbnails, in one file.")]
+Source = Annotated[
+    str | None, typer.Option(help="Where the images of the store are, for the sheet. [default: as at extraction]")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    app.command(
+        epilog="Examples:  featx search photos.featx new.jpg -k 5  |  "
+        "featx search photos.featx ants/1.jpg --html alike.html"
+    )(search)
+    app.command("evaluate-retrieval", epilog="Example:  featx evaluate-retrieval photos.featx --center")(
+        evaluate_retrieval
+    )
+    app.command(epilog="Example:  featx duplicates photos.featx --html duplicates.html")(duplicates)
+
+
+def search(
+    store: StoreArgument,
+    images: Annotated[
+        list[str], typer.Argument(metavar="IMAGE...", help="Files, folders, or ids of images in the store.")
+    ],
+    k: Annotated[int, typer.Option("-k", min=1, help="How many to find for each.")] = 10,
+    layer: Layer = "penultimate",
+    center: Center = False,
+    whiten: Whiten = None,
+    expand: Expand = 0,
+    method: Annotated[
+        MethodName, typer.Option(help="auto is exact up to a million images, or where faiss is not installed.")
+    ] = MethodName.auto,
+    include_self: Annotated[
+        bool, typer.Option("--include-self", help="Do not leave an image of the store out of its own answer.")
+    ] = False,
+    html: Html = None,
+    source: Source = None,
+    backbone: OwnBackbone = None,
+    weights: Weights = None,
+    engine: EngineOption = EngineName.auto,
+    device: DeviceOption = Device.auto,
+    as_json: Json = False,
+) -> None:
+    """Find the images of a store that look like these.
+
+    A file wins over an id of the same name. Images of the store are not computed again.
+    """
+    from featx.extraction.embedder import Embedder
+    from featx.retrieval.search import ImageSearch
+    from featx.reports.sheet import image_finder, search_sheet
+
+    if html is not None:
+        check_file(html, PAGE_MARK, example="alike.html")
+        find = image_finder(store, source)
+    with ProgressLine("embedding") as line:
+        gallery = ImageSearch.open(
+            store,
+            layer=layer,
+            method=_method(method),
+            center=center,
+            whiten=whiten,
+            expand=expand,
+            say=lambda sentence: line.say(f"{sentence} ..."),
+        )
+        asked = _Queries(gallery, images)
+        if asked.files:
+            embedder = Embedder.like(
+                gallery.features.provenance,
+                where=store,
+                backbone=own_network(backbone),
+                weights=weights,
+                engine=engine.value,
+                device=device.value,
+            )
+            asked.embed(embedder, line)
+    found = asked.answer(k, include_self=include_self)
+    answer = {
+        "results": [{"query": name, "matches": [match.to_json() for match in matches]} for name, _, matches in found],
+        "refused": asked.refused,
+        "method": gallery.index.method_,
+        "recall": gallery.index.recall_,
+        "options": {"center": center, "whiten": whiten, "expand": expand},
+    }
+    if html is not None:
+        _say_missing(search_sheet(html, store, find, gallery.features, found))
+    if as_json:
+        print_json(answer)
+    else:
+        show(_match_table(found))
+    if html is not None:
+        say(f"Sheet: {html}", err=as_json)
+    for item in asked.refused:
+        say(f"  refused {item['query']}: {item['reason']}, {item['message']}", err=True)
+    if asked.refused:
+        raise typer.Exit(REFUSED)
+
+
+class _Queries:
+    """What was asked for, in order: rows of the store, and files that have to be embedded."""
+
+    def __init__(self, gallery: ImageSearch, arguments: list[str]) -> None:
+        self.gallery = gallery
+        self.names: list[str] = []
+        self.origins: list[Path | int] = []
+        self.rows: dict[int, int] = {}
+        self.files: dict[int, Path] = {}
+        self.vectors: dict[int, Any] = {}
+        self.refused: list[dict[str, Any]] = []
+        for argument in arguments:
+            self._add(argument)
+
+    def _add(self, argument: str) -> None:
+        from featx.models.predictor import image_files
+
+        path = Path(argument)
+        try:
+            folder, there = path.is_dir(), path.exists()
+        except (OSError, ValueError):  # too long, or not a path at all: it may still be an id
+            folder = there = False
+        if folder:
+            inside = image_files(path)
+            if not inside:
+                raise UsageError("no images in this folder", where=path, expected="files such as .jpg or .png")
+            for file in inside:
+                self._add_file(file)
+        elif there:
+            self._add_file(path)
+        else:
+            row = self.gallery.row_of(argument)
+            if row is None:
+                raise self.gallery.no_such_image(argument)
+            self.rows[len(self.names)] = row
+            self.names.append(argument)
+            self.origins.append(row)
+
+    def _add_file(self, path: Path) -> None:
+        known = self.gallery.row_of_content(digest) if (digest := _digest(path)) is not None else None
+        if known is not None:
+            self.vectors[len(self.names)] = self.gallery.features.embeddings[known]
+        else:
+            self.files[len(self.names)] = path
+        self.names.append(str(path))
+        self.origins.append(path)
+
+    def embed(self, embedder: Embedder, line: ProgressLine) -> None:
+        """Embed the files; those that cannot be decoded go to ``refused``."""
+        layer = embedder.backbone.layers.index(self.gallery.features.layer)
+        found = embedder.embed_files(self.files.values())
+        for done, (number, (_, result)) in enumerate(zip(self.files, found, strict=True), 1):
+            if isinstance(result, ImageError):
+                self.refused.append({"query": self.names[number], "reason": result.reason, "message": result.what})
+            else:
+                self.vectors[number] = result[layer]
+            line.update(done, len(self.files))
+
+    def answer(self, k: int, *, include_self: bool) -> Found:
+        """What was found for each query that could be read, in the order of the command line."""
+        import numpy as np
+
+        good = sorted({*self.vectors, *self.rows})
+        if not good:
+            return []
+        embeddings = self.gallery.features.embeddings
+        queries = np.stack([embeddings[self.rows[i]] if i in self.rows else self.vectors[i] for i in good])
+        exclude = [-1 if include_self else self.rows.get(i, -1) for i in good]
+        matches = self.gallery.query(queries, k, exclude=exclude)
+        return [(self.names[i], self.origins[i], each) for i, each in zip(good, matches, strict=True)]
+
+
+def _digest(path: Path) -> bytes | None:
+    """The sha256 of a file, or None for what is no plain file of a sensible size (the decoder says what it is)."""
+    from featx._files import sha256_file
+    from featx.images.pool import MAX_BYTES
+
+    try:
+        if not path.is_file() or path.stat().st_size > MAX_BYTES:
+            return None
+        return bytes.fromhex(sha256_file(path))
+    except OSError:
+        return None
+
+
+def _method(name: MethodName) -> Literal["auto", "exact", "approximate"]:
+    return name.value
+
+
+def _match_table(found: Found) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("query", "", "match", "label", "cosine", box=None)
+    for name, _, matches in found:
+        for rank, match in enumerate(matches, 1):
+            table.add_row(
+                Text(visible(name) if rank == 1 else "", overflow="fold"),
+                str(rank),
+                Text(visible(match.id), overflow="fold"),
+                Text(visible(match.label or "")),
+                f"{match.score:.3f}",
+                end_section=rank == len(matches),
+            )
+    return table
+
+
+def _say_missing(count: int) -> None:
+    if count:
+        say(f"Note: {plural(count, 'picture')} could not be shown; the sheet says why.", err=True)
+
+
+def evaluate_retrieval(
+    store: StoreArgument,
+    layer: Layer = "penultimate",
+    center: Center = False,
+    whiten: Whiten = None,
+    expand: Expand = 0,
+    max_queries: Annotated[int, typer.Option(min=1, help="Draw so many queries at most.")] = 10_000,
+    seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """How well does search find the same class? Every labelled image queries all the others."""
+    import numpy as np
+
+    from featx.retrieval.metrics import evaluate_retrieval as evaluate
+    from featx.store.reader import digest_keys, read_features
+
+    features = read_features(store, layer=layer)
+    with ProgressLine("searching") as line:
+        result = evaluate(
+            features.embeddings,
+            features.labels,
+            class_names=features.class_names,
+            groups=np.unique(digest_keys(features.digests), return_inverse=True)[1].reshape(-1),
+            center=center,
+            whiten=whiten,
+            expand=expand,
+            max_queries=max_queries,
+            random_state=seed,
+            progress=line.update,
+        )
+    if as_json:
+        print_json(result.to_json())
+        return
+    show(_metrics_table(result), least=80)
+    for note in _notes(result):
+        say(note)
+
+
+def _metrics_table(result: RetrievalResult) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None)
+    table.add_column("class", no_wrap=True)
+    for name in ("queries", "recall@1", "recall@5", "recall@10", "P@10", "mAP", "95 % interval"):
+        table.add_column(name, justify="right", no_wrap=True)
+
+    def row(name: str, scores: Scores, style: str = "") -> None:
+        precision = scores.mean_average_precision
+        table.add_row(
+            Text(visible(name), style=style),
+            str(scores.queries),
+            *(_points(scores.recall_at_k[k]) for k in (1, 5, 10)),
+            _points(scores.precision_at_k[10]),
+            _points(precision),
+            f"{100 * precision.low:.1f} - {100 * precision.high:.1f}",
+        )
+
+    row("all", result.overall, "bold")
+    for name, scores in result.per_class.items():
+        row(name, scores)
+    return table
+
+
+def _points(value: Interval) -> str:
+    return f"{100 * value.mean:.1f}"
+
+
+def _notes(result: RetrievalResult) -> list[str]:
+    first = result.overall.recall_at_k[1]
+    notes = [
+        f"recall@1 {100 * first.mean:.1f} % ({100 * first.low:.1f} to {100 * first.high:.1f}); intervals: 95 %, "
+        "bootstrap over queries, for this gallery."
+    ]
+    if result.exact_duplicates:
+        notes.append(
+            f"{plural(result.exact_duplicates, 'exact duplicate')}; copies of a query are left out of its ranking "
+            f"({plural(result.queries_with_copies, 'query')})."
+        )
+    if result.lonely:
+        notes.append(f"{plural(result.lonely, 'image')} without another of the class: no queries.")
+    if result.unlabelled:
+        notes.append(f"{plural(result.unlabelled, 'unlabelled image')}: no queries, and never right.")
+    if result.sampled_from > result.overall.queries:
+        notes.append(f"{result.overall.queries} of {plural(result.sampled_from, 'query')} drawn (--max-queries).")
+    return notes
+
+
+def duplicates(
+    store: StoreArgument,
+    threshold: Annotated[
+        float,
+        typer.Option(
+            min=0.5,
+            max=1.0,
+            help="Cosine from which on images are near duplicates; saved anew or scaled, a copy may reach 0.9 only.",
+        ),
+    ] = 0.98,
+    exact_only: Annotated[bool, typer.Option("--exact-only", help="Equal bytes only.")] = False,
+    layer: Layer = "penultimate",
+    html: Html = None,
+    source: Source = None,
+    as_json: Json = False,
+) -> None:
+    """Find copies and near copies: those across splits first, then those whose labels differ."""
+    from featx.retrieval.search import count_duplicates, duplicate_groups
+    from featx.reports.sheet import duplicate_sheet, image_finder
+    from featx.store.reader import read_features
+
+    if html is not None:
+        check_file(html, PAGE_MARK, example="alike.html")
+        find = image_finder(store, source)
+    features = read_features(store, layer=layer)
+    groups = duplicate_groups(features, threshold=None if exact_only else threshold)
+    counts = count_duplicates(features, groups)
+    if html is not None:
+        _say_missing(duplicate_sheet(html, store, find, features, groups))
+    if as_json:
+        said = {"threshold": None if exact_only else threshold, "images": len(features), **counts}
+        print_json({**said, "groups": [_group_json(features, group) for group in groups]})
+    else:
+        _say_groups(features, groups, counts)
+        if threshold > 0.9 and not exact_only:
+            say("A copy that was saved anew or scaled may lie lower: look at --threshold 0.9, too.")
+    if html is not None:
+        say(f"Sheet: {html}", err=as_json)
+
+
+def _group_json(features: FeatureSet, group: DuplicateGroup) -> dict[str, Any]:
+    from featx.retrieval.search import label_of
+
+    return {
+        "across_splits": group.across_splits,
+        "conflicting_labels": group.conflicting,
+        "images": [
+            {
+                "id": str(features.ids[row]),
+                "label": label_of(features, row),
+                "split": str(features.splits[row]),
+                "similarity": similarity,
+                "exact": exact,
+            }
+            for row, similarity, exact in zip(group.rows, group.similarity, group.exact, strict=True)
+        ],
+    }
+
+
+def _say_groups(features: FeatureSet, groups: list[DuplicateGroup], counts: dict[str, int]) -> None:
+    say(
+        f"{counts['exact']} exact and {plural(counts['near'], 'near duplicate')} in "
+        f"{plural(counts['n_groups'], 'group')}; {plural(counts['across_splits'], 'group')} across splits, "
+        f"{counts['conflicting_labels']} with different labels."
+    )
+    for number, group in enumerate(groups[:20], 1):
+        say("", f"{group.title(number)}")
+        for place, row in enumerate(group.rows):
+            say(f"  {features.ids[row]}  ({group.likeness(place)})")
+    if len(groups) > 20:
+        say("", f"{plural(len(groups) - 20, 'more group')}: --json or --html FILE.html")

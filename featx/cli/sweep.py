@@ -1,0 +1,292 @@
+"""The command that compares heads."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from featx.cli.model import Unlabelled, UnlabelledFrom, let_scipy_take_tensors
+from featx.errors import Interrupted, UsageError, plural
+from featx.cli.terminal import ProgressLine, check_writable, print_json, say, show
+
+if TYPE_CHECKING:
+    from featx._arrays import Index
+    from featx.heads.layers import Layers
+    from featx.advice.mislabelled import LabelRanking
+    from featx.evaluation.results import SweepResult
+    from featx.evaluation.splits import Shots
+    from featx.store.reader import FeatureSet
+
+
+class Backend(StrEnum):
+    local = "local"
+    ray = "ray"
+
+
+class Split(StrEnum):
+    val = "val"
+    test = "test"
+
+
+class Where(StrEnum):
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command of this module."""
+    app.command(
+        epilog="Examples:  featx sweep photos.featx  |  featx sweep photos.featx --heads logreg,knn --shots 5,20 --json"
+    )(sweep)
+
+
+def sweep(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="A store, or a file made by featx pack.")],
+    heads: Annotated[str, typer.Option(help="Names separated by commas, or all.")] = "all",
+    shots: Annotated[
+        str | None,
+        typer.Option(help="Labelled images a class. [default: 1,2,5,10,20,all, as far as they go]"),
+    ] = None,
+    episodes: Annotated[int, typer.Option(min=2, max=10_000, help="Random draws for each number of shots.")] = 20,
+    test: Annotated[
+        Split | None, typer.Option(help="Judge the winner once on this split, which takes no part in choosing.")
+    ] = None,
+    unlabelled: Unlabelled = False,
+    unlabelled_from: UnlabelledFrom = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            "--layers",
+            "--layer",
+            help="Layers to compare, separated by commas; combined is all in one head. [default: all the store has]",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="DIR", help="The report. [default: beside the store]")
+    ] = None,
+    max_images: Annotated[
+        int | None,
+        typer.Option(min=2, metavar="N", help="Take N images, drawn by the seed in proportion, of a large store."),
+    ] = None,
+    n_jobs: Annotated[int | None, typer.Option(min=1, max=1024, help="Parallel workers. [default: cores]")] = None,
+    backend: Annotated[
+        Backend, typer.Option(help="Where they run: here, or on the Ray cluster that runs here or RAY_ADDRESS names.")
+    ] = Backend.local,
+    device: Annotated[
+        Where, typer.Option(help="Where logistic regression on very many images is solved; all else is the CPU's.")
+    ] = Where.cpu,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of every random draw.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Compare heads on a store: how good with how few labels, and how sure can one be."""
+    run_sweep(
+        store,
+        heads=heads,
+        shots=shots,
+        episodes=episodes,
+        test=test,
+        unlabelled=unlabelled,
+        unlabelled_from=unlabelled_from,
+        layers=layers,
+        out=out,
+        n_jobs=n_jobs,
+        backend=backend,
+        max_images=max_images,
+        device=device,
+        seed=seed,
+        as_json=as_json,
+    )
+
+
+def run_sweep(
+    store: Path,
+    *,
+    heads: str = "all",
+    shots: str | None = None,
+    episodes: int = 20,
+    test: Split | None = None,
+    unlabelled: bool = False,
+    unlabelled_from: Path | None = None,
+    layers: str | None = None,
+    out: Path | None = None,
+    n_jobs: int | None = None,
+    backend: Backend = Backend.local,
+    max_images: int | None = None,
+    device: Where = Where.cpu,
+    seed: int = 0,
+    as_json: bool = False,
+) -> SweepResult:
+    """What ``featx sweep`` and a step of ``featx demo`` do."""
+    if device == Where.cuda:
+        let_scipy_take_tensors()
+    import numpy as np
+
+    from featx.heads.centre import unlabelled_centre
+    from featx.heads.solvers.blocks import taken
+    from featx.heads.layers import open_layers
+    from featx.images.thumbnails import Originals
+    from featx.reports.sweep import TABLE_WIDTH, render, write_report
+    from featx.store.reader import source_of
+    from featx.evaluation.sweep import sweep_heads
+    from featx.evaluation.testset import judge
+    from featx.heads.unlabelled import heads_for, unlabelled_rows
+
+    wanted_heads, wanted_shots = parse_heads(heads), parse_shots(shots)
+    one = unlabelled or unlabelled_from is not None
+    features, columns, on = open_layers(store, layers, one=one, max_images=max_images, random_state=seed)
+    out = out or store.with_name(stem(store) + ".report")
+    check_writable(out)
+    # Test images are for the one judgement at the end; they take no part in choosing.
+    if test and test.value not in features.splits:
+        found = ", ".join(sorted(set(features.splits.tolist()) - {""})) or "no splits"
+        raise UsageError(f"no images in the split {test.value}", where=store, found=found)
+    held = {"test"} | ({test.value} if test else set())
+    rows = np.flatnonzero(~np.isin(features.splits, sorted(held)))
+    for name in sorted(held & set(features.splits.tolist())):
+        say(f"Note: the split {name} ({plural(int((features.splits == name).sum()), 'image')}) is left out.", err=True)
+    if {"train", "val"} <= set(features.splits[rows].tolist()):
+        say("Note: draws are made from train and val together; --test val keeps val for one judgement.", err=True)
+    pool = None
+    if unlabelled or unlabelled_from:
+        pool = unlabelled_rows(features, rows if unlabelled else rows[:0], unlabelled_from)
+        rows = rows[features.labels[rows] >= 0]
+    centre = None if pool is None else unlabelled_centre(pool)
+    if features.near_copies is None:
+        say("Note: near copies are not looked for, as the weights are random; equal bytes are.", err=True)
+    try:
+        with _workers(backend) as all_of_them, ProgressLine("comparing heads") as line:
+            result = sweep_heads(
+                taken(features.embeddings, rows),
+                features.labels[rows],
+                class_names=features.class_names,
+                groups=features.copies[rows],
+                heads=wanted_heads,
+                shots=wanted_shots,
+                episodes=episodes,
+                random_state=seed,
+                n_jobs=n_jobs or all_of_them,
+                near_duplicates=features.near_copies,
+                centre=centre,
+                pool=pool,
+                layers=columns,
+                on=on,
+                device=None if device == Where.cpu else device.value,
+                journal=out / "journal.jsonl",
+                progress=line.update,
+            )
+            judged = None
+            if test:
+                winner = columns.heads(heads_for(centre, pool), wanted_heads, on)[result.winner]
+                judged = judge(features, test.value, winner, _ledger(store), random_state=seed)
+                result = replace(result, notes=(*result.notes, judged.sentence))
+            labels = _rank_labels(features, rows, result, columns, n_jobs or all_of_them, line.update)
+            originals = Originals(source_of(store), features.ids[rows].tolist(), features.digests[rows])
+            where = write_report(
+                result,
+                out,
+                title=store.name,
+                provenance={**features.provenance, "fingerprint": features.fingerprint},
+                command=shlex.join(["featx", *sys.argv[1:]]),
+                ids=originals.ids,
+                thumbnail=originals.thumbnail,
+                labels=labels,
+            )
+    except KeyboardInterrupt as error:
+        raise Interrupted(
+            "stopped; finished draws are kept", where=out, hint="Run the same command again to go on."
+        ) from error
+    if as_json:
+        print_json(
+            {
+                **result.to_json(),
+                "unlabelled": 0 if pool is None else len(pool),
+                "test": judged.to_json() if judged else None,
+                "report": str(where),
+            }
+        )
+    show(render(result), err=as_json, least=TABLE_WIDTH)
+    say(f"Report: {where}", err=as_json)
+    return result
+
+
+def _rank_labels(
+    features: FeatureSet,
+    rows: Index,
+    result: SweepResult,
+    columns: Layers,
+    n_jobs: int | None,
+    progress: Callable[[int, int, str], None],
+) -> LabelRanking | None:
+    """The labels of the images that took part in a sweep, by the reference layer; None where there is too little."""
+    import numpy as np
+
+    from featx.heads.folds import distinct_counts
+    from featx.heads.solvers.blocks import is_large, taken
+    from featx.advice.mislabelled import REPEATS, rank_labels
+
+    groups = result.duplicates.groups
+    if (distinct_counts(result.labels, groups, len(result.class_names)) >= 2).sum() < 2:
+        return None
+    took_part = rows[result.rows]
+    reference = taken(features.embeddings, took_part)[:, slice(*columns.columns(columns.reference))]
+    ranking = rank_labels(
+        reference,
+        result.labels,
+        class_names=result.class_names,
+        groups=groups,
+        repeats=1 if is_large(reference) else REPEATS,
+        near_duplicates=None,
+        random_state=result.random_state,
+        n_jobs=n_jobs,
+        progress=progress,
+    )
+    return replace(ranking, rows=np.asarray(result.rows)[ranking.rows])
+
+
+def stem(store: Path) -> str:
+    return store.name.removesuffix(".featx").removesuffix(".h5")
+
+
+@contextmanager
+def _workers(backend: Backend) -> Iterator[int | None]:
+    """Let joblib use the backend; what its ``n_jobs`` is for all workers of it."""
+    if backend is Backend.local:
+        yield None
+        return
+    from featx.extraction.runners.ray import joblib_on_ray
+
+    with joblib_on_ray():
+        yield -1
+
+
+def _ledger(store: Path) -> Path:
+    return store.with_name(stem(store) + ".test-uses.jsonl")
+
+
+def parse_heads(text: str) -> tuple[str, ...] | None:
+    names = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not names:
+        raise UsageError("--heads is empty", expected="names separated by commas, or all")
+    return None if names == ("all",) else names
+
+
+def parse_shots(text: str | None) -> tuple[Shots, ...] | None:
+    if text is None:
+        return None
+    shots: list[Shots] = []
+    for part in (part.strip() for part in text.split(",")):
+        if part == "all":
+            shots.append("all")
+        elif part.isascii() and part.isdigit() and int(part) > 0:
+            shots.append(int(part))
+        else:
+            raise UsageError("--shots cannot be read", expected="such as 1,5,20,all", found=repr(text))
+    return tuple(dict.fromkeys(shots))

@@ -1,0 +1,316 @@
+"""What a sweep finds: trials, and from them results, comparisons and a winner. Numbers only, no drawing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featx.evaluation import stats
+from featx._arrays import Index
+from featx.heads.folds import distinct_counts
+from featx.evaluation.splits import Duplicates, Shots, least_images
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One head on one episode; ``layer`` is that of its embeddings, "" where there was no choice.
+
+    ``predictions`` (m,) and ``confidences`` (m,; None without probabilities) follow the query of the draw.
+    ``selection_score`` is the loss that chose ``params``: it was used to select, so it is no result.
+    """
+
+    head: str
+    n_shots: Shots
+    episode: int
+    n_support: int
+    n_query: int
+    accuracy: float
+    balanced_accuracy: float
+    macro_f1: float
+    log_loss: float | None
+    ece: float | None
+    brier: float | None
+    params: Mapping[str, Any]
+    selection_score: float | None
+    converged: bool
+    fit_seconds: float
+    predictions: NDArray[np.int32] = field(repr=False, compare=False)
+    confidences: NDArray[np.float32] | None = field(repr=False, compare=False)
+    layer: str = ""
+
+    def times(self) -> dict[str, Any]:
+        """One row of ``times.csv``."""
+        return {name: getattr(self, name) for name in ("head", "layer", "n_shots", "episode", "fit_seconds")}
+
+    @classmethod
+    def of(
+        cls,
+        truth: NDArray[np.integer],
+        predicted: NDArray[np.integer],
+        probabilities: NDArray[np.float64] | None,
+        classes: Index,
+        **about: Any,
+    ) -> Trial:
+        """Judge what was named: truth and predicted (m,), probabilities (m, k), all in 0 .. k-1 of ``classes`` (k,)."""
+        confidence = None if probabilities is None else probabilities.max(axis=1)
+        return cls(
+            n_query=len(truth),
+            accuracy=stats.accuracy(truth, predicted),
+            balanced_accuracy=stats.balanced_accuracy(truth, predicted),
+            macro_f1=stats.macro_f1(truth, predicted),
+            log_loss=None if probabilities is None else stats.log_loss(truth, probabilities),
+            ece=None if confidence is None else stats.expected_calibration_error(confidence, predicted == truth),
+            brier=None if probabilities is None else stats.brier(truth, probabilities),
+            predictions=classes[predicted].astype(np.int32),
+            confidences=None if confidence is None else confidence.astype(np.float32),
+            **about,
+        )
+
+    def row(self) -> dict[str, Any]:
+        """One row of ``trials.csv``: plain values, parameters as columns ``param_*``; the same at every run."""
+        skip = {"params", "predictions", "confidences", "fit_seconds"}
+        row = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in skip}
+        return {**row, **{f"param_{name}": value for name, value in self.params.items()}}
+
+
+@dataclass(frozen=True)
+class HeadResult:
+    """One head at one n_shots, over all episodes; ``tied`` says that the best is not better for sure."""
+
+    head: str
+    n_shots: Shots
+    episodes: int
+    accuracy: stats.Interval
+    balanced_accuracy: stats.Interval
+    macro_f1: float
+    log_loss: float | None
+    ece: float | None
+    brier: float | None
+    params: Mapping[str, Any]
+    converged: float
+    fit_seconds: float
+    rank: int
+    tied: bool
+    layer: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain types, as ``summary.json`` has them."""
+        out = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        out["accuracy"] = self.accuracy.to_json()
+        out["balanced_accuracy"] = self.balanced_accuracy.mean
+        out["balanced_accuracy_interval"] = self.balanced_accuracy.to_json()
+        out["params"] = dict(self.params)
+        return out
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Head ``a`` minus head ``b`` at one n_shots, on the same draws; p is adjusted by Holm."""
+
+    a: str
+    b: str
+    n_shots: Shots
+    difference: stats.Difference
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain types, as ``summary.json`` has them."""
+        interval = self.difference.interval
+        return {
+            "a": self.a,
+            "b": self.b,
+            "n_shots": self.n_shots,
+            "difference": interval.mean,
+            "low": interval.low,
+            "high": interval.high,
+            "p": self.difference.adjusted,
+            "p_unadjusted": self.difference.p,
+            "verdict": self.difference.verdict,
+        }
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """Everything a sweep found; see :meth:`to_json` for the numbers and ``trials`` for the rows.
+
+    Attributes
+    ----------
+    heads, shots : what was compared, in the order asked.
+    labels : (n,) of the rows that took part, in 0 .. c-1; ``rows`` (n,) says which rows of the input.
+    trials : one for each head, n_shots and episode, in this order.
+    queries : the rows (positions in ``labels``) that an episode was judged on, by (n_shots, episode).
+    notes : sentences that a reader must know: what was left out, what did not converge.
+    """
+
+    heads: tuple[str, ...]
+    shots: tuple[Shots, ...]
+    episodes: int
+    class_names: tuple[str, ...]
+    labels: NDArray[np.int64] = field(repr=False)
+    rows: Index = field(repr=False)
+    trials: tuple[Trial, ...] = field(repr=False)
+    queries: Mapping[tuple[Shots, int], Index] = field(repr=False)
+    duplicates: Duplicates = field(repr=False)
+    notes: tuple[str, ...]
+    random_state: int
+    seconds: float
+
+    def of(self, head: str, n_shots: Shots) -> list[Trial]:
+        """Trials of one head at one n_shots, by episode."""
+        return [t for t in self.trials if t.head == head and t.n_shots == n_shots]
+
+    def compared(self, n_shots: Shots) -> tuple[str, ...]:
+        """The classes that have enough images for this n_shots; the others are in none of its draws."""
+        return tuple(name for name, n in zip(self.class_names, self._counts, strict=True) if n >= least_images(n_shots))
+
+    @cached_property
+    def _counts(self) -> Index:
+        return distinct_counts(self.labels, self.duplicates.groups, len(self.class_names))
+
+    @cached_property
+    def majority_baseline(self) -> float:
+        """Accuracy of always naming the most frequent class."""
+        return stats.majority_baseline(self.labels)
+
+    @cached_property
+    def comparisons(self) -> tuple[Comparison, ...]:
+        """Every pair of heads at every n_shots, Holm over the pairs of one n_shots."""
+        out = []
+        for n_shots in self.shots:
+            pairs = list(combinations(self.heads, 2))
+            found = [self._compare(a, b, n_shots) for a, b in pairs]
+            adjusted = stats.holm([each.p for each in found])
+            for (a, b), each, p in zip(pairs, found, adjusted, strict=True):
+                out.append(Comparison(a, b, n_shots, stats.Difference(each.interval, each.p, p)))
+        return tuple(out)
+
+    def _compare(self, a: str, b: str, n_shots: Shots) -> stats.Difference:
+        left, right = self.of(a, n_shots), self.of(b, n_shots)
+        scores = np.array([x.accuracy - y.accuracy for x, y in zip(left, right, strict=True)])
+        images = self._hits(a, n_shots) - self._hits(b, n_shots)
+        return stats.paired_difference(scores, images, *_sizes(left), self._lessons(images, left))
+
+    def _lessons(self, images: NDArray[np.float64], trials: Sequence[Trial]) -> NDArray[np.float64]:
+        return stats.lessons(images, [self.queries[t.n_shots, t.episode] for t in trials])
+
+    def _hits(self, head: str, n_shots: Shots) -> NDArray[np.float64]:
+        """Share of right predictions (n,) of each image; nan where it was never queried."""
+        right, seen = np.zeros(len(self.labels)), np.zeros(len(self.labels))
+        for trial in self.of(head, n_shots):
+            query = self.queries[n_shots, trial.episode]
+            right[query] += trial.predictions == self.labels[query]
+            seen[query] += 1
+        return np.asarray(np.divide(right, seen, out=np.full(len(right), np.nan), where=seen > 0))
+
+    @cached_property
+    def results(self) -> tuple[HeadResult, ...]:
+        """Every head at every n_shots, ranked by mean accuracy within each."""
+        out = []
+        for n_shots in self.shots:
+            means = {h: float(np.mean([t.accuracy for t in self.of(h, n_shots)])) for h in self.heads}
+            ranked = sorted(self.heads, key=lambda head: -means[head])
+            for rank, head in enumerate(ranked, start=1):
+                out.append(self._summarise(head, n_shots, rank, self.cannot_tell(ranked[0], head, n_shots)))
+        return tuple(out)
+
+    def cannot_tell(self, a: str, b: str, n_shots: Shots) -> bool:
+        """Whether two heads cannot be told apart at this n_shots (a head from itself cannot)."""
+        for each in self.comparisons:
+            if each.n_shots == n_shots and {each.a, each.b} == {a, b}:
+                return each.difference.verdict == "cannot tell"
+        return True
+
+    def _summarise(self, head: str, n_shots: Shots, rank: int, tied: bool) -> HeadResult:
+        trials = self.of(head, n_shots)
+        images = self._hits(head, n_shots)
+        drawn = (*_sizes(trials), self._lessons(images, trials))
+        plain = np.array([t.accuracy for t in trials])
+        balanced = np.array([t.balanced_accuracy for t in trials])
+        choices = [tuple(t.params.items()) for t in trials]
+        return HeadResult(
+            head=head,
+            n_shots=n_shots,
+            episodes=len(trials),
+            accuracy=stats.mean_interval(plain, images, *drawn),
+            balanced_accuracy=stats.mean_interval(balanced, images, *drawn),
+            macro_f1=float(np.mean([t.macro_f1 for t in trials])),
+            log_loss=_mean([t.log_loss for t in trials]),
+            ece=_mean([t.ece for t in trials]),
+            brier=_mean([t.brier for t in trials]),
+            params=dict(Counter(choices).most_common(1)[0][0]),
+            converged=float(np.mean([t.converged for t in trials])),
+            fit_seconds=float(np.mean([t.fit_seconds for t in trials])),
+            rank=rank,
+            tied=tied,
+            layer=trials[0].layer,
+        )
+
+    @cached_property
+    def winner(self) -> str:
+        """The head with the highest accuracy averaged over all n_shots."""
+        means = {h: np.mean([t.accuracy for t in self.trials if t.head == h]) for h in self.heads}
+        return max(self.heads, key=lambda head: means[head])
+
+    def votes(self, head: str, n_shots: Shots) -> NDArray[np.int64]:
+        """How often (n, c) each image was named as each class while it was in the query."""
+        out = np.zeros((len(self.labels), len(self.class_names)), dtype=np.int64)
+        for trial in self.of(head, n_shots):
+            out[self.queries[n_shots, trial.episode], trial.predictions] += 1
+        return out
+
+    def confusion(self, head: str, n_shots: Shots) -> NDArray[np.int64]:
+        """Counts (c, c) over all draws: rows are true classes, columns named ones."""
+        out = np.zeros((len(self.class_names),) * 2, dtype=np.int64)
+        np.add.at(out, self.labels, self.votes(head, n_shots))
+        return out
+
+    def reliability(self, head: str, n_shots: Shots, *, bins: int = 10) -> list[tuple[float, float, int]]:
+        """Mean confidence, accuracy and count of each bin of the confidence that has any; over all draws."""
+        confidence, right = [], []
+        for trial in self.of(head, n_shots):
+            if trial.confidences is None:
+                return []
+            confidence.append(trial.confidences)
+            right.append(trial.predictions == self.labels[self.queries[n_shots, trial.episode]])
+        sure, hit = np.concatenate(confidence), np.concatenate(right)
+        which = np.minimum((sure * bins).astype(int), bins - 1)
+        inside = [which == i for i in range(bins)]
+        return [(float(sure[at].mean()), float(hit[at].mean()), int(at.sum())) for at in inside if at.any()]
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``featx sweep --json`` prints and ``summary.json`` holds."""
+        return {
+            "winner": self.winner,
+            "results": [each.to_json() for each in self.results],
+            "comparisons": [each.to_json() for each in self.comparisons],
+            "duplicates": self.duplicates.to_json(),
+            "majority_baseline": self.majority_baseline,
+            "images": len(self.labels),
+            "classes": {
+                name: int(n)
+                for name, n in zip(
+                    self.class_names, np.bincount(self.labels, minlength=len(self.class_names)), strict=True
+                )
+            },
+            "heads": list(self.heads),
+            "shots": list(self.shots),
+            "episodes": self.episodes,
+            "random_state": self.random_state,
+            "notes": list(self.notes),
+            "seconds": self.seconds,
+        }
+
+
+def _sizes(trials: Sequence[Trial]) -> tuple[float, float]:
+    return float(np.mean([t.n_support for t in trials])), float(np.mean([t.n_query for t in trials]))
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None

@@ -1,0 +1,341 @@
+"""Compare heads on embeddings: many small draws, the same for every head, everything chosen inside them.
+
+Takes arrays, not paths. A *trial* is one head on one episode; each episode draws a support of
+``n_shots`` rows a class and is judged on the rest. See :mod:`featx.evaluation.splits` for the draws,
+:mod:`featx.heads.selection` for what is chosen inside the support and :mod:`featx.evaluation.stats` for the intervals.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from sklearn.pipeline import Pipeline
+from threadpoolctl import threadpool_limits
+
+from featx.heads.solvers import blocks as large
+from featx._arrays import NEAR, Index
+from featx.heads.centre import Centre
+from featx.heads.selection import Views, fit_chosen
+from featx.errors import UsageError, plural
+from featx.heads.folds import of_one_class
+from featx.heads.catalogue import Head, Logistic
+from featx.evaluation.journal import Journal, plan_hash
+from featx.heads.solvers.blocks import blocks, is_large, taken
+from featx.heads.layers import Layers
+from featx.evaluation.results import SweepResult, Trial
+from featx.heads.scorer import Kind
+from featx.evaluation.splits import Duplicates, KShotSplit, Shots, find_duplicates, plan_shots, shots_label
+from featx.heads.solvers.device import check_device
+from featx.heads.unlabelled import heads_for
+from featx.evaluation.workers import workers
+
+DEFAULT_SHOTS: tuple[Shots, ...] = (1, 2, 5, 10, 20, "all")
+Progress = Callable[[int, int, str], None]
+
+
+def sweep_heads(
+    embeddings: NDArray[np.floating],
+    labels: ArrayLike,
+    *,
+    class_names: Sequence[str],
+    groups: ArrayLike | None = None,
+    heads: Sequence[str] | None = None,
+    shots: Sequence[Shots] | None = None,
+    episodes: int = 20,
+    random_state: int = 0,
+    n_jobs: int | None = None,
+    near_duplicates: float | None = NEAR,
+    centre: Centre | None = None,
+    pool: NDArray[np.floating] | None = None,
+    layers: Layers | None = None,
+    on: Sequence[str] | None = None,
+    device: str | None = None,
+    journal: str | Path | None = None,
+    progress: Progress | None = None,
+) -> SweepResult:
+    """Compare heads by repeated few-shot draws, all choices inside the support.
+
+    Parameters
+    ----------
+    embeddings : (n, d), finite.
+    labels : (n,) in 0 .. c-1; rows with a negative label are left out.
+    class_names : c names, of which those without any row are left out.
+    groups : (n,) rows with the same value are exact copies (e.g. equal digests).
+    heads : names of :data:`featx.heads.catalogue.HEADS` or "auto"; all of them by default.
+    shots : by default 1, 2, 5, 10, 20 and "all", less those that half of the classes cannot give. At each, the classes
+        that have the images are compared; ``notes`` name the others. Shots that fewer than two classes can give are an
+        error.
+    episodes : draws for each n_shots.
+    random_state : seed of the draws and folds; the result does not depend on ``n_jobs``.
+    n_jobs : joblib workers, one BLAS thread each; by default one for each core. Large embeddings
+        (:func:`featx.heads.solvers.blocks.is_large`) have one worker with as many threads.
+    near_duplicates : cosine from which two rows count as copies; None looks for exact copies only.
+    centre : a mean from elsewhere that heads measure from (:mod:`featx.heads.centre`); ``notes`` then say which.
+    pool : (m, d) embeddings of images without labels, of which ``centre`` is the mean: adds the head "ridge_pool".
+    layers : which columns of the embeddings are which layer's, to compare heads on several of them.
+    on : the layers to compare, of which "combined" may be one; see :meth:`featx.heads.layers.Layers.heads`.
+    device : of torch, such as "cuda", for logistic regression on a large support; everything else is the CPU's.
+    journal : file of finished draws, from which an interrupted sweep of the same data and plan goes on;
+        removed at the end. Seconds in trials that were resumed are those of their first run.
+    progress : called as ``progress(done, total, what)``.
+
+    Raises
+    ------
+    UsageError
+        Fewer than two classes, a class with too few images, an unknown head, or arrays that do not fit.
+    """
+    started = time.perf_counter()
+    catalogue = heads_for(centre, pool)
+    if layers is None:
+        chosen = {catalogue[name].name: catalogue[name] for name in (catalogue if heads is None else heads)}
+    else:
+        _check_layers(layers, embeddings, centre)
+        chosen = layers.heads(catalogue, heads, on)
+    names = tuple(chosen)
+    if not names:
+        raise UsageError("no head to compare", expected=", ".join(catalogue))
+    if episodes < 1:
+        raise UsageError("a sweep needs at least one episode", found=episodes)
+    if device is not None:
+        check_device(device)
+    if progress and is_large(embeddings):
+        progress(0, 1, "looking for duplicates")
+    columns = None if layers is None else layers.columns(layers.reference)
+    data = _Data.of(embeddings, labels, class_names, groups, near_duplicates, columns)
+    if shots is not None and not shots:
+        raise UsageError("no n_shots to sweep", expected="numbers of images of each class, or all")
+    wanted, notes = plan_shots(
+        data.labels, data.duplicates.groups, data.class_names, shots=shots, default=DEFAULT_SHOTS
+    )  # fmt: skip
+    tasks = [(n_shots, episode) for n_shots in wanted for episode in range(episodes)]
+    done: dict[tuple[Shots, int], tuple[list[Trial], Index]] = {}
+    kept = None
+    if journal is not None:
+        grids = [(head.grid, head.default, head.columns) for head in chosen.values()]
+        elsewhere = joblib.hash((centre and centre.mean, pool, device))
+        groups_of = data.duplicates.groups
+        plan = plan_hash(data.embeddings, data.labels, groups_of, names, [*grids, elsewhere], random_state)
+        kept = Journal(Path(journal), plan)
+        done = {task: outcome for task, outcome in kept.done.items() if task in set(tasks)}
+    left = [task for task in tasks if task not in done]
+    for task, outcome in _run(data, tuple(chosen.values()), left, len(done), random_state, n_jobs, device, progress):
+        done[task] = outcome
+        if kept:
+            kept.add(task, outcome)
+    if kept:
+        kept.close()
+    by_head = {(t.head, t.n_shots, t.episode): t for trials, _ in done.values() for t in trials}
+    trials = tuple(by_head[head, *task] for head in names for task in tasks)
+    return SweepResult(
+        heads=names,
+        shots=tuple(wanted),
+        episodes=episodes,
+        class_names=data.class_names,
+        labels=data.labels,
+        rows=data.rows,
+        trials=trials,
+        queries={task: done[task][1] for task in tasks},
+        duplicates=data.duplicates,
+        notes=(
+            *data.notes,
+            *notes,
+            *(kept.notes if kept else ()),
+            *([centre.told] if centre else []),
+            *_device_notes(device, chosen, trials, data),
+            *_convergence_notes(trials),
+        ),
+        random_state=random_state,
+        seconds=time.perf_counter() - started,
+    )
+
+
+@dataclass(frozen=True)
+class _Data:
+    """The rows that take part: labelled, of classes that have any, with their duplicates."""
+
+    embeddings: NDArray[np.floating]
+    labels: NDArray[np.int64]
+    rows: Index
+    class_names: tuple[str, ...]
+    duplicates: Duplicates
+    notes: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls,
+        embeddings: NDArray[np.floating],
+        labels: ArrayLike,
+        class_names: Sequence[str],
+        groups: ArrayLike | None,
+        near_duplicates: float | None,
+        columns: tuple[int, int] | None = None,
+    ) -> _Data:
+        every = np.asarray(labels, dtype=np.int64)
+        if embeddings.ndim != 2 or every.shape != embeddings.shape[:1]:
+            raise UsageError(
+                "embeddings and labels do not fit", expected="(n, d) and (n,)",
+                found=f"{embeddings.shape} and {every.shape}",
+            )  # fmt: skip
+        if every.size and every.max() >= len(class_names):
+            raise UsageError("a label has no class name", expected=f"< {len(class_names)}", found=every.max())
+        rows = np.flatnonzero(every >= 0)
+        kept = taken(embeddings, rows)
+        if not np.isfinite(kept).all():
+            bad = int(rows[np.flatnonzero(~np.isfinite(kept).all(axis=1))[0]])
+            raise UsageError("embeddings must be finite", where=f"row {bad}", hint="Extract them again.")
+        present, dense = np.unique(every[rows], return_inverse=True)
+        notes = []
+        if len(rows) < len(every):
+            notes.append(f"Left out: {plural(len(every) - len(rows), 'image')} without a label.")
+        empty = [str(name) for i, name in enumerate(class_names) if i not in set(present.tolist())]
+        if empty:
+            notes.append(f"Classes without any labelled image were left out: {', '.join(empty)}.")
+        names = tuple(str(class_names[int(i)]) for i in present)
+        exact = None if groups is None else np.asarray(groups)[rows]
+        compared = kept if columns is None else kept[:, slice(*columns)]
+        duplicates = find_duplicates(compared, exact, threshold=near_duplicates)
+        own = of_one_class(dense.reshape(-1), duplicates.groups)
+        if not own.all():
+            notes.append(
+                f"Left out: {plural(int((~own).sum()), 'image')} with copies in another class; "
+                "featx duplicates lists them."
+            )
+        notes += duplicates.notes
+        return cls(kept, dense.reshape(-1).astype(np.int64), rows, names, duplicates, tuple(notes))
+
+
+def _check_layers(layers: Layers, embeddings: NDArray[np.floating], centre: Centre | None) -> None:
+    if embeddings.shape[1] != sum(layers.sizes.values()):
+        raise UsageError("embeddings and layers do not fit", expected=dict(layers.sizes), found=embeddings.shape)
+    if centre is not None and len(layers.sizes) > 1:
+        raise UsageError("images without labels can be learnt from on one layer at a time", found=layers.names)
+
+
+def _run(
+    data: _Data,
+    heads: tuple[Head, ...],
+    tasks: list[tuple[Shots, int]],
+    already: int,
+    random_state: int,
+    n_jobs: int | None,
+    device: str | None,
+    progress: Progress | None,
+) -> Iterator[tuple[tuple[Shots, int], tuple[list[Trial], Index]]]:
+    """Outcomes of all tasks, in chunks, so that any joblib backend can report progress."""
+    n_workers = joblib.cpu_count() if n_jobs is None else joblib.effective_n_jobs(n_jobs)
+    # Each worker holds rows of its own: where they are large, one worker with all threads takes draw by draw.
+    n_workers, threads = (1, n_workers) if is_large(data.embeddings) else (n_workers, 1)
+    chunk = max(1, 4 * n_workers) if n_workers > 1 else 1
+    arguments = (data.embeddings, data.labels, data.duplicates.groups, heads, random_state, threads, device)
+    with workers(max(1, min(n_workers, len(tasks)))) as pool:
+        for start in range(0, len(tasks), chunk):
+            some = tasks[start : start + chunk]
+            if progress:
+                progress(already + start, already + len(tasks), f"{shots_label(some[0][0])}, draw {some[0][1] + 1}")
+            outcomes = pool(joblib.delayed(_episode)(*arguments, *task) for task in some)
+            yield from zip(some, outcomes, strict=True)
+    if progress:
+        progress(already + len(tasks), already + len(tasks), "done")
+
+
+def _episode(
+    embeddings: NDArray[np.floating],
+    labels: NDArray[np.int64],
+    groups: Index,
+    heads: tuple[Head, ...],
+    random_state: int,
+    threads: int,
+    device: str | None,
+    n_shots: Shots,
+    episode: int,
+) -> tuple[list[Trial], Index]:
+    """All heads on one draw."""
+    support, query = KShotSplit(n_shots, random_state=random_state).episode(labels, groups, episode)
+    local = np.unique(groups[support], return_inverse=True)[1]
+    classes, known = np.unique(labels[support], return_inverse=True)
+    truth = np.searchsorted(classes, labels[query])
+    with threadpool_limits(limits=threads, user_api="blas"):
+        shared: dict[tuple[int, int] | None, tuple[Views, _Query]] = {}
+        trials = []
+        for head in heads:
+            if head.columns not in shared:
+                rows = head.seen(embeddings)
+                shared[head.columns] = Views(rows[support], head.mean), _Query(rows[query])
+            views, asked = shared[head.columns]
+            trials.append(
+                _trial(
+                    head, views, known, local, asked, truth, classes,
+                    n_shots=n_shots, episode=episode, random_state=random_state, device=device,
+                )
+            )  # fmt: skip
+    return trials, query
+
+
+class _Query:
+    """Rows to be judged, normalised once for all heads that agree on how; large ones block by block for each head."""
+
+    def __init__(self, rows: NDArray[np.floating]) -> None:
+        self.rows = rows
+        self._done: dict[Kind, NDArray[np.float64]] = {}
+
+    def judge(self, pipeline: Pipeline, method: str) -> NDArray[Any]:
+        """What ``pipeline.predict_proba`` or ``predict`` gives for the rows."""
+        if is_large(self.rows):
+            return np.concatenate([getattr(pipeline, method)(self.rows[part]) for part in blocks(len(self.rows))])
+        normaliser, model = pipeline.named_steps.values()
+        if normaliser.kind not in self._done:
+            self._done[normaliser.kind] = normaliser.transform(self.rows)
+        return np.asarray(getattr(model, method)(self._done[normaliser.kind]))
+
+
+def _trial(
+    head: Head,
+    views: Views,
+    labels: NDArray[np.int64],
+    groups: Index,
+    query: _Query,
+    truth: NDArray[np.int64],
+    classes: Index,
+    *,
+    n_shots: Shots,
+    episode: int,
+    random_state: int,
+    device: str | None,
+) -> Trial:
+    started = time.perf_counter()
+    choice, pipeline = fit_chosen(head, views, labels, groups, random_state=[random_state, episode], device=device)
+    seconds = time.perf_counter() - started
+    probabilities = query.judge(pipeline, "predict_proba") if head.probabilistic else None
+    named = query.judge(pipeline, "predict") if probabilities is None else probabilities.argmax(axis=1)
+    return Trial.of(
+        truth, named, probabilities, classes,
+        head=head.name, layer=head.layer, n_shots=n_shots, episode=episode, n_support=len(labels),
+        params=choice.params, selection_score=choice.score, converged=choice.converged, fit_seconds=seconds,
+    )  # fmt: skip
+
+
+def _device_notes(device: str | None, heads: dict[str, Head], trials: Sequence[Trial], data: _Data) -> list[str]:
+    if device is None:
+        return []
+    features = data.embeddings.shape[1]
+    fits = [t for t in trials if heads[t.head].estimator is Logistic and t.n_support * features >= large.LARGE]
+    if fits:
+        return [f"{plural(len(fits), 'logistic regression')} solved on {device}, everything else on the CPU."]
+    return [f"Nothing was solved on {device}: no support of logistic regression had {large.LARGE:,} numbers or more."]
+
+
+def _convergence_notes(trials: Sequence[Trial]) -> list[str]:
+    notes = []
+    for head in dict.fromkeys(t.head for t in trials):
+        own = [t for t in trials if t.head == head]
+        failed = sum(not t.converged for t in own)
+        if failed:
+            notes.append(f"{head} did not converge in {failed} of {plural(len(own), 'trial')}.")
+    return notes

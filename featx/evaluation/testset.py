@@ -1,0 +1,182 @@
+"""One judgement on images that took no part in choosing, and an honest count of how often that was done.
+
+A test set is spent by use: whoever looks at it twice has begun to choose on it. So every use is written down beside
+the store, under a hash of the test images and their labels, and every report says how many there have been.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import binomtest
+from threadpoolctl import threadpool_limits
+
+from featx.evaluation import stats
+from featx._files import cannot_write
+from featx.heads.selection import fit_chosen
+from featx.errors import UsageError, plural
+from featx.heads.catalogue import Head
+from featx.heads.solvers.blocks import is_large
+from featx.evaluation.splits import find_duplicates
+from featx.store.reader import FeatureSet
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Accuracy of one head, trained on everything else, on the images of one split.
+
+    ``low`` and ``high`` are the exact 95 % interval (Clopper and Pearson, 1934) over images; ``copies`` test images
+    were left out because the training images have them too; ``used`` counts this use.
+    """
+
+    split: str
+    head: str
+    params: Mapping[str, Any]
+    training_images: int
+    images: int
+    copies: int
+    accuracy: float
+    low: float
+    high: float
+    balanced_accuracy: float
+    majority_baseline: float
+    used: int
+    converged: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        interval = {"mean": fields.pop("accuracy"), "low": fields.pop("low"), "high": fields.pop("high")}
+        return {**fields, "params": dict(self.params), "accuracy": interval}
+
+    @property
+    def sentence(self) -> str:
+        """The result in words, with the number of uses."""
+        times = "the first use" if self.used == 1 else f"use number {self.used}"
+        warning = "" if self.used == 1 else " What was chosen after an earlier look makes this too good."
+        warning += "" if self.converged else " A fit stopped before its optimum."
+        return (
+            f"On {plural(self.images, 'image')} of the split {self.split}, {self.head} is right in "
+            f"{100 * self.accuracy:.1f} % ({100 * self.low:.1f} to {100 * self.high:.1f}). "
+            f"This is {times} of this test set.{warning}"
+        )
+
+
+def judge(
+    features: FeatureSet,
+    split: str,
+    head: Head,
+    ledger: Path,
+    *,
+    random_state: int = 0,
+) -> Judgement:
+    """Train ``head`` on all labelled images outside ``split`` and "test", and judge it on ``split``.
+
+    Parameters
+    ----------
+    head : of a catalogue, such as ``HEADS["ridge"]`` or one of :func:`featx.heads.unlabelled.heads_for`.
+    ledger : file that every use is added to.
+
+    Raises
+    ------
+    UsageError
+        No labelled images in the split or outside it, classes that only the split has, or a ledger that featx did
+        not write.
+    """
+    _uses(ledger)  # nobody looks at a test set where that cannot be counted
+    labelled = features.labels >= 0
+    inside = labelled & (features.splits == split)
+    outside = labelled & (features.splits != split) & (features.splits != "test")
+    for rows, what in ((inside, f"in the split {split}"), (outside, f"outside the split {split}")):
+        if not rows.any():
+            raise UsageError(
+                f"no labelled images {what}", found=", ".join(sorted(set(features.splits.tolist()) - {""}))
+            )
+    both = np.flatnonzero(inside | outside)
+    exact = features.copies[both]
+    embeddings = head.seen(features.embeddings)
+    groups = find_duplicates(embeddings[both], exact, threshold=features.near_copies).groups
+    here = outside[both]
+    copied = inside[both] & np.isin(groups, groups[here])
+    train, test = both[here], both[~here & ~copied]
+    if not len(test):
+        raise UsageError(f"every image of the split {split} is a copy of a training image")
+    classes, labels = np.unique(features.labels[train], return_inverse=True)
+    unknown = sorted(set(features.labels[test].tolist()) - set(classes.tolist()))
+    if unknown:
+        raise UsageError(
+            f"a class that only the split {split} has",
+            found=", ".join(features.class_names[label] for label in unknown),
+            hint="Give it training images, or leave it out.",
+        )
+    dense = np.unique(groups[here], return_inverse=True)[1]
+    support = embeddings[train]
+    with threadpool_limits(limits=None if is_large(support) else 1, user_api="blas"):
+        choice, model = fit_chosen(head, support, labels, dense, random_state=[random_state, 0])
+        predicted = classes[model.predict(embeddings[test])]
+    truth = features.labels[test]
+    right = int((predicted == truth).sum())
+    interval = binomtest(right, len(test)).proportion_ci(method="exact")
+    digest = hashlib.sha256()
+    for row in np.argsort(features.ids[inside]):
+        digest.update(features.digests[inside][row].tobytes() + int(features.labels[inside][row]).to_bytes(8, "little"))
+    accuracy = right / len(test)
+    use = {"test_set": digest.hexdigest(), "split": split, "head": head.name, "accuracy": accuracy}
+    used = _write_down(ledger, use)
+    return Judgement(
+        split=split,
+        head=head.name,
+        params=choice.params,
+        training_images=len(train),
+        images=len(test),
+        copies=int(copied.sum()),
+        accuracy=accuracy,
+        low=float(interval.low),
+        high=float(interval.high),
+        balanced_accuracy=stats.balanced_accuracy(truth, predicted),
+        majority_baseline=stats.majority_baseline(truth),
+        used=used,
+        converged=choice.converged,
+    )
+
+
+def _uses(ledger: Path) -> list[str]:
+    """The test sets of all uses that are written down; UsageError for a file that featx did not write."""
+    try:
+        lines = ledger.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise cannot_write(ledger, error) from error
+    uses = []
+    for number, line in enumerate(lines[:-1] if lines[-1] == b"" else lines, 1):
+        try:
+            use = json.loads(line.decode())
+            uses.append(str(use["test_set"]))
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise UsageError(
+                "the uses of this test set cannot be counted",
+                where=f"{ledger}, line {number}",
+                expected="one JSON object a line, as featx writes them",
+                found=ascii(line[:40].decode(errors="replace")),
+                hint="Restore the file; if it is gone for good, move it away and count the earlier uses yourself.",
+            ) from error
+    return uses
+
+
+def _write_down(ledger: Path, use: dict[str, Any]) -> int:
+    """Add a use to the ledger; returns how many of this test set there are now."""
+    line = json.dumps({**use, "time": datetime.now(UTC).isoformat(timespec="seconds")})
+    try:
+        with ledger.open("ab") as file:
+            file.write(line.encode() + b"\n")
+    except OSError as error:
+        raise cannot_write(ledger, error) from error
+    return _uses(ledger).count(use["test_set"])

@@ -1,0 +1,187 @@
+"""Embedding single images exactly as a store's (or a bundle's) were: what search, predict and the service share.
+
+The provenance says which network, weights, preprocessing and precision that was; if one of them cannot be had
+here, or has changed, this is an error that names it, never a silent near miss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featx._system import available_cpus
+from featx.backbones.backbone import Backbone, load_backbone
+from featx.backbones.engines.base import Engine, for_views
+from featx.images.pool import DecoderPool
+from featx.backbones.engines.torch import make_engine
+from featx.errors import ImageError, UsageError, WeightsError
+from featx.store.manifest import check_same
+from featx.backbones.provenance import provenance_of
+from featx.backbones.provider import Provider, is_own
+from featx.images.views import CENTER, Looks, parse_views
+
+
+def network_like(
+    provenance: Mapping[str, Any],
+    *,
+    where: Path,
+    backbone: str | Provider | None = None,
+    weights: str | Path | None = None,
+) -> Backbone:
+    """The network that a provenance names; whether it is the same one, nobody has compared yet.
+
+    Parameters
+    ----------
+    provenance : of a store or a bundle.
+    where : the store or bundle, for messages.
+    backbone : the network, where it is one of the user's own: what a store says is never imported.
+    weights : the weights file, where the provenance names one of the user's own.
+
+    Raises
+    ------
+    WeightsError
+        The weights are a file of the user's that has to be given.
+    UsageError
+        The network is the user's own, and has to be given.
+    """
+    recorded = str(provenance.get("backbone", ""))
+    if backbone is None and is_own(recorded):
+        raise UsageError(
+            "made with a network of your own, whose code runs only when you name it",
+            where=where,
+            expected=recorded,
+            hint="Name it with --backbone FILE.py:CLASS, or package.module:CLASS.",
+        )
+    named = str(provenance.get("weights", "default"))
+    if weights is None and named not in ("default", "none"):
+        raise WeightsError(
+            "made with weights of your own, which are needed again",
+            where=where,
+            expected=named,
+            hint="Name the file with --weights FILE.",
+        )
+    return load_backbone(backbone or recorded, weights=weights or named, layers=tuple(provenance["layers"]))
+
+
+class Embedder:
+    """A backbone on an engine, checked against the provenance of what its embeddings will be compared with.
+
+    Parameters
+    ----------
+    backbone : the network.
+    engine : how it is run.
+    decode : "full" or "scaled", see :data:`featx.images.pixels.DECODE_MODES`.
+    views : names of :data:`featx.images.views.VIEWS`, over which the embeddings of an image are averaged.
+    """
+
+    def __init__(
+        self, backbone: Backbone, engine: Engine, *, decode: str = "full", views: Sequence[str] = CENTER
+    ) -> None:
+        self.backbone, self.decode = backbone, decode
+        self.looks = Looks(backbone.preprocess, views)
+        self.engine = for_views(engine, len(self.looks.views))
+
+    @classmethod
+    def like(
+        cls,
+        provenance: Mapping[str, Any],
+        *,
+        where: Path,
+        backbone: str | Provider | None = None,
+        weights: str | Path | None = None,
+        tail: bytes | None = None,
+        device: str = "auto",
+        engine: str = "auto",
+        batch_size: int | Mapping[str, int] | None = None,
+    ) -> Embedder:
+        """What made the embeddings of ``where``, ready to make more.
+
+        Parameters
+        ----------
+        provenance : of a store or a bundle.
+        where : the store or bundle, for messages.
+        backbone, weights : as of :func:`network_like`.
+        tail : the trained part of a fine-tuned network, which a bundle brings along.
+        device, engine, batch_size : as of :func:`featx.backbones.engines.torch.make_engine`.
+
+        Raises
+        ------
+        WeightsError
+            The weights are a file of the user's that has to be given.
+        UsageError
+            The network is the user's own, and has to be given.
+        MismatchError
+            What is installed here makes other embeddings; the field is named.
+        """
+        network = network_like(provenance, where=where, backbone=backbone, weights=weights)
+        if tail is not None:
+            from featx.backbones.cut import tuned
+
+            network = tuned(network, tail)
+        precision = str(provenance.get("precision", "auto"))
+        chosen = make_engine(network, engine=engine, device=device, precision=precision, batch_size=batch_size)
+        recorded = provenance.get("decode")
+        decode = str(recorded.get("mode", "full")) if isinstance(recorded, Mapping) else "full"
+        views = parse_views(str(provenance.get("views", "center")))
+        check_same(provenance, provenance_of(network, chosen, views=views, decode=decode), where)
+        return cls(network, chosen, decode=decode, views=views)
+
+    def pixels(self, data: bytes) -> NDArray[np.uint8]:
+        """What the engine is to see of an image file's bytes: (h, w, 3), of several views (v, h, w, 3)."""
+        return self.looks.pixels(data, mode=self.decode)
+
+    def decoders(self, *, workers: int, **options: Any) -> DecoderPool:
+        """Processes that make such pixels of files; options as of :class:`featx.images.pool.DecoderPool`."""
+        return DecoderPool(
+            self.backbone.preprocess, workers=workers, mode=self.decode, views=self.looks.views, **options
+        )
+
+    def embed_pixels(self, images: Sequence[NDArray[np.uint8]]) -> tuple[NDArray[np.float32], ...]:
+        """Embeddings (n, d), one array a layer, of images as :meth:`pixels` gives them."""
+        size = self.engine.batch_size
+        batches = (np.stack(images[start : start + size]) for start in range(0, len(images), size))
+        parts = list(self.engine.embed(batches))
+        return tuple(np.concatenate(layer) for layer in zip(*parts, strict=True))
+
+    def embed_bytes(self, data: bytes) -> tuple[NDArray[np.float32], ...]:
+        """Embeddings (1, d) of one image file's bytes, decoded in this process; ImageError when it is refused."""
+        return self.embed_pixels([self.pixels(data)])
+
+    def embed_files(self, paths: Iterable[Path]) -> Iterator[tuple[Path, tuple[NDArray[np.float32], ...] | ImageError]]:
+        """Embeddings (d,), one a layer, or the refusal of each file, in order; decoded in processes of their own."""
+        waiting: list[Path] = []
+        images: list[NDArray[np.uint8]] = []
+        refused: dict[int, ImageError] = {}
+
+        def flush() -> Iterator[tuple[Path, tuple[NDArray[np.float32], ...] | ImageError]]:
+            layers = self.embed_pixels(images) if images else ()
+            row = 0
+            for place, path in enumerate(waiting):
+                if place in refused:
+                    yield path, refused[place]
+                else:
+                    yield path, tuple(layer[row] for layer in layers)
+                    row += 1
+            waiting.clear()
+            images.clear()
+            refused.clear()
+
+        given = list(paths)
+        if not given:
+            return
+        workers = min(available_cpus(), len(given))
+        with self.decoders(workers=workers) as pool:
+            stream = pool.run(given, lambda digest: False, ahead=2 * self.engine.batch_size + workers)
+            for path, decoded in zip(given, stream, strict=True):
+                waiting.append(path)
+                if decoded.refusal is not None:
+                    refused[len(waiting) - 1] = decoded.refusal
+                elif decoded.pixels is not None:
+                    images.append(decoded.pixels)
+                if len(images) == self.engine.batch_size:
+                    yield from flush()
+            yield from flush()

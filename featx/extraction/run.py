@@ -1,0 +1,436 @@
+"""Images through an engine into a store: every content once, whatever it is called.
+
+What is slow overlaps: child processes read, hash and decode ahead (:mod:`featx.images.pool`), the engine computes,
+the writer publishes. What is remembered is not repeated: an unchanged file is recognised by size, times and inode, a
+renamed or copied one by its digest.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featx._system import available_cpus
+from featx.backbones.backbone import Backbone
+from featx.backbones.engines.base import Engine, for_views
+from featx.images.pool import TIMEOUT, DecoderPool
+from featx.backbones.engines.torch import make_engine
+from featx.errors import ImageError, Interrupted, MismatchError, SourceError, TooManyBadImages, plural
+from featx.store.hdf5 import MAX_STRING
+from featx.store.index import PARTS, Index, Refused, longest_id
+from featx.backbones.provenance import provenance_of
+from featx.images.source import ImageRef, ImageSet
+from featx.store.reader import digest_keys
+from featx.store.writer import StoreWriter
+from featx.images.views import CENTER, parse_views
+
+MAX_BAD = 0.01
+MAX_BAD_IMAGES = 10
+"""Without an explicit ``max_bad``: a share of the images, but never fewer than this many."""
+
+_NAMED = 3
+"""Skipped files that a note names."""
+
+_SETTLED_NS = 2_000_000_000
+"""A file changed this shortly before it was read may change again within the clock's resolution."""
+
+STAGES = ("read", "hash", "decode", "resize", "wait for pixels", "network", "write")
+"""Where the time of an extraction goes, in seconds: the first four are summed over the decoding processes, which work
+beside the rest; the last three add up to the time that passes."""
+
+UNREAD = "unsupported_format"
+"""The reason of an image that is sound for all that is known."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class ExtractSummary:
+    """What an extraction did.
+
+    ``images = embedded + reused + quarantined``: ``reused`` images had their content in the store already, or share
+    it with another image of the run.
+    """
+
+    images: int
+    embedded: int
+    reused: int
+    quarantined: int
+    seconds: float
+    images_per_second: float
+    fingerprint: str
+    backbone: str
+    engine: str
+    precision: str
+    device: str
+    views: tuple[str, ...] = CENTER
+    pruned: int = 0
+    stages: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    refused: tuple[Refused, ...] = field(default=(), repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types; the refused images stay in the store's quarantine."""
+        return {
+            "images": self.images,
+            "embedded": self.embedded,
+            "reused": self.reused,
+            "quarantined": self.quarantined,
+            "seconds": round(self.seconds, 3),
+            "images_per_second": round(self.images_per_second, 2),
+            "fingerprint": self.fingerprint,
+            "backbone": self.backbone,
+            "engine": self.engine,
+            "precision": self.precision,
+            "device": self.device,
+            "views": list(self.views),
+            "pruned": self.pruned,
+            "stages": {name: round(seconds, 4) for name, seconds in self.stages.items()},
+            "notes": list(self.notes),
+        }
+
+
+def extract_features(
+    images: ImageSet,
+    backbone: Backbone,
+    store: str | Path,
+    *,
+    engine: Engine | None = None,
+    workers: int | None = None,
+    max_bad: float | None = None,
+    prune: bool = False,
+    replace_images: bool = False,
+    decode: str = "full",
+    views: Sequence[str] = CENTER,
+    decode_timeout: float = TIMEOUT,
+    progress: Progress | None = None,
+    total: int | None = None,
+    known: Path | None = None,
+    rehash: bool = False,
+) -> ExtractSummary:
+    """Embed every image whose content the store does not have, and let the index say what ``images`` says.
+
+    Parameters
+    ----------
+    images : what to embed.
+    backbone : the frozen network.
+    store : folder of the store; made, continued or updated.
+    engine : how the network is run; by default the fastest there is.
+    workers : number of decoding processes; by default one a core.
+    max_bad : share of images (0..1) that may be refused; by default 1 %, but at least ten images.
+    prune : drop embeddings that no image refers to any more.
+    replace_images : let ``images`` take the place of others; see :class:`MismatchError` below.
+    decode : "full", or "scaled": of a large JPEG only as much as the resize needs. Part of the fingerprint.
+    views : names of :data:`featx.images.views.VIEWS`, over which an image's embeddings are averaged; each costs the network's
+        time once more. Part of the fingerprint.
+    decode_timeout : seconds after which a decoder counts as hanging.
+    progress : called as ``progress(done, total)``.
+    total : number of images of the whole extraction that ``images`` are a part of (:mod:`featx.extraction.parts`); it decides how
+        many may be refused, and how long an id may be. By default ``images`` are the whole.
+    known : another store, whose embeddings are taken over before anything is computed.
+    rehash : read every image, those too that look unchanged; only new content is embedded all the same.
+
+    Raises
+    ------
+    TooManyBadImages
+        More than ``max_bad`` were refused. What was embedded is kept, the index stays as it was.
+    MismatchError
+        More than half of the labelled images of the store are not among ``images``, or have no label there. What was
+        embedded is kept, the index stays as it was.
+    MismatchError, StoreError
+        See :class:`featx.store.writer.StoreWriter`.
+    Interrupted
+        KeyboardInterrupt came; what was computed is published, and the same call goes on from there.
+    """
+    started = time.perf_counter()
+    engine = engine or make_engine(backbone)
+    views = parse_views(",".join(views))
+    with StoreWriter(store, provenance_of(backbone, engine, views=views, decode=decode)) as writer:
+        run = _Run(images, writer, backbone, for_views(engine, len(views)), decode, views)
+        try:
+            if known is not None:
+                writer.take_over(known)
+            run.embed(workers or available_cpus(), decode_timeout, progress, total or len(images), rehash=rehash)
+            refused = tuple(run.refused)
+            check_refused(refused, total or len(images), max_bad, writer)
+            notes = (*_notes(images, writer), *format_notes(refused))
+            index = run.index()
+            if not replace_images:
+                check_replaced(index, writer)
+            writer.finish(index, refused, source=images.source)
+            pruned = writer.prune() if prune else 0
+        except SourceError:
+            writer.flush()  # a network that went away costs no image
+            raise
+        except KeyboardInterrupt as error:
+            writer.flush()
+            raise Interrupted(
+                f"stopped after {run.done} of {plural(len(images), 'image')}; {plural(writer.rows, 'embedding')} kept",
+                where=store,
+                hint="Run the same command again to go on.",
+            ) from error
+        fingerprint = writer.manifest.fingerprint
+    seconds = time.perf_counter() - started
+    return ExtractSummary(
+        images=len(images),
+        embedded=run.embedded,
+        reused=len(images) - run.embedded - len(refused),
+        quarantined=len(refused),
+        seconds=seconds,
+        images_per_second=run.embedded / run.seconds if run.embedded else 0.0,
+        fingerprint=fingerprint,
+        backbone=backbone.name,
+        engine=engine.name,
+        precision=engine.precision,
+        device=engine.device,
+        views=views,
+        pruned=pruned,
+        stages=run.stages,
+        notes=notes,
+        refused=refused,
+    )
+
+
+def _notes(images: ImageSet, writer: StoreWriter) -> tuple[str, ...]:
+    notes, earlier_source = list(images.notes), writer.manifest.source
+    if images.ignored:
+        kind = "that is not an image" if len(images.ignored) == 1 else "that are not images"
+        named = ", ".join([*images.ignored[:_NAMED], *(["..."] if len(images.ignored) > _NAMED else [])])
+        notes.append(f"skipped {plural(len(images.ignored), 'file')} {kind} ({named})")
+    notes += [
+        f"{name!r} is taken for a class; if nobody has labelled its images, run this again with --unlabelled {name}"
+        for name in images.doubtful_classes
+    ]
+    if earlier_source and earlier_source != images.source:
+        notes.append(
+            f"the store described {earlier_source} before and describes {images.source} now; "
+            "embeddings of both are kept until --prune"
+        )
+    if writer.index is not None:
+        gone = [name for name in writer.index.class_names if name not in images.class_names]
+        if gone and earlier_source == images.source:
+            notes.append(f"not there any more: {plural(len(gone), 'class').partition(' ')[2]} {', '.join(gone[:10])}")
+    if (writer.path / PARTS).is_dir():
+        notes.append("parts of an extraction are waiting in this store; --finish takes over what they have")
+    return tuple(notes)
+
+
+def check_refused(refused: tuple[Refused, ...], total: int, max_bad: float | None, writer: StoreWriter) -> None:
+    """TooManyBadImages, with the list of them published, if of ``total`` images too many were refused.
+
+    Images in a format that is not read are refused too, but say nothing about the others: they do not count.
+    """
+    allowed = max(MAX_BAD_IMAGES, MAX_BAD * total) if max_bad is None else max_bad * total
+    bad = tuple(item for item in refused if item.reason != UNREAD)
+    if len(bad) > allowed or len(refused) == total:
+        writer.flush()
+        writer.write_quarantine(refused)
+        raise _too_many(bad or refused, total, allowed, writer.path, none_left=len(refused) == total)
+
+
+def format_notes(refused: tuple[Refused, ...]) -> tuple[str, ...]:
+    """A note on the images whose format is not read, or none."""
+    unread = [item for item in refused if item.reason == UNREAD]
+    if not unread:
+        return ()
+    count = plural(len(unread), "image")
+    return (f"{count} left out for the format, such as {unread[0].id}: {unread[0].message}",)
+
+
+def check_replaced(index: Index, writer: StoreWriter) -> None:
+    """MismatchError if more than half of the store's labelled images are not in ``index``, or have no label there."""
+    before = writer.index
+    if before is None:
+        return
+    had = np.unique(digest_keys(before.digests[before.labels >= 0]))
+    gone = np.setdiff1d(had, digest_keys(index.digests[index.labels >= 0]))
+    if 2 * len(gone) > len(had):
+        writer.flush()
+        raise MismatchError(
+            "this would take the place of other labelled images",
+            where=writer.path,
+            expected=f"the images of {writer.manifest.source or 'the store'}, for the most part",
+            found=f"{len(gone)} of {plural(len(had), 'labelled image')} missing, or without a label",
+            hint="Give another --out, or run it again with --replace; what was embedded is kept.",
+        )
+
+
+def _too_many(
+    refused: tuple[Refused, ...], total: int, allowed: float, store: Path, *, none_left: bool
+) -> TooManyBadImages:
+    first = refused[0]
+    return TooManyBadImages(
+        "too many images were refused",
+        where=store / "quarantine.jsonl",
+        expected="at least one good image" if none_left else f"at most {int(allowed)} of {total}",
+        found=f"{len(refused)}, such as {first.id} ({first.reason}: {first.message})",
+        hint="Good images are kept; mend or remove the bad ones, or allow more with --max-bad, and run it again.",
+    )
+
+
+class _Run:
+    """The state of one extraction."""
+
+    def __init__(
+        self,
+        images: ImageSet,
+        writer: StoreWriter,
+        backbone: Backbone,
+        engine: Engine,
+        decode: str,
+        views: Sequence[str],
+    ) -> None:
+        self.images, self.writer, self.backbone, self.engine = images, writer, backbone, engine
+        self.decode, self.views = decode, views
+        self.stages = dict.fromkeys(STAGES, 0.0)
+        self.refused: list[Refused] = []
+        self.done = self.embedded = 0
+        self.seconds = 0.0
+        self._digests: dict[str, bytes] = {}
+        self._read_at: dict[str, int] = {}
+
+    def embed(self, workers: int, timeout: float, progress: Progress | None, of: int, *, rehash: bool) -> None:
+        """Find the digest of every image, and publish the embedding of every new content; ``of`` as ``total``."""
+        total = len(self.images)
+        longest = longest_id(of)
+        remembered = {} if rehash else self._remembered()
+        pending = []
+        for ref in self.images.refs:
+            problem = _name_problem(ref, longest)
+            if problem:
+                self._refuse(ref, None, ImageError("bad_name", problem))
+                continue
+            # Nothing is remembered of an image whose source has no times, or that may have changed while it was read.
+            digest = remembered.get((ref.id, ref.size, ref.stamp))
+            if digest is not None and self.writer.has(digest):
+                self._digests[ref.id] = digest
+            else:
+                pending.append(ref)
+        self.done = total - len(pending)
+        if progress is not None:
+            progress(self.done, total)
+        if not pending:
+            return
+        started = time.perf_counter()
+        batches: deque[list[bytes]] = deque()
+        with DecoderPool(
+            self.backbone.preprocess,
+            workers=min(workers, len(pending)),
+            timeout=timeout,
+            mode=self.decode,
+            views=self.views,
+        ) as pool:
+            writing = 0.0
+            for outputs in self.engine.embed(self._batches(pool, pending, batches, progress)):
+                digests = batches.popleft()
+                before = time.perf_counter()
+                self.writer.add(digests, outputs)
+                writing += time.perf_counter() - before
+                self.embedded += len(digests)
+        before = time.perf_counter()
+        self.writer.flush()
+        done = time.perf_counter()
+        self.seconds = done - started
+        self.stages["write"] = writing + done - before
+        # This thread decodes nothing: what it neither waits nor writes, it spends in the engine.
+        self.stages["network"] = self.seconds - self.stages["wait for pixels"] - self.stages["write"]
+
+    def _remembered(self) -> dict[tuple[str, int, int], bytes]:
+        index = self.writer.index
+        if index is None:
+            return {}
+        flat = index.digests.tobytes()
+        keys = zip(index.ids, index.sizes.tolist(), index.stamps.tolist(), strict=True)
+        return {key: flat[32 * row : 32 * row + 32] for row, key in enumerate(keys) if key[2] >= 0}
+
+    def _batches(
+        self, pool: DecoderPool, pending: list[ImageRef], batches: deque[list[bytes]], progress: Progress | None
+    ) -> Iterator[NDArray[np.uint8]]:
+        """Batches of pixels for the engine; their digests go to ``batches``, refusals and known content to the run."""
+        size = self.engine.batch_size
+        digests: list[bytes] = []
+        pixels: list[NDArray[np.uint8]] = []
+        claimed: set[bytes] = set()
+        ahead = 2 * size + 2 * pool.workers
+        stream = pool.run((ref.path for ref in pending), self.writer.has, ahead=ahead)
+        for ref in pending:
+            before = time.perf_counter()
+            decoded = next(stream)
+            self.stages["wait for pixels"] += time.perf_counter() - before
+            for stage, seconds in zip(STAGES, decoded.seconds, strict=False):
+                self.stages[stage] += seconds
+            self.done += 1
+            if progress is not None:
+                progress(self.done, len(self.images))
+            if decoded.refusal is not None:
+                self._refuse(ref, decoded.digest, decoded.refusal)
+                continue
+            assert decoded.digest is not None
+            self._digests[ref.id] = decoded.digest
+            self._read_at[ref.id] = time.time_ns()
+            if decoded.pixels is None or decoded.digest in claimed:
+                continue
+            claimed.add(decoded.digest)
+            digests.append(decoded.digest)
+            pixels.append(decoded.pixels)
+            if len(pixels) == size:
+                batches.append(digests)
+                yield np.stack(pixels)
+                digests, pixels = [], []
+        if pixels:
+            batches.append(digests)
+            yield np.stack(pixels)
+
+    def _refuse(self, ref: ImageRef, digest: bytes | None, refusal: ImageError) -> None:
+        self.refused.append(Refused(ref.id, digest.hex() if digest else "", refusal.reason, refusal.what))
+
+    def index(self) -> Index:
+        """What the images are called, refused ones left out."""
+        # A file that changed while, or just before, it was read is hashed again the next time.
+        stamps = {
+            ref.id: ref.stamp if ref.changed_ns + _SETTLED_NS <= self._read_at.get(ref.id, 2**63) else -1
+            for ref in self.images.refs
+        }
+        return index_of(self.images, self._digests, stamps)
+
+
+def index_of(images: ImageSet, digests: Mapping[str, bytes], stamps: Mapping[str, int]) -> Index:
+    """What the images with a digest are called; ``stamps`` is -1 for files to be read again the next time."""
+    refs = [ref for ref in images.refs if ref.id in digests]
+    names = tuple(name for name in images.class_names if not _text_problem(name))
+    number = {name: i for i, name in enumerate(names)}
+    return Index(
+        ids=[ref.id for ref in refs],
+        labels=np.array([-1 if ref.label is None else number[ref.label] for ref in refs], np.int64),
+        split=[ref.split for ref in refs],
+        digests=np.frombuffer(b"".join(digests[ref.id] for ref in refs), np.uint8).reshape(-1, 32),
+        class_names=names,
+        sizes=np.array([ref.size for ref in refs], np.int64),
+        stamps=np.array([stamps[ref.id] for ref in refs], np.int64),
+    )
+
+
+def _name_problem(ref: ImageRef, longest: int) -> str:
+    """Why a path or a label cannot be kept, or "" if it can."""
+    if problem := _text_problem(ref.id, longest):
+        return f"the path {problem}"
+    if problem := _text_problem(ref.label or ""):
+        return f"the label {problem}"
+    return ""
+
+
+def _text_problem(text: str, longest: int = MAX_STRING) -> str:
+    if "\0" in text:
+        return "has a zero byte"
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        return "is not Unicode text; rename it"
+    return f"has {size:,} bytes; at most {longest:,} can be kept in a store of this size" if size > longest else ""

@@ -1,0 +1,138 @@
+"""The inside of a decoding process: read, hash, decode, and send the pixels back.
+
+This is all that a child of :class:`featx.images.pool.DecoderPool` runs. It speaks by short messages over a socket: the
+parent names an image (or brings its bytes), the child answers with its digest; the parent asks for the pixels if that
+content is new. A parent that serves strangers asks first how much work they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import stat
+import struct
+import time
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featx._system import OutOfTime, confine, limited_memory, limited_time
+from featx.images.child import READY, speak_to_nobody
+from featx.errors import ImageError
+from featx.images.pixels import BYTES_PER_PIXEL, Preprocess, decode, weigh
+from featx.images.origin import MAX_BYTES, too_many_bytes
+from featx.images.views import Looks
+
+READ, PART, HERE, WEIGH, DECODE = b"R", b"P", b"H", b"W", b"G"
+"""What the parent asks: read a file, read a part of one, take these bytes; then, weigh them, decode them."""
+
+PLACE = struct.Struct("<QQ")
+TIMES = struct.Struct("<dd")
+WEIGHT = struct.Struct("<Q")
+
+HEADER_SECONDS = 0.1
+"""Of a processor, to read a header with its metadata: an honest one takes some milliseconds. Formats let a small file
+have millions of chunks, segments, comments or tags, and Pillow walks through them in Python."""
+
+_SPARE = 256 * 2**20
+"""Bytes for decoding beside those that every pixel needs."""
+
+
+def serve(socket_handle: int) -> None:
+    """The child's side: answer requests until the parent is gone."""
+    with contextlib.suppress(EOFError, ConnectionError), Connection(socket_handle) as parent:
+        confine()
+        settings = json.loads(parent.recv_bytes())
+        os.nice(settings["nice"])
+        looks = Looks(Preprocess.from_json(settings["preprocess"]), settings["views"])
+        data = b""
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # it would be ignored if it was so in a parent of the parent
+        speak_to_nobody()
+        parent.send_bytes(READY)
+        while True:
+            message = parent.recv_bytes()
+            # The parent is patient for the time-out; the alarm is for the case that there is no parent any more.
+            signal.setitimer(signal.ITIMER_REAL, settings["timeout"] + 5.0)
+            pixels = None
+            try:
+                if message == DECODE:
+                    answer, pixels = _decode(data, looks, settings)
+                elif message == WEIGH:
+                    answer = b"W" + WEIGHT.pack(_weigh(data, settings["max_pixels"]))
+                else:
+                    started = time.perf_counter()
+                    data = _take(message)
+                    read = time.perf_counter()
+                    digest = hashlib.sha256(data).digest()
+                    answer = b"D" + digest + TIMES.pack(read - started, time.perf_counter() - read)
+            except ImageError as error:
+                answer = b"E" + json.dumps([error.reason, error.what[:4096]]).encode()
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            parent.send_bytes(answer)
+            if pixels is not None:
+                left = pixels.data.cast("B")
+                while left:
+                    left = left[os.write(socket_handle, left) :]
+
+
+def _weigh(data: bytes, max_pixels: int) -> int:
+    """How much work decoding is; ImageError where only to learn that is more than a photo's header can take."""
+    try:
+        with limited_memory(BYTES_PER_PIXEL * max_pixels + _SPARE), limited_time(HEADER_SECONDS):
+            return weigh(data, max_pixels=max_pixels)
+    except OutOfTime:
+        raise ImageError(
+            "too_costly", "its header is far larger than a photo's; save it again with any program"
+        ) from None
+
+
+def _decode(data: bytes, looks: Looks, settings: dict[str, Any]) -> tuple[bytes, NDArray[np.uint8]]:
+    """The answer, and the pixels that follow it."""
+    started = time.perf_counter()
+    with limited_memory(BYTES_PER_PIXEL * settings["max_pixels"] + _SPARE):
+        enough_for = looks if settings["mode"] == "scaled" else None
+        image = decode(data, enough_for=enough_for, max_pixels=settings["max_pixels"])
+        decoded = time.perf_counter()
+        pixels = looks.cut(image)
+    return b"K" + TIMES.pack(decoded - started, time.perf_counter() - decoded), np.ascontiguousarray(pixels)
+
+
+def _take(message: bytes) -> bytes:
+    """The bytes that a request names, or brings along."""
+    kind, rest = message[:1], message[1:]
+    if kind == HERE:
+        return rest
+    if kind == PART:
+        offset, size = PLACE.unpack_from(rest)
+        return _read(os.fsdecode(rest[PLACE.size :]), offset, size)
+    return _read(os.fsdecode(rest))
+
+
+def _read(path: str, offset: int = 0, size: int | None = None) -> bytes:
+    try:
+        # Not blocking: opening a pipe would wait for its writer.
+        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:  # noqa: PTH123
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ImageError("unreadable", "not a regular file")
+            wanted = status.st_size if size is None else size
+            if wanted > MAX_BYTES:
+                raise too_many_bytes(wanted, MAX_BYTES)
+            file.seek(offset)
+            data = file.read(MAX_BYTES if size is None else size)
+    except (OSError, ValueError) as error:
+        raise unreadable(error) from error
+    if size is not None and len(data) < size:
+        raise ImageError("truncated", "the archive ends before the image does")
+    return data
+
+
+def unreadable(error: OSError | ValueError) -> ImageError:
+    """The refusal of a file that the system does not give."""
+    reason = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
+    return ImageError(reason, getattr(error, "strerror", None) or str(error))

@@ -1,0 +1,333 @@
+"""Decoding many files at once, in processes of their own.
+
+A decoder is native code that meets bytes from anywhere: now and then one takes its process down, or never
+comes back. Here that costs the one file. Each worker is a child process (:mod:`featx.images.child`) that does nothing but
+read, hash and decode; bytes and pixels travel through a socket, so that no temporary file is needed. The child never
+imports torch.
+
+Where no kernel ends a child with its parent, an idle one reads end-of-file, and one that hangs in a decoder is ended by
+its own alarm, which the kernel delivers without asking the interpreter.
+
+A child's memory is limited while it decodes. Its time is limited by the clock and not by RLIMIT_CPU, which would
+also count the threads of a decoder that uses several cores. There is no seccomp filter: Python's binding needs a system
+library that wheels do not bring, and no released package offers Landlock.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import queue
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featx._files import uninterrupted
+from featx.images.child import ATTEMPTS, Child
+from featx.images.decoder import DECODE, HERE, PART, PLACE, READ, TIMES, WEIGH, WEIGHT
+from featx.errors import FeatxError, ImageError
+from featx.images.fetchers import Fetchers, Fetching
+from featx.images.pixels import MAX_PIXELS, Preprocess
+from featx.images.origin import MAX_BYTES as MAX_BYTES
+from featx.images.origin import Fetched, Origin, Part
+from featx.images.views import CENTER, Looks
+
+FETCH_AHEAD = 32
+"""So many images that are no local files are in memory at a time, at most."""
+
+_MAX_ANSWER = 65_536
+
+_GRACE = 1.0
+"""Seconds for which a decoder goes on for a caller that has left: most images cost less than another process."""
+
+_STEP = 0.1
+"""Seconds between two looks at whether the caller is still there."""
+
+TIMEOUT = 30.0
+"""Seconds that one image may take; the slowest honest one (89 megapixels of PNG) takes about five."""
+
+
+Seconds = tuple[float, float, float, float]
+"""Time in a worker for reading, hashing, decoding and resizing."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What became of one file: its pixels, or only its digest because its content is known, or a refusal."""
+
+    digest: bytes | None
+    pixels: NDArray[np.uint8] | None = None
+    refusal: ImageError | None = None
+    seconds: Seconds = (0.0, 0.0, 0.0, 0.0)
+
+
+class NoDecoder(FeatxError):
+    """No decoding process can be had now, which says nothing about the image."""
+
+
+class TooHeavy(Exception):
+    """The image costs more than the caller wants to spend here; ``weight`` as of :func:`featx.images.pixels.weigh`."""
+
+    def __init__(self, weight: int) -> None:
+        super().__init__(f"an image as heavy as {weight:,} pixels")
+        self.weight = weight
+
+
+class DecoderPool:
+    """``workers`` child processes that turn files, or what else an image's bytes are in, into pixels, in order.
+
+    Parameters
+    ----------
+    preprocess : what the pixels are resized and cropped to.
+    workers : number of processes.
+    timeout : seconds after which a decoder counts as hanging.
+    mode : of :data:`featx.images.pixels.DECODE_MODES`.
+    max_pixels : a larger image is refused by its header.
+    views : names of :data:`featx.images.views.VIEWS`; of several, an image's pixels are a stack (v, h, w, 3).
+    nice : how far the processes stand back for others, 0 to 19.
+    """
+
+    def __init__(
+        self,
+        preprocess: Preprocess,
+        *,
+        workers: int,
+        timeout: float = TIMEOUT,
+        mode: str = "full",
+        max_pixels: int = MAX_PIXELS,
+        views: Sequence[str] = CENTER,
+        nice: int = 0,
+    ) -> None:
+        self.preprocess, self.workers, self.timeout = preprocess, workers, timeout
+        looks = Looks(preprocess, views)
+        self._idle: queue.SimpleQueue[_Child] = queue.SimpleQueue()
+        self._children: list[_Child] = []
+        try:
+            for _ in range(workers):
+                self._children.append(_Child(looks, timeout, mode, max_pixels, nice))
+        except BaseException:
+            for child in self._children:
+                child.stop()
+                child.close()
+            raise
+        for child in self._children:
+            self._idle.put(child)
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="featx-decode")
+        self._fetchers: dict[int, Fetchers] = {}
+
+    def __enter__(self) -> DecoderPool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with uninterrupted():
+            for child in self._children:
+                child.stop()  # a thread that waits for it gets EOF, and ends
+            for fetchers in self._fetchers.values():
+                fetchers.stop()
+            self._threads.shutdown(wait=True, cancel_futures=True)
+            for child in self._children:
+                child.close()
+
+    def run(self, origins: Iterable[Origin], known: Callable[[bytes], bool], *, ahead: int) -> Iterator[Decoded]:
+        """Yield what became of each image, in order, working up to ``ahead`` images ahead of the consumer.
+
+        ``known(digest)`` says whether that content needs no decoding; it is called from several threads.
+
+        Raises
+        ------
+        SourceError
+            What has the images does not answer any more.
+        """
+        waiting: deque[Future[Decoded]] = deque()
+        for origin in origins:
+            fetching = self._fetch(origin) if isinstance(origin, Fetched) else None
+            waiting.append(self._threads.submit(self._one, origin, fetching, known))
+            while len(waiting) >= (ahead if fetching is None else min(ahead, FETCH_AHEAD)):
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    def _fetch(self, origin: Fetched) -> Fetching:
+        # Other threads than those that wait for a child, so that a slow network does not idle the decoders.
+        if origin.parallel not in self._fetchers:
+            self._fetchers[origin.parallel] = Fetchers(origin.parallel)
+        return self._fetchers[origin.parallel].submit(origin)
+
+    def _one(self, origin: Origin, fetching: Fetching | None, known: Callable[[bytes], bool]) -> Decoded:
+        try:
+            data, waited = fetching.result() if fetching is not None else (b"", 0.0)
+            request = HERE + data if fetching is not None else _request(origin)
+        except ImageError as refusal:
+            return Decoded(None, refusal=refusal)
+        decoded = self._decode(request, known)
+        reading, hashing, decoding, resizing = decoded.seconds
+        return replace(decoded, seconds=(reading + waited, hashing, decoding, resizing))
+
+    def _decode(self, request: bytes, known: Callable[[bytes], bool]) -> Decoded:
+        child = self._idle.get()
+        try:
+            for attempt in range(ATTEMPTS):
+                try:
+                    return child.decode(request, known)
+                except _Lost as lost:
+                    child.end()
+                    if attempt == ATTEMPTS - 1:
+                        return Decoded(lost.digest, refusal=self._refusal(lost, f", {ATTEMPTS} times"))
+            raise AssertionError("unreachable")
+        finally:
+            self._idle.put(child)
+
+    def _refusal(self, lost: _Lost, often: str = "") -> ImageError:
+        crashed = lost.reason == "decoder_crash"
+        how = "took its process down" if crashed else f"did not end within {self.timeout:g} s"
+        return ImageError(lost.reason, f"the decoder {how}{often}")
+
+    def prepare(self) -> None:
+        """Wait until a process is ready, and start it anew if it has ended; NoDecoder where that fails."""
+        child = self._idle.get()
+        try:
+            child.wait_until_ready()
+        finally:
+            self._idle.put(child)
+
+    def decode(self, data: bytes, *, wanted: Callable[[], bool], heaviest: float = math.inf) -> Decoded | None:
+        """What becomes of an image file's bytes, without a second try; None when they were not wanted any more.
+
+        Parameters
+        ----------
+        wanted : asked now and then; when it says no, the work is ended.
+        heaviest : a heavier image raises TooHeavy before it is decoded.
+
+        Raises
+        ------
+        NoDecoder
+            There is no process, and none can be started.
+        TooHeavy
+            See ``heaviest``.
+        """
+        child = self._idle.get()
+        try:
+            for _ in range(ATTEMPTS):
+                try:
+                    return child.decode(HERE + data, lambda digest: False, wanted, heaviest)
+                except _Lost as lost:
+                    child.end()
+                    if lost.reason == _UNWANTED:
+                        return None
+                    refused = Decoded(lost.digest, refusal=self._refusal(lost))
+                    if lost.digest is not None or lost.reason != "decoder_crash":
+                        break
+                    # It ended before any decoder saw the bytes, so something else killed it.
+            return refused
+        finally:
+            self._idle.put(child)
+
+
+def _request(origin: Origin) -> bytes:
+    """What a child is asked for a file or a part of one."""
+    if not isinstance(origin, Path | Part):
+        raise TypeError(f"an image's origin must be a Path, a Part or Fetched, got {type(origin).__name__}")
+    try:
+        if isinstance(origin, Part):
+            return PART + PLACE.pack(origin.offset, origin.size) + os.fsencode(origin.path)
+        return READ + os.fsencode(origin)
+    except UnicodeEncodeError as error:
+        raise ImageError("bad_name", "the path is no text that a file system knows") from error
+
+
+class _Lost(Exception):
+    """The child is gone, or has to go."""
+
+    def __init__(self, reason: str, digest: bytes | None) -> None:
+        super().__init__(reason)
+        self.reason, self.digest = reason, digest
+
+
+_UNWANTED = "unwanted"
+
+
+class _Child(Child):
+    """One decoding process."""
+
+    module, what, missing = "featx.images.decoder", "a decoding process", NoDecoder
+    fewer = "Try fewer of them: --workers 1."
+
+    def __init__(self, looks: Looks, timeout: float, mode: str, max_pixels: int, nice: int) -> None:
+        self.timeout, self.shape = timeout, looks.shape
+        settings = {
+            "preprocess": looks.preprocess.to_json(),
+            "views": looks.views,
+            "timeout": timeout,
+            "mode": mode,
+            "max_pixels": max_pixels,
+            "nice": nice,
+        }
+        super().__init__(settings)
+
+    def decode(
+        self,
+        request: bytes,
+        known: Callable[[bytes], bool],
+        wanted: Callable[[], bool] | None = None,
+        heaviest: float = math.inf,
+    ) -> Decoded:
+        """What becomes of one image; _Lost when the process does not survive it."""
+        self.wait_until_ready()
+        digest: bytes | None = None
+        try:
+            self._socket.send_bytes(request)
+            answer = self._answer(digest, wanted)
+            reading = (0.0, 0.0)
+            if answer[:1] == b"D":
+                digest, reading = answer[1:33], TIMES.unpack(answer[33:])
+                if known(digest):
+                    return Decoded(digest, seconds=(*reading, 0.0, 0.0))
+                if heaviest < math.inf:
+                    self._socket.send_bytes(WEIGH)
+                    answer = self._answer(digest, wanted)
+                    if answer[:1] == b"W":
+                        (weight,) = WEIGHT.unpack(answer[1:])
+                        if weight > heaviest:
+                            raise TooHeavy(weight)
+                if answer[:1] != b"E":
+                    self._socket.send_bytes(DECODE)
+                    answer = self._answer(digest, wanted)
+            if answer[:1] == b"E":
+                reason, message = json.loads(answer[1:])
+                return Decoded(digest, refusal=ImageError(reason, message))
+            decoding = TIMES.unpack(answer[1:])
+            pixels = np.empty(self.shape, dtype=np.uint8)
+            self._fill(pixels.data.cast("B"))
+        except (EOFError, OSError) as error:
+            raise _Lost("decoder_crash", digest) from error
+        return Decoded(digest, pixels, seconds=(*reading, *decoding))
+
+    def _answer(self, digest: bytes | None, wanted: Callable[[], bool] | None) -> bytes:
+        started = time.monotonic()
+        wait = self.timeout if wanted is None else min(_GRACE, self.timeout)
+        while not self._socket.poll(wait):
+            left = started + self.timeout - time.monotonic()
+            if left <= 0:
+                raise _Lost("decoder_timeout", digest)
+            if wanted is not None and not wanted():
+                raise _Lost(_UNWANTED, digest)
+            wait = min(_STEP, left)
+        return self._socket.recv_bytes(_MAX_ANSWER)
+
+    def _fill(self, pixels: memoryview) -> None:
+        # Past the Connection, which would copy them three times.
+        while pixels:
+            read = os.readv(self._socket.fileno(), [pixels])
+            if not read:
+                raise EOFError
+            pixels = pixels[read:]

@@ -1,0 +1,440 @@
+"""A fitted head with all it takes to trust it, in one file that is data, not code.
+
+Format, version 2
+-----------------
+One ZIP file, so NumPy (``np.load(path)["coef"]``) and any unzip open it. MUST and MAY are meant as in RFC 2119.
+
+- Members are stored, not compressed: ``bundle.json`` (UTF-8, at most 16 MiB), ``probe.png``, and one ``.npy`` each for
+  ``mean, scale``; ``coef, intercept`` of a linear head; ``rows, targets`` of a nearest-neighbour head;
+  ``golden, golden_scores, probe_embedding``. There MUST be no other member, but for one since version 2: where the
+  network was fine-tuned, ``tail.safetensors`` has its trained part (:mod:`featx.backbones.cut`). A bundle without it is
+  written as version 1.
+- The ZIP's comment is ``sha256=<64 hex digits>``, of every byte of the file before it. A reader MUST compare it first.
+- ``bundle.json``: ``format`` ("featx-bundle"), ``format_version`` (a reader MUST refuse a greater one), ``head``,
+  ``params``, ``kind`` of normaliser, ``n_neighbors``, ``class_names``, ``layer`` ("combined": all of the provenance's,
+  side by side in their order; ``kind`` then names the columns and weight of each), ``provenance`` (as a store's:
+  backbone, weights sha256, preprocessing, ...), ``sharpness`` (what scores are multiplied by before the softmax, or
+  null where they could not be calibrated), ``threshold`` (of the score below which to abstain, or null: always
+  abstain), ``max_error``, ``metrics``, ``versions``, ``notes``.
+- ``golden`` float32 (m, d) are vectors and ``golden_scores`` float64 (m, c) the probabilities (margins to the best
+  class where ``sharpness`` is null) that this head gave them; a reader MUST find the same within 1e-6. ``probe.png``
+  is an image and ``probe_embedding`` float32 (d,) what its backbone made of it; who embeds images MUST find the same
+  within what the engines promise.
+
+The checksum finds damage and careless edits. It is no signature: whoever can write the file can write the checksum too,
+and a forged head can give any answer. It cannot run anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import re
+import struct
+import sys
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featx._arrays import COMBINED
+from featx._files import publish_bytes, read_regular
+from featx.errors import BundleError, FeatxError, StoreError
+from featx.heads.scorer import Array, Scorer, is_kind, margins, softmax
+
+FORMAT, FORMAT_VERSION = "featx-bundle", 2
+GOLDEN_TOLERANCE = 1e-6
+
+_TAIL_MEMBER = "tail.safetensors"
+_MAX_BYTES = 2**31
+_MAX_JSON = 2**24
+_COMMENT = b"sha256="
+_TAIL = len(_COMMENT) + 64
+_NPY = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '(<[fi][48])', 'fortran_order': False, 'shape': \(([0-9, ]{2,60})\), \} *\n",
+    re.DOTALL,
+)
+_UNSOUND = (
+    ValueError, KeyError, TypeError, OverflowError, struct.error, EOFError, zipfile.BadZipFile,
+    NotImplementedError,  # how zipfile refuses a version or a compression of ZIP that it does not know
+    RecursionError,  # JSON that is nested without end
+)  # fmt: skip
+_ENCRYPTED = 0x1
+"""The flag of a ZIP member that only a password opens."""
+
+_AGAIN = "Copy it again, or make it again with: featx fit STORE --out MODEL"
+_ARRAYS: Mapping[str, tuple[str, int]] = MappingProxyType(
+    {
+        "mean": ("f8", 1),
+        "scale": ("f8", 1),
+        "coef": ("f8", 2),
+        "intercept": ("f8", 1),
+        "rows": ("f8", 2),
+        "targets": ("i8", 1),
+        "golden": ("f4", 2),
+        "golden_scores": ("f8", 2),
+        "probe_embedding": ("f4", 1),
+    }
+)
+"""Type and number of dimensions of each array that may be in a bundle."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a head says about one embedding.
+
+    ``score`` is the probability of the label, or its margin over the next class where the head is not calibrated;
+    ``probabilities`` then has no entries.
+    """
+
+    label: str
+    score: float
+    score_kind: str
+    abstain: bool
+    probabilities: Mapping[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "label": self.label,
+            "score": self.score,
+            "score_kind": self.score_kind,
+            "abstain": self.abstain,
+            "probabilities": dict(self.probabilities),
+        }
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A fitted head; fields as in the format above."""
+
+    scorer: Scorer
+    class_names: tuple[str, ...]
+    head: str
+    params: Mapping[str, Any]
+    layer: str
+    provenance: Mapping[str, Any]
+    sharpness: float | None
+    threshold: float | None
+    max_error: float
+    golden: NDArray[np.float32]
+    probe: bytes
+    probe_embedding: NDArray[np.float32]
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    sha256: str = ""
+    tail: bytes | None = field(default=None, repr=False)
+
+    @property
+    def score_kind(self) -> str:
+        """ "probability" or "margin"."""
+        return "margin" if self.sharpness is None else "probability"
+
+    def probabilities(self, embeddings: NDArray[np.floating]) -> Array:
+        """Probabilities (n, c); of a head that is not calibrated, margins to the best class: (n, c), at most 0."""
+        return self._judge(self.scorer.scores(embeddings))
+
+    def _judge(self, scores: Array) -> Array:
+        if self.sharpness is None:
+            return np.asarray(scores - scores.max(axis=1, keepdims=True))
+        return softmax(scores, self.sharpness)
+
+    def answer(self, embeddings: NDArray[np.floating]) -> list[Answer]:
+        """Label, score and abstention of each embedding (n, d)."""
+        if embeddings.ndim != 2 or embeddings.shape[1] != self.scorer.dims:
+            raise ValueError(f"expected embeddings (n, {self.scorer.dims}), got {embeddings.shape}")
+        scores = self.scorer.scores(embeddings)
+        judged = self._judge(scores)
+        # By the scores: probabilities of a head that knows nothing are all the same.
+        labels = scores.argmax(axis=1)
+        best = margins(scores) if self.sharpness is None else judged[np.arange(len(labels)), labels]
+        return [
+            Answer(
+                label=self.class_names[label],
+                score=float(score),
+                score_kind=self.score_kind,
+                abstain=self.threshold is None or bool(score < self.threshold),
+                probabilities={} if self.sharpness is None else dict(zip(self.class_names, row.tolist(), strict=True)),
+            )
+            for label, score, row in zip(labels.tolist(), best, judged, strict=True)
+        ]
+
+    @property
+    def silence(self) -> str | None:
+        """Why every answer abstains, in a sentence; None where some do not."""
+        return silence(self.threshold, self.metrics)
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that is not an array, in plain JSON types."""
+        return {
+            "format": FORMAT,
+            "format_version": 1 if self.tail is None else FORMAT_VERSION,
+            "head": self.head,
+            "params": dict(self.params),
+            "kind": self.scorer.kind,
+            "n_neighbors": self.scorer.n_neighbors,
+            "class_names": list(self.class_names),
+            "layer": self.layer,
+            "provenance": dict(self.provenance),
+            "sharpness": self.sharpness,
+            "threshold": self.threshold,
+            "max_error": self.max_error,
+            "metrics": dict(self.metrics),
+            "versions": dict(self.versions),
+            "notes": list(self.notes),
+        }
+
+
+def silence(threshold: float | None, metrics: Mapping[str, Any]) -> str | None:
+    """:attr:`Bundle.silence` of a model with this threshold and these metrics."""
+    if threshold is not None:
+        return None
+    least = metrics.get("smallest_max_error")
+    known = isinstance(least, float) and 0 < least < 1
+    again = f"--max-error {least:g} is the smallest that they can promise" if known else "--max-error"
+    return (
+        "Every answer of this model abstains: its images could not promise as few errors as it was to make. "
+        f"Fit it again with more images, or with a larger share of errors ({again})."
+    )
+
+
+# --- writing ------------------------------------------------------------------------------------------------------
+
+
+def write_bundle(bundle: Bundle, path: str | Path) -> Path:
+    """Publish a bundle as one file, whole or not at all; the same bundle gives the same bytes."""
+    return publish_bytes(Path(path), bundle_bytes(bundle))
+
+
+def bundle_bytes(bundle: Bundle) -> bytes:
+    """The file's content."""
+    scorer = bundle.scorer
+    arrays = {
+        "mean": scorer.mean, "scale": scorer.scale, "coef": scorer.coef, "intercept": scorer.intercept,
+        "rows": scorer.rows, "targets": scorer.targets, "golden": bundle.golden,
+        "golden_scores": bundle.probabilities(bundle.golden), "probe_embedding": bundle.probe_embedding,
+    }  # fmt: skip
+    members = {
+        "bundle.json": json.dumps(bundle.describe(), indent=2, sort_keys=True, allow_nan=False).encode(),
+        "probe.png": bundle.probe,
+        **({} if bundle.tail is None else {_TAIL_MEMBER: bundle.tail}),
+    }
+    for name, array in arrays.items():
+        if array is not None:
+            members[f"{name}.npy"] = _npy(np.ascontiguousarray(array, dtype="<" + _ARRAYS[name][0]))
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as file:
+        for member, data in members.items():
+            file.writestr(zipfile.ZipInfo(member), data)
+        file.comment = _COMMENT + b"0" * 64
+    body = out.getvalue()[:-_TAIL]
+    return body + _COMMENT + hashlib.sha256(body).hexdigest().encode()
+
+
+def _npy(array: NDArray[Any]) -> bytes:
+    out = io.BytesIO()
+    np.lib.format.write_array(out, array, version=(1, 0), allow_pickle=False)
+    return out.getvalue()
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+def read_bundle(path: str | Path) -> Bundle:
+    """Read a bundle, and check its hash, its shapes and its golden values. Nothing is unpickled.
+
+    Raises
+    ------
+    BundleError
+        No such file, foreign, damaged, altered, of a newer version, or the head does not give its golden values.
+    """
+    where = Path(path)
+    try:
+        raw = read_regular(where, _MAX_BYTES)
+    except FileNotFoundError as error:
+        hint = "Make it with: featx fit STORE --out MODEL"
+        raise BundleError("no such model", where=where, hint=hint) from error
+    except StoreError as error:
+        store = "A store holds features; fit a head on it first: featx fit STORE --out MODEL"
+        advice = store if where.is_dir() else None
+        raise BundleError(error.what, where=where, expected="a file made by featx fit", hint=advice) from error
+    return parse_bundle(raw, where)
+
+
+def parse_bundle(raw: bytes, where: Path) -> Bundle:
+    """:func:`read_bundle` of a file's content; ``where`` is for messages."""
+    claimed = raw[-_TAIL:]
+    if not raw.startswith(b"PK\x03\x04") or not claimed.startswith(_COMMENT):
+        raise BundleError("not a model made by featx fit", where=where, hint=_foreign(raw))
+    sha256 = hashlib.sha256(memoryview(raw)[:-_TAIL]).hexdigest()
+    if claimed != _COMMENT + sha256.encode():
+        raise BundleError("the model was altered: its sha256 does not match", where=where, hint=_AGAIN)
+    try:
+        members = _members(raw)
+        fields = json.loads(members.pop("bundle.json"), parse_constant=_no_number)
+        # What cannot be written again (1e999, half a surrogate pair) could not be shown to anybody either.
+        json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()
+        _check_version(fields, where)
+        probe, tail = members.pop("probe.png"), members.pop(_TAIL_MEMBER, None)
+        arrays = {name.removesuffix(".npy"): _array(name.removesuffix(".npy"), data) for name, data in members.items()}
+        bundle = replace(_assemble(fields, arrays, probe, sha256), tail=tail)
+        found, expected = bundle.probabilities(bundle.golden), arrays["golden_scores"]
+        if found.shape != expected.shape:
+            raise ValueError("golden_scores do not fit golden")
+    except FeatxError:
+        raise
+    except _UNSOUND as error:
+        how = f"{error.args[0]} is missing" if isinstance(error, KeyError) and error.args else str(error)
+        raise BundleError(f"not a sound model: {how}", where=where, hint=_AGAIN) from error
+    off = float(np.abs(found - expected).max())
+    if not off <= GOLDEN_TOLERANCE:
+        raise BundleError(
+            "the head does not give its golden values",
+            where=where,
+            expected=f"differences up to {GOLDEN_TOLERANCE:g}",
+            found=f"{off:.3g}",
+            hint=_AGAIN,
+        )
+    return bundle
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} in bundle.json")
+
+
+def _foreign(raw: bytes) -> str:
+    if raw[:1] == b"\x80" or raw[:2] in (b"\x78\x9c", b"\x78\x01", b"\x78\xda"):
+        return "It looks like a pickle, which runs code when it is loaded. If you trust its source: --allow-pickle"
+    if raw[:8] == b"\x89HDF\r\n\x1a\n":
+        return "It is a packed store; fit a head on it first: featx fit STORE --out MODEL"
+    return "Make one with: featx fit STORE --out MODEL"
+
+
+def _check_version(fields: Any, where: Path) -> None:
+    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+        raise ValueError(f"its format is not {FORMAT!r}")
+    version = fields.get("format_version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise ValueError("it has no format_version")
+    if version > FORMAT_VERSION:
+        raise BundleError(
+            "made by a newer featx", where=where, expected=f"format_version up to {FORMAT_VERSION}", found=version,
+            hint="Update featx: pip install -U featx",
+        )  # fmt: skip
+
+
+def _members(raw: bytes) -> dict[str, bytes]:
+    members: dict[str, bytes] = {}
+    with zipfile.ZipFile(io.BytesIO(raw)) as file:
+        infos = file.infolist()
+        if len(infos) > 3 + len(_ARRAYS):
+            raise ValueError(f"{len(infos)} members are too many")
+        for info in infos:
+            name = info.filename
+            if name not in ("bundle.json", "probe.png", _TAIL_MEMBER) and name.removesuffix(".npy") not in _ARRAYS:
+                raise ValueError(f"{name!r} does not belong in it")
+            if info.flag_bits & _ENCRYPTED:
+                raise ValueError(f"{name!r} is encrypted")
+            if info.compress_type != zipfile.ZIP_STORED or info.file_size > len(raw) or name in members:
+                raise ValueError(f"{name!r} is compressed, too large or there twice")
+            if name == "bundle.json" and info.file_size > _MAX_JSON:
+                raise ValueError("bundle.json is too large")
+            members[name] = file.read(info)
+    return members
+
+
+def _array(name: str, data: bytes) -> NDArray[Any]:
+    dtype, dimensions = _ARRAYS[name]
+    # Read as strictly as it is written: NumPy's own reader evaluates the header as Python.
+    header = _NPY.match(data)
+    if header is None:
+        raise ValueError(f"{name} is not a .npy as featx writes it")
+    found, shape = np.dtype(header[1].decode()), tuple(int(n) for n in header[2].split(b",") if n.strip())
+    if found != np.dtype("<" + dtype) or len(shape) != dimensions:
+        raise ValueError(f"{name} is {found} of shape {shape}, not {dimensions}-dimensional {dtype}")
+    start = header.end()
+    if min(shape) < 1 or math.prod(shape) * found.itemsize != len(data) - start:
+        raise ValueError(f"{name} does not have the length that its header says")
+    array = np.frombuffer(data, dtype=found, offset=start).reshape(shape)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} is not finite")
+    return array
+
+
+def _assemble(fields: dict[str, Any], arrays: dict[str, NDArray[Any]], probe: bytes, sha256: str) -> Bundle:
+    names = _typed(fields, "class_names", list)
+    if len(names) < 2 or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        raise ValueError("class_names is not a list of two or more different names")
+    d, c = arrays["mean"].shape[0], len(names)
+    shapes: dict[str, tuple[int | None, ...]] = {"mean": (d,), "scale": (d,), "probe_embedding": (d,)}
+    shapes |= {"golden": (None, d), "golden_scores": (len(arrays["golden"]), c)}
+    n_neighbors = _typed(fields, "n_neighbors", int)
+    if n_neighbors:
+        m = len(arrays["rows"])
+        shapes |= {"rows": (m, d), "targets": (m,)}
+    else:
+        shapes |= {"coef": (c, d), "intercept": (c,)}
+    if set(shapes) != set(arrays):
+        raise ValueError(f"its arrays are {', '.join(sorted(arrays))}")
+    for name, shape in shapes.items():
+        if any(want not in (None, have) for want, have in zip(shape, arrays[name].shape, strict=True)):
+            raise ValueError(f"{name} has the shape {arrays[name].shape}, not {shape}")
+    if n_neighbors and not (0 <= arrays["targets"].min() <= arrays["targets"].max() < c and 0 < n_neighbors <= m):
+        raise ValueError("targets or n_neighbors are out of range")
+    if not is_kind(fields.get("kind"), d) or not (arrays["scale"] > 0).all():
+        raise ValueError("its normaliser is unknown")
+    scorer = Scorer(
+        kind=fields["kind"], mean=arrays["mean"], scale=arrays["scale"], n_classes=c, coef=arrays.get("coef"),
+        intercept=arrays.get("intercept"), rows=arrays.get("rows"), targets=arrays.get("targets"),
+        n_neighbors=n_neighbors,
+    )  # fmt: skip
+    provenance = _typed(fields, "provenance", dict)
+    layer, layers = _typed(fields, "layer", str), provenance.get("layers")
+    if not isinstance(layers, list) or layer not in (*layers, COMBINED):
+        raise ValueError("its layer is not one of the provenance's")
+    notes = _typed(fields, "notes", list)
+    max_error = _number(fields, "max_error")
+    if max_error is None:
+        raise ValueError("max_error is null")
+    return Bundle(
+        scorer=scorer,
+        class_names=tuple(names),
+        head=_typed(fields, "head", str),
+        params=_typed(fields, "params", dict),
+        layer=layer,
+        provenance=provenance,
+        sharpness=_number(fields, "sharpness"),
+        threshold=_number(fields, "threshold"),
+        max_error=max_error,
+        golden=arrays["golden"],
+        probe=probe,
+        probe_embedding=arrays["probe_embedding"],
+        metrics=_typed(fields, "metrics", dict),
+        versions=_typed(fields, "versions", dict),
+        notes=tuple(str(note) for note in notes),
+        sha256=sha256,
+    )
+
+
+def _typed(fields: Mapping[str, Any], name: str, kind: Any) -> Any:
+    value = fields[name]
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r:.40}")
+    return value
+
+
+def _number(fields: Mapping[str, Any], name: str) -> float | None:
+    value = fields[name]
+    if value is None:
+        return None
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= sys.float_info.max:
+        raise ValueError(f"{name} is {value!r:.40}")
+    return float(value)

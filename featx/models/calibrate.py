@@ -1,0 +1,87 @@
+"""From out-of-fold scores to probabilities that mean something, and to a threshold below which a head abstains.
+
+Pure: arrays in, numbers out.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
+
+from featx.heads.scorer import Array, softmax
+
+_MIN_SHARPNESS, _MAX_SHARPNESS = 1e-4, 1e6
+
+
+def fit_sharpness(scores: Array, labels: NDArray[np.integer]) -> float:
+    """What scores (n, c) are multiplied by so that their softmax is calibrated (one over the temperature).
+
+    It minimises the log-loss of out-of-fold scores, as if one image more had been seen and were wrong: where every
+    image is right the likelihood alone would ask for certainty. (Platt's remedy, for any number of classes.)
+    """
+    n, n_classes = scores.shape
+    wrong = 2.0 / (n + 4.0)
+    target = np.full(scores.shape, wrong / (n_classes - 1))
+    target[np.arange(n), labels] = 1.0 - wrong
+    centred = scores - scores.max(axis=1, keepdims=True)
+
+    def loss(log_sharpness: float) -> float:
+        scaled = math.exp(log_sharpness) * centred
+        normaliser = np.log(np.exp(scaled).sum(axis=1))
+        return float((normaliser - (target * scaled).sum(axis=1)).mean())
+
+    # In units of the scores' own spread: a margin of 1e-3 and one of 1e3 are the same problem.
+    unit = float(np.abs(centred).max(axis=1).mean()) or 1.0
+    low, high = math.log(_MIN_SHARPNESS / unit), math.log(_MAX_SHARPNESS / unit)
+    best = minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-6})
+    return math.exp(float(best.x))
+
+
+def fit_threshold(scores: Array, correct: NDArray[np.bool_], max_error: float) -> float | None:
+    """The lowest score from which on answers are wrong no more often than ``max_error``.
+
+    Counted with one more answer, a wrong one: k answers without an error show an error rate of 1/(k+1), not of 0.
+    Equal scores are on one side.
+
+    Parameters
+    ----------
+    scores : (n,) of the label of each image, out of fold.
+    correct : (n,) whether that label is right.
+    max_error : share of the answers, 0 to 1.
+
+    Returns
+    -------
+    The threshold, or None where the images are too few (fewer than ``1 / max_error - 1`` right ones) or too hard to
+    show it for any.
+    """
+    ranked, errors = _error_rates(scores, correct)
+    fine = errors <= max_error
+    if not fine.any():
+        return None
+    last = int(np.flatnonzero(fine)[-1])
+    if last == len(scores) - 1:
+        return float(ranked[-1])
+    # Half way to the next lower score: the same answers here, and no knife's edge for others.
+    return float((ranked[last] + ranked[last + 1]) / 2)
+
+
+def smallest_error(scores: Array, correct: NDArray[np.bool_]) -> float:
+    """The smallest ``max_error`` that :func:`fit_threshold` has a threshold for; arguments as there."""
+    return float(_error_rates(scores, correct)[1].min())
+
+
+def _error_rates(scores: Array, correct: NDArray[np.bool_]) -> tuple[Array, Array]:
+    """Scores (n,) from the highest on, and the error rate of all answers down to each; inf between equal scores."""
+    order = np.argsort(-scores, kind="stable")
+    ranked = scores[order]
+    rates = (np.cumsum(~correct[order]) + 1) / (np.arange(1, len(scores) + 1) + 1)
+    last_of_ties = np.append(ranked[1:] != ranked[:-1], True)
+    return ranked, np.where(last_of_ties, rates, np.inf)
+
+
+def calibrated(scores: Array, sharpness: float | None) -> Array | None:
+    """Probabilities (n, c), or None where there was nothing to calibrate on."""
+    return None if sharpness is None else softmax(scores, sharpness)

@@ -1,0 +1,112 @@
+"""A fine-tuned model for keeps: network and head in one bundle, with what it takes to trust them."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, replace
+
+import numpy as np
+
+from featx.adaptation import training
+from featx._arrays import Index
+from featx.models.bundle import Bundle
+from featx.models.calibrate import fit_sharpness
+from featx.extraction.embedder import Embedder
+from featx.backbones.engines.torch import make_engine
+from featx.errors import UsageError
+from featx.models.fit import FittedHead, judge_scores, pack_bundle, warnings_of
+from featx.heads.folds import distinct_counts, fold_numbers
+from featx.store.manifest import fingerprint
+from featx.backbones.provenance import provenance_of
+from featx.evaluation.splits import find_duplicates
+from featx.backbones.cut import tail_bytes, tuned
+from featx.adaptation.tuning import Progress, Tuning
+
+OUT_OF_FOLD = 3
+"""Parts that a kept model's calibration and accuracy are measured on, each by a model that has not seen it."""
+
+
+def finetune_bundle(
+    tuning: Tuning,
+    *,
+    max_error: float = 0.05,
+    random_state: int = 0,
+    engine: str = "auto",
+    progress: Progress | None = None,
+) -> Bundle:
+    """Train on all images but those of the split ``test``, and pack network and head as ``featx fit`` does.
+
+    Calibration and the accuracy to be expected come from models that have not seen the images they judge.
+    """
+    if not 0 < max_error < 1:
+        raise UsageError("--max-error is a share of the answers", expected="between 0 and 1", found=max_error)
+    use = tuning.choosable
+    use = use[tuning.features.labels[use] >= 0]
+    present, y = np.unique(tuning.features.labels[use], return_inverse=True)
+    names = tuple(tuning.features.class_names[int(i)] for i in present)
+    copies = find_duplicates(
+        tuning.features.embeddings[use], tuning.features.copies[use], threshold=tuning.features.near_copies
+    ).groups
+    folds = fold_numbers(y, copies, OUT_OF_FOLD, random_state)
+    total = int(folds.max()) + 2
+    tell: Progress = progress or (lambda done, total, what: None)
+    if total == 2:
+        raise UsageError(
+            "a class has a single image, so nothing can be validated",
+            found=names[int(distinct_counts(y, copies, len(names)).argmin())],
+            hint="Add images of it, or leave it out.",
+        )
+    scores = np.zeros((len(use), len(names)))
+    for fold in range(total - 1):
+        held = folds == fold
+        trained = _train(tuning, use[~held], y[~held], copies[~held], (random_state, fold), tell, fold, total)
+        scores[held] = training.scores(trained.classifier, tuning.activations, use[held])
+    trained = _train(tuning, use, y, copies, (random_state, total), tell, total - 1, total)
+    tell(total, total, "packing")
+    sharpness = fit_sharpness(scores, y)
+    threshold, metrics = judge_scores(scores, sharpness, y, copies, max_error, names)
+    tail = tail_bytes(trained.classifier.tail, tuning.halves.cut)
+    network = tuned(tuning.backbone, tail)
+    runner = make_engine(network, engine=engine, device=tuning.device, precision="fp32")
+    embedder = Embedder(network, runner, decode=tuning.decode)
+    provenance = provenance_of(network, runner, decode=tuning.decode) | {
+        "finetuned": {
+            "head": tuning.head,
+            "cut": tuning.halves.cut or "input",
+            "base_weights_sha256": tuning.backbone.weights_sha256,
+            "tail_sha256": hashlib.sha256(tail).hexdigest(),
+            "recipe": asdict(tuning.recipe),
+        }
+    }
+    every = np.arange(len(tuning.features))
+    return pack_bundle(
+        FittedHead(
+            scorer=trained.classifier.scorer(), class_names=names, head=tuning.head,
+            params={"epochs": trained.epochs}, sharpness=sharpness, threshold=threshold, max_error=max_error,
+            metrics=metrics, notes=(*tuning.notes, *warnings_of(metrics, threshold, max_error)),
+        ),
+        replace(
+            tuning.features,
+            embeddings=training.embed(trained.classifier.tail, tuning.activations, every, device=tuning.device),
+            layer="penultimate", provenance=provenance, fingerprint=fingerprint(provenance),
+        ),
+        embedder,
+        tail=tail,
+    )  # fmt: skip
+
+
+def _train(
+    tuning: Tuning,
+    rows: Index,
+    y: Index,
+    copies: Index,
+    seeds: tuple[int, ...],
+    tell: Progress,
+    number: int,
+    total: int,
+) -> training.Trained:
+    return training.train(
+        tuning.halves.tail, tuning.activations, rows, y, np.unique(copies, return_inverse=True)[1].reshape(-1),
+        recipe=tuning.recipe, seeds=seeds, device=tuning.device,
+        tick=lambda what: tell(number, total, f"the model to keep: {what}"),
+    )  # fmt: skip

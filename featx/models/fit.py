@@ -1,0 +1,425 @@
+"""One head for keeps: chosen, calibrated on scores of images it had not seen, refitted on all, and packed.
+
+Out-of-fold scores repeat the whole choice in every fold (nested cross-validation), with copies of an image in one
+fold, so the calibration, the threshold and the numbers in ``metrics`` are about new images. The split ``test`` takes
+no part in any of it; where there is one, it judges the finished head once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import beta
+from threadpoolctl import threadpool_limits
+
+from featx.evaluation import stats
+from featx._arrays import COMBINED, NEAR, Index
+from featx.backbones.engines.base import layer_place, of_layer
+from featx.models.bundle import Bundle
+from featx.models.calibrate import fit_sharpness, fit_threshold, smallest_error
+from featx.heads.centre import unlabelled_centre
+from featx.heads.selection import N_FOLDS, fit_chosen
+from featx.extraction.embedder import Embedder
+from featx.errors import UsageError, plural
+from featx.heads.folds import distinct_counts, fold_numbers
+from featx.heads.catalogue import Head
+from featx.images.pixels import encode
+from featx.heads.solvers.blocks import is_large, taken
+from featx.heads.layers import Layers
+from featx.heads.scorer import Array, Scorer, softmax
+from featx.evaluation.splits import find_duplicates
+from featx.store.reader import FeatureSet
+from featx.evaluation.sweep import sweep_heads
+from featx.heads.solvers.device import check_device
+from featx.heads.unlabelled import heads_for
+
+N_GOLDEN = 16
+"""Rows that are kept with the scores they got, to find out at loading whether the head still gives them."""
+
+_SEED_OF_GOLDEN = 20
+_N_LISTED = 10
+"""Classes that a sentence names at most."""
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class FittedHead:
+    """What :func:`fit_head` finds; fields as of :class:`featx.models.bundle.Bundle`."""
+
+    scorer: Scorer
+    class_names: tuple[str, ...]
+    head: str
+    params: dict[str, Any]
+    sharpness: float | None
+    threshold: float | None
+    max_error: float
+    metrics: dict[str, Any]
+    notes: tuple[str, ...]
+
+
+def fit_head(
+    embeddings: NDArray[np.floating],
+    labels: NDArray[np.integer],
+    *,
+    class_names: Sequence[str],
+    groups: NDArray[np.integer] | None = None,
+    near_duplicates: float | None = NEAR,
+    heads: Sequence[str] = ("auto",),
+    max_error: float = 0.05,
+    random_state: int = 0,
+    n_jobs: int | None = None,
+    pool: NDArray[np.floating] | None = None,
+    layers: Layers | None = None,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> FittedHead:
+    """Choose, calibrate and fit a head.
+
+    Parameters
+    ----------
+    embeddings : (n, d), finite.
+    labels : (n,) in 0 .. c-1; rows with a negative label are left out.
+    class_names : c names, of which those without any row are left out.
+    groups : (n,) rows with the same value are exact copies.
+    near_duplicates : cosine from which two rows count as copies; None looks for exact copies only.
+    heads : names of :data:`featx.heads.catalogue.HEADS`; of several, the sweep's winner when all images but a fifth are shots.
+    max_error : share of answers that may be wrong; below the threshold that follows the head abstains.
+    random_state : seed of the folds.
+    n_jobs : workers that compare several heads; by default one for each core.
+    layers : which columns are which layer's, to combine them; by default the embeddings are of one layer.
+    pool : (m, d) embeddings of images without labels, no copies of labelled ones; "auto" is then the head that learns
+        from them, and the others measure from their mean (:mod:`featx.heads.unlabelled`).
+    device : of torch, such as "cuda", for logistic regression on large embeddings; everything else is the CPU's.
+    progress : called as ``progress(done, total, what)``.
+
+    Raises
+    ------
+    UsageError
+        Fewer than two classes with images, no such head, or no such device.
+    """
+    if not 0 < max_error < 1:
+        raise UsageError(
+            "--max-error is a share of the answers", expected="more than 0 and less than 1", found=max_error
+        )
+    if device is not None:
+        check_device(device)
+    kept = np.flatnonzero(np.asarray(labels) >= 0)
+    present, dense = np.unique(np.asarray(labels)[kept], return_inverse=True)
+    if len(present) < 2:
+        raise UsageError("a head needs images of at least two classes", found=f"{len(present)}")
+    names = tuple(class_names[int(i)] for i in present)
+    rows, y = taken(np.asarray(embeddings), kept), dense.reshape(-1).astype(np.int64)
+    if not np.isfinite(rows).all():
+        raise UsageError("embeddings must be finite", hint="Extract them again.")
+    compared = rows if layers is None else rows[:, slice(*layers.columns(layers.reference))]
+    duplicates = find_duplicates(
+        compared, None if groups is None else np.asarray(groups)[kept], threshold=near_duplicates
+    )
+    copies = duplicates.groups
+    say: Progress = progress or (lambda done, total, what: None)
+    notes = _notes(len(labels) - len(kept), class_names, names)
+
+    centre = None if pool is None else unlabelled_centre(pool)
+    catalogue = heads_for(centre, pool)
+    notes += [centre.told] if centre else []
+    chosen = [catalogue[name].name for name in dict.fromkeys(heads)]
+    compared_heads: list[str] = []
+    if len(chosen) > 1:
+        swept = sweep_heads(
+            rows, y, class_names=names, groups=copies, heads=chosen, shots=("all",), episodes=10,
+            random_state=random_state, n_jobs=n_jobs, near_duplicates=None, centre=centre, pool=pool,
+            layers=layers, on=None if layers is None else [COMBINED], device=device, progress=progress,
+        )  # fmt: skip
+        notes.append(
+            f"{swept.winner} had the highest accuracy of {', '.join(chosen)} over 10 draws. The choice has seen every "
+            "image, so the accuracy below may be slightly too high; a split called test is judged honestly."
+        )
+        compared_heads, chosen = chosen, [swept.winner]
+    head = catalogue[chosen[0]] if layers is None else layers.on(catalogue[chosen[0]], COMBINED)
+    folds = fold_numbers(y, copies, N_FOLDS, random_state)
+    n_folds = int(folds.max()) + 1
+    total = 1 + (n_folds if n_folds > 1 else 0)
+    say(0, total, f"fitting {head.name}")
+    scorer, params, converged = _fit(head, rows, y, copies, random_state, device)
+    say(1, total, f"fitting {head.name}")
+    scores = None
+    if n_folds > 1:
+        scores = np.zeros((len(rows), len(names)))
+        for fold in range(n_folds):
+            held = folds == fold
+            inner = np.unique(copies[~held], return_inverse=True)[1].reshape(-1)
+            part, _, fine = _fit(head, rows[~held], y[~held], inner, random_state, device)
+            scores[held] = part.scores(rows[held])
+            converged &= fine
+            say(2 + fold, total, "scoring images out of fold")
+    else:
+        smallest = names[int(distinct_counts(y, copies, len(names)).argmin())]
+        notes.append(
+            f"Class {smallest!r} has a single image, so nothing could be validated: "
+            "scores are margins, not probabilities, and every answer abstains."
+        )
+    if not converged:
+        notes.append("A fit stopped before its optimum.")
+    sharpness = None if scores is None else fit_sharpness(scores, y)
+    threshold, metrics = judge_scores(scores, sharpness, y, copies, max_error, names)
+    notes += warnings_of(metrics, threshold, max_error)
+    return FittedHead(
+        scorer=scorer,
+        class_names=names,
+        head=head.name,
+        params=params,
+        sharpness=sharpness,
+        threshold=threshold,
+        max_error=max_error,
+        metrics={
+            **metrics,
+            "unlabelled_images": 0 if pool is None else len(pool),
+            "chosen_among": compared_heads,
+        },
+        notes=(*notes, *duplicates.notes),
+    )
+
+
+def _notes(unlabelled: int, class_names: Sequence[str], present: Sequence[str]) -> list[str]:
+    notes = [f"Left out: {plural(unlabelled, 'image')} without a label."] if unlabelled else []
+    empty = [name for name in class_names if name not in present]
+    return [*notes, f"Classes without images were left out: {', '.join(empty)}."] if empty else notes
+
+
+def _fit(
+    head: Head,
+    rows: NDArray[np.floating],
+    labels: NDArray[np.int64],
+    groups: Index,
+    random_state: int,
+    device: str | None,
+) -> tuple[Scorer, dict[str, Any], bool]:
+    """A head fitted as the sweep fits it: normaliser and parameters chosen on these rows alone."""
+    with threadpool_limits(limits=None if is_large(rows) else 1, user_api="blas"):
+        choice, pipeline = fit_chosen(head, rows, labels, groups, random_state=random_state, device=device)
+    return Scorer.of(pipeline), choice.params, choice.converged
+
+
+def judge_scores(
+    scores: Array | None,
+    sharpness: float | None,
+    labels: NDArray[np.int64],
+    groups: Index,
+    max_error: float,
+    class_names: Sequence[str],
+) -> tuple[float | None, dict[str, Any]]:
+    """The threshold, and what is to be expected of new images, from scores (n, c) out of fold."""
+    counts = {"images": len(labels), "duplicates": len(labels) - len(np.unique(groups))}
+    counts["classes"] = int(labels.max()) + 1
+    if scores is None or sharpness is None:
+        return None, {**counts, "out_of_fold": None, "smallest_max_error": None}
+    probabilities = softmax(scores, sharpness)
+    predicted = scores.argmax(axis=1)
+    confidence = probabilities[np.arange(len(labels)), predicted]
+    # Copies of an image are not evidence of their own: one of each group counts.
+    one = np.unique(groups, return_index=True)[1]
+    correct = predicted[one] == labels[one]
+    threshold = fit_threshold(confidence[one], correct, max_error)
+    return threshold, {
+        **counts,
+        "out_of_fold": measure(labels[one], scores[one], probabilities[one], threshold, class_names),
+        # Rounded up, so that what is said can be asked for.
+        "smallest_max_error": math.ceil(1000 * smallest_error(confidence[one], correct)) / 1000,
+    }
+
+
+def warnings_of(metrics: Mapping[str, Any], threshold: float | None, max_error: float) -> list[str]:
+    """Sentences about a head that answers nothing, and about classes that it does not recognise."""
+    found = metrics["out_of_fold"]
+    if found is None:
+        return []
+    out = []
+    if threshold is None:
+        least = metrics["smallest_max_error"]
+        offer = f", or fit again with --max-error {least:g}, the smallest that they can promise" if least < 1 else ""
+        out.append(
+            f"Every answer abstains: promising at most {100 * max_error:g} % errors takes at least "
+            f"{plural(math.ceil(1 / max_error - 1 - 1e-9), 'correct answer')} without a mistake, which "
+            f"{plural(found['images'], 'image')} did not show. Add images{offer}."
+        )
+    # Counted with one more image, a wrong one: two of four show little.
+    weak = [
+        f"{name} ({each['right']} of {plural(each['images'], 'image')})"
+        for name, each in by_recall(found)
+        if each["right"] / (each["images"] + 1) < found["accuracy"]["mean"] / 2
+    ]
+    if weak:
+        listed = ", ".join(weak[:_N_LISTED]) + (f" and {len(weak) - _N_LISTED} more" if len(weak) > _N_LISTED else "")
+        out.append(f"Hardly recognised out of fold: {listed}. Add images of such a class, or leave it out.")
+    return out
+
+
+def by_recall(found: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Each class of :func:`measure` with its ``recall``, ``right`` and ``images``, the least recognised first."""
+    return sorted(found["recall_per_class"].items(), key=lambda item: item[1]["recall"])
+
+
+def measure(
+    labels: NDArray[np.int64],
+    scores: Array,
+    probabilities: Array,
+    threshold: float | None,
+    class_names: Sequence[str],
+) -> dict[str, Any]:
+    """Accuracy with its 95 % interval, recall of each class, calibration and abstention.
+
+    Parameters
+    ----------
+    labels, scores, probabilities : (m,), (m, c) and (m, c).
+    threshold : below which an answer abstains; None where every one does.
+    class_names : c names.
+    """
+    predicted = scores.argmax(axis=1)
+    correct = predicted == labels
+    confidence = probabilities[np.arange(len(labels)), predicted]
+    answered = np.zeros(len(labels), bool) if threshold is None else confidence >= threshold
+    low, high = _clopper_pearson(int(correct.sum()), len(labels))
+    images = np.bincount(labels, minlength=len(class_names)).tolist()
+    right = np.bincount(labels[correct], minlength=len(class_names)).tolist()
+    recalled = {
+        name: {"recall": r / n, "right": r, "images": n}
+        for name, r, n in zip(class_names, right, images, strict=True)
+        if n
+    }
+    return {
+        "images": len(labels),
+        "accuracy": {"mean": float(correct.mean()), "low": low, "high": high},
+        "balanced_accuracy": stats.balanced_accuracy(labels, predicted),
+        "macro_f1": stats.macro_f1(labels, predicted),
+        "recall_per_class": recalled,
+        "majority_baseline": stats.majority_baseline(labels),
+        "log_loss": stats.log_loss(labels, probabilities),
+        "brier": stats.brier(labels, probabilities),
+        "ece": stats.expected_calibration_error(confidence, correct),
+        "answered": float(answered.mean()),
+        "error_among_answered": float(1 - correct[answered].mean()) if answered.any() else None,
+    }
+
+
+def _clopper_pearson(right: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    tail = (1 - level) / 2
+    low = float(beta.ppf(tail, right, n - right + 1)) if right else 0.0
+    high = float(beta.ppf(1 - tail, right + 1, n - right)) if right < n else 1.0
+    return low, high
+
+
+# --- the bundle ---------------------------------------------------------------------------------------------------
+
+
+def fit_bundle(
+    features: FeatureSet,
+    embedder: Embedder,
+    *,
+    heads: Sequence[str] = ("auto",),
+    max_error: float = 0.05,
+    random_state: int = 0,
+    pool: NDArray[np.floating] | None = None,
+    layers: Layers | None = None,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Fit a head on a store's images, but not on its split ``test``, and pack it with its backbone's provenance.
+
+    Parameters
+    ----------
+    features : of the store.
+    embedder : what made them (:meth:`Embedder.like`); it embeds the probe image.
+    heads, max_error, random_state, pool, layers, device, progress : as of :func:`fit_head`.
+    """
+    use = np.flatnonzero((features.splits != "test") & ((features.labels >= 0) | (pool is None)))
+    groups = features.copies
+    fitted = fit_head(
+        taken(features.embeddings, use),
+        features.labels[use],
+        class_names=features.class_names,
+        groups=groups[use],
+        near_duplicates=features.near_copies,
+        heads=heads,
+        max_error=max_error,
+        random_state=random_state,
+        pool=pool,
+        layers=layers,
+        device=device,
+        progress=progress,
+    )
+    return pack_bundle(fitted, features, embedder)
+
+
+def pack_bundle(fitted: FittedHead, features: FeatureSet, embedder: Embedder, *, tail: bytes | None = None) -> Bundle:
+    """A fitted head with what it takes to trust it; the split ``test``, where there is one, judges it once.
+
+    Parameters
+    ----------
+    fitted : the head.
+    features : the embeddings that it was fitted on, and those of the split ``test``.
+    embedder : what made them.
+    tail : the trained part of a fine-tuned network, of :func:`featx.backbones.cut.tail_bytes`.
+    """
+    use = np.flatnonzero(features.splits != "test")
+    groups = features.copies
+    probe = encode(probe_pixels())
+    place = layer_place(features.layer, features.provenance["layers"])
+    golden = np.sort(np.random.default_rng(_SEED_OF_GOLDEN).permutation(use)[:N_GOLDEN])
+    bundle = Bundle(
+        scorer=fitted.scorer,
+        class_names=fitted.class_names,
+        head=fitted.head,
+        params=fitted.params,
+        layer=features.layer,
+        provenance={**features.provenance, "fingerprint": features.fingerprint},
+        sharpness=fitted.sharpness,
+        threshold=fitted.threshold,
+        max_error=fitted.max_error,
+        golden=features.embeddings[golden],
+        probe=probe,
+        probe_embedding=of_layer(embedder.embed_bytes(probe), place)[0],
+        metrics=fitted.metrics,
+        versions={name: version(name) for name in ("featx", "numpy", "scikit-learn")},
+        notes=fitted.notes,
+        tail=tail,
+    )
+    return replace(bundle, metrics={**bundle.metrics, "test": _test(bundle, features, groups)})
+
+
+def _test(bundle: Bundle, features: FeatureSet, groups: Index) -> dict[str, Any] | None:
+    """How the finished head does on the split ``test``, less copies of what it was fitted on."""
+    test = features.splits == "test"
+    place = {name: i for i, name in enumerate(bundle.class_names)}
+    known = np.array([name in place for name in features.class_names] + [False])  # label -1 is the last
+    use = np.flatnonzero(test & known[features.labels] & ~np.isin(groups, groups[~test]))
+    if not len(use) or bundle.sharpness is None:
+        return None
+    labels = np.array([place[features.class_names[int(i)]] for i in features.labels[use]])
+    scores = bundle.scorer.scores(features.embeddings[use])
+    return measure(labels, scores, softmax(scores, bundle.sharpness), bundle.threshold, bundle.class_names)
+
+
+def probe_pixels(height: int = 240, width: int = 320) -> NDArray[np.uint8]:
+    """A picture of nobody's, uint8 (height, width, 3): waves of every direction and several lengths."""
+    y, x = np.mgrid[0:height, 0:width].astype(np.float64)
+    channels = []
+    for phase in (0.0, 2.1, 4.2):
+        waves = np.sin(x / 9 + phase) + np.sin(y / 23 - phase) + np.sin((x + y) / 41 + 2 * phase)
+        channels.append(waves + np.sin(np.hypot(x - 90, y - 130) / 5 + phase))
+    scaled = (np.stack(channels, axis=-1) + 4.0) / 8.0
+    return np.rint(255 * scaled).astype(np.uint8)
+
+
+def summary(bundle: Bundle, path: Path) -> dict[str, Any]:
+    """What ``featx fit --json`` prints."""
+    told = bundle.describe()
+    told.pop("provenance")
+    return {**told, "model": str(path), "backbone": bundle.provenance.get("backbone"), "score_kind": bundle.score_kind}

@@ -1,0 +1,102 @@
+"""A kept head together with the network that its embeddings come from: images in, answers out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featx.backbones.engines.base import layer_place, of_layer
+from featx.models.bundle import Answer, Bundle
+from featx.extraction.embedder import Embedder
+from featx.errors import ImageError, MismatchError
+from featx.backbones.provider import Provider
+from featx.images.source import IMAGE_SUFFIXES, _walk
+
+PROBE_COSINE = {"fp32": 0.9999}
+"""What the engines promise of each other; 0.999 at the precisions that are not named."""
+
+
+class Model(Protocol):
+    """What answers for embeddings (n, d): a bundle, or what was exported from one."""
+
+    def answer(self, embeddings: NDArray[np.floating]) -> list[Answer]:
+        """Label, score and abstention of each row."""
+        ...
+
+
+def open_embedder(
+    bundle: Bundle,
+    path: Path,
+    *,
+    backbone: str | Provider | None = None,
+    weights: Path | None = None,
+    device: str = "auto",
+    engine: str = "auto",
+    batch_sizes: Mapping[str, int] | None = None,
+) -> Embedder:
+    """The network that a bundle's embeddings come from, proved on its probe image.
+
+    Parameters
+    ----------
+    bundle, path : the model, and where it is from, for messages.
+    backbone : the network, where the bundle names one of the user's own.
+    weights : the weights file, where the bundle names one of the user's own.
+    device, engine : as of :func:`featx.backbones.engines.torch.make_engine`.
+    batch_sizes : images per batch by device ("cpu", "cuda"); by default what suits many images at once.
+
+    Raises
+    ------
+    MismatchError
+        What is installed here makes other embeddings.
+    WeightsError
+        The weights are a file of the user's that has to be given.
+    """
+    embedder = Embedder.like(
+        bundle.provenance,
+        where=path,
+        backbone=backbone,
+        weights=weights,
+        tail=bundle.tail,
+        device=device,
+        engine=engine,
+        batch_size=batch_sizes,
+    )
+    found = of_layer(embedder.embed_bytes(bundle.probe), layer_number(bundle))[0].astype(np.float64)
+    expected = bundle.probe_embedding.astype(np.float64)
+    precision = str(bundle.provenance.get("precision"))
+    wanted = PROBE_COSINE.get(precision, 0.999)
+    length = float(np.linalg.norm(found) * np.linalg.norm(expected))
+    cosine = float(found @ expected) / length if length else 0.0
+    gap = float(np.linalg.norm(found - expected) / max(float(np.linalg.norm(expected)), 1e-12))
+    if not cosine >= wanted or gap > 0.1:
+        raise MismatchError(
+            "the network here does not see the model's probe image as the one it was made with",
+            where=path,
+            expected=f"a cosine of at least {wanted}",
+            found=f"{cosine:.6f}",
+            hint="Another version of a library may be the reason; the model keeps those it was made with.",
+        )
+    return embedder
+
+
+def layer_number(bundle: Bundle) -> int | None:
+    """Which of the embedder's layers the head is on; None for all of them, combined."""
+    return layer_place(bundle.layer, bundle.provenance["layers"])
+
+
+def predict_files(
+    model: Model, embedder: Embedder, layer: int | None, paths: Iterable[Path]
+) -> Iterator[tuple[Path, Answer | ImageError]]:
+    """The answer about each file, or why it was refused, in order."""
+    for path, found in embedder.embed_files(paths):
+        yield path, found if isinstance(found, ImageError) else model.answer(of_layer(found, layer)[None])[0]
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Files below a folder whose names promise an image, sorted; hidden ones are left out, as by an extraction."""
+    found = (folder / relative for relative, _ in _walk(folder))
+    return sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES)

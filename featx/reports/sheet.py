@@ -1,0 +1,244 @@
+"""Contact sheets as one HTML file: pictures inside it, no script, nothing loaded from elsewhere, light and dark."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+
+from featx._files import publish_bytes
+from featx.images.pool import DecoderPool
+from featx.errors import StoreError, UsageError, plural
+from featx.reports.html import document
+from featx.images.pixels import Preprocess, jpeg_bytes
+from featx.store.manifest import read_manifest
+from featx.advice.mislabelled import LabelRanking
+from featx.images.origin import Origin
+from featx.retrieval.search import DuplicateGroup, Match, label_of
+from featx.images.source import finder, is_local
+from featx.store.reader import FeatureSet, is_packed
+
+Found: TypeAlias = list[tuple[str, Path | int, list[Match]]]
+"""For each query its name, its file or its row in the store, and what was found."""
+
+Finder: TypeAlias = Callable[[str], Origin]
+"""What gives the image behind an id; see :func:`featx.images.source.finder`."""
+
+MAX_GROUPS = 200
+"""More groups of duplicates make a sheet that no browser likes."""
+
+SIDE = 160
+"""Pixels of a thumbnail: the centre square, which is what a network with a centre crop sees of a picture."""
+
+_THUMBNAIL = Preprocess(resize=SIDE, crop=(SIDE, SIDE), interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3)
+
+_STYLE = """
+body { max-width: 80rem; }
+.sections { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; }
+.sections section { border: 1px solid var(--line); border-radius: .5rem; padding: .6rem .7rem; max-width: 100%; }
+.sections h2 { font-size: .95rem; margin: 0 0 .4rem; overflow-wrap: anywhere; }
+.row { display: flex; flex-wrap: wrap; gap: .6rem; }
+.row figure { width: 9.2rem; font-size: .82rem; overflow-wrap: anywhere; }
+.row img, .none { width: 100%; aspect-ratio: 1; object-fit: cover; border-radius: .25rem; display: block;
+  margin-bottom: .3rem; } .mark img { outline: 3px solid var(--best); }
+.none { display: grid; place-items: center; text-align: center; padding: .5rem; color: var(--soft);
+  border: 1px dashed var(--line); }
+@media (max-width: 26rem) { .row figure { width: calc(50% - .3rem); max-width: 160px; } }
+"""
+
+
+@dataclass(frozen=True)
+class Card:
+    """One picture with its name.
+
+    Parameters
+    ----------
+    name : shown below it.
+    picture : the file (or another origin of an image), or None where there is none.
+    text : a line of plain text below the name.
+    mark : draw a frame around it (the query).
+    digest : the sha256 that the file must have; a file that has changed since is not shown. None takes any.
+    """
+
+    name: str
+    picture: Origin | None
+    text: str = ""
+    mark: bool = False
+    digest: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, a warning (or ""), and cards in a row."""
+
+    title: str
+    cards: Sequence[Card]
+    warning: str = ""
+
+
+def image_finder(store: Path, source: str | None) -> Finder:
+    """What gives the image behind an id of a store.
+
+    Parameters
+    ----------
+    source : as of :meth:`featx.images.source.ImageSet.from_source`; by default what the store was made of.
+
+    Raises
+    ------
+    UsageError
+        It is not known or not there.
+    """
+    hint = "Name the folder (or the list) of the images with --source."
+    if source is None:
+        if is_packed(store):
+            raise UsageError("a packed store does not know where its images are", where=store, hint=hint)
+        source = read_manifest(store).source
+    if is_local(source) and not Path(source).exists():
+        raise UsageError("the images of the store are not there, and the sheet shows them", where=source, hint=hint)
+    return finder(source)
+
+
+def write_sheet(path: Path, *, title: str, facts: Iterable[str], sections: Sequence[Section]) -> int:
+    """Write a sheet, and return how many of its pictures could not be shown; each says why in its place.
+
+    Parameters
+    ----------
+    path : the HTML file; replaced if it is there.
+    facts : sentences below the title.
+
+    Raises
+    ------
+    StoreError
+        It cannot be written.
+    """
+    pictures = _thumbnails([card for section in sections for card in section.cards])
+    body = [f"<h1>{escape(title)}</h1>", *(f'<p class="soft">{escape(fact)}</p>' for fact in facts)]
+    boxes = []
+    for section in sections:
+        warning = f'<p class="warn">{escape(section.warning)}</p>' if section.warning else ""
+        cards = "".join(_figure(card, pictures) for card in section.cards)
+        boxes.append(f'<section><h2>{escape(section.title)}</h2>{warning}<div class="row">{cards}</div></section>')
+    page = document(title, [*body, f'<div class="sections">{"".join(boxes)}</div>'], _STYLE)
+    if path.is_dir():
+        raise StoreError("a folder is in the way", where=path)
+    publish_bytes(path, page.encode("utf-8", errors="backslashreplace"))
+    return sum(not isinstance(found, bytes) for found in pictures.values())
+
+
+def _thumbnails(cards: Sequence[Card]) -> Mapping[Card, bytes | str]:
+    """A JPEG for each card, or why there is none. Files are decoded in processes of their own, as for extraction."""
+    out: dict[Card, bytes | str] = {card: "no picture" for card in cards if card.picture is None}
+    wanted = {card: card.picture for card in cards if card.picture is not None}
+    files = list(dict.fromkeys(wanted.values()))
+    if not files:
+        return out
+    workers = min(2, len(files))
+    with DecoderPool(_THUMBNAIL, workers=workers, mode="scaled") as pool:
+        decoded = dict(zip(files, pool.run(files, lambda digest: False, ahead=4 * workers), strict=True))
+    for card, file in wanted.items():
+        found = decoded[file]
+        if found.refusal is not None:
+            out[card] = found.refusal.what
+        elif card.digest is not None and found.digest != card.digest:
+            out[card] = "the file has changed since it was embedded"
+        else:
+            assert found.pixels is not None
+            out[card] = jpeg_bytes(found.pixels)
+    return out
+
+
+def _figure(card: Card, pictures: Mapping[Card, bytes | str]) -> str:
+    found = pictures[card]
+    if isinstance(found, bytes):
+        code = base64.b64encode(found).decode()
+        shown = f'<img alt="{escape(card.name)}" src="data:image/jpeg;base64,{code}">'
+    else:
+        shown = f'<div class="none">{escape(found)}</div>'
+    mark = ' class="mark"' if card.mark else ""
+    return f"<figure{mark}>{shown}<code>{escape(card.name)}</code><br>{escape(card.text)}</figure>"
+
+
+def search_sheet(path: Path, store: Path, find: Finder, features: FeatureSet, found: Found) -> int:
+    """The sheet of ``featx search``: each query with its matches. Arguments and result are those of the above."""
+    sections = []
+    for name, origin, matches in found:
+        if isinstance(origin, int):
+            query = Card(name, find(name), "the query", True, features.digests[origin].tobytes())
+        else:
+            query = Card(name, origin, "the query", True)
+        cards = [
+            Card(
+                match.id,
+                find(match.id),
+                f"{match.label or 'unlabelled'}, {match.score:.3f}",
+                digest=features.digests[match.row].tobytes(),
+            )
+            for match in matches
+        ]
+        sections.append(Section(name, [query, *cards]))
+    facts = [
+        f"{plural(len(features), 'image')} in {store.name}. The number below a match is its similarity (cosine) to the "
+        "query: 1 is the same image, 0 is unrelated."
+    ]
+    return write_sheet(path, title=f"What looks alike in {store.name}", facts=facts, sections=sections)
+
+
+def duplicate_sheet(
+    path: Path, store: Path, find: Finder, features: FeatureSet, groups: Sequence[DuplicateGroup]
+) -> int:
+    """The sheet of ``featx duplicates``: the first ``MAX_GROUPS`` groups."""
+    sections = []
+    for number, group in enumerate(groups[:MAX_GROUPS], 1):
+        cards = []
+        for place, row in enumerate(group.rows):
+            name, split = str(features.ids[row]), str(features.splits[row])
+            said = [label_of(features, row) or "unlabelled", split, group.likeness(place)]
+            digest = features.digests[row].tobytes()
+            cards.append(Card(name, find(name), ", ".join(filter(None, said)), digest=digest))
+        warnings = ["On both sides of a split."] if group.across_splits else []
+        warnings += ["Labels differ."] if group.conflicting else []
+        sections.append(Section(group.title(number), cards, " ".join(warnings)))
+    facts = [
+        f"{plural(len(groups), 'group')} among {plural(len(features), 'image')}; each image is compared with the first "
+        "of its group.",
+        "What to do: look at each group. Of copies keep one and delete the others; photos that only look alike may all "
+        "stay. Where labels differ, at least one is wrong: "
+        "correct it. A group on both sides of a split makes a test look better than it is: keep it on one side. Then "
+        "run featx extract again; nothing is computed twice.",
+    ]
+    if len(groups) > MAX_GROUPS:
+        facts.append(f"The first {MAX_GROUPS} groups are shown; featx duplicates --json lists all.")
+    return write_sheet(path, title=f"Duplicates in {store.name}", facts=facts, sections=sections)
+
+
+def label_sheet(path: Path, store: Path, find: Finder, features: FeatureSet, ranking: LabelRanking) -> int:
+    """The sheet of ``featx labels``: the first ``MAX_GROUPS`` images whose labels are doubtful, in one section."""
+    names = ranking.class_names
+    doubtful = np.flatnonzero(ranking.doubtful).tolist()
+    cards = [
+        Card(
+            str(ranking.ids[i]),
+            find(str(ranking.ids[i])),
+            f"{names[ranking.labels[i]]} \u2192 {names[ranking.suggested[i]]} ({ranking.confidence[i]:.0%})",
+            digest=features.digests[ranking.rows[i]].tobytes(),
+        )
+        for i in doubtful[:MAX_GROUPS]
+    ]
+    facts = [
+        f"{len(doubtful)} of {plural(len(ranking), 'label')} may be wrong. The arrow points from the present label to "
+        "the one suggested by models that have not seen the image.",
+        "Move a photo to the folder of its class, or correct your list, and run featx extract again.",
+    ]
+    if len(doubtful) > MAX_GROUPS:
+        facts.append(f"The first {MAX_GROUPS} are shown; featx labels --csv FILE lists all.")
+    return write_sheet(
+        path,
+        title=f"Labels to check in {store.name}",
+        facts=facts,
+        sections=[Section("The least likely labels first", cards)],
+    )

@@ -1,0 +1,218 @@
+"""A kept head over HTTP: images in, labels with probabilities, abstention and the nearest labelled images out.
+
+:func:`create_app` puts the parts together. :mod:`featx.service.work` does the work of a request,
+:mod:`featx.service.batcher` computes for all of them, :mod:`featx.service.guard` limits, :mod:`featx.service.evidence`
+searches the store, :mod:`featx.service.telemetry` tells what happens, :mod:`featx.service.server` runs it all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from importlib.resources import files
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from featx.service import schema
+from featx.service.docs import docs_page
+from featx.service.guard import Guard, Refusal
+from featx.service.telemetry import Metrics
+from featx.service.work import Service, do_work
+
+ROUTES = frozenset({"/", "/predict", "/embed", "/search", "/live", "/ready", "/info", "/metrics", "/openapi.json"})
+
+_WORK = schema.errors(400, 401, 403, 408, 413, 415, 422, 429, 500, 503, 504)
+_READ = schema.errors(401, 403)
+
+
+def create_app(service: Service, *, api_key: str = "", hosts: frozenset[str] | None = None) -> tuple[FastAPI, Guard]:
+    """The application, and the guard around it, which is what a server runs.
+
+    Parameters
+    ----------
+    service : what answers.
+    api_key, hosts : as of :class:`featx.service.guard.Guard`.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await asyncio.to_thread(service.batcher.start)
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(service.batcher.stop)
+            if service.evidence is not None:
+                service.evidence.close()
+
+    app = FastAPI(
+        title="featx", version=version("featx"), lifespan=lifespan, docs_url=None, redoc_url=None,
+        description="A classifier on frozen CNN features. Send an image as it is, or several in a form.",
+    )  # fmt: skip
+    _add_errors(app, service.metrics)
+    _add_work(app, service)
+    _add_reading(app, service)
+    guard = Guard(app, metrics=service.metrics, routes=ROUTES, limits=service.limits, api_key=api_key, hosts=hosts)
+    return app, guard
+
+
+# --- routes -------------------------------------------------------------------------------------------------------
+
+
+def _add_work(app: FastAPI, service: Service) -> None:
+    bundle = service.bundle
+
+    @app.post("/predict", openapi_extra=schema.image_body(), responses={200: {"model": schema.PredictReply}, **_WORK})
+    async def predict(request: Request, k: Annotated[int, Query(ge=0, le=100)] = 5) -> Response:
+        """Label, probabilities and abstention; with a store, the ``k`` nearest labelled images as evidence."""
+        work = await do_work(service, request)
+        answers = bundle.answer(work.matrix(service.layer)) if work.names else []
+        predictions = [{"id": name, **each.to_json()} for name, each in zip(work.names, answers, strict=True)]
+        if service.evidence is not None and k and work.names:
+            near = await asyncio.to_thread(service.evidence.nearest, work.matrix(service.evidence.layer), k)
+            for prediction, neighbours in zip(predictions, near, strict=True):
+                prediction["neighbours"] = neighbours
+        return work.reply({"predictions": predictions})
+
+    @app.post("/embed", openapi_extra=schema.image_body(), responses={200: {"model": schema.EmbedReply}, **_WORK})
+    async def embed(request: Request) -> Response:
+        """The embeddings themselves, the same as a store's."""
+        work = await do_work(service, request)
+        rows = work.matrix(service.layer).tolist() if work.names else []
+        said = {
+            "embeddings": [{"id": name, "embedding": row} for name, row in zip(work.names, rows, strict=True)],
+            "embedding_dim": bundle.scorer.dims,
+            "layer": bundle.layer,
+            "fingerprint": str(bundle.provenance.get("fingerprint")),
+        }
+        return work.reply(said)
+
+    missing = schema.errors(404)
+
+    @app.post(
+        "/search",
+        openapi_extra=schema.image_body(),
+        responses={200: {"model": schema.SearchReply}, **_WORK, **missing},
+    )
+    async def search(request: Request, k: Annotated[int, Query(ge=1, le=1000)] = 10) -> Response:
+        """The ``k`` most similar labelled images of the store, by cosine."""
+        if service.evidence is None:
+            raise Refusal(404, "no_store", "Nothing to search: the service was started without --store.")
+        work = await do_work(service, request)
+        if work.names:
+            near = await asyncio.to_thread(service.evidence.nearest, work.matrix(service.evidence.layer), k)
+        else:
+            near = []
+        results = [{"query": name, "matches": each} for name, each in zip(work.names, near, strict=True)]
+        return work.reply({"results": results})
+
+
+def _add_reading(app: FastAPI, service: Service) -> None:
+    page, policy = load_page()
+
+    @app.get("/", include_in_schema=False)
+    async def index() -> Response:
+        headers = {"content-security-policy": policy, "cache-control": "no-cache"}
+        return HTMLResponse(page, headers=headers)
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs(request: Request) -> Response:
+        only_style = "default-src 'none'; style-src 'unsafe-inline'"
+        text = docs_page(app.openapi(), str(request.base_url).rstrip("/"))
+        return HTMLResponse(text, headers={"content-security-policy": only_style})
+
+    @app.get("/live", responses={200: {"model": schema.Live}, **schema.errors(403)})
+    async def live() -> Response:
+        """The process answers."""
+        return JSONResponse({"live": True})
+
+    unable: dict[int | str, dict[str, Any]] = {
+        200: {"model": schema.Ready},
+        503: {"model": schema.Ready, "description": "Not able to compute now"},
+    }
+
+    @app.get("/ready", responses={**unable, **schema.errors(403)})
+    async def ready() -> Response:
+        """Requests will be answered."""
+        problem = service.problem()
+        return JSONResponse({"ready": not problem, "reason": problem}, 503 if problem else 200)
+
+    @app.get("/info", responses=_READ)
+    async def info() -> Response:
+        """What is served: classes, head, network, how good it was, limits."""
+        return JSONResponse(service.info())
+
+    @app.get("/metrics", responses={200: {"content": {"text/plain": {}}}, **_READ}, response_class=Response)
+    async def metrics() -> Response:
+        """Counters for Prometheus."""
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    pictures: dict[int | str, dict[str, Any]] = {200: {"content": {"image/jpeg": {}}}}
+
+    @app.get("/thumbnail/{row}", response_class=Response, responses={**pictures, **_READ, **schema.errors(404, 422)})
+    async def thumbnail(row: int) -> Response:
+        """A small picture of an image of the store, by the ``row`` that neighbours carry."""
+        found = None if service.evidence is None else await asyncio.to_thread(service.evidence.thumbnail, row)
+        if found is None:
+            raise Refusal(404, "no_image", "There is no such image, or it is not where the store knew it.")
+        return Response(found, media_type="image/jpeg", headers={"cache-control": "private, max-age=3600"})
+
+
+def _add_errors(app: FastAPI, metrics: Metrics) -> None:
+    def said(refusal: Refusal) -> JSONResponse:
+        metrics.rejected(refusal.status, refusal.reason)
+        return JSONResponse(refusal.to_json(), refusal.status, headers=refusal.headers)
+
+    async def refused(request: Request, error: Exception) -> Response:
+        assert isinstance(error, Refusal)
+        return said(error)
+
+    async def plain(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        reason = {404: "no_route", 405: "method"}.get(error.status_code, "request")
+        return said(Refusal(error.status_code, reason, f"{error.detail}.", error.headers))
+
+    async def invalid(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]
+        return said(Refusal(422, "parameter", f"{'.'.join(map(str, first['loc']))}: {first['msg']}."))
+
+    async def gone(request: Request, error: Exception) -> Response:
+        return Response(status_code=499)  # nobody is there to read it; the log shows it
+
+    handlers: dict[type[Exception], Callable[[Request, Exception], Awaitable[Response]]] = {
+        Refusal: refused,
+        HTTPException: plain,
+        RequestValidationError: invalid,
+        ClientDisconnect: gone,
+    }
+    for kind, handler in handlers.items():
+        app.add_exception_handler(kind, handler)
+
+
+# --- the page -----------------------------------------------------------------------------------------------------
+
+
+def load_page() -> tuple[str, str]:
+    """The page, and the policy that lets a browser run this page's own script and nothing else."""
+    page = files("featx.service").joinpath("page.html").read_text(encoding="utf-8")
+    script, style = (_hash(page, tag) for tag in ("script", "style"))
+    policy = (
+        f"default-src 'none'; script-src {script}; style-src {style}; img-src 'self' blob: data:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return page, policy
+
+
+def _hash(page: str, tag: str) -> str:
+    (inside,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page, flags=re.DOTALL)
+    return f"'sha256-{base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()}'"

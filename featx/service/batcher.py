@@ -1,0 +1,446 @@
+"""From single images to full batches: a bounded queue, decoding processes, and the engine's own threads.
+
+Many requests bring an image each, and the engine wants sixteen at a time. Images wait in one queue of fixed length;
+decoding processes (the same that extraction uses) take them from there; each of the engine's threads gathers what is
+decoded into a batch. A batch starts when it is full, or when nothing more is about to join it. Whoever stops waiting
+for an answer says so, and the work is skipped, or ended, wherever it has got to.
+
+Some files are small and cost much: 34 bytes of WebP may declare fifty megapixels. What is that heavy waits for a
+process of its own, which stands back for all others, so that it slows nobody but its like.
+
+Threads only; nothing here knows of HTTP.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featx._system import available_cpus
+from featx.images.pool import DecoderPool, NoDecoder, TooHeavy
+from featx.extraction.embedder import Embedder
+from featx.errors import ImageError
+
+Embedded = tuple[NDArray[np.float32], ...]
+"""The embedding (d,) of one image, one array a layer."""
+
+BATCH_SIZES = {"cpu": 8, "cuda": 32}
+"""Smaller than for extraction: a lone request pays for a whole batch, since short ones are padded."""
+
+DECODE_TIMEOUT = 8.0
+"""Seconds for one image; the slowest honest one of 50 megapixels takes about three."""
+
+STUCK = 1.5
+"""Seconds after which a batch counts as hanging, unless batches are slow here: nothing is accepted any more."""
+
+_SLOW = 5.0
+"""So many times longer than usual a batch may take before it counts as hanging."""
+
+LOST = 120.0
+"""Seconds after which it will not come back either."""
+
+HEAVY_PIXELS = 24_000_000
+"""What weighs more (as of :func:`featx.images.pixels.weigh`) is decoded apart."""
+
+_LIGHT_PIXELS, _PIXELS_A_BYTE = 4_000_000, 64
+"""So is what weighs more than this and has so little in it; photos have fewer than 20 pixels a byte."""
+
+HEAVY_QUEUE = 4
+"""Heavy images that may wait; more are refused as when the queue is full."""
+
+_BACK = 19
+"""How far the process for heavy images stands back."""
+
+_RETRY = 1.0
+"""Seconds between two attempts to start a decoding process, while nobody asks for one."""
+
+_JOIN = 2.0
+"""Seconds for all threads to end; after that the process ends without waiting for them."""
+
+log = logging.getLogger("featx.service")
+
+
+class QueueFull(Exception):
+    """No room for more images now; ``retry_after`` is in seconds."""
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__("the queue is full")
+        self.retry_after = retry_after
+
+
+class WorkerDied(Exception):
+    """The engine does not work any more, so nothing can be computed."""
+
+
+class OutOfResources(Exception):
+    """The system does not give what an image needs just now; the next one may have more luck."""
+
+
+class Job:
+    """One image on its way; ``future`` gets its embeddings, or an exception that says why there are none."""
+
+    def __init__(self, data: bytes, deadline: float) -> None:
+        self.data = data
+        self.deadline = deadline
+        self.accepted_at = time.monotonic()
+        self.future: Future[Embedded] = Future()
+        self.dropped = False
+        self.pixels: NDArray[np.uint8] | None = None
+        self.ready_at = 0.0
+        self.tries = 0
+
+    @property
+    def wanted(self) -> bool:
+        return not self.dropped and time.monotonic() < self.deadline
+
+    def answer(self, found: Embedded | Exception) -> None:
+        """Give the result, once; whoever cancelled the future meanwhile does not want it."""
+        with contextlib.suppress(InvalidStateError):
+            if isinstance(found, Exception):
+                self.future.set_exception(found)
+            else:
+                self.future.set_result(found)
+
+
+class Batcher:
+    """Embeds images for many callers at once.
+
+    Parameters
+    ----------
+    embedder : what embeds them.
+    known_good : pixels of an image that the engine must be able to embed: it tells a poisoned image from a dead engine.
+    queue_size : images that may wait at a time.
+    max_pixels : a larger image is refused by its header.
+    workers : decoding processes beside the one for heavy images; by default one a core.
+    lanes : batches in the engine at once.
+    on_batch : called for every batch that begins, with the seconds for which each of its images has waited.
+    """
+
+    def __init__(
+        self,
+        embedder: Embedder,
+        known_good: NDArray[np.uint8],
+        *,
+        queue_size: int = 64,
+        max_pixels: int = 50_000_000,
+        workers: int | None = None,
+        lanes: int | None = None,
+        on_batch: Callable[[Sequence[float]], None] = lambda waits: None,
+    ) -> None:
+        self.embedder, self.known_good = embedder, known_good
+        self.queue_size, self.max_pixels = queue_size, max_pixels
+        self._on_batch = on_batch
+        self._workers = workers or available_cpus()
+        # Torch on a CPU computes one batch with all cores; OpenVINO and CUDA overlap two.
+        self._lanes = lanes or (1 if (embedder.engine.name, embedder.engine.device) == ("torch", "cpu") else 2)
+        self._changed = threading.Condition()
+        self._queue: deque[Job] = deque()
+        self._heavy: deque[Job] = deque()
+        self._ready: deque[Job] = deque()
+        self._decoding = 0
+        self._shortage: dict[int, str] = {}
+        self._running: dict[int, float] = {}
+        self._batch_seconds = 0.1
+        self._dead = ""
+        self._stopping = False
+        self._threads: list[threading.Thread] = []
+        self._active: set[Job] = set()
+        self._pools: list[DecoderPool] = []
+        self._stack = contextlib.ExitStack()
+
+    # --- from outside ---------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the processes and threads, and embed one batch, so that the first request finds all warm."""
+        with contextlib.ExitStack() as started:
+            # A pool for each thread, so that a process that cannot be started concerns one thread.
+            for number in range(self._workers + 1):
+                pool = self.embedder.decoders(
+                    workers=1,
+                    timeout=DECODE_TIMEOUT,
+                    max_pixels=self.max_pixels,
+                    nice=_BACK if number == self._workers else 0,
+                )
+                self._pools.append(started.enter_context(pool))
+            self._stack = started.pop_all()
+        self.embedder.embed_pixels([self.known_good])
+        before = time.monotonic()
+        self.embedder.embed_pixels([self.known_good])
+        self._batch_seconds = time.monotonic() - before
+        tasks = [(self._decode, number) for number in range(self._workers + 1)]
+        tasks += [(self._compute, number) for number in range(self._lanes)]
+        for task, number in tasks:
+            thread = threading.Thread(target=self._guarded, args=(task, number), daemon=True, name=task.__name__)
+            self._threads.append(thread)
+            thread.start()
+
+    def stop(self) -> None:
+        """End everything; what still waits is answered with WorkerDied."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        self._stack.close()
+        until = time.monotonic() + _JOIN
+        for thread in self._threads:
+            thread.join(timeout=max(0.0, until - time.monotonic()))
+        self._fail_all("the service stops")
+
+    def problem(self) -> str:
+        """Why nothing can be computed just now, or "" when all is well."""
+        return self.refusing() or self._short()
+
+    def refusing(self) -> str:
+        """Why no image is accepted, or "". A lack of resources is no reason: the next image is the next attempt."""
+        if self._dead:
+            return self._dead
+        if self._stopping:
+            return "the service stops"
+        if any(not thread.is_alive() for thread in self._threads):
+            return "a worker has ended"
+        most = max(STUCK, _SLOW * self._batch_seconds)
+        if self._longest() > most:
+            return f"a batch has been running for more than {most:.3g} s"
+        return ""
+
+    def _short(self) -> str:
+        """What all decoding processes lack (that for heavy images does not count), or ""."""
+        lacking = [self._shortage.get(number, "") for number in range(self._workers)]
+        return lacking[0] if all(lacking) else ""
+
+    def lost(self) -> str:
+        """Why nothing will ever be computed again, or ""; whoever runs the process should end it."""
+        return self.refusing() if self._dead or self._longest() > LOST else ""
+
+    def _longest(self) -> float:
+        """Seconds for which the oldest batch has been running."""
+        return max((time.monotonic() - since for since in list(self._running.values())), default=0.0)
+
+    @property
+    def waiting(self) -> int:
+        """Images that are accepted and not yet in a batch."""
+        return len(self._queue) + len(self._heavy) + self._decoding + len(self._ready)
+
+    def retry_after(self) -> int:
+        """Seconds until there should be room again."""
+        batches = self.waiting / self.embedder.engine.batch_size / self._lanes
+        return max(1, round(batches * self._batch_seconds))
+
+    def submit(self, images: Sequence[bytes], deadline: float) -> list[Job]:
+        """Accept images, all or none.
+
+        Parameters
+        ----------
+        images : bytes of image files.
+        deadline : of ``time.monotonic()``; what has not begun by then is not computed.
+
+        Raises
+        ------
+        QueueFull
+            There is no room for all of them.
+        WorkerDied
+            Nothing can be computed at all.
+        """
+        jobs = [Job(data, deadline) for data in images]
+        with self._changed:
+            refusing = self.refusing()
+            if refusing:
+                raise WorkerDied(refusing)
+            if self.waiting + len(jobs) > self.queue_size:
+                raise QueueFull(self.retry_after())
+            self._queue.extend(jobs)
+            self._active.update(jobs)
+            self._changed.notify_all()
+        return jobs
+
+    def drop(self, jobs: Sequence[Job]) -> None:
+        """Nobody waits for these any more: their places are free, and what has begun is ended."""
+        with self._changed:
+            for job in jobs:
+                job.dropped = True
+            for queue in (self._queue, self._heavy, self._ready):
+                unwanted = [job for job in queue if job.dropped]
+                for job in unwanted:
+                    queue.remove(job)
+                    self._skip(job)
+            self._changed.notify_all()
+
+    # --- threads --------------------------------------------------------------------------------------------------
+
+    def _guarded(self, task: Callable[[int], None], number: int) -> None:
+        """Run a thread; if it ends before its time, nobody may wait for it in vain."""
+        try:
+            task(number)
+        except BaseException as error:
+            if not self._stopping:
+                self._dead = f"{task.__name__.strip('_')} failed: {type(error).__name__}: {error}"
+                log.error(self._dead, exc_info=error)
+        finally:
+            if not self._stopping:
+                self._dead = self._dead or f"{task.__name__.strip('_')} ended"
+                self._fail_all(self._dead)
+
+    def _fail_all(self, why: str) -> None:
+        with self._changed:
+            jobs = list(self._active)
+            self._active.clear()
+            for queue in (self._queue, self._heavy, self._ready):
+                queue.clear()
+        for job in jobs:
+            job.answer(WorkerDied(why))
+
+    def _finish(self, job: Job, found: Embedded | Exception) -> None:
+        with self._changed:
+            self._active.discard(job)
+        job.pixels, job.data = None, b""
+        job.answer(found)
+
+    def _decode(self, number: int) -> None:
+        heavy = number == self._workers
+        pool, queue = self._pools[number], self._heavy if heavy else self._queue
+        while not self._stopping:
+            self._prepare(number, queue)
+            with self._changed:
+                lacking = self._shortage[number]
+                if (lacking or not queue) and not self._stopping:
+                    self._changed.wait(_RETRY if lacking else None)
+                if lacking or not queue or self._stopping:
+                    continue
+                job = queue.popleft()
+                job.tries += 1
+                self._decoding += 1
+            try:
+                found = self._decode_one(pool, job, heavy)
+            finally:
+                with self._changed:
+                    self._decoding -= 1
+            if found is None:
+                with self._changed:
+                    job.data = b""
+                    job.ready_at = time.monotonic()
+                    self._ready.append(job)
+                    self._changed.notify_all()
+            elif isinstance(found, OutOfResources) and not heavy and job.tries <= self._workers:
+                # Another process may be able. If none is, every thread notes what it lacks, and then the image is
+                # refused: so /ready never calls a service able that has just refused one.
+                with self._changed:
+                    self._queue.appendleft(job)
+                    self._changed.notify_all()
+            elif not isinstance(found, TooHeavy):
+                self._finish(job, found)
+
+    def _prepare(self, number: int, queue: deque[Job]) -> None:
+        """Have a process ready; where that fails and no other thread has one, whoever waits is told."""
+        try:
+            self._pools[number].prepare()
+            lacking = ""
+        except (NoDecoder, OSError, MemoryError) as error:
+            lacking = error.what if isinstance(error, NoDecoder) else f"{type(error).__name__}: {error}"
+            if not self._shortage.get(number):
+                log.warning("short of resources: %s", lacking)
+        with self._changed:
+            self._shortage[number] = lacking
+            hopeless = bool(lacking) and (queue is self._heavy or bool(self._short()))
+            jobs = list(queue) if hopeless else []
+            if hopeless:
+                queue.clear()
+        for job in jobs:
+            self._finish(job, OutOfResources(lacking))
+
+    def _decode_one(self, pool: DecoderPool, job: Job, heavy: bool) -> Exception | None:
+        """Why there are no pixels, if there are none."""
+        if not job.wanted:
+            return TimeoutError()
+        heaviest = min(HEAVY_PIXELS, max(_LIGHT_PIXELS, _PIXELS_A_BYTE * len(job.data)))
+        try:
+            decoded = pool.decode(job.data, wanted=lambda: job.wanted, heaviest=np.inf if heavy else heaviest)
+        except TooHeavy as error:
+            with self._changed:
+                if len(self._heavy) >= HEAVY_QUEUE:
+                    return QueueFull(self.retry_after())
+                self._heavy.append(job)
+                self._changed.notify_all()
+            return error
+        except NoDecoder as error:
+            return OutOfResources(error.what)
+        except (OSError, MemoryError) as error:
+            return OutOfResources(f"{type(error).__name__}: {error}")
+        except Exception as error:  # noqa: BLE001 - a bug: the request that met it answers for it, and no other
+            return error
+        if self._stopping:
+            return WorkerDied("the service stops")
+        if decoded is None:
+            return TimeoutError()
+        job.pixels = decoded.pixels
+        return decoded.refusal
+
+    def _gather(self) -> list[Job]:
+        """The next batch: full, or all there is when nothing is about to join it."""
+        size = self.embedder.engine.batch_size
+        with self._changed:
+            while True:
+                if self._stopping:
+                    return []
+                while self._ready and not self._ready[0].wanted:
+                    self._skip(self._ready.popleft())
+                wait = self._patience() if self._ready else None
+                if len(self._ready) >= size or (wait is not None and wait <= 0):
+                    some = [self._ready.popleft() for _ in range(min(size, len(self._ready)))]
+                    return [job for job in some if job.wanted or self._skip(job)]
+                self._changed.wait(wait)
+
+    def _skip(self, job: Job) -> bool:
+        self._active.discard(job)
+        job.answer(TimeoutError())
+        return False
+
+    def _patience(self) -> float:
+        """Seconds for which the oldest image should wait for company."""
+        if not self._running and not self._queue and not self._decoding:
+            return 0.0
+        # Another batch is running, or images are being decoded: half a batch's time costs nobody much.
+        return self._ready[0].ready_at + self._batch_seconds / 2 - time.monotonic()
+
+    def _compute(self, number: int) -> None:
+        while not self._stopping:
+            jobs = self._gather()
+            if not jobs:
+                continue
+            started = time.monotonic()
+            self._on_batch([started - job.accepted_at for job in jobs])
+            self._running[number] = started
+            try:
+                found = self._embed(jobs)
+            finally:
+                del self._running[number]
+            took = time.monotonic() - started
+            self._batch_seconds += 0.2 * (took - self._batch_seconds)
+            for job, result in zip(jobs, found, strict=True):
+                self._finish(job, result)
+            with self._changed:
+                self._changed.notify_all()
+
+    def _embed(self, jobs: Sequence[Job]) -> list[Embedded | Exception]:
+        """The embeddings of a batch; where it fails, of each image by itself."""
+        images = [job.pixels for job in jobs if job.pixels is not None]
+        try:
+            layers = self.embedder.embed_pixels(images)
+        except Exception as error:  # noqa: BLE001 - whatever an engine raises, other images must not suffer
+            log.warning("a batch of %d failed (%s: %s); one by one now", len(jobs), type(error).__name__, error)
+            if len(jobs) > 1:
+                return [self._embed([job])[0] for job in jobs]
+            self.embedder.embed_pixels([self.known_good])  # if this fails too, it is not the image: the worker dies
+            return [ImageError("engine", f"the network fails on this image: {type(error).__name__}")]
+        rows = [tuple(layer[row] for layer in layers) for row in range(len(jobs))]
+        return [row if all(np.isfinite(part).all() for part in row) else _not_finite() for row in rows]
+
+
+def _not_finite() -> ImageError:
+    return ImageError("engine", "the network gives no finite numbers for this image")

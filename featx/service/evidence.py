@@ -1,0 +1,160 @@
+"""The store beside a model: the nearest labelled images as evidence, and small pictures of them."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featx.models.bundle import Bundle
+from featx.images.pool import DecoderPool, NoDecoder
+from featx.errors import MismatchError, UsageError
+from featx.images.pixels import Preprocess, encode
+from featx.store.manifest import check_same, read_manifest
+from featx.retrieval.neighbours import GalleryIndex
+from featx.service.guard import Refusal
+from featx.store.reader import is_packed, read_features
+
+SIDE = 160
+"""Pixels of a thumbnail's side: twice what the page shows, for fine screens."""
+
+_KEPT = 512
+
+
+class Evidence:
+    """The labelled images of a store, to be searched by embedding.
+
+    Parameters
+    ----------
+    store : whose embeddings are searched; it must be made as the bundle's was.
+    bundle : the model that is served.
+    images : the folder that ids are relative to; by default where the store says its images are.
+
+    Raises
+    ------
+    MismatchError
+        Store and bundle are of different networks, weights or preprocessing, or have no class in common.
+
+    Attributes
+    ----------
+    notes : sentences about classes that only one of the two has.
+    """
+
+    def __init__(self, store: Path, bundle: Bundle, images: Path | None = None) -> None:
+        layers = list(bundle.provenance["layers"])
+        # Of a head on several layers, the one that search is best on.
+        name = bundle.layer if bundle.layer in layers else "penultimate" if "penultimate" in layers else layers[-1]
+        self.layer = layers.index(name)
+        features = read_features(store, layer=name)
+        try:
+            check_same(features.provenance, bundle.provenance, store)
+        except MismatchError as error:
+            raise MismatchError(
+                f"store and model do not belong together: {error.what}",
+                where=store,
+                expected=str(error.expected),
+                found=str(error.found).replace("this run's", "the model's"),
+                hint="Serve the model with the store that it was fitted on, or fit it again.",
+            ) from error
+        rows = np.flatnonzero(features.labels >= 0)
+        if not len(rows):
+            raise UsageError("the store has no labelled image", where=store)
+        self.path = store
+        self.ids = features.ids[rows]
+        self.labels = [features.class_names[int(label)] for label in features.labels[rows]]
+        self.notes = _class_differences(store, set(self.labels), bundle.class_names)
+        self._digests = features.digests[rows]
+        self._index = GalleryIndex().fit(features.embeddings[rows])
+        self._folder = images or _said_folder(store)
+        if images is not None and not images.is_dir():
+            raise UsageError("no such folder of images", where=images)
+        self._kept: OrderedDict[int, bytes] = OrderedDict()
+        self._pool: DecoderPool | None = None
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether the images themselves can be found, for thumbnails."""
+        return self._folder is not None
+
+    def nearest(self, embeddings: NDArray[np.float32], k: int) -> list[list[dict[str, Any]]]:
+        """The ``k`` most similar images of each embedding (n, d): row, id, label and cosine, best first."""
+        scores, rows = self._index.search(embeddings, k)
+        return [
+            [
+                {"id": str(self.ids[row]), "label": self.labels[row], "score": float(score), "row": int(row)}
+                for score, row in zip(each_score, each_row, strict=True)
+            ]
+            for each_score, each_row in zip(scores, rows, strict=True)
+        ]
+
+    def thumbnail(self, row: int) -> bytes | None:
+        """A small JPEG of an image of the store; None where it is not there, or is another one by now."""
+        if self._folder is None or not 0 <= row < len(self.ids):
+            return None
+        with self._lock:
+            if row in self._kept:
+                self._kept.move_to_end(row)
+                return self._kept[row]
+            made = self._make(self._folder / str(self.ids[row]), self._digests[row].tobytes())
+            if made is not None:
+                self._kept[row] = made
+                if len(self._kept) > _KEPT:
+                    self._kept.popitem(last=False)
+            return made
+
+    def _make(self, path: Path, digest: bytes) -> bytes | None:
+        try:
+            return self._decode(path, digest)
+        except NoDecoder as error:
+            message = f"The system lacks what an image needs just now: {error.what}. Try again later."
+            raise Refusal(503, "resources", message, {"Retry-After": "1"}) from error
+
+    def _decode(self, path: Path, digest: bytes) -> bytes | None:
+        if self._pool is None:
+            half = (0.5, 0.5, 0.5)
+            small = Preprocess(resize=SIDE, crop=(SIDE, SIDE), interpolation="bicubic", mean=half, std=half)
+            self._pool = DecoderPool(small, workers=1)
+            self._pool.__enter__()
+        # Only the very bytes that were embedded: an id may not reach any other file.
+        (decoded,) = self._pool.run([path], lambda found: found != digest, ahead=1)
+        return None if decoded.pixels is None else encode(decoded.pixels, form="JPEG")
+
+    def close(self) -> None:
+        """End the decoding process."""
+        if self._pool is not None:
+            self._pool.__exit__(None, None, None)
+
+
+def _class_differences(store: Path, stored: set[str], known: tuple[str, ...]) -> list[str]:
+    strange, gone = sorted(stored - set(known)), [name for name in known if name not in stored]
+    if len(gone) == len(known):
+        raise MismatchError(
+            "store and model have no class in common",
+            where=store,
+            expected=_some(known),
+            found=_some(strange),
+            hint="Serve the model with the store that it was fitted on, or without --store.",
+        )
+    notes = [f"{store} has classes that the model can never answer: {_some(strange)}. Fit it again."] if strange else []
+    return [*notes, f"{store} has no images of classes that the model can answer: {_some(gone)}."] if gone else notes
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+def _said_folder(store: Path) -> Path | None:
+    if is_packed(store):
+        return None
+    said = Path(read_manifest(store).source)
+    folder = said.parent if said.is_file() else said
+    return folder if folder.is_dir() else None

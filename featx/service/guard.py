@@ -1,0 +1,264 @@
+"""What every request passes before the service sees it: who asks, how much is sent, and what is written down.
+
+Plain ASGI around the application, so that its answers carry what all answers carry, whatever goes wrong inside.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from featx.service.telemetry import Metrics, request_id
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+OPEN_PATHS = frozenset({"/", "/live", "/ready"})
+"""What needs no API key: the page holds no data, and probes hold no secrets."""
+
+PROBES = frozenset({"/live", "/ready", "/metrics"})
+"""What is answered whatever the load."""
+
+LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
+
+LINGER_SECONDS = 30.0
+"""How long a body may go on arriving after its request was refused; it is thrown away. A client that writes everything
+before it reads would otherwise see a broken pipe instead of the reason."""
+
+SHORT_LINGER_SECONDS = 1.0
+"""The same where the connection is to be closed."""
+
+_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+
+log = logging.getLogger("featx.service")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one client, and all of them together, may ask for.
+
+    Parameters
+    ----------
+    body : bytes of a request.
+    buffered : bytes of all requests' bodies at a time.
+    pixels : of an image.
+    images : of a request, and no more than the queue takes.
+    queue : images that wait.
+    deadline : seconds for a request, from its headers to its answer.
+    """
+
+    body: int = 10 * 2**20
+    buffered: int = 256 * 2**20
+    pixels: int = 50_000_000
+    images: int = 64
+    queue: int = 64
+    deadline: float = 10.0
+
+
+class Refusal(Exception):
+    """A request that is not answered with a result.
+
+    Parameters
+    ----------
+    status : of HTTP.
+    reason : a word for programs.
+    message : a sentence for people.
+    headers : to be sent along.
+    """
+
+    def __init__(self, status: int, reason: str, message: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status, self.reason, self.message = status, reason, message
+        self.headers = dict(headers or {})
+
+    def to_json(self) -> dict[str, Any]:
+        """The body of the answer."""
+        return {"error": {"reason": self.reason, "message": self.message}, "request_id": request_id.get()}
+
+
+class Guard:
+    """ASGI middleware.
+
+    Parameters
+    ----------
+    app : the application.
+    metrics : where requests are counted.
+    routes : paths that are counted by name; all others are "other".
+    limits : sizes.
+    api_key : what a client must show, or "" for none.
+    hosts : names that may be in the header Host, or None for any. For a service without a key on the loopback
+        address, this keeps web pages out that resolve their own name to it.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        metrics: Metrics,
+        routes: frozenset[str],
+        limits: Limits,
+        api_key: str = "",
+        hosts: frozenset[str] | None = None,
+    ) -> None:
+        self.app, self.metrics, self.routes, self.limits = app, metrics, routes, limits
+        self._key = api_key.encode()
+        self._hosts = hosts
+        self.in_flight = 0
+        self._buffered = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"")
+        own = given if _ID.fullmatch(given) else uuid.uuid4().hex.encode()
+        token = request_id.set(own.decode())
+        request = _Counted(self, receive, self.limits.body)
+        status, patience, seconds = 0, LINGER_SECONDS, 0.0
+
+        async def stamped(message: Message) -> None:
+            nonlocal status, patience, seconds
+            if message["type"] == "http.response.start":
+                status, seconds = message["status"], time.perf_counter() - started
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", own), *_SAFE]
+                if (b"connection", b"close") in message["headers"]:
+                    patience = SHORT_LINGER_SECONDS
+            elif not request.complete and not message.get("more_body"):
+                # The client is still sending: it must see the answer, not a connection that breaks under it.
+                await send({**message, "more_body": True})
+                await request.throw_away(patience)
+                message = {"type": "http.response.body", "body": b""}
+            await send(message)
+
+        self.in_flight += 1
+        self.metrics.in_flight.inc()
+        try:
+            refusal = self._check(scope, headers)
+            if refusal is None:
+                try:
+                    await self.app(scope, request.receive, stamped)
+                except Refusal as raised:
+                    refusal = raised
+                except Exception:  # outermost: the traceback is logged, and the client is told under which id
+                    log.exception("a bug")
+                    refusal = Refusal(500, "bug", "featx failed; the log has this request's id.")
+            if refusal is not None and not status:
+                self.metrics.rejected(refusal.status, refusal.reason)
+                await answer(refusal, stamped)
+        finally:
+            request.free()
+            self.in_flight -= 1
+            self.metrics.in_flight.dec()
+            self._note(scope, status, seconds or time.perf_counter() - started, request.size)
+            request_id.reset(token)
+
+    def _check(self, scope: Scope, headers: Mapping[bytes, bytes]) -> Refusal | None:
+        given = [value.decode("latin-1").lower() for name, value in scope["headers"] if name == b"host"] or [""]
+        if self._hosts is not None and not all(re.sub(r":\d+$", "", host) in self._hosts for host in given):
+            names = ", ".join(sorted(self._hosts))
+            message = f"This service answers to {names} only; give it an API key to reach it under other names."
+            return Refusal(403, "host", message)
+        if self._key and scope["path"] not in OPEN_PATHS:
+            shown = headers.get(b"x-api-key", b"")
+            kind, _, bearer = headers.get(b"authorization", b"").partition(b" ")
+            if kind.lower() == b"bearer":
+                shown = bearer.strip()
+            if not hmac.compare_digest(shown, self._key):
+                message = "An API key is needed: Authorization: Bearer KEY, or X-API-Key: KEY."
+                return Refusal(401, "api_key", message, {"WWW-Authenticate": "Bearer"})
+        length = headers.get(b"content-length", b"")
+        if length.isdigit() and int(length) > self.limits.body:
+            return self._too_large()
+        if self._buffered > self.limits.buffered and scope["path"] not in PROBES:
+            return self._too_many()
+        return None
+
+    def _too_many(self) -> Refusal:
+        return Refusal(429, "busy", "Too many uploads at once; try again.", {"Retry-After": "1"})
+
+    def _too_large(self) -> Refusal:
+        return Refusal(413, "body", f"The request is larger than {self.limits.body:,} bytes.")
+
+    def took(self, size: int) -> bool:
+        """Count bytes that a request now holds (or, below 0, no longer); whether all of them are not too many."""
+        self._buffered += size
+        return self._buffered <= self.limits.buffered
+
+    def _note(self, scope: Scope, status: int, seconds: float, size: int) -> None:
+        path = scope["path"]
+        route = path if path in self.routes else "/thumbnail" if path.startswith("/thumbnail/") else "other"
+        self.metrics.requests.labels(route, str(status)).inc()
+        self.metrics.seconds.labels(route).observe(seconds)
+        # A probe every second would drown the rest.
+        level = logging.DEBUG if path in PROBES else logging.INFO
+        extra = {
+            "method": scope["method"],
+            "path": path[:200],
+            "status": status,
+            "ms": round(1000 * seconds, 1),
+            "bytes": size,
+        }
+        log.log(level, "request" if status else "disconnected", extra=extra)
+
+
+_SAFE = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+]
+
+
+class _Counted:
+    """The body of one request, which ends with a Refusal where it gets too large."""
+
+    def __init__(self, guard: Guard, receive: Receive, limit: int) -> None:
+        self._guard, self._receive, self._limit = guard, receive, limit
+        self.size = 0
+        self._held = 0
+        self.complete = False
+
+    def free(self) -> None:
+        """Hold nothing any more."""
+        self._guard.took(-self._held)
+        self._held = 0
+
+    async def throw_away(self, seconds: float) -> None:
+        """Receive what is left, keeping nothing, for so long."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not self.complete:
+                    message = await self._receive()
+                    self.complete = message["type"] != "http.request" or not message.get("more_body", False)
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self.complete = message["type"] != "http.request" or not message.get("more_body", False)
+        if message["type"] == "http.request":
+            size = len(message.get("body", b""))
+            self.size += size
+            self._held += size
+            enough = self._guard.took(size)
+            if self.size > self._limit or not enough:
+                self.free()
+                raise self._guard._too_large() if self.size > self._limit else self._guard._too_many()
+        return message
+
+
+async def answer(refusal: Refusal, send: Send) -> None:
+    """Send a refusal, without an application."""
+    body = json.dumps(refusal.to_json()).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers += [(name.lower().encode(), value.encode()) for name, value in refusal.headers.items()]
+    await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,88 @@
+"""A FeatureSet as what other libraries take: plain arrays, a pandas frame, an AnnData. Pandas' and anndata's door."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featx.errors import UsageError
+
+if TYPE_CHECKING:
+    import anndata
+    import pandas
+
+    from featx.store.reader import FeatureSet
+
+
+def to_numpy(features: FeatureSet) -> dict[str, NDArray[Any]]:
+    """Plain arrays by name, which ``numpy.savez`` keeps and ``numpy.load`` reads without pickle."""
+    return {
+        "embeddings": features.embeddings,
+        "ids": features.ids,
+        "labels": features.labels,
+        "class_names": np.array(features.class_names, dtype=np.str_),
+        "splits": features.splits,
+        "digests": features.digests,
+    }
+
+
+def to_pandas(features: FeatureSet) -> pandas.DataFrame:
+    """One row an image, by id: label (categorical), split, digest (hex), and a float32 column for each dimension."""
+    try:
+        import pandas
+    except ModuleNotFoundError as error:
+        raise _missing("pandas") from error
+    frame = pandas.DataFrame(features.embeddings, index=_index(features), columns=_names(features), copy=True)
+    frame = pandas.concat([_about(features), frame], axis=1)
+    frame.attrs = {"layer": features.layer, "fingerprint": features.fingerprint}
+    return frame
+
+
+def to_anndata(features: FeatureSet) -> anndata.AnnData:
+    """``X`` the embeddings (n, d), ``obs`` label, split and digest by id, ``uns["featx"]`` how they were made."""
+    try:
+        import anndata
+        import pandas
+    except ModuleNotFoundError as error:
+        raise _missing("anndata") from error
+    told = {
+        "layer": features.layer,
+        "fingerprint": features.fingerprint,
+        "provenance": json.dumps(dict(features.provenance), sort_keys=True),  # as text: it nests, and has lists
+    }
+    return anndata.AnnData(
+        X=features.embeddings.copy(),
+        obs=_about(features),
+        var=pandas.DataFrame(index=pandas.Index(_names(features), dtype=object)),
+        uns={"featx": told},
+    )
+
+
+def _about(features: FeatureSet) -> pandas.DataFrame:
+    import pandas
+
+    return pandas.DataFrame(
+        {
+            "label": pandas.Categorical.from_codes(features.labels, categories=list(features.class_names)),
+            "split": features.splits.astype(object),
+            "digest": [row.tobytes().hex() for row in features.digests],
+        },
+        index=_index(features),
+    )
+
+
+def _index(features: FeatureSet) -> pandas.Index[str]:
+    import pandas
+
+    return pandas.Index(features.ids.astype(object), name="id")
+
+
+def _names(features: FeatureSet) -> list[str]:
+    return [f"e{number}" for number in range(features.embeddings.shape[1])]
+
+
+def _missing(package: str) -> UsageError:
+    return UsageError(f"{package} is not installed", hint="pip install 'featx[frames]'")

@@ -1,0 +1,365 @@
+"""The store of embeddings: the wall between pixels and arrays.
+
+Format, version 1
+-----------------
+A store is a folder. MUST, MAY and SHOULD are meant as in RFC 2119.
+
+``manifest.json``
+    The list of what is published. One JSON object, spelled as ``json.dumps(..., indent=2, sort_keys=True)`` spells it
+    and a newline (so ASCII), of at most 4 MiB, with these fields; a reader MUST refuse one that lacks any, and MAY find
+    more:
+    ``format`` ("featx-store"), ``format_version`` (int; a reader MUST refuse a greater one), ``provenance`` (object),
+    ``fingerprint`` (hex sha256 of the provenance fields of
+    :data:`featx.store.manifest.FINGERPRINTED`, and of those of ``FINGERPRINTED_IF_THERE`` that a store has), ``shards``
+    (list of ``{name, rows, sha256}``), ``in_flux`` (names of shard files that MAY or may not
+    exist and MUST NOT be read: about to appear, or to be deleted), ``class_names``, ``splits``, ``counts``,
+    ``source`` (what the index said when it was last written; readers MUST take names and labels from the index), and
+    ``checksum`` (hex sha256 of the canonical JSON of all other fields). ``quarantine`` MAY be there: hex sha256 sums
+    of which the file's is one, two of them while it is being replaced; without any, the file's sum is unknown.
+``shards/<nnnnn>-<sha8>.h5``
+    Immutable. Root datasets ``/embeddings/<layer>`` float32 (n, d), one for each layer of the provenance, finite, and
+    ``/digests`` uint8 (n, 32), the sha256 of the image file that the row is of. ``<sha8>`` is the beginning of the
+    file's sha256. A digest MUST NOT occur twice in a store. Chunks MUST be whole rows, and all of
+    them written; numbers MUST be little-endian, links hard ones; the only filter MAY be fletcher32. A reader MUST
+    compare the file with the manifest's sha256 before it returns rows.
+``index.h5``
+    What the images are called: ``/ids`` (fixed-length UTF-8, sorted, unique), ``/labels`` int64 (a row of
+    ``/class_names``, or -1), ``/split`` ("", train, val, test), ``/digests`` uint8 (n, 32), ``/sizes`` and
+    ``/mtimes_ns`` int64 (to recognise unchanged files: a hash of the file's times and inode, since featx 0.2; a
+    modification time before; -1 for what is to be read again), and ``/class_names``. It is
+    sealed: a 512-byte HDF5 user block holds the sha256 of the rest. Its attribute ``fingerprint`` MUST be the
+    manifest's, texts MUST NOT be longer than 4,096 bytes (a writer SHOULD refuse an id that would widen a large index:
+    :func:`featx.store.index.longest_id`). Every digest MUST be in a published shard. A store
+    without it has an extraction that did not finish.
+``quarantine.jsonl``
+    The images that were refused, one canonical JSON object a line: ``id, digest, reason, message, checksum``. A missing
+    file counts as an empty one. A writer MUST put the new sum into the manifest before it replaces the file.
+``.parts/<i>-of-<n>``
+    Parts of an extraction that is under way (:mod:`featx.extraction.parts`), each a store of the images of its part. Readers MUST
+    ignore them; whoever finishes the extraction takes over their shards and deletes them.
+``.lock``
+    Held (flock) by the one writer. Names starting with ``.tmp-`` are leftovers of dead writers, which the next one
+    deletes. Readers MUST ignore all names that start with a dot.
+
+A packed store is one sealed HDF5 file with the same columns (``/embeddings/<layer>``, ``/ids``, ``/labels``,
+``/split``, ``/digests``, ``/class_names``), one row an image, and the attributes ``format`` ("featx-packed"),
+``format_version``, ``provenance`` (JSON) and ``fingerprint``.
+
+Everything is published by writing a temporary file, fsync, verification, rename and fsync of the folder. Order: the
+manifest announces a shard as in flux; the shard appears; the manifest lists it; at the end the quarantine is announced
+and appears, then the index. So at every instant the index speaks of published rows only, and a shard that the manifest
+does not name is foreign.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featx.store import frames
+from featx.store import hdf5
+from featx._arrays import NEAR, SPLITS
+from featx._files import signature
+from featx.errors import StoreError, UsageError, did_you_mean, plural
+from featx.store.hdf5 import RESTORE
+from featx.store.index import NAME_COLUMNS, read_index, read_names
+from featx.store.manifest import check_version, damaged, fingerprint, manifest_bytes, read_manifest
+from featx.store.shards import SHARD_COLUMNS as SHARD_COLUMNS
+from featx.store.shards import ShardReader, dims_of, layers_of, read_rows
+from featx.store.shards import digest_keys as digest_keys
+from featx.store.shards import open_shard as open_shard
+from featx.store.shards import shard_path as shard_path
+
+if TYPE_CHECKING:
+    import anndata
+    import pandas
+
+PACKED_FORMAT = "featx-packed"
+T = TypeVar("T")
+
+_RETRIES = 20
+PACKED_COLUMNS = {**NAME_COLUMNS, "embeddings/*": "float32 matrix"}
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """Embeddings with all that they are worth knowing by, one row an image, sorted by id.
+
+    Parameters
+    ----------
+    embeddings : float32 (n, embedding_dim).
+    ids : str (n,).
+    labels : int64 (n,), rows of ``class_names``; -1 is unlabelled.
+    class_names : the names of the classes.
+    splits : str (n,): "train", "val", "test" or "".
+    digests : uint8 (n, 32), sha256 of the image files.
+    layer : the layer that the embeddings are of.
+    provenance : how they were made.
+    fingerprint : hash of what of the provenance changes the numbers.
+    """
+
+    embeddings: NDArray[np.float32]
+    ids: NDArray[np.str_]
+    labels: NDArray[np.int64]
+    class_names: tuple[str, ...]
+    splits: NDArray[np.str_]
+    digests: NDArray[np.uint8]
+    layer: str
+    provenance: Mapping[str, Any]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __repr__(self) -> str:
+        counted = f"{plural(len(self), 'image')} x {self.embeddings.shape[1]}"
+        return f"FeatureSet({counted}, {plural(len(self.class_names), 'class')}, layer {self.layer!r})"
+
+    @property
+    def copies(self) -> NDArray[np.intp]:
+        """Dense numbers (n,): equal for equal bytes."""
+        return np.unique(self.digests, axis=0, return_inverse=True)[1].reshape(-1)
+
+    @property
+    def near_copies(self) -> float | None:
+        """Cosine from which on two images count as copies; None where it tells nothing, as all look alike.
+
+        Random weights find every image like every other.
+        """
+        return None if self.provenance.get("weights") == "none" else NEAR
+
+    def to_numpy(self) -> dict[str, NDArray[Any]]:
+        """Plain arrays by name: embeddings, ids, labels, class_names, splits, digests."""
+        return frames.to_numpy(self)
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """A frame with the ids as its index: label, split, digest, and ``e0``, ``e1``, ... of the embedding.
+
+        Raises
+        ------
+        UsageError
+            pandas is not installed (the extra ``frames``).
+        """
+        return frames.to_pandas(self)
+
+    def to_anndata(self) -> anndata.AnnData:
+        """An AnnData with the embeddings as ``X`` and label, split and digest in ``obs``.
+
+        Raises
+        ------
+        UsageError
+            anndata is not installed (the extra ``frames``).
+        """
+        return frames.to_anndata(self)
+
+
+def is_packed(path: Path) -> bool:
+    """Whether ``path`` is a file (a packed store) and not a folder."""
+    return path.is_file()
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+def read_features(
+    path: str | Path,
+    *,
+    layer: str = "penultimate",
+    splits: Sequence[str] | None = None,
+    max_images: int | None = None,
+    random_state: int = 0,
+) -> FeatureSet:
+    """Read the embeddings of a store (or of a packed store) with their ids, labels and provenance.
+
+    Every shard is compared with its checksum first, so altered numbers are never returned.
+
+    Parameters
+    ----------
+    layer : which layer's embeddings.
+    splits : only the images of these splits.
+    max_images : at most so many, drawn by ``random_state`` with the shares that classes and splits have; a class has
+        one at least. Only the shards that they lie in are read.
+
+    Raises
+    ------
+    StoreError
+        No store there, or it is damaged, foreign, unfinished, or of a newer version.
+    UsageError
+        The store has no such layer, or there is no such split.
+    """
+    if splits is not None and (isinstance(splits, str) or not set(splits) <= set(SPLITS)):
+        raise UsageError("no such split", where="splits", expected="a list of train, val, test", found=splits)
+    return steady(Path(path), lambda: _read_features(FeatureReader(path), layer, splits, max_images, random_state))
+
+
+def steady(store: Path, read: Callable[[], T]) -> T:
+    """Read again where a writer published, or a prune replaced shards, between two steps of the reading."""
+    for _ in range(_RETRIES):
+        before = _state(store)
+        try:
+            return read()
+        except StoreError:
+            if _state(store) == before:
+                raise  # nothing moved: it is what the error says
+    raise StoreError("changes faster than it can be read", where=store, hint="Read it when the writer is done.")
+
+
+def source_of(path: Path) -> str:
+    """The folder or manifest that a store was made from; "" for a packed store, which does not keep it."""
+    return "" if path.is_file() else read_manifest(path).source
+
+
+def _state(store: Path) -> bytes:
+    return b"" if store.is_file() else manifest_bytes(store)
+
+
+def _read_features(
+    reader: FeatureReader, layer: str, splits: Sequence[str] | None, max_images: int | None, random_state: int
+) -> FeatureSet:
+    index = reader.index
+    wanted = np.ones(len(index), bool) if splits is None else np.isin(index.split, list(splits))
+    rows = np.flatnonzero(wanted)
+    if max_images is not None and max_images < len(rows):
+        rows = rows[
+            draw_rows(index.labels[rows], [index.split[row] for row in rows.tolist()], max_images, random_state)
+        ]
+    return FeatureSet(
+        embeddings=reader.read(rows, layer=layer),
+        ids=np.array([index.ids[row] for row in rows.tolist()], dtype=np.str_),
+        labels=index.labels[rows],
+        class_names=index.class_names,
+        splits=np.array([index.split[row] for row in rows.tolist()], dtype=np.str_),
+        digests=index.digests[rows],
+        layer=layer,
+        provenance=reader.provenance,
+        fingerprint=fingerprint(reader.provenance),
+    )
+
+
+def draw_rows(labels: NDArray[np.int64], splits: Sequence[str], n: int, random_state: int) -> NDArray[np.int64]:
+    """About ``n`` rows, ascending, drawn at random from every class in every split in proportion, one at least."""
+    if n < 1:
+        raise UsageError("must be 1 or more", where="max_images", found=n)
+    codes = {name: code for code, name in enumerate(("", *SPLITS))}
+    key = labels * len(codes) + np.fromiter((codes[name] for name in splits), np.int64, len(splits))
+    groups = np.unique(key, return_inverse=True)[1].reshape(-1)
+    # By a random order in which each row stands at its quantile in its group: the first n are in proportion.
+    order = np.random.default_rng(random_state).permutation(len(groups))
+    order = order[np.argsort(groups[order], kind="stable")]
+    sizes = np.bincount(groups)
+    place = np.arange(len(groups)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    quantile = np.where(place == 0, 0.0, (place + 0.5) / np.repeat(sizes, sizes))
+    kept = np.argsort(quantile, kind="stable")[: max(n, len(sizes))]
+    return np.sort(order[kept])
+
+
+def stored_precision(path: Path) -> str | None:
+    """The precision that a store was made with, or None where there is no store yet."""
+    if not (path / "manifest.json").is_file():
+        return None
+    precision = read_manifest(path).provenance.get("precision")
+    return precision if isinstance(precision, str) else None
+
+
+def iter_features(
+    path: str | Path, *, layer: str = "penultimate", block_rows: int = 4096
+) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+    """Stream embeddings in the order of the index, for stores larger than memory.
+
+    Yields
+    ------
+    The slice of index rows, and their embeddings, float32 (at most ``block_rows``, d).
+    """
+    reader = FeatureReader(path)
+    for start in range(0, len(reader.index), block_rows):
+        stop = min(start + block_rows, len(reader.index))
+        yield slice(start, stop), reader.read(np.arange(start, stop), layer=layer)
+
+
+class FeatureReader:
+    """Random access to the rows of a store or a packed store, by their place in the index.
+
+    No file stays open between calls, so a reader may be used after a fork and sent to other processes.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._shards: ShardReader | None = None
+        if self.path.is_file():
+            self._open_packed()
+        else:
+            steady(self.path, self._open_store)
+
+    def _open_packed(self) -> None:
+        self._state = signature(self.path)
+        self._seal = hdf5.check_seal(self.path)
+        said = hdf5.read_attributes(self.path, ("format", "format_version", "provenance", "fingerprint"))
+        if said["format"] != PACKED_FORMAT:
+            raise damaged(self.path, f"its format is not {PACKED_FORMAT!r}")
+        try:
+            version, provenance = json.loads(said["format_version"]), json.loads(said["provenance"])
+            check_version(self.path, version)
+            if not isinstance(provenance, dict) or said["fingerprint"] != fingerprint(provenance):
+                raise damaged(self.path, "the fingerprint does not belong to the provenance")
+        except (ValueError, RecursionError) as error:
+            raise damaged(self.path, "its attributes are not JSON") from error
+        with hdf5.open_checked(self.path, PACKED_COLUMNS) as file:
+            layers = provenance.get("layers")
+            if not isinstance(layers, list) or sorted(map(str, layers)) != sorted(layers_of(file)):
+                raise damaged(self.path, "its layers are not those of the provenance")
+            unknown = np.full(file.rows, -1, dtype=np.int64)
+            self.index = read_names(file, sizes=unknown, stamps=unknown)
+        self.provenance: Mapping[str, Any] = provenance
+
+    def _open_store(self) -> None:
+        manifest = read_manifest(self.path)
+        self.index = read_index(self.path, manifest)
+        self.provenance = manifest.provenance
+        self._shards = ShardReader(self.path, manifest)
+        self._rows = self._shards.find(self.index.digests)
+        self._shards.forget_contents()
+        lost = np.flatnonzero(self._rows < 0)
+        if len(lost):
+            self._shards.check_sums()
+            missing = self.index.ids[int(lost[0])]
+            raise StoreError(
+                "the index names an image that no shard has", where=self.path / "index.h5", found=missing, hint=RESTORE
+            )
+
+    @contextmanager
+    def _packed(self) -> Iterator[hdf5.CheckedFile]:
+        if signature(self.path) != self._state and hdf5.check_seal(self.path) != self._seal:
+            raise StoreError("the file was replaced while it was read", where=self.path, hint="Open it again.")
+        with hdf5.open_checked(self.path, PACKED_COLUMNS) as file:
+            yield file
+
+    def read(self, rows: NDArray[np.integer[Any]], *, layer: str = "penultimate") -> NDArray[np.float32]:
+        """Embeddings of index rows, float32 (len(rows), d), in the order asked for."""
+        layers = self.provenance["layers"]
+        if layer not in layers:
+            raise UsageError(
+                f"no layer {layer!r} in this store",
+                where=self.path,
+                found=", ".join(layers),
+                hint=did_you_mean(layer, layers),
+            )
+        if self._shards is not None:
+            return self._shards.read(self._rows[rows], layer=layer)
+        with self._packed() as file:
+            out = np.empty((len(rows), dims_of(file, layer)), np.float32)
+            read_rows(file, layer, np.asarray(rows, np.int64), out)
+        return out
+
+    def dims(self, layer: str) -> int:
+        """Length of a layer's embeddings; 0 for a store that has none yet."""
+        if self._shards is not None:
+            return self._shards.dims(layer)
+        with self._packed() as file:
+            return dims_of(file, layer)

@@ -1,0 +1,218 @@
+"""Rows of a store's shards, found by the content that they are of. The format is in :mod:`featx.store.reader`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featx.store import hdf5
+from featx._files import sha256_file, signature
+from featx.errors import StoreError
+from featx.store.hdf5 import RESTORE
+from featx.store.manifest import Manifest, Shard
+
+SHARD_COLUMNS = {"embeddings/*": "float32 matrix", "digests": "uint8 matrix"}
+
+WINDOW_BYTES = 2**22
+"""What is read at a time: the memory that a reader needs beside the answer."""
+
+
+def shard_path(store: Path, shard: Shard) -> Path:
+    return store / "shards" / shard.name
+
+
+@contextmanager
+def open_shard(store: Path, shard: Shard, layers: Sequence[str], *, hashed: bool = False) -> Iterator[hdf5.CheckedFile]:
+    """Open a published shard after comparing it with the manifest (its bytes too, unless ``hashed`` already)."""
+    path = shard_path(store, shard)
+    if not path.is_file():
+        raise StoreError("the shard is missing", where=path, hint=RESTORE)
+    try:
+        found = shard.sha256 if hashed else sha256_file(path)
+    except OSError as error:
+        raise StoreError(f"cannot be read ({error.strerror})", where=path) from error
+    if found != shard.sha256:
+        raise StoreError("the shard was altered: its sha256 does not match", where=path, hint=RESTORE)
+    with hdf5.open_checked(path, SHARD_COLUMNS) as file:
+        if file.rows != shard.rows or set(layers_of(file)) != set(layers):
+            raise StoreError("the shard is not what the manifest says", where=path, hint=RESTORE)
+        if file.columns["digests"].shape[1] != 32:
+            raise StoreError("digests are not 32 bytes", where=path)
+        yield file
+
+
+def layers_of(file: hdf5.CheckedFile) -> list[str]:
+    """The layers that a shard or a packed store has."""
+    return [name.removeprefix("embeddings/") for name in file.columns if name.startswith("embeddings/")]
+
+
+def dims_of(file: hdf5.CheckedFile, layer: str) -> int:
+    """Length of a layer's embeddings."""
+    return int(file.columns[f"embeddings/{layer}"].shape[1])
+
+
+def digest_keys(digests: NDArray[np.uint8]) -> NDArray[np.bytes_]:
+    """Digests (n, 32) as one sortable value each."""
+    return np.ascontiguousarray(digests).view("S32").reshape(-1)
+
+
+def _prefixes(digests: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    """The first eight bytes of digests (n, 32), as numbers."""
+    return np.ascontiguousarray(digests[:, :8]).view(np.uint64).reshape(-1)
+
+
+def read_rows(file: hdf5.CheckedFile, layer: str, rows: NDArray[np.int64], out: NDArray[np.float32]) -> None:
+    """Embeddings of some rows of one file, in the order asked for, into ``out`` (len(rows), d)."""
+    order = np.argsort(rows, kind="stable")
+    ascending = rows[order]
+    window = max(1, WINDOW_BYTES // max(4 * out.shape[1], 1))
+    start = 0
+    while start < len(rows):
+        # One contiguous read, then a gather: HDF5's own fancy indexing is far slower.
+        low = int(ascending[start])
+        stop = int(np.searchsorted(ascending, low + window))
+        block = file.read(f"embeddings/{layer}", low, int(ascending[stop - 1]) + 1)
+        out[order[start:stop]] = block[ascending[start:stop] - low]
+        start = stop
+
+
+class Contents:
+    """A set of digests that grows, in 32 bytes each; asking is thread-safe.
+
+    Sorted blocks, each more than twice as long as the next: adding n in small parts moves every digest about log n
+    times, where one sorted array would be written anew each time.
+    """
+
+    def __init__(self, digests: NDArray[np.uint8]) -> None:
+        self._blocks = [np.sort(digest_keys(digests))]
+
+    def add(self, digests: NDArray[np.uint8]) -> None:
+        """Add digests (n, 32)."""
+        blocks = [*self._blocks, np.sort(digest_keys(digests))]
+        while len(blocks) > 1 and len(blocks[-2]) <= 2 * len(blocks[-1]):
+            blocks[-2:] = [np.sort(np.concatenate(blocks[-2:]), kind="stable")]
+        self._blocks = blocks  # at once: another thread may be asking
+
+    def has(self, digests: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        """Which of these (n, 32) are in it."""
+        keys = digest_keys(digests)
+        found = np.zeros(len(keys), bool)
+        for block in self._blocks:
+            at = np.searchsorted(block, keys)
+            inside = np.flatnonzero(at < len(block))
+            found[inside] |= block[at[inside]] == keys[inside]
+        return found
+
+    def __contains__(self, digest: bytes) -> bool:
+        # As an array of one: a numpy scalar would lose the zero bytes that a digest may end in.
+        return bool(self.has(np.frombuffer(digest, np.uint8).reshape(1, 32))[0])
+
+
+class ShardReader:
+    """Random access to the published rows of a store.
+
+    Opening it reads the digests, and no embedding: a shard is compared with its sha256 when rows of it are first read,
+    so that a few rows of a large store cost no more than the shards that they lie in. No file stays open between
+    calls, so a reader may be used after a fork and sent to other processes.
+
+    Raises
+    ------
+    StoreError
+        A shard is missing, damaged or not what the manifest says, or two have a row of the same content.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path, self.layers, self._shards = path, manifest.layers, manifest.shards
+        self._verified: dict[Path, tuple[int, ...]] = {}
+        self._contents: dict[Path, bytes] = {}
+        rows = sum(shard.rows for shard in manifest.shards)
+        digests = np.empty((rows, 32), np.uint8)
+        widths, at = set(), 0
+        for shard in manifest.shards:
+            place = shard_path(path, shard)
+            try:
+                with open_shard(path, shard, self.layers, hashed=True) as file:
+                    digests[at : at + shard.rows] = file.read("digests")
+                    self._contents[place] = hashlib.sha256(digests[at : at + shard.rows].tobytes()).digest()
+                    widths.add(tuple(dims_of(file, layer) for layer in self.layers))
+            except StoreError:
+                self.check_sums()
+                raise
+            if len(widths) > 1:
+                self.check_sums()
+                raise StoreError("its embeddings have another length", where=place, hint=RESTORE)
+            at += shard.rows
+        # Sorted by the first eight bytes, as numbers: ten times faster than by all 32, as text.
+        prefixes = _prefixes(digests)
+        self._order = np.argsort(prefixes, kind="stable")
+        self._prefixes, self._digests = prefixes[self._order], digests
+        tied = bool((self._prefixes[1:] == self._prefixes[:-1]).any())
+        if tied and len(np.unique(digest_keys(digests))) < rows:
+            self.check_sums()
+            raise StoreError("two shards have an embedding of the same image", where=path, hint=RESTORE)
+        self._starts = np.cumsum([0, *(shard.rows for shard in manifest.shards)])
+        self._dims = dict(zip(self.layers, widths.pop() if widths else [0] * len(self.layers), strict=True))
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def find(self, digests: NDArray[np.uint8]) -> NDArray[np.int64]:
+        """Rows (n,) of these contents (n, 32), counted over all shards; -1 where there is none."""
+        wanted = _prefixes(digests)
+        at = np.searchsorted(self._prefixes, wanted)
+        rows = np.full(len(wanted), -1, np.int64)
+        asked = np.arange(len(wanted))
+        while len(asked):  # once, but for contents that share their first eight bytes
+            asked = asked[at[asked] < len(self._prefixes)]
+            asked = asked[self._prefixes[at[asked]] == wanted[asked]]
+            candidates = self._order[at[asked]]
+            same = digest_keys(self._digests[candidates]) == digest_keys(digests[asked])
+            rows[asked[same]] = candidates[same]
+            asked = asked[~same]
+            at[asked] += 1
+        return rows
+
+    def check_sums(self) -> None:
+        """Compare all shards with their sha256: whoever finds them at odds wants to know which one was altered."""
+        for shard in self._shards:
+            with open_shard(self.path, shard, self.layers):
+                pass
+
+    def forget_contents(self) -> None:
+        """Give back the memory that :meth:`find` needs, which nobody will ask any more."""
+        del self._prefixes, self._digests, self._order
+
+    def read(self, rows: NDArray[np.int64], *, layer: str) -> NDArray[np.float32]:
+        """Embeddings of rows as :meth:`find` counts them, float32 (len(rows), d), in the order asked for."""
+        out = np.empty((len(rows), self.dims(layer)), np.float32)
+        # Sorted once, for all shards: looking through the rows for each shard anew would be quadratic.
+        order = np.argsort(rows, kind="stable")
+        bounds = np.searchsorted(rows[order], self._starts)
+        for number in np.flatnonzero(bounds[1:] > bounds[:-1]).tolist():
+            here = order[bounds[number] : bounds[number + 1]]
+            block = np.empty((len(here), out.shape[1]), np.float32)
+            with self._open(self._shards[number]) as file:
+                read_rows(file, layer, rows[here] - self._starts[number], block)
+            out[here] = block
+        return out
+
+    def dims(self, layer: str) -> int:
+        """Length of a layer's embeddings; 0 for a store that has none yet."""
+        return self._dims[layer]
+
+    @contextmanager
+    def _open(self, shard: Shard) -> Iterator[hdf5.CheckedFile]:
+        path = shard_path(self.path, shard)
+        state = signature(path)
+        hashed = bool(state) and self._verified.get(path) == state
+        with open_shard(self.path, shard, self.layers, hashed=hashed) as file:
+            # The file is what was published; was it so when the rows were numbered?
+            if not hashed and self._contents[path] != hashlib.sha256(file.read("digests").tobytes()).digest():
+                raise StoreError("the shard was replaced while it was read", where=path, hint="Read it again.")
+            self._verified[path] = state
+            yield file

@@ -1,0 +1,196 @@
+"""A store's embeddings as one table for other programs: Parquet, CSV or npz, a block of rows at a time.
+
+Every form has the same rows, one an image, in the order of the ids: ``id``, ``label`` (the class name; null or empty
+where there is none), ``split``, ``digest`` (hex sha256 of the image file) and the embedding. Memory holds the index and
+one block, however large the store is.
+
+Parquet has the embedding as a fixed-size list of float32, which Arrow, DuckDB, Polars, LanceDB and pandas read, and
+how it was made in the schema's metadata (``featx``). CSV has a column for each dimension, with the nine digits that
+give every float32 back. An .npz has the arrays of :meth:`featx.store.reader.FeatureSet.to_numpy`.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featx._files import publish
+from featx.errors import StoreError, UsageError
+from featx.store.manifest import fingerprint
+from featx.images.origin import not_installed
+from featx.store.reader import FeatureReader
+
+if TYPE_CHECKING:
+    import pyarrow
+
+FORMATS = ("parquet", "csv", "npz")
+BLOCK_ROWS = 4096
+
+Progress = Callable[[int, int], None]
+Block = tuple[slice, NDArray[np.float32]]
+
+
+def export_table(
+    store: str | Path,
+    out: str | Path,
+    *,
+    form: str | None = None,
+    layer: str = "penultimate",
+    progress: Progress | None = None,
+) -> int:
+    """Write the embeddings of one layer as a table that appears whole or not at all.
+
+    Parameters
+    ----------
+    store : a store or a packed store.
+    out : the file to make.
+    form : of :data:`FORMATS`; by default what the file's suffix says.
+    progress : called as ``progress(rows, all_rows)``.
+
+    Returns
+    -------
+    The number of rows.
+
+    Raises
+    ------
+    UsageError
+        An unknown format or layer, or a package is missing.
+    StoreError
+        The store is damaged, or ``out`` exists.
+    """
+    out = Path(out)
+    form = form or out.suffix.removeprefix(".").lower()
+    if form not in FORMATS:
+        raise UsageError(
+            "no such format", where=out, expected=", ".join(FORMATS), found=form or "no suffix", hint="Say --format."
+        )
+    if out.exists():
+        raise StoreError("there is a file of this name already", where=out, hint="Delete it, or choose another name.")
+    if not out.parent.is_dir():
+        raise StoreError("no such folder", where=out.parent)
+    reader = FeatureReader(store)
+    if out.resolve().is_relative_to(Path(store).resolve()):
+        raise StoreError("the file would lie inside the store", where=out, hint="Choose a place beside it, not in it.")
+    table = _Rows(reader, layer, progress)
+    write = {"parquet": _parquet, "csv": _csv, "npz": _npz}[form]
+    publish(out, lambda temp: write(table, temp))
+    return len(reader.index)
+
+
+class _Rows:
+    """What is written, a block at a time."""
+
+    def __init__(self, reader: FeatureReader, layer: str, progress: Progress | None) -> None:
+        self.reader, self.layer, self._progress = reader, layer, progress
+        self.index, self.rows = reader.index, len(reader.index)
+        self.dims = int(reader.read(np.arange(0), layer=layer).shape[1])
+
+    def blocks(self) -> Iterator[Block]:
+        for start in range(0, self.rows, BLOCK_ROWS):
+            rows = slice(start, min(start + BLOCK_ROWS, self.rows))
+            yield rows, self.reader.read(np.arange(rows.start, rows.stop), layer=self.layer)
+            if self._progress is not None:
+                self._progress(rows.stop, self.rows)
+
+    def labels(self, rows: slice) -> list[str | None]:
+        names = self.index.class_names
+        return [names[label] if label >= 0 else None for label in self.index.labels[rows].tolist()]
+
+    def digests(self, rows: slice) -> list[str]:
+        return [row.tobytes().hex() for row in self.index.digests[rows]]
+
+    def told(self) -> str:
+        provenance = dict(self.reader.provenance)
+        made = {"layer": self.layer, "fingerprint": fingerprint(provenance), "provenance": provenance}
+        return json.dumps({**made, "class_names": list(self.index.class_names)}, sort_keys=True)
+
+
+def schema(dims: int, told: str = "{}") -> pyarrow.Schema:
+    """The columns of the Parquet file, for embeddings of length ``dims``."""
+    try:
+        import pyarrow
+    except ModuleNotFoundError as error:
+        raise not_installed("pyarrow", "parquet", "writing Parquet") from error
+    text = pyarrow.string()
+    return pyarrow.schema(
+        [
+            pyarrow.field("id", text, nullable=False),
+            pyarrow.field("label", text),
+            pyarrow.field("split", text, nullable=False),
+            pyarrow.field("digest", text, nullable=False),
+            pyarrow.field("embedding", pyarrow.list_(pyarrow.float32(), dims), nullable=False),
+        ],
+        metadata={"featx": told},
+    )
+
+
+def record_batches(store: str | Path, *, layer: str = "penultimate") -> Iterator[pyarrow.RecordBatch]:
+    """The rows of the Parquet file as Arrow record batches, for databases that take a stream of them."""
+    table = _Rows(FeatureReader(store), layer, None)
+    yield from _batches(table, schema(table.dims, table.told()))
+
+
+def _batches(table: _Rows, columns: pyarrow.Schema) -> Iterator[pyarrow.RecordBatch]:
+    import pyarrow
+
+    for rows, block in table.blocks():
+        flat = pyarrow.array(np.ascontiguousarray(block).reshape(-1))
+        about = [list(table.index.ids[rows]), table.labels(rows), list(table.index.split[rows]), table.digests(rows)]
+        arrays = [pyarrow.array(values, pyarrow.string()) for values in about]
+        arrays.append(pyarrow.FixedSizeListArray.from_arrays(flat, table.dims))
+        yield pyarrow.RecordBatch.from_arrays(arrays, schema=columns)
+
+
+def _parquet(table: _Rows, path: Path) -> None:
+    columns = schema(table.dims, table.told())
+    from pyarrow import parquet
+
+    # Embeddings are noise to a compressor, and no value of theirs occurs twice.
+    small = ["id", "label", "split", "digest"]
+    compression = {**dict.fromkeys(small, "zstd"), "embedding.list.element": "none"}
+    with parquet.ParquetWriter(path, columns, compression=compression, use_dictionary=["label", "split"]) as writer:
+        for batch in _batches(table, columns):
+            writer.write_batch(batch)
+
+
+def _csv(table: _Rows, path: Path) -> None:
+    numbers = ",".join(["%.9g"] * table.dims)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        names = csv.writer(file, lineterminator="")
+        names.writerow(["id", "label", "split", "digest", *(f"e{number}" for number in range(table.dims))])
+        file.write("\n")
+        for rows, block in table.blocks():
+            about = zip(
+                table.index.ids[rows], table.labels(rows), table.index.split[rows], table.digests(rows), strict=True
+            )
+            for said, row in zip(about, block, strict=True):
+                names.writerow(said)
+                file.write("," + numbers % tuple(row.tolist()) + "\n")
+
+
+def _npz(table: _Rows, path: Path) -> None:
+    index = table.index
+    small: dict[str, NDArray[Any]] = {
+        "ids": np.array(index.ids, dtype=np.str_),
+        "labels": index.labels,
+        "class_names": np.array(index.class_names, dtype=np.str_),
+        "splits": np.array(index.split, dtype=np.str_),
+        "digests": index.digests,
+        "featx": np.array(table.told()),
+    }
+    with zipfile.ZipFile(path, "w", allowZip64=True) as archive:
+        for name, array in small.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, np.asarray(array), allow_pickle=False)
+        with archive.open("embeddings.npy", "w", force_zip64=True) as file:
+            about = {"descr": "<f4", "fortran_order": False, "shape": (table.rows, table.dims)}
+            np.lib.format.write_array_header_2_0(file, about)
+            for _, block in table.blocks():
+                file.write(np.ascontiguousarray(block, dtype="<f4").tobytes())

@@ -1,0 +1,257 @@
+"""What one does with a finished store: look at it, verify it, pack it into one file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featx.store import hdf5
+from featx._files import canonical_json, publish
+from featx.errors import StoreError, UsageError, plural
+from featx.store.hdf5 import RESTORE
+from featx.store.index import Index, name_columns, read_index, read_quarantine
+from featx.store.manifest import FORMAT_VERSION, Manifest, Shard, fingerprint, manifest_bytes, read_manifest
+from featx.store.reader import PACKED_FORMAT, FeatureReader, digest_keys, open_shard, steady
+
+_BLOCK_ROWS = 1024
+_RETRIES = 20
+
+
+def info(path: str | Path) -> dict[str, Any]:
+    """What a store (or packed store) holds, as plain JSON types. Embeddings are not read."""
+    path = Path(path)
+    if path.is_file():
+        reader = FeatureReader(path)
+        index, provenance, shards, quarantined = reader.index, reader.provenance, 1, 0
+        dims = {layer: reader.dims(layer) for layer in provenance["layers"]}
+    else:
+        manifest, index, dims, quarantined = steady(path, lambda: _facts(path))
+        provenance, shards = manifest.provenance, len(manifest.shards)
+    return {
+        "rows": len(index),
+        "images": len(index),
+        "embedding_dim": dims.get(provenance["layers"][0], 0),
+        "layers": dims,
+        "views": provenance.get("views", ""),
+        "backbone": provenance.get("backbone", ""),
+        "fingerprint": fingerprint(provenance),
+        "classes": _class_counts(index),
+        "unlabelled": int((index.labels < 0).sum()),
+        "splits": index.counts(index.split),
+        "shards": shards,
+        "quarantined": quarantined,
+        "provenance": dict(provenance),
+    }
+
+
+def _facts(path: Path) -> tuple[Manifest, Index, dict[str, int], int]:
+    """Manifest, index, length of each layer's embeddings, and how many images were refused."""
+    manifest = read_manifest(path)
+    index, refused = read_index(path, manifest), read_quarantine(path, manifest)
+    dims = dict.fromkeys(manifest.layers, 0)
+    if manifest.shards:
+        with open_shard(path, manifest.shards[0], manifest.layers, hashed=True) as file:
+            dims = {layer: int(file.columns[f"embeddings/{layer}"].shape[1]) for layer in manifest.layers}
+    return manifest, index, dims, len(refused)
+
+
+def _class_counts(index: Index) -> dict[str, int]:
+    counts = np.bincount(index.labels[index.labels >= 0], minlength=len(index.class_names)).tolist()
+    return {name: count for name, count in sorted(zip(index.class_names, counts, strict=True)) if count}
+
+
+def verify(
+    path: str | Path,
+    *,
+    sample: int | None = None,
+    random_state: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """Check every byte of a store against its checksums, and its parts against each other.
+
+    Parameters
+    ----------
+    sample : look into so many shards only, drawn by ``random_state``; manifest, index, quarantine and the names of
+        files are always checked. Whether each image has its embedding is then not.
+    progress : called as ``progress(shards done, shards to look into)``.
+
+    Returns
+    -------
+    One sentence for each problem, naming the file; an empty list for a sound store.
+
+    Raises
+    ------
+    StoreError
+        There is nothing of this name.
+    """
+    path = Path(path)
+    if not path.exists():
+        read_manifest(path)  # says that there is no store
+    if sample is not None and sample < 1:
+        raise UsageError("must be 1 or more", where="sample", found=sample)
+    if path.is_file():
+        if sample is not None:
+            raise UsageError("a packed store is checked whole", where=path, hint="Leave --sample out.")
+        return _problems(lambda: _verify_packed(path))
+    for _ in range(_RETRIES):
+        try:
+            before = manifest_bytes(path)
+            manifest = read_manifest(path)
+            drawn = _drawn(manifest, sample, random_state)
+            problems = _verify_store(path, manifest, drawn, progress)
+            if not problems or manifest_bytes(path) == before:
+                break  # else a writer was at work, and what looked wrong may have been its doing
+        except StoreError as error:
+            return [str(error)]
+    return problems
+
+
+def _problems(check: Callable[[], object]) -> list[str]:
+    try:
+        check()
+    except StoreError as error:
+        return [str(error)]
+    return []
+
+
+def _verify_packed(path: Path) -> None:
+    reader = FeatureReader(path)
+    for start in range(0, len(reader.index), _BLOCK_ROWS):
+        for layer in reader.provenance["layers"]:
+            reader.read(np.arange(start, min(start + _BLOCK_ROWS, len(reader.index))), layer=layer)
+
+
+def _drawn(manifest: Manifest, sample: int | None, random_state: int) -> tuple[Shard, ...]:
+    if sample is None or sample >= len(manifest.shards):
+        return manifest.shards
+    drawn = np.random.default_rng(random_state).choice(len(manifest.shards), sample, replace=False)
+    return tuple(manifest.shards[number] for number in np.sort(drawn).tolist())
+
+
+def _verify_store(
+    path: Path, manifest: Manifest, shards: Sequence[Shard], progress: Callable[[int, int], None] | None
+) -> list[str]:
+    problems: list[str] = []
+    seen: list[tuple[NDArray[np.bytes_], tuple[int, ...]]] = []
+    for done, shard in enumerate(shards, 1):
+        problems += _problems(lambda shard=shard: seen.append(_verify_shard(path, shard, manifest)))  # type: ignore[misc]
+        if progress is not None:
+            progress(done, len(shards))
+    known = np.concatenate([np.empty(0, "S32"), *(keys for keys, _ in seen)])
+    if len(np.unique(known)) != len(known):
+        problems.append(f"{path / 'manifest.json'}: it lists two shards with embeddings of the same image.")
+    if len({widths for _, widths in seen}) > 1:
+        problems.append(f"{path / 'shards'}: embeddings of different length.")
+    problems += _foreign_files(path, manifest)
+    complete = len(seen) == len(manifest.shards)
+    problems += _problems(lambda: _verify_index(path, manifest, known if complete else None))
+    return problems + _problems(lambda: read_quarantine(path, manifest))
+
+
+def _verify_shard(path: Path, shard: Shard, manifest: Manifest) -> tuple[NDArray[np.bytes_], tuple[int, ...]]:
+    with open_shard(path, shard, manifest.layers) as file:
+        widths = tuple(file.read(f"embeddings/{layer}").shape[1] for layer in manifest.layers)
+        return digest_keys(file.read("digests")), widths
+
+
+def _verify_index(path: Path, manifest: Manifest, known: NDArray[np.bytes_] | None) -> None:
+    index = read_index(path, manifest)
+    lost = 0 if known is None else int((~np.isin(digest_keys(index.digests), known)).sum())
+    if lost:
+        raise StoreError(f"{plural(lost, 'image')} without an embedding", where=path / "index.h5", hint=RESTORE)
+
+
+def _foreign_files(path: Path, manifest: Manifest) -> list[str]:
+    """Files that do not belong; hidden ones are no part of a store (a lock, leftovers, what file managers leave)."""
+    expected = {"manifest.json", "index.h5", "quarantine.jsonl", "shards"}
+    if not (path / "shards").is_dir():
+        return [f"{path / 'shards'}: the folder is missing. {RESTORE}"] if manifest.shards else []
+    strange = [item for item in (path / "shards").iterdir() if _is_unnamed(path, item, manifest)]
+    strange += [item for item in path.iterdir() if item.name not in expected]
+    return [
+        f"{item}: not a file that the manifest names. Move it away."
+        for item in sorted(strange)
+        if not item.name.startswith(".")
+    ]
+
+
+def _is_unnamed(path: Path, item: Path, manifest: Manifest) -> bool:
+    """Whether a file is there that the manifest of that moment does not name.
+
+    A writer names a shard before it appears and until it is gone, but the manifest that was read a while ago may be
+    older than that: what looks strange is looked at again between two equal readings of the manifest.
+    """
+    while item.name not in manifest.names:
+        exists, now = item.exists(), read_manifest(path)
+        if now == manifest:
+            return exists
+        manifest = now
+    return False
+
+
+def content_hash(path: str | Path) -> str:
+    """Hash of what a store says, however its shards are cut: equal for two runs that came to the same.
+
+    Taken over the fingerprint, the index (ids, labels, splits, digests), and every embedding that it refers to.
+    """
+    reader = FeatureReader(path)
+    index = reader.index
+    total = hashlib.sha256(fingerprint(reader.provenance).encode())
+    order = np.argsort(np.array(index.ids, dtype=object))
+    labels = index.labels_as_text
+    for row in order.tolist():
+        total.update(
+            canonical_json([index.ids[row], labels[row], index.split[row], index.digests[row].tobytes().hex()])
+        )
+    for layer in reader.provenance["layers"]:
+        for start in range(0, len(order), _BLOCK_ROWS):
+            total.update(reader.read(order[start : start + _BLOCK_ROWS], layer=layer).tobytes())
+    return total.hexdigest()
+
+
+def pack(store: str | Path, out: str | Path) -> Path:
+    """Make one plain HDF5 file of a store, one row an image, that h5py alone can read.
+
+    Raises
+    ------
+    StoreError
+        The store is damaged, or ``out`` exists.
+    """
+    out = Path(out)
+    if out.exists():
+        raise StoreError("there is a file of this name already", where=out, hint="Delete it, or choose another name.")
+    if not out.parent.is_dir():
+        raise StoreError("no such folder", where=out.parent)
+    if out.resolve().is_relative_to(Path(store).resolve()):
+        raise StoreError("the file would lie inside the store", where=out, hint="Choose a place beside it, not in it.")
+    reader = FeatureReader(store)
+    rows = len(reader.index)
+
+    def blocks(layer: str) -> Iterator[NDArray[np.float32]]:
+        for start in range(0, rows, _BLOCK_ROWS):
+            yield reader.read(np.arange(start, min(start + _BLOCK_ROWS, rows)), layer=layer)
+
+    columns = name_columns(reader.index)
+    for layer in reader.provenance["layers"]:
+        width = (reader.dims(layer),)
+        columns.append(hdf5.Column(f"embeddings/{layer}", np.dtype("<f4"), width, rows, blocks(layer)))
+    attributes = {
+        "format": PACKED_FORMAT,
+        "format_version": json.dumps(FORMAT_VERSION),
+        "provenance": json.dumps(dict(reader.provenance), sort_keys=True),
+        "fingerprint": fingerprint(reader.provenance),
+    }
+
+    def write(temp: Path) -> None:
+        hdf5.write(temp, columns, attributes, seal=True)
+
+    def verify(temp: Path) -> None:
+        FeatureReader(temp)
+
+    return publish(out, write, verify)
