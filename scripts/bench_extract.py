@@ -38,10 +38,10 @@ from rich.table import Table
 from featx import ImageSet, extract_features, load_backbone, make_engine, read_features
 from featx._system import available_cpus
 from featx.backbones.backbone import Backbone
-from featx.images.pool import DecoderPool
-from featx.images.pixels import Preprocess
-from featx.store.reader import FeatureSet
 from featx.evaluation.sweep import sweep_heads
+from featx.images.pixels import Preprocess
+from featx.images.pool import DecoderPool
+from featx.store.reader import FeatureSet
 
 BACKBONES = ("efficientnet_lite0", "mobilenet_v2", "resnet18", "resnet50")
 

@@ -118,8 +118,8 @@ def subset(store: Path) -> dict[str, Any]:
 
 def sweep(store: Path) -> dict[str, Any]:
     """featx sweep --max-images 3000 --heads ridge --shots 5,20 --episodes 5."""
-    from featx.store.reader import read_features
     from featx.evaluation.sweep import sweep_heads
+    from featx.store.reader import read_features
 
     features = read_features(store, max_images=3000)
     result = sweep_heads(

@@ -43,18 +43,20 @@ from sklearn.preprocessing import FunctionTransformer, Normalizer, StandardScale
 from sklearn.svm import SVC, LinearSVC
 from threadpoolctl import threadpool_limits
 
-from featx.heads import selection as choose_module
-from featx.heads import catalogue as heads_module
-from featx.heads import normalise as normalise_module
-from featx.heads.solvers import rows as solvers_module
 from featx.evaluation import stats
-from featx.heads import unlabelled as unlabelled_module
+from featx.evaluation.splits import KShotSplit, find_duplicates
+from featx.heads import (
+    catalogue as heads_module,
+    normalise as normalise_module,
+    selection as choose_module,
+    unlabelled as unlabelled_module,
+)
+from featx.heads.catalogue import HEADS, Catalogue
 from featx.heads.centre import unlabelled_centre
 from featx.heads.selection import choose
-from featx.heads.catalogue import HEADS, Catalogue
-from featx.evaluation.splits import KShotSplit, find_duplicates
-from featx.store.reader import read_features
+from featx.heads.solvers import rows as solvers_module
 from featx.heads.unlabelled import heads_for
+from featx.store.reader import read_features
 
 SHOTS = (1, 2, 5, 10, 20)
 Rows = NDArray[np.float64]

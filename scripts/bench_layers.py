@@ -34,13 +34,13 @@ from threadpoolctl import threadpool_limits
 from featx._arrays import COMBINED
 from featx._files import publish_bytes
 from featx.backbones.backbone import load_backbone
-from featx.heads.selection import fit_chosen
+from featx.backbones.frozen import describe_layers
+from featx.evaluation.splits import KShotSplit, find_duplicates
 from featx.extraction.run import extract_features
 from featx.heads.catalogue import HEADS, Head
 from featx.heads.layers import read_layers
-from featx.backbones.frozen import describe_layers
+from featx.heads.selection import fit_chosen
 from featx.images.source import ImageSet
-from featx.evaluation.splits import KShotSplit, find_duplicates
 from featx.images.views import parse_views
 
 SHOTS = (5, 10, 20)

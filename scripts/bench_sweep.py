@@ -42,11 +42,11 @@ from sklearn.model_selection import GridSearchCV, PredefinedSplit
 from sklearn.svm import LinearSVC
 from threadpoolctl import threadpool_limits
 
-from featx.heads.selection import Search, search_penalty
+from featx.evaluation.splits import KShotSplit
 from featx.heads.folds import fold_numbers
 from featx.heads.scorer import softmax
+from featx.heads.selection import Search, search_penalty
 from featx.heads.solvers.rows import Loss
-from featx.evaluation.splits import KShotSplit
 from featx.store.reader import read_features
 
 CS = list(np.logspace(-3, 3, 12))

@@ -35,21 +35,21 @@ from numpy.typing import NDArray
 
 from featx._arrays import COMBINED, PENULTIMATE
 from featx._files import publish_bytes
-from featx.backbones.backbone import Backbone, load_backbone
-from featx.extraction.embedder import Embedder
-from featx.backbones.engines.torch import make_engine
-from featx.extraction.run import extract_features
 from featx.adaptation.finetune import judge_episodes
-from featx.heads.layers import Layers, read_layers
-from featx.backbones.frozen import describe_layers
-from featx.evaluation.results import SweepResult
-from featx.images.source import ImageSet
-from featx.evaluation.splits import find_duplicates
-from featx.store.reader import FeatureSet
-from featx.evaluation.sweep import sweep_heads
 from featx.adaptation.training import recipe_for
 from featx.adaptation.tuning import open_tuning
+from featx.backbones.backbone import Backbone, load_backbone
+from featx.backbones.engines.torch import make_engine
+from featx.backbones.frozen import describe_layers
+from featx.evaluation.results import SweepResult
+from featx.evaluation.splits import find_duplicates
+from featx.evaluation.sweep import sweep_heads
+from featx.extraction.embedder import Embedder
+from featx.extraction.run import extract_features
+from featx.heads.layers import Layers, read_layers
+from featx.images.source import ImageSet
 from featx.images.views import parse_views
+from featx.store.reader import FeatureSet
 
 SHOTS = (5, 20)
 FROZEN = ("head", "views+layers", "random features")

@@ -10,8 +10,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from featx.backbones.engines import torch as engines
 from featx.backbones.backbone import Backbone, load_backbone
+from featx.backbones.engines import torch as engines
 from featx.backbones.engines.base import Engine
 from featx.backbones.engines.torch import make_engine
 

@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 import featx.extraction.run
 from featx.backbones.backbone import Backbone
 from featx.errors import Interrupted
+from featx.extraction.parts import Part, extract_part, finish_parts
 from featx.extraction.run import ExtractSummary, extract_features
 from featx.images.pixels import Preprocess
+from featx.images.source import ImageSet
 from featx.store.index import Index, Refused, read_quarantine
 from featx.store.manifest import read_manifest
-from featx.extraction.parts import Part, extract_part, finish_parts
-from featx.images.source import ImageSet
 from featx.store.reader import digest_keys, open_shard, read_features
 from featx.store.writer import StoreWriter
 

@@ -18,20 +18,20 @@ import pytest
 from conftest import Featx, class_folders
 from test_report import Page
 
-from featx.evaluation import stats
 from featx.advice.advice import Advice, Cell, Family, Skipped
-from featx.reports.advice import render_advice
-from featx.advice.measure import REFERENCE, advise, curve_shots
 from featx.advice.comparison import Budget, OutOfTime, Trials
 from featx.advice.domain import Domain
-from featx.errors import UsageError
-from featx.images.pixels import encode
 from featx.advice.labelling import Simulation
-from featx.heads.layers import Layers
+from featx.advice.measure import REFERENCE, advise, curve_shots
 from featx.advice.rule import size_by_similarity
+from featx.errors import UsageError
+from featx.evaluation import stats
 from featx.evaluation.splits import KShotSplit
-from featx.store.reader import FeatureSet
 from featx.evaluation.sweep import sweep_heads
+from featx.heads.layers import Layers
+from featx.images.pixels import encode
+from featx.reports.advice import render_advice
+from featx.store.reader import FeatureSet
 
 NO_NETWORK = UsageError("there is no network behind these numbers")
 

@@ -17,10 +17,10 @@ from torch import nn
 from featx.backbones.backbone import list_backbones, load_backbone
 from featx.backbones.catalogue import NETWORKS, TORCHVISION_URL, WEIGHTS
 from featx.backbones.checkpoint import load_checkpoint
-from featx.errors import UsageError
-from featx.backbones.hub import hub_folder
-from featx.images.pixels import Preprocess
 from featx.backbones.frozen import FrozenNetwork, catalogue_body, last_layer
+from featx.backbones.hub import hub_folder
+from featx.errors import UsageError
+from featx.images.pixels import Preprocess
 
 TORCHVISION = [n.name for n in NETWORKS.values() if n.source == "torchvision"]
 SMALL = "shufflenet_v2_x0_5"  # 1.4 million parameters, and every kind of layer that checkpoints disagree on

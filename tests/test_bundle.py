@@ -17,19 +17,18 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Featx
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from sklearn.pipeline import Pipeline
 
 from featx.backbones.backbone import load_backbone
-from featx.models.bundle import Bundle, bundle_bytes, parse_bundle, read_bundle, write_bundle
 from featx.backbones.engines.torch import make_engine
+from featx.backbones.provenance import provenance_of
 from featx.errors import BundleError, MismatchError
 from featx.heads.catalogue import HEADS, make_head
 from featx.heads.normalise import Normalise
-from featx.models.predictor import open_embedder
-from featx.backbones.provenance import provenance_of
 from featx.heads.scorer import KINDS, Scorer, margins, softmax
+from featx.models.bundle import Bundle, bundle_bytes, parse_bundle, read_bundle, write_bundle
+from featx.models.predictor import open_embedder
 
 PROVENANCE = {"backbone": "tiny", "weights": "none", "weights_sha256": "0" * 64, "layers": ["penultimate"]}
 WHERE = Path("some.model")

@@ -23,10 +23,10 @@ import storekit
 from conftest import Featx
 from storekit import PREPROCESS, light_backbone, png_folders, refused_of
 
-from featx.images.pool import Decoded, DecoderPool, TooHeavy
 from featx.errors import FeatxError
 from featx.extraction.run import extract_features
 from featx.images.pixels import pixels
+from featx.images.pool import Decoded, DecoderPool, TooHeavy
 from featx.images.source import ImageSet
 from featx.store.reader import read_features
 from featx.store.tools import verify

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from featx.advice.domain import chance_standout, measure_domain, standouts
+from featx.advice.rule import size_by_similarity
 from featx.backbones.backbone import load_backbone
 from featx.backbones.classes import pretrained_classes
-from featx.advice.domain import chance_standout, measure_domain, standouts
-from featx.extraction.embedder import Embedder
 from featx.backbones.engines.torch import make_engine
 from featx.errors import UsageError
-from featx.advice.rule import size_by_similarity
+from featx.extraction.embedder import Embedder
 
 
 def test_the_standout_by_hand() -> None:

@@ -9,8 +9,8 @@ import pytest
 from conftest import class_folders
 
 from featx.backbones.backbone import load_backbone
-from featx.extraction.embedder import Embedder
 from featx.errors import ImageError, MismatchError, WeightsError
+from featx.extraction.embedder import Embedder
 from featx.extraction.run import extract_features
 from featx.images.source import ImageSet
 from featx.store.reader import FeatureSet, read_features

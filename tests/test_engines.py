@@ -19,15 +19,15 @@ from enginekit import ON_CPU, Array, cosines, on_cpu, one_thread, random_batches
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from featx.backbones.engines import torch as engines
 from featx._system import available_cpus
 from featx.backbones.backbone import Backbone, load_backbone
 from featx.backbones.catalogue import NETWORKS
 from featx.backbones.checkpoint import load_checkpoint
+from featx.backbones.engines import torch as engines
 from featx.backbones.engines.torch import BATCH_SIZES, TorchEngine, make_engine
+from featx.backbones.frozen import catalogue_body
 from featx.errors import UsageError
 from featx.images.pixels import pixels
-from featx.backbones.frozen import catalogue_body
 
 __all__ = ["one_thread", "small"]  # fixtures
 
@@ -288,7 +288,10 @@ def test_auto_is_openvino_on_a_cpu(monkeypatch: pytest.MonkeyPatch, small: Backb
 
 
 def test_no_driver_means_no_torch() -> None:
-    code = "import sys, featx.backbones.engines.torch as e; assert e._has_driver() or (not e._cuda() and 'torch' not in sys.modules)"
+    code = (
+        "import sys, featx.backbones.engines.torch as e\n"
+        "assert e._has_driver() or (not e._cuda() and 'torch' not in sys.modules)"
+    )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 
 

@@ -25,19 +25,19 @@ from sklearn.pipeline import make_pipeline
 from sklearn.utils import estimator_checks
 from torch import nn
 
-from featx.extraction import transformer as estimator
 from featx.backbones.backbone import load_backbone
 from featx.backbones.catalogue import NETWORKS
 from featx.backbones.engines.torch import make_engine
-from featx.errors import FeatxError, SourceError, UsageError, WeightsError
-from featx.extraction.transformer import FeatureExtractor
-from featx.extraction.run import extract_features
-from featx.images.pixels import Preprocess, resize_crop
-from featx.store.manifest import read_manifest
 from featx.backbones.provider import Provider
-from featx.store.shards import ShardReader
+from featx.errors import FeatxError, SourceError, UsageError, WeightsError
+from featx.extraction import transformer as estimator
+from featx.extraction.run import extract_features
+from featx.extraction.transformer import FeatureExtractor
+from featx.images.pixels import Preprocess, resize_crop
 from featx.images.source import ImageSet
+from featx.store.manifest import read_manifest
 from featx.store.reader import read_features
+from featx.store.shards import ShardReader
 from featx.store.tools import verify
 
 

@@ -13,10 +13,10 @@ import pytest
 from conftest import Featx
 from test_bundle import clusters, make_bundle
 
-from featx.models.bundle import Bundle, write_bundle
 from featx.errors import BundleError, UsageError
-from featx.models.export import Pickled, export_bundle, to_pipeline
 from featx.heads.catalogue import HEADS, make_head
+from featx.models.bundle import Bundle, write_bundle
+from featx.models.export import Pickled, export_bundle, to_pipeline
 
 LAYERS = ("blocks_l2:7*0.8000,5*0.6000", "blocks_l2:7*0.0000,5*1.0000")  # two layers combined; the second one alone
 KINDS = ("none", "l2", "centre_l2", "standardise", *LAYERS)

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from storekit import refused_of
 
-from featx.store import index
 from featx.errors import Interrupted, MismatchError, TooManyBadImages
 from featx.extraction.run import ExtractSummary, extract_features
 from featx.images.pixels import pixels
-from featx.store.index import longest_id
 from featx.images.source import ImageSet
+from featx.store import index
+from featx.store.index import longest_id
 from featx.store.reader import read_features
 from featx.store.tools import content_hash, info, verify
 

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from conftest import TINY, picture
 
-from featx.images.pool import FETCH_AHEAD, DecoderPool
 from featx.errors import SourceError
-from featx.images.pixels import pixels
 from featx.images.origin import Fetched
+from featx.images.pixels import pixels
+from featx.images.pool import FETCH_AHEAD, DecoderPool
 
 
 def png(seed: int) -> bytes:

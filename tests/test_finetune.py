@@ -20,22 +20,22 @@ from tuningkit import small, striped_folders
 
 from featx.adaptation import training
 from featx.adaptation.activations import Wanted, activations
-from featx.backbones.backbone import Backbone
-from featx.models.bundle import read_bundle, write_bundle
-from featx.backbones.engines.torch import make_engine
-from featx.errors import MismatchError, SourceError, UsageError
-from featx.extraction.run import extract_features
 from featx.adaptation.finetune import FinetuneResult, finetune_episodes
-from featx.models.finetuned import finetune_bundle
-from featx.images.pixels import pixels
-from featx.models.predictor import open_embedder
-from featx.heads.scorer import softmax
-from featx.images.source import ImageSet
-from featx.store.reader import FeatureSet, read_features
-from featx.evaluation.sweep import sweep_heads
-from featx.backbones.cut import Trunk, cut_network
 from featx.adaptation.training import Recipe
 from featx.adaptation.tuning import open_tuning
+from featx.backbones.backbone import Backbone
+from featx.backbones.cut import Trunk, cut_network
+from featx.backbones.engines.torch import make_engine
+from featx.errors import MismatchError, SourceError, UsageError
+from featx.evaluation.sweep import sweep_heads
+from featx.extraction.run import extract_features
+from featx.heads.scorer import softmax
+from featx.images.pixels import pixels
+from featx.images.source import ImageSet
+from featx.models.bundle import read_bundle, write_bundle
+from featx.models.finetuned import finetune_bundle
+from featx.models.predictor import open_embedder
+from featx.store.reader import FeatureSet, read_features
 
 
 @pytest.fixture(autouse=True)

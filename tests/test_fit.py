@@ -19,17 +19,17 @@ from sklearn.metrics import f1_score, recall_score
 from test_bundle import clusters
 
 from featx.backbones.engines.base import Engine
-from featx.models.bundle import read_bundle
-from featx.models.calibrate import fit_sharpness, fit_threshold, smallest_error
 from featx.backbones.engines.torch import make_engine
 from featx.errors import MismatchError, UsageError
-from featx.models.fit import fit_head, measure, probe_pixels, warnings_of
-from featx.heads.catalogue import HEADS
-from featx.images.pixels import encode
-from featx.models.predictor import open_embedder
-from featx.heads.scorer import softmax
-from featx.service.evidence import Evidence
 from featx.evaluation.stats import expected_calibration_error, log_loss
+from featx.heads.catalogue import HEADS
+from featx.heads.scorer import softmax
+from featx.images.pixels import encode
+from featx.models.bundle import read_bundle
+from featx.models.calibrate import fit_sharpness, fit_threshold, smallest_error
+from featx.models.fit import fit_head, measure, probe_pixels, warnings_of
+from featx.models.predictor import open_embedder
+from featx.service.evidence import Evidence
 from featx.store.reader import read_features
 
 # --- calibration --------------------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ import pytest
 from numpy.typing import NDArray
 from test_retrieval import Rows, clustered, needs_faiss, same
 
-from featx.retrieval import neighbours as retrieval
 from featx.errors import StoreError
+from featx.retrieval import neighbours as retrieval
 from featx.retrieval.gallery import match_rows, open_gallery, search_folder
 from featx.retrieval.neighbours import GalleryIndex
 from featx.store.reader import FeatureSet

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from conftest import Featx
 
-from featx.store import shards
 from featx._files import sha256_file
 from featx.errors import StoreError, UsageError
+from featx.store import shards
 from featx.store.index import Index
 from featx.store.manifest import read_manifest
-from featx.store.shards import Contents, ShardReader
 from featx.store.reader import FeatureReader, draw_rows, read_features
+from featx.store.shards import Contents, ShardReader
 from featx.store.tools import info, verify
 from featx.store.writer import StoreWriter
 

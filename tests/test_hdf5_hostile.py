@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 from storekit import make_store, names_of
 
-from featx.store import hdf5
-from featx.store import manifest
 from featx.errors import StoreError
+from featx.store import hdf5, manifest
 from featx.store.manifest import Shard, read_manifest
 from featx.store.reader import FeatureReader, read_features
 from featx.store.tools import verify

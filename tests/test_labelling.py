@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from featx.errors import UsageError
-from featx.heads.catalogue import HEADS
 from featx.advice.labelling import choose_next, margins, next_batch, plan_simulation, rank_unlabelled, simulate
+from featx.errors import UsageError
 from featx.evaluation.splits import KShotSplit
+from featx.heads.catalogue import HEADS
 
 
 def test_margins_by_hand() -> None:

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
 from featx.errors import UsageError
-from featx.models.fit import fit_head
+from featx.evaluation.sweep import sweep_heads
 from featx.heads.catalogue import Logistic
-from featx.heads.solvers.blocks import logistic_path, moments
 from featx.heads.normalise import Normalise
 from featx.heads.scorer import KINDS, Kind, softmax
-from featx.evaluation.sweep import sweep_heads
+from featx.heads.solvers.blocks import logistic_path, moments
 from featx.heads.solvers.device import check_device
+from featx.models.fit import fit_head
 
 
 def clusters(n: int, d: int, n_classes: int, seed: int = 0) -> tuple[NDArray[np.float32], NDArray[np.int64]]:

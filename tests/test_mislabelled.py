@@ -15,9 +15,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
 from sklearn.model_selection import cross_val_predict
 
+from featx.advice.mislabelled import rank_labels
 from featx.cli.demo_images import write_photographs
 from featx.errors import UsageError
-from featx.advice.mislabelled import rank_labels
 
 NAMES = [str(digit) for digit in range(10)]
 

@@ -14,19 +14,19 @@ from sklearn.linear_model import RidgeClassifier
 
 from featx._arrays import COMBINED
 from featx.backbones.engines.base import layer_place, of_layer
-from featx.models.bundle import read_bundle
-from featx.heads.selection import choose, out_of_fold_losses
 from featx.errors import UsageError
-from featx.models.export import to_pipeline
-from featx.heads.folds import fold_numbers
-from featx.heads.catalogue import HEADS, mean_squared_norm
-from featx.heads.layers import SHARES, Layers, read_layers
-from featx.heads.normalise import Normalise
-from featx.models.predictor import open_embedder
-from featx.heads.scorer import Scorer, blocks_kind, blocks_of, is_kind
-from featx.service.evidence import Evidence
 from featx.evaluation.splits import KShotSplit
 from featx.evaluation.sweep import sweep_heads
+from featx.heads.catalogue import HEADS, mean_squared_norm
+from featx.heads.folds import fold_numbers
+from featx.heads.layers import SHARES, Layers, read_layers
+from featx.heads.normalise import Normalise
+from featx.heads.scorer import Scorer, blocks_kind, blocks_of, is_kind
+from featx.heads.selection import choose, out_of_fold_losses
+from featx.models.bundle import read_bundle
+from featx.models.export import to_pipeline
+from featx.models.predictor import open_embedder
+from featx.service.evidence import Evidence
 
 SIZES = {"early": 6, "middle": 5, "penultimate": 12}
 LAYERS = Layers(SIZES)

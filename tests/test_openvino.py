@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from enginekit import Array, on_cpu, one_thread, random_batches, small
 
-from featx.backbones.engines import torch as engines
-from featx.backbones.engines import openvino as openvino_engine
 from featx.backbones.backbone import Backbone, load_backbone
+from featx.backbones.engines import openvino as openvino_engine, torch as engines
 
 __all__ = ["one_thread", "small"]  # fixtures
 
@@ -116,7 +115,7 @@ def test_a_cache_that_cannot_be_written_is_said(
 def test_a_second_start_imports_no_torch(tmp_path: Path) -> None:
     on_cpu(load_backbone(), "openvino", batch_size=2)
     code = (
-        "import sys, numpy as np; from featx.backbones.backbone import load_backbone; from featx.backbones.engines.torch import make_engine;"
+        "import sys, numpy as np; from featx import load_backbone, make_engine;"
         "engine = make_engine(load_backbone(), engine='openvino', batch_size=2);"
         "(result,) = engine.embed([np.zeros((1, 224, 224, 3), np.uint8)]);"
         "assert result[0].shape == (1, 1280);"

@@ -17,21 +17,19 @@ from typing import Any
 import numpy as np
 import pytest
 import storekit
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from storekit import LightEngine, Zygote, light_backbone, refused_of
 
 from featx import _files
-from featx.store import manifest
-from featx.store import writer as store_writer
 from featx._files import writer_lock
+from featx.backbones.provenance import provenance_of
 from featx.errors import FeatxError, Interrupted, MismatchError, StoreBusy, StoreError, TooManyBadImages, UsageError
+from featx.extraction.parts import Part, extract_part, finish_parts, parts_of, unfinished
 from featx.extraction.run import ExtractSummary
+from featx.images.source import ImageRef, ImageSet
+from featx.store import manifest, writer as store_writer
 from featx.store.index import Index, read_index
 from featx.store.manifest import read_manifest
-from featx.extraction.parts import Part, extract_part, finish_parts, parts_of, unfinished
-from featx.backbones.provenance import provenance_of
-from featx.images.source import ImageRef, ImageSet
 from featx.store.reader import read_features
 from featx.store.tools import content_hash, info, verify
 from featx.store.writer import StoreWriter

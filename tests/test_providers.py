@@ -17,10 +17,10 @@ from torch import nn
 
 import featx
 from featx.backbones.backbone import load_backbone
+from featx.backbones.provider import Provider, import_provider, is_own
 from featx.errors import MismatchError, UsageError, WeightsError
 from featx.images.pixels import Preprocess, resize_crop
 from featx.store.manifest import FINGERPRINTED, check_same, fingerprint
-from featx.backbones.provider import Provider, import_provider, is_own
 
 CODE = (featx.backbones.provider.__doc__ or "").split("::\n\n")[1].split("\n\nFrom here on")[0]
 """The example of the documentation, which is the toy of these tests."""

@@ -25,12 +25,12 @@ from test_parts import assert_same
 from test_runners import computed, fail_once, job_for
 
 from featx.errors import FeatxError, Interrupted, MismatchError, UsageError
+from featx.evaluation.sweep import sweep_heads
 from featx.extraction.parts import Part, extract_part, parts_of
-from featx.extraction.runners.ray import connected, joblib_on_ray, run_ray
 from featx.extraction.runners.local import Job
+from featx.extraction.runners.ray import connected, joblib_on_ray, run_ray
 from featx.images.source import ImageSet
 from featx.store.tools import content_hash
-from featx.evaluation.sweep import sweep_heads
 
 ray: Any = pytest.importorskip("ray", reason="Ray is not installed: pip install 'featx[ray]'")
 

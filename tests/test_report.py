@@ -16,11 +16,11 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from featx.errors import UsageError
 from featx.advice.mislabelled import rank_labels
-from featx.reports.sweep import conclusion, render, render_table, write_report
+from featx.errors import UsageError
 from featx.evaluation.results import SweepResult
 from featx.evaluation.sweep import sweep_heads
+from featx.reports.sweep import conclusion, render, render_table, write_report
 
 
 def sweep(heads: list[str], seed: int = 0, shots: tuple[int, ...] = (1, 5)) -> SweepResult:

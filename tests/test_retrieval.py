@@ -14,11 +14,10 @@ from sklearn.base import clone
 from sklearn.metrics.pairwise import cosine_similarity
 from sklearn.neighbors import NearestNeighbors
 
-from featx.retrieval import faiss as ann
-from featx.retrieval import neighbours as retrieval
 from featx.errors import UsageError
-from featx.retrieval.postprocess import Postprocess, expand_queries, unit_rows
+from featx.retrieval import faiss as ann, neighbours as retrieval
 from featx.retrieval.neighbours import GalleryIndex
+from featx.retrieval.postprocess import Postprocess, expand_queries, unit_rows
 
 Rows = NDArray[np.float32]
 needs_faiss = pytest.mark.skipif(not ann.available(), reason="faiss is not installed")
@@ -289,7 +288,7 @@ def test_without_faiss_everything_else_works(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_faiss_is_imported_by_nobody_who_does_not_need_it() -> None:
     code = (
-        "import featx, featx.cli.main, featx.retrieval.neighbours, featx.retrieval.gallery, featx.retrieval.search, numpy as np, sys\n"
+        "import featx, featx.cli.main, featx.retrieval.gallery, featx.retrieval.search, numpy as np, sys\n"
         "featx.retrieval.neighbours.GalleryIndex().fit(np.eye(3)).search(np.eye(3))\n"
         "print([name for name in ('faiss', 'torch') if name in sys.modules])"
     )

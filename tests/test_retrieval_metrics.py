@@ -10,8 +10,8 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score
 
-from featx.retrieval import metrics as retrieval_metrics
 from featx.errors import UsageError
+from featx.retrieval import metrics as retrieval_metrics
 from featx.retrieval.metrics import RetrievalResult, evaluate_retrieval
 
 

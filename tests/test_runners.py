@@ -19,10 +19,10 @@ from conftest import Featx, class_folders
 from storekit import light_backbone, start_light
 from test_parts import assert_same
 
-from featx.extraction.runners import local as runners
 from featx.backbones.backbone import Backbone
 from featx.errors import FeatxError, Interrupted, MismatchError, UsageError
 from featx.extraction.parts import Part, extract_part, parts_of
+from featx.extraction.runners import local as runners
 from featx.extraction.runners.local import Job, pack, parse_devices, run_local
 from featx.images.source import ImageSet
 from featx.store.tools import content_hash, verify
@@ -57,7 +57,9 @@ def computed(log: Path) -> int:
 
 def workers() -> list[psutil.Process]:
     """The processes of parts that are running."""
-    return [child for child in psutil.Process().children() if "featx.extraction.runners.local" in " ".join(child.cmdline())]
+    return [
+        child for child in psutil.Process().children() if "featx.extraction.runners.local" in " ".join(child.cmdline())
+    ]
 
 
 def test_two_processes_make_what_one_makes(source: Path, store: Path, whole: Path, tmp_path: Path) -> None:

@@ -6,15 +6,20 @@ import warnings
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from numpy.typing import NDArray
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from sklearn.linear_model import LogisticRegression
-from sklearn.linear_model import Ridge as SkRidge
+from sklearn.linear_model import LogisticRegression, Ridge as SkRidge
 from sklearn.svm import LinearSVC
 
-from featx.heads.solvers.rows import RowSpace, discriminant_path, newton_path, ridge_coefficients, ridge_held_out, temperature
+from featx.heads.solvers.rows import (
+    RowSpace,
+    discriminant_path,
+    newton_path,
+    ridge_coefficients,
+    ridge_held_out,
+    temperature,
+)
 
 Array = NDArray[np.float64]
 

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 from conftest import class_folders
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
-from featx.errors import UsageError
-from featx.models.predictor import image_files
 from featx.cli.sorting import UNSURE, Sorted, folder_names, sort_into
+from featx.errors import UsageError
 from featx.images.source import ImageSet
+from featx.models.predictor import image_files
 
 EVIL = [
     "..",

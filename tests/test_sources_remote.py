@@ -14,12 +14,12 @@ from conftest import Featx, TinyEngine, class_folders, tiny_backbone
 
 from featx.errors import ImageError, SourceError, UsageError
 from featx.extraction.run import ExtractSummary, extract_features
-from featx.images.thumbnails import Originals
 from featx.images.origin import MAX_FETCHED
-from featx.retrieval.search import duplicate_groups
-from featx.reports.sheet import duplicate_sheet, image_finder
-from featx.images.source import ImageSet
 from featx.images.remote import Remote
+from featx.images.source import ImageSet
+from featx.images.thumbnails import Originals
+from featx.reports.sheet import duplicate_sheet, image_finder
+from featx.retrieval.search import duplicate_groups
 from featx.store.reader import read_features
 
 boto3 = pytest.importorskip("boto3")

@@ -16,16 +16,16 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 from conftest import TINY, Featx, TinyEngine, picture, tiny_backbone
 
-from featx.images import table as sources_table
 from featx.errors import FeatxError, ImageError, SourceError, UsageError
 from featx.extraction.run import extract_features
-from featx.images.pixels import pixels
-from featx.images.thumbnails import Originals
+from featx.images import table as sources_table
 from featx.images.origin import Unreadable
+from featx.images.pixels import pixels
 from featx.images.source import ImageSet
 from featx.images.table import Row, _reader
-from featx.store.reader import read_features
 from featx.images.table_reader import Table
+from featx.images.thumbnails import Originals
+from featx.store.reader import read_features
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")

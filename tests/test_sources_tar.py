@@ -15,13 +15,13 @@ import pytest
 from conftest import TINY, Featx, TinyEngine, class_folders, picture, tiny_backbone
 from PIL import Image
 
-from featx.images.pool import DecoderPool
 from featx.errors import SourceError
 from featx.extraction.run import extract_features
-from featx.images.pixels import pixels
-from featx.images.thumbnails import Originals
 from featx.images.origin import MAX_BYTES, Part
+from featx.images.pixels import pixels
+from featx.images.pool import DecoderPool
 from featx.images.source import ImageSet
+from featx.images.thumbnails import Originals
 from featx.store.reader import read_features
 
 

@@ -16,9 +16,9 @@ from torchvision import datasets
 
 from featx.errors import SourceError, UsageError
 from featx.extraction.run import extract_features
-from featx.images.thumbnails import Originals
 from featx.images.origin import ImageRef
 from featx.images.source import ImageSet
+from featx.images.thumbnails import Originals
 from featx.store.reader import read_features
 
 

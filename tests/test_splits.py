@@ -9,19 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Featx, class_folders
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 from sklearn.model_selection import cross_val_score
 
 from featx.errors import UsageError
-from featx.models.fit import fit_head
-from featx.heads.folds import fold_numbers
-from featx.heads.catalogue import make_head
 from featx.evaluation.splits import KShotSplit, Shots, find_duplicates, plan_shots
-from featx.store.reader import read_features
 from featx.evaluation.sweep import sweep_heads
+from featx.heads.catalogue import make_head
+from featx.heads.folds import fold_numbers
+from featx.models.fit import fit_head
+from featx.store.reader import read_features
 
 
 @settings(max_examples=60, deadline=None)

@@ -31,9 +31,9 @@ from featx._files import canonical_json, publish_bytes
 from featx.errors import MismatchError, StoreError
 from featx.extraction.run import extract_features
 from featx.images.pixels import Preprocess
+from featx.images.source import ImageSet
 from featx.store.index import Refused, spell_quarantine
 from featx.store.manifest import FINGERPRINTED, check_same, read_manifest
-from featx.images.source import ImageSet
 from featx.store.reader import FeatureReader, read_features
 from featx.store.tools import content_hash, info, pack, verify
 from featx.store.writer import StoreWriter

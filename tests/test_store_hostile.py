@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from storekit import index_of, make_store, names_of, provenance
 
-from featx.store import manifest
 from featx._files import canonical_json
 from featx.errors import StoreError
+from featx.store import manifest
 from featx.store.reader import read_features
 from featx.store.tools import info, pack, verify
 from featx.store.writer import StoreWriter

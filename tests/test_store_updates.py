@@ -27,14 +27,14 @@ from storekit import (
     write_png,
 )
 
-from featx.images.pool import DecoderPool
+from featx.backbones.provenance import provenance_of
 from featx.errors import MismatchError
+from featx.extraction.parts import Part, extract_part, finish_parts
+from featx.images.origin import Origin
+from featx.images.pool import DecoderPool
+from featx.images.source import ImageSet
 from featx.store.index import INDEX_COLUMNS, read_index
 from featx.store.manifest import read_manifest
-from featx.images.origin import Origin
-from featx.extraction.parts import Part, extract_part, finish_parts
-from featx.backbones.provenance import provenance_of
-from featx.images.source import ImageSet
 from featx.store.reader import read_features
 from featx.store.tools import content_hash, verify
 from featx.store.writer import StoreWriter

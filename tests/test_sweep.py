@@ -17,18 +17,18 @@ from sklearn.metrics import f1_score
 from sklearn.model_selection import GridSearchCV, PredefinedSplit
 from sklearn.svm import LinearSVC
 
-from featx.evaluation import stats
-from featx.heads.selection import choose, out_of_fold_losses, search_penalty
 from featx.errors import UsageError
-from featx.heads.folds import fold_numbers
-from featx.heads.catalogue import HEADS, Head, mean_squared_norm
-from featx.reports.html import render_page
-from featx.heads.normalise import Normalise
-from featx.reports.sweep import conclusion
-from featx.heads.scorer import softmax
-from featx.heads.solvers.rows import temperature
+from featx.evaluation import stats
 from featx.evaluation.splits import KShotSplit
 from featx.evaluation.sweep import sweep_heads
+from featx.heads.catalogue import HEADS, Head, mean_squared_norm
+from featx.heads.folds import fold_numbers
+from featx.heads.normalise import Normalise
+from featx.heads.scorer import softmax
+from featx.heads.selection import choose, out_of_fold_losses, search_penalty
+from featx.heads.solvers.rows import temperature
+from featx.reports.html import render_page
+from featx.reports.sweep import conclusion
 
 Rows = NDArray[np.float32]
 

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from conftest import Featx, TinyEngine, class_folders, picture, tiny_backbone
 
-from featx.store import tables as tabular
 from featx.errors import StoreError, UsageError
 from featx.extraction.run import extract_features
 from featx.images.source import ImageSet
+from featx.store import tables as tabular
 from featx.store.reader import FeatureSet, read_features
-from featx.store.tools import pack
 from featx.store.tables import export_table
+from featx.store.tools import pack
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "to_lancedb.py"
 

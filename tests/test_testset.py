@@ -10,9 +10,9 @@ import pytest
 from conftest import Featx, class_folders
 
 from featx.errors import UsageError
+from featx.evaluation.testset import judge
 from featx.heads.catalogue import HEADS
 from featx.store.reader import FeatureSet
-from featx.evaluation.testset import judge
 
 
 def made(n: int = 60, seed: int = 0) -> FeatureSet:

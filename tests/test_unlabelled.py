@@ -13,17 +13,17 @@ from sklearn.base import clone
 from sklearn.linear_model import Ridge as PlainRidge
 from sklearn.preprocessing import Normalizer
 
-from featx.models.bundle import read_bundle
-from featx.heads.centre import Centre, unlabelled_centre
 from featx.errors import UsageError
-from featx.models.fit import fit_head
-from featx.heads.catalogue import HEADS
-from featx.heads.scorer import Scorer, softmax
 from featx.evaluation.splits import KShotSplit
 from featx.evaluation.stats import expected_calibration_error
-from featx.store.reader import digest_keys, read_features
 from featx.evaluation.sweep import sweep_heads
+from featx.heads.catalogue import HEADS
+from featx.heads.centre import Centre, unlabelled_centre
+from featx.heads.scorer import Scorer, softmax
 from featx.heads.unlabelled import MAX_POOL, PoolRidge, heads_for, soft_labels
+from featx.models.bundle import read_bundle
+from featx.models.fit import fit_head
+from featx.store.reader import digest_keys, read_features
 
 Rows = NDArray[np.float64]
 

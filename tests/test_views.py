@@ -18,15 +18,15 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resiz
 
 from featx.backbones.backbone import load_backbone
 from featx.backbones.engines.base import ViewsEngine, for_views
-from featx.images.pool import DecoderPool
-from featx.extraction.embedder import Embedder
 from featx.errors import MismatchError, UsageError
+from featx.extraction.embedder import Embedder
 from featx.extraction.run import extract_features
 from featx.images.pixels import Preprocess, decode
-from featx.store.manifest import fingerprint
+from featx.images.pool import DecoderPool
 from featx.images.source import ImageSet
-from featx.store.reader import read_features
 from featx.images.views import VIEWS, Looks, parse_views
+from featx.store.manifest import fingerprint
+from featx.store.reader import read_features
 
 HALF = (0.5, 0.5, 0.5)
 WIDE = Preprocess(resize=60, crop=(50, 40), interpolation="bicubic", mean=HALF, std=HALF)

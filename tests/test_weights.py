@@ -15,13 +15,12 @@ import pytest
 import torch
 import torchvision.models as tv
 
-from featx.backbones import backbone as backbones
-from featx.backbones import catalogue
+from featx.backbones import backbone as backbones, catalogue
 from featx.backbones.backbone import load_backbone
 from featx.backbones.catalogue import NETWORKS, WEIGHTS, WeightsFile, published
-from featx.errors import WeightsError
-from featx.backbones.hub import hub_folder
 from featx.backbones.frozen import state_sha256
+from featx.backbones.hub import hub_folder
+from featx.errors import WeightsError
 
 SMALL = "shufflenet_v2_x0_5"  # 1.4 million parameters, and every kind of layer that checkpoints disagree on
 

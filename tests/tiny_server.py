@@ -18,14 +18,14 @@ import numpy as np
 from conftest import TINY, TinyEngine, tiny_backbone
 from numpy.typing import NDArray
 
-from featx.service import batcher as service_batch
-from featx.models.bundle import Bundle
-from featx.extraction.embedder import Embedder
 from featx.errors import FeatxError
-from featx.models.fit import probe_pixels
+from featx.extraction.embedder import Embedder
 from featx.heads.catalogue import make_head
-from featx.images.pixels import encode, pixels
 from featx.heads.scorer import Scorer
+from featx.images.pixels import encode, pixels
+from featx.models.bundle import Bundle
+from featx.models.fit import probe_pixels
+from featx.service import batcher as service_batch
 from featx.service.guard import Limits
 from featx.service.server import serve
 from featx.service.work import Service

@@ -12,9 +12,9 @@ from PIL import Image
 from torch import nn
 
 from featx.backbones.backbone import Backbone, load_backbone
+from featx.backbones.provider import Provider
 from featx.errors import WeightsError
 from featx.images.pixels import Preprocess
-from featx.backbones.provider import Provider
 
 SMALL = Preprocess(resize=24, crop=(24, 24), interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3)
 

@@ -26,11 +26,9 @@ from numpy.typing import NDArray
 
 from featx._files import cannot_write, canonical_json, make_folder, publish_bytes, uninterrupted, writer_lock
 from featx._system import available_cpus
-from featx.backbones.engines.base import Engine
-from featx.images.pool import DecoderPool
+from featx.backbones import Engine
 from featx.errors import MismatchError, SourceError, UsageError
-from featx.images.pixels import Preprocess
-from featx.images.origin import Origin
+from featx.images import DecoderPool, Origin, Preprocess
 
 MAX_GIB = 8.0
 """Without another bound, activations may take so much of the disk."""

@@ -24,10 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from featx._files import publish_bytes
-from featx.backbones.autoencoder_network import CHANNELS, FORMAT, FORMAT_VERSION, SIDE, Encoder, check_shape, preprocess_of
-from featx.images.pool import DecoderPool
+from featx.backbones import CHANNELS, FORMAT, FORMAT_VERSION, SIDE, Encoder, check_shape, preprocess_of
 from featx.errors import ImageError, UsageError
-from featx.images.source import ImageSet
+from featx.images import DecoderPool, ImageSet
 
 MIN_IMAGES = 10
 HELD_OUT = 0.1

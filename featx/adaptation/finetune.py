@@ -1,9 +1,9 @@
 """Fine-tuning the last blocks of a backbone, compared with heads on frozen embeddings on the very same draws.
 
-The frozen part runs once over every image (:mod:`featx.adaptation.activations`); what is trained, the last blocks and a head
-(:mod:`featx.adaptation.training`), starts from there for each draw anew. Draws, duplicates and intervals are those of a sweep, so
-that the result is one: a :class:`featx.evaluation.results.SweepResult` with one competitor more. A network trained from random
-weights (``from_scratch``) is the control: how much is owed to the pretraining?
+The frozen part runs once over every image (:mod:`featx.adaptation.activations`); what is trained, the last blocks and a
+head (:mod:`featx.adaptation.training`), starts from there for each draw anew. Draws, duplicates and intervals are those
+of a sweep, so that the result is one: a :class:`featx.evaluation.results.SweepResult` with one competitor more. A
+network trained from random weights (``from_scratch``) is the control: how much is owed to the pretraining?
 
 Fine-tuning sees the centre crop only. Heads are compared on the store's embeddings as they are, whatever their views.
 """
@@ -19,23 +19,31 @@ from typing import Any
 
 import numpy as np
 
-from featx.evaluation import splits
-from featx.evaluation import stats
-from featx.adaptation import training
 from featx._arrays import Index
-from featx.backbones.backbone import Backbone
-from featx.errors import UsageError
-from featx.heads.folds import distinct_counts
-from featx.evaluation.journal import Journal, Task, plan_hash
-from featx.evaluation.results import Comparison, SweepResult, Trial
-from featx.heads.scorer import softmax
-from featx.images.source import ImageSet
-from featx.evaluation.splits import KShotSplit, Shots, find_duplicates, reached, shots_label
-from featx.store.reader import FeatureSet
-from featx.evaluation.sweep import sweep_heads
-from featx.backbones.cut import Unfreeze
+from featx.adaptation import training
 from featx.adaptation.training import Recipe
 from featx.adaptation.tuning import Progress, Say, Tuning, open_tuning
+from featx.backbones import Backbone, Unfreeze
+from featx.errors import UsageError
+from featx.evaluation import (
+    Comparison,
+    Journal,
+    KShotSplit,
+    Shots,
+    SweepResult,
+    Task,
+    Trial,
+    find_duplicates,
+    plan_hash,
+    reached,
+    shots_label,
+    splits,
+    stats,
+    sweep_heads,
+)
+from featx.heads import distinct_counts, softmax
+from featx.images import ImageSet
+from featx.store import FeatureSet
 
 DEFAULT_SHOTS: tuple[Shots, ...] = (5, 20)
 

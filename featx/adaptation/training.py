@@ -26,11 +26,9 @@ from torch.nn import functional
 from torch.optim.swa_utils import update_bn
 
 from featx._arrays import Index
+from featx.backbones import Tail
 from featx.errors import UsageError
-from featx.heads.folds import distinct_counts, fold_numbers
-from featx.heads.catalogue import make_head
-from featx.heads.scorer import Array, Scorer
-from featx.backbones.cut import Tail
+from featx.heads import Array, Scorer, distinct_counts, fold_numbers, make_head
 
 N_FOLDS = 3
 ENOUGH_HELD_OUT = 20

@@ -1,6 +1,7 @@
 """What fine-tuning starts from: a store's images, their network cut in two, and the activations at the cut.
 
-The frozen part runs once over every image (:mod:`featx.adaptation.activations`); draws and the model to keep start from there.
+The frozen part runs once over every image (:mod:`featx.adaptation.activations`); draws and the model to keep start from
+there.
 """
 
 from __future__ import annotations
@@ -15,17 +16,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featx.adaptation import training
 from featx._arrays import Index
+from featx.adaptation import training
 from featx.adaptation.activations import MAX_GIB, Wanted, activations, check_room
-from featx.backbones.backbone import Backbone, load_backbone
-from featx.backbones.engines.torch import make_engine
-from featx.errors import MismatchError, SourceError, UsageError, plural
-from featx.backbones.provider import Own
-from featx.images.source import ImageSet
-from featx.store.reader import FeatureSet
-from featx.backbones.cut import Halves, Trunk, Unfreeze, cut_network
 from featx.adaptation.training import Recipe
+from featx.backbones import Backbone, Halves, Own, Trunk, Unfreeze, cut_network, load_backbone, make_engine
+from featx.errors import MismatchError, SourceError, UsageError, plural
+from featx.images import ImageSet
+from featx.store import FeatureSet
 
 SCRATCH = "scratch"
 

@@ -6,12 +6,12 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-from featx.evaluation import stats
 from featx.advice.curves import Curve, Gain
 from featx.advice.domain import DIFFERENT, SIMILAR, Domain
-from featx.errors import plural
 from featx.advice.labelling import Simulation
 from featx.advice.rule import LARGE, Rule
+from featx.errors import plural
+from featx.evaluation import stats
 
 Family: TypeAlias = Literal["head", "earlier layers", "fine-tuning", "control"]
 """What a strategy is; "control" is none to use, but shows what the pretraining gives."""

@@ -10,15 +10,12 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from featx.evaluation import stats
 from featx._arrays import Index
 from featx.advice.advice import Cell, Family
 from featx.errors import UsageError
-from featx.heads.folds import distinct_counts
-from featx.heads.layers import Layers
-from featx.evaluation.results import SweepResult, Trial
-from featx.evaluation.splits import Duplicates, Shots, find_duplicates
-from featx.store.reader import FeatureSet
+from featx.evaluation import Duplicates, Shots, SweepResult, Trial, find_duplicates, stats
+from featx.heads import Layers, distinct_counts
+from featx.store import FeatureSet
 
 Progress: TypeAlias = Callable[[int, int, str], None]
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx.errors import UsageError
-from featx.evaluation.stats import Interval, unseen_share
+from featx.evaluation import Interval, unseen_share
 
 Array: TypeAlias = NDArray[np.float64]
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from scipy import integrate, stats
 
 from featx.errors import UsageError
-from featx.evaluation.stats import Interval
+from featx.evaluation import Interval
 
 Array: TypeAlias = NDArray[np.float64]
 Nearness: TypeAlias = Literal["similar", "in between", "different"]

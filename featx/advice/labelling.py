@@ -19,13 +19,10 @@ from sklearn.cluster import KMeans
 from sklearn.pipeline import Pipeline
 from threadpoolctl import threadpool_limits
 
-from featx.evaluation import stats
 from featx._arrays import Index
-from featx.heads.selection import fit_chosen
 from featx.errors import UsageError, plural
-from featx.heads.folds import distinct_counts
-from featx.heads.catalogue import HEADS, Head
-from featx.evaluation.splits import KShotSplit
+from featx.evaluation import KShotSplit, stats
+from featx.heads import HEADS, Head, distinct_counts, fit_chosen
 
 Array: TypeAlias = NDArray[np.float64]
 

@@ -20,25 +20,21 @@ from numpy.typing import NDArray
 
 from featx._arrays import PENULTIMATE, Index
 from featx.advice.advice import Advice, Family, NextImage, Skipped
-from featx.backbones.backbone import Backbone, load_backbone
 from featx.advice.comparison import Budget, Labelled, OutOfTime, Progress, Trials
 from featx.advice.curves import fit_curve
 from featx.advice.domain import Domain, measure_domain
-from featx.extraction.embedder import Embedder
-from featx.backbones.engines.torch import make_engine
-from featx.errors import FeatxError, ImageError, MismatchError, SourceError, UsageError, WeightsError, plural
-from featx.heads.catalogue import HEADS
 from featx.advice.labelling import Simulation, next_batch, plan_simulation, rank_unlabelled, simulate
-from featx.heads.layers import Layers
-from featx.evaluation.results import SweepResult
 from featx.advice.rule import size_by_similarity
-from featx.images.source import ImageSet
-from featx.evaluation.splits import Shots, plan_shots, reached
-from featx.store.reader import FeatureSet, digest_keys
-from featx.evaluation.sweep import sweep_heads
+from featx.backbones import Backbone, load_backbone, make_engine
+from featx.errors import FeatxError, ImageError, MismatchError, SourceError, UsageError, WeightsError, plural
+from featx.evaluation import Shots, SweepResult, plan_shots, reached, sweep_heads
+from featx.extraction import Embedder
+from featx.heads import HEADS, Layers
+from featx.images import ImageSet
+from featx.store import FeatureSet, digest_keys
 
 if TYPE_CHECKING:
-    from featx.backbones.cut import Unfreeze
+    from featx.backbones import Unfreeze
 
 GRID = (1, 2, 5, 10, 20, 50, 100, 200, 500)
 COMPARED = (5, 20, 100)
@@ -125,7 +121,7 @@ class _Run:
             raise UsageError(str(backbone).rstrip("."))
         if PENULTIMATE not in self.data.columns.sizes:
             raise UsageError("the store has no penultimate layer, which the pretraining's classes are read from")
-        from featx.backbones.classes import pretrained_classes
+        from featx.backbones import pretrained_classes
 
         weight, bias = pretrained_classes(backbone)
         features = self.data.features
@@ -183,9 +179,7 @@ class _Run:
 
     def tune(self, backbone: Backbone, images: ImageSet, folder: Path, unfreeze: Unfreeze | None) -> None:
         """Fine-tune the last blocks (all of them from random weights for None) on a few draws."""
-        from featx.adaptation.finetune import judge_episodes
-        from featx.adaptation.training import recipe_for
-        from featx.adaptation.tuning import open_tuning
+        from featx.adaptation import judge_episodes, open_tuning, recipe_for
 
         what = SCRATCH if unfreeze is None else f"finetune:{unfreeze}"
         data, shots = self.data, [n for n in self.compared if n > 1]

@@ -20,13 +20,9 @@ from numpy.typing import ArrayLike, NDArray
 from threadpoolctl import threadpool_limits
 
 from featx._arrays import NEAR, Index
-from featx.heads.selection import fit_chosen
 from featx.errors import UsageError
-from featx.heads.folds import distinct_counts, fold_numbers
-from featx.heads.catalogue import HEADS
-from featx.heads.solvers.blocks import is_large, taken
-from featx.evaluation.splits import find_duplicates
-from featx.evaluation.workers import workers
+from featx.evaluation import find_duplicates, worker_pool
+from featx.heads import HEADS, distinct_counts, fit_chosen, fold_numbers, is_large, taken
 
 REPEATS = 3
 N_FOLDS = 5
@@ -122,7 +118,7 @@ def rank_labels(
     large = is_large(data)
     n_workers = 1 if large else joblib.cpu_count() if n_jobs is None else joblib.effective_n_jobs(n_jobs)
     probabilities = np.zeros((len(y), len(present)))
-    with workers(min(n_workers, N_FOLDS)) as pool:
+    with worker_pool(min(n_workers, N_FOLDS)) as pool:
         for repeat in range(repeats):
             if progress:
                 progress(repeat, repeats, "judging labels")

@@ -12,10 +12,10 @@ from pathlib import Path
 from torch import nn
 
 from featx.backbones.checkpoint import read_file
-from featx.errors import UsageError, WeightsError
 from featx.backbones.hub import Progress
-from featx.images.pixels import Preprocess
 from featx.backbones.provider import Provider
+from featx.errors import UsageError, WeightsError
+from featx.images import Preprocess
 
 NAME = "autoencoder"
 FORMAT, FORMAT_VERSION = "featx-autoencoder", 1

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from featx._files import sha256_file
 from featx.backbones.catalogue import NETWORKS, TORCHVISION_URL, WEIGHTS, Network, Source, WeightsFile, published
-from featx.errors import UsageError, WeightsError, did_you_mean
 from featx.backbones.hub import Progress, fetch, hub_folder
-from featx.images.pixels import Preprocess
 from featx.backbones.provider import Own, Provider
+from featx.errors import UsageError, WeightsError, did_you_mean
+from featx.images import Preprocess
 
 if TYPE_CHECKING:
     from torch import nn
@@ -135,7 +135,8 @@ def load_backbone(
 
     Parameters
     ----------
-    name : a catalogue name, ``torchvision:NAME``, ``timm:NAME``, or a :class:`~featx.backbones.provider.Provider` of your own.
+    name : a catalogue name, ``torchvision:NAME``, ``timm:NAME``, or a :class:`~featx.backbones.provider.Provider` of
+    your own.
     weights : "default" (the publisher's best), "none" (random, from ``random_state``), or a file. A file that is
         a published one, by its hash, brings its own preprocessing; any other takes the network's usual one.
     layers : "penultimate" (what the classification layer is given), or names of the torch module tree such as

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-from featx.images.pixels import Preprocess
+from featx.images import Preprocess
 
 Source = Literal["featx", "torchvision", "timm"]
 

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from featx._files import canonical_json
 from featx.backbones.backbone import Backbone, find
-from featx.errors import BundleError, UsageError, plural
-from featx.images.pixels import Preprocess
 from featx.backbones.provider import Provider
+from featx.errors import BundleError, UsageError, plural
+from featx.images import Preprocess
 
 Unfreeze: TypeAlias = int | Literal["all"]
 

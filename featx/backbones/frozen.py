@@ -1,7 +1,7 @@
 """A frozen network as a torch module: built, loaded, and cut where an embedding is taken.
 
-Everything here imports torch. :mod:`featx.backbones.backbone` decides which weights, and calls this module only when the
-network itself is needed (an engine with a converted copy on disk never does).
+Everything here imports torch. :mod:`featx.backbones.backbone` decides which weights, and calls this module only when
+the network itself is needed (an engine with a converted copy on disk never does).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from featx._arrays import PENULTIMATE
 from featx.backbones.catalogue import Network
-from featx.errors import UsageError, WeightsError, did_you_mean
-from featx.images.pixels import Preprocess
 from featx.backbones.provider import Provider
+from featx.errors import UsageError, WeightsError, did_you_mean
+from featx.images import Preprocess
 
 Pooling = Literal["none", "tokens", "channels_first", "channels_last"]
 

@@ -8,8 +8,7 @@ from typing import Any
 
 from featx.backbones.backbone import Backbone
 from featx.backbones.engines.base import Engine
-from featx.images.pixels import decode_settings, decoder_version
-from featx.images.views import CENTER, parse_views
+from featx.images import CENTER, decode_settings, decoder_version, parse_views
 
 
 def provenance_of(

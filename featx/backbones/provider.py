@@ -37,9 +37,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, TypeVar
 
 from featx._files import sha256_file
-from featx.errors import FeatxError, UsageError, did_you_mean
 from featx.backbones.hub import Progress
-from featx.images.pixels import Preprocess
+from featx.errors import FeatxError, UsageError, did_you_mean
+from featx.images import Preprocess
 
 if TYPE_CHECKING:
     from torch import nn

@@ -13,10 +13,10 @@ import timm
 import timm.data
 from timm.models import get_pretrained_cfg
 
-from featx.errors import UsageError, WeightsError, did_you_mean
 from featx.backbones.hub import Progress, fetch, hub_folder
-from featx.images.pixels import Preprocess
 from featx.backbones.provider import Provider
+from featx.errors import UsageError, WeightsError, did_you_mean
+from featx.images import Preprocess
 
 if TYPE_CHECKING:
     from torch import nn

@@ -11,11 +11,11 @@ import typer
 
 from featx.cli.model import Json, OwnBackbone, Weights, own_network
 from featx.cli.sweep import stem
-from featx.errors import FeatxError, Interrupted
 from featx.cli.terminal import PAGE_MARK, ProgressLine, check_file, print_json, say, show
+from featx.errors import FeatxError, Interrupted
 
 if TYPE_CHECKING:
-    from featx.backbones.backbone import Backbone
+    from featx.backbones import Backbone
 
 
 def register(app: typer.Typer) -> None:
@@ -54,14 +54,12 @@ def advise(
     split test take no part.
     """
     from featx._files import publish_bytes, temporary
-    from featx.reports.advice import render_advice
-    from featx.advice.measure import advise as measure
-    from featx.extraction.embedder import network_like
-    from featx.heads.layers import read_layers
-    from featx.store.manifest import check_same
-    from featx.images.thumbnails import Originals
-    from featx.images.source import ImageSet, finder, is_local
-    from featx.store.reader import source_of
+    from featx.advice import advise as measure
+    from featx.extraction import network_like
+    from featx.heads import read_layers
+    from featx.images import ImageSet, Originals, finder, is_local
+    from featx.reports import render_advice
+    from featx.store import check_same, source_of
 
     features, columns = read_layers(store)
     images = None if source is None else ImageSet.from_source(source)

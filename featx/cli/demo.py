@@ -111,7 +111,7 @@ def run_demo(folder: Path, extract: Extract, *, open_report: bool, seed: int, as
 
 def _job(steps: _Steps, extract: Extract, images: Path, shots: str, heads: str, seed: int) -> Job:
     from featx.cli.demo_images import compare_with_pixels
-    from featx.store.reader import read_features
+    from featx.store import read_features
 
     store = images.with_suffix(".featx")
     steps.run(_line("extract", images, "--out", store), extract, str(images), store)

@@ -13,12 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx.errors import StoreError, UsageError
-from featx.heads.catalogue import HEADS
-from featx.images.pixels import decode, save_png
-from featx.evaluation.pixels import PixelExtractor
-from featx.evaluation.results import SweepResult
-from featx.evaluation.splits import Shots
-from featx.evaluation.sweep import sweep_heads
+from featx.evaluation import PixelExtractor, Shots, SweepResult, sweep_heads
+from featx.heads import HEADS
+from featx.images import decode, save_png
 
 PHOTOGRAPHS = (
     "astronaut.png", "brick.png", "camera.png", "cell.png", "chelsea.png", "coffee.png", "coins.png", "grass.png",

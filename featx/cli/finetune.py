@@ -21,12 +21,12 @@ from featx.cli.model import (
     tell_model,
 )
 from featx.cli.sweep import parse_heads, parse_shots, stem
-from featx.errors import Interrupted, UsageError, plural
 from featx.cli.terminal import MODEL_MARK, ProgressLine, check_file, print_json, say, show
+from featx.errors import Interrupted, UsageError, plural
 
 if TYPE_CHECKING:
-    from featx.adaptation.finetune import FinetuneResult
-    from featx.backbones.cut import Unfreeze
+    from featx.adaptation import FinetuneResult
+    from featx.backbones import Unfreeze
 
 
 def register(app: typer.Typer) -> None:
@@ -94,14 +94,11 @@ def finetune(
         raise UsageError(
             "activations cannot be mirrored or shifted, images can", where="--augment", hint="Use --unfreeze all."
         )
-    from featx.extraction.embedder import network_like
-    from featx.adaptation.finetune import judge_episodes, plan_shots
-    from featx.models.finetuned import finetune_bundle
-    from featx.store.manifest import check_same
-    from featx.images.source import ImageSet
-    from featx.store.reader import read_features
-    from featx.adaptation.training import recipe_for
-    from featx.adaptation.tuning import open_tuning
+    from featx.adaptation import judge_episodes, open_tuning, plan_shots, recipe_for
+    from featx.extraction import network_like
+    from featx.images import ImageSet
+    from featx.models import finetune_bundle
+    from featx.store import check_same, read_features
 
     recipe = recipe_for(
         from_scratch=from_scratch, whole=blocks == "all", epochs=epochs, learning_rate=learning_rate,
@@ -142,7 +139,7 @@ def finetune(
             hint="Run the same command again to go on.",
         ) from error
     if bundle is not None and out is not None:
-        from featx.models.bundle import write_bundle
+        from featx.models import write_bundle
 
         write_bundle(bundle, out)
     if as_json:
@@ -161,8 +158,8 @@ def _unfreeze(text: str) -> Unfreeze:
 
 
 def _show(result: FinetuneResult, as_json: bool) -> None:
-    from featx.reports.sweep import TABLE_WIDTH, render
-    from featx.evaluation.splits import shots_label
+    from featx.evaluation import shots_label
+    from featx.reports import TABLE_WIDTH, render
 
     show(render(result.sweep), err=as_json, least=TABLE_WIDTH)
     for each in result.against_best():
@@ -195,10 +192,9 @@ def autoencoder(
     """Learn a backbone from your own images, without labels: a small convolutional autoencoder."""
     check_file(out, b"featx-autoencoder", example="ae.pt")
     from featx._system import available_cpus
-    from featx.adaptation.autoencoder import held_out_rows, read_pixels, train_autoencoder
-    from featx.backbones.autoencoder_network import check_shape
-    from featx.images.source import ImageSet
-    from featx.adaptation.training import choose_device
+    from featx.adaptation import choose_device, held_out_rows, read_pixels, train_autoencoder
+    from featx.backbones import check_shape
+    from featx.images import ImageSet
 
     check_shape(dim, size)
     where = choose_device(device.value)

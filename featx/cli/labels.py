@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from featx.cli.model import Json
-from featx.errors import UsageError, plural, visible
 from featx.cli.terminal import PAGE_MARK, ProgressLine, check_file, print_json, say, show
+from featx.errors import UsageError, plural, visible
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from featx.advice.mislabelled import LabelRanking
+    from featx.advice import LabelRanking
 
 MOST = 30
 """Images that the terminal lists."""
@@ -55,9 +55,9 @@ def labels(
     first, with the label that they would give.
     """
     from featx._files import publish_bytes
-    from featx.heads.layers import open_layers
-    from featx.advice.mislabelled import rank_labels
-    from featx.reports.sheet import MAX_GROUPS, image_finder, label_sheet
+    from featx.advice import rank_labels
+    from featx.heads import open_layers
+    from featx.reports import MAX_GROUPS, image_finder, label_sheet
 
     if csv_file is not None:
         check_file(csv_file, ",".join(CSV_COLUMNS).encode(), example="labels.csv")

@@ -11,7 +11,7 @@ from featx.cli.model import Json
 from featx.cli.terminal import ProgressLine, print_json, say, show
 
 if TYPE_CHECKING:
-    from featx.backbones.frozen import LayerInfo
+    from featx.backbones import LayerInfo
 
 _POOLED = {
     "none": "as it is",
@@ -35,8 +35,7 @@ def layers(
     as_json: Json = False,
 ) -> None:
     """List the layers of a network that embeddings can be taken from: names for --layer, shapes, and which to try."""
-    from featx.backbones.backbone import load_backbone
-    from featx.backbones.frozen import describe_layers
+    from featx.backbones import describe_layers, load_backbone
 
     with ProgressLine("building") as line:
         chosen = load_backbone(backbone, weights=weights, progress=line.say)

@@ -20,20 +20,22 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from featx.cli import advise as cli_advise
-from featx.cli import demo as cli_demo
-from featx.cli import finetune as cli_finetune
-from featx.cli import labels as cli_labels
-from featx.cli import layers as cli_layers
-from featx.cli import model as cli_model
-from featx.cli import search as cli_search
-from featx.cli import sweep as cli_sweep
-from featx.cli import tables as cli_tabular
 from featx._files import refuse_second_writer
+from featx.cli import (
+    advise as cli_advise,
+    demo as cli_demo,
+    finetune as cli_finetune,
+    labels as cli_labels,
+    layers as cli_layers,
+    model as cli_model,
+    search as cli_search,
+    sweep as cli_sweep,
+    tables as cli_tabular,
+)
 from featx.cli.model import Device, EngineName, Json
 from featx.cli.parts import DevicesOption, FinishOption, PartOption, RunnerOption, Spread, everywhere, load
-from featx.errors import FeatxError, Interrupted, UsageError, plural, visible
 from featx.cli.terminal import ProgressLine, check_writable, print_json, say, show
+from featx.errors import FeatxError, Interrupted, UsageError, plural, visible
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -99,7 +101,7 @@ def _options(
 @app.command(epilog="Example:  featx backbones --json")
 def backbones(as_json: Json = False) -> None:
     """List the networks that can be used, and which of them work without an internet."""
-    from featx.backbones.backbone import list_backbones
+    from featx.backbones import list_backbones
 
     known = list_backbones()
     if as_json:
@@ -183,9 +185,8 @@ def extract(
     Run it again after adding, renaming or relabelling images: only new content is computed. An interrupted run goes
     on where it stopped.
     """
-    from featx.extraction.run import UNREAD
-    from featx.images.source import ImageSet, count_labels
-    from featx.images.views import parse_views
+    from featx.extraction import UNREAD
+    from featx.images import ImageSet, count_labels, parse_views
 
     how = Spread.of(part, finish, runner, devices, prune=prune, rehash=rehash, device=device.value)
     source = how.source(source)
@@ -257,7 +258,7 @@ def _classes(classes: dict[str, int], nameless: int) -> str:
 @app.command(epilog="Example:  featx info photos.featx --json")
 def info(store: StoreArgument, as_json: Json = False) -> None:
     """What a store holds: images, classes, splits, and how it was made."""
-    from featx.store.tools import info as describe
+    from featx.store import info as describe
 
     facts = describe(store)
     if as_json:
@@ -285,8 +286,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Compare every byte of a store with its checksums, and its parts with each other."""
-    from featx.store.tools import content_hash
-    from featx.store.tools import verify as check
+    from featx.store import content_hash, verify as check
 
     with ProgressLine("verifying shards") as line:
         problems = check(store, sample=sample, random_state=seed, progress=line.update)
@@ -308,7 +308,7 @@ def pack(
     as_json: Json = False,
 ) -> None:
     """Make one plain HDF5 file of a store, which anything that reads HDF5 can open."""
-    from featx.store.tools import pack as make
+    from featx.store import pack as make
 
     made = make(store, out)
     if as_json:

@@ -15,15 +15,14 @@ from zipfile import is_zipfile
 import typer
 
 from featx._arrays import COMBINED
-from featx.errors import ImageError, UsageError, one_line, plural
 from featx.cli.terminal import MODEL_MARK, ProgressLine, check_file, check_writable, print_json, say, show
+from featx.errors import ImageError, UsageError, one_line, plural
 
 if TYPE_CHECKING:
-    from featx.models.bundle import Bundle
-    from featx.extraction.embedder import Embedder
-    from featx.models.export import Pickled
-    from featx.backbones.provider import Own
+    from featx.backbones import Own
     from featx.cli.sorting import Sorted
+    from featx.extraction import Embedder
+    from featx.models import Bundle, Pickled
 
 REFUSED = 3
 _STDIN = Path("-")
@@ -112,12 +111,9 @@ def fit(
         let_scipy_take_tensors()
     import numpy as np
 
-    from featx.models.bundle import write_bundle
-    from featx.heads.centre import unlabelled_centre
-    from featx.extraction.embedder import Embedder
-    from featx.models.fit import fit_bundle, summary
-    from featx.heads.layers import open_layers
-    from featx.heads.unlabelled import heads_for, unlabelled_rows
+    from featx.extraction import Embedder
+    from featx.heads import heads_for, open_layers, unlabelled_centre, unlabelled_rows
+    from featx.models import fit_bundle, summary, write_bundle
 
     check_file(out, MODEL_MARK, example="photos.model")
     head, layer = _head_on(head, layer)
@@ -156,7 +152,8 @@ def fit(
 
 
 def let_scipy_take_tensors() -> None:
-    """What :mod:`featx.heads.solvers.device` needs. SciPy looks once, when it is first imported: no command has done it yet."""
+    """What :mod:`featx.heads.solvers.device` needs. SciPy looks once, when it is first imported: no command has done it
+    yet."""
     os.environ["SCIPY_ARRAY_API"] = "1"
 
 
@@ -172,7 +169,7 @@ def tell_model(bundle: Bundle, out: Path, *, err: bool) -> None:
 
 def own_network(name: str | None) -> Own | None:
     """The user's network that ``--backbone`` names; any other is what the store or the model says."""
-    from featx.backbones.provider import import_provider, is_own
+    from featx.backbones import import_provider, is_own
 
     if name is None:
         return None
@@ -196,7 +193,7 @@ _CLASSES_TOLD = 12
 
 
 def _story(bundle: Bundle) -> list[str]:
-    from featx.models.fit import by_recall
+    from featx.models import by_recall
 
     metrics: Any = bundle.metrics
     params = ", ".join(f"{name} {value}" for name, value in bundle.params.items())
@@ -265,7 +262,7 @@ def predict(
             raise UsageError("an image on standard input has no name to keep", where="--sort-into")
     with tempfile.TemporaryDirectory(prefix="featx-") as folder:
         named = _name_files(images, Path(folder))
-        from featx.models.predictor import predict_files
+        from featx.models import predict_files
 
         kept, embedder, layer = _open(model, backbone, weights, engine, device, pickled=allow_pickle)
         predictions: list[dict[str, Any]] = []
@@ -310,9 +307,8 @@ def _open(
     model: Path, backbone: str | None, weights: Path | None, engine: EngineName, device: Device, *, pickled: bool
 ) -> tuple[Bundle | Pickled, Embedder, int | None]:
     """A bundle (or, where it is asked for, a pickled export), its network, and the layer that it is on."""
-    from featx.models.bundle import read_bundle
-    from featx.extraction.embedder import Embedder
-    from featx.models.predictor import layer_number, open_embedder
+    from featx.extraction import Embedder
+    from featx.models import layer_number, open_embedder, read_bundle
 
     options: dict[str, Any] = {
         "backbone": own_network(backbone),
@@ -321,7 +317,7 @@ def _open(
         "device": device.value,
     }
     if pickled and not is_zipfile(model):
-        from featx.models.export import Pickled
+        from featx.models import Pickled
 
         loaded = Pickled.load(model)
         return loaded, Embedder.like(loaded.provenance, where=model, **options), loaded.layer
@@ -345,8 +341,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write the head for other software: a scikit-learn pipeline, or an ONNX graph. It takes embeddings."""
-    from featx.models.bundle import read_bundle
-    from featx.models.export import export_bundle
+    from featx.models import export_bundle, read_bundle
 
     check_file(out, _EXPORT_MARKS[form.value], example=f"photos.{form.value}")
     export_bundle(read_bundle(model), out, form.value)
@@ -387,12 +382,8 @@ def serve(
             f"the service needs packages that are not installed ({error.name})",
             hint="Install them with: pip install 'featx[serve]'",
         ) from error
-    from featx.models.bundle import read_bundle
-    from featx.models.predictor import open_embedder
-    from featx.service.batcher import BATCH_SIZES
-    from featx.service.evidence import Evidence
-    from featx.service.guard import Limits
-    from featx.service.work import Service
+    from featx.models import open_embedder, read_bundle
+    from featx.service import BATCH_SIZES, Evidence, Limits, Service
 
     key = _api_key(api_key_file)
     featx.service.server.check_address(host, key, insecure=insecure)
@@ -440,7 +431,7 @@ def _api_key(file: Path | None) -> str:
 
 def _name_files(images: list[Path], folder: Path) -> list[tuple[str, Path]]:
     """Each image under the name that results carry; what comes on standard input becomes a file in ``folder``."""
-    from featx.models.predictor import image_files
+    from featx.models import image_files
 
     named: list[tuple[str, Path]] = []
     for path in images:

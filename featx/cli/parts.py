@@ -15,10 +15,9 @@ import typer
 from featx.errors import UsageError
 
 if TYPE_CHECKING:
-    from featx.backbones.backbone import Backbone
-    from featx.extraction.run import ExtractSummary
-    from featx.extraction.parts import Part
-    from featx.images.source import ImageSet
+    from featx.backbones import Backbone
+    from featx.extraction import ExtractSummary, Part
+    from featx.images import ImageSet
 
 _PANEL = "Many machines or devices"
 
@@ -72,7 +71,7 @@ class Spread:
         device: str,
     ) -> Spread:
         """The options, where they go together."""
-        from featx.extraction.parts import Part
+        from featx.extraction import Part
 
         given = [name for name, value in (("--part", part), ("--finish", finish), ("--runner", runner)) if value]
         if len(given) > 1:
@@ -113,10 +112,8 @@ class Spread:
         progress: Callable[[int, int], None],
     ) -> ExtractSummary:
         """Do it."""
-        from featx.backbones.engines.torch import make_engine
-        from featx.extraction.run import extract_features
-        from featx.extraction.parts import finish_parts
-        from featx.extraction.runners.local import Job, parse_devices, run_local
+        from featx.backbones import make_engine
+        from featx.extraction import Job, extract_features, finish_parts, parse_devices, run_local
 
         if self.finish:
             chosen = {name: options[name] for name in ("max_bad", "replace_images")}
@@ -130,7 +127,7 @@ class Spread:
         if self.part is not None:
             return job.do(self.part, self.part.cut(images), job.engine(device=device), progress)
         if self.runner is Runner.ray:
-            from featx.extraction.runners.ray import run_ray
+            from featx.extraction import run_ray
 
             return run_ray(images, replace(job, store=store.absolute()), device=device, prune=prune, progress=progress)
         return run_local(images, job, parse_devices(self.devices or "all"), prune=prune, progress=progress)
@@ -150,8 +147,7 @@ class Spread:
 
 def load(name: str, weights: str, layers: tuple[str, ...], progress: Callable[[str], None] | None = None) -> Backbone:
     """The backbone of the options; a function of texts alone, so that other processes can make the same one."""
-    from featx.backbones.backbone import load_backbone
-    from featx.backbones.provider import named
+    from featx.backbones import load_backbone, named
 
     return load_backbone(named(name), weights=weights, layers=layers, progress=progress)
 

@@ -19,18 +19,17 @@ from featx.cli.model import (
     Weights,
     own_network,
 )
-from featx.errors import ImageError, UsageError, plural, visible
 from featx.cli.terminal import PAGE_MARK, ProgressLine, check_file, print_json, say, show
+from featx.errors import ImageError, UsageError, plural, visible
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from featx.extraction.embedder import Embedder
-    from featx.retrieval.metrics import RetrievalResult, Scores
-    from featx.retrieval.search import DuplicateGroup, ImageSearch
-    from featx.reports.sheet import Found
-    from featx.evaluation.stats import Interval
-    from featx.store.reader import FeatureSet
+    from featx.evaluation import Interval
+    from featx.extraction import Embedder
+    from featx.reports import Found
+    from featx.retrieval import DuplicateGroup, ImageSearch, RetrievalResult, Scores
+    from featx.store import FeatureSet
 
 
 class MethodName(StrEnum):
@@ -92,9 +91,9 @@ def search(
 
     A file wins over an id of the same name. Images of the store are not computed again.
     """
-    from featx.extraction.embedder import Embedder
-    from featx.retrieval.search import ImageSearch
-    from featx.reports.sheet import image_finder, search_sheet
+    from featx.extraction import Embedder
+    from featx.reports import image_finder, search_sheet
+    from featx.retrieval import ImageSearch
 
     if html is not None:
         check_file(html, PAGE_MARK, example="alike.html")
@@ -157,7 +156,7 @@ class _Queries:
             self._add(argument)
 
     def _add(self, argument: str) -> None:
-        from featx.models.predictor import image_files
+        from featx.models import image_files
 
         path = Path(argument)
         try:
@@ -217,7 +216,7 @@ class _Queries:
 def _digest(path: Path) -> bytes | None:
     """The sha256 of a file, or None for what is no plain file of a sensible size (the decoder says what it is)."""
     from featx._files import sha256_file
-    from featx.images.pool import MAX_BYTES
+    from featx.images import MAX_BYTES
 
     try:
         if not path.is_file() or path.stat().st_size > MAX_BYTES:
@@ -267,8 +266,8 @@ def evaluate_retrieval(
     """How well does search find the same class? Every labelled image queries all the others."""
     import numpy as np
 
-    from featx.retrieval.metrics import evaluate_retrieval as evaluate
-    from featx.store.reader import digest_keys, read_features
+    from featx.retrieval import evaluate_retrieval as evaluate
+    from featx.store import digest_keys, read_features
 
     features = read_features(store, layer=layer)
     with ProgressLine("searching") as line:
@@ -359,9 +358,9 @@ def duplicates(
     as_json: Json = False,
 ) -> None:
     """Find copies and near copies: those across splits first, then those whose labels differ."""
-    from featx.retrieval.search import count_duplicates, duplicate_groups
-    from featx.reports.sheet import duplicate_sheet, image_finder
-    from featx.store.reader import read_features
+    from featx.reports import duplicate_sheet, image_finder
+    from featx.retrieval import count_duplicates, duplicate_groups
+    from featx.store import read_features
 
     if html is not None:
         check_file(html, PAGE_MARK, example="alike.html")
@@ -383,7 +382,7 @@ def duplicates(
 
 
 def _group_json(features: FeatureSet, group: DuplicateGroup) -> dict[str, Any]:
-    from featx.retrieval.search import label_of
+    from featx.retrieval import label_of
 
     return {
         "across_splits": group.across_splits,

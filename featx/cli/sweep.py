@@ -14,16 +14,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from featx.cli.model import Unlabelled, UnlabelledFrom, let_scipy_take_tensors
-from featx.errors import Interrupted, UsageError, plural
 from featx.cli.terminal import ProgressLine, check_writable, print_json, say, show
+from featx.errors import Interrupted, UsageError, plural
 
 if TYPE_CHECKING:
     from featx._arrays import Index
-    from featx.heads.layers import Layers
-    from featx.advice.mislabelled import LabelRanking
-    from featx.evaluation.results import SweepResult
-    from featx.evaluation.splits import Shots
-    from featx.store.reader import FeatureSet
+    from featx.advice import LabelRanking
+    from featx.evaluation import Shots, SweepResult
+    from featx.heads import Layers
+    from featx.store import FeatureSet
 
 
 class Backend(StrEnum):
@@ -129,15 +128,11 @@ def run_sweep(
         let_scipy_take_tensors()
     import numpy as np
 
-    from featx.heads.centre import unlabelled_centre
-    from featx.heads.solvers.blocks import taken
-    from featx.heads.layers import open_layers
-    from featx.images.thumbnails import Originals
-    from featx.reports.sweep import TABLE_WIDTH, render, write_report
-    from featx.store.reader import source_of
-    from featx.evaluation.sweep import sweep_heads
-    from featx.evaluation.testset import judge
-    from featx.heads.unlabelled import heads_for, unlabelled_rows
+    from featx.evaluation import judge, sweep_heads
+    from featx.heads import heads_for, open_layers, taken, unlabelled_centre, unlabelled_rows
+    from featx.images import Originals
+    from featx.reports import TABLE_WIDTH, render, write_report
+    from featx.store import source_of
 
     wanted_heads, wanted_shots = parse_heads(heads), parse_shots(shots)
     one = unlabelled or unlabelled_from is not None
@@ -228,9 +223,8 @@ def _rank_labels(
     """The labels of the images that took part in a sweep, by the reference layer; None where there is too little."""
     import numpy as np
 
-    from featx.heads.folds import distinct_counts
-    from featx.heads.solvers.blocks import is_large, taken
-    from featx.advice.mislabelled import REPEATS, rank_labels
+    from featx.advice import REPEATS, rank_labels
+    from featx.heads import distinct_counts, is_large, taken
 
     groups = result.duplicates.groups
     if (distinct_counts(result.labels, groups, len(result.class_names)) >= 2).sum() < 2:
@@ -261,7 +255,7 @@ def _workers(backend: Backend) -> Iterator[int | None]:
     if backend is Backend.local:
         yield None
         return
-    from featx.extraction.runners.ray import joblib_on_ray
+    from featx.extraction import joblib_on_ray
 
     with joblib_on_ray():
         yield -1

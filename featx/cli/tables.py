@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from featx.cli.model import Json
-from featx.errors import plural
 from featx.cli.terminal import ProgressLine, check_writable, print_json, say
+from featx.errors import plural
 
 
 class TableFormat(StrEnum):
@@ -39,7 +39,7 @@ def export_features(
 
     A row is an image. Stores larger than memory are fine.
     """
-    from featx.store.tables import export_table
+    from featx.store import export_table
 
     check_writable(out.parent)
     with ProgressLine("writing") as line:

@@ -13,11 +13,10 @@ from joblib import effective_n_jobs
 from numpy.typing import NDArray
 from sklearn.pipeline import Pipeline, make_pipeline
 
-from featx.images.pool import DecoderPool
 from featx.errors import UsageError
-from featx.extraction.transformer import ImageTransformer, items_of, pixels_of
-from featx.heads.catalogue import make_head
-from featx.images.pixels import Preprocess, resize_crop
+from featx.extraction import ImageTransformer, items_of, pixels_of
+from featx.heads import make_head
+from featx.images import DecoderPool, Preprocess, resize_crop
 
 _AHEAD = 64
 """Images that are decoded ahead of the one that is wanted."""

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featx.evaluation import stats
 from featx._arrays import Index
-from featx.heads.folds import distinct_counts
+from featx.evaluation import stats
 from featx.evaluation.splits import Duplicates, Shots, least_images
+from featx.heads import distinct_counts
 
 
 @dataclass(frozen=True)

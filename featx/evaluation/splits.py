@@ -18,7 +18,7 @@ from scipy.sparse.csgraph import connected_components
 
 from featx._arrays import NEAR, Index
 from featx.errors import UsageError, plural
-from featx.heads.folds import alone, distinct_counts, of_one_class
+from featx.heads import alone, distinct_counts, of_one_class
 
 Shots: TypeAlias = int | Literal["all"]
 

@@ -19,22 +19,28 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.pipeline import Pipeline
 from threadpoolctl import threadpool_limits
 
-from featx.heads.solvers import blocks as large
 from featx._arrays import NEAR, Index
-from featx.heads.centre import Centre
-from featx.heads.selection import Views, fit_chosen
 from featx.errors import UsageError, plural
-from featx.heads.folds import of_one_class
-from featx.heads.catalogue import Head, Logistic
 from featx.evaluation.journal import Journal, plan_hash
-from featx.heads.solvers.blocks import blocks, is_large, taken
-from featx.heads.layers import Layers
 from featx.evaluation.results import SweepResult, Trial
-from featx.heads.scorer import Kind
 from featx.evaluation.splits import Duplicates, KShotSplit, Shots, find_duplicates, plan_shots, shots_label
-from featx.heads.solvers.device import check_device
-from featx.heads.unlabelled import heads_for
-from featx.evaluation.workers import workers
+from featx.evaluation.workers import worker_pool
+from featx.heads import (
+    Centre,
+    Head,
+    Kind,
+    Layers,
+    Logistic,
+    Views,
+    check_device,
+    fit_chosen,
+    heads_for,
+    is_large,
+    of_one_class,
+    row_blocks,
+    taken,
+)
+from featx.heads.solvers import blocks as large
 
 DEFAULT_SHOTS: tuple[Shots, ...] = (1, 2, 5, 10, 20, "all")
 Progress = Callable[[int, int, str], None]
@@ -234,7 +240,7 @@ def _run(
     n_workers, threads = (1, n_workers) if is_large(data.embeddings) else (n_workers, 1)
     chunk = max(1, 4 * n_workers) if n_workers > 1 else 1
     arguments = (data.embeddings, data.labels, data.duplicates.groups, heads, random_state, threads, device)
-    with workers(max(1, min(n_workers, len(tasks)))) as pool:
+    with worker_pool(max(1, min(n_workers, len(tasks)))) as pool:
         for start in range(0, len(tasks), chunk):
             some = tasks[start : start + chunk]
             if progress:
@@ -288,7 +294,7 @@ class _Query:
     def judge(self, pipeline: Pipeline, method: str) -> NDArray[Any]:
         """What ``pipeline.predict_proba`` or ``predict`` gives for the rows."""
         if is_large(self.rows):
-            return np.concatenate([getattr(pipeline, method)(self.rows[part]) for part in blocks(len(self.rows))])
+            return np.concatenate([getattr(pipeline, method)(self.rows[part]) for part in row_blocks(len(self.rows))])
         normaliser, model = pipeline.named_steps.values()
         if normaliser.kind not in self._done:
             self._done[normaliser.kind] = normaliser.transform(self.rows)

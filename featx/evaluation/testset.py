@@ -18,14 +18,12 @@ import numpy as np
 from scipy.stats import binomtest
 from threadpoolctl import threadpool_limits
 
-from featx.evaluation import stats
 from featx._files import cannot_write
-from featx.heads.selection import fit_chosen
 from featx.errors import UsageError, plural
-from featx.heads.catalogue import Head
-from featx.heads.solvers.blocks import is_large
+from featx.evaluation import stats
 from featx.evaluation.splits import find_duplicates
-from featx.store.reader import FeatureSet
+from featx.heads import Head, fit_chosen, is_large
+from featx.store import FeatureSet
 
 
 @dataclass(frozen=True)

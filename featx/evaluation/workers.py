@@ -28,7 +28,7 @@ _LEAST = 2 * 10**9
 
 
 @contextlib.contextmanager
-def workers(n_jobs: int) -> Iterator[joblib.Parallel]:
+def worker_pool(n_jobs: int) -> Iterator[joblib.Parallel]:
     """A pool of so many workers, of the backend that joblib is set to.
 
     Those of this machine (loky) end within a second of this process, and their arrays lie in a folder that the

@@ -14,15 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx._system import available_cpus
-from featx.backbones.backbone import Backbone, load_backbone
-from featx.backbones.engines.base import Engine, for_views
-from featx.images.pool import DecoderPool
-from featx.backbones.engines.torch import make_engine
+from featx.backbones import Backbone, Engine, Provider, for_views, is_own, load_backbone, make_engine, provenance_of
 from featx.errors import ImageError, UsageError, WeightsError
-from featx.store.manifest import check_same
-from featx.backbones.provenance import provenance_of
-from featx.backbones.provider import Provider, is_own
-from featx.images.views import CENTER, Looks, parse_views
+from featx.images import CENTER, DecoderPool, Looks, parse_views
+from featx.store import check_same
 
 
 def network_like(
@@ -119,7 +114,7 @@ class Embedder:
         """
         network = network_like(provenance, where=where, backbone=backbone, weights=weights)
         if tail is not None:
-            from featx.backbones.cut import tuned
+            from featx.backbones import tuned
 
             network = tuned(network, tail)
         precision = str(provenance.get("precision", "auto"))

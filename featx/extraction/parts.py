@@ -29,9 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from featx._files import cannot_write, make_folder, refuse_second_writer, writer_lock
-from featx.backbones.backbone import Backbone
-from featx.backbones.engines.base import Engine
-from featx.backbones.engines.torch import make_engine
+from featx.backbones import Backbone, Engine, make_engine, provenance_of
 from featx.errors import Interrupted, StoreBusy, StoreError, UsageError
 from featx.extraction.run import (
     ExtractSummary,
@@ -41,12 +39,19 @@ from featx.extraction.run import (
     format_notes,
     index_of,
 )
-from featx.store.index import PARTS, Index, Refused, read_index, read_quarantine
-from featx.store.manifest import Manifest, check_same, read_manifest
-from featx.backbones.provenance import provenance_of
-from featx.images.source import ImageRef, ImageSet
-from featx.store.reader import digest_keys
-from featx.store.writer import StoreWriter
+from featx.images import ImageRef, ImageSet
+from featx.store import (
+    PARTS,
+    Index,
+    Manifest,
+    Refused,
+    StoreWriter,
+    check_same,
+    digest_keys,
+    read_index,
+    read_manifest,
+    read_quarantine,
+)
 
 MAX_PARTS = 100_000
 Progress = Callable[[int, int], None]
@@ -116,7 +121,8 @@ def extract_part(
     Parameters
     ----------
     images : all images of the source, the same for every part.
-    backbone, engine, progress, options : as for :func:`featx.extraction.run.extract_features`; ``max_bad`` is a share of all
+    backbone, engine, progress, options : as for :func:`featx.extraction.run.extract_features`; ``max_bad`` is a share
+    of all
         images, and a part fails only where it alone has more bad ones than the whole may have.
     store : folder of the store that the parts are for.
     part : which part.

@@ -18,18 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx._system import available_cpus
-from featx.backbones.backbone import Backbone
-from featx.backbones.engines.base import Engine, for_views
-from featx.images.pool import TIMEOUT, DecoderPool
-from featx.backbones.engines.torch import make_engine
+from featx.backbones import Backbone, Engine, for_views, make_engine, provenance_of
 from featx.errors import ImageError, Interrupted, MismatchError, SourceError, TooManyBadImages, plural
-from featx.store.hdf5 import MAX_STRING
-from featx.store.index import PARTS, Index, Refused, longest_id
-from featx.backbones.provenance import provenance_of
-from featx.images.source import ImageRef, ImageSet
-from featx.store.reader import digest_keys
-from featx.store.writer import StoreWriter
-from featx.images.views import CENTER, parse_views
+from featx.images import CENTER, TIMEOUT, DecoderPool, ImageRef, ImageSet, parse_views
+from featx.store import MAX_STRING, PARTS, Index, Refused, StoreWriter, digest_keys, longest_id
 
 MAX_BAD = 0.01
 MAX_BAD_IMAGES = 10
@@ -128,11 +120,13 @@ def extract_features(
     prune : drop embeddings that no image refers to any more.
     replace_images : let ``images`` take the place of others; see :class:`MismatchError` below.
     decode : "full", or "scaled": of a large JPEG only as much as the resize needs. Part of the fingerprint.
-    views : names of :data:`featx.images.views.VIEWS`, over which an image's embeddings are averaged; each costs the network's
+    views : names of :data:`featx.images.views.VIEWS`, over which an image's embeddings are averaged; each costs the
+    network's
         time once more. Part of the fingerprint.
     decode_timeout : seconds after which a decoder counts as hanging.
     progress : called as ``progress(done, total)``.
-    total : number of images of the whole extraction that ``images`` are a part of (:mod:`featx.extraction.parts`); it decides how
+    total : number of images of the whole extraction that ``images`` are a part of (:mod:`featx.extraction.parts`); it
+    decides how
         many may be refused, and how long an id may be. By default ``images`` are the whole.
     known : another store, whose embeddings are taken over before anything is computed.
     rehash : read every image, those too that look unchanged; only new content is embedded all the same.

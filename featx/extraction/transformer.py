@@ -21,20 +21,11 @@ from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 
 from featx._files import canonical_json
-from featx.backbones.backbone import DEFAULT_BACKBONE, Backbone, load_backbone
-from featx.backbones.catalogue import NETWORKS
-from featx.images.pool import DecoderPool
-from featx.extraction.embedder import Embedder
-from featx.backbones.engines.torch import make_engine
+from featx.backbones import DEFAULT_BACKBONE, NETWORKS, Backbone, Provider, load_backbone, make_engine, provenance_of
 from featx.errors import ImageError, MismatchError, SourceError, StoreBusy, UsageError
-from featx.images.pixels import as_rgb, decode_settings, is_image
-from featx.store.manifest import check_same, read_manifest
-from featx.backbones.provenance import provenance_of
-from featx.backbones.provider import Provider
-from featx.store.shards import ShardReader
-from featx.store.reader import steady
-from featx.store.writer import StoreWriter
-from featx.images.views import parse_views
+from featx.extraction.embedder import Embedder
+from featx.images import DecoderPool, as_rgb, decode_settings, is_image, parse_views
+from featx.store import ShardReader, StoreWriter, check_same, read_manifest, steady
 
 _AT_A_TIME = 1024
 """Images that are embedded between two visits to the store: a crash costs no more."""
@@ -70,7 +61,8 @@ class FeatureExtractor(ImageTransformer):
 
     Parameters
     ----------
-    backbone : a name of ``featx backbones``, ``timm:NAME``, or a :class:`~featx.backbones.provider.Provider` of your own.
+    backbone : a name of ``featx backbones``, ``timm:NAME``, or a :class:`~featx.backbones.provider.Provider` of your
+    own.
     weights : "default", "none" (random, as a control), or a file.
     layer : "penultimate", or a name of the network's module tree; one that ``store`` has, if that exists.
     views : ways to see an image whose embeddings are averaged, such as "center,flip".

@@ -27,9 +27,10 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from featx.errors import UsageError, did_you_mean
-from featx.heads.solvers.blocks import logistic_path
 from featx.heads.normalise import Normalise
 from featx.heads.scorer import Kind, softmax
+from featx.heads.solvers.blocks import logistic_path
+from featx.heads.solvers.device import torch_logistic_path
 from featx.heads.solvers.rows import (
     Array,
     RowSpace,
@@ -39,7 +40,6 @@ from featx.heads.solvers.rows import (
     ridge_held_out,
     temperature,
 )
-from featx.heads.solvers.device import torch_logistic_path
 
 
 def mean_squared_norm(rows: Array, weights: Array | None = None) -> float:
@@ -134,7 +134,8 @@ class Logistic(_Penalised):
         ----------
         rows : embeddings as they are.
         normalise : fitted; the result is that of :meth:`fit` on the rows that it would return.
-        device : of torch, such as ``"cuda"``, where scikit-learn then solves it; by default :mod:`featx.heads.solvers.blocks` does.
+        device : of torch, such as ``"cuda"``, where scikit-learn then solves it; by default
+        :mod:`featx.heads.solvers.blocks` does.
         """
         self.penalty(rows[:1].astype(np.float64))
         self.classes_, labels = np.unique(np.asarray(y), return_inverse=True)

@@ -20,7 +20,7 @@ from featx._arrays import COMBINED, PENULTIMATE
 from featx.errors import UsageError, did_you_mean
 from featx.heads.catalogue import Catalogue, Head
 from featx.heads.scorer import BlocksKind, blocks_kind
-from featx.store.reader import FeatureReader, FeatureSet, read_features
+from featx.store import FeatureReader, FeatureSet, read_features
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 0.9)
 """What the other layers than the reference may have together of the squared length, in equal parts."""

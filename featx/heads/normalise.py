@@ -10,8 +10,8 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from featx.heads.solvers.blocks import moments
 from featx.heads.scorer import KINDS, Array, Kind, is_kind, normalised
+from featx.heads.solvers.blocks import moments
 
 
 class Normalise(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
@@ -22,7 +22,8 @@ class Normalise(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type:
     kind : ``"none"``; ``"l2"`` to unit length; ``"centre_l2"`` minus the mean, then unit length;
         ``"standardise"`` minus the mean, by the standard deviation; ``"power_l2"`` signed square root,
         then unit length; or one of :func:`featx.heads.scorer.blocks_kind`, several layers to unit length and weighted.
-    mean : (d,) a mean from elsewhere for ``"centre_l2"`` (:mod:`featx.heads.centre`); by default the support's. The other
+    mean : (d,) a mean from elsewhere for ``"centre_l2"`` (:mod:`featx.heads.centre`); by default the support's. The
+    other
         kinds do not look at it.
     """
 
@@ -45,7 +46,8 @@ class Normalise(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type:
         return self
 
     def by_block(self, rows: NDArray[np.floating]) -> dict[str, Any]:
-        """How :func:`featx.heads.solvers.blocks.logistic_path` is to normalise these rows (n, d) while it reads them."""
+        """How :func:`featx.heads.solvers.blocks.logistic_path` is to normalise these rows (n, d) while it reads
+        them."""
         check_is_fitted(self)
         if self.kind == "l2":
             length = np.sqrt(np.einsum("ij,ij->i", rows, rows))

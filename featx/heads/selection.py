@@ -21,7 +21,6 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import Pipeline
 
 from featx._arrays import Index
-from featx.heads.folds import distinct_counts, fold_numbers
 from featx.heads.catalogue import (
     Centroid,
     Discriminant,
@@ -34,9 +33,10 @@ from featx.heads.catalogue import (
     signs,
     with_constant,
 )
-from featx.heads.solvers.blocks import is_large
+from featx.heads.folds import distinct_counts, fold_numbers
 from featx.heads.normalise import Normalise
 from featx.heads.scorer import Kind, softmax
+from featx.heads.solvers.blocks import is_large
 from featx.heads.solvers.rows import Array, Loss, RowSpace, discriminant_path, newton_path, ridge_held_out, temperature
 
 N_FOLDS = 5
@@ -124,7 +124,8 @@ def fit_chosen(
     Parameters
     ----------
     rows, labels, groups, random_state : as of :func:`choose`.
-    device : of torch, where logistic regression on large rows (:func:`featx.heads.solvers.blocks.is_large`) is to be solved.
+    device : of torch, where logistic regression on large rows (:func:`featx.heads.solvers.blocks.is_large`) is to be
+    solved.
 
     Returns
     -------

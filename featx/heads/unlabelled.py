@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx._arrays import Index
-from featx.heads.centre import Centre
 from featx.errors import MismatchError
 from featx.heads.catalogue import HEADS, Catalogue, Head, Ridge, both_columns, round_robin
+from featx.heads.centre import Centre
 from featx.heads.normalise import Normalise
 from featx.heads.scorer import softmax
 from featx.heads.solvers.rows import Array, RowSpace, temperature
-from featx.store.reader import FeatureSet, digest_keys, read_features
+from featx.store import FeatureSet, digest_keys, read_features
 
 MAX_POOL = 1000
 """More unlabelled images than this are thinned evenly: they are solved with the support in every fit."""
@@ -88,8 +88,8 @@ class PoolRidge(Ridge):
 
 
 PRIOR = 5.0
-"""Of the temperature: lower than that of :class:`featx.heads.catalogue.Ridge`, because who takes part of the labels from its own
-guesses agrees with itself. Five was best for every four of five image sets, at one shot and at two."""
+"""Of the temperature: lower than that of :class:`featx.heads.catalogue.Ridge`, because who takes part of the labels
+from its own guesses agrees with itself. Five was best for every four of five image sets, at one shot and at two."""
 
 
 def soft_labels(rows: Array, hot: Array, pool: Array, *, sharpness: float, weight: float) -> Array:

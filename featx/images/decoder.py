@@ -22,10 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx._system import OutOfTime, confine, limited_memory, limited_time
-from featx.images.child import READY, speak_to_nobody
 from featx.errors import ImageError
-from featx.images.pixels import BYTES_PER_PIXEL, Preprocess, decode, weigh
+from featx.images.child import READY, speak_to_nobody
 from featx.images.origin import MAX_BYTES, too_many_bytes
+from featx.images.pixels import BYTES_PER_PIXEL, Preprocess, decode, weigh
 from featx.images.views import Looks
 
 READ, PART, HERE, WEIGH, DECODE = b"R", b"P", b"H", b"W", b"G"

@@ -1,9 +1,9 @@
 """Decoding many files at once, in processes of their own.
 
 A decoder is native code that meets bytes from anywhere: now and then one takes its process down, or never
-comes back. Here that costs the one file. Each worker is a child process (:mod:`featx.images.child`) that does nothing but
-read, hash and decode; bytes and pixels travel through a socket, so that no temporary file is needed. The child never
-imports torch.
+comes back. Here that costs the one file. Each worker is a child process (:mod:`featx.images.child`) that does nothing
+but read, hash and decode; bytes and pixels travel through a socket, so that no temporary file is needed. The child
+never imports torch.
 
 Where no kernel ends a child with its parent, an idle one reads end-of-file, and one that hangs in a decoder is ended by
 its own alarm, which the kernel delivers without asking the interpreter.
@@ -31,13 +31,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx._files import uninterrupted
+from featx.errors import FeatxError, ImageError
 from featx.images.child import ATTEMPTS, Child
 from featx.images.decoder import DECODE, HERE, PART, PLACE, READ, TIMES, WEIGH, WEIGHT
-from featx.errors import FeatxError, ImageError
 from featx.images.fetchers import Fetchers, Fetching
+from featx.images.origin import MAX_BYTES as MAX_BYTES, Fetched, Origin, Part
 from featx.images.pixels import MAX_PIXELS, Preprocess
-from featx.images.origin import MAX_BYTES as MAX_BYTES
-from featx.images.origin import Fetched, Origin, Part
 from featx.images.views import CENTER, Looks
 
 FETCH_AHEAD = 32

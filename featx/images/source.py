@@ -141,7 +141,7 @@ class ImageSet:
     @classmethod
     def _from_folder_of_anything(cls, folder: Path, progress: Progress | None) -> ImageSet:
         suffixes: Counter[str] = Counter()
-        for relative, _ in _walk(folder):
+        for relative, _ in walk_folder(folder):
             suffix = os.path.splitext(relative)[1].lower()  # noqa: PTH122 - pathlib is 5 times slower here
             if suffix in IMAGE_SUFFIXES:
                 return cls.from_folder(folder)
@@ -164,7 +164,7 @@ class ImageSet:
             raise SourceError("no such folder", where=root)
         found: list[tuple[str, os.stat_result | None]] = []
         ignored: list[str] = []
-        for relative, stat in _walk(root):
+        for relative, stat in walk_folder(root):
             if stat is None or os.path.splitext(relative)[1].lower() in IMAGE_SUFFIXES:  # noqa: PTH122 - pathlib is 5 times slower here
                 found.append((relative, stat))
             else:
@@ -344,13 +344,13 @@ def _files_of(path: Path, suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:
     if not path.is_dir():
         raise SourceError("no such folder or file", where=path, expected=_KINDS)
     # What datasets caches beside what it saves is no part of it.
-    names = sorted(name for name, _ in _walk(path) if name.lower().endswith(suffixes) and "cache-" not in name)
+    names = sorted(name for name, _ in walk_folder(path) if name.lower().endswith(suffixes) and "cache-" not in name)
     if not names:
         raise SourceError(f"no {' or '.join(suffixes)} files in this folder", where=path)
     return [(name, path / name) for name in names]
 
 
-def _walk(root: Path) -> Iterator[tuple[str, os.stat_result | None]]:
+def walk_folder(root: Path) -> Iterator[tuple[str, os.stat_result | None]]:
     """Relative paths and stats of all files below a folder, hidden ones left out, links followed once.
 
     A file or folder whose path is longer than the system takes has None: nothing in it can be opened.

@@ -5,8 +5,8 @@ mean as JSON in the schema's metadata. A plain column of bytes is taken too, and
 few at a time as they are embedded, so a table may be larger than memory; the table's size and times tell that it has
 not changed.
 
-A process of its own reads them (:mod:`featx.images.table_reader`), since pyarrow does not survive every damaged file. One is
-enough for all tables, as rows are asked for in order.
+A process of its own reads them (:mod:`featx.images.table_reader`), since pyarrow does not survive every damaged file.
+One is enough for all tables, as rows are asked for in order.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from featx.images.child import ATTEMPTS, Child
 from featx.errors import FeatxError, ImageError, SourceError
+from featx.images.child import ATTEMPTS, Child
 from featx.images.origin import MAX_FETCHED, Fetched, ImageRef, file_ref, not_installed, splits_from_names
 from featx.images.table_reader import ERROR, IMAGE, NONE
 

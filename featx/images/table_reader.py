@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from featx._files import signature
 from featx._system import confine, limited_memory
-from featx.images.child import READY, speak_to_nobody
 from featx.errors import FeatxError, ImageError, SourceError
+from featx.images.child import READY, speak_to_nobody
 from featx.images.origin import MAX_FETCHED, too_many_bytes
 
 if TYPE_CHECKING:

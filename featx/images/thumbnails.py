@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx.errors import ImageError, SourceError, UsageError
-from featx.images.pixels import thumbnail
 from featx.images.origin import Origin
+from featx.images.pixels import thumbnail
 from featx.images.source import finder
 
 

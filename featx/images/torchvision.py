@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from featx.errors import ImageError, SourceError, UsageError, did_you_mean
-from featx.images.pixels import encode
 from featx.images.origin import Fetched, ImageRef, file_ref
+from featx.images.pixels import encode
 
 _SPLITS = (("train", "train"), ("trainval", "train"), ("val", "val"), ("valid", "val"), ("test", "test"))
 """What data sets call their splits, and what they are called here; trainval only where there is no train."""

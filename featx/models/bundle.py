@@ -47,7 +47,7 @@ from numpy.typing import NDArray
 from featx._arrays import COMBINED
 from featx._files import publish_bytes, read_regular
 from featx.errors import BundleError, FeatxError, StoreError
-from featx.heads.scorer import Array, Scorer, is_kind, margins, softmax
+from featx.heads import Array, Scorer, is_kind, margins, softmax
 
 FORMAT, FORMAT_VERSION = "featx-bundle", 2
 GOLDEN_TOLERANCE = 1e-6

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 
-from featx.heads.scorer import Array, softmax
+from featx.heads import Array, softmax
 
 _MIN_SHARPNESS, _MAX_SHARPNESS = 1e-4, 1e6
 

@@ -20,10 +20,10 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import FunctionTransformer, Normalizer, StandardScaler
 
 from featx._files import publish_bytes
-from featx.backbones.engines.base import layer_place
-from featx.models.bundle import Answer, Bundle, silence
+from featx.backbones import layer_place
 from featx.errors import BundleError, UsageError
-from featx.heads.scorer import blocks_of
+from featx.heads import blocks_of
+from featx.models.bundle import Answer, Bundle, silence
 
 FORMATS = ("joblib", "skops", "onnx")
 _ATTRIBUTE = "featx_bundle_"

@@ -7,20 +7,17 @@ from dataclasses import asdict, replace
 
 import numpy as np
 
-from featx.adaptation import training
 from featx._arrays import Index
+from featx.adaptation import Progress, Tuning, training
+from featx.backbones import make_engine, provenance_of, tail_bytes, tuned
+from featx.errors import UsageError
+from featx.evaluation import find_duplicates
+from featx.extraction import Embedder
+from featx.heads import distinct_counts, fold_numbers
 from featx.models.bundle import Bundle
 from featx.models.calibrate import fit_sharpness
-from featx.extraction.embedder import Embedder
-from featx.backbones.engines.torch import make_engine
-from featx.errors import UsageError
 from featx.models.fit import FittedHead, judge_scores, pack_bundle, warnings_of
-from featx.heads.folds import distinct_counts, fold_numbers
-from featx.store.manifest import fingerprint
-from featx.backbones.provenance import provenance_of
-from featx.evaluation.splits import find_duplicates
-from featx.backbones.cut import tail_bytes, tuned
-from featx.adaptation.tuning import Progress, Tuning
+from featx.store import fingerprint
 
 OUT_OF_FOLD = 3
 """Parts that a kept model's calibration and accuracy are measured on, each by a model that has not seen it."""

@@ -19,26 +19,31 @@ from numpy.typing import NDArray
 from scipy.stats import beta
 from threadpoolctl import threadpool_limits
 
-from featx.evaluation import stats
 from featx._arrays import COMBINED, NEAR, Index
-from featx.backbones.engines.base import layer_place, of_layer
+from featx.backbones import layer_place, of_layer
+from featx.errors import UsageError, plural
+from featx.evaluation import find_duplicates, stats, sweep_heads
+from featx.extraction import Embedder
+from featx.heads import (
+    N_FOLDS,
+    Array,
+    Head,
+    Layers,
+    Scorer,
+    check_device,
+    distinct_counts,
+    fit_chosen,
+    fold_numbers,
+    heads_for,
+    is_large,
+    softmax,
+    taken,
+    unlabelled_centre,
+)
+from featx.images import encode
 from featx.models.bundle import Bundle
 from featx.models.calibrate import fit_sharpness, fit_threshold, smallest_error
-from featx.heads.centre import unlabelled_centre
-from featx.heads.selection import N_FOLDS, fit_chosen
-from featx.extraction.embedder import Embedder
-from featx.errors import UsageError, plural
-from featx.heads.folds import distinct_counts, fold_numbers
-from featx.heads.catalogue import Head
-from featx.images.pixels import encode
-from featx.heads.solvers.blocks import is_large, taken
-from featx.heads.layers import Layers
-from featx.heads.scorer import Array, Scorer, softmax
-from featx.evaluation.splits import find_duplicates
-from featx.store.reader import FeatureSet
-from featx.evaluation.sweep import sweep_heads
-from featx.heads.solvers.device import check_device
-from featx.heads.unlabelled import heads_for
+from featx.store import FeatureSet
 
 N_GOLDEN = 16
 """Rows that are kept with the scores they got, to find out at loading whether the head still gives them."""
@@ -90,7 +95,8 @@ def fit_head(
     class_names : c names, of which those without any row are left out.
     groups : (n,) rows with the same value are exact copies.
     near_duplicates : cosine from which two rows count as copies; None looks for exact copies only.
-    heads : names of :data:`featx.heads.catalogue.HEADS`; of several, the sweep's winner when all images but a fifth are shots.
+    heads : names of :data:`featx.heads.catalogue.HEADS`; of several, the sweep's winner when all images but a fifth are
+    shots.
     max_error : share of answers that may be wrong; below the threshold that follows the head abstains.
     random_state : seed of the folds.
     n_jobs : workers that compare several heads; by default one for each core.

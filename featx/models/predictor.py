@@ -9,12 +9,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from featx.backbones.engines.base import layer_place, of_layer
-from featx.models.bundle import Answer, Bundle
-from featx.extraction.embedder import Embedder
+from featx.backbones import Provider, layer_place, of_layer
 from featx.errors import ImageError, MismatchError
-from featx.backbones.provider import Provider
-from featx.images.source import IMAGE_SUFFIXES, _walk
+from featx.extraction import Embedder
+from featx.images import IMAGE_SUFFIXES, walk_folder
+from featx.models.bundle import Answer, Bundle
 
 PROBE_COSINE = {"fp32": 0.9999}
 """What the engines promise of each other; 0.999 at the precisions that are not named."""
@@ -98,5 +97,5 @@ def predict_files(
 
 def image_files(folder: Path) -> list[Path]:
     """Files below a folder whose names promise an image, sorted; hidden ones are left out, as by an extraction."""
-    found = (folder / relative for relative, _ in _walk(folder))
+    found = (folder / relative for relative, _ in walk_folder(folder))
     return sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES)

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from featx.advice.advice import Advice, Cell, named
-from featx.advice.curves import Curve
+from featx.advice import Advice, Cell, Curve, named
 from featx.errors import plural
 from featx.reports.html import HINT, Images, Thumbnail, bar, document, made
 

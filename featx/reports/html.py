@@ -12,10 +12,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from featx.advice import LabelRanking
 from featx.errors import plural
-from featx.advice.mislabelled import LabelRanking
-from featx.evaluation.results import HeadResult, SweepResult
-from featx.evaluation.splits import Shots
+from featx.evaluation import HeadResult, Shots, SweepResult
 
 Thumbnail: TypeAlias = Callable[[int], bytes | None]
 

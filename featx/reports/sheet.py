@@ -12,16 +12,12 @@ from typing import TypeAlias
 import numpy as np
 
 from featx._files import publish_bytes
-from featx.images.pool import DecoderPool
+from featx.advice import LabelRanking
 from featx.errors import StoreError, UsageError, plural
+from featx.images import DecoderPool, Origin, Preprocess, finder, is_local, jpeg_bytes
 from featx.reports.html import document
-from featx.images.pixels import Preprocess, jpeg_bytes
-from featx.store.manifest import read_manifest
-from featx.advice.mislabelled import LabelRanking
-from featx.images.origin import Origin
-from featx.retrieval.search import DuplicateGroup, Match, label_of
-from featx.images.source import finder, is_local
-from featx.store.reader import FeatureSet, is_packed
+from featx.retrieval import DuplicateGroup, Match, label_of
+from featx.store import FeatureSet, is_packed, read_manifest
 
 Found: TypeAlias = list[tuple[str, Path | int, list[Match]]]
 """For each query its name, its file or its row in the store, and what was found."""

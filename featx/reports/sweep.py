@@ -17,10 +17,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from featx.advice import LabelRanking
 from featx.errors import UsageError, plural
+from featx.evaluation import SweepResult
 from featx.reports.html import Thumbnail, classes_among, images_a_class, ranked, render_page, rival
-from featx.advice.mislabelled import LabelRanking
-from featx.evaluation.results import SweepResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -4,8 +4,8 @@ Rows of length 1 are rotated onto their leading principal axes, grouped into lis
 bits an axis, which are compared in registers (Jégou, Douze and Schmid, 2011, "Product quantization for nearest neighbor
 search"; André, Kermarrec and Le Scouarnec, 2015, "Cache locality is not enough"; Douze et al., 2024, "The faiss
 library"). The best by these are compared by codes of 8 bits an axis, and the best of those are the candidates: what is
-returned is ranked by the embeddings themselves (:mod:`featx.retrieval.neighbours`). How many lists are read is the smallest number
-that reaches the recall asked for, as measured against the exact search on rows of the gallery itself.
+returned is ranked by the embeddings themselves (:mod:`featx.retrieval.neighbours`). How many lists are read is the
+smallest number that reaches the recall asked for, as measured against the exact search on rows of the gallery itself.
 
 faiss is optional, and imported when the first approximate index is made or opened.
 """

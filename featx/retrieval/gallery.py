@@ -28,11 +28,11 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import NDArray
 
-from featx.retrieval import faiss as ann
 from featx._files import canonical_json, make_folder, publish, publish_bytes, read_regular, sha256_file
 from featx.errors import StoreError, plural
+from featx.retrieval import faiss as ann
 from featx.retrieval.neighbours import APPROXIMATE_ABOVE, GalleryIndex, Method, Rows
-from featx.store.reader import FeatureSet, digest_keys
+from featx.store import FeatureSet, digest_keys
 
 FORMAT = "featx-search-index"
 FORMAT_VERSION = 1
@@ -73,7 +73,8 @@ def open_gallery(
     ----------
     store : where the features were read from.
     features : all its rows, of one layer.
-    method : as of :class:`featx.retrieval.neighbours.GalleryIndex`. An approximate index is opened if there is one, brought up to
+    method : as of :class:`featx.retrieval.neighbours.GalleryIndex`. An approximate index is opened if there is one,
+    brought up to
         date or made if not, and saved.
     say : gets a sentence before something slow begins.
 

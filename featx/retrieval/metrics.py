@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from featx.errors import UsageError
+from featx.evaluation import Interval, unseen_share
 from featx.retrieval.postprocess import Postprocess, expand_queries, unit_rows
-from featx.evaluation.stats import Interval, unseen_share
 
 KS = (1, 5, 10)
 N_BOOT = 2000

@@ -12,11 +12,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from featx._arrays import NEAR
 from featx.errors import UsageError, did_you_mean, plural
+from featx.evaluation import find_duplicates
 from featx.retrieval.gallery import Say, open_gallery
-from featx.retrieval.postprocess import Postprocess, expand_queries
 from featx.retrieval.neighbours import GalleryIndex, Method, Rows
-from featx.evaluation.splits import find_duplicates
-from featx.store.reader import FeatureSet, digest_keys, read_features
+from featx.retrieval.postprocess import Postprocess, expand_queries
+from featx.store import FeatureSet, digest_keys, read_features
 
 _SUGGEST_BELOW = 50_000
 

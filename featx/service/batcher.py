@@ -25,9 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx._system import available_cpus
-from featx.images.pool import DecoderPool, NoDecoder, TooHeavy
-from featx.extraction.embedder import Embedder
 from featx.errors import ImageError
+from featx.extraction import Embedder
+from featx.images import DecoderPool, NoDecoder, TooHeavy
 
 Embedded = tuple[NDArray[np.float32], ...]
 """The embedding (d,) of one image, one array a layer."""

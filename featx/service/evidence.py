@@ -11,14 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featx.models.bundle import Bundle
-from featx.images.pool import DecoderPool, NoDecoder
 from featx.errors import MismatchError, UsageError
-from featx.images.pixels import Preprocess, encode
-from featx.store.manifest import check_same, read_manifest
-from featx.retrieval.neighbours import GalleryIndex
+from featx.images import DecoderPool, NoDecoder, Preprocess, encode
+from featx.models import Bundle
+from featx.retrieval import GalleryIndex
 from featx.service.guard import Refusal
-from featx.store.reader import is_packed, read_features
+from featx.store import check_same, is_packed, read_features, read_manifest
 
 SIDE = 160
 """Pixels of a thumbnail's side: twice what the page shows, for fine screens."""

@@ -17,12 +17,11 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
-from featx.backbones.engines.base import of_layer
-from featx.models.bundle import Bundle
-from featx.extraction.embedder import Embedder
+from featx.backbones import of_layer
 from featx.errors import ImageError, plural
-from featx.images.pixels import REASONS
-from featx.models.predictor import layer_number
+from featx.extraction import Embedder
+from featx.images import REASONS
+from featx.models import Bundle, layer_number
 from featx.service.batcher import Batcher, Embedded, OutOfResources, QueueFull, WorkerDied
 from featx.service.evidence import Evidence
 from featx.service.guard import Limits, Refusal

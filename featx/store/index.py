@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from featx.store import hdf5
 from featx._arrays import SPLITS
 from featx._files import canonical_json, read_regular
 from featx.errors import StoreError
+from featx.store import hdf5
 from featx.store.hdf5 import RESTORE
 from featx.store.manifest import Manifest
 

@@ -35,8 +35,8 @@ A store is a folder. MUST, MAY and SHOULD are meant as in RFC 2119.
     The images that were refused, one canonical JSON object a line: ``id, digest, reason, message, checksum``. A missing
     file counts as an empty one. A writer MUST put the new sum into the manifest before it replaces the file.
 ``.parts/<i>-of-<n>``
-    Parts of an extraction that is under way (:mod:`featx.extraction.parts`), each a store of the images of its part. Readers MUST
-    ignore them; whoever finishes the extraction takes over their shards and deletes them.
+    Parts of an extraction that is under way (:mod:`featx.extraction.parts`), each a store of the images of its part.
+    Readers MUST ignore them; whoever finishes the extraction takes over their shards and deletes them.
 ``.lock``
     Held (flock) by the one writer. Names starting with ``.tmp-`` are leftovers of dead writers, which the next one
     deletes. Readers MUST ignore all names that start with a dot.
@@ -63,19 +63,23 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from featx.store import frames
-from featx.store import hdf5
 from featx._arrays import NEAR, SPLITS
 from featx._files import signature
 from featx.errors import StoreError, UsageError, did_you_mean, plural
+from featx.store import frames, hdf5
 from featx.store.hdf5 import RESTORE
 from featx.store.index import NAME_COLUMNS, read_index, read_names
 from featx.store.manifest import check_version, damaged, fingerprint, manifest_bytes, read_manifest
-from featx.store.shards import SHARD_COLUMNS as SHARD_COLUMNS
-from featx.store.shards import ShardReader, dims_of, layers_of, read_rows
-from featx.store.shards import digest_keys as digest_keys
-from featx.store.shards import open_shard as open_shard
-from featx.store.shards import shard_path as shard_path
+from featx.store.shards import (
+    SHARD_COLUMNS as SHARD_COLUMNS,
+    ShardReader,
+    digest_keys as digest_keys,
+    dims_of,
+    layers_of,
+    open_shard as open_shard,
+    read_rows,
+    shard_path as shard_path,
+)
 
 if TYPE_CHECKING:
     import anndata

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from featx.store import hdf5
 from featx._files import sha256_file, signature
 from featx.errors import StoreError
+from featx.store import hdf5
 from featx.store.hdf5 import RESTORE
 from featx.store.manifest import Manifest, Shard
 

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from featx._files import publish
 from featx.errors import StoreError, UsageError
+from featx.images import not_installed
 from featx.store.manifest import fingerprint
-from featx.images.origin import not_installed
 from featx.store.reader import FeatureReader
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featx.store import hdf5
 from featx._files import canonical_json, publish
 from featx.errors import StoreError, UsageError, plural
+from featx.store import hdf5
 from featx.store.hdf5 import RESTORE
 from featx.store.index import Index, name_columns, read_index, read_quarantine
 from featx.store.manifest import FORMAT_VERSION, Manifest, Shard, fingerprint, manifest_bytes, read_manifest

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featx.store import hdf5
 from featx._files import (
     cannot_write,
     fsync_path,
@@ -32,10 +31,11 @@ from featx._files import (
     writer_lock,
 )
 from featx.errors import StoreError
+from featx.store import hdf5
 from featx.store.index import Index, Refused, check_index, quarantine_bytes, read_index, spell_quarantine, write_index
 from featx.store.manifest import Manifest, Shard, check_same, read_manifest, spell_manifest, write_manifest
-from featx.store.shards import SHARD_COLUMNS, Contents, digest_keys, open_shard, shard_path
 from featx.store.reader import steady
+from featx.store.shards import SHARD_COLUMNS, Contents, digest_keys, open_shard, shard_path
 
 SHARD_ROWS = 4096
 SHARD_SECONDS = 30.0

@@ -15,8 +15,8 @@ sys.path.insert(0, str(HERE.parent))
 from storekit import make_store, names_of  # noqa: E402
 from test_bundle import clusters, make_bundle  # noqa: E402
 
-from featx.models.bundle import write_bundle  # noqa: E402
 from featx.heads.catalogue import make_head  # noqa: E402
+from featx.models.bundle import write_bundle  # noqa: E402
 from featx.store.manifest import FORMAT_VERSION  # noqa: E402
 from featx.store.tools import pack  # noqa: E402
 

@@ -1,0 +1,1 @@
+"""Engines: how a frozen network is run, by torch or by OpenVINO."""

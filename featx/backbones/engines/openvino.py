@@ -127,8 +127,8 @@ def cache_file(backbone: Backbone, batch_size: int) -> Path:
 def exact_start(graph: bytes) -> bytes:
     """Mark the start of a network with depthwise convolutions to stay fp32 when the rest runs at bf16.
 
-    See :data:`featx.backbones.engines.base.EXACT_START`. The mark is the one by which OpenVINO itself keeps layers precise; its CPU
-    plugin honours it for bf16 too.
+    See :data:`featx.backbones.engines.base.EXACT_START`. The mark is the one by which OpenVINO itself keeps layers
+    precise; its CPU plugin honours it for bf16 too.
     """
     root = ElementTree.fromstring(graph)
     layers = root.findall("./layers/layer")

@@ -5,7 +5,8 @@ embeddings (cosine to plain torch >= 0.9999 at fp32, >= 0.999 at bf16). Short ba
 the one shape, and an image's embedding does not depend on what else is in its batch: bit for bit at fp32, and at bf16
 for the convolutional networks that were tried (a vision transformer on OpenVINO is not position-independent there).
 
-``TorchEngine`` runs anywhere torch does, and on CUDA. :mod:`featx.backbones.engines.openvino` is 5 to 20 times faster on a CPU.
+``TorchEngine`` runs anywhere torch does, and on CUDA. :mod:`featx.backbones.engines.openvino` is 5 to 20 times faster
+on a CPU.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Many processes for one extraction: each does parts of it (:mod:`featx.extraction.parts`), on a device of its own.
 
 :func:`run_local` is for one machine with several GPUs, or a CPU that one process does not fill;
-:mod:`featx.extraction.runners.ray` does the same on a Ray cluster. Both only start parts, start again what died, and finish: all
-that must be safe is safe without them.
+:mod:`featx.extraction.runners.ray` does the same on a Ray cluster. Both only start parts, start again what died, and
+finish: all that must be safe is safe without them.
 """
 
 from __future__ import annotations
@@ -26,14 +26,12 @@ from pathlib import Path
 from typing import Any
 
 from featx._system import available_cpus
-from featx.backbones.backbone import Backbone
-from featx.backbones.engines.base import Engine
-from featx.backbones.engines.torch import cuda_devices, make_engine
+from featx.backbones import Backbone, Engine, cuda_devices, make_engine
 from featx.errors import FeatxError, Interrupted, UsageError, plural
-from featx.extraction.run import ExtractSummary
 from featx.extraction.parts import Part, extract_cut, finish_parts, parts_of, unfinished
-from featx.images.source import ImageSet
-from featx.store.reader import stored_precision
+from featx.extraction.run import ExtractSummary
+from featx.images import ImageSet
+from featx.store import stored_precision
 
 RESTARTS = 2
 """How often the process of a part is started again after it died."""
@@ -58,7 +56,8 @@ class Job:
     load : makes the backbone, there and then: code of the user's own does not travel well.
     start : makes the engine, given the backbone and perhaps ``device=``, ``precision=`` and ``threads=``.
     precision : "auto" takes the store's own, where there is one.
-    options : of :func:`featx.extraction.run.extract_features`, such as ``workers``, ``decode``, ``views`` and ``max_bad``.
+    options : of :func:`featx.extraction.run.extract_features`, such as ``workers``, ``decode``, ``views`` and
+    ``max_bad``.
     """
 
     store: Path

@@ -1,8 +1,8 @@
 """An extraction, or a sweep, on a Ray cluster. Ray's only door.
 
 Ray schedules, watches and retries; featx has no scheduler of its own. A task is one part of an extraction
-(:mod:`featx.extraction.parts`), of about as many images as a shard has rows, and may be run again at any time. All hosts see the
-images and the folder of the store under the same paths, and have featx installed.
+(:mod:`featx.extraction.parts`), of about as many images as a shard has rows, and may be run again at any time. All
+hosts see the images and the folder of the store under the same paths, and have featx installed.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from featx.errors import FeatxError, StoreBusy, UsageError
-from featx.extraction.run import ExtractSummary
 from featx.extraction.parts import Part
+from featx.extraction.run import ExtractSummary
 from featx.extraction.runners.local import PATIENCE, RESTARTS, Job, Tally, died, finish, pack, parts_to_do, stopped
-from featx.images.source import ImageSet
-from featx.store.writer import SHARD_ROWS
+from featx.images import ImageSet
+from featx.store import SHARD_ROWS
 
 Progress = Callable[[int, int], None]
 

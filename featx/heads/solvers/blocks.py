@@ -41,7 +41,7 @@ def taken(rows: NDArray[np.floating], index: NDArray[np.intp]) -> NDArray[np.flo
     return rows if len(index) == len(rows) else rows[index]
 
 
-def blocks(n: int) -> Iterator[slice]:
+def row_blocks(n: int) -> Iterator[slice]:
     """Slices of a few thousand rows each, over n."""
     return (slice(start, start + _BLOCK) for start in range(0, n, _BLOCK))
 
@@ -50,7 +50,7 @@ def moments(rows: Rows) -> tuple[Array, Array]:
     """Mean and standard deviation (d,) of rows (n, d), in double precision and without a copy of them."""
     mean = rows.mean(axis=0, dtype=np.float64)
     squares = np.zeros_like(mean)
-    for part in blocks(len(rows)):
+    for part in row_blocks(len(rows)):
         squares += ((rows[part] - mean) ** 2).sum(axis=0)
     return mean, np.sqrt(squares / len(rows))
 
@@ -142,7 +142,7 @@ class _Blocks:
         self.spread = np.append(np.maximum(values, 0.0), 1.0)
 
     def parts(self) -> Iterator[slice]:
-        return blocks(self.n)
+        return row_blocks(self.n)
 
     def block(self, part: slice) -> Single:
         """Prepared rows (b, d), not yet scaled."""

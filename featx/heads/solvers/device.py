@@ -17,7 +17,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
 from featx.errors import UsageError
-from featx.heads.solvers.blocks import LargeFit, Rows, blocks
+from featx.heads.solvers.blocks import LargeFit, Rows, row_blocks
 from featx.heads.solvers.rows import Array
 
 SWITCH = "SCIPY_ARRAY_API"
@@ -62,7 +62,8 @@ def torch_logistic_path(
     prepare: Callable[[Rows], Rows] | None = None,
     scale_free: bool = False,
 ) -> Iterator[LargeFit]:
-    """:func:`featx.heads.solvers.blocks.logistic_path` on a device of torch, which holds one copy of the rows, in double precision.
+    """:func:`featx.heads.solvers.blocks.logistic_path` on a device of torch, which holds one copy of the rows, in
+    double precision.
 
     Parameters
     ----------
@@ -72,7 +73,7 @@ def torch_logistic_path(
 
     check_device(device)
     on_device = torch.empty(rows.shape, dtype=torch.float64, device=device)
-    for part in blocks(len(rows)):
+    for part in row_blocks(len(rows)):
         block = rows[part] if prepare is None else prepare(rows[part])
         block = block if row_scale is None else block * row_scale[part, None]
         on_device[part] = torch.from_numpy(np.ascontiguousarray(block)).to(device)

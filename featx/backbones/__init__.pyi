@@ -1,0 +1,37 @@
+from .autoencoder_network import (
+    CHANNELS as CHANNELS,
+    FORMAT as FORMAT,
+    FORMAT_VERSION as FORMAT_VERSION,
+    SIDE as SIDE,
+    Encoder as Encoder,
+    check_shape as check_shape,
+    preprocess_of as preprocess_of,
+)
+from .backbone import (
+    DEFAULT_BACKBONE as DEFAULT_BACKBONE,
+    Backbone as Backbone,
+    list_backbones as list_backbones,
+    load_backbone as load_backbone,
+)
+from .catalogue import NETWORKS as NETWORKS
+from .classes import pretrained_classes as pretrained_classes
+from .cut import (
+    Halves as Halves,
+    Tail as Tail,
+    Trunk as Trunk,
+    Unfreeze as Unfreeze,
+    cut_network as cut_network,
+    tail_bytes as tail_bytes,
+    tuned as tuned,
+)
+from .engines.base import Engine as Engine, for_views as for_views, layer_place as layer_place, of_layer as of_layer
+from .engines.torch import cuda_devices as cuda_devices, make_engine as make_engine
+from .frozen import LayerInfo as LayerInfo, describe_layers as describe_layers
+from .provenance import provenance_of as provenance_of
+from .provider import (
+    Own as Own,
+    Provider as Provider,
+    import_provider as import_provider,
+    is_own as is_own,
+    named as named,
+)

@@ -1,0 +1,17 @@
+from . import splits as splits, stats as stats
+from .journal import Journal as Journal, Task as Task, plan_hash as plan_hash
+from .pixels import PixelExtractor as PixelExtractor, make_pixels_baseline as make_pixels_baseline
+from .results import Comparison as Comparison, HeadResult as HeadResult, SweepResult as SweepResult, Trial as Trial
+from .splits import (
+    Duplicates as Duplicates,
+    KShotSplit as KShotSplit,
+    Shots as Shots,
+    find_duplicates as find_duplicates,
+    plan_shots as plan_shots,
+    reached as reached,
+    shots_label as shots_label,
+)
+from .stats import Interval as Interval, unseen_share as unseen_share
+from .sweep import sweep_heads as sweep_heads
+from .testset import judge as judge
+from .workers import worker_pool as worker_pool

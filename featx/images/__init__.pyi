@@ -1,0 +1,26 @@
+from .origin import MAX_BYTES as MAX_BYTES, Origin as Origin, not_installed as not_installed
+from .pixels import (
+    REASONS as REASONS,
+    Preprocess as Preprocess,
+    as_rgb as as_rgb,
+    decode as decode,
+    decode_settings as decode_settings,
+    decoder_version as decoder_version,
+    encode as encode,
+    is_image as is_image,
+    jpeg_bytes as jpeg_bytes,
+    resize_crop as resize_crop,
+    save_png as save_png,
+)
+from .pool import TIMEOUT as TIMEOUT, DecoderPool as DecoderPool, NoDecoder as NoDecoder, TooHeavy as TooHeavy
+from .source import (
+    IMAGE_SUFFIXES as IMAGE_SUFFIXES,
+    ImageRef as ImageRef,
+    ImageSet as ImageSet,
+    count_labels as count_labels,
+    finder as finder,
+    is_local as is_local,
+    walk_folder as walk_folder,
+)
+from .thumbnails import Originals as Originals
+from .views import CENTER as CENTER, Looks as Looks, parse_views as parse_views

@@ -1,0 +1,10 @@
+from .bundle import Bundle as Bundle, read_bundle as read_bundle, write_bundle as write_bundle
+from .export import Pickled as Pickled, export_bundle as export_bundle
+from .finetuned import finetune_bundle as finetune_bundle
+from .fit import by_recall as by_recall, fit_bundle as fit_bundle, summary as summary
+from .predictor import (
+    image_files as image_files,
+    layer_number as layer_number,
+    open_embedder as open_embedder,
+    predict_files as predict_files,
+)

@@ -1,0 +1,10 @@
+from .advice import render_advice as render_advice
+from .sheet import (
+    MAX_GROUPS as MAX_GROUPS,
+    Found as Found,
+    duplicate_sheet as duplicate_sheet,
+    image_finder as image_finder,
+    label_sheet as label_sheet,
+    search_sheet as search_sheet,
+)
+from .sweep import TABLE_WIDTH as TABLE_WIDTH, render as render, write_report as write_report

@@ -1,0 +1,4 @@
+from .batcher import BATCH_SIZES as BATCH_SIZES
+from .evidence import Evidence as Evidence
+from .guard import Limits as Limits
+from .work import Service as Service

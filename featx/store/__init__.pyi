@@ -1,0 +1,29 @@
+from .hdf5 import MAX_STRING as MAX_STRING
+from .index import (
+    PARTS as PARTS,
+    Index as Index,
+    Refused as Refused,
+    longest_id as longest_id,
+    read_index as read_index,
+    read_quarantine as read_quarantine,
+)
+from .manifest import (
+    Manifest as Manifest,
+    check_same as check_same,
+    fingerprint as fingerprint,
+    read_manifest as read_manifest,
+)
+from .reader import (
+    FeatureReader as FeatureReader,
+    FeatureSet as FeatureSet,
+    is_packed as is_packed,
+    iter_features as iter_features,
+    read_features as read_features,
+    source_of as source_of,
+    steady as steady,
+    stored_precision as stored_precision,
+)
+from .shards import ShardReader as ShardReader, digest_keys as digest_keys
+from .tables import export_table as export_table
+from .tools import content_hash as content_hash, info as info, pack as pack, verify as verify
+from .writer import SHARD_ROWS as SHARD_ROWS, StoreWriter as StoreWriter
