@@ -158,7 +158,7 @@ def test_notes_say_what_was_left_out() -> None:
     assert fitted.class_names == ("a", "b")
     assert fitted.notes[:2] == (
         "Left out: 1 image without a label.",
-        "Classes without images were left out: none.",
+        "Classes without any labelled image were left out: none.",
     )
     few = fit_head(rows[:12:2], np.arange(6) % 2, class_names=["a", "b"])
     (note,) = [note for note in few.notes if "Every answer abstains" in note]

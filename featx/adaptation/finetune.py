@@ -29,11 +29,11 @@ from featx.evaluation import (
     Comparison,
     Journal,
     KShotSplit,
+    LabelledRows,
     Shots,
     SweepResult,
     Task,
     Trial,
-    find_duplicates,
     plan_hash,
     reached,
     shots_label,
@@ -41,7 +41,7 @@ from featx.evaluation import (
     stats,
     sweep_heads,
 )
-from featx.heads import distinct_counts, softmax
+from featx.heads import softmax
 from featx.images import ImageSet
 from featx.store import FeatureSet
 
@@ -227,20 +227,18 @@ def plan_shots(features: FeatureSet, shots: Sequence[Shots] | None, *, early_sto
         There are too few images for that, or to stop early by. It takes the embeddings alone, so that it can be said
         before anything is computed.
     """
-    rows = np.flatnonzero((features.labels >= 0) & (features.splits != "test"))
-    present, labels = np.unique(features.labels[rows], return_inverse=True)
-    names = [features.class_names[int(i)] for i in present]
-    groups = find_duplicates(features.embeddings[rows], features.copies[rows], threshold=features.near_copies).groups
+    data = LabelledRows.of_features(features)
     if early_stop and 1 in (shots or ()):
         raise UsageError(
             "too few images to stop early by", where="shots", expected="2 or more of every class", found=1,
             hint="Leave 1 out of --shots, or ask for a fixed number of epochs with --no-early-stop.",
         )  # fmt: skip
-    wanted, _ = splits.plan_shots(labels, groups, names, shots=shots, default=DEFAULT_SHOTS)
+    about = data.labels, data.groups, data.class_names
+    wanted, _ = splits.plan_shots(*about, shots=shots, default=DEFAULT_SHOTS)
     if not wanted:
-        most = reached(distinct_counts(labels, groups, len(names))) - 1
+        most = reached(data.counts) - 1
         least = 2 if early_stop else 1
-        wanted, _ = splits.plan_shots(labels, groups, names, shots=(max(most, least),), default=())
+        wanted, _ = splits.plan_shots(*about, shots=(max(most, least),), default=())
     return wanted
 
 

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from featx._arrays import Index
 from featx.advice.advice import Cell, Family
 from featx.errors import UsageError
-from featx.evaluation import Duplicates, Shots, SweepResult, Trial, find_duplicates, stats
-from featx.heads import Layers, distinct_counts
+from featx.evaluation import LabelledRows, Shots, SweepResult, Trial, mean_interval, paired_difference, stats
+from featx.heads import Layers
 from featx.store import FeatureSet
 
 Progress: TypeAlias = Callable[[int, int, str], None]
@@ -58,48 +58,27 @@ class Budget:
 
 
 @dataclass
-class Labelled:
-    """The labelled images outside the split ``test``, and what else belongs to them."""
+class LabelledStore:
+    """The labelled images of a store outside its split ``test``; near copies are judged by the reference layer."""
 
     features: FeatureSet
-    rows: Index
-    labels: NDArray[np.int64]
-    class_names: tuple[str, ...]
-    duplicates: Duplicates
+    data: LabelledRows
     columns: Layers
 
     @classmethod
-    def of(cls, features: FeatureSet, columns: Layers) -> Labelled:
-        rows = np.flatnonzero((features.labels >= 0) & (features.splits != "test"))
-        if not len(rows):
+    def of(cls, features: FeatureSet, columns: Layers) -> LabelledStore:
+        if not ((features.labels >= 0) & (features.splits != "test")).any():
             raise UsageError("no labelled images outside the split test", hint="Advice takes labelled images.")
-        present, labels = np.unique(features.labels[rows], return_inverse=True)
-        names = tuple(features.class_names[int(i)] for i in present)
-        exact = features.copies[rows]
-        reference = features.embeddings[:, slice(*columns.columns(columns.reference))]
-        found = find_duplicates(reference[rows], exact, threshold=features.near_copies)
-        return cls(features, rows, labels.reshape(-1).astype(np.int64), names, found, columns)
+        return cls(features, LabelledRows.of_features(features, columns.columns(columns.reference)), columns)
 
-    def of_classes(self, wanted: NDArray[np.bool_]) -> Labelled:
+    def of_classes(self, wanted: NDArray[np.bool_]) -> LabelledStore:
         """The images of some of the classes (c,) only."""
-        kept = wanted[self.labels]
-        return replace(
-            self, rows=self.rows[kept], labels=(np.cumsum(wanted) - 1)[self.labels[kept]],
-            class_names=tuple(name for name, use in zip(self.class_names, wanted, strict=True) if use),
-            duplicates=replace(
-                self.duplicates, groups=np.unique(self.duplicates.groups[kept], return_inverse=True)[1].reshape(-1)
-            ),
-        )  # fmt: skip
+        return replace(self, data=self.data.of_classes(wanted))
 
     @property
-    def reference(self) -> NDArray[np.float32]:
+    def reference(self) -> NDArray[np.floating]:
         """Embeddings (n, d) of the reference layer."""
-        return self.features.embeddings[self.rows, slice(*self.columns.columns(self.columns.reference))]
-
-    @property
-    def counts(self) -> Index:
-        """Different images of each class."""
-        return distinct_counts(self.labels, self.duplicates.groups, len(self.class_names))
+        return self.data.embeddings[:, slice(*self.columns.columns(self.columns.reference))]
 
 
 @dataclass
@@ -127,35 +106,21 @@ class Trials:
         """Every strategy at every number of shots, with its difference to the reference on the draws of both."""
         found = []
         for name, n_shots in dict.fromkeys((name, n) for name, n, _ in self.trials):
-            own = {e: t for (s, n, e), t in self.trials.items() if (s, n) == (name, n_shots)}
-            base = {e: t for (s, n, e), t in self.trials.items() if (s, n) == (self.reference, n_shots) and e in own}
-            difference = self._difference(own, base, n_shots) if name != self.reference and len(base) > 1 else None
-            seconds = float(np.mean([t.fit_seconds for t in own.values()]))
-            accuracy = self._mean(own, n_shots)
+            own, base = self._of(name, n_shots), self._of(self.reference, n_shots)
+            both = sorted(set(own) & set(base)) if name != self.reference else []
+            difference = None
+            if len(both) > 1:
+                pair = [own[e] for e in both], [base[e] for e in both]
+                difference = paired_difference(*pair, self.queries, self.labels)
+            trials = [own[e] for e in sorted(own)]
+            accuracy = mean_interval(trials, self.queries, self.labels)
+            seconds = float(np.mean([t.fit_seconds for t in trials]))
             found.append(Cell(name, self.families[name], int(n_shots), len(own), accuracy, difference, seconds))
         return _adjusted(found)
 
-    def _images(self, own: dict[int, Trial], n_shots: Shots) -> NDArray[np.float64]:
-        right, seen = np.zeros(len(self.labels)), np.zeros(len(self.labels))
-        for episode, trial in own.items():
-            query = self.queries[n_shots, episode]
-            right[query] += trial.predictions == self.labels[query]
-            seen[query] += 1
-        return np.asarray(np.divide(right, seen, out=np.full(len(right), np.nan), where=seen > 0))
-
-    def _mean(self, own: dict[int, Trial], n_shots: Shots) -> stats.Interval:
-        images = self._images(own, n_shots)
-        scores = np.array([own[e].accuracy for e in sorted(own)])
-        return stats.mean_interval(scores, images, *_sizes(own), self._lessons(images, own, n_shots))
-
-    def _difference(self, own: dict[int, Trial], base: dict[int, Trial], n_shots: Shots) -> stats.Difference:
-        episodes = sorted(base)
-        scores = np.array([own[e].accuracy - base[e].accuracy for e in episodes])
-        images = self._images({e: own[e] for e in episodes}, n_shots) - self._images(base, n_shots)
-        return stats.paired_difference(scores, images, *_sizes(base), self._lessons(images, base, n_shots))
-
-    def _lessons(self, images: NDArray[np.float64], own: dict[int, Trial], n_shots: Shots) -> NDArray[np.float64]:
-        return stats.lessons(images, [self.queries[n_shots, episode] for episode in sorted(own)])
+    def _of(self, name: str, n_shots: Shots) -> dict[int, Trial]:
+        """Trials by episode."""
+        return {e: trial for (s, n, e), trial in self.trials.items() if (s, n) == (name, n_shots)}
 
     def hits(self, name: str, shots: Sequence[int]) -> NDArray[np.float64]:
         """Hits (e, s, n) at every number of shots on the images that the largest leaves over, else nan.
@@ -172,13 +137,6 @@ class Trials:
                 out[i, j, query] = right
                 out[i, j, np.setdiff1d(query, judged)] = np.nan
         return out
-
-
-def _sizes(trials: dict[int, Trial]) -> tuple[float, float]:
-    return (
-        float(np.mean([t.n_support for t in trials.values()])),
-        float(np.mean([t.n_query for t in trials.values()])),
-    )
 
 
 def _adjusted(cells: list[Cell]) -> tuple[Cell, ...]:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from featx._arrays import PENULTIMATE, Index
 from featx.advice.advice import Advice, Family, NextImage, Skipped
-from featx.advice.comparison import Budget, Labelled, OutOfTime, Progress, Trials
+from featx.advice.comparison import Budget, LabelledStore, OutOfTime, Progress, Trials
 from featx.advice.curves import fit_curve
 from featx.advice.domain import Domain, measure_domain
 from featx.advice.labelling import Simulation, next_batch, plan_simulation, rank_unlabelled, simulate
@@ -62,20 +62,22 @@ def curve_shots(smallest: int) -> list[int]:
 class _Run:
     """One measurement after another, and what each of them found."""
 
-    def __init__(self, data: Labelled, budget: Budget, episodes: int, random_state: int, n_jobs: int | None) -> None:
-        self.data, self.budget, self.episodes = data, budget, episodes
+    def __init__(
+        self, store: LabelledStore, budget: Budget, episodes: int, random_state: int, n_jobs: int | None
+    ) -> None:
+        self.store, self.budget, self.episodes = store, budget, episodes
         self.random_state, self.n_jobs = random_state, n_jobs
-        self.trials = Trials(data.labels, REFERENCE)
+        self.trials = Trials(store.data.labels, REFERENCE)
         self.skipped: list[Skipped] = []
-        most = reached(data.counts)
+        most = reached(store.data.counts)
         self.compared = [n for n in COMPARED if n < most] or [max(most - 1, 1)]
-        groups = data.duplicates.groups
-        _, self.notes = plan_shots(data.labels, groups, data.class_names, shots=self.compared, default=())
+        groups = store.data.groups
+        _, self.notes = plan_shots(store.data.labels, groups, store.data.class_names, shots=self.compared, default=())
         # A curve is that of the same classes at every number of images.
         self.shots = curve_shots(most)
-        large = data.counts > self.shots[-1]
-        self.curved = data if large.all() else data.of_classes(large)
-        self.curve = self.trials if large.all() else Trials(self.curved.labels, REFERENCE)
+        large = store.data.counts > self.shots[-1]
+        self.curved = store if large.all() else store.of_classes(large)
+        self.curve = self.trials if large.all() else Trials(self.curved.data.labels, REFERENCE)
         if not large.all():
             classes = plural(len(large), "class")
             self.notes.append(f"The learning curve is that of the {large.sum()} of {classes} with enough images.")
@@ -101,17 +103,17 @@ class _Run:
 
     def first(self) -> None:
         """The recommended head along the learning curve: everything else is compared with it."""
-        found = self.swept("learning curve", self.curved.reference, ("auto",), self.shots, data=self.curved)
+        found = self.swept("learning curve", self.curved.reference, ("auto",), self.shots, store=self.curved)
         self.curve.add(found, lambda name: "head")
         if self.curve is not self.trials:
-            self.sweep("recommended head", self.data.reference, ("auto",), self.compared)
+            self.sweep("recommended head", self.store.reference, ("auto",), self.compared)
 
     def heads(self) -> None:
-        self.sweep("heads", self.data.reference, tuple(HEADS), self.compared)
+        self.sweep("heads", self.store.reference, tuple(HEADS), self.compared)
 
     def layers(self) -> None:
-        columns, reference = self.data.columns, self.data.columns.reference
-        rows = self.data.features.embeddings[self.data.rows]
+        columns, reference = self.store.columns, self.store.columns.reference
+        rows = self.store.features.embeddings[self.store.data.rows]
         found = self.swept("layers", rows, ("auto",), self.compared, layers=columns)
         same = f"{REFERENCE}@{reference}"
         self.trials.add(found, lambda name: "earlier layers", lambda name: REFERENCE if name == same else name)
@@ -119,44 +121,44 @@ class _Run:
     def measure_domain(self, backbone: Backbone | FeatxError) -> None:
         if isinstance(backbone, FeatxError):
             raise UsageError(str(backbone).rstrip("."))
-        if PENULTIMATE not in self.data.columns.sizes:
+        if PENULTIMATE not in self.store.columns.sizes:
             raise UsageError("the store has no penultimate layer, which the pretraining's classes are read from")
         from featx.backbones import pretrained_classes
 
         weight, bias = pretrained_classes(backbone)
-        features = self.data.features
-        rows = features.embeddings[:, slice(*self.data.columns.columns(PENULTIMATE))]
+        features = self.store.features
+        rows = features.embeddings[:, slice(*self.store.columns.columns(PENULTIMATE))]
         self.domain = measure_domain(rows, weight, bias, features.labels, features.class_names)
 
     def labelling(self, count: int) -> None:
-        data, groups = self.data, self.data.duplicates.groups
-        start = plan_simulation(data.labels, groups, count)
+        store, groups = self.store, self.store.data.groups
+        start = plan_simulation(store.data.labels, groups, count)
 
         def keep_on(done: int) -> bool:
             self.budget.show(f"labelling by choice and at random, draw {done + 1}")
             return self.budget.left > 0
 
         self.simulation = simulate(
-            data.reference, data.labels, groups, start=start, batch=count, episodes=max(self.episodes // 2, 2),
+            store.reference, store.data.labels, groups, start=start, batch=count, episodes=max(self.episodes // 2, 2),
             random_state=self.random_state,
             keep_on=keep_on,
         )  # fmt: skip
 
     def rank(self, count: int) -> None:
-        data, features = self.data, self.data.features
+        store, features = self.store, self.store.features
         pool = np.flatnonzero((features.labels < 0) & (features.splits != "test"))
         known = digest_keys(features.digests[features.labels >= 0])
         pool = pool[~np.isin(digest_keys(features.digests[pool]), known)]  # the others have a label under another name
         if not len(pool):
             raise UsageError("the store has no unlabelled images to choose from")
         first = pool[np.sort(np.unique(features.digests[pool], axis=0, return_index=True)[1])]
-        columns = slice(*data.columns.columns(data.columns.reference))
+        columns = slice(*store.columns.columns(store.columns.reference))
         rows, margin, named = rank_unlabelled(
-            data.reference, data.labels, data.duplicates.groups, features.embeddings[first, columns], count,
+            store.reference, store.data.labels, store.data.groups, features.embeddings[first, columns], count,
             random_state=self.random_state,
         )  # fmt: skip
         self.next_images = tuple(
-            NextImage(str(features.ids[first[row]]), float(each), data.class_names[int(name)], int(first[row]))
+            NextImage(str(features.ids[first[row]]), float(each), store.data.class_names[int(name)], int(first[row]))
             for row, each, name in zip(rows, margin, named, strict=True)
         )
 
@@ -167,7 +169,7 @@ class _Run:
         network = load_backbone(
             backbone.provider or backbone.name, weights="none", layers=(PENULTIMATE,), random_state=self.random_state
         )
-        embedder = Embedder(network, make_engine(network), decode=decode_mode(self.data.features))
+        embedder = Embedder(network, make_engine(network), decode=decode_mode(self.store.features))
         rows = []
         for _, embedded in embedder.embed_files(origins):
             if isinstance(embedded, ImageError):
@@ -182,11 +184,12 @@ class _Run:
         from featx.adaptation import judge_episodes, open_tuning, recipe_for
 
         what = SCRATCH if unfreeze is None else f"finetune:{unfreeze}"
-        data, shots = self.data, [n for n in self.compared if n > 1]
+        store, shots = self.store, [n for n in self.compared if n > 1]
         if not shots:
             raise UsageError("a class has too few images to hold any out while it is trained")
         features = replace(
-            data.features, embeddings=data.features.embeddings[:, slice(*data.columns.columns(data.columns.reference))]
+            store.features,
+            embeddings=store.features.embeddings[:, slice(*store.columns.columns(store.columns.reference))],
         )
         recipe = recipe_for(
             from_scratch=unfreeze is None, whole=unfreeze in (None, "all"), epochs=None, learning_rate=None,
@@ -230,15 +233,15 @@ class _Run:
         heads: tuple[str, ...],
         shots: Sequence[Shots],
         *,
-        data: Labelled | None = None,
+        store: LabelledStore | None = None,
         **options: Any,
     ) -> SweepResult:
         """A sweep of as many draws as a fifth of what is left allows, by the time that the first of them take."""
-        data = data or self.data
+        data = (store or self.store).data
 
         def run(episodes: int) -> SweepResult:
             return sweep_heads(
-                rows, data.labels, class_names=data.class_names, groups=data.duplicates.groups, heads=heads,
+                rows, data.labels, class_names=data.class_names, groups=data.groups, heads=heads,
                 shots=shots, episodes=episodes, random_state=self.random_state, n_jobs=self.n_jobs,
                 progress=self.budget.under(what), near_duplicates=None, **options,
             )  # fmt: skip
@@ -321,11 +324,11 @@ def advise(
         raise UsageError("must be more than 0", where="minutes", found=minutes)
     if count is not None and count < 1:
         raise UsageError("must be at least 1", where="next", found=count)
-    run = _Run(Labelled.of(features, columns), Budget(60 * minutes, progress), episodes, random_state, n_jobs)
+    run = _Run(LabelledStore.of(features, columns), Budget(60 * minutes, progress), episodes, random_state, n_jobs)
     if images is not None and isinstance(backbone, FeatxError):
         raise backbone
-    origins = [] if images is None else origins_of(features, run.data.rows, images)
-    wanted = count or next_batch(len(run.data.class_names))
+    origins = [] if images is None else origins_of(features, run.store.data.rows, images)
+    wanted = count or next_batch(len(run.store.data.class_names))
     try:
         run.first()
     except OutOfTime as error:
@@ -362,7 +365,7 @@ def _stages(
         ("other heads", run.heads),
         ("labelling by choice", lambda: run.labelling(count)),
     ]
-    if len(run.data.columns.names) > 1:
+    if len(run.store.columns.names) > 1:
         out.append(("layers", run.layers))
     else:
 
@@ -387,8 +390,8 @@ def _stages(
 
 
 def _advice(run: _Run, count: int, minutes: float, interrupted: bool) -> Advice:
-    data = run.data
-    now = float(run.curved.counts.mean())
+    data = run.store.data
+    now = float(run.curved.data.counts.mean())
     curve = (
         fit_curve(run.shots, run.curve.hits(REFERENCE, run.shots), random_state=run.random_state)
         if len(run.shots) > 1
@@ -407,7 +410,7 @@ def _advice(run: _Run, count: int, minutes: float, interrupted: bool) -> Advice:
         simulation=run.simulation,
         batch=count,
         next_images=run.next_images,
-        unlabelled=int((data.features.labels < 0).sum()),
+        unlabelled=int((run.store.features.labels < 0).sum()),
         skipped=tuple(run.skipped),
         notes=tuple(dict.fromkeys(run.notes)),
         minutes=minutes,

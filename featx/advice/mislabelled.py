@@ -21,8 +21,8 @@ from threadpoolctl import threadpool_limits
 
 from featx._arrays import NEAR, Index
 from featx.errors import UsageError
-from featx.evaluation import find_duplicates, worker_pool
-from featx.heads import HEADS, distinct_counts, fit_chosen, fold_numbers, is_large, taken
+from featx.evaluation import LabelledRows, worker_pool
+from featx.heads import HEADS, fit_chosen, fold_numbers, is_large
 
 REPEATS = 3
 N_FOLDS = 5
@@ -102,22 +102,17 @@ def rank_labels(
     chosen = HEADS[head]
     if not chosen.probabilistic:
         raise UsageError("labels are ranked by probabilities, and this head gives none", where="head", found=head)
-    every = np.asarray(labels, dtype=np.int64)
-    rows = np.flatnonzero(every >= 0)
-    kept = taken(embeddings, rows)
-    copies = find_duplicates(kept, None if groups is None else np.asarray(groups)[rows], threshold=near_duplicates)
-    counts = distinct_counts(every[rows], copies.groups, len(class_names))
-    use = np.flatnonzero(counts[every[rows]] >= 2)
-    present, y = np.unique(every[rows[use]], return_inverse=True)
-    if len(present) < 2:
+    every = LabelledRows.of(embeddings, labels, class_names, groups=groups, near_duplicates=near_duplicates)
+    enough = every.counts >= 2
+    known = every.of_classes(enough)
+    if enough.sum() < 2:
         raise UsageError(
-            "labels can be judged where there are two classes of two different images", found=f"{len(present)}"
+            "labels can be judged where there are two classes of two different images", found=f"{enough.sum()}"
         )
-    data, y = taken(kept, use), y.reshape(-1).astype(np.int64)
-    group = np.unique(copies.groups[use], return_inverse=True)[1].reshape(-1)
+    data, y, group = known.embeddings, known.labels, known.groups
     large = is_large(data)
     n_workers = 1 if large else joblib.cpu_count() if n_jobs is None else joblib.effective_n_jobs(n_jobs)
-    probabilities = np.zeros((len(y), len(present)))
+    probabilities = np.zeros((len(y), len(known.class_names)))
     with worker_pool(min(n_workers, N_FOLDS)) as pool:
         for repeat in range(repeats):
             if progress:
@@ -130,21 +125,22 @@ def rank_labels(
     own = probabilities[np.arange(len(y)), y]
     suggested = probabilities.argmax(axis=1)
     confidence = probabilities.max(axis=1)
-    usual = np.array([own[y == c].mean() for c in range(len(present))])
+    usual = np.array([own[y == c].mean() for c in range(len(known.class_names))])
     order = np.argsort(own, kind="stable")
     wrong = suggested != y
     count = int((wrong & (confidence >= usual[suggested])).sum())
-    names = np.array([str(name) for name in (range(len(every)) if ids is None else ids)])
+    names = np.array([str(name) for name in (range(len(embeddings)) if ids is None else ids)])
+    number = np.array([list(class_names).index(name) for name in known.class_names])
     return LabelRanking(
-        rows=rows[use][order],
-        ids=names[rows[use]][order],
-        labels=present[y[order]],
-        suggested=present[suggested[order]],
+        rows=known.rows[order],
+        ids=names[known.rows][order],
+        labels=number[y[order]],
+        suggested=number[suggested[order]],
         confidence=confidence[order],
         label_confidence=own[order],
         doubtful=wrong[order] & (np.cumsum(wrong[order]) <= count),
         class_names=tuple(str(name) for name in class_names),
-        left_out=tuple(str(class_names[c]) for c in np.setdiff1d(every[rows], present).tolist()),
+        left_out=tuple(name for name, use in zip(every.class_names, enough, strict=True) if not use),
     )
 
 

@@ -1,9 +1,16 @@
 from . import splits as splits, stats as stats
 from .journal import Journal as Journal, Task as Task, plan_hash as plan_hash
+from .labelled import LabelledRows as LabelledRows
 from .pixels import PixelExtractor as PixelExtractor, make_pixels_baseline as make_pixels_baseline
-from .results import Comparison as Comparison, HeadResult as HeadResult, SweepResult as SweepResult, Trial as Trial
+from .results import (
+    Comparison as Comparison,
+    HeadResult as HeadResult,
+    SweepResult as SweepResult,
+    Trial as Trial,
+    mean_interval as mean_interval,
+    paired_difference as paired_difference,
+)
 from .splits import (
-    Duplicates as Duplicates,
     KShotSplit as KShotSplit,
     Shots as Shots,
     find_duplicates as find_duplicates,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -135,6 +135,53 @@ class Comparison:
         }
 
 
+Queries: TypeAlias = Mapping[tuple[Shots, int], Index]
+"""Rows that a draw was judged on, by (n_shots, episode)."""
+
+
+def mean_interval(
+    trials: Sequence[Trial], queries: Queries, labels: NDArray[np.int64], measure: str = "accuracy"
+) -> stats.Interval:
+    """Mean of a measure over the trials of one competitor at one n_shots, with its 95 % interval.
+
+    Parameters
+    ----------
+    trials : by episode.
+    queries : of all draws.
+    labels : (n,) of all rows.
+    measure : "accuracy" or "balanced_accuracy".
+    """
+    scores = np.array([getattr(trial, measure) for trial in trials])
+    return stats.mean_interval(scores, *_by_image(_hits(trials, queries, labels), trials, queries))
+
+
+def paired_difference(
+    a: Sequence[Trial], b: Sequence[Trial], queries: Queries, labels: NDArray[np.int64]
+) -> stats.Difference:
+    """Accuracy of ``a`` less that of ``b`` on the same draws, with its 95 % interval and p; arguments as above."""
+    scores = np.array([x.accuracy - y.accuracy for x, y in zip(a, b, strict=True)])
+    images = _hits(a, queries, labels) - _hits(b, queries, labels)
+    return stats.paired_difference(scores, *_by_image(images, a, queries))
+
+
+def _hits(trials: Sequence[Trial], queries: Queries, labels: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Share of right predictions (n,) of each image; nan where it was never queried."""
+    right, seen = np.zeros(len(labels)), np.zeros(len(labels))
+    for trial in trials:
+        query = queries[trial.n_shots, trial.episode]
+        right[query] += trial.predictions == labels[query]
+        seen[query] += 1
+    return np.asarray(np.divide(right, seen, out=np.full(len(right), np.nan), where=seen > 0))
+
+
+def _by_image(
+    images: NDArray[np.float64], trials: Sequence[Trial], queries: Queries
+) -> tuple[NDArray[np.float64], float, float, NDArray[np.float64]]:
+    """What the variance of a mean over draws is made of: images, mean sizes of support and query, and lessons."""
+    sizes = float(np.mean([t.n_support for t in trials])), float(np.mean([t.n_query for t in trials]))
+    return images, *sizes, stats.lessons(images, [queries[t.n_shots, t.episode] for t in trials])
+
+
 @dataclass(frozen=True)
 class SweepResult:
     """Everything a sweep found; see :meth:`to_json` for the numbers and ``trials`` for the rows.
@@ -155,7 +202,7 @@ class SweepResult:
     labels: NDArray[np.int64] = field(repr=False)
     rows: Index = field(repr=False)
     trials: tuple[Trial, ...] = field(repr=False)
-    queries: Mapping[tuple[Shots, int], Index] = field(repr=False)
+    queries: Queries = field(repr=False)
     duplicates: Duplicates = field(repr=False)
     notes: tuple[str, ...]
     random_state: int
@@ -184,29 +231,13 @@ class SweepResult:
         out = []
         for n_shots in self.shots:
             pairs = list(combinations(self.heads, 2))
-            found = [self._compare(a, b, n_shots) for a, b in pairs]
+            found = [
+                paired_difference(self.of(a, n_shots), self.of(b, n_shots), self.queries, self.labels) for a, b in pairs
+            ]
             adjusted = stats.holm([each.p for each in found])
             for (a, b), each, p in zip(pairs, found, adjusted, strict=True):
                 out.append(Comparison(a, b, n_shots, stats.Difference(each.interval, each.p, p)))
         return tuple(out)
-
-    def _compare(self, a: str, b: str, n_shots: Shots) -> stats.Difference:
-        left, right = self.of(a, n_shots), self.of(b, n_shots)
-        scores = np.array([x.accuracy - y.accuracy for x, y in zip(left, right, strict=True)])
-        images = self._hits(a, n_shots) - self._hits(b, n_shots)
-        return stats.paired_difference(scores, images, *_sizes(left), self._lessons(images, left))
-
-    def _lessons(self, images: NDArray[np.float64], trials: Sequence[Trial]) -> NDArray[np.float64]:
-        return stats.lessons(images, [self.queries[t.n_shots, t.episode] for t in trials])
-
-    def _hits(self, head: str, n_shots: Shots) -> NDArray[np.float64]:
-        """Share of right predictions (n,) of each image; nan where it was never queried."""
-        right, seen = np.zeros(len(self.labels)), np.zeros(len(self.labels))
-        for trial in self.of(head, n_shots):
-            query = self.queries[n_shots, trial.episode]
-            right[query] += trial.predictions == self.labels[query]
-            seen[query] += 1
-        return np.asarray(np.divide(right, seen, out=np.full(len(right), np.nan), where=seen > 0))
 
     @cached_property
     def results(self) -> tuple[HeadResult, ...]:
@@ -228,17 +259,13 @@ class SweepResult:
 
     def _summarise(self, head: str, n_shots: Shots, rank: int, tied: bool) -> HeadResult:
         trials = self.of(head, n_shots)
-        images = self._hits(head, n_shots)
-        drawn = (*_sizes(trials), self._lessons(images, trials))
-        plain = np.array([t.accuracy for t in trials])
-        balanced = np.array([t.balanced_accuracy for t in trials])
         choices = [tuple(t.params.items()) for t in trials]
         return HeadResult(
             head=head,
             n_shots=n_shots,
             episodes=len(trials),
-            accuracy=stats.mean_interval(plain, images, *drawn),
-            balanced_accuracy=stats.mean_interval(balanced, images, *drawn),
+            accuracy=mean_interval(trials, self.queries, self.labels),
+            balanced_accuracy=mean_interval(trials, self.queries, self.labels, "balanced_accuracy"),
             macro_f1=float(np.mean([t.macro_f1 for t in trials])),
             log_loss=_mean([t.log_loss for t in trials]),
             ece=_mean([t.ece for t in trials]),
@@ -305,10 +332,6 @@ class SweepResult:
             "notes": list(self.notes),
             "seconds": self.seconds,
         }
-
-
-def _sizes(trials: Sequence[Trial]) -> tuple[float, float]:
-    return float(np.mean([t.n_support for t in trials])), float(np.mean([t.n_query for t in trials]))
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

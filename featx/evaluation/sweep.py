@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,9 @@ from threadpoolctl import threadpool_limits
 from featx._arrays import NEAR, Index
 from featx.errors import UsageError, plural
 from featx.evaluation.journal import Journal, plan_hash
+from featx.evaluation.labelled import LabelledRows
 from featx.evaluation.results import SweepResult, Trial
-from featx.evaluation.splits import Duplicates, KShotSplit, Shots, find_duplicates, plan_shots, shots_label
+from featx.evaluation.splits import KShotSplit, Shots, plan_shots, shots_label
 from featx.evaluation.workers import worker_pool
 from featx.heads import (
     Centre,
@@ -38,7 +38,6 @@ from featx.heads import (
     is_large,
     of_one_class,
     row_blocks,
-    taken,
 )
 from featx.heads.solvers import blocks as large
 
@@ -114,11 +113,13 @@ def sweep_heads(
     if progress and is_large(embeddings):
         progress(0, 1, "looking for duplicates")
     columns = None if layers is None else layers.columns(layers.reference)
-    data = _Data.of(embeddings, labels, class_names, groups, near_duplicates, columns)
+    data = LabelledRows.of(
+        embeddings, labels, class_names, groups=groups, near_duplicates=near_duplicates, columns=columns
+    )
     if shots is not None and not shots:
         raise UsageError("no n_shots to sweep", expected="numbers of images of each class, or all")
     wanted, notes = plan_shots(
-        data.labels, data.duplicates.groups, data.class_names, shots=shots, default=DEFAULT_SHOTS
+        data.labels, data.groups, data.class_names, shots=shots, default=DEFAULT_SHOTS
     )  # fmt: skip
     tasks = [(n_shots, episode) for n_shots in wanted for episode in range(episodes)]
     done: dict[tuple[Shots, int], tuple[list[Trial], Index]] = {}
@@ -126,8 +127,7 @@ def sweep_heads(
     if journal is not None:
         grids = [(head.grid, head.default, head.columns) for head in chosen.values()]
         elsewhere = joblib.hash((centre and centre.mean, pool, device))
-        groups_of = data.duplicates.groups
-        plan = plan_hash(data.embeddings, data.labels, groups_of, names, [*grids, elsewhere], random_state)
+        plan = plan_hash(data.embeddings, data.labels, data.groups, names, [*grids, elsewhere], random_state)
         kept = Journal(Path(journal), plan)
         done = {task: outcome for task, outcome in kept.done.items() if task in set(tasks)}
     left = [task for task in tasks if task not in done]
@@ -151,6 +151,8 @@ def sweep_heads(
         duplicates=data.duplicates,
         notes=(
             *data.notes,
+            *_conflict_notes(data),
+            *data.duplicates.notes,
             *notes,
             *(kept.notes if kept else ()),
             *([centre.told] if centre else []),
@@ -162,61 +164,6 @@ def sweep_heads(
     )
 
 
-@dataclass(frozen=True)
-class _Data:
-    """The rows that take part: labelled, of classes that have any, with their duplicates."""
-
-    embeddings: NDArray[np.floating]
-    labels: NDArray[np.int64]
-    rows: Index
-    class_names: tuple[str, ...]
-    duplicates: Duplicates
-    notes: tuple[str, ...]
-
-    @classmethod
-    def of(
-        cls,
-        embeddings: NDArray[np.floating],
-        labels: ArrayLike,
-        class_names: Sequence[str],
-        groups: ArrayLike | None,
-        near_duplicates: float | None,
-        columns: tuple[int, int] | None = None,
-    ) -> _Data:
-        every = np.asarray(labels, dtype=np.int64)
-        if embeddings.ndim != 2 or every.shape != embeddings.shape[:1]:
-            raise UsageError(
-                "embeddings and labels do not fit", expected="(n, d) and (n,)",
-                found=f"{embeddings.shape} and {every.shape}",
-            )  # fmt: skip
-        if every.size and every.max() >= len(class_names):
-            raise UsageError("a label has no class name", expected=f"< {len(class_names)}", found=every.max())
-        rows = np.flatnonzero(every >= 0)
-        kept = taken(embeddings, rows)
-        if not np.isfinite(kept).all():
-            bad = int(rows[np.flatnonzero(~np.isfinite(kept).all(axis=1))[0]])
-            raise UsageError("embeddings must be finite", where=f"row {bad}", hint="Extract them again.")
-        present, dense = np.unique(every[rows], return_inverse=True)
-        notes = []
-        if len(rows) < len(every):
-            notes.append(f"Left out: {plural(len(every) - len(rows), 'image')} without a label.")
-        empty = [str(name) for i, name in enumerate(class_names) if i not in set(present.tolist())]
-        if empty:
-            notes.append(f"Classes without any labelled image were left out: {', '.join(empty)}.")
-        names = tuple(str(class_names[int(i)]) for i in present)
-        exact = None if groups is None else np.asarray(groups)[rows]
-        compared = kept if columns is None else kept[:, slice(*columns)]
-        duplicates = find_duplicates(compared, exact, threshold=near_duplicates)
-        own = of_one_class(dense.reshape(-1), duplicates.groups)
-        if not own.all():
-            notes.append(
-                f"Left out: {plural(int((~own).sum()), 'image')} with copies in another class; "
-                "featx duplicates lists them."
-            )
-        notes += duplicates.notes
-        return cls(kept, dense.reshape(-1).astype(np.int64), rows, names, duplicates, tuple(notes))
-
-
 def _check_layers(layers: Layers, embeddings: NDArray[np.floating], centre: Centre | None) -> None:
     if embeddings.shape[1] != sum(layers.sizes.values()):
         raise UsageError("embeddings and layers do not fit", expected=dict(layers.sizes), found=embeddings.shape)
@@ -225,7 +172,7 @@ def _check_layers(layers: Layers, embeddings: NDArray[np.floating], centre: Cent
 
 
 def _run(
-    data: _Data,
+    data: LabelledRows,
     heads: tuple[Head, ...],
     tasks: list[tuple[Shots, int]],
     already: int,
@@ -239,7 +186,7 @@ def _run(
     # Each worker holds rows of its own: where they are large, one worker with all threads takes draw by draw.
     n_workers, threads = (1, n_workers) if is_large(data.embeddings) else (n_workers, 1)
     chunk = max(1, 4 * n_workers) if n_workers > 1 else 1
-    arguments = (data.embeddings, data.labels, data.duplicates.groups, heads, random_state, threads, device)
+    arguments = (data.embeddings, data.labels, data.groups, heads, random_state, threads, device)
     with worker_pool(max(1, min(n_workers, len(tasks)))) as pool:
         for start in range(0, len(tasks), chunk):
             some = tasks[start : start + chunk]
@@ -327,7 +274,15 @@ def _trial(
     )  # fmt: skip
 
 
-def _device_notes(device: str | None, heads: dict[str, Head], trials: Sequence[Trial], data: _Data) -> list[str]:
+def _conflict_notes(data: LabelledRows) -> list[str]:
+    own = of_one_class(data.labels, data.groups)
+    if own.all():
+        return []
+    copied = plural(int((~own).sum()), "image")
+    return [f"Left out: {copied} with copies in another class; featx duplicates lists them."]
+
+
+def _device_notes(device: str | None, heads: dict[str, Head], trials: Sequence[Trial], data: LabelledRows) -> list[str]:
     if device is None:
         return []
     features = data.embeddings.shape[1]

@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits
 from featx._files import cannot_write
 from featx.errors import UsageError, plural
 from featx.evaluation import stats
-from featx.evaluation.splits import find_duplicates
+from featx.evaluation.labelled import LabelledRows
 from featx.heads import Head, fit_chosen, is_large
 from featx.store import FeatureSet
 
@@ -98,9 +98,11 @@ def judge(
                 f"no labelled images {what}", found=", ".join(sorted(set(features.splits.tolist()) - {""}))
             )
     both = np.flatnonzero(inside | outside)
-    exact = features.copies[both]
     embeddings = head.seen(features.embeddings)
-    groups = find_duplicates(embeddings[both], exact, threshold=features.near_copies).groups
+    groups = LabelledRows.of(
+        embeddings[both], features.labels[both], features.class_names, groups=features.copies[both],
+        near_duplicates=features.near_copies,
+    ).groups  # fmt: skip
     here = outside[both]
     copied = inside[both] & np.isin(groups, groups[here])
     train, test = both[here], both[~here & ~copied]

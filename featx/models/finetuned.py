@@ -11,9 +11,9 @@ from featx._arrays import Index
 from featx.adaptation import Progress, Tuning, training
 from featx.backbones import make_engine, provenance_of, tail_bytes, tuned
 from featx.errors import UsageError
-from featx.evaluation import find_duplicates
+from featx.evaluation import LabelledRows
 from featx.extraction import Embedder
-from featx.heads import distinct_counts, fold_numbers
+from featx.heads import fold_numbers
 from featx.models.bundle import Bundle
 from featx.models.calibrate import fit_sharpness
 from featx.models.fit import FittedHead, judge_scores, pack_bundle, warnings_of
@@ -37,20 +37,15 @@ def finetune_bundle(
     """
     if not 0 < max_error < 1:
         raise UsageError("--max-error is a share of the answers", expected="between 0 and 1", found=max_error)
-    use = tuning.choosable
-    use = use[tuning.features.labels[use] >= 0]
-    present, y = np.unique(tuning.features.labels[use], return_inverse=True)
-    names = tuple(tuning.features.class_names[int(i)] for i in present)
-    copies = find_duplicates(
-        tuning.features.embeddings[use], tuning.features.copies[use], threshold=tuning.features.near_copies
-    ).groups
+    data = LabelledRows.of_features(tuning.features)
+    use, y, names, copies = data.rows, data.labels, data.class_names, data.groups
     folds = fold_numbers(y, copies, OUT_OF_FOLD, random_state)
     total = int(folds.max()) + 2
     tell: Progress = progress or (lambda done, total, what: None)
     if total == 2:
         raise UsageError(
             "a class has a single image, so nothing can be validated",
-            found=names[int(distinct_counts(y, copies, len(names)).argmin())],
+            found=names[int(data.counts.argmin())],
             hint="Add images of it, or leave it out.",
         )
     scores = np.zeros((len(use), len(names)))

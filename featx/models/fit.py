@@ -22,7 +22,7 @@ from threadpoolctl import threadpool_limits
 from featx._arrays import COMBINED, NEAR, Index
 from featx.backbones import layer_place, of_layer
 from featx.errors import UsageError, plural
-from featx.evaluation import find_duplicates, stats, sweep_heads
+from featx.evaluation import LabelledRows, stats, sweep_heads
 from featx.extraction import Embedder
 from featx.heads import (
     N_FOLDS,
@@ -31,7 +31,6 @@ from featx.heads import (
     Layers,
     Scorer,
     check_device,
-    distinct_counts,
     fit_chosen,
     fold_numbers,
     heads_for,
@@ -117,21 +116,15 @@ def fit_head(
         )
     if device is not None:
         check_device(device)
-    kept = np.flatnonzero(np.asarray(labels) >= 0)
-    present, dense = np.unique(np.asarray(labels)[kept], return_inverse=True)
-    if len(present) < 2:
-        raise UsageError("a head needs images of at least two classes", found=f"{len(present)}")
-    names = tuple(class_names[int(i)] for i in present)
-    rows, y = taken(np.asarray(embeddings), kept), dense.reshape(-1).astype(np.int64)
-    if not np.isfinite(rows).all():
-        raise UsageError("embeddings must be finite", hint="Extract them again.")
-    compared = rows if layers is None else rows[:, slice(*layers.columns(layers.reference))]
-    duplicates = find_duplicates(
-        compared, None if groups is None else np.asarray(groups)[kept], threshold=near_duplicates
-    )
-    copies = duplicates.groups
+    data = LabelledRows.of(
+        np.asarray(embeddings), labels, class_names, groups=groups, near_duplicates=near_duplicates,
+        columns=None if layers is None else layers.columns(layers.reference),
+    )  # fmt: skip
+    names, rows, y, copies = data.class_names, data.embeddings, data.labels, data.groups
+    if len(names) < 2:
+        raise UsageError("a head needs images of at least two classes", found=f"{len(names)}")
     say: Progress = progress or (lambda done, total, what: None)
-    notes = _notes(len(labels) - len(kept), class_names, names)
+    notes = list(data.notes)
 
     centre = None if pool is None else unlabelled_centre(pool)
     catalogue = heads_for(centre, pool)
@@ -167,7 +160,7 @@ def fit_head(
             converged &= fine
             say(2 + fold, total, "scoring images out of fold")
     else:
-        smallest = names[int(distinct_counts(y, copies, len(names)).argmin())]
+        smallest = names[int(data.counts.argmin())]
         notes.append(
             f"Class {smallest!r} has a single image, so nothing could be validated: "
             "scores are margins, not probabilities, and every answer abstains."
@@ -190,14 +183,8 @@ def fit_head(
             "unlabelled_images": 0 if pool is None else len(pool),
             "chosen_among": compared_heads,
         },
-        notes=(*notes, *duplicates.notes),
+        notes=(*notes, *data.duplicates.notes),
     )
-
-
-def _notes(unlabelled: int, class_names: Sequence[str], present: Sequence[str]) -> list[str]:
-    notes = [f"Left out: {plural(unlabelled, 'image')} without a label."] if unlabelled else []
-    empty = [name for name in class_names if name not in present]
-    return [*notes, f"Classes without images were left out: {', '.join(empty)}."] if empty else notes
 
 
 def _fit(
