@@ -14,7 +14,7 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -47,6 +47,28 @@ def signature(path: Path) -> tuple[int, ...]:
 def canonical_json(value: Any) -> bytes:
     """The one spelling of a JSON value that hashes are taken of; NaN is refused."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
+
+
+def seal(fields: Mapping[str, Any]) -> bytes:
+    """JSON of the fields with a checksum of them, in the one spelling that :func:`unseal` takes."""
+    checksum = hashlib.sha256(canonical_json(fields)).hexdigest()
+    return (json.dumps({**fields, "checksum": checksum}, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def unseal(raw: bytes) -> dict[str, Any]:
+    """The fields that :func:`seal` was given; ValueError says what is wrong with bytes that it did not make."""
+    try:
+        fields = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("not JSON") from error
+    if not isinstance(fields, dict):
+        raise ValueError("not a JSON object")
+    claimed = fields.pop("checksum", None)
+    if claimed != hashlib.sha256(canonical_json(fields)).hexdigest():
+        raise ValueError("its checksum does not match")
+    if raw != seal(fields):
+        raise ValueError("bytes were changed")
+    return fields
 
 
 def publish(

@@ -43,6 +43,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from featx._files import publish
 from featx.errors import ImageError
 
 _READERS = (
@@ -304,9 +305,7 @@ def thumbnail(data: bytes, side: int) -> bytes:
 
 def save_png(array: NDArray[np.uint8], path: Path) -> None:
     """Write grey ``(h, w)`` or RGB ``(h, w, 3)`` pixels as a PNG that appears whole or not at all."""
-    temp = path.with_name(f".tmp-{path.name}")
-    Image.fromarray(array).save(temp, format="PNG")
-    temp.replace(path)
+    publish(path, lambda temp: Image.fromarray(array).save(temp, format="PNG"))
 
 
 def jpeg_bytes(array: NDArray[np.uint8]) -> bytes:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import NDArray
 
-from featx._files import canonical_json, make_folder, publish, publish_bytes, read_regular, sha256_file
+from featx._files import make_folder, publish, publish_bytes, read_regular, seal, sha256_file, unseal
 from featx.errors import StoreError, plural
 from featx.retrieval import faiss as ann
 from featx.retrieval.neighbours import APPROXIMATE_ABOVE, GalleryIndex, Method, Rows
@@ -189,7 +188,7 @@ class _Saved:
             index_sha256=hashes["faiss"],
             digests_sha256=hashes["digests"],
         )
-        publish_bytes(self.record_path, _spell(record))
+        publish_bytes(self.record_path, seal({"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(record)}))
         kept = {self._file(hashes[suffix], suffix) for suffix in hashes}
         for path in self.folder.glob("*"):
             # Files of earlier versions; whoever has one mapped keeps it until it is closed.
@@ -207,11 +206,11 @@ class _Saved:
         except FileNotFoundError:
             return None
         try:
-            fields = json.loads(raw)
-            claimed, kind, version = (fields.pop(name) for name in ("checksum", "format", "format_version"))
+            fields = unseal(raw)
+            kind, version = fields.pop("format"), fields.pop("format_version")
             record = _Record(**fields)
-            if kind != FORMAT or version != FORMAT_VERSION or _spell(record) != raw or not claimed:
-                raise ValueError("not as it was written")
+            if kind != FORMAT or version != FORMAT_VERSION:
+                raise ValueError("of another format")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise self._damaged(self.record_path) from error
         if (record.fingerprint, record.layer) != (self.features.fingerprint, self.features.layer):
@@ -234,12 +233,6 @@ class _Saved:
             where=path,
             hint=f"Delete the folder {self.folder}; it is made again.",
         )
-
-
-def _spell(record: _Record) -> bytes:
-    fields = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(record)}
-    checksum = hashlib.sha256(canonical_json(fields)).hexdigest()
-    return json.dumps({**fields, "checksum": checksum}, indent=2, sort_keys=True).encode() + b"\n"
 
 
 def match_rows(saved: NDArray[np.uint8], current: NDArray[np.uint8]) -> tuple[Rows, Rows]:

@@ -10,16 +10,19 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import cache, partial
 from importlib.metadata import version
 from importlib.resources import files
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Query, Request
+from fastapi import FastAPI, Query, Request, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.security import APIKeyHeader, HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -33,6 +36,11 @@ ROUTES = frozenset({"/", "/predict", "/embed", "/search", "/live", "/ready", "/i
 
 _WORK = schema.errors(400, 401, 403, 408, 413, 415, 422, 429, 500, 503, 504)
 _READ = schema.errors(401, 403)
+
+_KEYS = (
+    APIKeyHeader(name="X-API-Key", auto_error=False, description="The key that the service was started with."),
+    HTTPBearer(auto_error=False, description="The same key as a bearer token."),
+)
 
 
 def create_app(service: Service, *, api_key: str = "", hosts: frozenset[str] | None = None) -> tuple[FastAPI, Guard]:
@@ -55,12 +63,14 @@ def create_app(service: Service, *, api_key: str = "", hosts: frozenset[str] | N
                 service.evidence.close()
 
     app = FastAPI(
-        title="featx", version=version("featx"), lifespan=lifespan, docs_url=None, redoc_url=None,
+        title="featx", version=version("featx"), lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None,
         description="A classifier on frozen CNN features. Send an image as it is, or several in a form.",
     )  # fmt: skip
     _add_errors(app, service.metrics)
-    _add_work(app, service)
-    _add_reading(app, service)
+    # For the OpenAPI document only: the guard checks the key before there is a route.
+    keyed: list[Any] = [Security(scheme) for scheme in _KEYS] if api_key else []
+    _add_work(app, service, keyed)
+    _add_reading(app, service, keyed)
     guard = Guard(app, metrics=service.metrics, routes=ROUTES, limits=service.limits, api_key=api_key, hosts=hosts)
     return app, guard
 
@@ -68,10 +78,11 @@ def create_app(service: Service, *, api_key: str = "", hosts: frozenset[str] | N
 # --- routes -------------------------------------------------------------------------------------------------------
 
 
-def _add_work(app: FastAPI, service: Service) -> None:
+def _add_work(app: FastAPI, service: Service, keyed: list[Any]) -> None:
     bundle = service.bundle
+    work_route = partial(app.post, openapi_extra=schema.image_body(), dependencies=keyed)
 
-    @app.post("/predict", openapi_extra=schema.image_body(), responses={200: {"model": schema.PredictReply}, **_WORK})
+    @work_route("/predict", responses={200: {"model": schema.PredictReply}, **_WORK})
     async def predict(request: Request, k: Annotated[int, Query(ge=0, le=100)] = 5) -> Response:
         """Label, probabilities and abstention; with a store, the ``k`` nearest labelled images as evidence."""
         work = await do_work(service, request)
@@ -83,7 +94,7 @@ def _add_work(app: FastAPI, service: Service) -> None:
                 prediction["neighbours"] = neighbours
         return work.reply({"predictions": predictions})
 
-    @app.post("/embed", openapi_extra=schema.image_body(), responses={200: {"model": schema.EmbedReply}, **_WORK})
+    @work_route("/embed", responses={200: {"model": schema.EmbedReply}, **_WORK})
     async def embed(request: Request) -> Response:
         """The embeddings themselves, the same as a store's."""
         work = await do_work(service, request)
@@ -96,13 +107,7 @@ def _add_work(app: FastAPI, service: Service) -> None:
         }
         return work.reply(said)
 
-    missing = schema.errors(404)
-
-    @app.post(
-        "/search",
-        openapi_extra=schema.image_body(),
-        responses={200: {"model": schema.SearchReply}, **_WORK, **missing},
-    )
+    @work_route("/search", responses={200: {"model": schema.SearchReply}, **_WORK, **schema.errors(404)})
     async def search(request: Request, k: Annotated[int, Query(ge=1, le=1000)] = 10) -> Response:
         """The ``k`` most similar labelled images of the store, by cosine."""
         if service.evidence is None:
@@ -116,8 +121,17 @@ def _add_work(app: FastAPI, service: Service) -> None:
         return work.reply({"results": results})
 
 
-def _add_reading(app: FastAPI, service: Service) -> None:
+def _add_reading(app: FastAPI, service: Service, keyed: list[Any]) -> None:
     page, policy = load_page()
+
+    @cache
+    def document() -> bytes:
+        # Once: many clients that ask again and again would have it spelled out anew each time.
+        return json.dumps(app.openapi(), separators=(",", ":")).encode()
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> Response:
+        return Response(document(), media_type="application/json")
 
     @app.get("/", include_in_schema=False)
     async def index() -> Response:
@@ -146,19 +160,26 @@ def _add_reading(app: FastAPI, service: Service) -> None:
         problem = service.problem()
         return JSONResponse({"ready": not problem, "reason": problem}, 503 if problem else 200)
 
-    @app.get("/info", responses=_READ)
+    @app.get("/info", responses=_READ, dependencies=keyed)
     async def info() -> Response:
         """What is served: classes, head, network, how good it was, limits."""
         return JSONResponse(service.info())
 
-    @app.get("/metrics", responses={200: {"content": {"text/plain": {}}}, **_READ}, response_class=Response)
+    exposition: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}}}}
+
+    @app.get("/metrics", responses={**exposition, **_READ}, response_class=Response, dependencies=keyed)
     async def metrics() -> Response:
         """Counters for Prometheus."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     pictures: dict[int | str, dict[str, Any]] = {200: {"content": {"image/jpeg": {}}}}
 
-    @app.get("/thumbnail/{row}", response_class=Response, responses={**pictures, **_READ, **schema.errors(404, 422)})
+    @app.get(
+        "/thumbnail/{row}",
+        response_class=Response,
+        responses={**pictures, **_READ, **schema.errors(404, 422)},
+        dependencies=keyed,
+    )
     async def thumbnail(row: int) -> Response:
         """A small picture of an image of the store, by the ``row`` that neighbours carry."""
         found = None if service.evidence is None else await asyncio.to_thread(service.evidence.thumbnail, row)

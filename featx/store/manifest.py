@@ -11,7 +11,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from featx._files import canonical_json, publish_bytes, read_regular
+from featx._files import canonical_json, publish_bytes, read_regular, seal, unseal
 from featx.errors import MismatchError, StoreError, did_you_mean
 from featx.store.hdf5 import RESTORE
 
@@ -72,8 +72,8 @@ class Manifest:
         return tuple(self.provenance["layers"])
 
     def to_json(self) -> dict[str, Any]:
-        """All fields, with the checksum."""
-        fields: dict[str, Any] = {
+        """All fields but the checksum."""
+        return {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "provenance": dict(self.provenance),
@@ -86,7 +86,6 @@ class Manifest:
             "source": self.source,
             "quarantine": list(self.quarantine),
         }
-        return {**fields, "checksum": hashlib.sha256(canonical_json(fields)).hexdigest()}
 
 
 def fingerprint(provenance: Mapping[str, Any]) -> str:
@@ -123,10 +122,6 @@ def _difference(name: str, stored: Any, wanted: Any) -> tuple[str, str, str] | N
     return name, json.dumps(stored), json.dumps(wanted)
 
 
-def _spell(fields: Mapping[str, Any]) -> bytes:
-    return (json.dumps(fields, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
-
-
 def write_manifest(store: Path, manifest: Manifest) -> None:
     """Publish the manifest."""
     publish_bytes(store / "manifest.json", spell_manifest(store, manifest))
@@ -134,7 +129,7 @@ def write_manifest(store: Path, manifest: Manifest) -> None:
 
 def spell_manifest(store: Path, manifest: Manifest) -> bytes:
     """The manifest's bytes; StoreError where a reader would refuse them."""
-    raw = _spell(manifest.to_json())
+    raw = seal(manifest.to_json())
     if not _reasonable(raw):
         raise StoreError(
             "too many classes or shards for one store", where=store, hint="Divide the images among several."
@@ -195,14 +190,11 @@ def _parse(path: Path, raw: bytes) -> Manifest:
         if not isinstance(fields, dict) or fields.get("format") != FORMAT:
             raise damaged(path, f"its format is not {FORMAT!r}")
         check_version(path, fields.get("format_version"))
-        claimed = fields.pop("checksum", None)
-        if claimed != hashlib.sha256(canonical_json(fields)).hexdigest():
-            raise damaged(path, "its checksum does not match")
-        if raw != _spell({**fields, "checksum": claimed}):
-            raise damaged(path, "bytes were changed")
-    except (ValueError, RecursionError) as error:
+        return _parse_manifest(path, unseal(raw))
+    except RecursionError as error:
         raise damaged(path, "not JSON") from error
-    return _parse_manifest(path, fields)
+    except ValueError as error:
+        raise damaged(path, "not JSON" if isinstance(error, json.JSONDecodeError) else str(error)) from error
 
 
 def check_version(path: Path, version: Any) -> None:
