@@ -188,7 +188,7 @@ def test_when_fine_tuning_pays(advice: Advice) -> None:
     worse, unsure = cell("finetune:1", "fine-tuning", 5, 0.7, (-0.1, -0.15, -0.05)), (0.01, -0.02, 0.04)
     never = with_cells(advice, worse)
     assert "does not pay up to 5 images a class" in never.sentences()["fine-tuning"]
-    assert "finetune:1 -10.0 points (-15.0..-5.0)" in never.sentences()["fine-tuning"]
+    assert "finetune:1 -10.0 points (-15.0 to -5.0)" in never.sentences()["fine-tuning"]
     perhaps = with_cells(advice, worse, cell("finetune:2", "fine-tuning", 20, 0.81, unsure, p=0.5))
     assert "not clear that fine-tuning pays up to 20 images a class" in perhaps.sentences()["fine-tuning"]
     assert perhaps.recommended.strategy == REFERENCE

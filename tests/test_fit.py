@@ -21,7 +21,7 @@ from test_bundle import clusters
 from featx.backbones.engines.base import Engine
 from featx.backbones.engines.torch import make_engine
 from featx.errors import MismatchError, UsageError
-from featx.evaluation.stats import expected_calibration_error, log_loss
+from featx.evaluation.stats import Interval, expected_calibration_error, log_loss, percent
 from featx.heads.catalogue import HEADS
 from featx.heads.scorer import softmax
 from featx.images.pixels import encode
@@ -349,11 +349,13 @@ def test_fit_says_which_classes_are_recognised_and_how_it_chose(kept: Path, feat
     done = featx("fit", kept / "photos.featx", "--out", tmp_path / "all.model", "--head", "knn,ridge")
     assert done.code == 0
     assert "On images that the fit, but not the choice among 2 heads, had not seen: accuracy" in done.out
+    accuracy = Interval(**read_bundle(tmp_path / "all.model").metrics["out_of_fold"]["accuracy"])
+    assert f"had not seen: accuracy {percent(accuracy)}, macro-F1" in done.out
     assert "On the split test: accuracy" in done.out
     assert "On images it had not seen" not in done.out
     recalls = read_bundle(tmp_path / "all.model").metrics["out_of_fold"]["recall_per_class"]
     for name, each in recalls.items():
-        assert f"{name} {each['recall']:.1%} of 14" in done.out
+        assert f"{name} {100 * each['recall']:.1f} % of 14" in done.out
 
 
 def test_a_model_that_always_abstains_says_so_everywhere(kept: Path, featx: Featx, tmp_path: Path) -> None:

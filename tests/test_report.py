@@ -19,6 +19,7 @@ from rich.console import Console
 from featx.advice.mislabelled import rank_labels
 from featx.errors import UsageError
 from featx.evaluation.results import SweepResult
+from featx.evaluation.stats import limits, percent
 from featx.evaluation.sweep import sweep_heads
 from featx.reports.sweep import conclusion, render, render_table, write_report
 
@@ -43,7 +44,7 @@ def test_the_table_fits_eighty_columns_and_shows_ranks_and_ties(result: SweepRes
     text = console.export_text()
     console.file.close()
     for each in result.results:
-        assert f"{100 * each.accuracy.low:.1f} - {100 * each.accuracy.high:.1f}" in text
+        assert limits(each.accuracy) in text
         assert f" {each.head} " in text
     assert "…" not in text
     for heading in ("shots", "head", "right %", "95 % interval", "balanced", "ECE", "fit s"):
@@ -71,9 +72,7 @@ def test_the_conclusion_names_ties_and_the_beaten(result: SweepResult) -> None:
     sentence = conclusion(result)
     last = {each.head: each for each in result.results if each.n_shots == 5}
     own = last[result.winner]
-    assert sentence.startswith(
-        f"Use {result.winner}: {100 * own.accuracy.mean:.1f} % right with 5 images a class (95 % "
-    )
+    assert sentence.startswith(f"Use {result.winner}: right in {percent(own.accuracy)} with 5 images a class.")
     same, _, beaten = sentence.partition(" beats ")
     for head in set(last) - {result.winner}:
         tied = result.cannot_tell(result.winner, head, 5)

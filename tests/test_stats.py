@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from sklearn import metrics
@@ -113,6 +116,16 @@ def test_equal_heads_that_learn_are_told_apart_in_5_of_100_cases_at_most() -> No
         assert each.mean() <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / len(each))
     assert np.mean(list(claimed.values())) <= 0.05
     assert np.mean([compared(rng, 5, 0.15).p < 0.05 for _ in range(100)]) > 0.9  # and a clear difference is found
+
+
+def test_one_spelling_of_intervals() -> None:
+    assert stats.percent(stats.Interval(0.917, 0.894, 0.94)) == "91.7 % (89.4 to 94.0)"
+    assert stats.points(stats.Interval(0.006, -0.0001, 0.014)) == "+0.6 points (0.0 to 1.4)"
+    assert stats.points(stats.Interval(-0.06, -0.071, -0.05)) == "-6.0 points (-7.1 to -5.0)"
+    files = sorted(Path(stats.__file__).parent.rglob("*.py"))
+    others = re.compile(r"±|\u2013|low:\S*\}(%?\.\.| - | to )|\]:\.1%\} to")
+    by_hand = [path.name for path in files if path.name != "stats.py" and others.search(path.read_text())]
+    assert not by_hand  # who shows an interval uses the functions above
 
 
 def test_perfect_scores_do_not_make_a_perfect_interval() -> None:

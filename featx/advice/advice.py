@@ -11,7 +11,7 @@ from featx.advice.domain import DIFFERENT, SIMILAR, Domain
 from featx.advice.labelling import Simulation
 from featx.advice.rule import LARGE, Rule
 from featx.errors import plural
-from featx.evaluation import stats
+from featx.evaluation import limits, percent, points, stats
 
 Family: TypeAlias = Literal["head", "earlier layers", "fine-tuning", "control"]
 """What a strategy is; "control" is none to use, but shows what the pretraining gives."""
@@ -226,8 +226,9 @@ class Advice:
         least = min(found.by_class, key=lambda name: found.by_class[name]) if found.by_class else ""
         furthest = f" The class that differs most is {least} ({found.by_class[least]:.1f})." if least else ""
         return (
-            f"{words[found.nearness]} (score {mean.mean:.1f}; {SIMILAR:g} or more is similar, {DIFFERENT:g} or less is "
-            f"different; 95 % interval {mean.low:.1f} to {mean.high:.1f}, noise {found.chance:.1f}).{furthest}"
+            f"{words[found.nearness]}: score {mean.mean:.1f} ({limits(mean, scale=1.0)}), where {SIMILAR:g} or more is "
+            f"similar, {DIFFERENT:g} or less is different, and images that show nothing would get about "
+            f"{found.chance:.1f}.{furthest}"
         )
 
     def _rule(self) -> str:
@@ -342,16 +343,6 @@ def named(strategy: str) -> str:
         return "a head on random features"
     head, _, layer = strategy.partition("@")
     return f"the head {head} on the layer {layer}" if layer else f"the head {head} on frozen embeddings"
-
-
-def points(interval: stats.Interval) -> str:
-    """A difference in points, with sign and interval: ``+1.2 points (0.3..2.1)``."""
-    return f"{100 * interval.mean:+z.1f} points ({100 * interval.low:+z.1f}..{100 * interval.high:+z.1f})"
-
-
-def percent(interval: stats.Interval) -> str:
-    """An accuracy: ``91.5 % (89.1..93.9)``."""
-    return f"{100 * interval.mean:.1f} % ({100 * interval.low:.1f}..{100 * interval.high:.1f})"
 
 
 def capital(text: str) -> str:

@@ -107,8 +107,11 @@ def _tell(sentences: dict[str, str], *, err: bool) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from featx.evaluation import BRACKETS
+
     table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 1, 0))
     for topic, sentence in sentences.items():
         first = topic == "strategy"
         table.add_row(Text(topic, style="dim"), Text(sentence, style="bold" if first else ""))
+    table.caption = BRACKETS
     show(table, err=err)

@@ -158,16 +158,14 @@ def _unfreeze(text: str) -> Unfreeze:
 
 
 def _show(result: FinetuneResult, as_json: bool) -> None:
-    from featx.evaluation import shots_label
+    from featx.evaluation import points, shots_label
     from featx.reports import TABLE_WIDTH, render
 
     show(render(result.sweep), err=as_json, least=TABLE_WIDTH)
     for each in result.against_best():
-        interval = each.difference.interval
         say(
             f"{result.head} against {each.b}, the best head here, at {shots_label(each.n_shots)}: "
-            f"{100 * interval.mean:+z.1f} points ({100 * interval.low:+z.1f} to {100 * interval.high:+z.1f}), "
-            f"{each.difference.verdict}.",
+            f"{points(each.difference.interval)}, {each.difference.verdict}.",
             err=as_json,
         )
     say(

@@ -193,6 +193,7 @@ _CLASSES_TOLD = 12
 
 
 def _story(bundle: Bundle) -> list[str]:
+    from featx.evaluation import Interval, percent
     from featx.models import by_recall
 
     metrics: Any = bundle.metrics
@@ -207,16 +208,17 @@ def _story(bundle: Bundle) -> list[str]:
     ):
         found = metrics.get(key)
         if found:
-            accuracy = found["accuracy"]
             error = found["error_among_answered"]
-            wrong = "" if error is None else f", {error:.1%} of these answers wrong"
+            wrong = "" if error is None else f", {100 * error:.1f} % of these answers wrong"
             lines.append(
-                f"{where}: accuracy {accuracy['mean']:.1%} ({accuracy['low']:.1%} to {accuracy['high']:.1%}), "
-                f"macro-F1 {found['macro_f1']:.1%}, calibration error {found['ece']:.1%}; "
-                f"answers {found['answered']:.1%}{wrong}."
+                f"{where}: accuracy {percent(Interval(**found['accuracy']))}, "
+                f"macro-F1 {100 * found['macro_f1']:.1f} %, calibration error {100 * found['ece']:.1f} %; "
+                f"answers {100 * found['answered']:.1f} %{wrong}."
             )
             classes = by_recall(found)
-            recalls = [f"{name} {each['recall']:.1%} of {each['images']}" for name, each in classes[:_CLASSES_TOLD]]
+            recalls = [
+                f"{name} {100 * each['recall']:.1f} % of {each['images']}" for name, each in classes[:_CLASSES_TOLD]
+            ]
             rest = len(classes) - len(recalls)
             more = f", and {rest} better ones (--json lists all)" if rest else ""
             lines.append(f"  Recognised of each class: {', '.join(recalls)}{more}.")

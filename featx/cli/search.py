@@ -295,6 +295,8 @@ def _metrics_table(result: RetrievalResult) -> Table:
     from rich.table import Table
     from rich.text import Text
 
+    from featx.evaluation import limits
+
     table = Table(box=None)
     table.add_column("class", no_wrap=True)
     for name in ("queries", "recall@1", "recall@5", "recall@10", "P@10", "mAP", "95 % interval"):
@@ -308,7 +310,7 @@ def _metrics_table(result: RetrievalResult) -> Table:
             *(_points(scores.recall_at_k[k]) for k in (1, 5, 10)),
             _points(scores.precision_at_k[10]),
             _points(precision),
-            f"{100 * precision.low:.1f} - {100 * precision.high:.1f}",
+            limits(precision),
         )
 
     row("all", result.overall, "bold")
@@ -322,11 +324,10 @@ def _points(value: Interval) -> str:
 
 
 def _notes(result: RetrievalResult) -> list[str]:
+    from featx.evaluation import percent
+
     first = result.overall.recall_at_k[1]
-    notes = [
-        f"recall@1 {100 * first.mean:.1f} % ({100 * first.low:.1f} to {100 * first.high:.1f}); intervals: 95 %, "
-        "bootstrap over queries, for this gallery."
-    ]
+    notes = [f"recall@1 {percent(first)}; intervals: 95 %, bootstrap over queries, for this gallery."]
     if result.exact_duplicates:
         notes.append(
             f"{plural(result.exact_duplicates, 'exact duplicate')}; copies of a query are left out of its ranking "

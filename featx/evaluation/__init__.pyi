@@ -18,7 +18,14 @@ from .splits import (
     reached as reached,
     shots_label as shots_label,
 )
-from .stats import Interval as Interval, unseen_share as unseen_share
+from .stats import (
+    BRACKETS as BRACKETS,
+    Interval as Interval,
+    limits as limits,
+    percent as percent,
+    points as points,
+    unseen_share as unseen_share,
+)
 from .sweep import sweep_heads as sweep_heads
 from .testset import judge as judge
 from .workers import worker_pool as worker_pool

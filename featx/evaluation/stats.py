@@ -78,6 +78,25 @@ class Interval:
         return {"mean": self.mean, "low": self.low, "high": self.high}
 
 
+BRACKETS = "Brackets hold 95 % intervals."
+"""What explains :func:`percent` and :func:`points`, once to a page or a table."""
+
+
+def limits(interval: Interval, *, scale: float = 100.0) -> str:
+    """The limits of an interval as people read them, times ``scale``: ``89.4 to 94.0``."""
+    return f"{scale * interval.low:z.1f} to {scale * interval.high:z.1f}"
+
+
+def percent(interval: Interval) -> str:
+    """A share with its interval as people read it: ``91.7 % (89.4 to 94.0)``."""
+    return f"{100 * interval.mean:.1f} % ({limits(interval)})"
+
+
+def points(interval: Interval) -> str:
+    """A difference of shares with its interval as people read it: ``+0.6 points (-0.2 to 1.4)``."""
+    return f"{100 * interval.mean:+z.1f} points ({limits(interval)})"
+
+
 @dataclass(frozen=True)
 class Difference:
     """Head a minus head b over the same draws; ``p`` is two-sided, ``adjusted`` by Holm over all pairs."""

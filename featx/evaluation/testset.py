@@ -62,7 +62,7 @@ class Judgement:
         warning += "" if self.converged else " A fit stopped before its optimum."
         return (
             f"On {plural(self.images, 'image')} of the split {self.split}, {self.head} is right in "
-            f"{100 * self.accuracy:.1f} % ({100 * self.low:.1f} to {100 * self.high:.1f}). "
+            f"{stats.percent(stats.Interval(self.accuracy, self.low, self.high))}. "
             f"This is {times} of this test set.{warning}"
         )
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from featx.advice import Advice, Cell, Curve, named
 from featx.errors import plural
+from featx.evaluation import BRACKETS, limits, points
 from featx.reports.html import HINT, Images, Thumbnail, bar, document, made
 
 _HEADINGS = {
@@ -52,7 +53,7 @@ def render_advice(
     parts = [
         f"<h1>Advice on {escape(title)}</h1>",
         f'<p class="soft">{plural(advice.images, "labelled image")}, {plural(len(advice.class_names), "class")}, '
-        f"{_span(advice.counts)} different images each.</p>",
+        f"{_span(advice.counts)} different images each. {BRACKETS}</p>",
         f'<p class="lead">{escape(sentences["strategy"])}</p>',
     ]
     if advice.interrupted:
@@ -78,7 +79,7 @@ def _table(advice: Advice, n_shots: int) -> str:
         f'<h3>{plural(n_shots, "image")} a class</h3>{HINT}<div class="wide"><table><thead><tr>'
         "<th>strategy</th><th>right %</th><th></th><th>95 % interval</th>"
         "<th>against the first head</th><th>verdict</th>"
-        f"<th>draws</th><th>s a draw</th></tr></thead><tbody>{rows}</tbody><caption>Differences in points to "
+        f"<th>draws</th><th>s a draw</th></tr></thead><tbody>{rows}</tbody><caption>Differences to "
         f"{escape(named(advice.reference))}, on the same draws; verdicts hold for all of a table together."
         "</caption></table></div>"
     )
@@ -87,13 +88,12 @@ def _table(advice: Advice, n_shots: int) -> str:
 def _row(cell: Cell) -> str:
     apart = verdict = ""
     if cell.difference is not None:
-        found = cell.difference.interval
-        apart = f"{100 * found.mean:+z.1f} ({100 * found.low:+z.1f}..{100 * found.high:+z.1f})"
+        apart = points(cell.difference.interval)
         verdict = cell.difference.verdict
     return (
         f"<tr{' class=tied' if cell.difference is None else ''}><td>{escape(cell.strategy)}</td>"
         f"<td>{100 * cell.accuracy.mean:.1f}</td>{bar(cell.accuracy.mean)}"
-        f"<td>{100 * cell.accuracy.low:.1f} - {100 * cell.accuracy.high:.1f}</td><td>{apart}</td><td>{verdict}</td>"
+        f"<td>{limits(cell.accuracy)}</td><td>{apart}</td><td>{verdict}</td>"
         f"<td>{cell.episodes}</td><td>{cell.seconds:.2f}</td></tr>"
     )
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from featx.advice import LabelRanking
 from featx.errors import plural
-from featx.evaluation import HeadResult, Shots, SweepResult
+from featx.evaluation import BRACKETS, HeadResult, Shots, SweepResult, limits
 
 Thumbnail: TypeAlias = Callable[[int], bytes | None]
 
@@ -94,7 +94,7 @@ def render_page(
         f"<h1>{escape(title)}</h1>",
         f'<p class="soft">{plural(len(result.labels), "image")}, {plural(len(result.class_names), "class")}, '
         f"{plural(result.episodes, 'draw')}. Guessing the most common class: "
-        f"{_points(result.majority_baseline)} %.</p>",
+        f"{_points(result.majority_baseline)} %. {BRACKETS}</p>",
         f'<p class="lead">{escape(first + stop.strip())}</p><p>{escape(rest)}</p>',
         *(f'<p class="warn">{escape(note)}</p>' for note in result.notes),
         *_suspects(labels, images),
@@ -179,7 +179,7 @@ def _ranking(result: SweepResult, n_shots: Shots) -> str:
         rows.append(
             f"<tr{' class=tied' if each.tied else ''}><td>{escape(each.head)}{mark}</td>"
             f"<td>{_points(each.accuracy.mean)}</td>{bar(each.accuracy.mean)}"
-            f"<td>{_points(each.accuracy.low)} - {_points(each.accuracy.high)}</td>"
+            f"<td>{limits(each.accuracy)}</td>"
             f"<td>{_points(each.balanced_accuracy.mean)}</td><td>{'' if each.ece is None else _points(each.ece)}</td>"
             f"<td>{'' if each.brier is None else f'{each.brier:.3f}'}</td><td>{escape(params)}</td>"
             f"<td>{each.fit_seconds:.2f}</td></tr>"

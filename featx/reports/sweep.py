@@ -19,7 +19,7 @@ from rich.text import Text
 
 from featx.advice import LabelRanking
 from featx.errors import UsageError, plural
-from featx.evaluation import SweepResult
+from featx.evaluation import BRACKETS, SweepResult, limits, percent
 from featx.reports.html import Thumbnail, classes_among, images_a_class, ranked, render_page, rival
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def render_table(result: SweepResult) -> Table:
                 Text(each.head.replace("@", " @"), style="bold" if each.tied else ""),  # where a line may end
                 Text("" if best else "=" if each.tied else ""),
                 Text(f"{100 * each.accuracy.mean:.1f}", style="bold" if each.tied else ""),
-                f"{100 * each.accuracy.low:.1f} - {100 * each.accuracy.high:.1f}",
+                limits(each.accuracy),
                 f"{100 * each.balanced_accuracy.mean:.1f}",
                 "" if each.ece is None else f"{100 * each.ece:.1f}",
                 f"{each.fit_seconds:.2f}",
@@ -71,7 +71,7 @@ def render_table(result: SweepResult) -> Table:
 
 def render(result: SweepResult) -> Group:
     """The table, the conclusion and the notes, for a rich console."""
-    baseline = f"Guessing the most common class: {100 * result.majority_baseline:.1f} %."
+    baseline = f"Guessing the most common class: {100 * result.majority_baseline:.1f} %. {BRACKETS}"
     notes = [Text(note, style="yellow") for note in (*result.notes, result.duplicates.sentence) if note]
     return Group(render_table(result), Text(conclusion(result), style="bold"), Text(baseline), *notes)
 
@@ -82,9 +82,8 @@ def conclusion(result: SweepResult) -> str:
     rows = ranked(result, n_shots)
     own = next(each for each in rows if each.head == result.winner)
     where = images_a_class(n_shots)
-    interval = f"95 % interval {100 * own.accuracy.low:.1f} to {100 * own.accuracy.high:.1f}"
     among = classes_among(result, n_shots)
-    parts = [f"Use {own.head}: {100 * own.accuracy.mean:.1f} % right with {where}{among} ({interval})."]
+    parts = [f"Use {own.head}: right in {percent(own.accuracy)} with {where}{among}."]
     others = [each for each in rows if each is not own]
     # Fewer classes are easier: only where they are the same is a difference owed to the images.
     if len(result.shots) > 1 and result.compared(result.shots[-2]) == result.compared(n_shots):
