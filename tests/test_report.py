@@ -21,7 +21,7 @@ from featx.errors import UsageError
 from featx.evaluation.results import SweepResult
 from featx.evaluation.stats import limits, percent
 from featx.evaluation.sweep import sweep_heads
-from featx.reports.sweep import conclusion, render, render_table, write_report
+from featx.reports.sweep import TOO_WIDE, conclusion, render, render_table, write_report
 
 
 def sweep(heads: list[str], seed: int = 0, shots: tuple[int, ...] = (1, 5)) -> SweepResult:
@@ -85,6 +85,18 @@ def test_the_conclusion_names_ties_and_the_beaten(result: SweepResult) -> None:
     assert f"{words}: {100 * gain:.1f} points from 1 to 5 images a class." in sentence
     alone = sweep(["ridge"], shots=(5,))
     assert conclusion(alone).startswith("Use ridge: ") and conclusion(alone).count("ridge") == 1
+
+
+def test_too_few_photos_are_no_recommendation() -> None:
+    labels = np.repeat([0, 1], 3)
+    rows = np.random.default_rng(1).normal(size=(6, 8))
+    few = sweep_heads(rows, labels, class_names="ab", heads=["ridge", "knn"], shots=(1,), episodes=2, n_jobs=1)
+    own = next(each for each in few.results if each.head == few.winner)
+    assert own.accuracy.high - own.accuracy.low > 2 * TOO_WIDE
+    sentence = conclusion(few)
+    assert sentence.startswith("There are too few photos to tell which head is best.")
+    assert "Use " not in sentence and percent(own.accuracy) in sentence
+    assert "Add images to every class" in sentence and "--episodes" in sentence
 
 
 def test_files_of_the_report(result: SweepResult, tmp_path: Path) -> None:

@@ -83,6 +83,12 @@ def conclusion(result: SweepResult) -> str:
     own = next(each for each in rows if each.head == result.winner)
     where = images_a_class(n_shots)
     among = classes_among(result, n_shots)
+    if own.accuracy.high - own.accuracy.low > 2 * TOO_WIDE:
+        return (
+            f"There are too few photos to tell which head is best. The highest mean is that of {own.head}: right in "
+            f"{percent(own.accuracy)} with {where}{among}. Add images to every class, ask for more draws with "
+            "--episodes, and sweep again."
+        )
     parts = [f"Use {own.head}: right in {percent(own.accuracy)} with {where}{among}."]
     others = [each for each in rows if each is not own]
     # Fewer classes are easier: only where they are the same is a difference owed to the images.
@@ -104,6 +110,9 @@ def conclusion(result: SweepResult) -> str:
         parts.append(f"{own.head} beats {_and(worse)}.")
     return " ".join(parts)
 
+
+TOO_WIDE = 0.15
+"""Half the width of an interval beyond which no head is recommended: 70 % might then as well be 55 or 85 %."""
 
 _WORTH = 0.01
 """A gain in accuracy that is worth a sentence."""
