@@ -226,14 +226,18 @@ def test_labelling_in_words(advice: Advice) -> None:
         (0.001, -0.05, "at random, not"),
     ):
         gain = stats.Difference(stats.Interval(mean, mean - 0.02, mean + 0.02), p, p)
-        found = replace(advice, simulation=Simulation(5, 10, 8, 0.7, 0.8, 0.8 - mean, gain))
-        assert words in found.sentences()["label next"]
+        found = replace(advice, simulation=Simulation(5, 10, 8, 0.7, 0.80049, 0.80049 - mean, gain))
+        sentence = found.sentences()["label next"]
+        assert words in sentence and "unsure of and that are unlike each other" in sentence
+        shown = re.search(r"to (\S+) % when chosen .* to (\S+) % at random \((\S+) points", sentence)
+        assert shown and float(shown[1]) - float(shown[2]) == pytest.approx(float(shown[3]), abs=1e-6)
 
 
 def test_the_page_is_whole_escapes_names_and_shows_every_number(advice: Advice) -> None:
     text = render_advice(advice, title="<store>", provenance={"backbone": "made up"}, command="featx advise x")
     page = Page(text)
     words = " ".join(" ".join(page.words).split())
+    assert not re.search(r"\b(noise|margin)\b", words.rpartition("}")[2])  # words that nobody has explained
     assert not {tag for tag, _ in page.tags} & {"script", "link", "a", "b"}
     for topic, sentence in advice.sentences().items():
         assert sentence in words, topic

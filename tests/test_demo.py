@@ -104,7 +104,7 @@ def test_the_demo(tmp_path: Path, featx: Featx) -> None:
         )
         assert five == round(100 * rows[job, "embeddings", 5])
         assert pixels == round(100 * rows[job, "pixels", 5])
-        assert points == abs(round(100 * (rows[job, "embeddings", 5] - rows[job, "pixels", 5])))
+        assert points == abs(five - pixels)
     assert (tmp_path / "opened").read_text() == (tmp_path / found["report"]).resolve().as_uri()
     for line in found["commands"]:
         assert f"$ {line}" in ran.err
@@ -124,6 +124,8 @@ def test_the_verdict_follows_the_numbers() -> None:
     assert "is worth 64 points (91 % right, raw pixels 27 %" in lines[0]
     assert "costs 30 points" in lines[1]
     assert "is worth nothing" in lines[2]
+    (rounded,) = verdict([Job("x", "ridge", {5: 0.834}, {5: 0.766})])[:1]
+    assert "is worth 6 points (83 % right, raw pixels 77 %" in rounded  # not 7, which 83 and 77 would belie
 
 
 def test_pixels_are_the_same_from_files_images_and_arrays(tmp_path: Path) -> None:

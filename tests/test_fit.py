@@ -149,6 +149,7 @@ def test_one_image_a_class_has_margins_and_abstains() -> None:
     fitted = fit_head(rows, labels, class_names=["a", "b", "c"])
     assert (fitted.sharpness, fitted.threshold) == (None, None)
     assert "Class 'a' has a single image" in fitted.notes[0]
+    assert "say how far a label is ahead of the next" in fitted.notes[0] and "margin" not in fitted.notes[0]
 
 
 def test_notes_say_what_was_left_out() -> None:

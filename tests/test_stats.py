@@ -128,6 +128,13 @@ def test_one_spelling_of_intervals() -> None:
     assert not by_hand  # who shows an interval uses the functions above
 
 
+def test_a_difference_agrees_with_the_numbers_beside_it() -> None:
+    interval = stats.Interval(-0.0598, -0.08, -0.04)
+    assert stats.points(interval) == "-6.0 points (-8.0 to -4.0)"
+    assert stats.points(interval, beside=(0.77095, 0.83049)) == "-5.9 points (-8.0 to -4.0)"  # 77.1 and 83.0
+    assert stats.points(interval, beside=(0.6, 0.83)).startswith("-6.0 ")  # of other draws: nothing to sum
+
+
 def test_perfect_scores_do_not_make_a_perfect_interval() -> None:
     interval = stats.mean_interval(np.ones(20), np.ones(50), 10, 50)
     assert (interval.mean, interval.high) == (1.0, 1.0)

@@ -262,13 +262,14 @@ class Advice:
             counted = f"{len(self.next_images)} of {plural(self.unlabelled, 'unlabelled image')}"
             parts.append(f"Label these {counted} next: {first}{more}")
         if self.simulation is None:
-            parts.append("What choosing images by margin and diversity gains over chance was not measured.")
+            parts.append("What choosing images gains over drawing them at random was not measured.")
             return " ".join(parts)
         found = self.simulation
+        gain = points(found.gain.interval, beside=(found.chosen, found.at_random))
         where = (
             f"from {plural(found.start, 'image')} a class on, {found.batch} more bring held-out accuracy from "
-            f"{100 * found.before:.1f} to {100 * found.chosen:.1f} % when chosen by margin and diversity, and to "
-            f"{100 * found.at_random:.1f} % at random ({points(found.gain.interval)})"
+            f"{100 * found.before:.1f} to {100 * found.chosen:.1f} % when chosen (images that the head is unsure of and
+            " f"that are unlike each other), and to {100 * found.at_random:.1f} % at random ({gain})"
         )
         words = {
             "better": f"Choosing pays here: {where}.",

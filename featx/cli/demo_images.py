@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx.errors import StoreError, UsageError
-from featx.evaluation import PixelExtractor, Shots, SweepResult, sweep_heads
+from featx.evaluation import PixelExtractor, Shots, SweepResult, shown_gap, sweep_heads
 from featx.heads import HEADS
 from featx.images import decode, save_png
 
@@ -192,7 +192,7 @@ def verdict(jobs: Sequence[Job]) -> list[str]:
     """What was seen, in words with the numbers: a line for each job, and what follows."""
     parts = []
     for job in jobs:
-        points = round(100 * job.gain)
+        points = round(100 * shown_gap(job.embeddings[5], job.pixels[5], digits=0))
         numbers = f"{100 * job.embeddings[5]:.0f} % right, raw pixels {100 * job.pixels[5]:.0f} %"
         words = (
             f"is worth {points} points"

@@ -163,9 +163,10 @@ def _show(result: FinetuneResult, as_json: bool) -> None:
 
     show(render(result.sweep), err=as_json, least=TABLE_WIDTH)
     for each in result.against_best():
+        right = {row.head: row.accuracy.mean for row in result.sweep.results if row.n_shots == each.n_shots}
         say(
             f"{result.head} against {each.b}, the best head here, at {shots_label(each.n_shots)}: "
-            f"{points(each.difference.interval)}, {each.difference.verdict}.",
+            f"{points(each.difference.interval, beside=(right[each.a], right[each.b]))}, {each.difference.verdict}.",
             err=as_json,
         )
     say(

@@ -463,7 +463,7 @@ def _table(predictions: list[dict[str, Any]], kind: str) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("image", "label", kind, "", box=None)
+    table = Table("image", "label", "ahead of the next by" if kind == "margin" else kind, "", box=None)
     for each in predictions:
         name, label = Text(one_line(each["id"]), overflow="fold"), Text(one_line(each["label"]))
         table.add_row(name, label, f"{each['score']:.3f}", _doubt(each))

@@ -24,6 +24,7 @@ from .stats import (
     limits as limits,
     percent as percent,
     points as points,
+    shown_gap as shown_gap,
     unseen_share as unseen_share,
 )
 from .sweep import sweep_heads as sweep_heads

@@ -92,9 +92,23 @@ def percent(interval: Interval) -> str:
     return f"{100 * interval.mean:.1f} % ({limits(interval)})"
 
 
-def points(interval: Interval) -> str:
-    """A difference of shares with its interval as people read it: ``+0.6 points (-0.2 to 1.4)``."""
-    return f"{100 * interval.mean:+z.1f} points ({limits(interval)})"
+def points(interval: Interval, *, beside: tuple[float, float] | None = None) -> str:
+    """A difference of shares with its interval as people read it: ``+0.6 points (-0.2 to 1.4)``.
+
+    Parameters
+    ----------
+    beside : the two shares, where they are shown as well: then the difference is that of the numbers that people see,
+        unless it is one over other draws.
+    """
+    mean = interval.mean
+    if beside is not None and abs(shown_gap(*beside) - mean) <= 0.001 + 1e-9:
+        mean = shown_gap(*beside)
+    return f"{100 * mean:+z.1f} points ({limits(interval)})"
+
+
+def shown_gap(a: float, b: float, *, digits: int = 1) -> float:
+    """``a`` minus ``b`` after both were rounded to ``digits`` of a percent, so that a reader's sum comes out."""
+    return (round(100 * a, digits) - round(100 * b, digits)) / 100
 
 
 @dataclass(frozen=True)

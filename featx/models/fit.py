@@ -163,7 +163,7 @@ def fit_head(
         smallest = names[int(data.counts.argmin())]
         notes.append(
             f"Class {smallest!r} has a single image, so nothing could be validated: "
-            "scores are margins, not probabilities, and every answer abstains."
+            "scores are no probabilities but say how far a label is ahead of the next, and every answer abstains."
         )
     if not converged:
         notes.append("A fit stopped before its optimum.")

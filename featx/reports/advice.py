@@ -74,7 +74,9 @@ def _span(counts: Sequence[int]) -> str:
 
 
 def _table(advice: Advice, n_shots: int) -> str:
-    rows = "".join(_row(cell) for cell in advice.at(n_shots))
+    cells = advice.at(n_shots)
+    first = next((cell.accuracy.mean for cell in cells if cell.strategy == advice.reference), 0.0)
+    rows = "".join(_row(cell, first) for cell in cells)
     return (
         f'<h3>{plural(n_shots, "image")} a class</h3>{HINT}<div class="wide"><table><thead><tr>'
         "<th>strategy</th><th>right %</th><th></th><th>95 % interval</th>"
@@ -85,10 +87,10 @@ def _table(advice: Advice, n_shots: int) -> str:
     )
 
 
-def _row(cell: Cell) -> str:
+def _row(cell: Cell, reference: float) -> str:
     apart = verdict = ""
     if cell.difference is not None:
-        apart = points(cell.difference.interval)
+        apart = points(cell.difference.interval, beside=(cell.accuracy.mean, reference))
         verdict = cell.difference.verdict
     return (
         f"<tr{' class=tied' if cell.difference is None else ''}><td>{escape(cell.strategy)}</td>"
@@ -161,7 +163,11 @@ def _next(advice: Advice, thumbnail: Thumbnail | None, paths: Mapping[str, str])
         return ""
     images = Images({each.row: each.id for each in advice.next_images}, thumbnail)
     cards = "".join(
-        images.card(each.row, f'perhaps {escape(each.likeliest)}<br><span class="soft">margin {each.margin:.2f}</span>')
+        images.card(
+            each.row,
+            f"perhaps {escape(each.likeliest)}<br>"
+            f'<span class="soft">{100 * each.margin:.0f} % ahead of the next class</span>',
+        )
         for each in advice.next_images[:60]
     )
     lines = (

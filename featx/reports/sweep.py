@@ -19,7 +19,7 @@ from rich.text import Text
 
 from featx.advice import LabelRanking
 from featx.errors import UsageError, plural
-from featx.evaluation import BRACKETS, SweepResult, limits, percent
+from featx.evaluation import BRACKETS, SweepResult, limits, percent, shown_gap
 from featx.reports.html import Thumbnail, classes_among, images_a_class, ranked, render_page, rival
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def conclusion(result: SweepResult) -> str:
         gain = own.accuracy.mean - before.accuracy.mean
         if gain >= _WORTH and gain > max([each.accuracy.mean - own.accuracy.mean for each in others] or [0.0]):
             first = result.shots[-2] if n_shots != "all" else images_a_class(result.shots[-2])
-            more = f"{100 * gain:.1f} points from {first} to {where}"
+            more = f"{100 * shown_gap(own.accuracy.mean, before.accuracy.mean):.1f} points from {first} to {where}"
             parts.append(f"More images help{' more than another head' if others else ''}: {more}.")
     tied = [each.head for each in others if result.cannot_tell(own.head, each.head, n_shots)]
     worse = [each.head for each in others if each.head not in tied and each.accuracy.mean < own.accuracy.mean]
