@@ -228,7 +228,7 @@ def test_labelling_in_words(advice: Advice) -> None:
         gain = stats.Difference(stats.Interval(mean, mean - 0.02, mean + 0.02), p, p)
         found = replace(advice, simulation=Simulation(5, 10, 8, 0.7, 0.80049, 0.80049 - mean, gain))
         sentence = found.sentences()["label next"]
-        assert words in sentence and "unsure of and that are unlike each other" in sentence
+        assert words in sentence and "unsure of, and that are unlike each other" in sentence
         shown = re.search(r"to (\S+) % when chosen .* to (\S+) % at random \((\S+) points", sentence)
         assert shown and float(shown[1]) - float(shown[2]) == pytest.approx(float(shown[3]), abs=1e-6)
 
@@ -246,6 +246,17 @@ def test_the_page_is_whole_escapes_names_and_shows_every_number(advice: Advice) 
             assert f"{100 * each.accuracy.mean:.1f}" in words
     assert advice.next_images[0].id in words
     assert "http" not in text.replace("http-equiv", "")
+
+
+def test_the_caption_names_what_is_drawn(advice: Advice) -> None:
+    assert advice.curve is not None and advice.gain is not None
+    for reason in ("", "the interval includes zero"):  # with a reason nothing is drawn beyond the last point
+        page = render_advice(
+            replace(advice, gain=replace(advice.gain, n_to=100.0, reason=reason)),
+            title="x", provenance={}, command="",
+        )  # fmt: skip
+        assert ("dashed is" in page) == ("stroke-dasharray" in page) == (not reason)
+        assert "shaded is its interval" in page and "<polygon" in page
 
 
 def test_the_images_to_label_are_shown_and_listed_with_whole_paths(advice: Advice) -> None:

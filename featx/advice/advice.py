@@ -268,8 +268,8 @@ class Advice:
         gain = points(found.gain.interval, beside=(found.chosen, found.at_random))
         where = (
             f"from {plural(found.start, 'image')} a class on, {found.batch} more bring held-out accuracy from "
-            f"{100 * found.before:.1f} to {100 * found.chosen:.1f} % when chosen (images that the head is unsure of and
-            " f"that are unlike each other), and to {100 * found.at_random:.1f} % at random ({gain})"
+            f"{100 * found.before:.1f} to {100 * found.chosen:.1f} % when chosen (images that the head is unsure of, "
+            f"and that are unlike each other), and to {100 * found.at_random:.1f} % at random ({gain})"
         )
         words = {
             "better": f"Choosing pays here: {where}.",

@@ -101,7 +101,7 @@ def _row(cell: Cell, reference: float) -> str:
 
 
 def _curve(curve: Curve, advice: Advice) -> str:
-    """Measured points with their intervals, and the fitted curve; dashed where it is carried beyond them."""
+    """Measured points with their intervals, and the fitted curve with its own; dashed beyond the last point."""
     width, height, left, bottom = 720, 360, 56, 72
     last, first = float(curve.shots[-1]), float(curve.shots[0])
     gain = advice.gain
@@ -142,8 +142,8 @@ def _curve(curve: Curve, advice: Advice) -> str:
     return (
         f'<figure><svg viewBox="0 0 {width} {height}" role="img" aria-label="learning curve">{"".join(out)}</svg>'
         "<figcaption>Accuracy in %: dots are measured, on the images that the largest draw leaves over, with 95 % "
-        "intervals over draws and images; the line is error = c + a &middot; n<sup>&minus;b</sup>, dashed where it is "
-        "carried on.</figcaption></figure>"
+        "intervals over draws and images; the line is error = c + a &middot; n<sup>&minus;b</sup>, shaded is its "
+        f"interval{'; dashed is what was not measured' if ns[-1] > last * 1.0001 else ''}.</figcaption></figure>"
     )
 
 
