@@ -109,6 +109,15 @@ class Interrupted(FeatxError):
     exit_code = 130
 
 
+def in_words(error: BaseException) -> str:
+    """What an error of another library says, in one line and without the name of its class.
+
+    "No space left on device" for an OSError; "no reason given" for an error without a word.
+    """
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split()).rstrip(".")[:500] or "no reason given"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint that names the closest known names, or lists where to find them all."""
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)

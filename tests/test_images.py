@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 import zlib
 from dataclasses import replace
@@ -16,7 +17,7 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 from featx.errors import ImageError
-from featx.images.pixels import FORMATS, MAX_SCANS, REASONS, Preprocess, decode, pixels, resize_crop, weigh
+from featx.images.pixels import FORMATS, MAX_SCANS, REASONS, Preprocess, decode, encode, pixels, resize_crop, weigh
 
 HALF = (0.5, 0.5, 0.5)
 IMAGENET = Preprocess(256, (224, 224), "bilinear", HALF, HALF)
@@ -77,6 +78,14 @@ def test_what_is_no_image_is_named(data: bytes, reason: str, words: str) -> None
 def test_a_truncated_image_is_refused(kind: str, share: float) -> None:
     data = encoded(picture(2, (300, 200)), kind)
     assert refused(data[: int(len(data) * share)]).reason in ("truncated", "corrupt", "not_an_image")
+
+
+def test_no_refusal_names_the_class_of_an_error() -> None:
+    data = encode(np.asarray(picture(7, (64, 48))))
+    broken = [data[:-40], data[:60] + b"x" * 40 + data[100:], b"GIF89a", b"BM" + bytes(60), b"II*\0" + bytes(8)]
+    messages = [refused(each).what for each in broken]
+    assert not [text for text in messages if re.search(r"[A-Z][a-z]+Error|\berror\b:", text)], messages
+    assert any("cannot be decoded" in text for text in messages)
 
 
 def test_a_truncated_jpeg_is_called_truncated() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from featx.errors import WeightsError
+from featx.errors import WeightsError, in_words
 
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
@@ -97,7 +97,7 @@ def read_file(path: Path) -> Any:
             "cannot be read as weights",
             where=path,
             expected="a state dict saved by torch.save, or a .safetensors file",
-            found=f"{type(error).__name__} on reading it",
+            found=in_words(error),
         ) from error
 
 

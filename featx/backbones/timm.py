@@ -15,7 +15,7 @@ from timm.models import get_pretrained_cfg
 
 from featx.backbones.hub import Progress, fetch, hub_folder
 from featx.backbones.provider import Provider
-from featx.errors import UsageError, WeightsError, did_you_mean
+from featx.errors import UsageError, WeightsError, did_you_mean, in_words
 from featx.images import Preprocess
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def _from_hugging_face(
                 continue
             return Path(hf_hub_download(repository, file))
     except Exception as error:  # which HTTP library's errors these are depends on the hub's version
-        raise _unreachable(name, repository, f"{type(error).__name__}: {error}") from error
+        raise _unreachable(name, repository, in_words(error)) from error
     raise _unreachable(name, repository, f"the hub has no {' or '.join(names)} of it")
 
 

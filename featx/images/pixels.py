@@ -44,7 +44,7 @@ from PIL import (
 )
 
 from featx._files import publish
-from featx.errors import ImageError
+from featx.errors import ImageError, in_words
 
 _READERS = (
     JpegImagePlugin.JpegImageFile,
@@ -421,7 +421,7 @@ def _too_large(found: str, most: int = MAX_PIXELS) -> ImageError:
 
 def _refusal(error: Exception) -> ImageError:
     reason = "truncated" if "truncated" in str(error).lower() else "corrupt"
-    return ImageError(reason, f"{type(error).__name__}: {error}")
+    return ImageError(reason, f"it cannot be decoded ({in_words(error)})")
 
 
 def _unsupported(data: bytes) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, ClassVar
 
-from featx.errors import FeatxError, ImageError, SourceError, UsageError, plural
+from featx.errors import FeatxError, ImageError, SourceError, UsageError, in_words, plural
 from featx.images.origin import (
     IMAGE_SUFFIXES,
     MAX_FETCHED,
@@ -134,7 +134,7 @@ def _no_answer(error: Exception, url: str) -> FeatxError:
             f"no permission ({_short(error)})", where=url, hint="Are the credentials set, and for this address?"
         )
     return SourceError(
-        f"no answer ({type(error).__name__}: {_short(error)})",
+        f"no answer ({in_words(error)})",
         where=url,
         hint="What was embedded is kept; run the same command again when it is reachable.",
     )

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from featx.errors import ImageError, SourceError, UsageError, did_you_mean
+from featx.errors import ImageError, SourceError, UsageError, did_you_mean, in_words
 from featx.images.origin import Fetched, ImageRef, file_ref
 from featx.images.pixels import encode
 
@@ -196,5 +196,5 @@ class Item(Fetched):
             picture = self.part[self.row][0]
             array = np.asarray(picture if picture.mode in ("L", "RGB") else picture.convert("RGB"))
         except Exception as error:
-            raise ImageError("unreadable", f"torchvision cannot load it ({type(error).__name__}: {error})") from error
+            raise ImageError("unreadable", f"torchvision cannot load it ({in_words(error)})") from error
         return encode(array)

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx._system import available_cpus
-from featx.errors import ImageError
+from featx.errors import ImageError, in_words
 from featx.extraction import Embedder
 from featx.images import DecoderPool, NoDecoder, TooHeavy
 
@@ -342,7 +342,7 @@ class Batcher:
             self._pools[number].prepare()
             lacking = ""
         except (NoDecoder, OSError, MemoryError) as error:
-            lacking = error.what if isinstance(error, NoDecoder) else f"{type(error).__name__}: {error}"
+            lacking = error.what if isinstance(error, NoDecoder) else in_words(error)
             if not self._shortage.get(number):
                 log.warning("short of resources: %s", lacking)
         with self._changed:
@@ -371,7 +371,7 @@ class Batcher:
         except NoDecoder as error:
             return OutOfResources(error.what)
         except (OSError, MemoryError) as error:
-            return OutOfResources(f"{type(error).__name__}: {error}")
+            return OutOfResources(in_words(error))
         except Exception as error:  # noqa: BLE001 - a bug: the request that met it answers for it, and no other
             return error
         if self._stopping:
