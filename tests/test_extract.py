@@ -101,7 +101,9 @@ def test_copies_are_embedded_once(source: Path, store: Path) -> None:
     first = sorted((source / "ants").iterdir())[0]
     shutil.copy(first, source / "bees" / "copy.png")
     summary = run(source, store)
-    assert (summary.images, summary.embedded, summary.reused) == (11, 10, 1)
+    assert (summary.images, summary.embedded, summary.reused, summary.copies) == (11, 10, 1, 1)
+    again = run(source, store)
+    assert (again.reused, again.copies) == (11, 0)  # now the store has them
     features = read_features(store)
     one, other = (features.ids.tolist().index(name) for name in (f"ants/{first.name}", "bees/copy.png"))
     assert np.array_equal(features.embeddings[one], features.embeddings[other])

@@ -20,6 +20,7 @@ from test_bundle import clusters
 
 from featx.backbones.engines.base import Engine
 from featx.backbones.engines.torch import make_engine
+from featx.cli.model import tell_model
 from featx.errors import MismatchError, UsageError
 from featx.evaluation.stats import Interval, expected_calibration_error, log_loss, percent
 from featx.heads.catalogue import HEADS
@@ -158,7 +159,7 @@ def test_notes_say_what_was_left_out() -> None:
     fitted = fit_head(rows, labels, class_names=["a", "none", "b"])
     assert fitted.class_names == ("a", "b")
     assert fitted.notes[:2] == (
-        "Left out: 1 image without a label.",
+        "1 image without a label left out.",
         "Classes without any labelled image were left out: none.",
     )
     few = fit_head(rows[:12:2], np.arange(6) % 2, class_names=["a", "b"])
@@ -272,9 +273,21 @@ def test_predict_files_folders_and_standard_input(kept: Path, featx: Featx) -> N
         input=photo.read_bytes(), capture_output=True, check=True,
     )  # fmt: skip
     assert f'"score": {found[0]["score"]}' in piped.stdout.decode()
+    none = featx("predict", kept / "photos.model", "/dev/zero")
+    assert (none.code, none.out) == (3, "")
+    assert none.err.splitlines()[-1] == "Error: the image could not be read."
     table = featx("predict", kept / "photos.model", photo)
     assert table.code == 0
     assert found[0]["label"] in table.out
+
+
+def test_copies_are_told_and_no_note_is_said_twice(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = read_bundle(kept / "photos.model")
+    metrics = {**bundle.metrics, "images": 83, "duplicates": 2}
+    tell_model(replace(bundle, metrics=metrics, notes=("One.", "One.")), Path("x.model"), err=False)
+    printed = capsys.readouterr()
+    assert "on 83 images, 2 of them copies, of 2 classes." in printed.out
+    assert printed.err.count("Note: One.") == 1
 
 
 def test_predict_in_a_pipe_is_one_line_an_image(kept: Path, featx: Featx, tmp_path: Path) -> None:

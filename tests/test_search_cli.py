@@ -159,7 +159,9 @@ def test_files_that_are_no_images_are_refused_and_the_others_answered(
     assert refused == {"text.jpg": "not_an_image", "half.png": "truncated"}
     assert "text.jpg: not_an_image" in ran.err
     only = featx("search", store, tmp_path / "text.jpg", "--html", tmp_path / "none.html")
-    assert only.code == 3
+    assert (only.code, only.err.splitlines()[-1]) == (3, "Error: the image could not be read.")
+    assert [line for line in only.out.splitlines() if "Sheet:" not in line] == []  # no table of nothing
+    assert ran.err.splitlines()[-1] == "Error: 2 of 3 images could not be read."
 
 
 def test_the_table_without_json(store: Path, here: Featx) -> None:

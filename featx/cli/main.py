@@ -229,7 +229,8 @@ def extract(
         print_json({**summary.to_json(), "classes": classes, "unlabelled": nameless})
     rate = f", {summary.images_per_second:.0f} images/s" if summary.images_per_second else ""
     say(
-        f"{plural(summary.images, 'image')}: {summary.embedded} embedded, {summary.reused} reused, "
+        f"{plural(summary.images, 'image')}: {summary.embedded} embedded, {summary.reused - summary.copies} reused, "
+        f"{plural(summary.copies, 'copy') + ', ' if summary.copies else ''}"
         f"{summary.quarantined} quarantined, in {summary.seconds:.1f} s{rate} "
         f"({summary.backbone}, {summary.engine} on {summary.device}, {summary.precision}).",
         err=as_json,

@@ -159,7 +159,7 @@ def let_scipy_take_tensors() -> None:
 
 def tell_model(bundle: Bundle, out: Path, *, err: bool) -> None:
     """Say what a model that was just made is worth; on stderr if ``err``."""
-    for note in bundle.notes:
+    for note in dict.fromkeys(bundle.notes):
         say(f"Note: {note}", err=True)
     say(*_story(bundle), err=err)
     say(f"Model: {out}", err=err)
@@ -198,7 +198,10 @@ def _story(bundle: Bundle) -> list[str]:
 
     metrics: Any = bundle.metrics
     params = ", ".join(f"{name} {value}" for name, value in bundle.params.items())
-    counted = f"{plural(metrics['images'], 'image')} of {plural(metrics['classes'], 'class')}"
+    images = plural(metrics["images"], "image")
+    if metrics.get("duplicates"):
+        images += f", {metrics['duplicates']} of them {'a copy' if metrics['duplicates'] == 1 else 'copies'},"
+    counted = f"{images} of {plural(metrics['classes'], 'class')}"
     lines = [f"{bundle.head} ({params}) on {counted}."]
     rivals = len(metrics.get("chosen_among") or ())
     unseen = f"On images that the fit, but not the choice among {rivals} heads, had not seen"
@@ -302,7 +305,14 @@ def predict(
     if csv is not None:
         say(f"CSV: {csv}", err=True)
     if refused:
+        say_refused(len(refused), len(named))
         raise typer.Exit(REFUSED)
+
+
+def say_refused(count: int, of: int) -> None:
+    """Say how many images were refused, below the reasons."""
+    counted = "the image" if of == 1 else "none of the images" if count == of else f"{count} of {plural(of, 'image')}"
+    say(f"Error: {counted} could {'not ' if of == 1 or count < of else ''}be read.", err=True)
 
 
 def _open(

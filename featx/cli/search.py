@@ -18,6 +18,7 @@ from featx.cli.model import (
     OwnBackbone,
     Weights,
     own_network,
+    say_refused,
 )
 from featx.cli.terminal import PAGE_MARK, ProgressLine, check_file, print_json, say, show
 from featx.errors import ImageError, UsageError, plural, visible
@@ -131,13 +132,14 @@ def search(
         _say_missing(search_sheet(html, store, find, gallery.features, found))
     if as_json:
         print_json(answer)
-    else:
+    elif found:
         show(_match_table(found))
     if html is not None:
         say(f"Sheet: {html}", err=as_json)
     for item in asked.refused:
         say(f"  refused {item['query']}: {item['reason']}, {item['message']}", err=True)
     if asked.refused:
+        say_refused(len(asked.refused), len(asked.names))
         raise typer.Exit(REFUSED)
 
 

@@ -79,7 +79,7 @@ class LabelledRows:
         present, dense = np.unique(every[rows], return_inverse=True)
         notes = []
         if len(rows) < len(every):
-            notes.append(f"Left out: {plural(len(every) - len(rows), 'image')} without a label.")
+            notes.append(f"{plural(len(every) - len(rows), 'image')} without a label left out.")
         empty = [str(class_names[i]) for i in np.setdiff1d(np.arange(len(class_names)), present).tolist()]
         if empty:
             notes.append(f"Classes without any labelled image were left out: {', '.join(empty)}.")

@@ -48,7 +48,7 @@ class ExtractSummary:
     """What an extraction did.
 
     ``images = embedded + reused + quarantined``: ``reused`` images had their content in the store already, or share
-    it with another image of the run.
+    it with another image of the run. Of these ``copies`` share it with an image that was embedded in this run.
     """
 
     images: int
@@ -63,6 +63,7 @@ class ExtractSummary:
     precision: str
     device: str
     views: tuple[str, ...] = CENTER
+    copies: int = 0
     pruned: int = 0
     stages: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -74,6 +75,7 @@ class ExtractSummary:
             "images": self.images,
             "embedded": self.embedded,
             "reused": self.reused,
+            "copies": self.copies,
             "quarantined": self.quarantined,
             "seconds": round(self.seconds, 3),
             "images_per_second": round(self.images_per_second, 2),
@@ -176,6 +178,7 @@ def extract_features(
         images=len(images),
         embedded=run.embedded,
         reused=len(images) - run.embedded - len(refused),
+        copies=run.copies,
         quarantined=len(refused),
         seconds=seconds,
         images_per_second=run.embedded / run.seconds if run.embedded else 0.0,
@@ -285,7 +288,7 @@ class _Run:
         self.decode, self.views = decode, views
         self.stages = dict.fromkeys(STAGES, 0.0)
         self.refused: list[Refused] = []
-        self.done = self.embedded = 0
+        self.done = self.embedded = self.copies = 0
         self.seconds = 0.0
         self._digests: dict[str, bytes] = {}
         self._read_at: dict[str, int] = {}
@@ -369,7 +372,10 @@ class _Run:
             assert decoded.digest is not None
             self._digests[ref.id] = decoded.digest
             self._read_at[ref.id] = time.time_ns()
-            if decoded.pixels is None or decoded.digest in claimed:
+            if decoded.digest in claimed:
+                self.copies += 1
+                continue
+            if decoded.pixels is None:
                 continue
             claimed.add(decoded.digest)
             digests.append(decoded.digest)
