@@ -253,6 +253,10 @@ def test_mistakes_end_with_one_sentence_and_exit_code_2(
     mistake(featx("extract", source, "--out", store, "--weights", "none"), 2, "another weights_sha256")
     mistake(featx("extract", source, "--out", tmp_path), 2, "a folder with other things in it")
     mistake(featx("extract", source, "--out", out, "--device", "cuda"), 2, "no CUDA device")
+    (tmp_path / "nowhere.featx").write_text("notes")  # no store, so nothing to suggest
+    none = featx("sweep", tmp_path / "nowher.featx")
+    mistake(none, 2, "no such store", "featx extract FOLDER --out STORE")
+    assert "Did you mean" not in none.err
     mistake(featx("sweep", tmp_path / "nowhere"), 2, "no such store")
     mistake(featx("sweep", store, "--shots", "1,30"), 2, "too few images", "expected at least", "found 8")
     mistake(featx("sweep", store, "--shots", "many"), 2, "--shots cannot be read")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,10 +16,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from storekit import refused_of
 
-from featx.errors import Interrupted, MismatchError, TooManyBadImages
+from featx.errors import Interrupted, MismatchError, SourceError, TooManyBadImages
 from featx.extraction.run import ExtractSummary, extract_features
 from featx.images.pixels import pixels
 from featx.images.source import ImageSet
+from featx.models.predictor import image_files
 from featx.store import index
 from featx.store.index import longest_id
 from featx.store.reader import read_features
@@ -95,6 +97,31 @@ def test_renamed_and_relabelled_images_are_not_embedded_again(source: Path, stor
     for i in range(len(after)):
         assert np.array_equal(after.embeddings[i], by_digest[after.digests[i].tobytes()])
         assert after.class_names[after.labels[i]] == str(after.ids[i]).split("/")[0]
+
+
+def test_a_closed_folder_is_named_and_costs_nothing_else(
+    source: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (source / "bees" / "locked").mkdir()
+    (source / "locked").mkdir()
+    scandir = os.scandir
+
+    def closed(path: Path) -> object:
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)  # root may read what is forbidden to others
+    summary = run(source, store)
+    assert (summary.images, summary.embedded, summary.quarantined) == (12, 10, 2)
+    assert {(item.id, item.reason, item.message) for item in summary.refused} == {
+        (name, "unreadable", "this folder cannot be read") for name in ("bees/locked/", "locked/")
+    }
+    assert read_features(store).class_names == ("ants", "bees")
+    assert image_files(source)[-1] == source / "locked"
+    shutil.move(source / "bees", source / "locked")
+    with pytest.raises(SourceError, match="locked: no permission to read this folder"):
+        ImageSet.from_folder(source)  # one class is left
 
 
 def test_copies_are_embedded_once(source: Path, store: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -254,7 +255,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory, featx: Featx) -> Path:
     return folder
 
 
-def test_predict_files_folders_and_standard_input(kept: Path, featx: Featx) -> None:
+def test_predict_files_folders_and_standard_input(kept: Path, featx: Featx, tmp_path: Path) -> None:
     photo = kept / "photos/train/ants/000.png"
     (kept / "bad.jpg").write_text("no picture")
     done = featx("predict", kept / "photos.model", photo, kept / "photos/train/bees", kept / "bad.jpg", "--json")
@@ -273,6 +274,15 @@ def test_predict_files_folders_and_standard_input(kept: Path, featx: Featx) -> N
         input=photo.read_bytes(), capture_output=True, check=True,
     )  # fmt: skip
     assert f'"score": {found[0]["score"]}' in piped.stdout.decode()
+    odd = [tmp_path / name for name in ("link.png", "folder.png", "pipe.png")]
+    odd[0].symlink_to(tmp_path / "nowhere")
+    odd[1].mkdir()
+    os.mkfifo(odd[2])
+    mixed = featx("predict", kept / "photos.model", *odd, photo, "--json")
+    assert mixed.code == 3
+    assert [each["id"] for each in mixed.json["predictions"]] == [str(photo)]
+    assert [each["reason"] for each in mixed.json["refused"]] == ["missing", "unreadable", "unreadable"]
+    assert mixed.err.splitlines()[-1] == "Error: 3 of 4 images could not be read."
     none = featx("predict", kept / "photos.model", "/dev/zero")
     assert (none.code, none.out) == (3, "")
     assert none.err.splitlines()[-1] == "Error: the image could not be read."

@@ -152,16 +152,17 @@ def test_files_that_are_no_images_are_refused_and_the_others_answered(
     (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
     good = tmp_path / "good.png"
     picture(3).save(good)
-    ran = featx("search", store, tmp_path / "text.jpg", good, tmp_path / "half.png", "--json")
+    (tmp_path / "link.png").symlink_to(tmp_path / "nowhere")
+    ran = featx("search", store, tmp_path / "text.jpg", good, tmp_path / "half.png", tmp_path / "link.png", "--json")
     assert ran.code == 3
     assert [each["query"] for each in ran.json["results"]] == [str(good)]
     refused = {Path(each["query"]).name: each["reason"] for each in ran.json["refused"]}
-    assert refused == {"text.jpg": "not_an_image", "half.png": "truncated"}
+    assert refused == {"text.jpg": "not_an_image", "half.png": "truncated", "link.png": "missing"}
     assert "text.jpg: not_an_image" in ran.err
     only = featx("search", store, tmp_path / "text.jpg", "--html", tmp_path / "none.html")
     assert (only.code, only.err.splitlines()[-1]) == (3, "Error: the image could not be read.")
     assert [line for line in only.out.splitlines() if "Sheet:" not in line] == []  # no table of nothing
-    assert ran.err.splitlines()[-1] == "Error: 2 of 3 images could not be read."
+    assert ran.err.splitlines()[-1] == "Error: 3 of 4 images could not be read."
 
 
 def test_the_table_without_json(store: Path, here: Featx) -> None:

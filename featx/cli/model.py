@@ -443,7 +443,7 @@ def _api_key(file: Path | None) -> str:
 
 def _name_files(images: list[Path], folder: Path) -> list[tuple[str, Path]]:
     """Each image under the name that results carry; what comes on standard input becomes a file in ``folder``."""
-    from featx.models import image_files
+    from featx.models import named_files
 
     named: list[tuple[str, Path]] = []
     for path in images:
@@ -453,15 +453,14 @@ def _name_files(images: list[Path], folder: Path) -> list[tuple[str, Path]]:
             data = sys.stdin.buffer.read(_MAX_STDIN)
             (folder / "stdin").write_bytes(data)
             named.append(("-", folder / "stdin"))
-        elif path.is_dir():
-            inside = image_files(path)
-            if not inside:
-                raise UsageError("no images in this folder", where=path, expected="files such as .jpg or .png")
-            named += [(str(each), each) for each in inside]
-        elif path.exists():
-            named.append((str(path), path))
-        else:
+            continue
+        try:
+            files = named_files(path)
+        except OSError:  # such as a name that is too long: the decoder says so
+            files = [path]
+        if not files:
             raise UsageError("no such file", where=path)
+        named += [(str(each), each) for each in files]
     return named
 
 

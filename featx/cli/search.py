@@ -21,7 +21,7 @@ from featx.cli.model import (
     say_refused,
 )
 from featx.cli.terminal import PAGE_MARK, ProgressLine, check_file, print_json, say, show
-from featx.errors import ImageError, UsageError, plural, visible
+from featx.errors import ImageError, plural, visible
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -158,22 +158,15 @@ class _Queries:
             self._add(argument)
 
     def _add(self, argument: str) -> None:
-        from featx.models import image_files
+        from featx.models import named_files
 
-        path = Path(argument)
         try:
-            folder, there = path.is_dir(), path.exists()
+            files = named_files(Path(argument))
         except (OSError, ValueError):  # too long, or not a path at all: it may still be an id
-            folder = there = False
-        if folder:
-            inside = image_files(path)
-            if not inside:
-                raise UsageError("no images in this folder", where=path, expected="files such as .jpg or .png")
-            for file in inside:
-                self._add_file(file)
-        elif there:
-            self._add_file(path)
-        else:
+            files = []
+        for file in files:
+            self._add_file(file)
+        if not files:
             row = self.gallery.row_of(argument)
             if row is None:
                 raise self.gallery.no_such_image(argument)

@@ -99,7 +99,7 @@ REASONS: Mapping[str, str] = MappingProxyType(
         "too_costly": "decoding would take far longer than a photo does",
         "too_small": "a side is shorter than MIN_SIDE pixels",
         "unsupported_mode": "pixels of a kind that has no defined 8-bit meaning",
-        "decoder_crash": "the decoder took its process down",
+        "decoder_crash": "the decoder ended on this image",
         "decoder_timeout": "the decoder did not end in time",
     }
 )

@@ -181,15 +181,15 @@ class DecoderPool:
                 except _Lost as lost:
                     child.end()
                     if attempt == ATTEMPTS - 1:
-                        return Decoded(lost.digest, refusal=self._refusal(lost, f", {ATTEMPTS} times"))
+                        return Decoded(lost.digest, refusal=self._refusal(lost, " twice"))
             raise AssertionError("unreachable")
         finally:
             self._idle.put(child)
 
     def _refusal(self, lost: _Lost, often: str = "") -> ImageError:
-        crashed = lost.reason == "decoder_crash"
-        how = "took its process down" if crashed else f"did not end within {self.timeout:g} s"
-        return ImageError(lost.reason, f"the decoder {how}{often}")
+        if lost.reason == "decoder_crash":
+            return ImageError(lost.reason, f"the decoder ended{often} on this image")
+        return ImageError(lost.reason, f"the decoder did not finish within {self.timeout:g} s{often and ', twice'}")
 
     def prepare(self) -> None:
         """Wait until a process is ready, and start it anew if it has ended; NoDecoder where that fails."""

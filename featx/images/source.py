@@ -164,11 +164,17 @@ class ImageSet:
             raise SourceError("no such folder", where=root)
         found: list[tuple[str, os.stat_result | None]] = []
         ignored: list[str] = []
+        closed: list[str] = []
         for relative, stat in walk_folder(root):
-            if stat is None or os.path.splitext(relative)[1].lower() in IMAGE_SUFFIXES:  # noqa: PTH122 - pathlib is 5 times slower here
+            if relative.endswith("/"):
+                closed.append(relative)
+            elif stat is None or os.path.splitext(relative)[1].lower() in IMAGE_SUFFIXES:  # noqa: PTH122 - pathlib is 5 times slower here
                 found.append((relative, stat))
             else:
                 ignored.append(relative)
+        labels = {label for label, _ in labels_from_folders([name for name, _ in found])} - {None}
+        if closed and (len(labels) == 1 or not found):
+            raise _closed(root / closed[0])  # what is left is not what the user means
         if not found:
             raise SourceError(
                 "no images in this folder",
@@ -181,6 +187,8 @@ class ImageSet:
             file_ref(relative, root / relative, label, split, stat)
             for (relative, stat), (label, split) in zip(found, named, strict=True)
         ]
+        # One closed folder must not stop the rest: it is refused by name, as a bad image is.
+        refs += [file_ref(name, Unreadable("this folder cannot be read"), None, "", None) for name in closed]
         images = cls(tuple(sorted(refs, key=lambda ref: ref.id)), root, tuple(sorted(ignored)))
         if len(images.class_names) == 1:
             raise SourceError(
@@ -344,7 +352,11 @@ def _files_of(path: Path, suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:
     if not path.is_dir():
         raise SourceError("no such folder or file", where=path, expected=_KINDS)
     # What datasets caches beside what it saves is no part of it.
-    names = sorted(name for name, _ in walk_folder(path) if name.lower().endswith(suffixes) and "cache-" not in name)
+    every = [name for name, _ in walk_folder(path)]
+    for name in every:
+        if name.endswith("/"):
+            raise _closed(path / name)
+    names = sorted(name for name in every if name.lower().endswith(suffixes) and "cache-" not in name)
     if not names:
         raise SourceError(f"no {' or '.join(suffixes)} files in this folder", where=path)
     return [(name, path / name) for name in names]
@@ -353,7 +365,8 @@ def _files_of(path: Path, suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:
 def walk_folder(root: Path) -> Iterator[tuple[str, os.stat_result | None]]:
     """Relative paths and stats of all files below a folder, hidden ones left out, links followed once.
 
-    A file or folder whose path is longer than the system takes has None: nothing in it can be opened.
+    A file or folder whose path is longer than the system takes, or that may not be looked at, has None: nothing in it
+    can be opened. The name of a folder that cannot be listed ends with a slash.
     """
     seen: set[tuple[int, int]] = set()
     pending = [("", root.stat())]
@@ -378,10 +391,16 @@ def walk_folder(root: Path) -> Iterator[tuple[str, os.stat_result | None]]:
                             yield relative, None
                             continue
                         if not entry.is_symlink():
-                            what = f"cannot be looked at ({error.strerror})"
-                            raise SourceError(what, where=root / relative) from error
+                            yield relative + ("/" if entry.is_dir(follow_symlinks=False) else ""), None
+                            continue
                         # It leads nowhere, or in a circle: the extraction quarantines it, with its id.
                         stat = entry.stat(follow_symlinks=False)
                     yield relative, stat
-        except PermissionError as error:
-            raise SourceError("no permission to read this folder", where=root / prefix) from error
+        except OSError as error:
+            if not prefix:
+                raise _closed(root) from error
+            yield prefix, None
+
+
+def _closed(folder: Path) -> SourceError:
+    return SourceError("no permission to read this folder", where=folder)

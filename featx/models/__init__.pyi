@@ -3,8 +3,8 @@ from .export import Pickled as Pickled, export_bundle as export_bundle
 from .finetuned import finetune_bundle as finetune_bundle
 from .fit import by_recall as by_recall, fit_bundle as fit_bundle, summary as summary
 from .predictor import (
-    image_files as image_files,
     layer_number as layer_number,
+    named_files as named_files,
     open_embedder as open_embedder,
     predict_files as predict_files,
 )

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx.backbones import Provider, layer_place, of_layer
-from featx.errors import ImageError, MismatchError
+from featx.errors import ImageError, MismatchError, SourceError, UsageError
 from featx.extraction import Embedder
 from featx.images import IMAGE_SUFFIXES, walk_folder
 from featx.models.bundle import Answer, Bundle
@@ -96,6 +96,30 @@ def predict_files(
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Files below a folder whose names promise an image, sorted; hidden ones are left out, as by an extraction."""
-    found = (folder / relative for relative, _ in walk_folder(folder))
-    return sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES)
+    """Files below a folder whose names promise an image, sorted; hidden ones are left out, as by an extraction.
+
+    Folders that cannot be listed are among them: whoever reads them says why they are refused.
+    """
+    found = ((folder / relative, relative.endswith("/")) for relative, _ in walk_folder(folder))
+    return sorted(path for path, closed in found if closed or path.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def named_files(path: Path) -> list[Path]:
+    """The images that a path on the command line stands for; one that cannot be read is among them, to be refused.
+
+    Empty where there is nothing at this path.
+
+    Raises
+    ------
+    UsageError
+        It is a folder without images.
+    """
+    try:
+        if path.is_dir():
+            inside = image_files(path)
+            if not inside and path.suffix.lower() not in IMAGE_SUFFIXES:
+                raise UsageError("no images in this folder", where=path, expected="files such as .jpg or .png")
+            return inside or [path]
+        return [path] if path.exists() or path.is_symlink() else []
+    except (SourceError, PermissionError):
+        return [path]

@@ -120,6 +120,14 @@ def _foreign(path: Path, start: bytes) -> StoreError:
     return StoreError("this file was not made by featx, or its first bytes have changed", where=path)
 
 
+def is_sealed(path: Path) -> bool:
+    """Whether a path is a file that begins as one of featx's; whether it is sound, :func:`check_seal` says."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as raw:
+        return raw.read(len(_SEAL)) == _SEAL
+
+
 def check_seal(path: Path) -> str:
     """Compare a sealed file with its own sha256, and return that; StoreError when they differ."""
     _must_be_regular(path)

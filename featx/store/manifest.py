@@ -13,7 +13,7 @@ from typing import Any
 
 from featx._files import canonical_json, publish_bytes, read_regular, seal, unseal
 from featx.errors import MismatchError, StoreError, did_you_mean
-from featx.store.hdf5 import RESTORE
+from featx.store.hdf5 import RESTORE, is_sealed
 
 FORMAT = "featx-store"
 FORMAT_VERSION = 1
@@ -169,7 +169,8 @@ def read_manifest(store: Path) -> Manifest:
 def _names(folder: Path) -> list[str]:
     """Of the stores in a folder, for a suggestion; none where it cannot be read."""
     try:
-        return [path.name for path in folder.iterdir() if path.suffix in (".featx", ".h5")]
+        near = [path for path in folder.iterdir() if path.suffix in (".featx", ".h5")]
+        return [path.name for path in near if (path / "manifest.json").is_file() or is_sealed(path)]
     except OSError:
         return []
 
