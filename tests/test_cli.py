@@ -105,6 +105,9 @@ def test_sweep_ranks_heads_and_writes_a_report(store: Path, tmp_path: Path, feat
     with (tmp_path / "report" / "trials.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 5 * len(found["results"])
+    other = featx(*arguments[:-3], 4, *arguments[-2:], "--heads", "ridge")
+    assert "Note: replaced the report of 2" in other.err and "--out DIR keeps both" in other.err
+    assert "replaced the report" not in ran.err
     assert "…" not in featx(*arguments, env={"COLUMNS": "40"}).out  # a terminal may break lines, but no digit is cut
     trials = (tmp_path / "report" / "trials.csv").read_bytes()
     again = featx(*arguments, "--json", "--n-jobs", 1).json

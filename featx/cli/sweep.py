@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -184,6 +186,7 @@ def run_sweep(
                 result = replace(result, notes=(*result.notes, judged.sentence))
             labels = _rank_labels(features, rows, result, columns, n_jobs or all_of_them, line.update)
             originals = Originals(source_of(store), features.ids[rows].tolist(), features.digests[rows])
+            replaced = _replaced(out, result, features.fingerprint)
             where = write_report(
                 result,
                 out,
@@ -207,6 +210,8 @@ def run_sweep(
                 "report": str(where),
             }
         )
+    if replaced:
+        say(f"Note: {replaced}", err=True)
     show(render(result), err=as_json, least=TABLE_WIDTH)
     say(f"Report: {where}", err=as_json)
     return result
@@ -243,6 +248,26 @@ def _rank_labels(
         progress=progress,
     )
     return replace(ranking, rows=np.asarray(result.rows)[ranking.rows])
+
+
+def _replaced(out: Path, result: SweepResult, fingerprint: str) -> str:
+    """A sentence on the finished report in the folder ``out``, where it is of other settings; else ""."""
+    summary = out / "summary.json"
+    try:
+        earlier = json.loads(summary.read_bytes())
+        date = datetime.fromtimestamp(summary.stat().st_mtime).astimezone()
+        before = [earlier.get(name) for name in _SETTINGS]
+        print_of = earlier["provenance"].get("fingerprint")
+    except (OSError, ValueError, RecursionError, KeyError, AttributeError, TypeError):
+        return ""  # there is none, or none of featx
+    told = result.to_json()
+    if before == [told[name] for name in _SETTINGS] and print_of == fingerprint:
+        return ""
+    return f"replaced the report of {date:%Y-%m-%d %H:%M}, which had other settings; --out DIR keeps both."
+
+
+_SETTINGS = ("heads", "shots", "episodes", "random_state", "classes")
+"""Fields of ``summary.json`` in which two reports on one store may differ."""
 
 
 def stem(store: Path) -> str:
