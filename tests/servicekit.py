@@ -108,7 +108,7 @@ class Running:
 
 @contextmanager
 def start(folder: Path, *command: object) -> Iterator[Running]:
-    """Run a command that prints "... at http://ADDRESS ..." once it serves."""
+    """Run a command that prints "... at http://ADDRESS ..." or "Open http://ADDRESS ..." once it serves."""
     log = folder / f"server-{time.monotonic_ns()}.log"
     with log.open("wb") as sink:
         process = subprocess.Popen(
@@ -120,7 +120,7 @@ def start(folder: Path, *command: object) -> Iterator[Running]:
         try:
             assert process.stdout is not None
             line = process.stdout.readline().decode()
-            found = re.search(r"at (http://\S+)", line)
+            found = re.search(r"(?:at|Open) (http://\S+)", line)
             assert found, f"{line}\n{log.read_text()}"
             yield Running(process, found[1], log)
         finally:

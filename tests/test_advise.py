@@ -197,6 +197,7 @@ def test_when_fine_tuning_pays(advice: Advice) -> None:
     assert "pays from 20 images a class on" in pays.sentences()["fine-tuning"]
     assert pays.recommended.strategy == "finetune:2"
     assert "fine-tuning the last 2 blocks" in pays.sentences()["strategy"]
+    assert pays.sentences()["strategy"].endswith("better beyond chance; featx sweep names the highest mean.")
 
 
 def test_the_control_is_told_and_never_recommended(advice: Advice) -> None:

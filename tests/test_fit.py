@@ -21,7 +21,7 @@ from test_bundle import clusters
 
 from featx.backbones.engines.base import Engine
 from featx.backbones.engines.torch import make_engine
-from featx.cli.model import tell_model
+from featx.cli.model import AUTO, _serving, tell_model
 from featx.errors import MismatchError, UsageError
 from featx.evaluation.stats import Interval, expected_calibration_error, log_loss, percent
 from featx.heads.catalogue import HEADS
@@ -291,12 +291,28 @@ def test_predict_files_folders_and_standard_input(kept: Path, featx: Featx, tmp_
     assert found[0]["label"] in table.out
 
 
+def test_serve_says_what_to_open_what_is_served_and_where_the_key_is(kept: Path) -> None:
+    bundle, model = read_bundle(kept / "photos.model"), Path("p.model")
+    plain = _serving("http://127.0.0.1:8000", model, bundle, None, None, key=False, insecure=False)
+    assert plain == [
+        "Open http://127.0.0.1:8000 in a browser; http://127.0.0.1:8000/docs is for programs.",
+        "It serves p.model (2 classes).",
+        "Ctrl-C stops it.",
+    ]
+    for file, words in ((None, "FEATX_API_KEY."), (Path("key.txt"), "key.txt.")):
+        keyed = _serving("http://x:1", model, bundle, Path("p.featx"), file, key=True, insecure=False)
+        assert keyed[1].endswith("and what looks alike in p.featx.") and keyed[2].endswith(words)
+    assert "without a key" in _serving("http://x:1", model, bundle, None, None, key=False, insecure=True)[2]
+
+
 def test_copies_are_told_and_no_note_is_said_twice(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bundle = read_bundle(kept / "photos.model")
     metrics = {**bundle.metrics, "images": 83, "duplicates": 2}
     tell_model(replace(bundle, metrics=metrics, notes=("One.", "One.")), Path("x.model"), err=False)
     printed = capsys.readouterr()
     assert "on 83 images, 2 of them copies, of 2 classes." in printed.out
+    tell_model(bundle, Path("x.model"), err=False, how=AUTO)
+    assert f"2 classes: {AUTO}." in capsys.readouterr().out
     assert printed.err.count("Note: One.") == 1
 
 

@@ -15,7 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
 from sklearn.model_selection import cross_val_predict
 
-from featx.advice.mislabelled import rank_labels
+from featx.advice.mislabelled import MISSED, rank_labels
 from featx.cli.demo_images import write_photographs
 from featx.errors import UsageError
 
@@ -97,6 +97,7 @@ def test_the_command_finds_swapped_photos(tmp_path: Path, featx: Featx) -> None:
     html, table = tmp_path / "labels.html", tmp_path / "labels.csv"
     ran = featx("labels", store, "--html", html, "--csv", table, "--json")
     assert ran.code == 0, ran.err
+    assert MISSED in ran.err and MISSED in html.read_text()
     answer = ran.json
     first = answer["ranking"][:6]
     assert set(swapped) <= {row["id"] for row in first}

@@ -20,6 +20,7 @@ from PIL import Image
 
 from featx.cli.main import app
 from featx.errors import FeatxError
+from featx.reports.html import breakable
 from featx.store.reader import read_features
 
 
@@ -200,6 +201,12 @@ def test_options_keep_the_twin_first(store: Path, here: Featx, options: tuple[ob
     assert "train/bees/007.png" not in [match["id"] for match in found["matches"]]
 
 
+def test_names_break_after_what_divides_them() -> None:
+    assert breakable("a/b_c-d.png") == "a/<wbr>b_<wbr>c-<wbr>d.<wbr>png"
+    assert breakable("<x>&/'") == "&lt;x&gt;&amp;/<wbr>&#x27;"
+    assert breakable("plain.") == "plain."
+
+
 def test_the_sheet_shows_queries_and_matches(source: Path, store: Path, tmp_path: Path, featx: Featx) -> None:
     sheet = tmp_path / "alike.html"
     strange = tmp_path / "<b>&.png"
@@ -214,7 +221,7 @@ def test_the_sheet_shows_queries_and_matches(source: Path, store: Path, tmp_path
     assert "<b>&" not in text
     for each in ran.json["results"]:
         for match in each["matches"]:
-            assert f"<code>{match['id']}</code>" in text
+            assert f"<code>{breakable(match['id'])}</code>" in text
             assert f"{match['label']}, {match['score']:.3f}" in text
     # The picture is the picture: the thumbnail of the query is the query.
     own = np.asarray(Image.open(source / "train/bees/007.png").resize((213, 160)).crop((26, 0, 186, 160)), float)

@@ -218,7 +218,7 @@ def test_unlabelled_rows_and_empty_classes_are_left_out_and_named() -> None:
     assert found.class_names == ("a", "c")
     assert found.rows.tolist() == [*range(5, 10), *range(20, 30)]
     assert found.notes == (
-        "Left out: 15 images without a label.",
+        "15 images without a label left out.",
         "Classes without any labelled image were left out: b.",
     )
 

@@ -143,6 +143,9 @@ class Advice:
         }
 
     def _strategy(self) -> str:
+        return f"{self._best()} {_CHOSEN_SO}"
+
+    def _best(self) -> str:
         best, n = self.recommended, self.n_compared
         others = [cell for cell in self.at(n) if cell.family != "control" and cell.strategy != best.strategy]
         large = sum(count > n for count in self.counts)
@@ -325,6 +328,12 @@ class Advice:
             "interrupted": self.interrupted,
             "random_state": self.random_state,
         }  # fmt: skip
+
+
+_CHOSEN_SO = (
+    "Advice leaves the recommended head only for what is better beyond chance; featx sweep names the highest mean."
+)
+"""Why another command may name another head."""
 
 
 def best_at_each(cells: list[Cell]) -> list[Cell]:

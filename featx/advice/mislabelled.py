@@ -24,6 +24,9 @@ from featx.errors import UsageError
 from featx.evaluation import LabelledRows, worker_pool
 from featx.heads import HEADS, fit_chosen, fold_numbers, is_large
 
+MISSED = "More may be wrong: a wrong label that the models would give, too, is not found."
+"""What a list of doubtful labels does not say by itself."""
+
 REPEATS = 3
 N_FOLDS = 5
 

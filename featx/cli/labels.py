@@ -55,7 +55,7 @@ def labels(
     first, with the label that they would give.
     """
     from featx._files import publish_bytes
-    from featx.advice import rank_labels
+    from featx.advice import MISSED, rank_labels
     from featx.heads import open_layers
     from featx.reports import MAX_GROUPS, image_finder, label_sheet
 
@@ -108,7 +108,8 @@ def labels(
     if ranking.left_out:
         say(f"Note: classes of a single image cannot be judged: {', '.join(ranking.left_out)}.", err=True)
     seen = f"{len(doubtful)} of {plural(len(ranking), 'label')} may be wrong"
-    say(f"{seen}. Look at the photos before you change them." if doubtful else f"{seen}.", err=as_json)
+    look = " Look at the photos before you change them." if doubtful else ""
+    say(f"{seen}.{look} {MISSED}", err=as_json)
     if len(doubtful) > MOST and not as_json:
         say(f"The first {MOST} are shown; --csv FILE has all.")
     if html is not None:

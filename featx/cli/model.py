@@ -148,7 +148,11 @@ def fit(
     write_bundle(bundle, out)
     if as_json:
         print_json(summary(bundle, out))
-    tell_model(bundle, out, err=as_json)
+    tell_model(bundle, out, err=as_json, how=AUTO if head == "auto" else "")
+
+
+AUTO = "the recommended head, which --head auto takes without comparing others; featx sweep compares them"
+"""How a head was chosen that nobody named."""
 
 
 def let_scipy_take_tensors() -> None:
@@ -157,11 +161,11 @@ def let_scipy_take_tensors() -> None:
     os.environ["SCIPY_ARRAY_API"] = "1"
 
 
-def tell_model(bundle: Bundle, out: Path, *, err: bool) -> None:
-    """Say what a model that was just made is worth; on stderr if ``err``."""
+def tell_model(bundle: Bundle, out: Path, *, err: bool, how: str = "") -> None:
+    """Say what a model that was just made is worth, and ``how`` its head was chosen; on stderr if ``err``."""
     for note in dict.fromkeys(bundle.notes):
         say(f"Note: {note}", err=True)
-    say(*_story(bundle), err=err)
+    say(*_story(bundle, how), err=err)
     say(f"Model: {out}", err=err)
     if not err:
         say(f"Next: {shlex.join(['featx', 'predict', str(out), 'photo.jpg'])}")
@@ -192,7 +196,7 @@ def _head_on(head: str, layer: str | None) -> tuple[str, str | None]:
 _CLASSES_TOLD = 12
 
 
-def _story(bundle: Bundle) -> list[str]:
+def _story(bundle: Bundle, how: str = "") -> list[str]:
     from featx.evaluation import Interval, percent
     from featx.models import by_recall
 
@@ -202,7 +206,7 @@ def _story(bundle: Bundle) -> list[str]:
     if metrics.get("duplicates"):
         images += f", {metrics['duplicates']} of them {'a copy' if metrics['duplicates'] == 1 else 'copies'},"
     counted = f"{images} of {plural(metrics['classes'], 'class')}"
-    lines = [f"{bundle.head} ({params}) on {counted}."]
+    lines = [f"{bundle.head} ({params}) on {counted}{how and f': {how}'}."]
     rivals = len(metrics.get("chosen_among") or ())
     unseen = f"On images that the fit, but not the choice among {rivals} heads, had not seen"
     for key, where in (
@@ -424,8 +428,24 @@ def serve(
         api_key=key,
         insecure=insecure,
         log_json=log_json,
-        started=lambda url: say(f"Serving {model} at {url} (page at {url}/, API at {url}/docs). Ctrl-C ends it."),
+        started=lambda url: say(*_serving(url, model, bundle, store, api_key_file, key=bool(key), insecure=insecure)),
     )
+
+
+def _serving(
+    url: str, model: Path, bundle: Bundle, store: Path | None, key_file: Path | None, *, key: bool, insecure: bool
+) -> list[str]:
+    """What to know of a service that has just begun, a line each."""
+    alike = "" if store is None else f", and what looks alike in {store}"
+    lines = [
+        f"Open {url} in a browser; {url}/docs is for programs.",
+        f"It serves {model} ({plural(len(bundle.class_names), 'class')}){alike}.",
+    ]
+    if key:
+        lines.append(f"Who asks must show the API key that is in {key_file or 'FEATX_API_KEY'}.")
+    elif insecure:
+        lines.append("Everybody who can reach this address may ask, without a key (--insecure).")
+    return [*lines, "Ctrl-C stops it."]
 
 
 def _api_key(file: Path | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import platform
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -12,7 +13,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from featx.advice import LabelRanking
+from featx.advice import MISSED, LabelRanking
 from featx.errors import plural
 from featx.evaluation import BRACKETS, HeadResult, Shots, SweepResult, limits
 
@@ -145,7 +146,12 @@ class Images:
             kind = "png" if data.startswith(b"\x89PNG") else "jpeg"
             code = base64.b64encode(data).decode()
             picture = f'<img alt="{escape(name)}" src="data:image/{kind};base64,{code}">'
-        return f'<div class="card">{picture}<code>{escape(name)}</code><br>{text}</div>'
+        return f'<div class="card">{picture}<code>{breakable(name)}</code><br>{text}</div>'
+
+
+def breakable(name: str) -> str:
+    """A file's name as HTML, whose lines may end after what divides it: not within a word, where there is a choice."""
+    return re.sub(r"([/_.-]+)(?=.)", r"\1<wbr>", escape(name))
 
 
 def _points(share: float) -> str:
@@ -343,7 +349,7 @@ def _suspects(labels: LabelRanking | None, images: Images) -> list[str]:
         "<h2>Labels to check</h2>",
         f"<p>{plural(len(found), 'photo')} may be mislabelled. The arrow points from the present label to the "
         "one suggested by models that have not seen the photo; confidence is the probability that they give it. "
-        "featx labels ranks all photos.</p>",
+        f"{MISSED} featx labels ranks all photos.</p>",
         shown,
         "<details><summary>List to copy: file, label, suggested label, confidence</summary>"
         f'<pre class="list">{escape(lines)}</pre></details>',

@@ -12,10 +12,10 @@ from typing import TypeAlias
 import numpy as np
 
 from featx._files import publish_bytes
-from featx.advice import LabelRanking
+from featx.advice import MISSED, LabelRanking
 from featx.errors import StoreError, UsageError, plural
 from featx.images import DecoderPool, Origin, Preprocess, finder, is_local, jpeg_bytes
-from featx.reports.html import document
+from featx.reports.html import breakable, document
 from featx.retrieval import DuplicateGroup, Match, label_of
 from featx.store import FeatureSet, is_packed, read_manifest
 
@@ -118,7 +118,7 @@ def write_sheet(path: Path, *, title: str, facts: Iterable[str], sections: Seque
     for section in sections:
         warning = f'<p class="warn">{escape(section.warning)}</p>' if section.warning else ""
         cards = "".join(_figure(card, pictures) for card in section.cards)
-        boxes.append(f'<section><h2>{escape(section.title)}</h2>{warning}<div class="row">{cards}</div></section>')
+        boxes.append(f'<section><h2>{breakable(section.title)}</h2>{warning}<div class="row">{cards}</div></section>')
     page = document(title, [*body, f'<div class="sections">{"".join(boxes)}</div>'], _STYLE)
     if path.is_dir():
         raise StoreError("a folder is in the way", where=path)
@@ -156,7 +156,7 @@ def _figure(card: Card, pictures: Mapping[Card, bytes | str]) -> str:
     else:
         shown = f'<div class="none">{escape(found)}</div>'
     mark = ' class="mark"' if card.mark else ""
-    return f"<figure{mark}>{shown}<code>{escape(card.name)}</code><br>{escape(card.text)}</figure>"
+    return f"<figure{mark}>{shown}<code>{breakable(card.name)}</code><br>{escape(card.text)}</figure>"
 
 
 def search_sheet(path: Path, store: Path, find: Finder, features: FeatureSet, found: Found) -> int:
@@ -227,7 +227,7 @@ def label_sheet(path: Path, store: Path, find: Finder, features: FeatureSet, ran
     ]
     facts = [
         f"{len(doubtful)} of {plural(len(ranking), 'label')} may be wrong. The arrow points from the present label to "
-        "the one suggested by models that have not seen the image.",
+        f"the one suggested by models that have not seen the image. {MISSED}",
         "Move a photo to the folder of its class, or correct your list, and run featx extract again.",
     ]
     if len(doubtful) > MAX_GROUPS:

@@ -91,6 +91,9 @@ def conclusion(result: SweepResult) -> str:
         )
     parts = [f"Use {own.head}: right in {percent(own.accuracy)} with {where}{among}."]
     others = [each for each in rows if each is not own]
+    if others:
+        over = " over all numbers of images" if len(result.shots) > 1 else ""
+        parts.append(f"Its mean accuracy{over} is the highest of {plural(len(result.heads), 'head')} here.")
     # Fewer classes are easier: only where they are the same is a difference owed to the images.
     if len(result.shots) > 1 and result.compared(result.shots[-2]) == result.compared(n_shots):
         before = next(r for r in result.results if r.head == own.head and r.n_shots == result.shots[-2])
