@@ -155,6 +155,9 @@ def test_signals_to_the_real_command(
         time.sleep(rng.random() * whole / 4)
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
+        if process.returncode == -number:  # it came when all was done, and Python was on its way out
+            assert json.loads(out)["images"] == 200
+            continue
         assert process.returncode in (0, 130), err
         if process.returncode:
             interrupted += 1

@@ -379,7 +379,7 @@ def test_bytes_at_hand_are_tried_once_and_only_while_wanted(source: Path, broken
     with DecoderPool(PREPROCESS, workers=1, timeout=2.0) as pool:
         refused = pool.decode(hanging, wanted=lambda: True)
         assert refused is not None and refused.refusal is not None
-        assert refused.refusal.what == "the decoder did not end within 2 s"
+        assert refused.refusal.what == "the decoder did not finish within 2 s"
         assert pool.decode(hanging, wanted=lambda: False) is None
         pool.prepare()
         with pytest.raises(TooHeavy):

@@ -127,7 +127,7 @@ def test_an_id_a_file_and_a_folder(source: Path, store: Path, tmp_path: Path, fe
 
 def test_images_of_the_store_load_no_network(source: Path, store: Path) -> None:
     code = (
-        "import sys; from featx import cli\n"
+        "import sys; from featx.cli import main as cli\n"
         f"sys.argv = ['featx', 'search', {str(store)!r}, 'test/bees/056.png', "
         f"{str(source / 'train' / 'ants' / '001.png')!r}, '--json']\n"
         "try:\n    cli.main()\nexcept SystemExit as end:\n    print(end.code, 'torch' in sys.modules, "

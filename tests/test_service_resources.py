@@ -64,7 +64,7 @@ def decoders(server: Running) -> list[psutil.Process]:
     return [
         child
         for child in psutil.Process(server.process.pid).children()
-        if child.status() != psutil.STATUS_ZOMBIE and "decoder_child" in " ".join(child.cmdline())
+        if child.status() != psutil.STATUS_ZOMBIE and "featx.images.decoder" in " ".join(child.cmdline())
     ]
 
 
