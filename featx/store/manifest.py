@@ -1,4 +1,4 @@
-"""The manifest: what is published in a store, and how it was made. The format is in :mod:`featx.store.reader`."""
+"""The manifest: what is published in a store, and how it was made. ``featx/guide/store-format.md`` has the format."""
 
 from __future__ import annotations
 

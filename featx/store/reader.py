@@ -1,54 +1,6 @@
 """The store of embeddings: the wall between pixels and arrays.
 
-Format, version 1
------------------
-A store is a folder. MUST, MAY and SHOULD are meant as in RFC 2119.
-
-``manifest.json``
-    The list of what is published. One JSON object, spelled as ``json.dumps(..., indent=2, sort_keys=True)`` spells it
-    and a newline (so ASCII), of at most 4 MiB, with these fields; a reader MUST refuse one that lacks any, and MAY find
-    more:
-    ``format`` ("featx-store"), ``format_version`` (int; a reader MUST refuse a greater one), ``provenance`` (object),
-    ``fingerprint`` (hex sha256 of the provenance fields of
-    :data:`featx.store.manifest.FINGERPRINTED`, and of those of ``FINGERPRINTED_IF_THERE`` that a store has), ``shards``
-    (list of ``{name, rows, sha256}``), ``in_flux`` (names of shard files that MAY or may not
-    exist and MUST NOT be read: about to appear, or to be deleted), ``class_names``, ``splits``, ``counts``,
-    ``source`` (what the index said when it was last written; readers MUST take names and labels from the index), and
-    ``checksum`` (hex sha256 of the canonical JSON of all other fields). ``quarantine`` MAY be there: hex sha256 sums
-    of which the file's is one, two of them while it is being replaced; without any, the file's sum is unknown.
-``shards/<nnnnn>-<sha8>.h5``
-    Immutable. Root datasets ``/embeddings/<layer>`` float32 (n, d), one for each layer of the provenance, finite, and
-    ``/digests`` uint8 (n, 32), the sha256 of the image file that the row is of. ``<sha8>`` is the beginning of the
-    file's sha256. A digest MUST NOT occur twice in a store. Chunks MUST be whole rows, and all of
-    them written; numbers MUST be little-endian, links hard ones; the only filter MAY be fletcher32. A reader MUST
-    compare the file with the manifest's sha256 before it returns rows.
-``index.h5``
-    What the images are called: ``/ids`` (fixed-length UTF-8, sorted, unique), ``/labels`` int64 (a row of
-    ``/class_names``, or -1), ``/split`` ("", train, val, test), ``/digests`` uint8 (n, 32), ``/sizes`` and
-    ``/mtimes_ns`` int64 (to recognise unchanged files: a hash of the file's times and inode, since featx 0.2; a
-    modification time before; -1 for what is to be read again), and ``/class_names``. It is
-    sealed: a 512-byte HDF5 user block holds the sha256 of the rest. Its attribute ``fingerprint`` MUST be the
-    manifest's, texts MUST NOT be longer than 4,096 bytes (a writer SHOULD refuse an id that would widen a large index:
-    :func:`featx.store.index.longest_id`). Every digest MUST be in a published shard. A store
-    without it has an extraction that did not finish.
-``quarantine.jsonl``
-    The images that were refused, one canonical JSON object a line: ``id, digest, reason, message, checksum``. A missing
-    file counts as an empty one. A writer MUST put the new sum into the manifest before it replaces the file.
-``.parts/<i>-of-<n>``
-    Parts of an extraction that is under way (:mod:`featx.extraction.parts`), each a store of the images of its part.
-    Readers MUST ignore them; whoever finishes the extraction takes over their shards and deletes them.
-``.lock``
-    Held (flock) by the one writer. Names starting with ``.tmp-`` are leftovers of dead writers, which the next one
-    deletes. Readers MUST ignore all names that start with a dot.
-
-A packed store is one sealed HDF5 file with the same columns (``/embeddings/<layer>``, ``/ids``, ``/labels``,
-``/split``, ``/digests``, ``/class_names``), one row an image, and the attributes ``format`` ("featx-packed"),
-``format_version``, ``provenance`` (JSON) and ``fingerprint``.
-
-Everything is published by writing a temporary file, fsync, verification, rename and fsync of the folder. Order: the
-manifest announces a shard as in flux; the shard appears; the manifest lists it; at the end the quarantine is announced
-and appears, then the index. So at every instant the index speaks of published rows only, and a shard that the manifest
-does not name is foreign.
+The format is written down, with MUST and MAY, in ``featx/guide/store-format.md`` (``featx guide store-format``).
 """
 
 from __future__ import annotations
