@@ -22,6 +22,7 @@ from storekit import (
 )
 
 from featx._files import canonical_json
+from featx.cli.guide import page
 from featx.errors import StoreError, UsageError
 from featx.store.index import Refused, read_quarantine
 from featx.store.manifest import read_manifest
@@ -104,14 +105,12 @@ def test_a_newer_version_says_update(tmp_path: Path) -> None:
 
 
 def test_the_format_is_written_down() -> None:
-    import featx.store.reader
-
-    text = featx.store.reader.__doc__ or ""
+    text = page("store-format")
     for word in ("MUST", "MAY", "manifest.json", "index.h5", "quarantine.jsonl", "fletcher32", "featx-packed"):
         assert word in text
     manifest = read_manifest(GOLDEN / "v1-store")
     for name in manifest.to_json():
-        assert f"``{name}``" in text, name
+        assert f"`{name}`" in text, name
 
 
 def test_an_empty_store(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from featx.cli import (
     advise as cli_advise,
     demo as cli_demo,
     finetune as cli_finetune,
+    guide as cli_guide,
     labels as cli_labels,
     layers as cli_layers,
     model as cli_model,
@@ -63,7 +64,8 @@ app = typer.Typer(
         "A frozen network looks at every photo once; its embeddings are kept in a store; comparing, choosing and "
         "serving heads on them takes seconds.\n\n"
         "Start with [bold]featx demo[/bold], then: [bold]featx extract photos --out photos.featx[/bold] and "
-        "[bold]featx sweep photos.featx[/bold]"
+        "[bold]featx sweep photos.featx[/bold]\n\n"
+        "The guide: [bold]featx guide[/bold]"
     ),
 )
 
@@ -337,6 +339,7 @@ cli_tabular.register(app)
 cli_finetune.register(app)
 cli_advise.register(app)
 cli_demo.register(app, extract)
+cli_guide.register(app)
 
 
 # --- arguments ----------------------------------------------------------------------------------------------------

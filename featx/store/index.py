@@ -1,4 +1,4 @@
-"""What the images of a store are called, and which were refused. The format is in :mod:`featx.store.reader`."""
+"""What the images of a store are called, and which were refused. The format is in ``featx/guide/store-format.md``."""
 
 from __future__ import annotations
 

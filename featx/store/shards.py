@@ -1,4 +1,4 @@
-"""Rows of a store's shards, found by the content that they are of. The format is in :mod:`featx.store.reader`."""
+"""Rows of a store's shards, found by the content that they are of. The format is in ``featx/guide/store-format.md``."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Writing a store: one writer at a time, shards that appear whole, an index that follows them.
 
-The format, and the order that makes it safe, is in :mod:`featx.store.reader`.
+The format, and the order that makes it safe, is in ``featx/guide/store-format.md``.
 """
 
 from __future__ import annotations
