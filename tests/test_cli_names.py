@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,9 +12,11 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+import typer
 from conftest import Featx, picture
 from storekit import make_store
 
+from featx.cli.main import app
 from featx.errors import plural
 
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -45,6 +48,21 @@ def test_the_nearest_name_is_suggested(featx: Featx, store: Path, command: str, 
     done = featx(*words, cwd=folder)
     assert done.code == 2
     assert says in " ".join(done.err.split())
+
+
+def test_help_hides_nothing_and_every_command_has_an_example() -> None:
+    """Square brackets would be markup, which is not shown: so were the defaults of a dozen options."""
+    group = typer.main.get_command(app)
+    assert isinstance(group, typer.core.TyperGroup)
+    assert len(group.commands) > 15
+    for name, command in group.commands.items():
+        texts = [
+            command.help or "",
+            command.epilog or "",
+            *(getattr(item, "help", "") or "" for item in command.params),
+        ]
+        assert not [text for text in texts if re.search(r"\[[a-z/]", text)], name
+        assert f"featx {name}" in (command.epilog or ""), name
 
 
 def _install(home: Path, shell: str) -> None:

@@ -190,7 +190,7 @@ def test_facts_count_what_the_index_says(store: Path) -> None:
 
 def test_on_the_command_line(featx: Featx, store: Path) -> None:
     done = featx("verify", store, "--sample", 4)
-    assert (done.code, done.out) == (0, f"{store}: sound, as far as a sample of its shards tells.\n")
+    assert (done.code, done.out) == (0, f"{store}: sound, as far as a sample of its shards shows.\n")
     assert featx("verify", store, "--sample", 4, "--json").json["content_hash"] is None
     done = featx("sweep", store, "--max-images", 90, "--shots", "2", "--episodes", 2, "--heads", "ridge", "--json")
     assert done.code == 0, done.err

@@ -30,28 +30,29 @@ def advise(
     source: Annotated[
         str | None,
         typer.Option(
-            metavar="SOURCE", help="What the store was made from: the images, to try fine-tuning on them, too."
+            metavar="SOURCE", help="The images that the store was made from, to try fine-tuning on them, too."
         ),
     ] = None,
     minutes: Annotated[float, typer.Option(help="Time that it may take; what does not fit is named.")] = 5.0,
     label: Annotated[
-        int | None, typer.Option("--next", help="How many images to label next. [default: 2 a class, at least 10]")
+        int | None, typer.Option("--next", help="How many images to label next. (default: 2 per class, at least 10)")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="PAGE.html", help="The page. [default: beside the store]")
+        Path | None,
+        typer.Option("--out", "-o", metavar="PAGE.html", help="Where to write the page. (default: beside the store)"),
     ] = None,
     backbone: OwnBackbone = None,
     weights: Weights = None,
     n_jobs: Annotated[
-        int | None, typer.Option(min=1, max=1024, help="Parallel workers of sweeps. [default: cores]")
+        int | None, typer.Option(min=1, max=1024, help="Parallel workers of sweeps. (default: cores)")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of every random draw.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Which strategy now, what more images would bring, whether fine-tuning pays, and which images to label next.
+    """Say which strategy to use, what more images would bring, whether fine-tuning pays, and what to label next.
 
-    Strategies are compared on the same draws within the time given; what cannot be told is said so. Images of the
-    split test take no part.
+    Strategies are compared on the same draws within the time given; where the data cannot tell, it says so. Images of
+    the split test take no part.
     """
     from featx._files import publish_bytes, temporary
     from featx.advice import advise as measure

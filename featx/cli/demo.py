@@ -39,7 +39,7 @@ def register(app: typer.Typer, extract: Extract) -> None:
         seed: Annotated[int, typer.Option(min=0, help="Seed of every random draw.")] = 0,
         as_json: Json = False,
     ) -> None:
-        """The main job, offline: photographs, where the network helps, and digits, where it does not."""
+        """Do the main job, offline: on photographs, where the network helps, and on digits, where it does not."""
         run_demo(folder, extract, open_report=open_report, seed=seed, as_json=as_json)
 
 

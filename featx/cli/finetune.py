@@ -43,35 +43,37 @@ def register(app: typer.Typer) -> None:
 
 def finetune(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="A store, or a file made by featx pack.")],
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="What the store was made from: the images.")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="The images that the store was made from.")],
     unfreeze: Annotated[str, typer.Option(help="How many of the last blocks to train, or all.")] = "1",
     from_scratch: Annotated[
-        bool, typer.Option("--from-scratch", help="Random weights instead, all of them trained: the control.")
+        bool, typer.Option("--from-scratch", help="Train all of the network from random weights, as a control.")
     ] = False,
     shots: Annotated[
-        str | None, typer.Option(help="Labelled images a class. [default: 5,20, as far as they go]")
+        str | None, typer.Option(help="Labelled images per class. (default: 5,20, as far as they go)")
     ] = None,
     episodes: Annotated[int, typer.Option(min=2, max=10_000, help="Random draws for each number of shots.")] = 5,
     heads: Annotated[str, typer.Option(help="Heads to compare with: names separated by commas, or all.")] = "all",
-    epochs: Annotated[int | None, typer.Option(min=1, help="At most so many. [default: 30; from scratch 100]")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="At most this many. (default: 30; from scratch 100)")
+    ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Of the trained blocks. [default: 5e-4; from scratch 1e-3]")
+        float | None, typer.Option(help="Learning rate of the trained blocks. (default: 5e-4; from scratch 1e-3)")
     ] = None,
     early_stop: Annotated[
         bool, typer.Option("--early-stop/--no-early-stop", help="Choose the epochs inside the support.")
     ] = True,
     augment: Annotated[
         bool | None,
-        typer.Option("--augment/--no-augment", help="Mirror and shift images. [default: where all is trained]"),
+        typer.Option("--augment/--no-augment", help="Mirror and shift images. (default: where all is trained)"),
     ] = None,
-    layer: Annotated[str, typer.Option(help="Which of the store's layers the heads are on.")] = "penultimate",
-    max_cache: Annotated[float, typer.Option(min=0.001, help="GiB that activations may take of the disk.")] = 8.0,
+    layer: Annotated[str, typer.Option(help="Layer of the store that the heads use.")] = "penultimate",
+    max_cache: Annotated[float, typer.Option(min=0.001, help="GiB of disk that activations may take.")] = 8.0,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", metavar="MODEL", help="Train on all images, too, and keep network and head."),
+        typer.Option("--out", "-o", metavar="MODEL", help="Also train on all images, and keep network and head."),
     ] = None,
     max_error: Annotated[
-        float, typer.Option(help="Of the model: share of answers that may be wrong; else abstain.")
+        float, typer.Option(help="Share of the model's answers that may be wrong; it abstains to keep it.")
     ] = 0.05,
     backbone: OwnBackbone = None,
     weights: Weights = None,
@@ -80,7 +82,7 @@ def finetune(
     seed: Annotated[int, typer.Option(min=0, help="Seed of every random draw.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Train the last blocks, too, and compare that with heads on the same draws.
+    """Train the last blocks of the network, too, and compare that with heads on the same draws.
 
     The frozen part runs once over every image; draws and intervals are those of featx sweep with the same seed.
     """
@@ -177,13 +179,13 @@ def _show(result: FinetuneResult, as_json: bool) -> None:
 
 
 def autoencoder(
-    source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="Images; labels are not looked at. As of featx extract.")
-    ],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Images, as for featx extract; labels are not used.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The checkpoint to make.")],
     dim: Annotated[int, typer.Option(help="Length of the code, which is the embedding.")] = 64,
-    size: Annotated[int, typer.Option(help="Pixels a side that images are seen at; a multiple of 16.")] = 64,
-    epochs: Annotated[int | None, typer.Option(min=1, help="[default: enough to see 60,000 images]")] = None,
+    size: Annotated[
+        int, typer.Option(help="Height and width that images are scaled to, in pixels; a multiple of 16.")
+    ] = 64,
+    epochs: Annotated[int | None, typer.Option(min=1, help="(default: enough to see 60,000 images)")] = None,
     device: DeviceOption = Device.auto,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights, order and of what is held out.")] = 0,
     as_json: Json = False,

@@ -34,18 +34,19 @@ def register(app: typer.Typer) -> None:
 def labels(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="A store, or a file made by featx pack.")],
     html: Annotated[
-        Path | None, typer.Option(metavar="FILE.html", help="A sheet of the doubtful images, in one file.")
+        Path | None, typer.Option(metavar="FILE.html", help="Write a sheet of the doubtful images, as one file.")
     ] = None,
     csv_file: Annotated[
-        Path | None, typer.Option("--csv", metavar="FILE.csv", help="A table of all images, the most doubtful first.")
+        Path | None,
+        typer.Option("--csv", metavar="FILE.csv", help="Write a table of all images, the most doubtful first."),
     ] = None,
     head: Annotated[str, typer.Option(help="A head that gives probabilities.")] = "auto",
-    layer: Annotated[str | None, typer.Option(help="Which of the store's layers. [default: the last]")] = None,
+    layer: Annotated[str | None, typer.Option(help="Which of the store's layers. (default: the last)")] = None,
     source: Annotated[
         str | None,
-        typer.Option(help="Where the images of the store are, for the sheet. [default: as at extraction]"),
+        typer.Option(help="Where the images of the store are, for the sheet. (default: as at extraction)"),
     ] = None,
-    n_jobs: Annotated[int | None, typer.Option(min=1, max=1024, help="Parallel workers. [default: cores]")] = None,
+    n_jobs: Annotated[int | None, typer.Option(min=1, max=1024, help="Parallel workers. (default: cores)")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of every random draw.")] = 0,
     as_json: Json = False,
 ) -> None:

@@ -31,7 +31,7 @@ def layers(
     weights: Annotated[
         str, typer.Option(help="none (shapes do not depend on them, and it works offline), default, or a file.")
     ] = "none",
-    every: Annotated[bool, typer.Option("--all", help="Those inside blocks too.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Also list the layers inside blocks.")] = False,
     as_json: Json = False,
 ) -> None:
     """List the layers of a network that embeddings can be taken from: names for --layer, shapes, and which to try."""

@@ -60,7 +60,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
     help=(
-        "From a folder of labelled photos to a classifier you can trust, when there are few of them.\n\n"
+        "From a folder of photos with few labels to a classifier you can trust.\n\n"
         "A frozen network looks at every photo once; its embeddings are kept in a store; comparing, choosing and "
         "serving heads on them takes seconds.\n\n"
         "Start with [bold]featx demo[/bold], then: [bold]featx extract photos --out photos.featx[/bold] and "
@@ -102,7 +102,7 @@ def _options(
 
 @app.command(epilog="Example:  featx backbones --json")
 def backbones(as_json: Json = False) -> None:
-    """List the networks that can be used, and which of them work without an internet."""
+    """List the networks that can be used, and which of them work offline."""
     from featx.backbones import list_backbones
 
     known = list_backbones()
@@ -140,39 +140,43 @@ def extract(
     ] = "efficientnet_lite0",
     weights: Annotated[str, typer.Option(help="default, none (random, as a control), or a file.")] = "default",
     layer: Annotated[
-        list[str] | None, typer.Option(help="Layer to embed with; may be repeated. [default: penultimate]")
+        list[str] | None, typer.Option(help="Layer to take embeddings from; may be repeated. (default: penultimate)")
     ] = None,
     views: Annotated[
-        str, typer.Option(help="Ways to see an image, averaged, such as center,flip,full; each costs its time again.")
+        str,
+        typer.Option(
+            help="Views whose embeddings are averaged, such as center,flip,full. Every view takes the full time."
+        ),
     ] = "center",
-    device: Annotated[Device, typer.Option(help="auto is cuda where there is one.")] = Device.auto,
-    engine: Annotated[EngineName, typer.Option(help="auto is torch on cuda, else openvino.")] = EngineName.auto,
+    device: Annotated[Device, typer.Option(help="auto is cuda if there is a GPU.")] = Device.auto,
+    engine: Annotated[EngineName, typer.Option(help="auto is torch on cuda, or else openvino.")] = EngineName.auto,
     precision: Annotated[
-        Precision, typer.Option(help="auto is the store's own, else fp32 on a CPU and bf16 on a GPU.")
+        Precision, typer.Option(help="auto is that of the store, or else fp32 on a CPU and bf16 on a GPU.")
     ] = Precision.auto,
-    batch_size: Annotated[int | None, typer.Option(min=1, max=4096, help="[default: measured for the engine]")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, max=4096, help="(default: measured for the engine)")] = None,
     decode: Annotated[
-        Decode, typer.Option(help="scaled decodes of a large JPEG only what the resize needs.")
+        Decode, typer.Option(help="scaled decodes large JPEGs only as far as the resize needs.")
     ] = Decode.full,
-    workers: Annotated[int | None, typer.Option(min=1, max=256, help="Decoding processes. [default: cores]")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, max=256, help="Decoding processes. (default: cores)")] = None,
     max_bad: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Share of images that may be refused. [default: 0.01, but at least ten]"),
+        typer.Option(min=0, max=1, help="Share of images that may be refused. (default: 0.01, but at least ten)"),
     ] = None,
     unlabelled: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME", help="A folder (or label) that is no class: its images have no label. Repeatable."
+            metavar="NAME",
+            help="A folder (or label) that is not a class: its images count as unlabelled. May be repeated.",
         ),
     ] = None,
     replace: Annotated[
-        bool, typer.Option("--replace", help="Let SOURCE take the place of most of the store's labelled images.")
+        bool, typer.Option("--replace", help="Let SOURCE replace most of the labelled images of the store.")
     ] = False,
     prune: Annotated[bool, typer.Option("--prune", help="Drop embeddings that no image refers to any more.")] = False,
     rehash: Annotated[
         bool,
         typer.Option(
-            "--rehash", help="Read every image again, those too whose size, times and inode have not changed."
+            "--rehash", help="Read every image again, including those whose size, times and inode have not changed."
         ),
     ] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Show where the time went.")] = False,
@@ -260,7 +264,7 @@ def _classes(classes: dict[str, int], nameless: int) -> str:
 
 @app.command(epilog="Example:  featx info photos.featx --json")
 def info(store: StoreArgument, as_json: Json = False) -> None:
-    """What a store holds: images, classes, splits, and how it was made."""
+    """Show what a store holds: images, classes, splits, and how it was made."""
     from featx.store import info as describe
 
     facts = describe(store)
@@ -283,7 +287,7 @@ def info(store: StoreArgument, as_json: Json = False) -> None:
 def verify(
     store: StoreArgument,
     sample: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Look into N shards only, drawn at random.")
+        int | None, typer.Option(min=1, metavar="N", help="Check only N shards, drawn at random.")
     ] = None,
     seed: Seed = 0,
     as_json: Json = False,
@@ -297,7 +301,7 @@ def verify(
         told = content_hash(store) if not problems and sample is None else None
         print_json({"sound": not problems, "problems": problems, "sample": sample, "content_hash": told})
     elif not problems:
-        say(f"{store}: sound{'' if sample is None else ', as far as a sample of its shards tells'}.")
+        say(f"{store}: sound{'' if sample is None else ', as far as a sample of its shards shows'}.")
     for problem in problems:
         say(problem, err=True)
     if problems:

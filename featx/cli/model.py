@@ -33,7 +33,7 @@ _MAX_STDIN = 2**30
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help="A file made by featx fit.")]
 Weights = Annotated[
-    Path | None, typer.Option(help="The weights file, where the features were made with weights of your own.")
+    Path | None, typer.Option(help="The weights file, if the features were made with weights of your own.")
 ]
 
 
@@ -42,7 +42,7 @@ OwnBackbone = Annotated[
     typer.Option(
         "--backbone",
         metavar="FILE.py:CLASS",
-        help="The network, where it is one of your own. Its code is run, and only when you name it.",
+        help="The network, if it is one of your own. Its code runs only when you name it here.",
     ),
 ]
 
@@ -60,13 +60,16 @@ class Device(StrEnum):
 
 
 Unlabelled = Annotated[
-    bool, typer.Option("--unlabelled", help="Let heads learn from the store's images without labels, too.")
+    bool, typer.Option("--unlabelled", help="Let heads also learn from the unlabelled images of the store.")
 ]
 UnlabelledFrom = Annotated[
-    Path | None, typer.Option(metavar="STORE", help="Or from all images of this store; their labels are not read.")
+    Path | None,
+    typer.Option(
+        metavar="STORE", help="Let heads also learn from all images of this store; their labels are not read."
+    ),
 ]
-EngineOption = Annotated[EngineName, typer.Option(help="auto is torch on cuda, else openvino.")]
-DeviceOption = Annotated[Device, typer.Option(help="auto is cuda where there is one.")]
+EngineOption = Annotated[EngineName, typer.Option(help="auto is torch on cuda, or else openvino.")]
+DeviceOption = Annotated[Device, typer.Option(help="auto is cuda if there is a GPU.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -83,14 +86,14 @@ def fit(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="A store, or a file made by featx pack.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="MODEL", help="The file to make.")],
     head: Annotated[
-        str, typer.Option(help="A head, several separated by commas, or all: the best of them is taken.")
+        str, typer.Option(help="A head, several heads separated by commas, or all; the best one is taken.")
     ] = "auto",
     layer: Annotated[
         str | None,
-        typer.Option(help="Which of the store's layers. [default: all combined, where that is measured to help]"),
+        typer.Option(help="Which of the store's layers. (default: all combined, where that is measured to help)"),
     ] = None,
     max_error: Annotated[
-        float, typer.Option(help="Share of answers that may be wrong; where that cannot be held, abstain.")
+        float, typer.Option(help="Share of answers that may be wrong; the model abstains to keep it.")
     ] = 0.05,
     unlabelled: Unlabelled = False,
     unlabelled_from: UnlabelledFrom = None,
@@ -100,13 +103,13 @@ def fit(
     device: Annotated[
         Device,
         typer.Option(
-            help="Of the network, auto being cuda if there is one; cuda fits logreg on very many images, too."
+            help="Device of the network; auto is cuda if there is a GPU. cuda also fits logreg on very many images."
         ),
     ] = Device.auto,
     seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Choose a head, calibrate it on images it has not seen, refit it on all, and keep it in one file."""
+    """Choose a head, calibrate it on images it has not seen, refit it on all images, and keep it in one file."""
     if device == Device.cuda:
         let_scipy_take_tensors()
     import numpy as np
@@ -240,17 +243,18 @@ def predict(
         list[Path], typer.Argument(metavar="IMAGE...", help="Files, folders, or - for an image on standard input.")
     ],
     allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="MODEL is a joblib export. Loading it runs code: trust its source.")
+        bool,
+        typer.Option("--allow-pickle", help="MODEL is a joblib export. Loading it runs code, so trust its source."),
     ] = False,
     csv: Annotated[
-        Path | None, typer.Option("--csv", metavar="FILE", help="Write the answers to a CSV file, too.")
+        Path | None, typer.Option("--csv", metavar="FILE", help="Also write the answers to a CSV file.")
     ] = None,
     sort_into: Annotated[
         Path | None,
         typer.Option(
             metavar="FOLDER",
             help="Copy the photos into a folder for each label in FOLDER, those that the model is unsure of into "
-            "_unsure. Files that are there are never replaced.",
+            "_unsure. Existing files are never replaced.",
         ),
     ] = None,
     backbone: OwnBackbone = None,
@@ -261,7 +265,7 @@ def predict(
 ) -> None:
     """Say what is on photos: label, probability, and whether the model is unsure.
 
-    Where the output is not a terminal, it is one line an image, with tabs between image, label, score and "abstains".
+    In a pipe, the output is one line per image with tabs between image, label, score and "abstains".
     """
     if csv is not None:
         check_file(csv, _CSV_MARK, example="answers.csv")
@@ -356,7 +360,7 @@ def export(
     form: Annotated[ExportFormat, typer.Option("--format", help="joblib is a pickle; skops is not; onnx is a graph.")],
     as_json: Json = False,
 ) -> None:
-    """Write the head for other software: a scikit-learn pipeline, or an ONNX graph. It takes embeddings."""
+    """Write the head for other software: a scikit-learn pipeline or an ONNX graph, which takes embeddings."""
     from featx.models import export_bundle, read_bundle
 
     check_file(out, _EXPORT_MARKS[form.value], example=f"photos.{form.value}")
@@ -369,17 +373,20 @@ def export(
 def serve(
     model: ModelArgument,
     store: Annotated[
-        Path | None, typer.Option(help="The store it was fitted on: the nearest labelled images come along.")
+        Path | None,
+        typer.Option(help="The store that the model was fitted on: answers then show the nearest labelled images."),
     ] = None,
     images: Annotated[
-        Path | None, typer.Option(help="The folder of the store's images, for the page. [default: what the store says]")
+        Path | None, typer.Option(help="The folder of the store's images, for the page. (default: what the store says)")
     ] = None,
-    host: Annotated[str, typer.Option(help="Address; any but this machine's own needs an API key.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; any other than this machine's own needs an API key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free port.")] = 8000,
     api_key_file: Annotated[
         Path | None, typer.Option(help="A file with the API key, if it is not in FEATX_API_KEY.")
     ] = None,
-    insecure: Annotated[bool, typer.Option("--insecure", help="Let anyone in who can reach the address.")] = False,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Answer anyone who can reach the address.")] = False,
     max_images: Annotated[int, typer.Option(min=1, max=10_000, help="Images that one request may have.")] = 64,
     max_pixels: Annotated[int, typer.Option(min=4, help="Larger images are refused by their header.")] = 50_000_000,
     log_json: Annotated[bool, typer.Option("--log-json", help="Log lines as JSON.")] = False,
@@ -388,7 +395,7 @@ def serve(
     engine: EngineOption = EngineName.auto,
     device: DeviceOption = Device.auto,
 ) -> None:
-    """Answer over HTTP, with a page to drop photos on. Ctrl-C or SIGTERM ends it in order."""
+    """Serve a model over HTTP, with a page to drop photos on. Ctrl-C or SIGTERM ends it in order."""
     try:
         import featx.service.server
     except ModuleNotFoundError as error:

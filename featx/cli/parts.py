@@ -31,7 +31,7 @@ PartOption = Annotated[
     str | None,
     typer.Option(
         "--part", metavar="I/N", rich_help_panel=_PANEL,
-        help="Do part I of N only, such as 2/8: one task of an array job. Parts may run anywhere, at once, and again.",
+        help="Do only part I of N, such as 2/8: one task of an array job. Parts may run on any host, and be repeated.",
     ),
 ]  # fmt: skip
 FinishOption = Annotated[
@@ -40,12 +40,12 @@ FinishOption = Annotated[
 ]
 RunnerOption = Annotated[
     Runner | None,
-    typer.Option(rich_help_panel=_PANEL, help="Do all parts and finish: local, one process for each of --devices; "
-                 "ray, on the Ray cluster that runs here or that RAY_ADDRESS names."),
+    typer.Option(rich_help_panel=_PANEL, help="Do all parts and finish. local: one process for each of --devices; "
+                 "ray: on the Ray cluster that runs here or that RAY_ADDRESS names."),
 ]  # fmt: skip
 DevicesOption = Annotated[
     str | None,
-    typer.Option(rich_help_panel=_PANEL, help="For --runner local: all GPUs, or 0,1, or cpu,cpu. [default: all]"),
+    typer.Option(rich_help_panel=_PANEL, help="For --runner local: all GPUs, or 0,1, or cpu,cpu. (default: all)"),
 ]
 
 

@@ -43,12 +43,12 @@ StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="A store, o
 Layer = Annotated[str, typer.Option(help="Which of the store's layers.")]
 Center = Annotated[bool, typer.Option("--center", help="Subtract the mean of the gallery.")]
 Whiten = Annotated[
-    int | None, typer.Option(min=1, metavar="N", help="PCA whitening with so many axes. Measure it on your data first.")
+    int | None, typer.Option(min=1, metavar="N", help="PCA whitening with N axes. Measure it on your data first.")
 ]
 Expand = Annotated[int, typer.Option(min=0, metavar="N", help="Expand each query by its N nearest images.")]
-Html = Annotated[Path | None, typer.Option(metavar="FILE.html", help="A sheet with thumbnails, in one file.")]
+Html = Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a sheet with thumbnails, as one file.")]
 Source = Annotated[
-    str | None, typer.Option(help="Where the images of the store are, for the sheet. [default: as at extraction]")
+    str | None, typer.Option(help="Where the images of the store are, for the sheet. (default: as at extraction)")
 ]
 
 
@@ -69,7 +69,7 @@ def search(
     images: Annotated[
         list[str], typer.Argument(metavar="IMAGE...", help="Files, folders, or ids of images in the store.")
     ],
-    k: Annotated[int, typer.Option("-k", min=1, help="How many to find for each.")] = 10,
+    k: Annotated[int, typer.Option("-k", min=1, help="How many images to find for each query.")] = 10,
     layer: Layer = "penultimate",
     center: Center = False,
     whiten: Whiten = None,
@@ -78,7 +78,7 @@ def search(
         MethodName, typer.Option(help="auto is exact up to a million images, or where faiss is not installed.")
     ] = MethodName.auto,
     include_self: Annotated[
-        bool, typer.Option("--include-self", help="Do not leave an image of the store out of its own answer.")
+        bool, typer.Option("--include-self", help="Let an image of the store be in its own answer.")
     ] = False,
     html: Html = None,
     source: Source = None,
@@ -254,11 +254,11 @@ def evaluate_retrieval(
     center: Center = False,
     whiten: Whiten = None,
     expand: Expand = 0,
-    max_queries: Annotated[int, typer.Option(min=1, help="Draw so many queries at most.")] = 10_000,
+    max_queries: Annotated[int, typer.Option(min=1, help="Draw at most this many queries.")] = 10_000,
     seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """How well does search find the same class? Every labelled image queries all the others."""
+    """Measure how well search finds the same class: every labelled image queries all the others."""
     import numpy as np
 
     from featx.retrieval import evaluate_retrieval as evaluate
@@ -344,10 +344,10 @@ def duplicates(
         typer.Option(
             min=0.5,
             max=1.0,
-            help="Cosine from which on images are near duplicates; saved anew or scaled, a copy may reach 0.9 only.",
+            help="Least cosine of near duplicates. A copy that was saved again or scaled may reach only 0.9.",
         ),
     ] = 0.98,
-    exact_only: Annotated[bool, typer.Option("--exact-only", help="Equal bytes only.")] = False,
+    exact_only: Annotated[bool, typer.Option("--exact-only", help="Find only files with equal bytes.")] = False,
     layer: Layer = "penultimate",
     html: Html = None,
     source: Source = None,

@@ -54,7 +54,7 @@ def sweep(
     heads: Annotated[str, typer.Option(help="Names separated by commas, or all.")] = "all",
     shots: Annotated[
         str | None,
-        typer.Option(help="Labelled images a class. [default: 1,2,5,10,20,all, as far as they go]"),
+        typer.Option(help="Labelled images per class. (default: 1,2,5,10,20,all, as far as they go)"),
     ] = None,
     episodes: Annotated[int, typer.Option(min=2, max=10_000, help="Random draws for each number of shots.")] = 20,
     test: Annotated[
@@ -67,27 +67,31 @@ def sweep(
         typer.Option(
             "--layers",
             "--layer",
-            help="Layers to compare, separated by commas; combined is all in one head. [default: all the store has]",
+            help="Layers to compare, separated by commas; combined is all in one head. (default: all the store has)",
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="DIR", help="The report. [default: beside the store]")
+        Path | None,
+        typer.Option("--out", "-o", metavar="DIR", help="Folder of the report. (default: beside the store)"),
     ] = None,
     max_images: Annotated[
         int | None,
-        typer.Option(min=2, metavar="N", help="Take N images, drawn by the seed in proportion, of a large store."),
+        typer.Option(
+            min=2, metavar="N", help="Use only N images of a large store, drawn in proportion to its classes."
+        ),
     ] = None,
-    n_jobs: Annotated[int | None, typer.Option(min=1, max=1024, help="Parallel workers. [default: cores]")] = None,
+    n_jobs: Annotated[int | None, typer.Option(min=1, max=1024, help="Parallel workers. (default: cores)")] = None,
     backend: Annotated[
-        Backend, typer.Option(help="Where they run: here, or on the Ray cluster that runs here or RAY_ADDRESS names.")
+        Backend,
+        typer.Option(help="Where the workers run: here, or on the Ray cluster that runs here or RAY_ADDRESS names."),
     ] = Backend.local,
     device: Annotated[
-        Where, typer.Option(help="Where logistic regression on very many images is solved; all else is the CPU's.")
+        Where, typer.Option(help="Where logistic regression on very many images is solved; the rest runs on the CPU.")
     ] = Where.cpu,
     seed: Annotated[int, typer.Option(min=0, help="Seed of every random draw.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
-    """Compare heads on a store: how good with how few labels, and how sure can one be."""
+    """Compare heads on a store: how good they are with how few labels, and how sure that is."""
     run_sweep(
         store,
         heads=heads,

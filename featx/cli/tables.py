@@ -31,7 +31,7 @@ def register(app: typer.Typer) -> None:
 def export_features(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="A store, or a file made by featx pack.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The file to make.")],
-    form: Annotated[TableFormat | None, typer.Option("--format", help="[default: by the suffix of --out]")] = None,
+    form: Annotated[TableFormat | None, typer.Option("--format", help="(default: by the suffix of --out)")] = None,
     layer: Annotated[str, typer.Option(help="Which of the store's layers.")] = "penultimate",
     as_json: Json = False,
 ) -> None:
