@@ -254,7 +254,7 @@ def test_predict_and_search_look_as_the_store_did(tmp_path: Path, featx: Featx) 
     ran = featx("extract", source, "--out", store, "--views", "flip,center", "--json")
     assert ran.code == 0
     assert ran.json["views"] == ["center", "flip"]
-    assert "2 views (center, flip): about 2x the network's time of one." in ran.err
+    assert "2 views (center, flip): the network takes about 2 times as long." in ran.err
     features = read_features(store)
     # An image is as similar to its mirror image as to itself only where both are looked at both ways.
     embedder = Embedder.like(features.provenance, where=store)

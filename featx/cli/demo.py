@@ -138,7 +138,7 @@ def _table(jobs: list[Job]) -> Table:
     from rich.table import Table
 
     shots = sorted({n for job in jobs for n in job.embeddings}, key=lambda n: (n == "all", n))
-    table = Table("right, %", "", *(f"{n} a class" for n in shots), box=None, title=f"head: {jobs[0].head}")
+    table = Table("accuracy, %", "", *(f"{n} per class" for n in shots), box=None, title=f"head: {jobs[0].head}")
     for job in jobs:
         for label, means in (("embeddings", job.embeddings), ("raw pixels", job.pixels)):
             cells = [f"{100 * means[n]:.0f}" if n in means else "" for n in shots]

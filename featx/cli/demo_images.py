@@ -201,5 +201,5 @@ def verdict(jobs: Sequence[Job]) -> list[str]:
             if points < 0
             else "is worth nothing"
         )
-        parts.append(f"On {job.name} the frozen network {words} ({numbers}, with 5 images a class).")
-    return [*parts, "Which it is on your photos, only a measurement on them can say."]
+        parts.append(f"On {job.name} the frozen network {words} ({numbers}, with 5 images per class).")
+    return [*parts, "Only a measurement can tell which of the two your photos are like."]

@@ -105,7 +105,7 @@ def labels(
         show(_table(doubtful[:MOST]))
     unlabelled = int((features.labels < 0).sum())
     if unlabelled:
-        say(f"Note: {plural(unlabelled, 'image')} without a label left out.", err=True)
+        say(f"Note: left out: {plural(unlabelled, 'image')} without a label.", err=True)
     if ranking.left_out:
         say(f"Note: classes of a single image cannot be judged: {', '.join(ranking.left_out)}.", err=True)
     seen = f"{len(doubtful)} of {plural(len(ranking), 'label')} may be wrong"

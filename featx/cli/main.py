@@ -204,7 +204,7 @@ def extract(
 
     looks = parse_views(views)
     if len(looks) > 1:
-        say(f"{len(looks)} views ({', '.join(looks)}): about {len(looks)}x the network's time of one.", err=True)
+        say(f"{len(looks)} views ({', '.join(looks)}): the network takes about {len(looks)} times as long.", err=True)
     with ProgressLine("embedding") as line:
         layers = tuple(layer or ("penultimate",))
         loader = partial(load, everywhere(backbone), everywhere(weights), layers)
@@ -330,7 +330,7 @@ def _stages(stages: Mapping[str, float], images: int) -> Table:
     table = Table("stage", "seconds", "ms an image", box=None, title="where the time went")
     for name, seconds in stages.items():
         table.add_row(name, f"{seconds:.2f}", f"{1000 * seconds / max(images, 1):.2f}")
-    table.caption = "the first four are summed over the decoding processes, beside the rest"
+    table.caption = "the first four are summed over the decoding processes, which run beside the rest"
     return table
 
 

@@ -372,7 +372,7 @@ def duplicates(
     else:
         _say_groups(features, groups, counts)
         if threshold > 0.9 and not exact_only:
-            say("A copy that was saved anew or scaled may lie lower: look at --threshold 0.9, too.")
+            say("Copies that were saved again or scaled may have a lower cosine: try --threshold 0.9.")
     if html is not None:
         say(f"Sheet: {html}", err=as_json)
 
