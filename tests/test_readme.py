@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -147,6 +148,26 @@ def test_the_service_answers_as_the_guide_asks(folder: Path) -> None:
     finally:
         server.terminate()
         assert server.wait(timeout=40) == 0
+
+
+@pytest.mark.slow
+def test_the_output_that_is_shown_is_real(photos: Path, tmp_path: Path) -> None:
+    """That of ants and bees, but for times, and for the few tenths that another processor may make of it."""
+    line, table = (block.splitlines() for block in blocks(README, "text"))
+    store = tmp_path / "photos.featx"
+    done = run(["featx", "extract", str(photos / "hymenoptera"), "--out", str(store)], tmp_path)
+    assert done.returncode == 0, done.stderr
+    for shown in line:
+        assert shown.partition(", in ")[0] in done.stdout
+    done = run(["featx", "sweep", str(store), "--shots", "5", "--json"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = {result["head"]: result for result in json.loads(done.stdout)["results"]}
+    rows = [match for row in table if (match := re.match(r"(?:5| ) +(\w+) +=? +([\d.]+) +([\d.]+) - ([\d.]+) ", row))]
+    assert len(rows) == 4
+    for row in rows:
+        accuracy = found[row[1]]["accuracy"]
+        for name, shown in zip(("mean", "low", "high"), row.groups()[1:], strict=True):
+            assert abs(100 * accuracy[name] - float(shown)) < 0.6, row[0]
 
 
 def test_the_package_docstring_has_the_same_four_lines() -> None:

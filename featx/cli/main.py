@@ -117,7 +117,7 @@ def backbones(as_json: Json = False) -> None:
         table.add_row(info.name, str(info.embedding_dim), size, info.licence, "yes" if info.offline else "")
     show(table)
     print("\nAny timm model too, as timm:NAME. Weights of your own: --weights FILE.")
-    print("A network of your own: --backbone FILE.py:CLASS (see featx/backbones/provider.py).")
+    print("A network of your own: --backbone FILE.py:CLASS (see featx guide features).")
     print("One that learns from your images alone: featx autoencoder.")
 
 
