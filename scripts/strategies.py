@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Strategies against images a class, on several sets of photos: what to do with few labels, with the time of each cell.
+"""Strategies against images per class, on several sets of photos: what to do with few labels, with the time of each
+cell.
 
     python scripts/strategies.py SET [SET ...] [--out data/bench/strategies.json] [--seconds 140]
 
-Each SET is a folder of class folders, of which 40 images a class are used (100 of two classes). Everything is judged on
-the same draws of ``featx sweep`` (three of them; one where all of a network is trained):
+Each SET is a folder of class folders, of which 40 images per class are used (100 of two classes). Everything is judged
+on the same draws of ``featx sweep`` (three of them; one where all of a network is trained):
 
 - head: the recommended head on frozen embeddings of one centre crop;
 - views+layers: the same head on the mean over five views and the combined layers;
@@ -194,7 +195,7 @@ def draw(cells: dict[str, Any], sets: list[str], path: Path) -> None:
         axes.bar(places, means, 0.18, yerr=spread, label=strategy, color=colour, ecolor="#555555", capsize=2)
     axes.set_xticks(range(len(sets)), sets)
     axes.set_ylabel("accuracy, %")
-    axes.set_title(f"Transfer (blue) against no transfer, {SHOTS[0]} images a class")
+    axes.set_title(f"Transfer (blue) against no transfer, {SHOTS[0]} images per class")
     axes.legend(frameon=False, fontsize=8, ncols=4)
     axes.set_ylim(0, 110)
     figure.savefig(path, dpi=150)

@@ -187,14 +187,14 @@ def with_cells(advice: Advice, *cells: Cell, **changes: Any) -> Advice:
 def test_when_fine_tuning_pays(advice: Advice) -> None:
     worse, unsure = cell("finetune:1", "fine-tuning", 5, 0.7, (-0.1, -0.15, -0.05)), (0.01, -0.02, 0.04)
     never = with_cells(advice, worse)
-    assert "does not pay up to 5 images a class" in never.sentences()["fine-tuning"]
+    assert "does not pay up to 5 images per class" in never.sentences()["fine-tuning"]
     assert "finetune:1 -10.0 points (-15.0 to -5.0)" in never.sentences()["fine-tuning"]
     perhaps = with_cells(advice, worse, cell("finetune:2", "fine-tuning", 20, 0.81, unsure, p=0.5))
-    assert "not clear that fine-tuning pays up to 20 images a class" in perhaps.sentences()["fine-tuning"]
+    assert "not clear that fine-tuning pays up to 20 images per class" in perhaps.sentences()["fine-tuning"]
     assert perhaps.recommended.strategy == REFERENCE
     assert "the difference may be chance, so the simpler option is recommended" in perhaps.sentences()["strategy"]
     pays = with_cells(advice, worse, cell("finetune:2", "fine-tuning", 20, 0.9, (0.1, 0.06, 0.14)))
-    assert "pays from 20 images a class on" in pays.sentences()["fine-tuning"]
+    assert "pays from 20 images per class on" in pays.sentences()["fine-tuning"]
     assert pays.recommended.strategy == "finetune:2"
     assert "fine-tuning the last 2 blocks" in pays.sentences()["strategy"]
     assert pays.sentences()["strategy"].endswith("better beyond chance; featx sweep names the highest mean.")

@@ -88,7 +88,7 @@ def test_the_start_leaves_a_choice() -> None:
     assert plan_simulation(labels, np.arange(100), 15) == 10
     with pytest.raises(UsageError, match="too few labelled images to try labelling on"):
         plan_simulation(labels, np.arange(100), 30)
-    copies = np.repeat(np.arange(20), 5)  # ten different images a class
+    copies = np.repeat(np.arange(20), 5)  # ten different images per class
     assert plan_simulation(labels, copies, 2) == 2
 
 

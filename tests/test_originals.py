@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from pathlib import Path
 
 import numpy as np
 from conftest import class_folders, picture
 from PIL import Image
 
-from featx.images.thumbnails import Originals
+from featx.images.thumbnails import SIDE, Originals, Thumbnails
 
 
 def test_a_row_finds_its_own_file_only(tmp_path: Path) -> None:
@@ -21,16 +22,30 @@ def test_a_row_finds_its_own_file_only(tmp_path: Path) -> None:
     digests = np.zeros((6, 32), np.uint8)
     for row, content in enumerate(data):
         digests[row] = np.frombuffer(hashlib.sha256(content).digest(), np.uint8)
-    originals = Originals(str(tmp_path / "photos"), ids, digests)
-    assert originals.read(0) == data[0]
     (tmp_path / "photos" / "ants" / "001.png").write_bytes(data[0])  # another picture under the same name
-    assert [originals.read(row) for row in range(1, 6)] == [None, data[2], None, None, None]
-    assert originals.thumbnail(3) is None
-    small = originals.thumbnail(2, side=20)
-    assert small is not None
-    with Image.open(io.BytesIO(small)) as image:
-        assert image.format == "JPEG"
-        assert image.size == (20, 15)
+    with Originals(str(tmp_path / "photos"), ids, digests) as originals:
+        pictures = [originals.thumbnail(row) for row in range(6)]
+    assert [picture is not None for picture in pictures] == [True, False, True, False, False, False]
+    for row in (0, 2):
+        with Image.open(io.BytesIO(pictures[row] or b"")) as image, Image.open(tmp_path / "photos" / ids[row]) as whole:
+            assert image.format == "JPEG"
+            assert image.size == (SIDE, SIDE)
+            side = min(whole.size)
+            left, top = (whole.width - side) // 2, (whole.height - side) // 2
+            centre = whole.convert("RGB").crop((left, top, left + side, top + side)).resize(image.size)
+            assert np.abs(np.asarray(image, float) - np.asarray(centre, float)).mean() < 8
+
+
+def test_files_that_crash_a_decoder_or_are_none_cost_themselves_only(tmp_path: Path) -> None:
+    class_folders(tmp_path, each=1)
+    good = tmp_path / "ants" / "000.png"
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "text.png").write_text("no image")
+    wanted = [(path, None) for path in (good, tmp_path / "pipe.png", tmp_path / "text.png", good)]
+    with Thumbnails(side=20, workers=2) as thumbnails:
+        made = thumbnails.make(wanted)
+    assert isinstance(made[0], bytes) and made[0] == made[3]
+    assert made[1] == "not a regular file" and isinstance(made[2], str)
 
 
 def test_a_manifest_is_relative_to_its_folder(tmp_path: Path) -> None:
@@ -39,5 +54,7 @@ def test_a_manifest_is_relative_to_its_folder(tmp_path: Path) -> None:
     manifest.write_text("path,label\nphotos/ants/000.png,ants\nphotos/bees/001.png,bees\n")
     data = (tmp_path / "photos" / "ants" / "000.png").read_bytes()
     digest = np.frombuffer(hashlib.sha256(data).digest(), np.uint8)[None]
-    assert Originals(str(manifest), ["photos/ants/000.png"], digest).read(0) == data
-    assert Originals("", ["photos/ants/000.png"], digest).read(0) is None
+    with Originals(str(manifest), ["photos/ants/000.png"], digest) as originals:
+        assert originals.thumbnail(0)
+    with Originals("", ["photos/ants/000.png"], digest) as originals:
+        assert originals.thumbnail(0) is None

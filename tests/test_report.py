@@ -47,7 +47,7 @@ def test_the_table_fits_eighty_columns_and_shows_ranks_and_ties(result: SweepRes
         assert limits(each.accuracy) in text
         assert f" {each.head} " in text
     assert "…" not in text
-    for heading in ("shots", "head", "right %", "95 % interval", "balanced", "ECE", "fit s"):
+    for heading in ("shots", "head", "accuracy", "95 % interval", "balanced", "ECE", "fit s"):
         assert f" {heading} " in f" {text.splitlines()[1]} "
     assert all(len(line) <= 80 for line in text.splitlines())
     assert conclusion(result) in " ".join(text.split())
@@ -64,7 +64,7 @@ def test_the_widest_table_fits_eighty_columns() -> None:
     console.print(render_table(slow))
     text = console.export_text()
     assert "…" not in text
-    for words in ("nearest_centroid", "100.0", "34.56", "balanced", "right %", "fit s", "95 % interval"):
+    for words in ("nearest_centroid", "100.0", "34.56", "balanced", "accuracy", "fit s", "95 % interval"):
         assert words in text
 
 
@@ -72,7 +72,7 @@ def test_the_conclusion_names_ties_and_the_beaten(result: SweepResult) -> None:
     sentence = conclusion(result)
     last = {each.head: each for each in result.results if each.n_shots == 5}
     own = last[result.winner]
-    assert sentence.startswith(f"Use {result.winner}: right in {percent(own.accuracy)} with 5 images a class.")
+    assert sentence.startswith(f"Use {result.winner}: accuracy {percent(own.accuracy)} with 5 images per class.")
     assert "Its mean accuracy over all numbers of images is the highest of 3 heads here." in sentence
     same, _, beaten = sentence.partition(" beats ")
     for head in set(last) - {result.winner}:
@@ -84,7 +84,7 @@ def test_the_conclusion_names_ties_and_the_beaten(result: SweepResult) -> None:
     assert gain > 0.01
     words = "More images help more than another head"
     shown = shown_gap(own.accuracy.mean, before.accuracy.mean)
-    assert f"{words}: {100 * shown:.1f} points from 1 to 5 images a class." in sentence
+    assert f"{words}: {100 * shown:.1f} points from 1 to 5 images per class." in sentence
     alone = sweep(["ridge"], shots=(5,))
     assert conclusion(alone).startswith("Use ridge: ") and conclusion(alone).count("ridge") == 1
 

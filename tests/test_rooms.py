@@ -37,6 +37,7 @@ DOORS = {
     "onnx": {"models.export"},
     "skops": {"models.export"},
     "matplotlib": {"reports.sweep"},
+    "jinja2": {"reports.page"},
     "fastapi": {"service"},
     "starlette": {"service"},
     "uvicorn": {"service.server"},

@@ -20,7 +20,7 @@ from PIL import Image
 
 from featx.cli.main import app
 from featx.errors import FeatxError
-from featx.reports.html import breakable
+from featx.reports.page import breakable
 from featx.store.reader import read_features
 
 
@@ -203,7 +203,7 @@ def test_options_keep_the_twin_first(store: Path, here: Featx, options: tuple[ob
 
 def test_names_break_after_what_divides_them() -> None:
     assert breakable("a/b_c-d.png") == "a/<wbr>b_<wbr>c-<wbr>d.<wbr>png"
-    assert breakable("<x>&/'") == "&lt;x&gt;&amp;/<wbr>&#x27;"
+    assert breakable("<x>&/'") == "&lt;x&gt;&amp;/<wbr>&#39;"
     assert breakable("plain.") == "plain."
 
 

@@ -16,7 +16,7 @@ from featx.errors import ImageError, SourceError, UsageError
 from featx.extraction.run import ExtractSummary, extract_features
 from featx.images.origin import MAX_FETCHED
 from featx.images.remote import Remote
-from featx.images.source import ImageSet
+from featx.images.source import ImageSet, finder
 from featx.images.thumbnails import Originals
 from featx.reports.sheet import duplicate_sheet, image_finder
 from featx.retrieval.search import duplicate_groups
@@ -109,8 +109,10 @@ def test_a_bucket_is_read_as_the_folder_is(bucket: Bucket, tmp_path: Path) -> No
     groups = duplicate_groups(one, threshold=0.0)
     assert duplicate_sheet(sheet, tmp_path, image_finder(tmp_path / "s.featx", None), one, groups) == 0
     assert sheet.read_text().count("data:image/jpeg;base64") == 6
-    originals = Originals(remote.source, one.ids.tolist(), one.digests)
-    assert all(originals.read(row) == (tmp_path / "photos" / name).read_bytes() for row, name in enumerate(one.ids))
+    find = finder(remote.source)
+    assert all(find(name).read_bytes() == (tmp_path / "photos" / name).read_bytes() for name in one.ids.tolist())
+    with Originals(remote.source, one.ids.tolist(), one.digests) as originals:
+        assert all(originals.thumbnail(row) for row in range(len(one)))
 
 
 def test_what_has_not_changed_is_not_fetched_again(

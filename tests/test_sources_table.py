@@ -21,7 +21,7 @@ from featx.extraction.run import extract_features
 from featx.images import table as sources_table
 from featx.images.origin import Unreadable
 from featx.images.pixels import pixels
-from featx.images.source import ImageSet
+from featx.images.source import ImageSet, finder
 from featx.images.table import Row, _reader
 from featx.images.table_reader import Table
 from featx.images.thumbnails import Originals
@@ -76,12 +76,12 @@ def test_rows_are_embedded_like_files(tmp_path: Path) -> None:
     summary = extract_features(images, tiny_backbone(), store, engine=TinyEngine(), workers=2)
     assert (summary.embedded, summary.quarantined) == (9, 0)
     features = read_features(store)
-    originals = Originals(images.source, features.ids.tolist(), features.digests)
+    find = finder(images.source)
     for row, name in enumerate(features.ids.tolist()):
         data = png(int(name[-6:]) + (7 if "test-" in name else 0))
         (wanted,) = next(iter(TinyEngine().embed([pixels(data, TINY)[None]])))
         assert np.array_equal(features.embeddings[row], wanted[0])
-        assert originals.read(row) == data
+        assert find(name).read_bytes() == data
     again = extract_features(ImageSet.from_source(tmp_path / "hub"), tiny_backbone(), store, engine=TinyEngine())
     assert (again.embedded, again.reused) == (0, 9)
 
@@ -200,8 +200,8 @@ def test_files_that_are_no_tables(name: str, data: bytes, tmp_path: Path) -> Non
 def test_rows_that_are_not_there(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", rows(0, 2))
     ids = ["a.parquet/000001", "a.parquet/000002", "a.parquet/-1", "a.parquet/x", "b.parquet/000000"]
-    originals = Originals(str(tmp_path), ids, np.zeros((5, 32), np.uint8))
-    assert [originals.read(row) for row in range(5)] == [None] * 5
+    with Originals(str(tmp_path), ids, np.zeros((5, 32), np.uint8)) as originals:
+        assert [originals.thumbnail(row) for row in range(5)] == [None] * 5
     assert isinstance(ImageSet.from_source(path).refs[0].path, Row)
     assert Unreadable("x") != Unreadable("y")
 

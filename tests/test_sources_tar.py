@@ -20,8 +20,7 @@ from featx.extraction.run import extract_features
 from featx.images.origin import MAX_BYTES, Part
 from featx.images.pixels import pixels
 from featx.images.pool import DecoderPool
-from featx.images.source import ImageSet
-from featx.images.thumbnails import Originals
+from featx.images.source import ImageSet, finder
 from featx.store.reader import read_features
 
 
@@ -72,8 +71,8 @@ def test_shards_are_embedded_like_files(tmp_path: Path) -> None:
     for row, name in enumerate(features.ids):
         (wanted,) = next(iter(TinyEngine().embed([pixels(expected[name], TINY)[None]])))
         assert np.array_equal(features.embeddings[row], wanted[0])
-    originals = Originals(images.source, features.ids.tolist(), features.digests)
-    assert [originals.read(row) for row in range(8)] == [expected[name] for name in features.ids]
+    find = finder(images.source)
+    assert [find(name).read_bytes() for name in features.ids.tolist()] == [expected[name] for name in features.ids]
     again = extract_features(ImageSet.from_source(tmp_path / "shards"), tiny_backbone(), store, engine=TinyEngine())
     assert (again.embedded, again.reused) == (0, 8)
 

@@ -103,8 +103,8 @@ def test_images_labels_and_splits_are_torchvisions(
     summary = extract_features(images, tiny_backbone(), store, engine=TinyEngine(), workers=1)
     assert (summary.embedded, summary.quarantined) == (len(images), 0)
     features = read_features(store)
-    originals = Originals(images.source, features.ids.tolist(), features.digests)
-    assert all(originals.read(row) is not None for row in range(len(features)))
+    with Originals(images.source, features.ids.tolist(), features.digests) as originals:
+        assert all(originals.thumbnail(row) for row in range(len(features)))
 
 
 def test_files_keep_their_bytes_and_names(tmp_path: Path) -> None:

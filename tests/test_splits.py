@@ -309,7 +309,7 @@ def test_random_weights_find_no_near_copies_and_sweep(featx: Featx, tmp_path: Pa
     assert ran.code == 0
     assert ran.json["duplicates"] == {"exact": 0, "near": 0, "groups": 0}
     assert "near copies are not looked for" in ran.err
-    fitted = featx("fit", store, "--out", tmp_path / "random.model", "--json")  # it would find one image a class
+    fitted = featx("fit", store, "--out", tmp_path / "random.model", "--json")  # it would find one image per class
     assert fitted.code == 0, fitted.err
     labels = featx("labels", store, "--json")
     assert labels.code == 0 and labels.json["images"] == 16

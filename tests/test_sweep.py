@@ -27,8 +27,7 @@ from featx.heads.normalise import Normalise
 from featx.heads.scorer import softmax
 from featx.heads.selection import choose, out_of_fold_losses, search_penalty
 from featx.heads.solvers.rows import temperature
-from featx.reports.html import render_page
-from featx.reports.sweep import conclusion
+from featx.reports.sweep import conclusion, render_page
 
 Rows = NDArray[np.float32]
 
@@ -204,7 +203,7 @@ def test_a_small_class_takes_no_size_from_the_others() -> None:
     assert found.compared(20) == ("a", "c", "d") and found.compared(2) == found.class_names
     few = replace(found, shots=(2, 20))
     assert "among 3 of 4 classes" in conclusion(few) and "More images help" not in conclusion(few)
-    page = render_page(few, title="x", sentence="", provenance={}, command="", ids=None, thumbnail=None, labels=None)
+    page = render_page(few, title="x", provenance={}, command="", ids=None, thumbnail=None, labels=None)
     assert ">20*</text>" in page and ">2</text>" in page and "among fewer classes" in page
     row = re.search(r"<tr><td>b</td>(.*?)</tr>", page)
     assert row is not None and re.findall(r">([^<]*)</td>", row[1]) == ["-"] * 4

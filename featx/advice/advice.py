@@ -19,7 +19,7 @@ Family: TypeAlias = Literal["head", "earlier layers", "fine-tuning", "control"]
 
 @dataclass(frozen=True)
 class Cell:
-    """One strategy at one number of images a class.
+    """One strategy at one number of images per class.
 
     ``difference`` is to the reference on the same draws, adjusted by Holm over all strategies at this number; None for
     the reference itself. ``seconds`` are those of one draw: choosing and training.
@@ -78,7 +78,7 @@ class Advice:
     ----------
     images : labelled images outside the split "test"; ``counts`` different ones of each of ``class_names``.
     reference : the strategy that the others are compared with.
-    gain : of ten more images a class.
+    gain : of ten more images per class.
     batch : how many images to label next; ``unlabelled`` images the store has.
     minutes : allowed; ``seconds`` : spent.
     interrupted : whether the user stopped it; then the rest is among ``skipped``.
@@ -111,12 +111,12 @@ class Advice:
 
     @property
     def n_compared(self) -> int:
-        """The largest number of images a class at which strategies were compared with the reference."""
+        """The largest number of images per class at which strategies were compared with the reference."""
         compared = [cell.n_shots for cell in self.cells if cell.difference is not None]
         return max(compared or [cell.n_shots for cell in self.cells])
 
     def at(self, n_shots: int) -> list[Cell]:
-        """All strategies at one number of images a class, best first."""
+        """All strategies at one number of images per class, best first."""
         found = [cell for cell in self.cells if cell.n_shots == n_shots]
         return sorted(found, key=lambda cell: -cell.accuracy.mean)
 
@@ -152,8 +152,8 @@ class Advice:
         among = (
             "" if large == len(self.counts) else f", among the {large} of {plural(len(self.counts), 'class')} with more"
         )
-        where = f"With {plural(n, 'image')} a class{among}"
-        text = f"{where}, use {named(best.strategy)}: right in {percent(best.accuracy)}"
+        where = f"With {plural(n, 'image')} per class{among}"
+        text = f"{where}, use {named(best.strategy)}: accuracy {percent(best.accuracy)}"
         if not others:
             return f"{text}; nothing else was compared."
         if best.difference is not None:
@@ -180,19 +180,19 @@ class Advice:
             for cell in controls
             if cell.difference
         ]
-        return f"Without any pretraining, at {plural(self.n_compared, 'image')} a class: {'; '.join(parts)}."
+        return f"Without any pretraining, at {plural(self.n_compared, 'image')} per class: {'; '.join(parts)}."
 
     def _learning_curve(self) -> str:
         if self.curve is None or self.gain is None:
-            return "Ten more images a class: cannot tell; there are too few images for a learning curve."
+            return "Ten more images per class: cannot tell; there are too few images for a learning curve."
         now = self.curve.measured[-1]
         most = int(self.curve.shots[-1])
         text = (
-            f"On draws that judge the same images at every size, {named(self.reference)} is right in {percent(now)} "
-            f"with {plural(most, 'image')} a class"
+            f"On draws that judge the same images at every size, {named(self.reference)} has an accuracy of "
+            f"{percent(now)} with {plural(most, 'image')} per class"
         )
         interval = self.gain.interval
-        ten = f"from {self.gain.n_from:.0f} to {self.gain.n_to:.0f} images a class"
+        ten = f"from {self.gain.n_from:.0f} to {self.gain.n_to:.0f} images per class"
         if self.gain.verdict == "cannot tell":
             return f"{text}. What ten more ({ten}) are worth: cannot tell; {points(interval)}, and {self.gain.reason}."
         if self.gain.verdict == "little":
@@ -206,13 +206,13 @@ class Advice:
         pays = sorted((cell for cell in tuned if cell.verdict == "better"), key=lambda cell: cell.n_shots)
         shown = best_at_each(tuned)
         told = "; ".join(
-            f"{plural(cell.n_shots, 'image')} a class: {cell.strategy} {points(cell.difference.interval)}"
+            f"{plural(cell.n_shots, 'image')} per class: {cell.strategy} {points(cell.difference.interval)}"
             for cell in shown
             if cell.difference
         )
         if pays:
-            return f"Fine-tuning pays from {plural(pays[0].n_shots, 'image')} a class on ({told})."
-        up_to = f"{plural(max(cell.n_shots for cell in tuned), 'image')} a class"
+            return f"Fine-tuning pays from {plural(pays[0].n_shots, 'image')} per class on ({told})."
+        up_to = f"{plural(max(cell.n_shots for cell in tuned), 'image')} per class"
         if all(cell.verdict == "worse" for cell in shown):
             return f"Fine-tuning does not pay up to {up_to}: it loses ({told}). Beyond, it was not measured."
         return f"It is not clear that fine-tuning pays up to {up_to} ({told}). Beyond, it was not measured."
@@ -240,7 +240,7 @@ class Advice:
         rule, best = self.rule, self.recommended
         than = "at least" if rule.size == "large" else "fewer than"
         text = (
-            f"The classic rule (CS231n; {rule.size} data, that is {than} {LARGE} images a class; {rule.nearness}) "
+            f"The classic rule (CS231n; {rule.size} data, that is {than} {LARGE} images per class; {rule.nearness}) "
             f"says: {rule.sentence}."
         )
         if best.family in rule.families:
@@ -270,7 +270,7 @@ class Advice:
         found = self.simulation
         gain = points(found.gain.interval, beside=(found.chosen, found.at_random))
         where = (
-            f"from {plural(found.start, 'image')} a class on, {found.batch} more bring held-out accuracy from "
+            f"from {plural(found.start, 'image')} per class on, {found.batch} more bring held-out accuracy from "
             f"{100 * found.before:.1f} to {100 * found.chosen:.1f} % when chosen (images that the head is unsure of, "
             f"and that are unlike each other), and to {100 * found.at_random:.1f} % at random ({gain})"
         )
@@ -337,7 +337,7 @@ _CHOSEN_SO = (
 
 
 def best_at_each(cells: list[Cell]) -> list[Cell]:
-    """The strategy with the highest accuracy at every number of images a class, ascending."""
+    """The strategy with the highest accuracy at every number of images per class, ascending."""
     numbers = sorted({cell.n_shots for cell in cells})
     return [max((c for c in cells if c.n_shots == n), key=lambda c: c.accuracy.mean) for n in numbers]
 

@@ -1,6 +1,6 @@
-"""How accuracy grows with images a class, and what more of them are worth. Pure: arrays in, numbers out.
+"""How accuracy grows with images per class, and what more of them are worth. Pure: arrays in, numbers out.
 
-The error is taken to fall to an asymptote as an inverse power of the number of images a class, ``c + a * n ** -b``
+The error is taken to fall to an asymptote as an inverse power of the number of images per class, ``c + a * n ** -b``
 (Cortes et al., 1994, "Learning curves: asymptotic values and rate of convergence"; used to predict sample sizes by
 Figueroa et al., 2012, "Predicting sample size required for classification performance"). Its limits are those of every
 extrapolation: it supposes that the next images are like the last ones.
@@ -36,7 +36,7 @@ _BLOCK = 100
 
 @dataclass(frozen=True)
 class Gain:
-    """What going from ``n_from`` to ``n_to`` images a class is worth, as a difference of accuracies.
+    """What going from ``n_from`` to ``n_to`` images per class is worth, as a difference of accuracies.
 
     ``reason`` is empty where it can be told, or says why it cannot.
     """
@@ -60,7 +60,7 @@ class Curve:
 
     Attributes
     ----------
-    shots : (s,) numbers of images a class that were measured.
+    shots : (s,) numbers of images per class that were measured.
     measured : (s,) accuracies with 95 % intervals over draws and images together.
     parameters : (3,) of the error ``c + a * n ** -b``: c, a, b. With a below 0 the accuracy falls.
     resampled : (r, 3) the same for resampled draws and images.
@@ -75,14 +75,14 @@ class Curve:
     miss: float
 
     def accuracy(self, n: float) -> Interval:
-        """Accuracy at ``n`` images a class with its 95 % interval, within 0 and 1."""
+        """Accuracy at ``n`` images per class with its 95 % interval, within 0 and 1."""
         low, high = np.quantile(1 - _error(self.resampled, n), [0.025, 0.975])
         mean = float(1 - _error(self.parameters, n))
         wide = _widened(mean, low, high, self._doubt(n))
         return Interval(*(min(max(value, 0.0), 1.0) for value in (wide.mean, wide.low, wide.high)))
 
     def gain(self, n_from: float, n_to: float) -> Gain:
-        """What more images a class are worth, with a 95 % interval that doubts the form of the curve, too.
+        """What more images per class are worth, with a 95 % interval that doubts the form of the curve, too.
 
         The interval is that of the resampled curves, widened by the miss at the last point in proportion to how much
         further (in the logarithm of n) the curve is carried than it was there.
@@ -101,7 +101,9 @@ class Curve:
 
     def _reason(self, interval: Interval) -> str:
         if len(self.shots) < MIN_POINTS:
-            return f"a curve needs {MIN_POINTS} numbers of images a class, and only {len(self.shots)} could be measured"
+            return (
+                f"a curve needs {MIN_POINTS} numbers of images per class, and only {len(self.shots)} could be measured"
+            )
         if interval.high - interval.low > TOO_WIDE:
             return f"the interval is wider than {100 * TOO_WIDE:.0f} points"
         if interval.low <= 0.0 <= interval.high and max(-interval.low, interval.high) >= LITTLE:
@@ -116,7 +118,7 @@ def fit_curve(
 
     Parameters
     ----------
-    shots : (s,) ascending numbers of images a class, at least two.
+    shots : (s,) ascending numbers of images per class, at least two.
     hits : (e, s, m): 1 where image m was right in draw e at this number, 0 where wrong, nan where it was not judged.
         To compare like with like, a draw should judge the same images at every number.
     resamples : draws and images are both resampled so often (the pigeonhole bootstrap of Owen, 2007, "The pigeonhole

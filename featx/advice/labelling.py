@@ -83,7 +83,7 @@ class Simulation:
 
     Attributes
     ----------
-    start : labelled images a class before; ``batch`` : images labelled more.
+    start : labelled images per class before; ``batch`` : images labelled more.
     before, chosen, at_random : mean accuracy on held-out images.
     gain : chosen minus random, and its verdict.
     episodes : draws.
@@ -104,7 +104,7 @@ class Simulation:
 
 
 def plan_simulation(labels: NDArray[np.integer], groups: Index, batch: int) -> int:
-    """With how many labelled images a class a simulation can start: as near to now as leaves a choice.
+    """With how many labelled images per class a simulation can start: as near to now as leaves a choice.
 
     What is not held out has to give the start, and at least four times the batch to choose from.
 
@@ -143,7 +143,7 @@ def simulate(
     Parameters
     ----------
     embeddings : (n, d); labels : (n,) in 0 .. c-1; groups : (n,) dense numbers of copies.
-    start : images a class whose labels are known at first; ``batch`` : images to label.
+    start : images per class whose labels are known at first; ``batch`` : images to label.
     head : one that gives probabilities; by default the recommended one.
     episodes : draws; a fifth of every class is held out in each.
     keep_on : asked before each draw with the number of finished ones; False ends the simulation.
@@ -234,5 +234,5 @@ def rank_unlabelled(
 
 
 def next_batch(n_classes: int) -> int:
-    """How many images to label next where nobody said: two a class, but at least ten."""
+    """How many images to label next where nobody said: two per class, but at least ten."""
     return max(10, math.ceil(2 * n_classes))

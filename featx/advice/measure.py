@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 GRID = (1, 2, 5, 10, 20, 50, 100, 200, 500)
 COMPARED = (5, 20, 100)
-"""Images a class at which strategies are compared, as far as there are any."""
+"""Images per class at which strategies are compared, as far as there are any."""
 
 EPISODES = 20
 MIN_EPISODES = 3
@@ -53,7 +53,7 @@ _UP_TO = 0.7
 
 
 def curve_shots(smallest: int) -> list[int]:
-    """Numbers of images a class for the learning curve, where the smallest class of it has so many."""
+    """Numbers of images per class for the learning curve, where the smallest class of it has so many."""
     most = max(int(_UP_TO * smallest), 1)
     shots = [n for n in GRID if n <= most]
     return [*shots, most] if most >= 1.5 * shots[-1] else shots
@@ -201,7 +201,7 @@ class _Run:
         ) as tuning:  # fmt: skip
             last: tuple[int, float] | None = None
             for n_shots in shots:
-                name = f"{what} at {plural(n_shots, 'image')} a class"
+                name = f"{what} at {plural(n_shots, 'image')} per class"
                 # Every epoch sees the support once: the time grows with it.
                 expected = 0.0 if last is None else last[1] * n_shots / last[0]
                 if expected > self.budget.left:
@@ -307,7 +307,7 @@ def advise(
     images : the source that the store was made from, for what needs pixels.
     folder : where activations go while they are needed, with ``images``.
     minutes : that may be spent; a measurement that is under way when they are over is given up.
-    count : how many images to label next; by default two a class, but at least ten.
+    count : how many images to label next; by default two per class, but at least ten.
     episodes : draws of heads, as far as the time allows; half as many of labelling, and three of what is trained.
     random_state : seed of all draws.
     n_jobs : workers of the sweeps.

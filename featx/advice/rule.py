@@ -16,7 +16,7 @@ Family: TypeAlias = Literal["head", "earlier layers", "fine-tuning"]
 """What a strategy is: a head on frozen embeddings of the last layer, one on earlier layers, or a trained tail."""
 
 LARGE = 100
-"""Labelled images a class from which data count as large."""
+"""Labelled images per class from which data count as large."""
 
 
 @dataclass(frozen=True)

@@ -85,10 +85,11 @@ def advise(
     origin = source or source_of(store)
     find = finder(origin) if origin and is_local(origin) else Path
     paths = {each.id: str(find(each.id)) for each in found.next_images}
-    text = render_advice(
-        found, title=store.name, provenance=provenance, command=command, paths=paths,
-        thumbnail=Originals(origin, features.ids.tolist(), features.digests).thumbnail,
-    )  # fmt: skip
+    with Originals(origin, features.ids.tolist(), features.digests) as originals:
+        text = render_advice(
+            found, title=store.name, provenance=provenance, command=command, paths=paths,
+            thumbnail=originals.thumbnail,
+        )  # fmt: skip
     publish_bytes(page, text.encode())
     if as_json:
         print_json({**found.to_json(), "page": str(page)})

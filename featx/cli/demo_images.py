@@ -134,7 +134,7 @@ class Job:
     ----------
     name : of the images.
     head : what both were judged with.
-    embeddings, pixels : mean accuracy by images a class.
+    embeddings, pixels : mean accuracy by images per class.
     """
 
     name: str
@@ -144,11 +144,11 @@ class Job:
 
     @property
     def gain(self) -> float:
-        """What the network adds to raw pixels with five images a class, as a share."""
+        """What the network adds to raw pixels with five images per class, as a share."""
         return self.embeddings[5] - self.pixels[5]
 
     def to_json(self) -> dict[str, Any]:
-        """One row for each kind of features and number of images a class."""
+        """One row for each kind of features and number of images per class."""
         return {
             "head": self.head,
             "results": [
@@ -184,7 +184,7 @@ def compare_with_pixels(name: str, result: SweepResult, paths: Sequence[Path], *
 
 
 def means_of(result: SweepResult, head: str) -> dict[Shots, float]:
-    """Mean accuracy of a head by images a class."""
+    """Mean accuracy of a head by images per class."""
     return {each.n_shots: each.accuracy.mean for each in result.results if each.head == head}
 
 

@@ -189,18 +189,18 @@ def run_sweep(
                 judged = judge(features, test.value, winner, _ledger(store), random_state=seed)
                 result = replace(result, notes=(*result.notes, judged.sentence))
             labels = _rank_labels(features, rows, result, columns, n_jobs or all_of_them, line.update)
-            originals = Originals(source_of(store), features.ids[rows].tolist(), features.digests[rows])
             replaced = _replaced(out, result, features.fingerprint)
-            where = write_report(
-                result,
-                out,
-                title=store.name,
-                provenance={**features.provenance, "fingerprint": features.fingerprint},
-                command=shlex.join(["featx", *sys.argv[1:]]),
-                ids=originals.ids,
-                thumbnail=originals.thumbnail,
-                labels=labels,
-            )
+            with Originals(source_of(store), features.ids[rows].tolist(), features.digests[rows]) as originals:
+                where = write_report(
+                    result,
+                    out,
+                    title=store.name,
+                    provenance={**features.provenance, "fingerprint": features.fingerprint},
+                    command=shlex.join(["featx", *sys.argv[1:]]),
+                    ids=originals.ids,
+                    thumbnail=originals.thumbnail,
+                    labels=labels,
+                )
     except KeyboardInterrupt as error:
         raise Interrupted(
             "stopped; finished draws are kept", where=out, hint="Run the same command again to go on."

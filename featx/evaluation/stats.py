@@ -78,7 +78,7 @@ class Interval:
         return {"mean": self.mean, "low": self.low, "high": self.high}
 
 
-BRACKETS = "Brackets hold 95 % intervals."
+BRACKETS = "In brackets: 95 % intervals."
 """What explains :func:`percent` and :func:`points`, once to a page or a table."""
 
 

@@ -1,7 +1,7 @@
 """Compare heads on embeddings: many small draws, the same for every head, everything chosen inside them.
 
 Takes arrays, not paths. A *trial* is one head on one episode; each episode draws a support of
-``n_shots`` rows a class and is judged on the rest. See :mod:`featx.evaluation.splits` for the draws,
+``n_shots`` rows per class and is judged on the rest. See :mod:`featx.evaluation.splits` for the draws,
 :mod:`featx.heads.selection` for what is chosen inside the support and :mod:`featx.evaluation.stats` for the intervals.
 """
 

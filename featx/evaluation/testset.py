@@ -61,7 +61,7 @@ class Judgement:
         warning = "" if self.used == 1 else " What was chosen after an earlier look makes this too good."
         warning += "" if self.converged else " A fit stopped before its optimum."
         return (
-            f"On {plural(self.images, 'image')} of the split {self.split}, {self.head} is right in "
+            f"On {plural(self.images, 'image')} of the split {self.split}, {self.head} has an accuracy of "
             f"{stats.percent(stats.Interval(self.accuracy, self.low, self.high))}. "
             f"This is {times} of this test set.{warning}"
         )

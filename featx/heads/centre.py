@@ -1,7 +1,7 @@
 """The point that heads measure embeddings from: a mean of images other than the labelled ones.
 
 Pooled CNN features are non-negative, so all embeddings share one large direction that says nothing about the class.
-With one or two images a class its estimate is poor; the mean of the user's own images without labels is a better one.
+With one or two images per class its estimate is poor; the mean of the user's own images without labels is a better one.
 
 A mean of other people's images is not used: with efficientnet_lite0, centring by the mean over four image sets and
 judging on the fifth was within 0.2 points of not centring at all, and lost half a point on one of the five.

@@ -1,4 +1,4 @@
-"""Folds inside a support: stratified, with whole groups of copies, and how many different images a class has."""
+"""Folds inside a support: stratified, with whole groups of copies, and how many different images per class has."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 ``ridge_pool`` names the unlabelled images softly by the nearest class mean, lets them move these means, and after a few
 rounds fits a ridge to both: to the labels, and with a bounded weight to what it made of the rest. With one or two
-labelled images a class that is worth several points, as a class mean over many images is a better one; with very many
+labelled images per class that is worth several points, as a class mean over many images is a better one; with very many
 labels it is worth little. The result is a linear head like any other.
 """
 

@@ -8,7 +8,6 @@ from .pixels import (
     decoder_version as decoder_version,
     encode as encode,
     is_image as is_image,
-    jpeg_bytes as jpeg_bytes,
     resize_crop as resize_crop,
     save_png as save_png,
 )
@@ -22,5 +21,5 @@ from .source import (
     is_local as is_local,
     walk_folder as walk_folder,
 )
-from .thumbnails import Originals as Originals
+from .thumbnails import Originals as Originals, Thumbnails as Thumbnails
 from .views import CENTER as CENTER, Looks as Looks, parse_views as parse_views

@@ -294,25 +294,9 @@ def encode(array: NDArray[np.uint8], *, form: str = "PNG") -> bytes:
     return out.getvalue()
 
 
-def thumbnail(data: bytes, side: int) -> bytes:
-    """A JPEG of at most ``side`` pixels a side of an image file's bytes; ImageError when these are refused."""
-    image = decode(data, enough_for=Preprocess(side, (side, side), "bilinear", (0.0,) * 3, (1.0,) * 3))
-    image.thumbnail((side, side))
-    out = io.BytesIO()
-    image.save(out, format="JPEG", quality=80)
-    return out.getvalue()
-
-
 def save_png(array: NDArray[np.uint8], path: Path) -> None:
     """Write grey ``(h, w)`` or RGB ``(h, w, 3)`` pixels as a PNG that appears whole or not at all."""
     publish(path, lambda temp: Image.fromarray(array).save(temp, format="PNG"))
-
-
-def jpeg_bytes(array: NDArray[np.uint8]) -> bytes:
-    """RGB ``(h, w, 3)`` pixels as a small JPEG file, for thumbnails."""
-    out = io.BytesIO()
-    Image.fromarray(array).save(out, format="JPEG", quality=80)
-    return out.getvalue()
 
 
 def resize_crop(image: Image.Image, preprocess: Preprocess) -> NDArray[np.uint8]:

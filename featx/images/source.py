@@ -194,7 +194,7 @@ class ImageSet:
             raise SourceError(
                 "only one class folder",
                 where=root,
-                expected="at least two folders, one a class",
+                expected="at least two folders, one per class",
                 found=images.class_names[0],
                 hint=_one_level_up(root, images),
             )

@@ -1,4 +1,5 @@
 from .advice import render_advice as render_advice
+from .page import render_template as render_template
 from .sheet import (
     MAX_GROUPS as MAX_GROUPS,
     Found as Found,

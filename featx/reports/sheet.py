@@ -1,11 +1,9 @@
-"""Contact sheets as one HTML file: pictures inside it, no script, nothing loaded from elsewhere, light and dark."""
+"""Contact sheets: pictures in rows, for search, duplicates and labels."""
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import TypeAlias
 
@@ -14,8 +12,8 @@ import numpy as np
 from featx._files import publish_bytes
 from featx.advice import MISSED, LabelRanking
 from featx.errors import StoreError, UsageError, plural
-from featx.images import DecoderPool, Origin, Preprocess, finder, is_local, jpeg_bytes
-from featx.reports.html import breakable, document
+from featx.images import Origin, Thumbnails, finder, is_local
+from featx.reports.page import render_template
 from featx.retrieval import DuplicateGroup, Match, label_of
 from featx.store import FeatureSet, is_packed, read_manifest
 
@@ -28,24 +26,7 @@ Finder: TypeAlias = Callable[[str], Origin]
 MAX_GROUPS = 200
 """More groups of duplicates make a sheet that no browser likes."""
 
-SIDE = 160
-"""Pixels of a thumbnail: the centre square, which is what a network with a centre crop sees of a picture."""
-
-_THUMBNAIL = Preprocess(resize=SIDE, crop=(SIDE, SIDE), interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3)
-
-_STYLE = """
-body { max-width: 80rem; }
-.sections { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; }
-.sections section { border: 1px solid var(--line); border-radius: .5rem; padding: .6rem .7rem; max-width: 100%; }
-.sections h2 { font-size: .95rem; margin: 0 0 .4rem; overflow-wrap: anywhere; }
-.row { display: flex; flex-wrap: wrap; gap: .6rem; }
-.row figure { width: 9.2rem; font-size: .82rem; overflow-wrap: anywhere; }
-.row img, .none { width: 100%; aspect-ratio: 1; object-fit: cover; border-radius: .25rem; display: block;
-  margin-bottom: .3rem; } .mark img { outline: 3px solid var(--best); }
-.none { display: grid; place-items: center; text-align: center; padding: .5rem; color: var(--soft);
-  border: 1px dashed var(--line); }
-@media (max-width: 26rem) { .row figure { width: calc(50% - .3rem); max-width: 160px; } }
-"""
+_WORKERS = 2
 
 
 @dataclass(frozen=True)
@@ -112,51 +93,17 @@ def write_sheet(path: Path, *, title: str, facts: Iterable[str], sections: Seque
     StoreError
         It cannot be written.
     """
-    pictures = _thumbnails([card for section in sections for card in section.cards])
-    body = [f"<h1>{escape(title)}</h1>", *(f'<p class="soft">{escape(fact)}</p>' for fact in facts)]
-    boxes = []
-    for section in sections:
-        warning = f'<p class="warn">{escape(section.warning)}</p>' if section.warning else ""
-        cards = "".join(_figure(card, pictures) for card in section.cards)
-        boxes.append(f'<section><h2>{breakable(section.title)}</h2>{warning}<div class="row">{cards}</div></section>')
-    page = document(title, [*body, f'<div class="sections">{"".join(boxes)}</div>'], _STYLE)
+    cards = list(dict.fromkeys(card for section in sections for card in section.cards))
+    pictures: dict[Card, bytes | str] = dict.fromkeys(cards, "no picture")
+    shown = [(card, card.picture) for card in cards if card.picture is not None]
+    with Thumbnails(workers=min(_WORKERS, max(len(shown), 1))) as thumbnails:
+        made = thumbnails.make([(picture, card.digest) for card, picture in shown])
+    pictures |= {card: picture for (card, _), picture in zip(shown, made, strict=True)}
+    page = render_template("sheet.html", title=title, facts=facts, sections=sections, pictures=pictures)
     if path.is_dir():
         raise StoreError("a folder is in the way", where=path)
     publish_bytes(path, page.encode("utf-8", errors="backslashreplace"))
     return sum(not isinstance(found, bytes) for found in pictures.values())
-
-
-def _thumbnails(cards: Sequence[Card]) -> Mapping[Card, bytes | str]:
-    """A JPEG for each card, or why there is none. Files are decoded in processes of their own, as for extraction."""
-    out: dict[Card, bytes | str] = {card: "no picture" for card in cards if card.picture is None}
-    wanted = {card: card.picture for card in cards if card.picture is not None}
-    files = list(dict.fromkeys(wanted.values()))
-    if not files:
-        return out
-    workers = min(2, len(files))
-    with DecoderPool(_THUMBNAIL, workers=workers, mode="scaled") as pool:
-        decoded = dict(zip(files, pool.run(files, lambda digest: False, ahead=4 * workers), strict=True))
-    for card, file in wanted.items():
-        found = decoded[file]
-        if found.refusal is not None:
-            out[card] = found.refusal.what
-        elif card.digest is not None and found.digest != card.digest:
-            out[card] = "the file has changed since it was embedded"
-        else:
-            assert found.pixels is not None
-            out[card] = jpeg_bytes(found.pixels)
-    return out
-
-
-def _figure(card: Card, pictures: Mapping[Card, bytes | str]) -> str:
-    found = pictures[card]
-    if isinstance(found, bytes):
-        code = base64.b64encode(found).decode()
-        shown = f'<img alt="{escape(card.name)}" src="data:image/jpeg;base64,{code}">'
-    else:
-        shown = f'<div class="none">{escape(found)}</div>'
-    mark = ' class="mark"' if card.mark else ""
-    return f"<figure{mark}>{shown}<code>{breakable(card.name)}</code><br>{escape(card.text)}</figure>"
 
 
 def search_sheet(path: Path, store: Path, find: Finder, features: FeatureSet, found: Found) -> int:

@@ -7,20 +7,25 @@ from __future__ import annotations
 
 import csv
 import json
-import os
+import platform
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from featx.advice import LabelRanking
-from featx.errors import UsageError, plural
-from featx.evaluation import BRACKETS, SweepResult, limits, percent, shown_gap
-from featx.reports.html import Thumbnail, classes_among, images_a_class, ranked, render_page, rival
+from featx._files import publish, publish_bytes
+from featx.advice import MISSED, LabelRanking
+from featx.errors import StoreError, UsageError, plural
+from featx.evaluation import BRACKETS, HeadResult, Shots, SweepResult, limits, percent, shown_gap
+from featx.reports.chart import Series, accuracy_chart
+from featx.reports.page import Facts, Images, Thumbnail, render_template
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,16 +35,33 @@ TABLE_WIDTH = 76
 """Columns of a terminal that the table needs with all its digits."""
 
 
+def images_per_class(n_shots: Shots) -> str:
+    """How many images of each class the support has, in words."""
+    if n_shots == "all":
+        return "all but a fifth of the images"
+    return f"{plural(n_shots, 'image')} per class"
+
+
+def classes_among(result: SweepResult, n_shots: Shots) -> str:
+    """Of how many classes a size is, in words, where it is not of all; else ""."""
+    compared = len(result.compared(n_shots))
+    return "" if compared == len(result.class_names) else f", among {compared} of {len(result.class_names)} classes"
+
+
+def ranked(result: SweepResult, n_shots: Shots) -> list[HeadResult]:
+    """Results at one n_shots, best first."""
+    return sorted((each for each in result.results if each.n_shots == n_shots), key=lambda each: each.rank)
+
+
+def rival(result: SweepResult) -> str | None:
+    """The head to see beside the winner: the best other one with the most images."""
+    return next((each.head for each in ranked(result, result.shots[-1]) if each.head != result.winner), None)
+
+
 def render_table(result: SweepResult) -> Table:
     """Ranked table: one section for each n_shots, 95 % intervals, ``=`` where the best is not better for sure."""
     table = Table(
-        title=", ".join(
-            [
-                plural(len(result.labels), "image"),
-                plural(len(result.class_names), "class"),
-                plural(result.episodes, "draw"),
-            ]
-        ),
+        title=_counts(result),
         caption="= no clear difference from the best. ECE: confidence against accuracy, points.",
         caption_justify="left",
         box=box.HORIZONTALS,  # without upright lines, and one space for each: it has to fit 80 columns
@@ -50,7 +72,7 @@ def render_table(result: SweepResult) -> Table:
     table.add_column("shots", no_wrap=True)
     table.add_column("head", no_wrap=not any("@" in head for head in result.heads))
     table.add_column("", no_wrap=True)
-    for name in ("right %", "95 % interval", "balanced", "ECE", "fit s"):
+    for name in ("accuracy", "95 % interval", "balanced", "ECE", "fit s"):
         table.add_column(name, justify="right", no_wrap=True)
     for n_shots in result.shots:
         for each in ranked(result, n_shots):
@@ -69,6 +91,13 @@ def render_table(result: SweepResult) -> Table:
     return table
 
 
+def _counts(result: SweepResult) -> str:
+    return (
+        f"{plural(len(result.labels), 'image')}, {plural(len(result.class_names), 'class')}, "
+        f"{plural(result.episodes, 'draw')}"
+    )
+
+
 def render(result: SweepResult) -> Group:
     """The table, the conclusion and the notes, for a rich console."""
     baseline = f"Guessing the most common class: {100 * result.majority_baseline:.1f} %. {BRACKETS}"
@@ -81,15 +110,15 @@ def conclusion(result: SweepResult) -> str:
     n_shots = result.shots[-1]
     rows = ranked(result, n_shots)
     own = next(each for each in rows if each.head == result.winner)
-    where = images_a_class(n_shots)
+    where = images_per_class(n_shots)
     among = classes_among(result, n_shots)
     if own.accuracy.high - own.accuracy.low > 2 * TOO_WIDE:
         return (
-            f"There are too few photos to tell which head is best. The highest mean is that of {own.head}: right in "
+            f"There are too few photos to tell which head is best. The highest mean is that of {own.head}: accuracy "
             f"{percent(own.accuracy)} with {where}{among}. Add images to every class, ask for more draws with "
             "--episodes, and sweep again."
         )
-    parts = [f"Use {own.head}: right in {percent(own.accuracy)} with {where}{among}."]
+    parts = [f"Use {own.head}: accuracy {percent(own.accuracy)} with {where}{among}."]
     others = [each for each in rows if each is not own]
     if others:
         over = " over all numbers of images" if len(result.shots) > 1 else ""
@@ -99,7 +128,7 @@ def conclusion(result: SweepResult) -> str:
         before = next(r for r in result.results if r.head == own.head and r.n_shots == result.shots[-2])
         gain = own.accuracy.mean - before.accuracy.mean
         if gain >= _WORTH and gain > max([each.accuracy.mean - own.accuracy.mean for each in others] or [0.0]):
-            first = result.shots[-2] if n_shots != "all" else images_a_class(result.shots[-2])
+            first = result.shots[-2] if n_shots != "all" else images_per_class(result.shots[-2])
             more = f"{100 * shown_gap(own.accuracy.mean, before.accuracy.mean):.1f} points from {first} to {where}"
             parts.append(f"More images help{' more than another head' if others else ''}: {more}.")
     tied = [each.head for each in others if result.cannot_tell(own.head, each.head, n_shots)]
@@ -165,28 +194,24 @@ def write_report(
     summary = {"title": title, "provenance": dict(provenance or {}), **result.to_json()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "trials.csv", _csv([trial.row() for trial in result.trials]))
-        _write(folder / "times.csv", _csv([trial.times() for trial in result.trials]))
-        _write(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
-        page = render_page(
-            result, title=title, sentence=conclusion(result), provenance=provenance or {}, command=command,
-            ids=ids, thumbnail=thumbnail, labels=labels,
+        texts = {
+            "trials.csv": _csv([trial.row() for trial in result.trials]),
+            "times.csv": _csv([trial.times() for trial in result.trials]),
+            "summary.json": json.dumps(summary, indent=2, allow_nan=False) + "\n",
+        }
+        texts["report.html"] = render_page(
+            result, title=title, provenance=provenance or {}, command=command, ids=ids, thumbnail=thumbnail,
+            labels=labels,
         )  # fmt: skip
-        _write(folder / "report.html", page)
-        picture = folder / "accuracy_vs_shots.tmp.png"
-        draw_accuracy(result, title=title).savefig(picture, dpi=150)
-        picture.replace(folder / "accuracy_vs_shots.png")
-    except OSError as error:
+        for name, text in texts.items():
+            publish_bytes(folder / name, text.encode("utf-8", errors="backslashreplace"))
+        figure = draw_accuracy(result, title=title)
+        publish(folder / "accuracy_vs_shots.png", lambda temp: figure.savefig(temp, dpi=150, format="png"))
+    except (OSError, StoreError) as error:
+        found = error.what if isinstance(error, StoreError) else error.strerror
         hint = "Choose another folder with --out."
-        raise UsageError("cannot write the report", where=folder, found=error.strerror, hint=hint) from error
+        raise UsageError("cannot write the report", where=folder, found=found, hint=hint) from error
     return folder
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all: a report that is being read never shows half a file."""
-    part = path.with_name(path.name + ".tmp")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)  # noqa: PTH105 (the two-argument form reads as what it does)
 
 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -205,12 +230,157 @@ class _Lines(list[str]):
         return len(text)
 
 
+# --- the page -----------------------------------------------------------------------------------------------------
+
+
+_FIRST = 6
+"""Photos in sight before the rest folds away: a row of a desktop's page."""
+
+_MOST_SUSPECTS = 24
+"""Photos that are shown; the list to copy has all."""
+
+_MOST_CLASSES = 30
+"""More of them make a matrix that nobody reads."""
+
+_GROUPS, _OF_A_GROUP = 12, 4
+"""Groups of duplicates that are shown, and images of each."""
+
+
+def render_page(
+    result: SweepResult,
+    *,
+    title: str,
+    provenance: Mapping[str, Any],
+    command: str,
+    ids: Sequence[str] | None,
+    thumbnail: Thumbnail | None,
+    labels: LabelRanking | None,
+) -> str:
+    """The whole page as text; the arguments are those of :func:`write_report`."""
+    images = Images(ids, thumbnail)
+    first, stop, rest = conclusion(result).partition(". ")
+    facts: dict[str, Any] = {"command": command} if command else {}
+    facts |= dict(provenance)
+    facts |= {f"version of {name}": version(name) for name in ("featx", "scikit-learn", "numpy", "scipy")}
+    facts |= {
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "seed": result.random_state,
+        "seconds": f"{result.seconds:.1f}",
+    }
+    return render_template(
+        "sweep.html",
+        title=title,
+        counts=_counts(result),
+        baseline=result.majority_baseline,
+        brackets=BRACKETS,
+        sentence={"first": first + stop.strip(), "rest": rest},
+        notes=result.notes,
+        suspects=_suspects(labels, images),
+        curves=_curves(result),
+        ranking=[
+            {"title": _capital(images_per_class(n) + classes_among(result, n)), "rows": ranked(result, n)}
+            for n in result.shots[::-1]
+        ],
+        winner=result.winner,
+        confusion=_confusion(result),
+        reliability=_reliability(result),
+        duplicates=_duplicates(result, images),
+        facts=Facts.of(facts),
+    )
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _curves(result: SweepResult) -> dict[str, Any]:
+    names = {result.winner: "best", rival(result): "rival"}
+    rest = [head for head in result.heads if head not in names]
+    places = {n_shots: i / max(len(result.shots) - 1, 1) for i, n_shots in enumerate(result.shots)}
+    series = []
+    for head in [*rest, *(head for head in list(names)[::-1] if head is not None)]:
+        role = names.get(head, "rest")
+        own = [each for each in result.results if each.head == head]
+        tips = [f"{head}, {images_per_class(each.n_shots)}: {100 * each.accuracy.mean:.1f} %" for each in own]
+        at, values = [places[each.n_shots] for each in own], [each.accuracy for each in own]
+        series.append(Series(at, values, role, tips, band=role != "rest"))
+    fewer = {n_shots for n_shots in result.shots if classes_among(result, n_shots)}
+    chart = accuracy_chart(
+        series,
+        [(place, f"{n_shots}{'*' if n_shots in fewer else ''}") for n_shots, place in places.items()],
+        label="accuracy against images per class",
+        baseline=result.majority_baseline,
+    )
+    legend = [(role, head) for head, role in names.items() if head is not None]
+    return {"chart": chart, "legend": legend + ([("rest", ", ".join(rest))] if rest else []), "fewer": fewer}
+
+
+def _confusion(result: SweepResult) -> dict[str, Any]:
+    n_shots = result.shots[-1]
+    counts = result.confusion(result.winner, n_shots)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    names = result.class_names
+    off = [(float(shares[i, j]), i, j) for i, j in product(range(len(names)), repeat=2) if i != j and shares[i, j]]
+    rows = [(name, bool(counts[i].any()), shares[i].tolist()) for i, name in enumerate(names)]
+    return {
+        "where": images_per_class(n_shots),
+        "worst": [(names[i], names[j], value) for value, i, j in sorted(off, reverse=True)[:5]],
+        "names": names,
+        "rows": rows if len(names) <= _MOST_CLASSES else None,
+    }
+
+
+def _reliability(result: SweepResult) -> dict[str, Any] | None:
+    n_shots = result.shots[-1]
+    for head in [result.winner, *(each.head for each in ranked(result, n_shots))]:
+        bins = result.reliability(head, n_shots)
+        if bins:
+            return {"head": head, "bins": bins, "most": max(count for _, _, count in bins)}
+    return None
+
+
+def _suspects(labels: LabelRanking | None, images: Images) -> dict[str, Any] | None:
+    if labels is None or not labels.doubtful.any():
+        return None
+    names, doubtful = labels.class_names, np.flatnonzero(labels.doubtful).tolist()
+    found = [
+        (int(labels.rows[i]), names[labels.labels[i]], names[labels.suggested[i]], float(labels.confidence[i]))
+        for i in doubtful
+    ]
+    cards = [
+        images.card(row, label=label, suggested=suggested, confidence=f"{100 * confidence:.0f}")
+        for row, label, suggested, confidence in found[:_MOST_SUSPECTS]
+    ]
+    return {
+        "text": f"{plural(len(found), 'photo')} may be mislabelled. The arrow points from the present label to the one "
+        "suggested by models that have not seen the photo; confidence is the probability that they give it. "
+        f"{MISSED} featx labels ranks all photos.",
+        "first": cards[:_FIRST],
+        "more": cards[_FIRST:],
+        "list": "\n".join(f"{images.name(row)}\t{label}\t{better}\t{sure:.2f}" for row, label, better, sure in found),
+    }
+
+
+def _duplicates(result: SweepResult, images: Images) -> dict[str, Any] | None:
+    found = result.duplicates
+    if not found.n_groups:
+        return None
+    groups = np.flatnonzero(np.bincount(found.groups) > 1)[:_GROUPS]
+    shown = [row for group in groups for row in np.flatnonzero(found.groups == group)[:_OF_A_GROUP]]
+    cards = [images.card(int(result.rows[row]), label=result.class_names[result.labels[row]]) for row in shown]
+    return {"sentence": found.sentence, "cards": cards}
+
+
+# --- the figure ---------------------------------------------------------------------------------------------------
+
+
 _BEST, _RIVAL, _REST = "#0072B2", "#D55E00", "#AAB1BA"
 _MARKS = "osD^vPX"
 
 
 def draw_accuracy(result: SweepResult, *, title: str) -> Figure:
-    """Accuracy against images a class, with 95 % bands and the majority baseline."""
+    """Accuracy against images per class, with 95 % bands and the majority baseline."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -232,7 +402,7 @@ def draw_accuracy(result: SweepResult, *, title: str) -> Figure:
         list(places),
         ["all but\na fifth" if n == "all" else f"{n}{'*' if classes_among(result, n) else ''}" for n in result.shots],
     )
-    axes.set_xlabel("labelled images a class")
+    axes.set_xlabel("labelled images per class")
     axes.set_ylabel("accuracy on the others, %")
     axes.set_title(title)
     axes.grid(alpha=0.25)

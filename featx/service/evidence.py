@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx.errors import MismatchError, UsageError
-from featx.images import DecoderPool, NoDecoder, Preprocess, encode
+from featx.images import NoDecoder, Thumbnails
 from featx.models import Bundle
 from featx.retrieval import GalleryIndex
 from featx.service.guard import Refusal
@@ -72,7 +72,7 @@ class Evidence:
         if images is not None and not images.is_dir():
             raise UsageError("no such folder of images", where=images)
         self._kept: OrderedDict[int, bytes] = OrderedDict()
-        self._pool: DecoderPool | None = None
+        self._thumbnails = Thumbnails(SIDE)
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -111,25 +111,16 @@ class Evidence:
 
     def _make(self, path: Path, digest: bytes) -> bytes | None:
         try:
-            return self._decode(path, digest)
+            # Only the very bytes that were embedded: an id may not reach any other file.
+            (made,) = self._thumbnails.make([(path, digest)])
         except NoDecoder as error:
             message = f"The system lacks what an image needs just now: {error.what}. Try again later."
             raise Refusal(503, "resources", message, {"Retry-After": "1"}) from error
-
-    def _decode(self, path: Path, digest: bytes) -> bytes | None:
-        if self._pool is None:
-            half = (0.5, 0.5, 0.5)
-            small = Preprocess(resize=SIDE, crop=(SIDE, SIDE), interpolation="bicubic", mean=half, std=half)
-            self._pool = DecoderPool(small, workers=1)
-            self._pool.__enter__()
-        # Only the very bytes that were embedded: an id may not reach any other file.
-        (decoded,) = self._pool.run([path], lambda found: found != digest, ahead=1)
-        return None if decoded.pixels is None else encode(decoded.pixels, form="JPEG")
+        return made if isinstance(made, bytes) else None
 
     def close(self) -> None:
         """End the decoding process."""
-        if self._pool is not None:
-            self._pool.__exit__(None, None, None)
+        self._thumbnails.close()
 
 
 def _class_differences(store: Path, stored: set[str], known: tuple[str, ...]) -> list[str]:
