@@ -21,7 +21,8 @@ from test_bundle import clusters
 
 from featx.backbones.engines.base import Engine
 from featx.backbones.engines.torch import make_engine
-from featx.cli.model import AUTO, _serving, tell_model
+from featx.cli.fit import AUTO, tell_model
+from featx.cli.serve import _serving
 from featx.errors import MismatchError, UsageError
 from featx.evaluation.stats import Interval, expected_calibration_error, log_loss, percent
 from featx.heads.catalogue import HEADS

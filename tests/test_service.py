@@ -255,7 +255,7 @@ def test_without_its_packages_it_says_what_to_install(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "pip install 'featx[serve]'" in done.stderr
-    light = "import sys, featx.cli.main, featx.cli.model; print([n for n in ('fastapi', 'torch') if n in sys.modules])"
+    light = "import sys, featx.cli.main, featx.cli.serve; print([n for n in ('fastapi', 'torch') if n in sys.modules])"
     assert subprocess.run([sys.executable, "-c", light], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from featx.cli.model import Json, OwnBackbone, Weights, own_network
-from featx.cli.sweep import stem
+from featx.cli.options import Jobs, Json, OwnBackbone, Seed, StoreArgument, Weights, own_network, stem
 from featx.cli.terminal import PAGE_MARK, ProgressLine, check_file, print_json, say, show
 from featx.errors import FeatxError, Interrupted
 
@@ -26,7 +25,7 @@ def register(app: typer.Typer) -> None:
 
 
 def advise(
-    store: Annotated[Path, typer.Argument(metavar="STORE", help="A store, or a file made by featx pack.")],
+    store: StoreArgument,
     source: Annotated[
         str | None,
         typer.Option(
@@ -43,10 +42,8 @@ def advise(
     ] = None,
     backbone: OwnBackbone = None,
     weights: Weights = None,
-    n_jobs: Annotated[
-        int | None, typer.Option(min=1, max=1024, help="Parallel workers of sweeps. (default: cores)")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of every random draw.")] = 0,
+    n_jobs: Jobs = None,
+    seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Say which strategy to use, what more images would bring, whether fine-tuning pays, and what to label next.

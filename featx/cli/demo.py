@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from featx.cli.model import Json, fit, predict
+from featx.cli.extract import extract
+from featx.cli.fit import fit
+from featx.cli.options import Json, Seed
+from featx.cli.predict import predict
 from featx.cli.search import search
-from featx.cli.sweep import run_sweep
+from featx.cli.sweep import sweep
 from featx.cli.terminal import ProgressLine, check_writable, print_json, say, show
 
 if TYPE_CHECKING:
@@ -24,23 +27,66 @@ if TYPE_CHECKING:
 
     from featx.cli.demo_images import Job
 
-Extract = Callable[..., None]
-
 EPISODES = 10
 
 
-def register(app: typer.Typer, extract: Extract) -> None:
-    """Add the command of this module, which runs ``extract`` as one of its steps."""
+def register(app: typer.Typer) -> None:
+    """Add the command of this module."""
 
-    @app.command(epilog="Examples:  featx demo  |  featx demo --open")
-    def demo(
-        folder: Annotated[Path, typer.Option(help="Where images, stores, report and model go.")] = Path("data/demo"),
-        open_report: Annotated[bool, typer.Option("--open", help="Open the report in the browser at the end.")] = False,
-        seed: Annotated[int, typer.Option(min=0, help="Seed of every random draw.")] = 0,
-        as_json: Json = False,
-    ) -> None:
-        """Do the main job, offline: on photographs, where the network helps, and on digits, where it does not."""
-        run_demo(folder, extract, open_report=open_report, seed=seed, as_json=as_json)
+    app.command(epilog="Examples:  featx demo  |  featx demo --open")(demo)
+
+
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where images, stores, report and model go.")] = Path("data/demo"),
+    open_report: Annotated[bool, typer.Option("--open", help="Open the report in the browser at the end.")] = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Do the main job, offline: on photographs, where the network helps, and on digits, where it does not."""
+    started = time.monotonic()
+    check_writable(folder)
+    from featx.cli import demo_images
+
+    steps = _Steps(as_json=as_json)
+    photographs, new, digits = folder / "photographs", folder / "new", folder / "digits"
+    counts = {
+        "photographs": demo_images.write_photographs(photographs, new),
+        "digits": demo_images.write_digits(digits),
+    }
+    say(
+        f"{counts['photographs']} tiles of {len(demo_images.PHOTOGRAPHS)} photographs are in {photographs}, and "
+        f"{counts['digits']} scanned digits in {digits}: a folder for each class.",
+        err=as_json,
+    )
+    jobs = []
+    for images, shots, heads in ((photographs, "1,2,5", "all"), (digits, "1,2,5,20", "auto")):
+        jobs.append(_job(steps, images, shots, heads, seed))
+    store, model, report = (photographs.with_suffix(end) for end in (".featx", ".model", ".report"))
+    tiles = [new / f"{name}.png" for name in demo_images.NEW]
+    steps.run(_line("fit", store, "--out", model, *_seed(seed)), fit, store, model, seed=seed)
+    predicted = steps.run(_line("predict", model, *tiles), predict, model, tiles)
+    found = steps.run(_line("search", store, tiles[0], "-k", 3), search, store, [str(tiles[0])], k=3)
+    page = report / "report.html"
+    if as_json:
+        print_json(
+            {
+                **{job.name: {"images": counts[job.name], **job.to_json()} for job in jobs},
+                "commands": steps.commands,
+                "predictions": predicted["predictions"],
+                "search": found["results"],
+                "report": str(page),
+                "model": str(model),
+                "seconds": time.monotonic() - started,
+            }
+        )
+    say("", err=as_json)
+    show(_table(jobs), err=as_json)
+    say(*demo_images.verdict(jobs), err=as_json)
+    say("", f"Report: {page}", f"Model: {model}", err=as_json)
+    say("Now with your own photos, one folder for each class:", err=as_json)
+    say("  featx extract photos --out photos.featx", "  featx sweep photos.featx", err=as_json)
+    if open_report and not webbrowser.open(page.resolve().as_uri()):
+        say("Note: no browser could be opened.", err=True)
 
 
 class _Steps:
@@ -64,52 +110,7 @@ class _Steps:
         return answer
 
 
-def run_demo(folder: Path, extract: Extract, *, open_report: bool, seed: int, as_json: bool) -> None:
-    """What ``featx demo`` does; ``extract`` is the command of that name."""
-    started = time.monotonic()
-    check_writable(folder)
-    from featx.cli import demo_images as demo
-
-    steps = _Steps(as_json=as_json)
-    photographs, new, digits = folder / "photographs", folder / "new", folder / "digits"
-    counts = {"photographs": demo.write_photographs(photographs, new), "digits": demo.write_digits(digits)}
-    say(
-        f"{counts['photographs']} tiles of {len(demo.PHOTOGRAPHS)} photographs are in {photographs}, and "
-        f"{counts['digits']} scanned digits in {digits}: a folder for each class.",
-        err=as_json,
-    )
-    jobs = []
-    for images, shots, heads in ((photographs, "1,2,5", "all"), (digits, "1,2,5,20", "auto")):
-        jobs.append(_job(steps, extract, images, shots, heads, seed))
-    store, model, report = (photographs.with_suffix(end) for end in (".featx", ".model", ".report"))
-    tiles = [new / f"{name}.png" for name in demo.NEW]
-    steps.run(_line("fit", store, "--out", model, *_seed(seed)), fit, store, model, seed=seed)
-    predicted = steps.run(_line("predict", model, *tiles), predict, model, tiles)
-    found = steps.run(_line("search", store, tiles[0], "-k", 3), search, store, [str(tiles[0])], k=3)
-    page = report / "report.html"
-    if as_json:
-        print_json(
-            {
-                **{job.name: {"images": counts[job.name], **job.to_json()} for job in jobs},
-                "commands": steps.commands,
-                "predictions": predicted["predictions"],
-                "search": found["results"],
-                "report": str(page),
-                "model": str(model),
-                "seconds": time.monotonic() - started,
-            }
-        )
-    say("", err=as_json)
-    show(_table(jobs), err=as_json)
-    say(*demo.verdict(jobs), err=as_json)
-    say("", f"Report: {page}", f"Model: {model}", err=as_json)
-    say("Now with your own photos, one folder for each class:", err=as_json)
-    say("  featx extract photos --out photos.featx", "  featx sweep photos.featx", err=as_json)
-    if open_report and not webbrowser.open(page.resolve().as_uri()):
-        say("Note: no browser could be opened.", err=True)
-
-
-def _job(steps: _Steps, extract: Extract, images: Path, shots: str, heads: str, seed: int) -> Job:
+def _job(steps: _Steps, images: Path, shots: str, heads: str, seed: int) -> Job:
     from featx.cli.demo_images import compare_with_pixels
     from featx.store import read_features
 
@@ -117,11 +118,11 @@ def _job(steps: _Steps, extract: Extract, images: Path, shots: str, heads: str, 
     steps.run(_line("extract", images, "--out", store), extract, str(images), store)
     results = []
 
-    def sweep(**options: Any) -> None:
-        results.append(run_sweep(store, heads=heads, shots=shots, episodes=EPISODES, seed=seed, **options))
+    def compare(**options: Any) -> None:
+        results.append(sweep(store, heads=heads, shots=shots, episodes=EPISODES, seed=seed, **options))
 
     chosen = () if heads == "all" else ("--heads", heads)
-    steps.run(_line("sweep", store, *chosen, "--shots", shots, "--episodes", EPISODES, *_seed(seed)), sweep)
+    steps.run(_line("sweep", store, *chosen, "--shots", shots, "--episodes", EPISODES, *_seed(seed)), compare)
     with ProgressLine("raw pixels"):
         return compare_with_pixels(images.name, results[0], [images / name for name in read_features(store).ids])
 

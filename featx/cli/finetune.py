@@ -8,19 +8,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from featx.cli.model import (
-    REFUSED,
+from featx.cli.fit import tell_model
+from featx.cli.options import (
+    QUARANTINED,
     Device,
     DeviceOption,
     EngineName,
     EngineOption,
     Json,
     OwnBackbone,
+    Seed,
+    StoreArgument,
     Weights,
     own_network,
-    tell_model,
+    stem,
 )
-from featx.cli.sweep import parse_heads, parse_shots, stem
+from featx.cli.sweep import parse_heads, parse_shots
 from featx.cli.terminal import MODEL_MARK, ProgressLine, check_file, print_json, say, show
 from featx.errors import Interrupted, UsageError, plural
 
@@ -42,7 +45,7 @@ def register(app: typer.Typer) -> None:
 
 
 def finetune(
-    store: Annotated[Path, typer.Argument(metavar="STORE", help="A store, or a file made by featx pack.")],
+    store: StoreArgument,
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="The images that the store was made from.")],
     unfreeze: Annotated[str, typer.Option(help="How many of the last blocks to train, or all.")] = "1",
     from_scratch: Annotated[
@@ -79,7 +82,7 @@ def finetune(
     weights: Weights = None,
     engine: EngineOption = EngineName.auto,
     device: DeviceOption = Device.auto,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of every random draw.")] = 0,
+    seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Train the last blocks of the network, too, and compare that with heads on the same draws.
@@ -231,4 +234,4 @@ def autoencoder(
         again = ["featx", "extract", source, "--out", "ae.featx", "--backbone", "autoencoder", "--weights", str(out)]
         say(f"Next: {shlex.join(again)}")
     if found.refused:
-        raise typer.Exit(REFUSED)
+        raise typer.Exit(QUARANTINED)

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from featx.cli.model import Json
+from featx.cli.options import Json
 from featx.cli.terminal import print_json, say
 from featx.errors import UsageError, did_you_mean
 

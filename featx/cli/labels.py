@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from featx.cli.model import Json
+from featx.cli.options import Jobs, Json, Seed, SourceOption, StoreArgument
 from featx.cli.terminal import PAGE_MARK, ProgressLine, check_file, print_json, say, show
 from featx.errors import UsageError, plural, visible
 
@@ -32,7 +32,7 @@ def register(app: typer.Typer) -> None:
 
 
 def labels(
-    store: Annotated[Path, typer.Argument(metavar="STORE", help="A store, or a file made by featx pack.")],
+    store: StoreArgument,
     html: Annotated[
         Path | None, typer.Option(metavar="FILE.html", help="Write a sheet of the doubtful images, as one file.")
     ] = None,
@@ -42,12 +42,9 @@ def labels(
     ] = None,
     head: Annotated[str, typer.Option(help="A head that gives probabilities.")] = "auto",
     layer: Annotated[str | None, typer.Option(help="Which of the store's layers. (default: the last)")] = None,
-    source: Annotated[
-        str | None,
-        typer.Option(help="Where the images of the store are, for the sheet. (default: as at extraction)"),
-    ] = None,
-    n_jobs: Annotated[int | None, typer.Option(min=1, max=1024, help="Parallel workers. (default: cores)")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of every random draw.")] = 0,
+    source: SourceOption = None,
+    n_jobs: Jobs = None,
+    seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Find labels that are likely to be wrong.

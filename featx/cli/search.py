@@ -8,18 +8,21 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from featx.cli.model import (
-    REFUSED,
+from featx.cli.options import (
+    QUARANTINED,
     Device,
     DeviceOption,
     EngineName,
     EngineOption,
     Json,
     OwnBackbone,
+    Seed,
+    SourceOption,
+    StoreArgument,
     Weights,
     own_network,
-    say_refused,
 )
+from featx.cli.predict import say_refused
 from featx.cli.terminal import PAGE_MARK, ProgressLine, check_file, print_json, say, show
 from featx.errors import ImageError, plural, visible
 
@@ -39,7 +42,6 @@ class MethodName(StrEnum):
     approximate = "approximate"
 
 
-StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="A store, or a file made by featx pack.")]
 Layer = Annotated[str, typer.Option(help="Which of the store's layers.")]
 Center = Annotated[bool, typer.Option("--center", help="Subtract the mean of the gallery.")]
 Whiten = Annotated[
@@ -47,9 +49,6 @@ Whiten = Annotated[
 ]
 Expand = Annotated[int, typer.Option(min=0, metavar="N", help="Expand each query by its N nearest images.")]
 Html = Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a sheet with thumbnails, as one file.")]
-Source = Annotated[
-    str | None, typer.Option(help="Where the images of the store are, for the sheet. (default: as at extraction)")
-]
 
 
 def register(app: typer.Typer) -> None:
@@ -81,7 +80,7 @@ def search(
         bool, typer.Option("--include-self", help="Let an image of the store be in its own answer.")
     ] = False,
     html: Html = None,
-    source: Source = None,
+    source: SourceOption = None,
     backbone: OwnBackbone = None,
     weights: Weights = None,
     engine: EngineOption = EngineName.auto,
@@ -140,7 +139,7 @@ def search(
         say(f"  refused {item['query']}: {item['reason']}, {item['message']}", err=True)
     if asked.refused:
         say_refused(len(asked.refused), len(asked.names))
-        raise typer.Exit(REFUSED)
+        raise typer.Exit(QUARANTINED)
 
 
 class _Queries:
@@ -255,7 +254,7 @@ def evaluate_retrieval(
     whiten: Whiten = None,
     expand: Expand = 0,
     max_queries: Annotated[int, typer.Option(min=1, help="Draw at most this many queries.")] = 10_000,
-    seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
+    seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Measure how well search finds the same class: every labelled image queries all the others."""
@@ -350,7 +349,7 @@ def duplicates(
     exact_only: Annotated[bool, typer.Option("--exact-only", help="Find only files with equal bytes.")] = False,
     layer: Layer = "penultimate",
     html: Html = None,
-    source: Source = None,
+    source: SourceOption = None,
     as_json: Json = False,
 ) -> None:
     """Find copies and near copies: those across splits first, then those whose labels differ."""

@@ -11,11 +11,11 @@ from dataclasses import replace
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from featx.cli.model import Unlabelled, UnlabelledFrom, let_scipy_take_tensors
+from featx.cli.options import Jobs, Json, Seed, StoreArgument, Unlabelled, UnlabelledFrom, let_scipy_take_tensors, stem
 from featx.cli.terminal import ProgressLine, check_writable, print_json, say, show
 from featx.errors import Interrupted, UsageError, plural
 
@@ -50,7 +50,7 @@ def register(app: typer.Typer) -> None:
 
 
 def sweep(
-    store: Annotated[Path, typer.Argument(metavar="STORE", help="A store, or a file made by featx pack.")],
+    store: StoreArgument,
     heads: Annotated[str, typer.Option(help="Names separated by commas, or all.")] = "all",
     shots: Annotated[
         str | None,
@@ -80,7 +80,7 @@ def sweep(
             min=2, metavar="N", help="Use only N images of a large store, drawn in proportion to its classes."
         ),
     ] = None,
-    n_jobs: Annotated[int | None, typer.Option(min=1, max=1024, help="Parallel workers. (default: cores)")] = None,
+    n_jobs: Jobs = None,
     backend: Annotated[
         Backend,
         typer.Option(help="Where the workers run: here, or on the Ray cluster that runs here or RAY_ADDRESS names."),
@@ -88,51 +88,12 @@ def sweep(
     device: Annotated[
         Where, typer.Option(help="Where logistic regression on very many images is solved; the rest runs on the CPU.")
     ] = Where.cpu,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of every random draw.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
-) -> None:
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> Any:  # a SweepResult; Typer evaluates annotations, and that one would import much before it is needed
     """Compare heads on a store: how good they are with how few labels, and how sure that is."""
-    run_sweep(
-        store,
-        heads=heads,
-        shots=shots,
-        episodes=episodes,
-        test=test,
-        unlabelled=unlabelled,
-        unlabelled_from=unlabelled_from,
-        layers=layers,
-        out=out,
-        n_jobs=n_jobs,
-        backend=backend,
-        max_images=max_images,
-        device=device,
-        seed=seed,
-        as_json=as_json,
-    )
-
-
-def run_sweep(
-    store: Path,
-    *,
-    heads: str = "all",
-    shots: str | None = None,
-    episodes: int = 20,
-    test: Split | None = None,
-    unlabelled: bool = False,
-    unlabelled_from: Path | None = None,
-    layers: str | None = None,
-    out: Path | None = None,
-    n_jobs: int | None = None,
-    backend: Backend = Backend.local,
-    max_images: int | None = None,
-    device: Where = Where.cpu,
-    seed: int = 0,
-    as_json: bool = False,
-) -> SweepResult:
-    """What ``featx sweep`` and a step of ``featx demo`` do."""
     if device == Where.cuda:
         let_scipy_take_tensors()
-    import numpy as np
 
     from featx.evaluation import judge, sweep_heads
     from featx.heads import heads_for, open_layers, taken, unlabelled_centre, unlabelled_rows
@@ -145,16 +106,7 @@ def run_sweep(
     features, columns, on = open_layers(store, layers, one=one, max_images=max_images, random_state=seed)
     out = out or store.with_name(stem(store) + ".report")
     check_writable(out)
-    # Test images are for the one judgement at the end; they take no part in choosing.
-    if test and test.value not in features.splits:
-        found = ", ".join(sorted(set(features.splits.tolist()) - {""})) or "no splits"
-        raise UsageError(f"no images in the split {test.value}", where=store, found=found)
-    held = {"test"} | ({test.value} if test else set())
-    rows = np.flatnonzero(~np.isin(features.splits, sorted(held)))
-    for name in sorted(held & set(features.splits.tolist())):
-        say(f"Note: the split {name} ({plural(int((features.splits == name).sum()), 'image')}) is left out.", err=True)
-    if {"train", "val"} <= set(features.splits[rows].tolist()):
-        say("Note: draws are made from train and val together; --test val keeps val for one judgement.", err=True)
+    rows = _rows(features, store, test)
     pool = None
     if unlabelled or unlabelled_from:
         pool = unlabelled_rows(features, rows if unlabelled else rows[:0], unlabelled_from)
@@ -221,6 +173,23 @@ def run_sweep(
     return result
 
 
+def _rows(features: FeatureSet, store: Path, test: Split | None) -> Index:
+    """The rows that may be chosen on, with notes of those that may not."""
+    import numpy as np
+
+    # Test images are for the one judgement at the end; they take no part in choosing.
+    if test and test.value not in features.splits:
+        found = ", ".join(sorted(set(features.splits.tolist()) - {""})) or "no splits"
+        raise UsageError(f"no images in the split {test.value}", where=store, found=found)
+    held = {"test"} | ({test.value} if test else set())
+    rows = np.flatnonzero(~np.isin(features.splits, sorted(held)))
+    for name in sorted(held & set(features.splits.tolist())):
+        say(f"Note: the split {name} ({plural(int((features.splits == name).sum()), 'image')}) is left out.", err=True)
+    if {"train", "val"} <= set(features.splits[rows].tolist()):
+        say("Note: draws are made from train and val together; --test val keeps val for one judgement.", err=True)
+    return rows
+
+
 def _rank_labels(
     features: FeatureSet,
     rows: Index,
@@ -272,10 +241,6 @@ def _replaced(out: Path, result: SweepResult, fingerprint: str) -> str:
 
 _SETTINGS = ("heads", "shots", "episodes", "random_state", "classes")
 """Fields of ``summary.json`` in which two reports on one store may differ."""
-
-
-def stem(store: Path) -> str:
-    return store.name.removesuffix(".featx").removesuffix(".h5")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The command that lists the layers of a network."""
+"""The commands that list networks and their layers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from featx.cli.model import Json
+from featx.cli.options import Json
 from featx.cli.terminal import ProgressLine, print_json, say, show
 
 if TYPE_CHECKING:
@@ -22,7 +22,8 @@ _POOLED = {
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command of this module."""
+    """Add the commands of this module."""
+    app.command(epilog="Example:  featx backbones --json")(backbones)
     app.command(epilog="Examples:  featx layers efficientnet_lite0  |  featx layers resnet50 --all --json")(layers)
 
 
@@ -61,3 +62,23 @@ def layers(
 
 def _plain(found: list[LayerInfo]) -> list[dict[str, object]]:
     return [{**asdict(info), "shape": list(info.shape)} for info in found]
+
+
+def backbones(as_json: Json = False) -> None:
+    """List the networks that can be used, and which of them work offline."""
+    from featx.backbones import list_backbones
+
+    known = list_backbones()
+    if as_json:
+        print_json({"backbones": [asdict(info) for info in known]})
+        return
+    from rich.table import Table
+
+    table = Table("backbone", "dimensions", "parameters", "licence of the weights", "offline now", box=None)
+    for info in known:
+        size = f"{info.parameters / 1e6:.1f} M"
+        table.add_row(info.name, str(info.embedding_dim), size, info.licence, "yes" if info.offline else "")
+    show(table)
+    say("", "Any timm model too, as timm:NAME. Weights of your own: --weights FILE.")
+    say("A network of your own: --backbone FILE.py:CLASS (see featx guide features).")
+    say("One that learns from your images alone: featx autoencoder.")

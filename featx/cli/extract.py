@@ -1,0 +1,343 @@
+"""The command that embeds images into a store, and its options that spread it over processes and machines."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from featx._files import refuse_second_writer
+from featx.cli.options import QUARANTINED, Device, EngineName, Json
+from featx.cli.terminal import ProgressLine, check_writable, print_json, say, show
+from featx.errors import UsageError, plural
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from featx.backbones import Backbone
+    from featx.extraction import ExtractSummary, Part
+    from featx.images import ImageSet
+
+_CLASSES = 12
+"""Classes that are counted by name at the end of an extraction."""
+
+_PANEL = "Many machines or devices"
+
+
+class Runner(StrEnum):
+    local = "local"
+    ray = "ray"
+
+
+PartOption = Annotated[
+    str | None,
+    typer.Option(
+        "--part", metavar="I/N", rich_help_panel=_PANEL,
+        help="Do only part I of N, such as 2/8: one task of an array job. Parts may run on any host, and be repeated.",
+    ),
+]  # fmt: skip
+FinishOption = Annotated[
+    bool,
+    typer.Option("--finish", rich_help_panel=_PANEL, help="Put the parts together, or say which are missing."),
+]
+RunnerOption = Annotated[
+    Runner | None,
+    typer.Option(rich_help_panel=_PANEL, help="Do all parts and finish. local: one process for each of --devices; "
+                 "ray: on the Ray cluster that runs here or that RAY_ADDRESS names."),
+]  # fmt: skip
+DevicesOption = Annotated[
+    str | None,
+    typer.Option(rich_help_panel=_PANEL, help="For --runner local: all GPUs, or 0,1, or cpu,cpu. (default: all)"),
+]
+
+
+class Decode(StrEnum):
+    full = "full"
+    scaled = "scaled"
+
+
+class Precision(StrEnum):
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command of this module."""
+    app.command(
+        epilog="Examples:  featx extract photos --out photos.featx  |  featx extract list.csv -o s.featx --engine torch"
+        "  |  featx extract photos -o s.featx --part 2/8"
+    )(extract)
+
+
+def extract(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="Folder of class folders (train/ val/ test/ may be above them), CSV/JSONL list, tar or Parquet files, "
+            "torchvision:NAME:ROOT, or an address such as s3://bucket/photos.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="STORE", help="The store: made, continued or updated.")],
+    backbone: Annotated[
+        str, typer.Option(help="See: featx backbones. FILE.py:CLASS is a network of your own; its code is run.")
+    ] = "efficientnet_lite0",
+    weights: Annotated[str, typer.Option(help="default, none (random, as a control), or a file.")] = "default",
+    layer: Annotated[
+        list[str] | None, typer.Option(help="Layer to take embeddings from; may be repeated. (default: penultimate)")
+    ] = None,
+    views: Annotated[
+        str,
+        typer.Option(
+            help="Views whose embeddings are averaged, such as center,flip,full. Every view takes the full time."
+        ),
+    ] = "center",
+    device: Annotated[Device, typer.Option(help="auto is cuda if there is a GPU.")] = Device.auto,
+    engine: Annotated[EngineName, typer.Option(help="auto is torch on cuda, or else openvino.")] = EngineName.auto,
+    precision: Annotated[
+        Precision, typer.Option(help="auto is that of the store, or else fp32 on a CPU and bf16 on a GPU.")
+    ] = Precision.auto,
+    batch_size: Annotated[int | None, typer.Option(min=1, max=4096, help="(default: measured for the engine)")] = None,
+    decode: Annotated[
+        Decode, typer.Option(help="scaled decodes large JPEGs only as far as the resize needs.")
+    ] = Decode.full,
+    workers: Annotated[int | None, typer.Option(min=1, max=256, help="Decoding processes. (default: cores)")] = None,
+    max_bad: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Share of images that may be refused. (default: 0.01, but at least ten)"),
+    ] = None,
+    unlabelled: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A folder (or label) that is not a class: its images count as unlabelled. May be repeated.",
+        ),
+    ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Let SOURCE replace most of the labelled images of the store.")
+    ] = False,
+    prune: Annotated[bool, typer.Option("--prune", help="Drop embeddings that no image refers to any more.")] = False,
+    rehash: Annotated[
+        bool,
+        typer.Option(
+            "--rehash", help="Read every image again, including those whose size, times and inode have not changed."
+        ),
+    ] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Show where the time went.")] = False,
+    part: PartOption = None,
+    finish: FinishOption = False,
+    runner: RunnerOption = None,
+    devices: DevicesOption = None,
+    as_json: Json = False,
+) -> None:
+    """Embed every image of SOURCE once, into STORE.
+
+    Run it again after adding, renaming or relabelling images: only new content is computed. An interrupted run goes
+    on where it stopped.
+    """
+    from featx.extraction import UNREAD
+    from featx.images import ImageSet, count_labels, parse_views
+
+    how = Spread.of(part, finish, runner, devices, prune=prune, rehash=rehash, device=device.value)
+    source = how.source(source)
+    _check_output(out, Path(source), alone=how.part is None)
+    with ProgressLine("listing") as line:
+        if "://" in source:
+            line.say(f"Listing {source} ...")
+        images = ImageSet.from_source(source, progress=line.count).without_labels(unlabelled or ())
+
+    looks = parse_views(views)
+    if len(looks) > 1:
+        say(f"{len(looks)} views ({', '.join(looks)}): the network takes about {len(looks)} times as long.", err=True)
+    with ProgressLine("embedding") as line:
+        layers = tuple(layer or ("penultimate",))
+        loader = partial(load, everywhere(backbone), everywhere(weights), layers)
+        summary = how.run(
+            images,
+            out,
+            loader if how.runner else partial(loader, progress=line.say),
+            engine={"engine": engine.value, "batch_size": batch_size},
+            device=device.value,
+            precision=precision.value,
+            options={
+                "workers": workers,
+                "decode": decode.value,
+                "views": looks,
+                "max_bad": max_bad,
+                "replace_images": replace,
+                "rehash": rehash,
+            },
+            prune=prune,
+            progress=line.update,
+        )
+    for note in summary.notes:
+        say(f"Note: {note}.", err=True)
+    refused = {item.id for item in summary.refused}
+    labels = [ref.label for ref in (images if how.part is None else how.part.cut(images)).refs if ref.id not in refused]
+    classes, nameless = count_labels(labels), labels.count(None)
+    if as_json:
+        print_json({**summary.to_json(), "classes": classes, "unlabelled": nameless})
+    rate = f", {summary.images_per_second:.0f} images/s" if summary.images_per_second else ""
+    say(
+        f"{plural(summary.images, 'image')}: {summary.embedded} embedded, {summary.reused - summary.copies} reused, "
+        f"{plural(summary.copies, 'copy') + ', ' if summary.copies else ''}"
+        f"{summary.quarantined} quarantined, in {summary.seconds:.1f} s{rate} "
+        f"({summary.backbone}, {summary.engine} on {summary.device}, {summary.precision}).",
+        err=as_json,
+    )
+    say(_classes(classes, nameless), err=as_json)
+    if profile:
+        show(_stages(summary.stages, summary.embedded), err=as_json)
+    for item in [each for each in summary.refused if each.reason != UNREAD][:10]:
+        say(f"  refused {item.id}: {item.reason}, {item.message}", err=True)
+    if summary.quarantined:
+        say(f"All refused images: {how.folder(out) / 'quarantine.jsonl'}", err=True)
+        raise typer.Exit(QUARANTINED)
+    if not as_json:
+        labelled = len(images.class_names) > 1
+        say(f"Next: {how.next_step(out, source, labelled=labelled, unlabelled=unlabelled or ())}")
+
+
+def _classes(classes: dict[str, int], nameless: int) -> str:
+    counted = [f"{name} {n}" for name, n in list(classes.items())[:_CLASSES]]
+    more = [plural(len(classes) - _CLASSES, "more class")] if len(classes) > _CLASSES else []
+    without = [f"{nameless} without a label"] if nameless else []
+    found = f"{plural(len(classes), 'class')}: {', '.join([*counted, *more])}" if classes else "No classes"
+    return f"{'; '.join([found, *without])}."
+
+
+def _stages(stages: Mapping[str, float], images: int) -> Table:
+    from rich.table import Table
+
+    table = Table("stage", "seconds", "ms an image", box=None, title="where the time went")
+    for name, seconds in stages.items():
+        table.add_row(name, f"{seconds:.2f}", f"{1000 * seconds / max(images, 1):.2f}")
+    table.caption = "the first four are summed over the decoding processes, which run beside the rest"
+    return table
+
+
+def _check_output(out: Path, source: Path, *, alone: bool) -> None:
+    if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+        raise UsageError(
+            "the store would lie inside the folder of images", where=out, hint="Choose an --out beside it, not in it."
+        )
+    check_writable(out)
+    if alone:
+        refuse_second_writer(out)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """What of an extraction this command does, and with whom."""
+
+    part: Part | None = None
+    finish: bool = False
+    runner: Runner | None = None
+    devices: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        part: str | None,
+        finish: bool,
+        runner: Runner | None,
+        devices: str | None,
+        *,
+        prune: bool,
+        rehash: bool,
+        device: str,
+    ) -> Spread:
+        """The options, where they go together."""
+        from featx.extraction import Part
+
+        given = [name for name, value in (("--part", part), ("--finish", finish), ("--runner", runner)) if value]
+        if len(given) > 1:
+            raise UsageError(f"{' and '.join(given)} do not go together", hint="--runner does all parts and finishes.")
+        if devices is not None and runner is not Runner.local:
+            raise UsageError("--devices is for --runner local", hint="Without it, one device is chosen by --device.")
+        if runner is Runner.local and device != "auto":
+            raise UsageError("--device does not go with --runner local", hint=f"Use --devices {device}.")
+        if part is not None and prune:
+            raise UsageError("--prune does not go with --part", hint="Give it to --finish.")
+        if finish and rehash:
+            raise UsageError(
+                "--rehash does not go with --finish", hint="Give it to every --part: they read the images."
+            )
+        return cls(None if part is None else Part.parse(part), finish, runner, devices)
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is an ordinary extraction, by this process alone."""
+        return self == Spread()
+
+    def source(self, source: str) -> str:
+        """Where the images are, in a way that other hosts understand too."""
+        path = Path(source)
+        return str(path.absolute()) if self.runner is Runner.ray and path.exists() else source
+
+    def run(
+        self,
+        images: ImageSet,
+        store: Path,
+        load: Callable[[], Backbone],
+        *,
+        engine: dict[str, Any],
+        device: str,
+        precision: str,
+        options: dict[str, Any],
+        prune: bool,
+        progress: Callable[[int, int], None],
+    ) -> ExtractSummary:
+        """Do it."""
+        from featx.backbones import make_engine
+        from featx.extraction import Job, extract_features, finish_parts, parse_devices, run_local
+
+        if self.finish:
+            chosen = {name: options[name] for name in ("max_bad", "replace_images")}
+            return finish_parts(images, store, prune=prune, progress=progress, **chosen)
+        job = Job(store, len(images), load, partial(make_engine, **engine), precision, options)
+        if self.whole:
+            started = job.engine(device=device)
+            return extract_features(
+                images, job.backbone, store, engine=started, prune=prune, progress=progress, **options
+            )
+        if self.part is not None:
+            return job.do(self.part, self.part.cut(images), job.engine(device=device), progress)
+        if self.runner is Runner.ray:
+            from featx.extraction import run_ray
+
+            return run_ray(images, replace(job, store=store.absolute()), device=device, prune=prune, progress=progress)
+        return run_local(images, job, parse_devices(self.devices or "all"), prune=prune, progress=progress)
+
+    def folder(self, store: Path) -> Path:
+        """Where this command's list of refused images is."""
+        return store if self.part is None else self.part.folder(store)
+
+    def next_step(self, store: Path, source: str, *, labelled: bool, unlabelled: Sequence[str] = ()) -> str:
+        """What to do after this command."""
+        if self.part is not None:
+            nameless = [word for name in unlabelled for word in ("--unlabelled", name)]
+            finish = shlex.join(["featx", "extract", source, "--out", str(store), *nameless, "--finish"])
+            return f"when all {self.part.of} parts are done, {finish}"
+        return shlex.join(["featx", "sweep" if labelled else "duplicates", str(store)])
+
+
+def load(name: str, weights: str, layers: tuple[str, ...], progress: Callable[[str], None] | None = None) -> Backbone:
+    """The backbone of the options; a function of texts alone, so that other processes can make the same one."""
+    from featx.backbones import load_backbone, named
+
+    return load_backbone(named(name), weights=weights, layers=layers, progress=progress)
+
+
+def everywhere(text: str) -> str:
+    """A file's path, or that of FILE.py:NAME, as an absolute one; other texts stay as they are."""
+    path, colon, name = text.rpartition(":") if ".py:" in text else (text, "", "")
+    return f"{Path(path).absolute()}{colon}{name}" if Path(path).is_file() else text

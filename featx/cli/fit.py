@@ -1,0 +1,201 @@
+"""The commands that keep a head: fit and export."""
+
+from __future__ import annotations
+
+import shlex
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from featx._arrays import COMBINED
+from featx.cli.options import (
+    Device,
+    EngineName,
+    EngineOption,
+    Json,
+    ModelArgument,
+    OwnBackbone,
+    Seed,
+    StoreArgument,
+    Unlabelled,
+    UnlabelledFrom,
+    Weights,
+    let_scipy_take_tensors,
+    own_network,
+)
+from featx.cli.terminal import MODEL_MARK, ProgressLine, check_file, print_json, say
+from featx.errors import UsageError, plural
+
+if TYPE_CHECKING:
+    from featx.models import Bundle
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    app.command(epilog="Example:  featx fit photos.featx --out photos.model")(fit)
+    app.command(epilog="Example:  featx export photos.model --format joblib --out photos.joblib")(export)
+
+
+def fit(
+    store: StoreArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="MODEL", help="The file to make.")],
+    head: Annotated[
+        str, typer.Option(help="A head, several heads separated by commas, or all; the best one is taken.")
+    ] = "auto",
+    layer: Annotated[
+        str | None,
+        typer.Option(help="Which of the store's layers. (default: all combined, where that is measured to help)"),
+    ] = None,
+    max_error: Annotated[
+        float, typer.Option(help="Share of answers that may be wrong; the model abstains to keep it.")
+    ] = 0.05,
+    unlabelled: Unlabelled = False,
+    unlabelled_from: UnlabelledFrom = None,
+    backbone: OwnBackbone = None,
+    weights: Weights = None,
+    engine: EngineOption = EngineName.auto,
+    device: Annotated[
+        Device,
+        typer.Option(
+            help="Device of the network; auto is cuda if there is a GPU. cuda also fits logreg on very many images."
+        ),
+    ] = Device.auto,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Choose a head, calibrate it on images it has not seen, refit it on all images, and keep it in one file."""
+    if device == Device.cuda:
+        let_scipy_take_tensors()
+    import numpy as np
+
+    from featx.extraction import Embedder
+    from featx.heads import heads_for, open_layers, unlabelled_centre, unlabelled_rows
+    from featx.models import fit_bundle, summary, write_bundle
+
+    check_file(out, MODEL_MARK, example="photos.model")
+    head, layer = _head_on(head, layer)
+    pooled = unlabelled or unlabelled_from is not None
+    features, columns, on = open_layers(store, layer, one=pooled)
+    if layer is not None and len(on) > 1:
+        raise UsageError("a model is on one layer, or on combined", where="--layer", found=layer)
+    pool = None
+    if unlabelled or unlabelled_from:
+        own = np.flatnonzero(features.splits != "test") if unlabelled else np.arange(0)
+        pool = unlabelled_rows(features, own, unlabelled_from)
+    catalogue = heads_for(None if pool is None else unlabelled_centre(pool), pool)
+    heads = tuple(catalogue) if head == "all" else tuple(name.strip() for name in head.split(",") if name.strip())
+    if not heads:
+        raise UsageError("--head is empty", expected="a name, names separated by commas, auto or all")
+    for name in heads:
+        catalogue[name]
+    embedder = Embedder.like(
+        features.provenance,
+        where=store,
+        backbone=own_network(backbone),
+        weights=weights,
+        engine=engine.value,
+        device=device.value,
+    )
+    with ProgressLine("fitting") as line:
+        bundle = fit_bundle(
+            features, embedder, heads=heads, max_error=max_error, random_state=seed, pool=pool,
+            layers=columns if features.layer == COMBINED else None,
+            device="cuda" if device == Device.cuda else None, progress=line.update,
+        )  # fmt: skip
+    write_bundle(bundle, out)
+    if as_json:
+        print_json(summary(bundle, out))
+    tell_model(bundle, out, err=as_json, how=AUTO if head == "auto" else "")
+
+
+AUTO = "the recommended head, which --head auto takes without comparing others; featx sweep compares them"
+"""How a head was chosen that nobody named."""
+
+
+def tell_model(bundle: Bundle, out: Path, *, err: bool, how: str = "") -> None:
+    """Say what a model that was just made is worth, and ``how`` its head was chosen; on stderr if ``err``."""
+    for note in dict.fromkeys(bundle.notes):
+        say(f"Note: {note}", err=True)
+    say(*_story(bundle, how), err=err)
+    say(f"Model: {out}", err=err)
+    if not err:
+        say(f"Next: {shlex.join(['featx', 'predict', str(out), 'photo.jpg'])}")
+
+
+def _head_on(head: str, layer: str | None) -> tuple[str, str | None]:
+    """``HEAD@LAYER``, as a sweep calls it, in its two parts."""
+    pairs = [name.partition("@") for name in head.split(",")]
+    named = {where.strip() for _, at, where in pairs if at}
+    if not named:
+        return head, layer
+    if len(named) > 1 or not all(at for _, at, _ in pairs) or (layer is not None and {layer} != named):
+        raise UsageError("several heads are compared on one layer", where="--head", found=head)
+    return ",".join(name for name, _, _ in pairs), named.pop()
+
+
+_CLASSES_TOLD = 12
+
+
+def _story(bundle: Bundle, how: str = "") -> list[str]:
+    from featx.evaluation import Interval, percent
+    from featx.models import by_recall
+
+    metrics: Any = bundle.metrics
+    params = ", ".join(f"{name} {value}" for name, value in bundle.params.items())
+    images = plural(metrics["images"], "image")
+    if metrics.get("duplicates"):
+        images += f", {metrics['duplicates']} of them {'a copy' if metrics['duplicates'] == 1 else 'copies'},"
+    counted = f"{images} of {plural(metrics['classes'], 'class')}"
+    lines = [f"{bundle.head} ({params}) on {counted}{how and f': {how}'}."]
+    rivals = len(metrics.get("chosen_among") or ())
+    unseen = f"On images that the fit, but not the choice among {rivals} heads, had not seen"
+    for key, where in (
+        ("out_of_fold", unseen if rivals else "On images it had not seen"),
+        ("test", "On the split test"),
+    ):
+        found = metrics.get(key)
+        if found:
+            error = found["error_among_answered"]
+            wrong = "" if error is None else f", {100 * error:.1f} % of these answers wrong"
+            lines.append(
+                f"{where}: accuracy {percent(Interval(**found['accuracy']))}, "
+                f"macro-F1 {100 * found['macro_f1']:.1f} %, calibration error {100 * found['ece']:.1f} %; "
+                f"answers {100 * found['answered']:.1f} %{wrong}."
+            )
+            classes = by_recall(found)
+            recalls = [
+                f"{name} {100 * each['recall']:.1f} % of {each['images']}" for name, each in classes[:_CLASSES_TOLD]
+            ]
+            rest = len(classes) - len(recalls)
+            more = f", and {rest} better ones (--json lists all)" if rest else ""
+            lines.append(f"  Recognised of each class: {', '.join(recalls)}{more}.")
+    if bundle.threshold is not None:
+        lines.append(f"Abstains below a probability of {bundle.threshold:.3f} (--max-error {bundle.max_error:g}).")
+    return lines
+
+
+class ExportFormat(StrEnum):
+    joblib = "joblib"
+    skops = "skops"
+    onnx = "onnx"
+
+
+_EXPORT_MARKS = {"joblib": b"sklearn", "skops": b"schema.json", "onnx": b"embedding"}
+
+
+def export(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The file to make.")],
+    form: Annotated[ExportFormat, typer.Option("--format", help="joblib is a pickle; skops is not; onnx is a graph.")],
+    as_json: Json = False,
+) -> None:
+    """Write the head for other software: a scikit-learn pipeline or an ONNX graph, which takes embeddings."""
+    from featx.models import export_bundle, read_bundle
+
+    check_file(out, _EXPORT_MARKS[form.value], example=f"photos.{form.value}")
+    export_bundle(read_bundle(model), out, form.value)
+    if as_json:
+        print_json({"path": str(out), "format": form.value, "bytes": out.stat().st_size})
+    say(f"{out}: {out.stat().st_size:,} bytes, takes embeddings.", err=as_json)

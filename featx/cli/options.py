@@ -1,0 +1,88 @@
+"""What several commands have in common: shared options, exit codes, and what goes with them."""
+
+from __future__ import annotations
+
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from featx.errors import UsageError
+
+if TYPE_CHECKING:
+    from featx.backbones import Own
+
+QUARANTINED = 3
+"""Exit code: done, but some images were refused."""
+
+
+class EngineName(StrEnum):
+    auto = "auto"
+    torch = "torch"
+    openvino = "openvino"
+
+
+class Device(StrEnum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="A store, or a file made by featx pack.")]
+ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help="A file made by featx fit.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of every random draw.")]
+Jobs = Annotated[int | None, typer.Option(min=1, max=1024, help="Parallel workers. (default: cores)")]
+SourceOption = Annotated[
+    str | None, typer.Option(help="Where the images of the store are, for the sheet. (default: as at extraction)")
+]
+EngineOption = Annotated[EngineName, typer.Option(help="auto is torch on cuda, or else openvino.")]
+DeviceOption = Annotated[Device, typer.Option(help="auto is cuda if there is a GPU.")]
+Weights = Annotated[
+    Path | None, typer.Option(help="The weights file, if the features were made with weights of your own.")
+]
+
+
+OwnBackbone = Annotated[
+    str | None,
+    typer.Option(
+        "--backbone",
+        metavar="FILE.py:CLASS",
+        help="The network, if it is one of your own. Its code runs only when you name it here.",
+    ),
+]
+
+
+Unlabelled = Annotated[
+    bool, typer.Option("--unlabelled", help="Let heads also learn from the unlabelled images of the store.")
+]
+UnlabelledFrom = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="STORE", help="Let heads also learn from all images of this store; their labels are not read."
+    ),
+]
+
+
+def own_network(name: str | None) -> Own | None:
+    """The user's network that ``--backbone`` names; any other is what the store or the model says."""
+    from featx.backbones import import_provider, is_own
+
+    if name is None:
+        return None
+    if not is_own(name):
+        raise UsageError("not a network of your own", where="--backbone", expected="FILE.py:CLASS", found=name)
+    return import_provider(name)
+
+
+def let_scipy_take_tensors() -> None:
+    """What :mod:`featx.heads.solvers.device` needs. SciPy looks once, when it is first imported: no command has done it
+    yet."""
+    os.environ["SCIPY_ARRAY_API"] = "1"
+
+
+def stem(store: Path) -> str:
+    """The name that files beside a store begin with."""
+    return store.name.removesuffix(".featx").removesuffix(".h5")

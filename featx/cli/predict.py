@@ -1,0 +1,222 @@
+"""The command that uses a model: predict."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+from zipfile import is_zipfile
+
+import typer
+
+from featx.cli.options import (
+    QUARANTINED,
+    Device,
+    DeviceOption,
+    EngineName,
+    EngineOption,
+    Json,
+    ModelArgument,
+    OwnBackbone,
+    Weights,
+    own_network,
+)
+from featx.cli.terminal import ProgressLine, check_file, check_writable, print_json, say, show
+from featx.errors import ImageError, UsageError, one_line, plural
+
+if TYPE_CHECKING:
+    from featx.cli.sorting import Sorted
+    from featx.extraction import Embedder
+    from featx.models import Bundle, Pickled
+
+_STDIN = Path("-")
+_CSV_COLUMNS = ("id", "label", "score", "score_kind", "abstain", "refused")
+_CSV_MARK = ",".join(_CSV_COLUMNS).encode()
+_MAX_STDIN = 2**30
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command of this module."""
+    app.command(
+        epilog="Examples:  featx predict photos.model new/*.jpg  |  cat a.jpg | featx predict photos.model - --json"
+    )(predict)
+
+
+def predict(
+    model: ModelArgument,
+    images: Annotated[
+        list[Path], typer.Argument(metavar="IMAGE...", help="Files, folders, or - for an image on standard input.")
+    ],
+    allow_pickle: Annotated[
+        bool,
+        typer.Option("--allow-pickle", help="MODEL is a joblib export. Loading it runs code, so trust its source."),
+    ] = False,
+    csv: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="Also write the answers to a CSV file.")
+    ] = None,
+    sort_into: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Copy the photos into a folder for each label in FOLDER, those that the model is unsure of into "
+            "_unsure. Existing files are never replaced.",
+        ),
+    ] = None,
+    backbone: OwnBackbone = None,
+    weights: Weights = None,
+    engine: EngineOption = EngineName.auto,
+    device: DeviceOption = Device.auto,
+    as_json: Json = False,
+) -> None:
+    """Say what is on photos: label, probability, and whether the model is unsure.
+
+    In a pipe, the output is one line per image with tabs between image, label, score and "abstains".
+    """
+    if csv is not None:
+        check_file(csv, _CSV_MARK, example="answers.csv")
+    if sort_into is not None:
+        check_writable(sort_into)
+        if _STDIN in images:
+            raise UsageError("an image on standard input has no name to keep", where="--sort-into")
+    with tempfile.TemporaryDirectory(prefix="featx-") as folder:
+        named = _name_files(images, Path(folder))
+        from featx.models import predict_files
+
+        kept, embedder, layer = _open(model, backbone, weights, engine, device, pickled=allow_pickle)
+        predictions: list[dict[str, Any]] = []
+        refused: list[dict[str, Any]] = []
+        paths = [path for _, path in named]
+        with ProgressLine("predicting") as line:
+            found = predict_files(kept, embedder, layer, paths)
+            for (name, _), (_, answer) in zip(named, found, strict=True):
+                if isinstance(answer, ImageError):
+                    refused.append({"id": name, "reason": answer.reason, "message": answer.what})
+                else:
+                    predictions.append({"id": name, **answer.to_json()})
+                line.update(len(predictions) + len(refused), len(named))
+    filed = None if sort_into is None else _sort_into(sort_into, dict(named), predictions, kept.class_names)
+    if csv is not None:
+        _write_csv(csv, predictions, refused, kept.class_names)
+    if as_json:
+        told: dict[str, Any] = {"predictions": predictions, "refused": refused}
+        if filed is not None:
+            told["sorted"] = {"folder": str(sort_into), "copied": filed.copied, "already_there": filed.there}
+        print_json(told)
+    elif sys.stdout.isatty():
+        _table(predictions, kept.score_kind)
+    else:
+        for each in predictions:
+            say("\t".join([*map(one_line, (each["id"], each["label"])), f"{each['score']:.3f}", _doubt(each)]))
+    if kept.silence:
+        say(f"Note: {kept.silence}", err=True)
+    for item in refused:
+        say(f"  refused {one_line(item['id'])}: {item['reason']}, {item['message']}", err=True)
+    if filed is not None:
+        into = ", ".join(f"{name} {count}" for name, count in filed.copied.items())
+        there = f"; {filed.there} already there" if filed.there else ""
+        say(f"Copied into {sort_into}: {into or 'nothing'}{there}.", err=True)
+    if csv is not None:
+        say(f"CSV: {csv}", err=True)
+    if refused:
+        say_refused(len(refused), len(named))
+        raise typer.Exit(QUARANTINED)
+
+
+def say_refused(count: int, of: int) -> None:
+    """Say how many images were refused, below the reasons."""
+    counted = "the image" if of == 1 else "none of the images" if count == of else f"{count} of {plural(of, 'image')}"
+    say(f"Error: {counted} could {'not ' if of == 1 or count < of else ''}be read.", err=True)
+
+
+def _open(
+    model: Path, backbone: str | None, weights: Path | None, engine: EngineName, device: Device, *, pickled: bool
+) -> tuple[Bundle | Pickled, Embedder, int | None]:
+    """A bundle (or, where it is asked for, a pickled export), its network, and the layer that it is on."""
+    from featx.extraction import Embedder
+    from featx.models import layer_number, open_embedder, read_bundle
+
+    options: dict[str, Any] = {
+        "backbone": own_network(backbone),
+        "weights": weights,
+        "engine": engine.value,
+        "device": device.value,
+    }
+    if pickled and not is_zipfile(model):
+        from featx.models import Pickled
+
+        loaded = Pickled.load(model)
+        return loaded, Embedder.like(loaded.provenance, where=model, **options), loaded.layer
+    bundle = read_bundle(model)
+    return bundle, open_embedder(bundle, model, **options), layer_number(bundle)
+
+
+def _name_files(images: list[Path], folder: Path) -> list[tuple[str, Path]]:
+    """Each image under the name that results carry; what comes on standard input becomes a file in ``folder``."""
+    from featx.models import named_files
+
+    named: list[tuple[str, Path]] = []
+    for path in images:
+        if path == _STDIN:
+            if any(name == "-" for name, _ in named):
+                raise UsageError("standard input can be read once only", where="-")
+            data = sys.stdin.buffer.read(_MAX_STDIN)
+            (folder / "stdin").write_bytes(data)
+            named.append(("-", folder / "stdin"))
+            continue
+        try:
+            files = named_files(path)
+        except OSError:  # such as a name that is too long: the decoder says so
+            files = [path]
+        if not files:
+            raise UsageError("no such file", where=path)
+        named += [(str(each), each) for each in files]
+    return named
+
+
+def _doubt(prediction: dict[str, Any]) -> str:
+    return "abstains" if prediction["abstain"] else ""
+
+
+def _table(predictions: list[dict[str, Any]], kind: str) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("image", "label", "ahead of the next by" if kind == "margin" else kind, "", box=None)
+    for each in predictions:
+        name, label = Text(one_line(each["id"]), overflow="fold"), Text(one_line(each["label"]))
+        table.add_row(name, label, f"{each['score']:.3f}", _doubt(each))
+    if predictions:
+        show(table)
+
+
+def _write_csv(
+    path: Path, predictions: list[dict[str, Any]], refused: list[dict[str, Any]], class_names: Sequence[str]
+) -> None:
+    from csv import DictWriter
+    from io import StringIO
+
+    from featx._files import publish_bytes
+
+    columns = [f"probability of {name}" for name in class_names]
+    text = StringIO()
+    writer = DictWriter(text, [*_CSV_COLUMNS, *columns], lineterminator="\n")
+    writer.writeheader()
+    for each in predictions:
+        row = {name: each[name] for name in _CSV_COLUMNS if name in each}
+        shares = {f"probability of {name}": share for name, share in each["probabilities"].items()}
+        writer.writerow({**row, **shares, "abstain": "yes" if each["abstain"] else "no"})
+    for each in refused:
+        writer.writerow({"id": each["id"], "refused": f"{each['reason']}: {each['message']}"})
+    publish_bytes(path, text.getvalue().encode(errors="backslashreplace"))
+
+
+def _sort_into(
+    folder: Path, paths: dict[str, Path], predictions: list[dict[str, Any]], class_names: Sequence[str]
+) -> Sorted:
+    from featx.cli.sorting import sort_into
+
+    photos = [(paths[each["id"]], None if each["abstain"] else each["label"]) for each in predictions]
+    with ProgressLine("copying") as line:
+        return sort_into(folder, photos, class_names, progress=lambda done: line.update(done, len(photos)))

@@ -1,0 +1,111 @@
+"""The commands about a store as it is: info, verify, pack, export-features."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from featx.cli.options import Json, Seed, StoreArgument
+from featx.cli.terminal import ProgressLine, check_writable, print_json, say, show
+from featx.errors import plural
+
+
+class TableFormat(StrEnum):
+    parquet = "parquet"
+    csv = "csv"
+    npz = "npz"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    app.command(epilog="Example:  featx info photos.featx --json")(info)
+    app.command(epilog="Examples:  featx verify photos.featx  |  featx verify large.featx --sample 20")(verify)
+    app.command(epilog="Example:  featx pack photos.featx photos.h5")(pack)
+    app.command(
+        "export-features",
+        epilog="Examples:  featx export-features photos.featx --out photos.parquet  |  "
+        "featx export-features photos.featx --layer features.10 --out layer.npz",
+    )(export_features)
+
+
+def export_features(
+    store: StoreArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The file to make.")],
+    form: Annotated[TableFormat | None, typer.Option("--format", help="(default: by the suffix of --out)")] = None,
+    layer: Annotated[str, typer.Option(help="Which of the store's layers.")] = "penultimate",
+    as_json: Json = False,
+) -> None:
+    """Write ids, labels, splits and embeddings as one table: Parquet, CSV or npz.
+
+    A row is an image. Stores larger than memory are fine.
+    """
+    from featx.store import export_table
+
+    check_writable(out.parent)
+    with ProgressLine("writing") as line:
+        rows = export_table(store, out, form=form.value if form else None, layer=layer, progress=line.update)
+    if as_json:
+        print_json({"path": str(out), "rows": rows, "bytes": out.stat().st_size})
+    say(f"{out}: {plural(rows, 'row')}, {out.stat().st_size:,} bytes.", err=as_json)
+
+
+def info(store: StoreArgument, as_json: Json = False) -> None:
+    """Show what a store holds: images, classes, splits, and how it was made."""
+    from featx.store import info as describe
+
+    facts = describe(store)
+    if as_json:
+        print_json(facts)
+        return
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None)
+    for name in facts:
+        if name in ("images", "embedding_dim", "provenance"):
+            continue
+        value = facts[name]
+        text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+        table.add_row(name, text or "none")
+    show(table)
+
+
+def verify(
+    store: StoreArgument,
+    sample: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Check only N shards, drawn at random.")
+    ] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Compare every byte of a store with its checksums, and its parts with each other."""
+    from featx.store import content_hash, verify as check
+
+    with ProgressLine("verifying shards") as line:
+        problems = check(store, sample=sample, random_state=seed, progress=line.update)
+    if as_json:
+        told = content_hash(store) if not problems and sample is None else None
+        print_json({"sound": not problems, "problems": problems, "sample": sample, "content_hash": told})
+    elif not problems:
+        say(f"{store}: sound{'' if sample is None else ', as far as a sample of its shards shows'}.")
+    for problem in problems:
+        say(problem, err=True)
+    if problems:
+        raise typer.Exit(2)
+
+
+def pack(
+    store: StoreArgument,
+    out: Annotated[Path, typer.Argument(metavar="OUT.h5", help="The file to make.")],
+    as_json: Json = False,
+) -> None:
+    """Make one plain HDF5 file of a store, which anything that reads HDF5 can open."""
+    from featx.store import pack as make
+
+    made = make(store, out)
+    if as_json:
+        print_json({"path": str(made), "bytes": made.stat().st_size})
+    else:
+        say(f"{made}: {made.stat().st_size:,} bytes.")
