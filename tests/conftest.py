@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+from warm import Warm
 
 from featx.backbones.backbone import Backbone
 from featx.images.pixels import Preprocess
@@ -79,21 +81,33 @@ Featx = Callable[..., Ran]
 
 
 @pytest.fixture(scope="session")
-def featx() -> Featx:
+def warm() -> Iterator[Warm]:
+    """The process that commands are forked from."""
+    with tempfile.TemporaryDirectory(prefix="featx-") as folder, Warm(Path(folder)) as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def featx(warm: Warm) -> Featx:
     """Run the real ``featx`` in a process of its own, with warnings as errors."""
 
     def run(*arguments: object, cwd: Path | None = None, env: dict[str, str] | None = None) -> Ran:
-        done = subprocess.run(
-            [sys.executable, "-W", "error", "-m", "featx", *map(str, arguments)],
-            cwd=cwd,
-            env={**os.environ, "COLUMNS": "120", **(env or {})},
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
-        assert "Traceback" not in done.stderr, done.stderr
-        return Ran(done.returncode, done.stdout, done.stderr)
+        words = [*map(str, arguments)]
+        if env is None:
+            ran = Ran(*warm.run(words, cwd, {**os.environ, "COLUMNS": "120"}, timeout=240))
+        else:  # which may count while modules are imported
+            done = subprocess.run(
+                [sys.executable, "-W", "error", "-m", "featx", *words],
+                cwd=cwd,
+                env={**os.environ, "COLUMNS": "120", **env},
+                capture_output=True,
+                text=True,
+                timeout=240,
+                check=False,
+            )
+            ran = Ran(done.returncode, done.stdout, done.stderr)
+        assert "Traceback" not in ran.err, ran.err
+        return ran
 
     return run
 

@@ -15,11 +15,13 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import typer.main
 from conftest import class_folders, picture
+from warm import SOCKET, Warm
 
 from featx.cli.guide import TOPICS
 from featx.cli.main import app
@@ -67,15 +69,23 @@ def script(page: Path) -> str:
     return "\n".join(block for block in blocks(page, "python") if block not in files(page).values())
 
 
-def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return subprocess.run(
-        command, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=200, check=False
-    )
+Run = Callable[[list[str], Path], "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(warm: Warm) -> Run:
+    """Run a command in a folder; ``featx`` in it starts quickly."""
+    path = os.pathsep.join([str(warm.program()), str(Path(sys.executable).parent), os.environ["PATH"]])
+    env = {**os.environ, "PATH": path, SOCKET: str(warm.socket)}
+
+    def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=200, check=False)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def folder(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A place with ``photos`` of two classes, the scripts, and what the first page has made: a store and a model."""
     here = tmp_path_factory.mktemp("readme")
     class_folders(here / "photos", each=8)
@@ -99,7 +109,7 @@ def name_of(page: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=name_of)
-def test_every_command_runs(page: Path, folder: Path, seen: set[str]) -> None:
+def test_every_command_runs(run: Run, page: Path, folder: Path, seen: set[str]) -> None:
     for name, text in files(page).items():
         (folder / name).write_text(text)
     for command in commands(page):
@@ -113,7 +123,7 @@ def test_every_command_runs(page: Path, folder: Path, seen: set[str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if script(page) and page != SERVING], ids=name_of)
-def test_the_python_runs(page: Path, folder: Path) -> None:
+def test_the_python_runs(run: Run, page: Path, folder: Path) -> None:
     code = f"{script(page)}\nprint(features.embeddings.shape)"
     done = run([sys.executable, "-W", "error", "-c", code], folder)
     assert done.returncode == 0, done.stderr
@@ -121,7 +131,7 @@ def test_the_python_runs(page: Path, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_service_answers_as_the_guide_asks(folder: Path) -> None:
+def test_the_service_answers_as_the_guide_asks(run: Run, folder: Path) -> None:
     if shutil.which("curl") is None:
         pytest.skip("there is no curl")
     (block,) = blocks(SERVING, "sh")
@@ -151,7 +161,7 @@ def test_the_service_answers_as_the_guide_asks(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_output_that_is_shown_is_real(photos: Path, tmp_path: Path) -> None:
+def test_the_output_that_is_shown_is_real(run: Run, photos: Path, tmp_path: Path) -> None:
     """That of ants and bees, but for times, and for the few tenths that another processor may make of it."""
     line, table = (block.splitlines() for block in blocks(README, "text"))
     store = tmp_path / "photos.featx"
@@ -162,7 +172,7 @@ def test_the_output_that_is_shown_is_real(photos: Path, tmp_path: Path) -> None:
     done = run(["featx", "sweep", str(store), "--shots", "5", "--json"], tmp_path)
     assert done.returncode == 0, done.stderr
     found = {result["head"]: result for result in json.loads(done.stdout)["results"]}
-    rows = [match for row in table if (match := re.match(r"(?:5| ) +(\w+) +=? +([\d.]+) +([\d.]+) - ([\d.]+) ", row))]
+    rows = [match for row in table if (match := re.match(r"(?:5| ) +(\w+) +=? +([\d.]+) +([\d.]+) to ([\d.]+) ", row))]
     assert len(rows) == 4
     for row in rows:
         accuracy = found[row[1]]["accuracy"]
