@@ -167,6 +167,6 @@ def test_a_hub_that_is_not_there_is_not_waited_for(
             listener.listen()
         use_hub(monkeypatch, listener.getsockname()[1], tmp_path)
         started = time.perf_counter()
-        with pytest.raises(WeightsError, match=r"cannot be downloaded \((Connect|Read)\w+: .*--weights FILE"):
+        with pytest.raises(WeightsError, match=r"cannot be downloaded \(.*(refused|timed out).*\).*--weights FILE"):
             load_backbone("timm:resnet10t")
         assert time.perf_counter() - started < 5  # huggingface_hub alone takes 25 seconds
