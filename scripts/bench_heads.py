@@ -44,7 +44,8 @@ from sklearn.svm import SVC, LinearSVC
 from threadpoolctl import threadpool_limits
 
 from featx.evaluation import stats
-from featx.evaluation.splits import KShotSplit, find_duplicates
+from featx.evaluation.duplicates import find_duplicates
+from featx.evaluation.splits import KShotSplit
 from featx.heads import (
     catalogue as heads_module,
     normalise as normalise_module,
@@ -52,10 +53,9 @@ from featx.heads import (
     unlabelled as unlabelled_module,
 )
 from featx.heads.catalogue import HEADS, Catalogue
-from featx.heads.centre import unlabelled_centre
 from featx.heads.selection import choose
 from featx.heads.solvers import rows as solvers_module
-from featx.heads.unlabelled import heads_for
+from featx.heads.unlabelled import heads_for, unlabelled_centre
 from featx.store.reader import read_features
 
 SHOTS = (1, 2, 5, 10, 20)

@@ -35,7 +35,8 @@ from featx._arrays import COMBINED
 from featx._files import publish_bytes
 from featx.backbones.backbone import load_backbone
 from featx.backbones.frozen import describe_layers
-from featx.evaluation.splits import KShotSplit, find_duplicates
+from featx.evaluation.duplicates import find_duplicates
+from featx.evaluation.splits import KShotSplit
 from featx.extraction.run import extract_features
 from featx.heads.catalogue import HEADS, Head
 from featx.heads.layers import read_layers

@@ -36,14 +36,13 @@ from numpy.typing import NDArray
 
 from featx._arrays import COMBINED, PENULTIMATE
 from featx._files import publish_bytes
-from featx.adaptation.finetune import judge_episodes
+from featx.adaptation.finetune import judge_episodes, open_tuning
 from featx.adaptation.training import recipe_for
-from featx.adaptation.tuning import open_tuning
 from featx.backbones.backbone import Backbone, load_backbone
 from featx.backbones.engines.torch import make_engine
 from featx.backbones.frozen import describe_layers
+from featx.evaluation.duplicates import find_duplicates
 from featx.evaluation.results import SweepResult
-from featx.evaluation.splits import find_duplicates
 from featx.evaluation.sweep import sweep_heads
 from featx.extraction.embedder import Embedder
 from featx.extraction.run import extract_features

@@ -20,10 +20,9 @@ from test_report import Page
 
 from featx.advice.advice import Advice, Cell, Family, Skipped
 from featx.advice.comparison import Budget, OutOfTime, Trials
-from featx.advice.domain import Domain
+from featx.advice.domain import Domain, size_by_similarity
 from featx.advice.labelling import Simulation
 from featx.advice.measure import REFERENCE, advise, curve_shots
-from featx.advice.rule import size_by_similarity
 from featx.errors import UsageError
 from featx.evaluation import stats
 from featx.evaluation.splits import KShotSplit

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from featx.advice.domain import chance_standout, measure_domain, standouts
-from featx.advice.rule import size_by_similarity
+from featx.advice.domain import chance_standout, measure_domain, size_by_similarity, standouts
 from featx.backbones.backbone import load_backbone
 from featx.backbones.classes import pretrained_classes
 from featx.backbones.engines.torch import make_engine

@@ -20,9 +20,8 @@ from tuningkit import small, striped_folders
 
 from featx.adaptation import training
 from featx.adaptation.activations import Wanted, activations
-from featx.adaptation.finetune import FinetuneResult, finetune_episodes
+from featx.adaptation.finetune import FinetuneResult, finetune_episodes, open_tuning
 from featx.adaptation.training import Recipe
-from featx.adaptation.tuning import open_tuning
 from featx.backbones.backbone import Backbone
 from featx.backbones.cut import Trunk, cut_network
 from featx.backbones.engines.torch import make_engine

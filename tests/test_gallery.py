@@ -140,14 +140,14 @@ def test_rows_are_matched_by_content() -> None:
 def test_near_duplicates_are_the_same_groups_however_they_are_tiled(monkeypatch: pytest.MonkeyPatch) -> None:
     from sklearn.cluster import DBSCAN
 
-    from featx.evaluation import splits
+    from featx.evaluation import duplicates
 
     rows = np.repeat(clustered(60), 9, axis=0)[np.random.default_rng(0).permutation(540)]
     rows = rows + 0.02 * clustered(540, seed=4)
     expected = DBSCAN(eps=0.01, min_samples=1, metric="cosine").fit_predict(rows)  # chains of cosines of 0.99
     for tile, most in ((1024, 10_000_000), (8, 100), (33, 5)):
-        monkeypatch.setattr(splits, "_TILE", tile)
-        monkeypatch.setattr(splits, "_MAX_PAIRS", most)
-        found = splits.find_duplicates(rows, threshold=0.99)
+        monkeypatch.setattr(duplicates, "_TILE", tile)
+        monkeypatch.setattr(duplicates, "_MAX_PAIRS", most)
+        found = duplicates.find_duplicates(rows, threshold=0.99)
         assert np.array_equal(found.groups, expected)
         assert found.n_groups >= 50

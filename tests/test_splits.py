@@ -15,7 +15,8 @@ from PIL import Image
 from sklearn.model_selection import cross_val_score
 
 from featx.errors import UsageError
-from featx.evaluation.splits import KShotSplit, Shots, find_duplicates, plan_shots
+from featx.evaluation.duplicates import find_duplicates
+from featx.evaluation.splits import KShotSplit, Shots, plan_shots
 from featx.evaluation.sweep import sweep_heads
 from featx.heads.catalogue import make_head
 from featx.heads.folds import fold_numbers

@@ -18,9 +18,8 @@ from featx.evaluation.splits import KShotSplit
 from featx.evaluation.stats import expected_calibration_error
 from featx.evaluation.sweep import sweep_heads
 from featx.heads.catalogue import HEADS
-from featx.heads.centre import Centre, unlabelled_centre
 from featx.heads.scorer import Scorer, softmax
-from featx.heads.unlabelled import MAX_POOL, PoolRidge, heads_for, soft_labels
+from featx.heads.unlabelled import MAX_POOL, Centre, PoolRidge, heads_for, soft_labels, unlabelled_centre
 from featx.models.bundle import read_bundle
 from featx.models.fit import fit_head
 from featx.store.reader import digest_keys, read_features

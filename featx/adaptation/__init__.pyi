@@ -6,9 +6,11 @@ from .autoencoder import (
 )
 from .finetune import (
     FinetuneResult as FinetuneResult,
+    Progress as Progress,
+    Tuning as Tuning,
     finetune_episodes as finetune_episodes,
     judge_episodes as judge_episodes,
+    open_tuning as open_tuning,
     plan_shots as plan_shots,
 )
 from .training import choose_device as choose_device, recipe_for as recipe_for
-from .tuning import Progress as Progress, Tuning as Tuning, open_tuning as open_tuning

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from featx.advice.curves import Curve, Gain
-from featx.advice.domain import DIFFERENT, SIMILAR, Domain
+from featx.advice.domain import DIFFERENT, LARGE, SIMILAR, Domain, Rule
 from featx.advice.labelling import Simulation
-from featx.advice.rule import LARGE, Rule
 from featx.errors import plural
 from featx.evaluation import limits, percent, points, stats
 

@@ -22,9 +22,8 @@ from featx._arrays import PENULTIMATE, Index
 from featx.advice.advice import Advice, Family, NextImage, Skipped
 from featx.advice.comparison import Budget, LabelledStore, OutOfTime, Progress, Trials
 from featx.advice.curves import fit_curve
-from featx.advice.domain import Domain, measure_domain
+from featx.advice.domain import Domain, measure_domain, size_by_similarity
 from featx.advice.labelling import Simulation, next_batch, plan_simulation, rank_unlabelled, simulate
-from featx.advice.rule import size_by_similarity
 from featx.backbones import Backbone, load_backbone, make_engine
 from featx.errors import FeatxError, ImageError, MismatchError, SourceError, UsageError, WeightsError, plural
 from featx.evaluation import Shots, SweepResult, plan_shots, reached, sweep_heads

@@ -1,7 +1,8 @@
 from . import splits as splits, stats as stats
+from .baseline import PixelExtractor as PixelExtractor, make_pixels_baseline as make_pixels_baseline
+from .duplicates import find_duplicates as find_duplicates
 from .journal import Journal as Journal, Task as Task, plan_hash as plan_hash
 from .labelled import LabelledRows as LabelledRows
-from .pixels import PixelExtractor as PixelExtractor, make_pixels_baseline as make_pixels_baseline
 from .results import (
     Comparison as Comparison,
     HeadResult as HeadResult,
@@ -13,7 +14,6 @@ from .results import (
 from .splits import (
     KShotSplit as KShotSplit,
     Shots as Shots,
-    find_duplicates as find_duplicates,
     plan_shots as plan_shots,
     reached as reached,
     shots_label as shots_label,

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from featx._arrays import NEAR, Index
 from featx.errors import UsageError, plural
-from featx.evaluation.splits import Duplicates, find_duplicates
+from featx.evaluation.duplicates import Duplicates, find_duplicates
 from featx.heads import distinct_counts, taken
 from featx.store import FeatureSet
 

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from featx._arrays import Index
 from featx.evaluation import stats
-from featx.evaluation.splits import Duplicates, Shots, least_images
+from featx.evaluation.duplicates import Duplicates
+from featx.evaluation.splits import Shots, least_images
 from featx.heads import distinct_counts
 
 

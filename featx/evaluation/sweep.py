@@ -82,7 +82,7 @@ def sweep_heads(
     n_jobs : joblib workers, one BLAS thread each; by default one for each core. Large embeddings
         (:func:`featx.heads.solvers.blocks.is_large`) have one worker with as many threads.
     near_duplicates : cosine from which two rows count as copies; None looks for exact copies only.
-    centre : a mean from elsewhere that heads measure from (:mod:`featx.heads.centre`); ``notes`` then say which.
+    centre : a mean from elsewhere that heads measure from (:mod:`featx.heads.unlabelled`); ``notes`` then say which.
     pool : (m, d) embeddings of images without labels, of which ``centre`` is the mean: adds the head "ridge_pool".
     layers : which columns of the embeddings are which layer's, to compare heads on several of them.
     on : the layers to compare, of which "combined" may be one; see :meth:`featx.heads.layers.Layers.heads`.

@@ -1,5 +1,4 @@
 from .catalogue import HEADS as HEADS, Head as Head, Logistic as Logistic, make_head as make_head
-from .centre import Centre as Centre, unlabelled_centre as unlabelled_centre
 from .folds import (
     alone as alone,
     distinct_counts as distinct_counts,
@@ -19,4 +18,9 @@ from .scorer import (
 from .selection import N_FOLDS as N_FOLDS, Views as Views, fit_chosen as fit_chosen
 from .solvers.blocks import is_large as is_large, row_blocks as row_blocks, taken as taken
 from .solvers.device import check_device as check_device
-from .unlabelled import heads_for as heads_for, unlabelled_rows as unlabelled_rows
+from .unlabelled import (
+    Centre as Centre,
+    heads_for as heads_for,
+    unlabelled_centre as unlabelled_centre,
+    unlabelled_rows as unlabelled_rows,
+)

@@ -22,7 +22,7 @@ class Normalise(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type:
     kind : ``"none"``; ``"l2"`` to unit length; ``"centre_l2"`` minus the mean, then unit length;
         ``"standardise"`` minus the mean, by the standard deviation; ``"power_l2"`` signed square root,
         then unit length; or one of :func:`featx.heads.scorer.blocks_kind`, several layers to unit length and weighted.
-    mean : (d,) a mean from elsewhere for ``"centre_l2"`` (:mod:`featx.heads.centre`); by default the support's. The
+    mean : (d,) a mean from elsewhere for ``"centre_l2"`` (:mod:`featx.heads.unlabelled`); by default the support's. The
     other
         kinds do not look at it.
     """

@@ -4,19 +4,25 @@
 rounds fits a ridge to both: to the labels, and with a bounded weight to what it made of the rest. With one or two
 labelled images per class that is worth several points, as a class mean over many images is a better one; with very many
 labels it is worth little. The result is a linear head like any other.
+
+The other heads may measure embeddings from the mean of the unlabelled images. Pooled CNN features are non-negative, so
+all embeddings share one large direction that says nothing about the class. With one or two images per class its
+estimate is poor; the mean of the user's own images without labels is a better one. A mean of other people's images is
+not used: with efficientnet_lite0, centring by the mean over four image sets and judging on the fifth was within 0.2
+points of not centring at all, and lost half a point on one of the five.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featx._arrays import Index
-from featx.errors import MismatchError
+from featx.errors import MismatchError, UsageError
 from featx.heads.catalogue import HEADS, Catalogue, Head, Ridge, both_columns, round_robin
-from featx.heads.centre import Centre
 from featx.heads.normalise import Normalise
 from featx.heads.scorer import softmax
 from featx.heads.solvers.rows import Array, RowSpace, temperature
@@ -26,6 +32,33 @@ MAX_POOL = 1000
 """More unlabelled images than this are thinned evenly: they are solved with the support in every fit."""
 
 _ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Centre:
+    """A mean (d,) from elsewhere, and a sentence on where it is from."""
+
+    mean: NDArray[np.float64]
+    told: str
+
+
+def unlabelled_centre(pool: NDArray[np.floating]) -> Centre:
+    """The mean of embeddings (n, d) of images whose labels are not known.
+
+    Raises
+    ------
+    UsageError
+        There are none, or they are not finite.
+    """
+    if not len(pool):
+        raise UsageError("no images without a label", hint="Add some to the store, or name another store.")
+    if not np.isfinite(pool).all():
+        raise UsageError("embeddings must be finite", where="unlabelled images", hint="Extract them again.")
+    told = (
+        f"Uses {len(pool)} unlabelled images: heads may measure from their mean, and ridge_pool also learns from the "
+        "groups they form. They should show what the labelled images show: others were measured to cost accuracy."
+    )
+    return Centre(np.asarray(pool, dtype=np.float64).mean(axis=0), told)
 
 
 class PoolRidge(Ridge):
