@@ -82,6 +82,7 @@ class Autoencoder:
 
     @property
     def epochs(self) -> int:
+        """Epochs that were trained."""
         return len(self.errors)
 
     def facts(self) -> dict[str, Any]:

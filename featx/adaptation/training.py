@@ -139,7 +139,7 @@ class Trained:
 
 
 def choose_device(device: str) -> str:
-    """ "cuda" or "cpu"; "auto" is cuda where there is one."""
+    """Choose "cuda" or "cpu"; "auto" is cuda where there is one."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():

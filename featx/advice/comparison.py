@@ -67,6 +67,7 @@ class LabelledStore:
 
     @classmethod
     def of(cls, features: FeatureSet, columns: Layers) -> LabelledStore:
+        """The labelled images of a store; UsageError where there are none."""
         if not ((features.labels >= 0) & (features.splits != "test")).any():
             raise UsageError("no labelled images outside the split test", hint="Advice takes labelled images.")
         return cls(features, LabelledRows.of_features(features, columns.columns(columns.reference)), columns)

@@ -69,9 +69,11 @@ class AutoencoderNetwork(Provider):
         self.preprocess = preprocess_of(size)
 
     def build(self) -> nn.Module:
+        """The network as a torch module, with random weights."""
         return Encoder(self.dim, self.size)
 
     def weights(self, progress: Progress | None = None) -> Path | None:
+        """The file of weights, fetched if need be; None where there is none."""
         raise WeightsError(
             "an autoencoder has no weights but those that it learns from your images",
             where=NAME,
@@ -79,6 +81,7 @@ class AutoencoderNetwork(Provider):
         )
 
     def with_weights(self, file: Path, sha256: str, *, default: bool) -> Provider:
+        """The same network with weights from a file; see :meth:`featx.backbones.provider.Provider.with_weights`."""
         content = read_file(file)
         if not isinstance(content, Mapping) or content.get("format") != FORMAT:
             raise WeightsError(

@@ -206,15 +206,18 @@ class CatalogueNetwork(Provider):
     row: Network
 
     def build(self) -> nn.Module:
+        """The network as a torch module, with random weights."""
         from featx.backbones.frozen import catalogue_body
 
         return catalogue_body(self.row, self.preprocess)
 
     def weights(self, progress: Progress | None = None) -> Path | None:
+        """The file of weights, fetched if need be; None where there is none."""
         usual = WEIGHTS[self.row.default]
         return _find(usual) or _download(usual, progress)
 
     def with_weights(self, file: Path, sha256: str, *, default: bool) -> Provider:
+        """The same network with weights from a file; see :meth:`featx.backbones.provider.Provider.with_weights`."""
         if default:
             _check(file, sha256, WEIGHTS[self.row.default])
             return self
@@ -230,6 +233,7 @@ class CatalogueNetwork(Provider):
         return self if known is None else replace(self, preprocess=known.preprocess)
 
     def classification_layer(self, body: nn.Module) -> str | None:
+        """Name of the layer that gives the classes, in ``body``; None where there is none."""
         from featx.backbones.frozen import last_layer
 
         return last_layer(body)

@@ -223,6 +223,7 @@ class Tuned(Provider):
         self.name, self.preprocess, self.classifier = base.name, base.preprocess, base.classifier
 
     def network(self, file: Path | None) -> nn.Module:
+        """The torch module with the weights of ``file``, ready for inference."""
         body = self.base.network(file)
         own = body.state_dict()
         state = _state(self.tail, self.name)
@@ -238,6 +239,7 @@ class Tuned(Provider):
         return body
 
     def classification_layer(self, body: nn.Module) -> str | None:
+        """Name of the layer that gives the classes, in ``body``; None where there is none."""
         return self.base.classification_layer(body)
 
 

@@ -83,7 +83,7 @@ class Provider:
         return None
 
     def with_weights(self, file: Path, sha256: str, *, default: bool) -> Provider:
-        """This network as these weights need it: with their own preprocessing, where they have one.
+        """The network as these weights need it: with their own preprocessing, where they have one.
 
         ``default`` says that the file is what :meth:`weights` named.
 
@@ -146,12 +146,15 @@ class Own(Provider):
         return sha256_file(Path(file)) if file else ""
 
     def weights(self, progress: Progress | None = None) -> Path | None:
+        """The file of weights, fetched if need be; None where there is none."""
         return self._ask("name its weights", lambda: self.provider.weights(progress))
 
     def with_weights(self, file: Path, sha256: str, *, default: bool) -> Provider:
+        """The same network with weights from a file; see :meth:`featx.backbones.provider.Provider.with_weights`."""
         return Own(self.provider.with_weights(file, sha256, default=default), self.name)
 
     def network(self, file: Path | None) -> nn.Module:
+        """The torch module with the weights of ``file``, ready for inference."""
         body = self._ask("be built", lambda: self.provider.network(file))
         # Without importing torch for the sake of a check: every module has this method.
         if not callable(getattr(body, "named_modules", None)):
@@ -164,6 +167,7 @@ class Own(Provider):
         return body
 
     def classification_layer(self, body: nn.Module) -> str | None:
+        """Name of the layer that gives the classes, in ``body``; None where there is none."""
         return self.provider.classification_layer(body)
 
     def _ask(self, what: str, question: Callable[[], T]) -> T:

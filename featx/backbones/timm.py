@@ -42,15 +42,19 @@ class TimmModel(Provider):
     own: bool = False
 
     def build(self) -> nn.Module:
+        """The network as a torch module, with random weights."""
         return create(self._architecture)
 
     def weights(self, progress: Progress | None = None) -> Path | None:
+        """The file of weights, fetched if need be; None where there is none."""
         return weights_file(self, hub_folder(), fetch, progress)
 
     def with_weights(self, file: Path, sha256: str, *, default: bool) -> Provider:
+        """The same network with weights from a file; see :meth:`featx.backbones.provider.Provider.with_weights`."""
         return dataclasses.replace(self, own=default)
 
     def network(self, file: Path | None) -> nn.Module:
+        """The torch module with the weights of ``file``, ready for inference."""
         if file is not None and self.own:
             return create(self._architecture, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
         body = self.build()
@@ -68,7 +72,7 @@ class TimmModel(Provider):
 
 
 def create(architecture: str, *, num_classes: int = 0, **options: Any) -> nn.Module:
-    """timm's model; without classes its output is the embedding."""
+    """The model of timm; without classes its output is the embedding."""
     body: nn.Module = timm.create_model(architecture, num_classes=num_classes, **options)
     return body
 

@@ -32,7 +32,6 @@ EPISODES = 10
 
 def register(app: typer.Typer) -> None:
     """Add the command of this module."""
-
     app.command(epilog="Examples:  featx demo  |  featx demo --open")(demo)
 
 

@@ -31,6 +31,8 @@ _PANEL = "Many machines or devices"
 
 
 class Runner(StrEnum):
+    """What does the parts of an extraction."""
+
     local = "local"
     ray = "ray"
 
@@ -58,11 +60,15 @@ DevicesOption = Annotated[
 
 
 class Decode(StrEnum):
+    """How much of a JPEG is decoded."""
+
     full = "full"
     scaled = "scaled"
 
 
 class Precision(StrEnum):
+    """Of the network's arithmetic."""
+
     auto = "auto"
     fp32 = "fp32"
     bf16 = "bf16"

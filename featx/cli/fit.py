@@ -177,6 +177,8 @@ def _story(bundle: Bundle, how: str = "") -> list[str]:
 
 
 class ExportFormat(StrEnum):
+    """What a head is written for."""
+
     joblib = "joblib"
     skops = "skops"
     onnx = "onnx"

@@ -19,12 +19,16 @@ QUARANTINED = 3
 
 
 class EngineName(StrEnum):
+    """What runs the network."""
+
     auto = "auto"
     torch = "torch"
     openvino = "openvino"
 
 
 class Device(StrEnum):
+    """Where the network runs."""
+
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
@@ -78,8 +82,10 @@ def own_network(name: str | None) -> Own | None:
 
 
 def let_scipy_take_tensors() -> None:
-    """What :mod:`featx.heads.solvers.device` needs. SciPy looks once, when it is first imported: no command has done it
-    yet."""
+    """Set what :mod:`featx.heads.solvers.device` needs.
+
+    SciPy looks once, when it is first imported: no command has done it yet.
+    """
     os.environ["SCIPY_ARRAY_API"] = "1"
 
 

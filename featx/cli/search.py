@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 
 class MethodName(StrEnum):
+    """How neighbours are found."""
+
     auto = "auto"
     exact = "exact"
     approximate = "approximate"

@@ -14,6 +14,8 @@ from featx.errors import plural
 
 
 class TableFormat(StrEnum):
+    """What a table is written as."""
+
     parquet = "parquet"
     csv = "csv"
     npz = "npz"

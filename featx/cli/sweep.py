@@ -28,16 +28,22 @@ if TYPE_CHECKING:
 
 
 class Backend(StrEnum):
+    """Where the workers of a sweep run."""
+
     local = "local"
     ray = "ray"
 
 
 class Split(StrEnum):
+    """A split that may judge the winner."""
+
     val = "val"
     test = "test"
 
 
 class Where(StrEnum):
+    """Where large fits are solved."""
+
     cpu = "cpu"
     cuda = "cuda"
 
@@ -260,6 +266,7 @@ def _ledger(store: Path) -> Path:
 
 
 def parse_heads(text: str) -> tuple[str, ...] | None:
+    """Names of heads from ``--heads``; None for all."""
     names = tuple(part.strip() for part in text.split(",") if part.strip())
     if not names:
         raise UsageError("--heads is empty", expected="names separated by commas, or all")
@@ -267,6 +274,7 @@ def parse_heads(text: str) -> tuple[str, ...] | None:
 
 
 def parse_shots(text: str | None) -> tuple[Shots, ...] | None:
+    """Numbers of shots from ``--shots``; None where it was not given."""
     if text is None:
         return None
     shots: list[Shots] = []

@@ -148,6 +148,7 @@ class Logistic(_Penalised):
         return self
 
     def predict_proba(self, X: ArrayLike) -> Array:
+        """Probabilities (n, c) of the classes."""
         return softmax(self.decision_function(X))
 
 
@@ -159,6 +160,7 @@ class SquaredHinge(_Penalised):
 
     @classmethod
     def space_of(cls, rows: Array) -> RowSpace:
+        """The rows (n, d) as the solver takes them."""
         return RowSpace.of(with_constant(rows), centre=False)
 
     def _fit(self, rows: Array, labels: NDArray[np.intp], space: RowSpace | None) -> None:
@@ -207,6 +209,7 @@ class Ridge(_Linear):
 
     @classmethod
     def space_of(cls, rows: Array) -> RowSpace:
+        """The rows (n, d) as the solver takes them."""
         return RowSpace.of(with_constant(rows), centre=False)
 
     def _fit(self, rows: Array, labels: NDArray[np.intp], space: RowSpace | None) -> None:
@@ -222,6 +225,7 @@ class Ridge(_Linear):
         self.temperature_ = 8.0 if counts.min() < 2 else temperature(both_columns(held_out), labels)
 
     def predict_proba(self, X: ArrayLike) -> Array:
+        """Probabilities (n, c) of the classes."""
         scores = self.decision_function(X)
         return softmax(self.temperature_ * both_columns(scores.reshape(len(scores), -1)))
 
@@ -260,6 +264,7 @@ class Discriminant(_Linear):
         self.coef_, self.intercept_ = coef, offset
 
     def predict_proba(self, X: ArrayLike) -> Array:
+        """Probabilities (n, c) of the classes."""
         return softmax(self.decision_function(X))
 
 

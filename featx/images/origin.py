@@ -51,6 +51,7 @@ class Part:
     size: int
 
     def read_bytes(self) -> bytes:
+        """The bytes of the image's file."""
         if self.size > MAX_BYTES:
             raise too_many_bytes(self.size, MAX_BYTES)
         with self.path.open("rb") as file:
@@ -79,6 +80,7 @@ class Unreadable(Fetched):
     message: str
 
     def read_bytes(self) -> bytes:
+        """The bytes of the image's file."""
         raise ImageError("unreadable", self.message)
 
 

@@ -88,6 +88,7 @@ class Remote(Fetched):
     size: int
 
     def read_bytes(self) -> bytes:
+        """The bytes of the image's file."""
         if self.size > MAX_FETCHED:
             raise too_many_bytes(self.size, MAX_FETCHED)
         files, _ = _system(self.url)

@@ -68,6 +68,7 @@ class Row(Fetched):
     row: int
 
     def read_bytes(self) -> bytes:
+        """The bytes of the image's file."""
         data = _reader(self.path).image(self.path, self.row)
         if data is None:
             raise ImageError("empty", "the row has no bytes (the image may be a file elsewhere, which is not followed)")
@@ -145,7 +146,7 @@ def _damaged(what: str, path: Path) -> SourceError:
 
 
 def _reader(path: Path) -> _Reader:
-    """This process's reader; UsageError where pyarrow is not installed."""
+    """The reader of this process; UsageError where pyarrow is not installed."""
     if importlib.util.find_spec("pyarrow") is None:
         raise not_installed("pyarrow", "parquet", f"{path}: a {path.suffix} file")
     with _starting:

@@ -192,6 +192,7 @@ class Item(Fetched):
     row: int
 
     def read_bytes(self) -> bytes:
+        """The bytes of the image's file."""
         try:
             picture = self.part[self.row][0]
             array = np.asarray(picture if picture.mode in ("L", "RGB") else picture.convert("RGB"))

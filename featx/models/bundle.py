@@ -135,7 +135,7 @@ class Bundle:
 
     @property
     def score_kind(self) -> str:
-        """ "probability" or "margin"."""
+        """What a score is: "probability" or "margin"."""
         return "margin" if self.sharpness is None else "probability"
 
     def probabilities(self, embeddings: NDArray[np.floating]) -> Array:

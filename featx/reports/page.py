@@ -79,6 +79,7 @@ class Facts:
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> Facts:
+        """Sort facts into the two lists; what is no plain value is left out."""
         plain = [(name, value) for name, value in facts.items() if isinstance(value, str | int | float)]
         return cls(
             [fact for fact in plain if fact[0] in FIRST_FACTS], [fact for fact in plain if fact[0] not in FIRST_FACTS]

@@ -92,6 +92,7 @@ class ApproximateIndex:
 
     @property
     def n_lists(self) -> int:
+        """Lists that the index divides the rows into."""
         return int(_lists(self._index).nlist)
 
     @classmethod

@@ -99,6 +99,7 @@ class Job:
 
     @property
     def wanted(self) -> bool:
+        """Whether somebody still waits for the answer."""
         return not self.dropped and time.monotonic() < self.deadline
 
     def answer(self, found: Embedded | Exception) -> None:

@@ -116,6 +116,7 @@ class Guard:
         self._buffered = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request, or pass on what is not HTTP."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return

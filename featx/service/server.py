@@ -81,6 +81,7 @@ class Protocol(HttpToolsProtocol):
     _too_large = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Count the connection, and begin to wait for its first request."""
         super().connection_made(transport)
         self._waiting_since = self.loop.time()
         self._set_timer(HEADER_SECONDS)
@@ -97,44 +98,53 @@ class Protocol(HttpToolsProtocol):
         self._answer(503, "connections", "Too many connections; try again.", "retry-after: 1\r\n")
 
     def data_received(self, data: bytes) -> None:
+        """Note that the client sends."""
         self._pending += len(data)
         super().data_received(data)
         if self._pending > HEAD_BYTES and not self._too_large and not self.transport.is_closing():
             self._refuse_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection."""
         self._unset_timer()
         super().connection_lost(exc)
 
     def on_message_begin(self) -> None:
+        """A request begins."""
         super().on_message_begin()
         self._head_bytes = self._head_lines = 0
         self._in_head = True
         self._set_timer(HEADER_SECONDS)
 
     def on_url(self, url: bytes) -> None:
+        """A part of its address has come."""
         super().on_url(url)
         self._count(len(url))
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        """One of its headers has come."""
         super().on_header(name, value)
         self._head_lines += 1
         self._count(len(name) + len(value))
 
     def on_headers_complete(self) -> None:
+        """Its headers have come."""
         self._unset_timer()
         self._pending, self._in_head, self._waiting_since = 0, False, None
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
+        """A part of its body has come."""
         self._pending = 0
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        """It has come whole."""
         self._pending = 0
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
+        """It has been answered."""
         super().on_response_complete()
         if not self.pipeline:
             self._waiting_since = self.loop.time()

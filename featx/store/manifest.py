@@ -39,6 +39,7 @@ class Shard:
     sha256: str
 
     def to_json(self) -> dict[str, Any]:
+        """Plain JSON types."""
         return {"name": self.name, "rows": self.rows, "sha256": self.sha256}
 
 
@@ -60,6 +61,7 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
+        """Hash of what changes the numbers."""
         return fingerprint(self.provenance)
 
     @property
@@ -69,6 +71,7 @@ class Manifest:
 
     @property
     def layers(self) -> tuple[str, ...]:
+        """Names of the layers whose embeddings are kept."""
         return tuple(self.provenance["layers"])
 
     def to_json(self) -> dict[str, Any]:
@@ -261,4 +264,5 @@ def _parse_shard(path: Path, fields: Any) -> Shard:
 
 
 def damaged(path: Path, how: str) -> StoreError:
+    """The error for a file that is not as featx wrote it."""
     return StoreError(f"not a sound featx file: {how}", where=path, hint=RESTORE)

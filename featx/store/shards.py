@@ -23,6 +23,7 @@ WINDOW_BYTES = 2**22
 
 
 def shard_path(store: Path, shard: Shard) -> Path:
+    """Where a shard of a store is."""
     return store / "shards" / shard.name
 
 

@@ -143,6 +143,7 @@ class Tally:
 
     @property
     def done(self) -> int:
+        """Images that are embedded so far."""
         return self._finished + sum(self._of.values())
 
     def update(self, part: Part, done: int) -> None:

@@ -62,8 +62,9 @@ def torch_logistic_path(
     prepare: Callable[[Rows], Rows] | None = None,
     scale_free: bool = False,
 ) -> Iterator[LargeFit]:
-    """:func:`featx.heads.solvers.blocks.logistic_path` on a device of torch, which holds one copy of the rows, in
-    double precision.
+    """Do what ``logistic_path`` of :mod:`featx.heads.solvers.blocks` does, on a device of torch.
+
+    The device holds one copy of the rows, in double precision.
 
     Parameters
     ----------
