@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -21,6 +22,9 @@ from warm import Warm
 
 from featx.backbones.backbone import Backbone
 from featx.images.pixels import Preprocess
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
 
 TINY = Preprocess(resize=24, crop=(24, 24), interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3)
 
@@ -127,6 +131,25 @@ def class_folders(root: Path, names: Iterable[str] = ("ants", "bees"), each: int
             picture(number).save(root / name / f"{number:03d}.png")
             number += 1
     return root
+
+
+def bad_images(folder: Path) -> dict[str, str]:
+    """Eight awkward files; returns the reason for each that has to be refused."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "text.jpg").write_text("this is not a picture")
+    out = io.BytesIO()
+    picture(1, (300, 200)).save(out, format="JPEG")
+    (folder / "truncated.jpg").write_bytes(out.getvalue()[: len(out.getvalue()) // 2])
+    Image.fromarray(np.linspace(0, 65535, 1024, dtype=np.uint16).reshape(32, 32)).save(folder / "sixteen.png")
+    picture(2).convert("CMYK").save(folder / "cmyk.jpg")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 4), dtype=np.uint8)).save(folder / "clear.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(3).save(folder / "rotated.jpg", exif=exif)
+    frames = [picture(4), picture(5)]
+    frames[0].save(folder / "animated.gif", save_all=True, append_images=frames[1:])
+    picture(6, (1, 1)).save(folder / "pixel.png")
+    return {"text.jpg": "not_an_image", "truncated.jpg": "truncated", "pixel.png": "too_small"}
 
 
 class TinyEngine:

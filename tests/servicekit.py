@@ -22,11 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from conftest import picture
+from conftest import TESTS, picture
 
 from featx.images.pixels import encode
-
-TESTS = Path(__file__).parent
 
 
 @dataclass

@@ -20,13 +20,12 @@ from pathlib import Path
 
 import pytest
 import typer.main
-from conftest import class_folders, picture
+from conftest import ROOT, class_folders, picture
 from warm import SOCKET, Warm
 
 from featx.cli.guide import TOPICS
 from featx.cli.main import app
 
-ROOT = Path(__file__).parent.parent
 GUIDE = ROOT / "featx" / "guide"
 README = ROOT / "README.md"
 PAGES = (README, *(GUIDE / f"{topic}.md" for topic in TOPICS))

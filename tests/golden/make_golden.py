@@ -12,8 +12,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from modelkit import clusters, make_bundle  # noqa: E402
 from storekit import make_store, names_of  # noqa: E402
-from test_bundle import clusters, make_bundle  # noqa: E402
 
 from featx.heads.catalogue import make_head  # noqa: E402
 from featx.models.bundle import write_bundle  # noqa: E402

@@ -9,7 +9,7 @@ every ridge penalty and its held-out predictions (:func:`ridge_held_out`); linea
 Cholesky factor for each shrinkage (:func:`discriminant_path`).
 
 Nothing here is approximate: every function states the plain scikit-learn estimator that it equals, and
-``tests/test_solvers.py`` holds it to that.
+``tests/heads/test_solvers.py`` holds it to that.
 """
 
 from __future__ import annotations

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Featx
+from conftest import TESTS, Featx
 from hypothesis import HealthCheck, given, settings, strategies as st
-from sklearn.pipeline import Pipeline
+from modelkit import PROVENANCE, clusters, make_bundle
 
 from featx.backbones.backbone import load_backbone
 from featx.backbones.engines.torch import make_engine
@@ -27,37 +27,10 @@ from featx.errors import BundleError, MismatchError
 from featx.heads.catalogue import HEADS, make_head
 from featx.heads.normalise import Normalise
 from featx.heads.scorer import KINDS, Scorer, margins, softmax
-from featx.models.bundle import Bundle, bundle_bytes, parse_bundle, read_bundle, write_bundle
+from featx.models.bundle import bundle_bytes, parse_bundle, read_bundle, write_bundle
 from featx.models.predictor import open_embedder
 
-PROVENANCE = {"backbone": "tiny", "weights": "none", "weights_sha256": "0" * 64, "layers": ["penultimate"]}
 WHERE = Path("some.model")
-
-
-def clusters(n_classes: int = 3, each: int = 30, dims: int = 12, seed: int = 0) -> tuple[Any, Any]:
-    """Overlapping clusters of embeddings (n, d), with their labels."""
-    rng = np.random.default_rng(seed)
-    labels = np.repeat(np.arange(n_classes), each)
-    centres = rng.normal(size=(n_classes, dims)) * 1.2
-    return (centres[labels] + rng.normal(size=(len(labels), dims))).astype(np.float32), labels
-
-
-def make_bundle(model: Pipeline, rows: Any, n_classes: int = 3, **changes: Any) -> Bundle:
-    fields: dict[str, Any] = {
-        "scorer": Scorer.of(model),
-        "class_names": tuple(f"class {i}" for i in range(n_classes)),
-        "head": "logreg",
-        "params": {"C": 316.0},
-        "layer": "penultimate",
-        "provenance": PROVENANCE,
-        "sharpness": 1.0,
-        "threshold": 0.5,
-        "max_error": 0.05,
-        "golden": rows[:8],
-        "probe": b"not looked at here",
-        "probe_embedding": rows[0],
-    }
-    return Bundle(**{**fields, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +96,7 @@ def test_all_that_was_said_comes_back(raw: bytes, tmp_path: Path) -> None:
 
 
 def test_the_golden_model_is_read_for_ever() -> None:
-    bundle = read_bundle(Path(__file__).parent / "golden" / "v1.model")
+    bundle = read_bundle(TESTS / "golden" / "v1.model")
     assert bundle.sha256 == "994365da4f9efbfc1517fa1d7aac2cc9c4a934f06324a7b5c0858922b7deb13d"
     assert (bundle.class_names, bundle.head, bundle.params) == (("class 0", "class 1", "class 2"), "logreg", {"C": 316})
     assert (bundle.threshold, bundle.max_error, bundle.layer) == (0.5, 0.05, "penultimate")

@@ -11,6 +11,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from conftest import TESTS
 from storekit import (
     assert_rows,
     check_published,
@@ -30,7 +31,7 @@ from featx.store.reader import FeatureReader, read_features
 from featx.store.tools import content_hash, info, pack, verify
 from featx.store.writer import StoreWriter
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = TESTS / "golden"
 
 
 # --- the format ---------------------------------------------------------------------------------------------------

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
+from conftest import TESTS
+from headkit import overlapping
 from sklearn.linear_model import LogisticRegression
 
 from featx.errors import UsageError
@@ -23,19 +23,10 @@ from featx.heads.solvers.device import check_device
 from featx.models.fit import fit_head
 
 
-def clusters(n: int, d: int, n_classes: int, seed: int = 0) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Overlapping classes, features of falling variance around a common offset."""
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(0, n_classes, n)
-    spread = 1.0 / np.sqrt(1.0 + np.arange(d) / 10.0)
-    rows = (0.4 * rng.normal(size=(n_classes, d))[labels] + rng.normal(size=(n, d))) * spread + 0.5
-    return rows.astype(np.float32), labels
-
-
 @pytest.mark.parametrize("n_classes", [2, 6])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_the_path_equals_logistic_regression(n_classes: int, scaled: bool) -> None:
-    rows, labels = clusters(4500, 24, n_classes)  # more than one block, and the last one short
+    rows, labels = overlapping(4500, 24, n_classes)  # more than one block, and the last one short
     scale = 1.0 / np.linalg.norm(rows, axis=1) if scaled else None
     plain = rows.astype(np.float64) * (1.0 if scale is None else scale[:, None])
     cs, products = [1e-3, 1e-1, 10.0], 0
@@ -54,7 +45,7 @@ def test_the_path_equals_logistic_regression(n_classes: int, scaled: bool) -> No
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("n_classes", [2, 3])
 def test_a_large_fit_is_the_fit_of_the_head(kind: Kind, n_classes: int) -> None:
-    rows, labels = clusters(4300, 16, n_classes)
+    rows, labels = overlapping(4300, 16, n_classes)
     normalise = Normalise(kind).fit(rows)
     whole = Logistic(C=50.0).fit(normalise.transform(rows), labels)
     large = Logistic(C=50.0).fit_large(rows, labels, normalise)
@@ -68,7 +59,7 @@ def test_equal_rows_and_empty_ones_have_a_fit() -> None:
     for kind in KINDS:
         model = Logistic().fit_large(same, labels, Normalise(kind).fit(same))
         np.testing.assert_allclose(model.predict_proba(same[:1]), 1 / 3, atol=2e-3)
-    rows, labels = clusters(500, 24, 3)
+    rows, labels = overlapping(500, 24, 3)
     rows[::50] = 0.0
     for kind in KINDS:
         model = Logistic().fit_large(rows, labels, Normalise(kind).fit(rows))
@@ -76,14 +67,14 @@ def test_equal_rows_and_empty_ones_have_a_fit() -> None:
 
 
 def test_mean_and_deviation_are_those_of_numpy() -> None:
-    rows, _ = clusters(9000, 12, 2)
+    rows, _ = overlapping(9000, 12, 2)
     mean, deviation = moments(rows)
     np.testing.assert_allclose(mean, rows.astype(np.float64).mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(deviation, rows.astype(np.float64).std(axis=0), rtol=1e-12)
 
 
 def test_a_sweep_of_large_embeddings_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, labels = clusters(700, 24, 3)
+    rows, labels = overlapping(700, 24, 3)
     plan: dict[str, Any] = {"class_names": "abc", "heads": ["logreg", "ridge", "knn"], "shots": (5, "all")}
     plain = sweep_heads(rows, labels, **plan, episodes=2, n_jobs=1)
     monkeypatch.setattr("featx.heads.solvers.blocks.LARGE", 2000)
@@ -106,7 +97,7 @@ def test_a_sweep_of_large_embeddings_finds_the_same(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_fit_on_large_embeddings_is_the_same_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, labels = clusters(600, 24, 3)
+    rows, labels = overlapping(600, 24, 3)
     plain = fit_head(rows, labels, class_names="abc", heads=["logreg"])
     monkeypatch.setattr("featx.heads.solvers.blocks.LARGE", 2000)
     large = fit_head(rows, labels, class_names="abc", heads=["logreg"])
@@ -120,14 +111,14 @@ TENSORS = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import numpy as np
-from test_large import clusters
+from headkit import overlapping
 from featx.heads.catalogue import Logistic
 from featx.heads.normalise import Normalise
 from featx.heads.scorer import KINDS
 from featx.evaluation.sweep import sweep_heads
 import featx.heads.solvers.blocks
 for n_classes in (2, 4):
-    rows, labels = clusters(1500, 16, n_classes)
+    rows, labels = overlapping(1500, 16, n_classes)
     for kind in KINDS:
         normalise = Normalise(kind).fit(rows)
         plain = Logistic(C=50.0).fit_large(rows, labels, normalise)
@@ -151,7 +142,7 @@ assert any(note.startswith("Nothing was solved on cpu") for note in found.notes)
 def test_tensors_give_the_same_as_arrays() -> None:
     pytest.importorskip("torch")
     environment = {**os.environ, "SCIPY_ARRAY_API": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "error", "-c", TENSORS, str(Path(__file__).parent)]
+    command = [sys.executable, "-W", "error", "-c", TENSORS, str(TESTS)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -162,7 +153,7 @@ def test_devices_that_are_not_there_are_usage_errors(monkeypatch: pytest.MonkeyP
     with pytest.raises(UsageError, match="SciPy takes no tensors: expected SCIPY_ARRAY_API=1"):
         check_device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    rows, labels = clusters(60, 8, 2)
+    rows, labels = overlapping(60, 8, 2)
     for work in (sweep_heads, fit_head):
         with pytest.raises(UsageError, match=r"no CUDA device.* Leave --device out"):
             work(rows, labels, class_names="ab", device="cuda")
@@ -173,7 +164,7 @@ def test_devices_that_are_not_there_are_usage_errors(monkeypatch: pytest.MonkeyP
 
 
 def test_other_layouts_are_copied_and_agree() -> None:
-    rows, labels = clusters(600, 12, 3)
+    rows, labels = overlapping(600, 12, 3)
     fits = [
         next(logistic_path(each, labels, 3, [1.0]))
         for each in (rows, np.asfortranarray(rows), rows.astype(np.float64), np.repeat(rows, 2, axis=1)[:, ::2])
@@ -184,7 +175,7 @@ def test_other_layouts_are_copied_and_agree() -> None:
 
 def test_stopping_early_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("featx.heads.solvers.blocks._MAX_NEWTON", 1)
-    rows, labels = clusters(500, 10, 3)
+    rows, labels = overlapping(500, 10, 3)
     assert not next(logistic_path(rows, labels, 3, [10.0])).converged
 
 

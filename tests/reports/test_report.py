@@ -7,12 +7,11 @@ import io
 import json
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pytest
+from pagekit import Page
 from PIL import Image
 from rich.console import Console
 
@@ -130,34 +129,6 @@ def test_a_folder_that_cannot_be_written_is_a_usage_error(result: SweepResult, t
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"cannot write the report.* Choose another folder with --out\."):
         write_report(result, tmp_path / "file", title="x")
-
-
-class Page(HTMLParser):
-    """Text, tags and attributes of a page, with every tag closed in order."""
-
-    VOID: ClassVar[set[str]] = {"meta", "img", "br", "wbr"}
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.feed(text)
-        assert not self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
 
 
 def test_the_page_is_one_file_that_loads_nothing_and_escapes_names(result: SweepResult, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from test_retrieval import Rows, clustered, needs_faiss, same
+from retrievalkit import Rows, clustered, needs_faiss, same
 
 from featx.errors import StoreError
 from featx.retrieval import neighbours as retrieval

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Featx
+from conftest import TESTS, Featx
 from numpy.typing import NDArray
 from storekit import (
     assert_rows,
@@ -43,9 +43,7 @@ with StoreWriter(Path({str(store)!r}), provenance()) as writer:
     print("ready", flush=True)
     time.sleep(1000)
 """
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=TESTS, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     return process
 
@@ -200,7 +198,7 @@ before = peak()
 work()
 print((peak() - before) // 1024)
 """
-    command = [sys.executable, "-c", frame.replace("{code}", code), str(Path(__file__).parent), *map(str, arguments)]
+    command = [sys.executable, "-c", frame.replace("{code}", code), str(TESTS), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return int(done.stdout)

@@ -20,7 +20,7 @@ import numpy as np
 import psutil  # type: ignore[import-untyped]
 import pytest
 import storekit
-from conftest import Featx
+from conftest import TESTS, Featx
 from storekit import PREPROCESS, light_backbone, png_folders, refused_of
 
 from featx.errors import FeatxError
@@ -253,7 +253,7 @@ def test_children_end_with_a_parent_that_is_killed(busy: bool, source: Path, bro
     mark(files(source)[0], b"HANG")
     code = f"""
 import sys, time
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path.insert(0, {str(TESTS)!r})
 from pathlib import Path
 from storekit import PREPROCESS
 from featx.images.pool import DecoderPool

@@ -12,19 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_sweep import blobs
+from conftest import TESTS
+from sweepkit import PLAN, blobs, sweep
 
 from featx.evaluation.results import SweepResult
 from featx.evaluation.sweep import sweep_heads
 
-PLAN: dict[str, Any] = {"heads": ["ridge", "knn"], "shots": (1, 2), "episodes": 3, "n_jobs": 1}
 KILLED = 4
 """Draws that are done when the sweep is killed, of six."""
-
-
-def sweep(journal: Path | None = None, progress: Any = None) -> SweepResult:
-    rows, labels, names = blobs([10, 10])
-    return sweep_heads(rows, labels, class_names=names, journal=journal, progress=progress, **PLAN)
 
 
 def numbers(result: SweepResult) -> Any:
@@ -51,12 +46,12 @@ def journal(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """What kill -9 leaves."""
     path = tmp_path_factory.mktemp("killed") / "journal.jsonl"
     code = (
-        "import os, signal; from pathlib import Path; from test_journal import sweep\n"
+        "import os, signal; from pathlib import Path; from sweepkit import sweep\n"
         "def kill(done, total, what):\n"
         f"    if done == {KILLED}: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"sweep(Path({str(path)!r}), kill)"
     )
-    killed = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=False)
+    killed = subprocess.run([sys.executable, "-c", code], cwd=TESTS, check=False)
     assert killed.returncode == -signal.SIGKILL
     return path.read_bytes()
 

@@ -5,33 +5,19 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from retrievalkit import Rows, clustered, needs_faiss, same
 from sklearn.base import clone
 from sklearn.metrics.pairwise import cosine_similarity
 from sklearn.neighbors import NearestNeighbors
 
 from featx.errors import UsageError
-from featx.retrieval import faiss as ann, neighbours as retrieval
+from featx.retrieval import neighbours as retrieval
 from featx.retrieval.neighbours import GalleryIndex
 from featx.retrieval.postprocess import Postprocess, expand_queries, unit_rows
-
-Rows = NDArray[np.float32]
-needs_faiss = pytest.mark.skipif(not ann.available(), reason="faiss is not installed")
-
-
-def clustered(n: int, d: int = 32, *, clusters: int = 40, seed: int = 0) -> Rows:
-    random = np.random.default_rng(seed)
-    centres = np.random.default_rng(99).normal(size=(clusters, d))
-    return (centres[random.integers(0, clusters, n)] + 0.4 * random.normal(size=(n, d))).astype(np.float32)
-
-
-def same(a: tuple[Any, Any], b: tuple[Any, Any]) -> bool:
-    """Whether two answers have the same scores and rows."""
-    return np.array_equal(a[0], b[0]) and np.array_equal(a[1], b[1])
 
 
 def oracle(rows: Rows, queries: Rows, k: int, *, metric: str = "cosine") -> tuple[Rows, NDArray[np.intp]]:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import random
 import shutil
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import storekit
 from hypothesis import given, strategies as st
+from partkit import assert_same
 from storekit import LightEngine, Zygote, light_backbone, refused_of
 
 from featx import _files
@@ -28,8 +26,6 @@ from featx.extraction.parts import Part, extract_part, finish_parts, parts_of, u
 from featx.extraction.run import ExtractSummary
 from featx.images.source import ImageRef, ImageSet
 from featx.store import manifest, writer as store_writer
-from featx.store.index import Index, read_index
-from featx.store.manifest import read_manifest
 from featx.store.reader import read_features
 from featx.store.tools import content_hash, info, verify
 from featx.store.writer import StoreWriter
@@ -72,25 +68,6 @@ def whole(source: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
     return tmp_path / "photos.featx"
-
-
-def assert_same(store: Path, whole: Path) -> None:
-    """All that two stores say is the same, and none has anything left over."""
-    assert content_hash(store) == content_hash(whole)
-    assert verify(store) == []
-    assert (store / "quarantine.jsonl").read_bytes() == (whole / "quarantine.jsonl").read_bytes()
-    one, other = (read_index(each, read_manifest(each)) for each in (store, whole))
-    for column in fields(Index):
-        a, b = (np.asarray(getattr(index, column.name)) for index in (one, other))
-        if column.name == "stamps":  # -1 is of a file that was read within two seconds of its making
-            a, b = a[(a >= 0) & (b >= 0)], b[(a >= 0) & (b >= 0)]
-        assert np.array_equal(a, b)
-    mine, theirs = (json.loads((each / "manifest.json").read_text()) for each in (store, whole))
-    for field in ("shards", "checksum"):
-        del mine[field], theirs[field]
-    assert mine == theirs
-    rest = [path.name for path in store.rglob("*") if path.name.startswith(".") and path.name != ".lock"]
-    assert rest == []
 
 
 @given(total=st.integers(0, 500), of=st.integers(1, 60))

@@ -11,7 +11,7 @@ import joblib
 import numpy as np
 import pytest
 from conftest import Featx
-from test_bundle import clusters, make_bundle
+from modelkit import clusters, make_bundle
 
 from featx.errors import BundleError, UsageError
 from featx.heads.catalogue import HEADS, make_head

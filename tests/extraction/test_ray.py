@@ -19,10 +19,9 @@ import numpy as np
 import psutil  # type: ignore[import-untyped]
 import pytest
 import storekit
-from conftest import Featx, class_folders
+from conftest import TESTS, Featx, class_folders
+from partkit import assert_same, computed, fail_once, job_for
 from storekit import light_backbone, start_light
-from test_parts import assert_same
-from test_runners import computed, fail_once, job_for
 
 from featx.errors import FeatxError, Interrupted, MismatchError, UsageError
 from featx.evaluation.sweep import sweep_heads
@@ -51,7 +50,7 @@ def cluster() -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)]))
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), *filter(None, sys.path)]))
         ray.init(address="local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
         try:
             yield ray.get_runtime_context().gcs_address

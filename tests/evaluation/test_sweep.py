@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 from sklearn.model_selection import GridSearchCV, PredefinedSplit
 from sklearn.svm import LinearSVC
+from sweepkit import blobs
 
 from featx.errors import UsageError
 from featx.evaluation import stats
@@ -28,16 +28,6 @@ from featx.heads.scorer import softmax
 from featx.heads.selection import choose, out_of_fold_losses, search_penalty
 from featx.heads.solvers.rows import temperature
 from featx.reports.sweep import conclusion, render_page
-
-Rows = NDArray[np.float32]
-
-
-def blobs(sizes: list[int], d: int = 32, gap: float = 0.8, seed: int = 0) -> tuple[Rows, NDArray[np.int64], list[str]]:
-    """Embeddings of classes of these sizes, named a, b, c, ..."""
-    rng = np.random.default_rng(seed)
-    labels = np.repeat(np.arange(len(sizes)), sizes)
-    rows = gap * rng.normal(size=(len(sizes), d))[labels] + rng.normal(size=(len(labels), d))
-    return np.maximum(rows + 0.5, 0).astype(np.float32), labels, list("abcdefgh"[: len(sizes)])
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Featx, class_folders
-from test_report import Page
+from pagekit import Page
 
 from featx.advice.advice import Advice, Cell, Family, Skipped
 from featx.advice.comparison import Budget, OutOfTime, Trials

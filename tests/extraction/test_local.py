@@ -7,8 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,8 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 import storekit
 from conftest import Featx, class_folders
-from storekit import light_backbone, start_light
-from test_parts import assert_same
+from partkit import TWO, assert_same, computed, fail_once, job_for
+from storekit import light_backbone
 
 from featx.backbones.backbone import Backbone
 from featx.errors import FeatxError, Interrupted, MismatchError, UsageError
@@ -26,8 +24,6 @@ from featx.extraction.runners import local as runners
 from featx.extraction.runners.local import Job, pack, parse_devices, run_local
 from featx.images.source import ImageSet
 from featx.store.tools import content_hash, verify
-
-TWO = ("cpu", "cpu")
 
 
 @pytest.fixture
@@ -44,15 +40,6 @@ def whole(source: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
     return tmp_path / "photos.featx"
-
-
-def job_for(source: Path, store: Path, start: Callable[..., Any] = start_light, **how: Any) -> tuple[ImageSet, Job]:
-    images = ImageSet.from_folder(source)
-    return images, Job(store, len(images), light_backbone, partial(start, **how), options={"workers": 1})
-
-
-def computed(log: Path) -> int:
-    return sum(map(int, log.read_text().split()))
 
 
 def workers() -> list[psutil.Process]:
@@ -103,14 +90,6 @@ def test_a_process_that_always_dies_ends_the_run(source: Path, store: Path) -> N
     assert workers() == []
 
 
-def fail_once(backbone: Backbone, *, flag: Path, **how: Any) -> storekit.LightEngine:
-    try:
-        flag.touch(exist_ok=False)
-    except FileExistsError:
-        return storekit.LightEngine()
-    raise RuntimeError("the device is out of memory")
-
-
 def test_a_device_that_fails_is_tried_again(
     source: Path, store: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,7 +135,7 @@ def test_an_interrupt_keeps_what_was_computed(source: Path, store: Path, whole: 
 DRIVER = """
 import sys
 from pathlib import Path
-from test_runners import TWO, job_for
+from partkit import TWO, job_for
 from featx.extraction.runners.local import run_local
 images, job = job_for(Path(sys.argv[1]), Path(sys.argv[2]), pause=0.3)
 run_local(images, job, TWO)

@@ -16,8 +16,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from conftest import Featx, class_folders, picture
-from test_extract import bad_images
+from conftest import ROOT, Featx, bad_images, class_folders, picture
 
 from featx.store.reader import read_features
 
@@ -120,7 +119,7 @@ def test_sweep_ranks_heads_and_writes_a_report(store: Path, tmp_path: Path, feat
 
 
 def test_the_scripts_are_the_commands(source: Path, store: Path, tmp_path: Path) -> None:
-    scripts = Path(__file__).parent.parent / "scripts"
+    scripts = ROOT / "scripts"
     for script, arguments in (
         ("extract_features.py", [source, "--out", tmp_path / "s.featx"]),
         (

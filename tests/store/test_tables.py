@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Featx, TinyEngine, class_folders, picture, tiny_backbone
+from conftest import ROOT, Featx, TinyEngine, class_folders, picture, tiny_backbone
 
 from featx.errors import StoreError, UsageError
 from featx.extraction.run import extract_features
@@ -22,7 +22,7 @@ from featx.store.reader import FeatureSet, read_features
 from featx.store.tables import export_table
 from featx.store.tools import pack
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "to_lancedb.py"
+SCRIPT = ROOT / "scripts" / "to_lancedb.py"
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Featx
+from conftest import ROOT, Featx
 
 from featx._files import sha256_file
 from featx.errors import StoreError, UsageError
@@ -22,7 +22,6 @@ from featx.store.shards import Contents, ShardReader
 from featx.store.tools import info, verify
 from featx.store.writer import StoreWriter
 
-ROOT = Path(__file__).parent.parent
 ROWS, SHARDS = 600, 12
 EMBEDDINGS = np.random.default_rng(1).normal(size=(ROWS, 8)).astype(np.float32)
 

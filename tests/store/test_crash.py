@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import storekit
-from conftest import Featx
+from conftest import TESTS, Featx
 from storekit import Zygote, check_published, digests_of, index_of, names_of, provenance, rows_of
 
 from featx import _files
@@ -262,7 +262,7 @@ def test_order_of_publication_as_the_kernel_saw_it(tmp_path: Path) -> None:
     watched = "trace=openat,fsync,rename,renameat,renameat2,unlink,unlinkat"
     done = subprocess.run(
         ["strace", "-f", "-y", "-s", "4096", "-o", str(trace), "-e", watched, sys.executable, "-c", code],
-        cwd=Path(__file__).parent,
+        cwd=TESTS,
         capture_output=True,
         text=True,
         check=False,

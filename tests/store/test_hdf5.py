@@ -12,6 +12,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from conftest import TESTS
 from storekit import make_store, names_of
 
 from featx.errors import StoreError
@@ -349,7 +350,7 @@ assert not [name for name in opened if "passwd" in name]
 """
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, stores)],
-        cwd=Path(__file__).parent,
+        cwd=TESTS,
         capture_output=True,
         text=True,
         check=False,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -11,9 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, TinyEngine, class_folders, picture, tiny_backbone
+from conftest import TINY, TinyEngine, bad_images, class_folders, picture, tiny_backbone
 from numpy.typing import NDArray
-from PIL import Image
 from storekit import refused_of
 
 from featx.errors import Interrupted, MismatchError, SourceError, TooManyBadImages
@@ -149,25 +147,6 @@ def test_an_image_changed_in_place_is_embedded_again(source: Path, store: Path) 
     data[-20] ^= 1
     changed.write_bytes(bytes(data))
     assert run(source, store).quarantined == 1
-
-
-def bad_images(folder: Path) -> dict[str, str]:
-    """Eight awkward files; returns the reason for each that has to be refused."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "text.jpg").write_text("this is not a picture")
-    out = io.BytesIO()
-    picture(1, (300, 200)).save(out, format="JPEG")
-    (folder / "truncated.jpg").write_bytes(out.getvalue()[: len(out.getvalue()) // 2])
-    Image.fromarray(np.linspace(0, 65535, 1024, dtype=np.uint16).reshape(32, 32)).save(folder / "sixteen.png")
-    picture(2).convert("CMYK").save(folder / "cmyk.jpg")
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 4), dtype=np.uint8)).save(folder / "clear.png")
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    picture(3).save(folder / "rotated.jpg", exif=exif)
-    frames = [picture(4), picture(5)]
-    frames[0].save(folder / "animated.gif", save_all=True, append_images=frames[1:])
-    picture(6, (1, 1)).save(folder / "pixel.png")
-    return {"text.jpg": "not_an_image", "truncated.jpg": "truncated", "pixel.png": "too_small"}
 
 
 def test_bad_images_are_refused_with_a_reason_and_the_good_ones_kept(source: Path, store: Path) -> None:

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Featx, class_folders, picture
+from modelkit import clusters
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, recall_score
-from test_bundle import clusters
 
 from featx.backbones.engines.base import Engine
 from featx.backbones.engines.torch import make_engine
