@@ -46,7 +46,7 @@ class Normalise(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type:
         return self
 
     def by_block(self, rows: NDArray[np.floating]) -> dict[str, Any]:
-        """How ``logistic_path`` of :mod:`featx.heads.solvers.blocks` is to normalise rows (n, d) while it reads them."""
+        """How ``logistic_path`` of :mod:`featx.heads.solvers.blocks` is to normalise rows (n, d) as it reads."""
         check_is_fitted(self)
         if self.kind == "l2":
             length = np.sqrt(np.einsum("ij,ij->i", rows, rows))
