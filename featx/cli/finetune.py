@@ -225,7 +225,7 @@ def autoencoder(
         f"{plural(trained.images, 'image')}, {plural(trained.epochs, 'epoch')}, {trained.seconds:.0f} s on {where}. "
         f"Squared error of {plural(trained.held_out, 'held-out image')}: {trained.error:.4f} "
         f"({trained.baseline:.4f} for the mean image, so "
-        f"{1 - trained.error / max(trained.baseline, 1e-12):.0%} is explained).",
+        f"{100 * (1 - trained.error / max(trained.baseline, 1e-12)):.0f} % is explained).",
         err=as_json,
     )
     for name, refusal in found.refused[:10]:

@@ -167,7 +167,7 @@ def label_sheet(path: Path, store: Path, find: Finder, features: FeatureSet, ran
         Card(
             str(ranking.ids[i]),
             find(str(ranking.ids[i])),
-            f"{names[ranking.labels[i]]} \u2192 {names[ranking.suggested[i]]} ({ranking.confidence[i]:.0%})",
+            f"{names[ranking.labels[i]]} \u2192 {names[ranking.suggested[i]]} ({100 * ranking.confidence[i]:.0f} %)",
             digest=features.digests[ranking.rows[i]].tobytes(),
         )
         for i in doubtful[:MAX_GROUPS]
