@@ -63,6 +63,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, featx: Featx) -> Path:
     return folder / "s.featx"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command", [("fit", "s.featx", "--out", "a.model"), ("pack", "s.featx", "a.h5")], ids=["fit", "pack"]
 )

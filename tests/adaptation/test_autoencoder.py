@@ -31,6 +31,7 @@ def trained() -> Autoencoder:
     return train_autoencoder(pictures(), held_out_rows(digests(60), 0), dim=16, epochs=25)
 
 
+@pytest.mark.slow
 def test_it_draws_images_it_has_not_seen_better_than_their_mean(trained: Autoencoder) -> None:
     shown, held = pictures(), held_out_rows(digests(60), 0)
     with torch.no_grad():
@@ -71,6 +72,7 @@ def test_an_interrupted_one_keeps_its_best_epoch() -> None:
     assert found.error == min(found.errors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["torch", "openvino"])
 def test_its_code_is_a_backbone(trained: Autoencoder, tmp_path: Path, engine: str) -> None:
     if engine == "openvino":

@@ -75,6 +75,7 @@ def tune(
     return finetune_episodes(features, images, backbone, folder, recipe=recipe, **settings)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_heads_and_draws_are_those_of_a_sweep(
     features: FeatureSet, images: ImageSet, backbone: Backbone, tmp_path: Path
 ) -> None:
@@ -104,6 +105,7 @@ def test_heads_and_draws_are_those_of_a_sweep(
     assert not (tmp_path / "t").exists()  # activations are for the time being
 
 
+@pytest.mark.slow
 def test_training_beats_frozen_random_features(
     features: FeatureSet, images: ImageSet, backbone: Backbone, tmp_path: Path
 ) -> None:
@@ -116,6 +118,7 @@ def test_training_beats_frozen_random_features(
     assert accuracy["finetune:3"] >= max(accuracy["logreg"], accuracy["ridge"]) + 0.1
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_and_another_another(
     features: FeatureSet, images: ImageSet, backbone: Backbone, tmp_path: Path
 ) -> None:
@@ -279,6 +282,7 @@ def test_activations_have_a_bound(features: FeatureSet, images: ImageSet, backbo
 # --- for keeps ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_kept_model_is_the_trained_one(
     features: FeatureSet, images: ImageSet, backbone: Backbone, tmp_path: Path
 ) -> None:

@@ -63,6 +63,7 @@ def advice() -> Advice:
     return advise(features, Layers({"penultimate": 24}), backbone=NO_NETWORK, minutes=60, episodes=5, n_jobs=1)
 
 
+@pytest.mark.slow
 def test_cells_are_those_of_a_sweep_of_the_same_seed(advice: Advice) -> None:
     features = feature_set()
     rows = np.flatnonzero(features.labels >= 0)
@@ -149,6 +150,7 @@ def test_copies_and_the_split_test_take_no_part() -> None:
     assert "the store has no unlabelled images" in found.sentences()["not measured"]
 
 
+@pytest.mark.slow
 def test_layers_are_compared_where_there_are_several() -> None:
     features = feature_set(noise=3.0)
     better = np.hstack([feature_set(noise=0.3).embeddings, features.embeddings])
@@ -377,6 +379,7 @@ def test_with_the_images_everything_is_measured(store: Path, featx: Featx) -> No
         assert (apart is None) == (each["strategy"] == REFERENCE)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_with_130_and_leaves_no_folder_behind(store: Path) -> None:
     command = [sys.executable, "-m", "featx", "advise", "photos.featx", "--minutes", "2", "--n-jobs", "1", "--json"]
     going = subprocess.Popen(

@@ -61,6 +61,7 @@ def test_measured_points_are_the_means_over_draws_and_images() -> None:
     assert curve.accuracy(20).mean == pytest.approx(curve.measured[-1].mean, abs=0.02)
 
 
+@pytest.mark.slow
 def test_the_interval_of_a_gain_covers_the_truth() -> None:
     _, a, b = 0.05, 0.5, 0.5
     truth = a * (20.0**-b - 30.0**-b)
@@ -82,6 +83,7 @@ def test_no_gain_is_claimed_where_there_is_none() -> None:
     assert claims <= 4
 
 
+@pytest.mark.slow
 def test_where_hardly_anything_is_left_to_gain_that_is_known() -> None:
     rng = np.random.default_rng(1)
     curve = fit_curve(SHOTS, simulated(rng, parameters=(0.1, 0.3, 2.0), images=20_000, draws=20))

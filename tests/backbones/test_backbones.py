@@ -85,6 +85,7 @@ def test_row_agrees_with_torchvision(name: str, no_initialisation: None) -> None
     assert embedding.shape == (2, network.embedding_dim)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

@@ -36,6 +36,7 @@ def through(halves: Halves, images: Tensor) -> Tensor:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_tail_on_activations_gives_the_logits_of_the_whole_network(name: str) -> None:
     backbone = network(name)
@@ -151,6 +152,7 @@ def test_foreign_and_damaged_tails_are_refused() -> None:
             tuned(small(), bad).network()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["torch", "openvino"])
 def test_engines_run_a_trunk(engine: str) -> None:
     if engine == "openvino":

@@ -111,6 +111,7 @@ def test_embeddings_are_those_of_plain_torch(
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), np.linalg.norm(expected, axis=1), rtol=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not engines._installed("openvino"), reason="no openvino")
 def test_several_layers_come_in_the_order_asked() -> None:
     # conv1.1 is followed by a ReLU that works in place, which a converter could fold into it.
@@ -142,6 +143,7 @@ def test_transformers_and_timm_convert(name: str, layer: str) -> None:
 # Order, batches, threads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ON_CPU)
 def test_an_embedding_does_not_depend_on_its_company(engine: str, small: Backbone) -> None:
     running = on_cpu(small, engine)
@@ -224,6 +226,7 @@ def test_batches_of_another_shape_are_refused(engine: str, small: Backbone, batc
         list(on_cpu(small, engine).embed([batch]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ON_CPU)
 def test_threads_can_share_an_engine(engine: str, small: Backbone) -> None:
     running = on_cpu(small, engine, batch_size=1)
@@ -278,6 +281,7 @@ def test_without_openvino(monkeypatch: pytest.MonkeyPatch, small: Backbone) -> N
         make_engine(small, engine="openvino")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not engines._installed("openvino"), reason="no openvino")
 def test_auto_is_openvino_on_a_cpu(monkeypatch: pytest.MonkeyPatch, small: Backbone) -> None:
     monkeypatch.setattr(engines, "_cuda", lambda: False)

@@ -45,6 +45,7 @@ def test_layers_of_a_convolutional_network_are_averaged_over_the_image() -> None
     torch.testing.assert_close(normed, normalised.mean((2, 3)))
 
 
+@pytest.mark.slow
 def test_vgg_has_vectors_before_its_last_layer() -> None:
     assert _layers("vgg11", "classifier.0", "avgpool") == [(2, 4096), (2, 512)]
 

@@ -26,6 +26,7 @@ def _one(backbone: Backbone) -> Array:
     return result
 
 
+@pytest.mark.slow
 @pytestmark_openvino
 @pytest.mark.parametrize(
     "damage",
@@ -49,6 +50,7 @@ def test_a_damaged_cache_file_is_made_again(small: Backbone, damage: Callable[[b
     assert [file.name for file in path.parent.iterdir() if file.name.startswith(".")] == []
 
 
+@pytest.mark.slow
 @pytestmark_openvino
 def test_no_bit_of_the_header_can_be_altered(small: Backbone) -> None:
     _one(small)
@@ -111,6 +113,7 @@ def test_a_cache_that_cannot_be_written_is_said(
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.slow
 @pytestmark_openvino
 def test_a_second_start_imports_no_torch(tmp_path: Path) -> None:
     on_cpu(load_backbone(), "openvino", batch_size=2)

@@ -44,6 +44,7 @@ def store(source: Path, featx: Featx) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_extract_again_embeds_nothing(source: Path, store: Path, featx: Featx) -> None:
     summary = featx("extract", source, "--out", store, "--json").json
     assert (summary["embedded"], summary["reused"]) == (0, 24)
@@ -52,6 +53,7 @@ def test_extract_again_embeds_nothing(source: Path, store: Path, featx: Featx) -
     assert f"featx sweep {store}" in ran.out
 
 
+@pytest.mark.slow
 def test_info_verify_and_pack(store: Path, tmp_path: Path, featx: Featx) -> None:
     facts = featx("info", store, "--json").json
     assert facts["rows"] == facts["images"] == 24
@@ -78,6 +80,7 @@ def test_info_verify_and_pack(store: Path, tmp_path: Path, featx: Featx) -> None
     assert "there is a file of this name already" in ran.err
 
 
+@pytest.mark.slow
 def test_sweep_ranks_heads_and_writes_a_report(store: Path, tmp_path: Path, featx: Featx) -> None:
     arguments = ("sweep", store, "--shots", "1,5", "--episodes", 5, "--out", tmp_path / "report")
     ran = featx(*arguments, "--json")
@@ -118,6 +121,7 @@ def test_sweep_ranks_heads_and_writes_a_report(store: Path, tmp_path: Path, feat
     assert strip == [{k: v for k, v in row.items() if k != "fit_seconds"} for row in again["results"]]
 
 
+@pytest.mark.slow
 def test_the_scripts_are_the_commands(source: Path, store: Path, tmp_path: Path) -> None:
     scripts = ROOT / "scripts"
     for script, arguments in (
@@ -133,6 +137,7 @@ def test_the_scripts_are_the_commands(source: Path, store: Path, tmp_path: Path)
     assert (tmp_path / "r" / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_test_images_take_no_part_in_choosing(tmp_path: Path, featx: Featx) -> None:
     class_folders(tmp_path / "photos" / "train", each=6)
     class_folders(tmp_path / "photos" / "val", each=2, first=30)
@@ -146,6 +151,7 @@ def test_test_images_take_no_part_in_choosing(tmp_path: Path, featx: Featx) -> N
     assert ran.json["images"] == 16
 
 
+@pytest.mark.slow
 def test_awkward_images_end_with_exit_code_3(source: Path, tmp_path: Path, featx: Featx) -> None:
     photos = tmp_path / "photos"
     shutil.copytree(source, photos)
@@ -161,6 +167,7 @@ def test_awkward_images_end_with_exit_code_3(source: Path, tmp_path: Path, featx
     assert featx("extract", photos, "--out", store, "--max-bad", 0).code == 4
 
 
+@pytest.mark.slow
 def test_a_messy_folder_is_told_apart(tmp_path: Path, featx: Featx) -> None:
     """Unsorted photos, other files, and an iPhone's format for more than half of the images."""
     photos, store = (
@@ -216,6 +223,7 @@ def test_a_messy_folder_is_told_apart(tmp_path: Path, featx: Featx) -> None:
     assert featx("info", store, "--json").json["classes"] == {"cats": 2, "dogs": 2}
 
 
+@pytest.mark.slow
 def test_a_copy_without_a_label_is_no_wrong_label(tmp_path: Path, featx: Featx) -> None:
     photos, store = class_folders(tmp_path / "photos", ("ants", "bees", "unsorted"), each=6), tmp_path / "s.featx"
     shutil.copy(photos / "ants" / "000.png", photos / "unsorted" / "copy.png")
@@ -240,6 +248,7 @@ def mistake(ran: object, code: int, *words: str) -> None:
         assert word in text
 
 
+@pytest.mark.slow
 def test_mistakes_end_with_one_sentence_and_exit_code_2(
     source: Path, store: Path, tmp_path: Path, featx: Featx
 ) -> None:
@@ -305,6 +314,7 @@ def test_only_files_of_featx_are_replaced(source: Path, store: Path, tmp_path: P
     assert featx(*commands["joblib"], tmp_path / "j", "--json").json["format"] == "joblib"
 
 
+@pytest.mark.slow
 def test_a_store_with_one_class_cannot_be_swept(tmp_path: Path, featx: Featx) -> None:
     folder = class_folders(tmp_path / "photos", names=("ants",)) / "ants"
     assert featx("extract", folder, "--out", tmp_path / "s.featx").code == 0  # unlabelled: fine for retrieval
@@ -342,6 +352,7 @@ def test_usage_errors_suggest(featx: Featx) -> None:
     assert featx("extract", "x", "--out", "y", "--precision", "fp8").code == 2
 
 
+@pytest.mark.slow
 def test_help_is_quick_and_names_every_command(featx: Featx) -> None:
     ran = featx("--help")
     assert ran.code == 0
@@ -362,6 +373,7 @@ def test_backbones_lists_the_offline_default(featx: Featx) -> None:
     assert "efficientnet_lite0" in featx("backbones").out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_extraction_says_how_to_go_on(tmp_path: Path, number: signal.Signals, featx: Featx) -> None:
     source = class_folders(tmp_path / "photos", each=150)
@@ -416,6 +428,7 @@ def test_output_into_a_closed_pipe_is_no_error(store: Path) -> None:
     assert done.returncode in (0, 1, 141)  # whoever notices first
 
 
+@pytest.mark.slow
 def test_photos_of_ants_and_bees(photos: Path, tmp_path: Path, featx: Featx) -> None:
     store = tmp_path / "h.featx"
     assert featx("extract", photos / "hymenoptera", "--out", store, "--json").json["embedded"] == 397

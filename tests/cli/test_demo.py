@@ -62,6 +62,7 @@ def test_the_images_of_the_demo(tmp_path: Path) -> None:
     assert np.corrcoef(small.ravel(), digits.images[7].ravel())[0, 1] > 0.999
 
 
+@pytest.mark.slow
 def test_without_scikit_image_the_demo_says_what_to_install(tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['skimage'] = None\n"

@@ -78,6 +78,7 @@ def _install(home: Path, shell: str) -> None:
     assert f"{shell} completion installed" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
 def test_bash_completes(tmp_path: Path) -> None:
     _install(tmp_path, "bash")
@@ -128,6 +129,7 @@ def assert_shown(text: str) -> None:
     assert "Error: forged.png" not in [line.strip() for line in text.splitlines()]
 
 
+@pytest.mark.slow
 def test_names_neither_forge_nor_hide_what_the_terminal_shows(featx: Featx, tmp_path: Path) -> None:
     photos, store = tmp_path / "photos", tmp_path / "s.featx"
     for number, (folder, name) in enumerate(itertools.product(("a[", "[b]"), HOSTILE)):

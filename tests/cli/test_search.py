@@ -125,6 +125,7 @@ def test_an_id_a_file_and_a_folder(source: Path, store: Path, tmp_path: Path, fe
     assert with_itself["results"][0]["matches"][0]["id"] == "train/bees/007.png"
 
 
+@pytest.mark.slow
 def test_images_of_the_store_load_no_network(source: Path, store: Path) -> None:
     code = (
         "import sys; from featx.cli import main as cli\n"
@@ -308,6 +309,7 @@ def test_duplicates_across_splits_come_first(store: Path, tmp_path: Path, here: 
     assert "Group 1: 2 images, across splits, different labels" in ran.out
 
 
+@pytest.mark.slow
 def test_search_works_without_faiss(store: Path, tmp_path: Path, featx: Featx) -> None:
     """A module of that name that cannot be imported stands before the real one."""
     (tmp_path / "faiss.py").write_text("raise ImportError('hidden')\n")

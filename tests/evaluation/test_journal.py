@@ -65,6 +65,7 @@ def resumed(content: bytes, path: Path) -> tuple[SweepResult, int]:
     return result, seen[0]
 
 
+@pytest.mark.slow
 def test_no_changed_byte_of_a_journal_changes_a_number(journal: bytes, whole: SweepResult, tmp_path: Path) -> None:
     rng = random.Random(0)
     expected = numbers(whole)

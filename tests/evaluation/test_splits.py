@@ -229,6 +229,7 @@ def test_copies_are_those_of_brute_force_in_any_order_and_under_any_digests(
     assert (np.diff(first) > 0).all()  # numbered in the order of their first row
 
 
+@pytest.mark.slow
 def test_every_photo_is_paired_with_its_own_resaved_copy(photos: Path, featx: Featx, tmp_path: Path) -> None:
     """The order that real data has: no two files are equal, and digests are in no order."""
     originals = sorted((photos / "hymenoptera" / "train").rglob("*.jpg"))[::3][:64]
@@ -302,6 +303,7 @@ def test_pairs_above_a_cosine_of_0_9_that_are_no_copies_are_counted_in_a_note() 
         assert any(note.startswith(f"{expected} more pairs of images with a cosine above 0.9") for note in notes)
 
 
+@pytest.mark.slow
 def test_random_weights_find_no_near_copies_and_sweep(featx: Featx, tmp_path: Path) -> None:
     class_folders(tmp_path / "photos", each=8)
     store = tmp_path / "random.featx"

@@ -108,6 +108,7 @@ def compared(rng: np.random.Generator, shots: int, gap: float = 0.0, *, taught: 
     return stats.paired_difference(scores, images, n_support, n_query, lessons)
 
 
+@pytest.mark.slow
 def test_equal_heads_that_learn_are_told_apart_in_5_of_100_cases_at_most() -> None:
     """Without what the supports taught it were 6.1 % of 12,000 pairs, with it 3.9 %."""
     rng = np.random.default_rng(0)

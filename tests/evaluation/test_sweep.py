@@ -36,6 +36,7 @@ def result() -> Any:
     return sweep_heads(rows, labels, class_names=names, episodes=6, shots=(1, 5, 12, "all"), n_jobs=1)
 
 
+@pytest.mark.slow
 def test_intervals_and_comparisons_count_what_supports_teach(result: Any) -> None:
     for pair in result.comparisons:
         left, right = (result.of(head, pair.n_shots) for head in (pair.a, pair.b))
@@ -111,6 +112,7 @@ def test_one_shot_takes_the_stated_defaults(result: Any) -> None:
             assert trial.selection_score is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_jobs", [2])
 def test_the_result_does_not_depend_on_the_number_of_workers(result: Any, n_jobs: int) -> None:
     rows, labels, names = blobs([40, 30, 35])
@@ -132,6 +134,7 @@ def test_the_result_does_not_depend_on_the_number_of_workers(result: Any, n_jobs
     assert [done for done, _, _ in seen] == sorted(done for done, _, _ in seen)
 
 
+@pytest.mark.slow
 def test_random_labels_with_duplicated_images_stay_at_chance() -> None:
     rng = np.random.default_rng(0)
     originals = np.maximum(rng.normal(size=(1000, 32)) + 0.3, 0)
@@ -286,6 +289,7 @@ def test_out_of_fold_losses_are_those_of_pipelines_fitted_fold_by_fold(name: str
             np.testing.assert_allclose(losses[i], -np.log(each), atol=2e-3)
 
 
+@pytest.mark.slow
 def test_the_choice_is_that_of_grid_search_on_the_same_folds() -> None:
     agreed = 0
     for seed in range(10):

@@ -95,6 +95,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     assert not (tmp_path / "u").exists()
 
 
+@pytest.mark.slow
 def test_the_command_says_how_often(tmp_path: Path, featx: Featx) -> None:
     class_folders(tmp_path / "photos" / "train", each=6)
     class_folders(tmp_path / "photos" / "test", each=6, first=50)

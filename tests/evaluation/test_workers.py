@@ -95,6 +95,7 @@ def killed(store: Path, out: Path, arrays: Path, *, all_of_them: bool) -> int:
     return sweep.pid
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_killed_sweep_and_the_next_removes_their_arrays(store: Path, tmp_path: Path) -> None:
     arrays = tmp_path / "arrays"
     undisturbed = subprocess.run(command(store, tmp_path / "whole"), capture_output=True, text=True, check=True)
@@ -113,6 +114,7 @@ def test_workers_end_with_a_killed_sweep_and_the_next_removes_their_arrays(store
     assert numbers(resumed.stdout) == numbers(undisturbed.stdout)
 
 
+@pytest.mark.slow
 def test_arrays_in_use_are_not_removed(store: Path, tmp_path: Path) -> None:
     """Two sweeps at once: the first to end leaves the other's folder alone."""
     environment = {**os.environ, "JOBLIB_TEMP_FOLDER": str(tmp_path / "arrays")}
@@ -125,6 +127,7 @@ def test_arrays_in_use_are_not_removed(store: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "arrays").iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["limit", "mount"])
 def test_a_folder_without_room_is_one_sentence_and_the_sweep_goes_on_later(
     store: Path, featx: Featx, tmp_path: Path, way: str

@@ -49,6 +49,7 @@ def workers() -> list[psutil.Process]:
     ]
 
 
+@pytest.mark.slow
 def test_two_processes_make_what_one_makes(source: Path, store: Path, whole: Path, tmp_path: Path) -> None:
     images, job = job_for(source, store, log=tmp_path / "log")
     seen: list[tuple[int, int]] = []
@@ -62,6 +63,7 @@ def test_two_processes_make_what_one_makes(source: Path, store: Path, whole: Pat
     assert workers() == []
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_replaced(source: Path, store: Path, whole: Path) -> None:
     images, job = job_for(source, store, pause=0.5)
     victims: list[int] = []
@@ -81,6 +83,7 @@ def die(backbone: Backbone, **how: Any) -> None:
     os._exit(7)
 
 
+@pytest.mark.slow
 def test_a_process_that_always_dies_ends_the_run(source: Path, store: Path) -> None:
     images, job = job_for(source, store, die)
     with pytest.raises(
@@ -90,6 +93,7 @@ def test_a_process_that_always_dies_ends_the_run(source: Path, store: Path) -> N
     assert workers() == []
 
 
+@pytest.mark.slow
 def test_a_device_that_fails_is_tried_again(
     source: Path, store: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,6 +117,7 @@ def test_an_error_of_a_part_ends_the_run_as_it_is(source: Path, store: Path) -> 
         run_local(images, job, TWO)
 
 
+@pytest.mark.slow
 def test_an_interrupt_keeps_what_was_computed(source: Path, store: Path, whole: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     images, job = job_for(source, store, log=log, pause=0.1)
@@ -142,6 +147,7 @@ run_local(images, job, TWO)
 """
 
 
+@pytest.mark.slow
 def test_processes_end_when_their_parent_is_killed(source: Path, store: Path, whole: Path) -> None:
     path = os.pathsep.join(map(str, sys.path))
     command = [sys.executable, "-c", DRIVER, str(source), str(store)]

@@ -84,6 +84,7 @@ def test_what_is_no_part_is_refused(text: str) -> None:
         Part.parse(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of", [1, 2, 5, 23])
 def test_parts_make_the_store_that_one_process_makes(source: Path, store: Path, whole: Path, of: int) -> None:
     numbers = list(range(1, of + 1))
@@ -100,6 +101,7 @@ def test_parts_make_the_store_that_one_process_makes(source: Path, store: Path, 
     assert storekit.check_published(store) == 12
 
 
+@pytest.mark.slow
 def test_a_part_run_twice_computes_nothing_twice(source: Path, store: Path, whole: Path) -> None:
     run_parts(source, store, 2)
     engine = LightEngine()
@@ -120,6 +122,7 @@ def test_two_runs_of_one_part_at_once_do_not_meet(source: Path, store: Path) -> 
         run_part(source, store, "1/2")
 
 
+@pytest.mark.slow
 def test_missing_parts_are_named_with_the_command(source: Path, store: Path) -> None:
     with pytest.raises(StoreError, match=r"no parts to put together. Run every part first, .*photos --out .*--part"):
         finish(source, store)
@@ -149,6 +152,7 @@ def interrupt_after(calls: int) -> Any:
     return progress
 
 
+@pytest.mark.slow
 def test_parts_of_other_images_are_refused(source: Path, store: Path, whole: Path) -> None:
     run_parts(source, store, 2)
     storekit.png_folders(source, 1, first=100)
@@ -167,6 +171,7 @@ def test_parts_of_other_images_are_refused(source: Path, store: Path, whole: Pat
     assert content_hash(store) == content_hash(whole)
 
 
+@pytest.mark.slow
 def test_parts_of_another_kind_are_refused(source: Path, store: Path, tmp_path: Path) -> None:
     class Half(LightEngine):
         precision = "bf16"
@@ -250,6 +255,7 @@ def test_a_plain_extraction_says_that_parts_are_waiting(source: Path, store: Pat
     assert any("--finish takes over" in note for note in storekit.extract(source, store).notes)
 
 
+@pytest.mark.slow
 def test_bad_images_are_counted_over_all_parts(source: Path, store: Path) -> None:
     run_part(source, store, "1/2", max_bad=2 / 17)
     run_part(source, store, "2/2", max_bad=2 / 17)  # two of its nine, which is what the whole may have
@@ -273,6 +279,7 @@ def test_file_systems_without_hard_links(
     assert_same(store, whole)
 
 
+@pytest.mark.slow
 def test_finishing_can_fail_at_every_step_and_be_repeated(
     source: Path, store: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

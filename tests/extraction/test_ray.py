@@ -84,6 +84,7 @@ def busy_workers() -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.slow
 def test_the_cluster_makes_what_one_process_makes_though_a_worker_is_killed(
     cluster: str, source: Path, store: Path, whole: Path
 ) -> None:
@@ -113,6 +114,7 @@ def test_the_cluster_makes_what_one_process_makes_though_a_worker_is_killed(
     assert not log.exists()
 
 
+@pytest.mark.slow
 def test_what_a_task_fails_with(cluster: str, source: Path, store: Path, whole: Path, tmp_path: Path) -> None:
     images, job = job_for(source, store, fail_once, flag=tmp_path / "flag")
     run_ray(images, job)  # anything but an error of featx is tried again
@@ -134,6 +136,7 @@ def always(backbone: Any, **how: Any) -> None:
     raise RuntimeError("the device is gone")
 
 
+@pytest.mark.slow
 def test_an_interrupt_keeps_what_was_computed(
     cluster: str, source: Path, store: Path, whole: Path, tmp_path: Path
 ) -> None:
@@ -191,6 +194,7 @@ def driver(program: str, cluster: str) -> subprocess.CompletedProcess[str]:
     return run
 
 
+@pytest.mark.slow
 def test_what_ray_says_is_not_in_the_way_of_the_answer(cluster: str) -> None:
     program = """
         import io, os, sys, time
@@ -223,6 +227,7 @@ def test_a_crash_after_the_connection_says_where(cluster: str) -> None:
     assert 'File "<string>", line 8 in <module>' in run.stderr
 
 
+@pytest.mark.slow
 def test_a_sweep_on_the_cluster_is_the_ordinary_sweep(cluster: str) -> None:
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(3), 12)
@@ -240,6 +245,7 @@ def test_a_sweep_on_the_cluster_is_the_ordinary_sweep(cluster: str) -> None:
         assert one.accuracy == other.accuracy
 
 
+@pytest.mark.slow
 def test_the_real_commands(cluster: str, tmp_path: Path, featx: Featx) -> None:
     photos = class_folders(tmp_path / "photos", each=6)
     env = {"RAY_ADDRESS": cluster}

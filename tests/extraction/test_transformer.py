@@ -295,6 +295,7 @@ def test_two_networks_that_meet_in_a_new_store_both_keep_theirs(paths: list[Path
     assert len(list((store / ".networks").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_a_search_over_backbones_shares_one_store(folder: Path, tmp_path: Path) -> None:
     paths = sorted(folder.rglob("*.png"))
     y = labels(paths)

@@ -138,6 +138,7 @@ def test_a_fitted_head_keeps_what_the_pool_taught_it() -> None:
         fit_head(rows, labels, class_names="abcde", heads=["ridge_pool"])
 
 
+@pytest.mark.slow
 def test_the_command_learns_from_another_store_and_says_so(tmp_path: Path, featx: Featx) -> None:
     class_folders(tmp_path / "photos", each=8)
     class_folders(tmp_path / "more", names=("unsorted",), each=10, first=10)  # six of them are copies

@@ -221,6 +221,7 @@ def test_modules_in_the_working_folder_are_not_run(
     assert not (tmp_path / "sprung").exists()
 
 
+@pytest.mark.slow
 def test_children_killed_while_idle_are_replaced(source: Path) -> None:
     with DecoderPool(PREPROCESS, workers=2) as pool:
         for path in files(source):
@@ -374,6 +375,7 @@ def test_memory_is_limited_and_is_enough(source: Path, broken: Path) -> None:
         assert decoded is not None and decoded.pixels is not None
 
 
+@pytest.mark.slow
 def test_bytes_at_hand_are_tried_once_and_only_while_wanted(source: Path, broken: Path) -> None:
     hanging, good = files(source)[0].read_bytes() + b"HANG", files(source)[1].read_bytes()
     with DecoderPool(PREPROCESS, workers=1, timeout=2.0) as pool:

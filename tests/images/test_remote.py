@@ -92,6 +92,7 @@ def run(source: str, store: Path) -> ExtractSummary:
     return extract_features(ImageSet.from_source(source), tiny_backbone(), store, engine=TinyEngine(), workers=2)
 
 
+@pytest.mark.slow
 def test_a_bucket_is_read_as_the_folder_is(bucket: Bucket, tmp_path: Path) -> None:
     local, remote = ImageSet.from_source(tmp_path / "photos"), ImageSet.from_source(bucket.url)
     assert [(ref.id, ref.label, ref.split, ref.size) for ref in remote.refs] == [

@@ -93,6 +93,7 @@ def test_any_order_gives_the_right_row(order: list[int], tmp_path: Path) -> None
     assert [table.image(row) for row in order] == [b"%d" % row for row in order]
 
 
+@pytest.mark.slow
 def test_one_row_group_larger_than_memory_is_streamed(tmp_path: Path) -> None:
     """240 MB in one row group, read within a fraction of that; so does the file that pandas writes by default."""
     random = np.random.default_rng(0)

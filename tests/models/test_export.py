@@ -48,6 +48,7 @@ def test_neighbours_keep_their_labels(kind: str) -> None:
     assert to_pipeline(bundle).predict(QUERIES).tolist() == [answer.label for answer in bundle.answer(QUERIES)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["l2", LAYERS[1]])
 @pytest.mark.parametrize("form", ["joblib", "skops"])
 def test_pipelines_load_without_featx(form: str, kind: str, tmp_path: Path) -> None:

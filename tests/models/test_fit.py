@@ -256,6 +256,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory, featx: Featx) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_predict_files_folders_and_standard_input(kept: Path, featx: Featx, tmp_path: Path) -> None:
     photo = kept / "photos/train/ants/000.png"
     (kept / "bad.jpg").write_text("no picture")
@@ -317,6 +318,7 @@ def test_copies_are_told_and_no_note_is_said_twice(kept: Path, capsys: pytest.Ca
     assert printed.err.count("Note: One.") == 1
 
 
+@pytest.mark.slow
 def test_predict_in_a_pipe_is_one_line_an_image(kept: Path, featx: Featx, tmp_path: Path) -> None:
     image = (kept / "photos/train/ants/000.png").read_bytes()
     folder = tmp_path / ("a long name that a table would fold, " * 4)
@@ -348,6 +350,7 @@ def test_predict_in_a_pipe_is_one_line_an_image(kept: Path, featx: Featx, tmp_pa
         assert row["abstain"] == ("yes" if line[3] else "no")
 
 
+@pytest.mark.slow
 def test_predict_sorts_photos_and_lists_what_it_refused(kept: Path, featx: Featx, tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_text("no picture")
     given = ("predict", kept / "photos.model", kept / "photos", tmp_path / "bad.png")
@@ -376,6 +379,7 @@ def test_predict_sorts_photos_and_lists_what_it_refused(kept: Path, featx: Featx
     assert featx("predict", kept / "photos.model", "-", "--sort-into", tmp_path / "out").code == 2
 
 
+@pytest.mark.slow
 def test_predict_gives_what_the_store_says(kept: Path, featx: Featx) -> None:
     features = read_features(kept / "photos.featx")
     expected = read_bundle(kept / "photos.model").answer(features.embeddings)
@@ -386,6 +390,7 @@ def test_predict_gives_what_the_store_says(kept: Path, featx: Featx) -> None:
         assert each["score"] == pytest.approx(answer.score, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_fit_says_which_classes_are_recognised_and_how_it_chose(kept: Path, featx: Featx, tmp_path: Path) -> None:
     done = featx("fit", kept / "photos.featx", "--out", tmp_path / "all.model", "--head", "knn,ridge")
     assert done.code == 0
@@ -399,6 +404,7 @@ def test_fit_says_which_classes_are_recognised_and_how_it_chose(kept: Path, feat
         assert f"{name} {100 * each['recall']:.1f} % of 14" in done.out
 
 
+@pytest.mark.slow
 def test_a_model_that_always_abstains_says_so_everywhere(kept: Path, featx: Featx, tmp_path: Path) -> None:
     model, photo = tmp_path / "shy.model", kept / "photos/train/ants/000.png"
     fitted = featx("fit", kept / "photos.featx", "--out", model, "--max-error", "0.001", "--json")
@@ -414,6 +420,7 @@ def test_a_model_that_always_abstains_says_so_everywhere(kept: Path, featx: Feat
     assert read_bundle(model).silence is None
 
 
+@pytest.mark.slow
 def test_a_store_of_other_classes_is_not_served_in_silence(kept: Path, featx: Featx, tmp_path: Path) -> None:
     class_folders(tmp_path / "photos", ("cats", "dogs"))
     assert featx("extract", tmp_path / "photos", "--out", tmp_path / "other.featx").code == 0
@@ -447,6 +454,7 @@ def test_a_tampered_model_and_wrong_uses_exit_with_2(kept: Path, featx: Featx, t
         assert message in done.err
 
 
+@pytest.mark.slow
 def test_a_network_that_sees_the_probe_differently_is_refused(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = read_bundle(kept / "photos.model")
     made: list[Engine] = []

@@ -247,6 +247,7 @@ def test_rows_are_added_to_an_approximate_index() -> None:
     assert (found == np.arange(2500, 3000)).mean() >= 0.98
 
 
+@pytest.mark.slow
 @needs_faiss
 def test_auto_stays_exact_where_the_recall_is_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retrieval, "APPROXIMATE_ABOVE", 1050)
@@ -272,6 +273,7 @@ def test_without_faiss_everything_else_works(monkeypatch: pytest.MonkeyPatch) ->
         GalleryIndex(method="approximate").fit(rows)
 
 
+@pytest.mark.slow
 def test_faiss_is_imported_by_nobody_who_does_not_need_it() -> None:
     code = (
         "import featx, featx.cli.main, featx.retrieval.gallery, featx.retrieval.search, numpy as np, sys\n"

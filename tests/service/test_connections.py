@@ -52,6 +52,7 @@ def send_all(server: Running, head: bytes, block: bytes) -> tuple[int, bytes]:
     return sent, answer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("head", "block"),
     [
@@ -98,6 +99,7 @@ def test_the_limits_of_a_head_are_exact_and_answered(server: Running, lines: int
             assert f"{HEAD_BYTES:,}" in error["message"]
 
 
+@pytest.mark.slow
 def test_silent_connections_make_room_for_honest_ones(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
@@ -118,6 +120,7 @@ def test_silent_connections_make_room_for_honest_ones(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+@pytest.mark.slow
 def test_a_hard_limit_on_descriptors_bounds_the_connections(tmp_path: Path) -> None:
     """1,024 descriptors that the service cannot raise, 1,500 silent connections, and honest requests throughout."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -141,6 +144,7 @@ def test_a_hard_limit_on_descriptors_bounds_the_connections(tmp_path: Path) -> N
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+@pytest.mark.slow
 def test_connections_that_say_nothing_are_closed(server: Running) -> None:
     """Before a request or in the middle of its head after HEADER_SECONDS, between two after KEEP_ALIVE_SECONDS."""
     with connect(server) as silent, connect(server) as slow, connect(server) as kept:
@@ -161,6 +165,7 @@ def test_connections_that_say_nothing_are_closed(server: Running) -> None:
     assert HEADER_SECONDS - 1 < ended["silent"] <= ended["slow"]
 
 
+@pytest.mark.slow
 def test_half_sent_uploads_are_counted_as_they_come_and_probes_answer(tmp_path: Path) -> None:
     half = 600_000
     with (

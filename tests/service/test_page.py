@@ -63,6 +63,7 @@ def server(kept: Path) -> Iterator[Running]:
         yield running
 
 
+@pytest.mark.slow
 def test_photos_and_a_broken_file(server: Running, kept: Path, browser: Browser, tmp_path: Path) -> None:
     good = [kept / "photos/ants/000.png", kept / "photos/bees/008.png"]
     broken = tmp_path / "broken.jpg"
@@ -143,6 +144,7 @@ def test_the_keyboard_opens_the_file_dialogue(server: Running, browser: Browser)
     assert browser.run("return window.opened") == 2
 
 
+@pytest.mark.slow
 def test_a_key_is_asked_for_and_the_badge_tells_the_end(chrome: tuple[str, Path], browser: Browser) -> None:
     with start_tiny(chrome[1], api_key="sesame") as server:
         browser.open(server.url + "/")
@@ -155,6 +157,7 @@ def test_a_key_is_asked_for_and_the_badge_tells_the_end(chrome: tuple[str, Path]
     browser.wait("document.getElementById('health').textContent == 'no connection'", 30)
 
 
+@pytest.mark.slow
 def test_what_was_refused_without_a_key_is_tried_again_with_it(chrome: tuple[str, Path], browser: Browser) -> None:
     files = photos(chrome[1] / "locked", 2)
     with start_tiny(chrome[1], api_key="sesame") as server:
@@ -168,6 +171,7 @@ def test_what_was_refused_without_a_key_is_tried_again_with_it(chrome: tuple[str
             browser.wait(f"document.querySelectorAll('.card[data-state={state}]').length == 2")
 
 
+@pytest.mark.slow
 def test_a_photo_above_the_limit_is_scaled_down_and_says_so(chrome: tuple[str, Path], browser: Browser) -> None:
     large = chrome[1] / "large.png"
     large.write_bytes(encode(np.random.default_rng(0).integers(0, 256, (1900, 2200, 3), dtype=np.uint8)))
@@ -182,6 +186,7 @@ def test_a_photo_above_the_limit_is_scaled_down_and_says_so(chrome: tuple[str, P
         assert "scaled down to 2048 x 1769 pixels" in note
 
 
+@pytest.mark.slow
 def test_many_photos_get_a_summary_a_filter_and_a_table(chrome: tuple[str, Path], browser: Browser) -> None:
     files = photos(chrome[1] / "many", 60)
     odd = chrome[1] / "=odd, name.txt"

@@ -139,11 +139,13 @@ def _check_shortage(
     assert server.process.poll() is None
 
 
+@pytest.mark.slow
 def test_no_descriptor_left(tmp_path: Path) -> None:
     with start_tiny(tmp_path) as server:
         check_shortage(server, "--nofile", 3, "Too many open files")
 
 
+@pytest.mark.slow
 def test_decoders_at_work_need_no_descriptor(tmp_path: Path) -> None:
     with start_tiny(tmp_path) as server, contextlib.closing(Client(server)) as client:
         body, headers = form([("big.png", png(1)), ("noise.png", noise())])
@@ -153,6 +155,7 @@ def test_decoders_at_work_need_no_descriptor(tmp_path: Path) -> None:
             assert client.ask("/ready")[0] == 200
 
 
+@pytest.mark.slow
 def test_no_process_left(tmp_path: Path) -> None:
     wrapper = as_nobody()
     with start_through(tmp_path, *wrapper) as server:
@@ -164,6 +167,7 @@ def noise() -> bytes:
     return encode(np.random.default_rng(0).integers(0, 256, (700, 700, 3), dtype=np.uint8))
 
 
+@pytest.mark.slow
 def test_no_space_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full /dev/shm and a full temporary folder are no matter at all."""
     temporary = tmp_path / "temporary"
@@ -186,6 +190,7 @@ def test_no_space_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert server.get("/ready").status == 200
 
 
+@pytest.mark.slow
 def test_a_hanging_batch_is_told_within_two_seconds(tmp_path: Path) -> None:
     with start_tiny(tmp_path, limits={"deadline": 4.0}) as server:
         assert server.send("/predict", png(1)).status == 200
@@ -198,6 +203,7 @@ def test_a_hanging_batch_is_told_within_two_seconds(tmp_path: Path) -> None:
         hanging.join()
 
 
+@pytest.mark.slow
 def test_work_of_which_the_deadline_has_passed_is_ended(tmp_path: Path) -> None:
     """All decoders hang; when their requests are answered 504, others have taken their places."""
     with start_tiny(tmp_path, limits={"deadline": 1.5}) as server:
@@ -267,6 +273,7 @@ def costly_headers() -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 def test_images_with_costly_headers_stop_nobody(tmp_path: Path) -> None:
     """Four clients send them; the limit is in seconds of a processor, so a busy machine does not change it."""
     hostile = costly_headers()
@@ -295,6 +302,7 @@ def test_images_with_costly_headers_stop_nobody(tmp_path: Path) -> None:
         assert server.get("/ready").status == 200
 
 
+@pytest.mark.slow
 def test_kill_9_leaves_no_upload_and_no_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     temporary = tmp_path / "temporary"
     temporary.mkdir()

@@ -42,6 +42,7 @@ def expected(image: bytes) -> NDArray[np.float32]:
 # --- answers ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_one_image_as_it_is(server: Running) -> None:
     image = png(1)
     (answer,) = tiny_bundle().answer(expected(image))
@@ -101,6 +102,7 @@ def huge_png(width: int, height: int) -> bytes:
     )
 
 
+@pytest.mark.slow
 def test_a_form_may_have_as_many_images_as_the_limit_says(tmp_path: Path) -> None:
     images = [(f"{i}.png", png(i)) for i in range(101)]
     with start_tiny(tmp_path, limits={"images": 100, "queue": 100}) as server:
@@ -218,6 +220,7 @@ def test_the_request_id_is_the_clients_if_it_is_sensible(server: Running) -> Non
         assert re.fullmatch("[0-9a-f]{32}", given)
 
 
+@pytest.mark.slow
 def test_the_log_has_a_line_for_each_request_and_no_secret(tmp_path: Path) -> None:
     key = "a-very-secret-key"
     with start_tiny(tmp_path, api_key=key) as server:
@@ -262,6 +265,7 @@ def test_without_its_packages_it_says_what_to_install(tmp_path: Path) -> None:
 # --- the end ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_at_the_end_requests_in_flight_are_answered(tmp_path: Path, number: int) -> None:
     with start_tiny(tmp_path, seconds=1.0) as server:
@@ -287,6 +291,7 @@ def test_at_the_end_requests_in_flight_are_answered(tmp_path: Path, number: int)
         assert server.process.wait(timeout=30) == 0
 
 
+@pytest.mark.slow
 def test_when_the_worker_dies_it_is_not_ready(tmp_path: Path) -> None:
     with start_tiny(tmp_path, seconds=0.05) as server:
         assert server.send("/predict", png(1)).status == 200
@@ -303,6 +308,7 @@ def test_when_the_worker_dies_it_is_not_ready(tmp_path: Path) -> None:
         assert "Error: the service ended: nothing can be computed any more: found compute failed" in server.said()
 
 
+@pytest.mark.slow
 def test_before_it_ends_for_a_dead_worker_it_answers_all(tmp_path: Path) -> None:
     with start_tiny(tmp_path, seconds=1.0) as server:
         statuses: list[int] = []
@@ -322,6 +328,7 @@ def test_before_it_ends_for_a_dead_worker_it_answers_all(tmp_path: Path) -> None
         assert server.process.wait(timeout=10) == 1
 
 
+@pytest.mark.slow
 def test_a_batch_that_hangs_ends_the_service_too(tmp_path: Path) -> None:
     with start_tiny(tmp_path, patience=[0.5, 8.0], limits={"deadline": 1.0}) as server:
         assert server.send("/predict", plain(GREEN)).status == 504
@@ -333,6 +340,7 @@ def test_a_batch_that_hangs_ends_the_service_too(tmp_path: Path) -> None:
         assert "found a batch has been running" in server.said()
 
 
+@pytest.mark.slow
 def test_a_decoder_that_is_killed_costs_nothing(tmp_path: Path) -> None:
     import psutil  # type: ignore[import-untyped]
 

@@ -131,6 +131,7 @@ def test_full_disk_with_the_real_command(small_disk: Path, tmp_path: Path, featx
     assert verify(store) == []
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_after_a_full_disk(small_disk: Path, tmp_path: Path, featx: Featx) -> None:
     store = make_store(tmp_path / "s.featx", names_of(300))
     arguments = ["sweep", store, "--heads=ridge,knn", "--shots=1,2", "--episodes=6", "--n-jobs=1", "--json"]

@@ -187,6 +187,7 @@ def test_facts_count_what_the_index_says(store: Path) -> None:
     assert facts["splits"] == {"test": 60, "train": 540}
 
 
+@pytest.mark.slow
 def test_on_the_command_line(featx: Featx, store: Path) -> None:
     done = featx("verify", store, "--sample", 4)
     assert (done.code, done.out) == (0, f"{store}: sound, as far as a sample of its shards shows.\n")

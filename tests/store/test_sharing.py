@@ -85,6 +85,7 @@ def test_two_threads_are_two_writers(tmp_path: Path) -> None:
         make_store(tmp_path / "s.featx")
 
 
+@pytest.mark.slow
 def test_readers_beside_a_writer_that_adds_and_prunes(tmp_path: Path) -> None:
     """Two readers and a verifier, during 12 rounds of growing and shrinking; every answer is a whole one."""
     store = make_store(tmp_path / "s.featx", names_of(12), shard_rows=3)

@@ -44,6 +44,7 @@ FLIPS = 1000
 # --- flipped bytes ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True], ids=["store", "packed"])
 def test_a_thousand_flipped_bytes(packed: bool, tmp_path: Path) -> None:
     """Half of them anywhere by size, half in each file alike; single bits and whole bytes."""
