@@ -14,6 +14,8 @@ from conftest import Featx, class_folders
 
 from featx._files import publish_bytes, temporary, without_replacing
 
+pytestmark = pytest.mark.slow
+
 KILLED = """
 import os, signal, sys
 def killed(handle):

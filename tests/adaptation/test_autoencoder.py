@@ -17,6 +17,8 @@ from featx.errors import UsageError, WeightsError
 from featx.images.source import ImageSet
 from featx.store.reader import read_features
 
+pytestmark = pytest.mark.slow
+
 
 def pictures(n: int = 60, size: int = 16) -> np.ndarray:
     return np.stack([stripes(i, upright=i % 2 == 0, size=size) for i in range(n)])

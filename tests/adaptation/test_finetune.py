@@ -36,6 +36,8 @@ from featx.models.finetuned import finetune_bundle
 from featx.models.predictor import open_embedder
 from featx.store.reader import FeatureSet, read_features
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:

@@ -32,6 +32,8 @@ from featx.images.pixels import encode
 from featx.reports.advice import render_advice
 from featx.store.reader import FeatureSet
 
+pytestmark = pytest.mark.slow
+
 NO_NETWORK = UsageError("there is no network behind these numbers")
 
 

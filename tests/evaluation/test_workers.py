@@ -21,6 +21,8 @@ from storekit import digests_of, index_of, names_of, provenance
 
 from featx.store.writer import StoreWriter
 
+pytestmark = pytest.mark.slow
+
 ROWS = 2400
 """Half of them, labelled and for training, have 2.5 MB: joblib hands arrays over 1 MB to workers in files."""
 

@@ -25,6 +25,8 @@ from featx.extraction.runners.local import Job, pack, parse_devices, run_local
 from featx.images.source import ImageSet
 from featx.store.tools import content_hash, verify
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:

@@ -35,6 +35,7 @@ ray: Any = pytest.importorskip("ray", reason="Ray is not installed: pip install 
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # of Ray's sockets and processes

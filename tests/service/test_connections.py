@@ -20,6 +20,8 @@ from servicekit import Running, asking, png, start_through, start_tiny
 
 from featx.service.server import HEAD_BYTES, HEAD_LINES, HEADER_SECONDS, KEEP_ALIVE_SECONDS, _listen
 
+pytestmark = pytest.mark.slow
+
 GET = b"GET /live HTTP/1.1\r\nHost: localhost\r\n"
 POST = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n"

@@ -22,7 +22,7 @@ from featx.models.predictor import open_embedder
 from featx.service.batcher import BATCH_SIZES
 from featx.store.reader import read_features
 
-pytestmark = pytest.mark.alone
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 
 def hammer(port: int, images: list[bytes], *, clients: int, seconds: float) -> list[Reply]:

@@ -19,7 +19,7 @@ from webdriver import Browser, driver, missing
 
 from featx.images.pixels import encode
 
-pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "there is a browser")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing() or "there is a browser")]
 
 DONE = "!document.querySelector('.card[data-state=waiting]') && document.querySelectorAll('.card').length == {}"
 READY = "document.getElementById('health').textContent == 'ready'"

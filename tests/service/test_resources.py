@@ -37,9 +37,12 @@ from tiny_server import GREEN
 
 from featx.images.pixels import encode
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or shutil.which("prlimit") is None, reason="it takes Linux and its command prlimit"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        sys.platform != "linux" or shutil.which("prlimit") is None, reason="it takes Linux and its command prlimit"
+    ),
+]
 
 WEBP = bytes.fromhex("524946461a000000574542505650384c0d0000002f57dbd516071011118888fe0700")
 """34 bytes that declare 7,000 x 7,000 pixels, all of one colour."""

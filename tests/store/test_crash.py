@@ -33,6 +33,8 @@ from featx.store.writer import StoreWriter
 if TYPE_CHECKING:
     from _typeshed import TraceFunction
 
+pytestmark = pytest.mark.slow
+
 KILLS = 100
 REAL_KILLS = 12
 SHARD_ROWS = 4
