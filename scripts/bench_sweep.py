@@ -105,9 +105,9 @@ def draws(store: Path, episodes: int) -> list[list[Task]]:
 
 
 def quietly(work: Callable[..., Any], *arguments: Any) -> Any:
-    """The peers' solvers do stop early, and what that costs is measured below; of featx's own nothing is hidden."""
+    """Run a peer, whose solvers do stop early: what that costs is measured below. Of featx's own nothing is hidden."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.filterwarnings("ignore", "(lbfgs|Liblinear) failed to converge", ConvergenceWarning)
         before = os.environ.get("PYTHONWARNINGS")
         # The same in workers, which start while this holds: by their words, for Python reads it before it can import.
         os.environ["PYTHONWARNINGS"] = "ignore:lbfgs failed to converge,ignore:Liblinear failed to converge"
