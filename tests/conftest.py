@@ -44,6 +44,17 @@ def photos() -> Path:
     return Path(folder)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Networks and tensors as small as those of tests lose more by waiting for a second thread than they gain."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A cache folder of this run's own, so that nothing converted earlier hides a mistake; its workers share it."""

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 
 from featx.backbones.backbone import Backbone, load_backbone
@@ -20,14 +18,6 @@ OPENVINO = pytest.param("openvino", marks=pytest.mark.skipif(not engines._instal
 ON_CPU = ["torch", OPENVINO]
 
 Array = NDArray[Any]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -133,7 +133,7 @@ def rank_labels(
     wrong = suggested != y
     count = int((wrong & (confidence >= usual[suggested])).sum())
     names = np.array([str(name) for name in (range(len(embeddings)) if ids is None else ids)])
-    number = np.array([list(class_names).index(name) for name in known.class_names])
+    number = np.array([list(map(str, class_names)).index(name) for name in known.class_names])
     return LabelRanking(
         rows=known.rows[order],
         ids=names[known.rows][order],

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 from featx._arrays import SPLITS
-from featx.errors import ImageError, SourceError, UsageError
+from featx.errors import ImageError, SourceError, UsageError, plural
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -145,6 +145,16 @@ def too_many_bytes(found: int, most: int) -> ImageError:
 def not_installed(package: str, extra: str, what: str) -> UsageError:
     """The sentence for an optional package that a kind of source or output needs."""
     return UsageError(f"{what} needs {package}, which is not installed", hint=f"pip install 'featx[{extra}]'")
+
+
+def no_images(place: str, where: Path | str, ignored: Sequence[str]) -> SourceError:
+    """The error for a place without images; ``ignored`` are the other files in it."""
+    return SourceError(
+        f"no images {place}",
+        where=where,
+        expected="class folders with files such as .jpg or .png",
+        found=plural(len(ignored), "other file") if ignored else "nothing",
+    )
 
 
 def labels_from_folders(paths: Sequence[str]) -> list[tuple[str | None, str]]:

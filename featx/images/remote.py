@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, ClassVar
 
-from featx.errors import FeatxError, ImageError, SourceError, UsageError, in_words, plural
+from featx.errors import FeatxError, ImageError, SourceError, UsageError, in_words
 from featx.images.origin import (
     IMAGE_SUFFIXES,
     MAX_FETCHED,
     Fetched,
     ImageRef,
     labels_from_folders,
+    no_images,
     not_installed,
     too_many_bytes,
 )
@@ -58,12 +59,7 @@ def remote_refs(url: str) -> tuple[list[ImageRef], list[str]]:
         else:
             ignored.append(name)
     if not found:
-        raise SourceError(
-            "no images at this address",
-            where=url,
-            expected="class folders with files such as .jpg or .png",
-            found=plural(len(ignored), "other file") if ignored else "nothing",
-        )
+        raise no_images("at this address", url, ignored)
     named = labels_from_folders([name for name, _ in found])
     refs = [
         ImageRef(name, Remote(url, prefix + name, _size(about)), label, split, _size(about), _time_ns(about))

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from featx.errors import SourceError, did_you_mean, plural
-from featx.images.origin import IMAGE_SUFFIXES, ImageRef, Origin, Unreadable, file_ref, labels_from_folders
+from featx.images.origin import IMAGE_SUFFIXES, ImageRef, Origin, Unreadable, file_ref, labels_from_folders, no_images
 
 __all__ = ["IMAGE_SUFFIXES", "ImageRef", "ImageSet", "count_labels", "finder", "is_local"]
 
@@ -176,12 +176,7 @@ class ImageSet:
         if closed and (len(labels) == 1 or not found):
             raise _closed(root / closed[0])  # what is left is not what the user means
         if not found:
-            raise SourceError(
-                "no images in this folder",
-                where=root,
-                expected="class folders with files such as .jpg or .png",
-                found=plural(len(ignored), "other file") if ignored else "nothing",
-            )
+            raise no_images("in this folder", root, ignored)
         named = labels_from_folders([relative for relative, _ in found])
         refs = [
             file_ref(relative, root / relative, label, split, stat)

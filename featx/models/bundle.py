@@ -63,7 +63,7 @@ _NPY = re.compile(
 )
 _UNSOUND = (
     ValueError, KeyError, TypeError, OverflowError, struct.error, EOFError, zipfile.BadZipFile,
-    NotImplementedError,  # how zipfile refuses a version or a compression of ZIP that it does not know
+    NotImplementedError,  # zipfile's own, for a ZIP of a version or compression that it cannot read: a foreign file
     RecursionError,  # JSON that is nested without end
 )  # fmt: skip
 _ENCRYPTED = 0x1

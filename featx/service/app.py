@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from importlib.metadata import version
 from importlib.resources import files
 from typing import Annotated, Any
@@ -129,6 +129,10 @@ def _add_reading(app: FastAPI, service: Service, keyed: list[Any]) -> None:
         # Once: many clients that ask again and again would have it spelled out anew each time.
         return json.dumps(app.openapi(), separators=(",", ":")).encode()
 
+    @lru_cache(maxsize=4)  # not without bound: who asks chooses the name that the examples are written for
+    def docs_text(base: str) -> str:
+        return docs_page(app.openapi(), base)
+
     @app.get("/openapi.json", include_in_schema=False)
     async def openapi() -> Response:
         return Response(document(), media_type="application/json")
@@ -141,7 +145,7 @@ def _add_reading(app: FastAPI, service: Service, keyed: list[Any]) -> None:
     @app.get("/docs", include_in_schema=False)
     async def docs(request: Request) -> Response:
         only_style = "default-src 'none'; style-src 'unsafe-inline'"
-        text = docs_page(app.openapi(), str(request.base_url).rstrip("/"))
+        text = docs_text(str(request.base_url).rstrip("/"))
         return HTMLResponse(text, headers={"content-security-policy": only_style})
 
     @app.get("/live", responses={200: {"model": schema.Live}, **schema.errors(403)})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +21,11 @@ from featx.backbones.hub import hub_folder
 from featx.errors import UsageError
 from featx.images.pixels import Preprocess
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 TORCHVISION = [n.name for n in NETWORKS.values() if n.source == "torchvision"]
 SMALL = "shufflenet_v2_x0_5"  # 1.4 million parameters, and every kind of layer that checkpoints disagree on
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small lose more by waiting for a second thread than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.models as tv
-from enginekit import ON_CPU, Array, cosines, on_cpu, one_thread, random_batches, small
+from enginekit import ON_CPU, Array, cosines, on_cpu, random_batches, small
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
@@ -29,7 +29,9 @@ from featx.backbones.frozen import catalogue_body
 from featx.errors import UsageError
 from featx.images.pixels import pixels
 
-__all__ = ["one_thread", "small"]  # fixtures
+__all__ = ["small"]  # a fixture
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # The same embeddings as plain torch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,15 +13,10 @@ from torch import nn
 from featx.backbones.backbone import load_backbone
 from featx.errors import UsageError, WeightsError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 SMALL = "shufflenet_v2_x0_5"
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def _layers(name: str, *layers: str) -> list[tuple[int, ...]]:

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from enginekit import Array, on_cpu, one_thread, random_batches, small
+from enginekit import Array, on_cpu, random_batches, small
 
 from featx.backbones.backbone import Backbone, load_backbone
 from featx.backbones.engines import openvino as openvino_engine, torch as engines
 
-__all__ = ["one_thread", "small"]  # fixtures
+__all__ = ["small"]  # a fixture
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 pytestmark_openvino = pytest.mark.skipif(not engines._installed("openvino"), reason="no openvino")

@@ -7,7 +7,6 @@ import importlib.util
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,16 +21,10 @@ from featx.backbones.frozen import state_sha256
 from featx.backbones.hub import hub_folder
 from featx.errors import WeightsError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 SMALL = "shufflenet_v2_x0_5"  # 1.4 million parameters, and every kind of layer that checkpoints disagree on
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small lose more by waiting for a second thread than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
