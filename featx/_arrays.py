@@ -19,5 +19,8 @@ PENULTIMATE = "penultimate"
 COMBINED = "combined"
 """In the place of a layer's name: all of the network's layers, side by side in their order."""
 
+PIXELS = "pixels"
+"""Name of the backbone that is no network: a thumbnail of the image, the baseline of all the others."""
+
 NEAR = 0.98
 """Cosine from which on two rows count as copies of each other."""

@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from featx._arrays import PIXELS
 from featx._files import sha256_file
 from featx.backbones.catalogue import NETWORKS, TORCHVISION_URL, WEIGHTS, Network, Source, WeightsFile, published
 from featx.backbones.hub import Progress, fetch, hub_folder
@@ -135,8 +136,8 @@ def load_backbone(
 
     Parameters
     ----------
-    name : a catalogue name, ``torchvision:NAME``, ``timm:NAME``, or a :class:`~featx.backbones.provider.Provider` of
-    your own.
+    name : a catalogue name, ``torchvision:NAME``, ``timm:NAME``, "pixels" for the baseline without a network, or a
+        :class:`~featx.backbones.provider.Provider` of your own.
     weights : "default" (the publisher's best), "none" (random, from ``random_state``), or a file. A file that is
         a published one, by its hash, brings its own preprocessing; any other takes the network's usual one.
     layers : "penultimate" (what the classification layer is given), or names of the torch module tree such as
@@ -152,6 +153,10 @@ def load_backbone(
         For weights that are missing, altered, or published for another network.
     """
     layers = tuple(layers)
+    if name == PIXELS:
+        from featx.backbones.thumbnail import pixels_backbone
+
+        return pixels_backbone(weights, layers)
     if not layers or len(set(layers)) < len(layers):
         raise UsageError("layers must be named, each once", where="layers", found=", ".join(layers) or "none")
     provider = Own.of(name) if isinstance(name, Provider) else find(name)

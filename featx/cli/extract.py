@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from featx._arrays import PENULTIMATE, PIXELS
 from featx._files import refuse_second_writer
 from featx.cli.options import QUARANTINED, Device, EngineName, Json
 from featx.cli.terminal import ProgressLine, check_writable, print_json, say, show
@@ -66,6 +67,14 @@ class Decode(StrEnum):
     scaled = "scaled"
 
 
+class RecipeName(StrEnum):
+    """Of :data:`featx.backbones.recipes.RECIPES`."""
+
+    fast = "fast"
+    balanced = "balanced"
+    best = "best"
+
+
 class Precision(StrEnum):
     """Of the network's arithmetic."""
 
@@ -78,8 +87,8 @@ class Precision(StrEnum):
 def register(app: typer.Typer) -> None:
     """Add the command of this module."""
     app.command(
-        epilog="Examples:  featx extract photos --out photos.featx  |  featx extract list.csv -o s.featx --engine torch"
-        "  |  featx extract photos -o s.featx --part 2/8"
+        epilog="Examples:  featx extract photos --out photos.featx  |  featx extract photos -o s.featx --recipe balanced"
+        "  |  featx extract list.csv -o s.featx --engine torch  |  featx extract photos -o s.featx --part 2/8"
     )(extract)
 
 
@@ -94,18 +103,32 @@ def extract(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="STORE", help="The store: made, continued or updated.")],
     backbone: Annotated[
-        str, typer.Option(help="See: featx backbones. FILE.py:CLASS is a network of your own; its code is run.")
-    ] = "efficientnet_lite0",
-    weights: Annotated[str, typer.Option(help="default, none (random, as a control), or a file.")] = "default",
+        list[str] | None,
+        typer.Option(
+            help="Network to embed with, see: featx backbones. May be repeated, and adds to what the store has. "
+            "FILE.py:CLASS is one of your own; its code is run. (default: those of the store, or efficientnet_lite0)",
+        ),
+    ] = None,
+    recipe: Annotated[
+        RecipeName | None, typer.Option(help="Backbones, layers and views that go well together: featx backbones.")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="default, none (random, as a control), or a file. (default: default)")
+    ] = None,
     layer: Annotated[
-        list[str] | None, typer.Option(help="Layer to take embeddings from; may be repeated. (default: penultimate)")
+        list[str] | None,
+        typer.Option(
+            help="Layer to take embeddings from, of several backbones as BACKBONE/LAYER; may be repeated. "
+            "(default: penultimate)"
+        ),
     ] = None,
     views: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Views whose embeddings are averaged, such as center,flip,full. Every view takes the full time."
+            help="Views whose embeddings are averaged, such as center,flip,full. Every view takes the full time. "
+            "(default: those of the store, or center)"
         ),
-    ] = "center",
+    ] = None,
     device: Annotated[Device, typer.Option(help="auto is cuda if there is a GPU.")] = Device.auto,
     engine: Annotated[EngineName, typer.Option(help="auto is torch on cuda, or else openvino.")] = EngineName.auto,
     precision: Annotated[
@@ -150,7 +173,7 @@ def extract(
     on where it stopped.
     """
     from featx.extraction import UNREAD
-    from featx.images import ImageSet, count_labels, parse_views
+    from featx.images import ImageSet, count_labels
 
     how = Spread.of(part, finish, runner, devices, prune=prune, rehash=rehash, device=device.value)
     source = how.source(source)
@@ -160,12 +183,14 @@ def extract(
             line.say(f"Listing {source} ...")
         images = ImageSet.from_source(source, progress=line.count).without_labels(unlabelled or ())
 
-    looks = parse_views(views)
-    if len(looks) > 1:
-        say(f"{len(looks)} views ({', '.join(looks)}): the network takes about {len(looks)} times as long.", err=True)
+    asked = Asked.of(out, backbone, recipe, weights, layer, views)
+    if asked.views is not None and len(asked.views) > 1:
+        say(
+            f"{len(asked.views)} views ({', '.join(asked.views)}): the network takes about {len(asked.views)} times as "
+            "long.", err=True,
+        )  # fmt: skip
     with ProgressLine("embedding") as line:
-        layers = tuple(layer or ("penultimate",))
-        loader = partial(load, everywhere(backbone), everywhere(weights), layers)
+        loader = partial(load, asked.networks)
         summary = how.run(
             images,
             out,
@@ -176,7 +201,7 @@ def extract(
             options={
                 "workers": workers,
                 "decode": decode.value,
-                "views": looks,
+                "views": asked.views,
                 "max_bad": max_bad,
                 "replace_images": replace,
                 "rehash": rehash,
@@ -196,7 +221,8 @@ def extract(
         f"{plural(summary.images, 'image')}: {summary.embedded} embedded, {summary.reused - summary.copies} reused, "
         f"{plural(summary.copies, 'copy') + ', ' if summary.copies else ''}"
         f"{summary.quarantined} quarantined, in {summary.seconds:.1f} s{rate} "
-        f"({summary.backbone}, {summary.engine} on {summary.device}, {summary.precision}).",
+        f"({' + '.join(name for name in summary.backbones if name != PIXELS or len(summary.backbones) == 1)}, "
+        f"{summary.engine} on {summary.device}, {summary.precision}).",
         err=as_json,
     )
     say(_classes(classes, nameless), err=as_json)
@@ -293,7 +319,7 @@ class Spread:
         self,
         images: ImageSet,
         store: Path,
-        load: Callable[[], Backbone],
+        load: Callable[[], Sequence[Backbone]],
         *,
         engine: dict[str, Any],
         device: str,
@@ -311,12 +337,12 @@ class Spread:
             return finish_parts(images, store, prune=prune, progress=progress, **chosen)
         job = Job(store, len(images), load, partial(make_engine, **engine), precision, options)
         if self.whole:
-            started = job.engine(device=device)
             return extract_features(
-                images, job.backbone, store, engine=started, prune=prune, progress=progress, **options
-            )
+                images, job.backbones, store, engine=job.starter(device=device), prune=prune, progress=progress,
+                **options,
+            )  # fmt: skip
         if self.part is not None:
-            return job.do(self.part, self.part.cut(images), job.engine(device=device), progress)
+            return job.do(self.part, self.part.cut(images), job.starter(device=device), progress)
         if self.runner is Runner.ray:
             from featx.extraction import run_ray
 
@@ -336,11 +362,76 @@ class Spread:
         return shlex.join(["featx", "sweep" if labelled else "duplicates", str(store)])
 
 
-def load(name: str, weights: str, layers: tuple[str, ...], progress: Callable[[str], None] | None = None) -> Backbone:
-    """The backbone of the options; a function of texts alone, so that other processes can make the same one."""
+Network = tuple[str, str, tuple[str, ...]]
+"""Name, weights and layers of a backbone, as the options say them."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What embeds the images, as far as the command says; the rest is recorded in the store.
+
+    Attributes
+    ----------
+    networks : backbones to start with; none where the store's own are to go on as they are.
+    views : None where those of the store are to be taken.
+    """
+
+    networks: tuple[Network, ...]
+    views: tuple[str, ...] | None
+
+    @classmethod
+    def of(
+        cls,
+        store: Path,
+        backbones: list[str] | None,
+        recipe: RecipeName | None,
+        weights: str | None,
+        layers: list[str] | None,
+        views: str | None,
+    ) -> Asked:
+        """The options, where they go together."""
+        from featx.backbones import DEFAULT_BACKBONE, RECIPES
+        from featx.images import parse_views
+        from featx.store import stored_backbones
+
+        looks = None if views is None else parse_views(views)
+        if recipe is not None:
+            given = [("--backbone", backbones), ("--layer", layers), ("--views", views), ("--weights", weights)]
+            named = [name for name, value in given if value]
+            if named:
+                raise UsageError(
+                    f"--recipe does not go with {named[0]}", hint="A recipe says backbones, weights, layers and views."
+                )
+            chosen = RECIPES[recipe.value]
+            return cls(tuple((name, "default", kept) for name, kept in chosen.backbones.items()), chosen.views)
+        own = next(iter(stored_backbones(store)), DEFAULT_BACKBONE)
+        says_nothing = backbones is None and weights is None and layers is None
+        if says_nothing and stored_backbones(store):
+            return cls((), looks)
+        names = [everywhere(name) for name in backbones or [own]]
+        if weights not in (None, "default", "none") and len(names) > 1:
+            raise UsageError(
+                "a file of weights is one network's", where="--weights", found=", ".join(names),
+                hint="Add one backbone at a time: the store keeps the others.",
+            )  # fmt: skip
+        networks = tuple((name, everywhere(weights or "default"), _layers(name, layers or [])) for name in names)
+        return cls(networks, looks)
+
+
+def _layers(backbone: str, layers: Sequence[str]) -> tuple[str, ...]:
+    """Of the layers that were asked for, those of one backbone; PENULTIMATE where there are none."""
+    own = [name.removeprefix(f"{backbone}/") for name in layers if "/" not in name or name.startswith(f"{backbone}/")]
+    return tuple(own) or (PENULTIMATE,)
+
+
+def load(networks: tuple[Network, ...], progress: Callable[[str], None] | None = None) -> tuple[Backbone, ...]:
+    """The backbones of the options; of texts alone, so that other processes can make the same ones."""
     from featx.backbones import load_backbone, named
 
-    return load_backbone(named(name), weights=weights, layers=layers, progress=progress)
+    return tuple(
+        load_backbone(named(name), weights=weights, layers=layers, progress=progress)
+        for name, weights, layers in networks
+    )
 
 
 def everywhere(text: str) -> str:

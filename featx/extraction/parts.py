@@ -23,21 +23,23 @@ import re
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from featx._files import cannot_write, make_folder, refuse_second_writer, writer_lock
-from featx.backbones import Backbone, Engine, make_engine, provenance_of
+from featx.backbones import Backbone, Engine
 from featx.errors import Interrupted, StoreBusy, StoreError, UsageError
 from featx.extraction.run import (
     ExtractSummary,
+    Start,
     check_refused,
     check_replaced,
-    extract_features,
+    extract_lanes,
     format_notes,
     index_of,
+    make_lanes,
 )
 from featx.images import ImageRef, ImageSet
 from featx.store import (
@@ -46,8 +48,10 @@ from featx.store import (
     Manifest,
     Refused,
     StoreWriter,
-    check_same,
+    check_backbones,
     digest_keys,
+    fingerprint,
+    name_of,
     read_index,
     read_manifest,
     read_quarantine,
@@ -108,11 +112,11 @@ class Part:
 
 def extract_part(
     images: ImageSet,
-    backbone: Backbone,
+    backbone: Backbone | Sequence[Backbone],
     store: str | Path,
     part: Part,
     *,
-    engine: Engine | None = None,
+    engine: Engine | Start | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> ExtractSummary:
@@ -140,40 +144,41 @@ def extract_part(
 def extract_cut(
     cut: ImageSet,
     total: int,
-    backbone: Backbone,
+    backbone: Backbone | Sequence[Backbone],
     store: str | Path,
     part: Part,
-    engine: Engine | None = None,
+    engine: Engine | Start | None = None,
     **options: Any,
 ) -> ExtractSummary:
     """:func:`extract_part` for images that are cut already, out of ``total``."""
-    store, engine = Path(store), engine or make_engine(backbone)
-    how = {name: options[name] for name in ("views", "decode") if name in options}
-    provenance = provenance_of(backbone, engine, **how)
+    store = Path(store)
+    how = {name: options.pop(name) for name in ("views", "decode") if name in options}
+    lanes = make_lanes(backbone, engine, (store,), **how)
+    made = [lane.provenance for lane in lanes]
     if not len(cut):
-        return _summary(provenance, images=0, notes=(f"part {part} has no images, as there are only {total}",))
-    _agree(store, provenance)
+        return _summary(made, images=0, notes=(f"part {part} has no images, as there are only {total}",))
+    _agree(store, made)
     make_folder(store / PARTS)
     has_shards = bool(read_manifest(store).shards)
     folder = part.folder(store)
     known = store if has_shards else None
     # The list of a part may change between two runs: what its store had is known in STORE, or computed again.
     options["replace_images"] = True
-    return extract_features(cut, backbone, folder, engine=engine, total=total, known=known, **options)
+    return extract_lanes(cut, lanes, folder, total=total, known=known, **options)
 
 
-def _agree(store: Path, provenance: dict[str, Any]) -> None:
+def _agree(store: Path, made: Sequence[Mapping[str, Any]]) -> None:
     """Make the empty store if there is none; MismatchError if it is for embeddings of another kind."""
     patience = time.monotonic() + _PATIENCE
     while not (store / "manifest.json").exists():
         try:
-            with StoreWriter(store, provenance):
+            with StoreWriter(store, *made):
                 return
         except StoreBusy:  # another part makes it just now, or a whole extraction does, and then it is there soon
             if time.monotonic() > patience:
                 raise
             time.sleep(random.uniform(0.01, 0.1))
-    check_same(read_manifest(store).provenance, provenance, store)
+    check_backbones(read_manifest(store).backbones, made, store)
 
 
 @dataclass(frozen=True)
@@ -287,7 +292,7 @@ def finish_parts(
             raise
         return replace(before, seconds=time.perf_counter() - started)
     refused = tuple(item for each in done for item in each.refused)
-    with StoreWriter(store, read_manifest(store).provenance) as writer:
+    with StoreWriter(store, *done[0].manifest.backbones) as writer:
         check_refused(refused, len(images), max_bad, writer)
         embedded, through = 0, 0
         try:
@@ -304,13 +309,13 @@ def finish_parts(
             pruned = writer.prune() if prune else 0
         except KeyboardInterrupt as error:
             raise Interrupted("stopped", where=store, hint="Run the same command again; parts are kept.") from error
-        provenance = writer.manifest.provenance
+        made = writer.manifest.backbones
     notes = (*_differing(done), *format_notes(refused))
     left = _delete_parts(store)
     if left:
         notes = (*notes, f"parts {', '.join(map(str, left))} are being written again just now, and were left there")
     return _summary(
-        provenance,
+        made,
         images=len(images),
         embedded=embedded,
         reused=len(images) - embedded - len(refused),
@@ -369,7 +374,7 @@ def _finished_before(images: ImageSet, store: Path, begun: Sequence[Part]) -> Ex
             return None
     _delete_parts(store)
     return _summary(
-        manifest.provenance, images=len(images), reused=len(index), quarantined=len(refused), refused=refused
+        manifest.backbones, images=len(images), reused=len(index), quarantined=len(refused), refused=refused
     )
 
 
@@ -431,7 +436,7 @@ def _delete_parts(store: Path) -> list[Part]:
 
 
 def _summary(
-    provenance: Any,
+    made: Sequence[Mapping[str, Any]],
     *,
     images: int,
     embedded: int = 0,
@@ -442,6 +447,7 @@ def _summary(
     notes: tuple[str, ...] = (),
     refused: tuple[Refused, ...] = (),
 ) -> ExtractSummary:
+    own = made[0]
     return ExtractSummary(
         images=images,
         embedded=embedded,
@@ -449,11 +455,12 @@ def _summary(
         quarantined=quarantined,
         seconds=seconds,
         images_per_second=0.0,
-        fingerprint=Manifest(provenance).fingerprint,
-        backbone=str(provenance["backbone"]),
-        engine=str(provenance["engine"]),
-        precision=str(provenance["precision"]),
-        device=str(provenance["device"]),
+        fingerprint=fingerprint(own),
+        backbone=str(own["backbone"]),
+        backbones=tuple(map(name_of, made)),
+        engine=str(own["engine"]),
+        precision=str(own["precision"]),
+        device=str(own["device"]),
         pruned=pruned,
         notes=notes,
         refused=refused,

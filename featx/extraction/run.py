@@ -1,27 +1,38 @@
-"""Images through an engine into a store: every content once, whatever it is called.
+"""Images through engines into a store: every content once, whatever it is called.
 
-What is slow overlaps: child processes read, hash and decode ahead (:mod:`featx.images.pool`), the engine computes,
-the writer publishes. What is remembered is not repeated: an unchanged file is recognised by size, times and inode, a
-renamed or copied one by its digest.
+What is slow overlaps: child processes read, hash and decode ahead (:mod:`featx.images.pool`), the engine of each
+backbone computes (:mod:`featx.extraction.lanes`), the writer publishes. An image is decoded once for all backbones.
+What is remembered is not repeated: an unchanged file is recognised by size, times and inode, a renamed or copied one
+by its digest.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from featx._arrays import PIXELS
 from featx._system import available_cpus
-from featx.backbones import Backbone, Engine, for_views, make_engine, provenance_of
-from featx.errors import ImageError, Interrupted, MismatchError, SourceError, TooManyBadImages, plural
-from featx.images import CENTER, TIMEOUT, DecoderPool, ImageRef, ImageSet, parse_views
-from featx.store import MAX_STRING, PARTS, Index, Refused, StoreWriter, digest_keys, longest_id
+from featx.backbones import Backbone, Engine, load_backbone, make_engine
+from featx.errors import ImageError, Interrupted, MismatchError, SourceError, TooManyBadImages, UsageError, plural
+from featx.extraction.embedder import network_like
+from featx.extraction.lanes import Embedded, Lane, Lanes
+from featx.images import CENTER, TIMEOUT, DecoderPool, ImageRef, ImageSet
+from featx.store import (
+    MAX_STRING,
+    PARTS,
+    Index,
+    Refused,
+    StoreWriter,
+    digest_keys,
+    longest_id,
+    stored_backbones,
+)
 
 MAX_BAD = 0.01
 MAX_BAD_IMAGES = 10
@@ -42,13 +53,17 @@ UNREAD = "unsupported_format"
 
 Progress = Callable[[int, int], None]
 
+Start = Callable[[Backbone], Engine]
+"""Makes the engine that runs a backbone."""
+
 
 @dataclass(frozen=True)
 class ExtractSummary:
     """What an extraction did.
 
     ``images = embedded + reused + quarantined``: ``reused`` images had their content in the store already, or share
-    it with another image of the run. Of these ``copies`` share it with an image that was embedded in this run.
+    it with another image of the run. Of these ``copies`` share it with an image that was embedded in this run. Of
+    several backbones, fingerprint, engine, precision and device are those of the first.
     """
 
     images: int
@@ -68,6 +83,7 @@ class ExtractSummary:
     stages: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     refused: tuple[Refused, ...] = field(default=(), repr=False)
+    backbones: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types; the refused images stay in the store's quarantine."""
@@ -81,6 +97,7 @@ class ExtractSummary:
             "images_per_second": round(self.images_per_second, 2),
             "fingerprint": self.fingerprint,
             "backbone": self.backbone,
+            "backbones": list(self.backbones),
             "engine": self.engine,
             "precision": self.precision,
             "device": self.device,
@@ -93,16 +110,16 @@ class ExtractSummary:
 
 def extract_features(
     images: ImageSet,
-    backbone: Backbone,
+    backbone: Backbone | Sequence[Backbone],
     store: str | Path,
     *,
-    engine: Engine | None = None,
+    engine: Engine | Start | None = None,
     workers: int | None = None,
     max_bad: float | None = None,
     prune: bool = False,
     replace_images: bool = False,
     decode: str = "full",
-    views: Sequence[str] = CENTER,
+    views: Sequence[str] | None = CENTER,
     decode_timeout: float = TIMEOUT,
     progress: Progress | None = None,
     total: int | None = None,
@@ -114,22 +131,21 @@ def extract_features(
     Parameters
     ----------
     images : what to embed.
-    backbone : the frozen network.
+    backbone : the frozen network, or several. Backbones that the store has besides go on as they were recorded, and
+        the pixels baseline is always one of them.
     store : folder of the store; made, continued or updated.
-    engine : how the network is run; by default the fastest there is.
+    engine : how the network is run, or what makes the engine of each; by default the fastest there is.
     workers : number of decoding processes; by default one a core.
     max_bad : share of images (0..1) that may be refused; by default 1 %, but at least ten images.
     prune : drop embeddings that no image refers to any more.
     replace_images : let ``images`` take the place of others; see :class:`MismatchError` below.
     decode : "full", or "scaled": of a large JPEG only as much as the resize needs. Part of the fingerprint.
     views : names of :data:`featx.images.views.VIEWS`, over which an image's embeddings are averaged; each costs the
-    network's
-        time once more. Part of the fingerprint.
+        network's time once more. Part of the fingerprint. None takes those of the store, or the centre.
     decode_timeout : seconds after which a decoder counts as hanging.
     progress : called as ``progress(done, total)``.
     total : number of images of the whole extraction that ``images`` are a part of (:mod:`featx.extraction.parts`); it
-    decides how
-        many may be refused, and how long an id may be. By default ``images`` are the whole.
+        decides how many may be refused, and how long an id may be. By default ``images`` are the whole.
     known : another store, whose embeddings are taken over before anything is computed.
     rehash : read every image, those too that look unchanged; only new content is embedded all the same.
 
@@ -145,11 +161,86 @@ def extract_features(
     Interrupted
         KeyboardInterrupt came; what was computed is published, and the same call goes on from there.
     """
+    lanes = make_lanes(backbone, engine, (Path(store), known), views=views, decode=decode)
+    return extract_lanes(
+        images, lanes, store, workers=workers, max_bad=max_bad, prune=prune, replace_images=replace_images,
+        decode_timeout=decode_timeout, progress=progress, total=total, known=known, rehash=rehash,
+    )  # fmt: skip
+
+
+def make_lanes(
+    backbone: Backbone | Sequence[Backbone],
+    engine: Engine | Start | None,
+    stores: Sequence[Path | None],
+    *,
+    views: Sequence[str] | None = CENTER,
+    decode: str = "full",
+) -> tuple[Lane, ...]:
+    """What embeds images for a store: the given backbones, those that the store has already, and the pixels baseline.
+
+    Parameters
+    ----------
+    backbone, engine, decode : as of :func:`extract_features`; there may be no backbone where the store has some.
+    views : likewise; None takes those that are recorded.
+    stores : of which the first one that is there says what is recorded.
+
+    Raises
+    ------
+    UsageError
+        A backbone was given twice, or one engine for several.
+    WeightsError, UsageError
+        What a recorded backbone needs is not here.
+    """
+    given = (backbone,) if isinstance(backbone, Backbone) else tuple(backbone)
+    where = next((store for store in stores if store is not None and stored_backbones(store)), None)
+    recorded = {} if where is None else stored_backbones(where)
+    networks = {each.name: each for each in given}
+    if len(networks) < len(given) or not (given or recorded):
+        found = ", ".join(each.name for each in given) or "none"
+        raise UsageError("backbones must be named, each once", where="backbone", found=found)
+    if engine is not None and not callable(engine) and len(given) > 1:
+        raise UsageError("one engine runs one backbone", where="engine", expected="what makes an engine for each")
+    for name, made in recorded.items():
+        if name not in networks:
+            assert where is not None
+            networks[name] = network_like(made, where=where)
+    networks.setdefault(PIXELS, load_backbone(PIXELS))
+    lanes = []
+    for name in dict.fromkeys([*recorded, *networks]):
+        network, made = networks[name], recorded.get(name, {})
+        if name == PIXELS:
+            runs = make_engine(network)
+        elif callable(engine):
+            runs = engine(network)
+        elif engine is not None and network in given:
+            runs = engine
+        else:
+            runs = make_engine(network, precision=str(made.get("precision", "auto")) if made else "auto")
+        looks = views if views is not None else str(made.get("views", "center")).split(",")
+        lanes.append(Lane.of(network, runs, CENTER if name == PIXELS else looks, decode))
+    return tuple(lanes)
+
+
+def extract_lanes(
+    images: ImageSet,
+    lanes: Sequence[Lane],
+    store: str | Path,
+    *,
+    workers: int | None = None,
+    max_bad: float | None = None,
+    prune: bool = False,
+    replace_images: bool = False,
+    decode_timeout: float = TIMEOUT,
+    progress: Progress | None = None,
+    total: int | None = None,
+    known: Path | None = None,
+    rehash: bool = False,
+) -> ExtractSummary:
+    """:func:`extract_features` with what embeds the images; its own backbone first."""
     started = time.perf_counter()
-    engine = engine or make_engine(backbone)
-    views = parse_views(",".join(views))
-    with StoreWriter(store, provenance_of(backbone, engine, views=views, decode=decode)) as writer:
-        run = _Run(images, writer, backbone, for_views(engine, len(views)), decode, views)
+    first = lanes[0]
+    with StoreWriter(store, *(lane.provenance for lane in lanes)) as writer:
+        run = _Run(images, writer, lanes)
         try:
             if known is not None:
                 writer.take_over(known)
@@ -183,11 +274,12 @@ def extract_features(
         seconds=seconds,
         images_per_second=run.embedded / run.seconds if run.embedded else 0.0,
         fingerprint=fingerprint,
-        backbone=backbone.name,
-        engine=engine.name,
-        precision=engine.precision,
-        device=engine.device,
-        views=views,
+        backbone=first.backbone.name,
+        backbones=tuple(lane.backbone.name for lane in lanes),
+        engine=first.engine.name,
+        precision=first.engine.precision,
+        device=first.engine.device,
+        views=first.looks.views,
         pruned=pruned,
         stages=run.stages,
         notes=notes,
@@ -275,17 +367,8 @@ def _too_many(
 class _Run:
     """The state of one extraction."""
 
-    def __init__(
-        self,
-        images: ImageSet,
-        writer: StoreWriter,
-        backbone: Backbone,
-        engine: Engine,
-        decode: str,
-        views: Sequence[str],
-    ) -> None:
-        self.images, self.writer, self.backbone, self.engine = images, writer, backbone, engine
-        self.decode, self.views = decode, views
+    def __init__(self, images: ImageSet, writer: StoreWriter, lanes: Sequence[Lane]) -> None:
+        self.images, self.writer, self.lanes = images, writer, lanes
         self.stages = dict.fromkeys(STAGES, 0.0)
         self.refused: list[Refused] = []
         self.done = self.embedded = self.copies = 0
@@ -316,28 +399,62 @@ class _Run:
         if not pending:
             return
         started = time.perf_counter()
-        batches: deque[list[bytes]] = deque()
-        with DecoderPool(
-            self.backbone.preprocess,
-            workers=min(workers, len(pending)),
-            timeout=timeout,
-            mode=self.decode,
-            views=self.views,
-        ) as pool:
-            writing = 0.0
-            for outputs in self.engine.embed(self._batches(pool, pending, batches, progress)):
-                digests = batches.popleft()
+        self._writing = 0.0
+        size = max(lane.engine.batch_size for lane in self.lanes)
+        place = {lane.backbone.name: number for number, lane in enumerate(self.lanes)}
+        first, *others = (lane.looks for lane in self.lanes)
+        with (
+            DecoderPool(
+                first.preprocess,
+                workers=min(workers, len(pending)),
+                timeout=timeout,
+                mode=self.lanes[0].decode,
+                views=first.views,
+                others=others,
+                wanted=lambda digest: [place[name] for name in self.writer.lacks(digest)],
+                hashed=True,
+            ) as pool,
+            Lanes(self.lanes) as running,
+        ):
+            stream = pool.run((ref.path for ref in pending), self.writer.has, ahead=2 * size + 2 * pool.workers)
+            claimed: set[bytes] = set()
+            for ref in pending:
                 before = time.perf_counter()
-                self.writer.add(digests, outputs)
-                writing += time.perf_counter() - before
-                self.embedded += len(digests)
+                decoded = next(stream)
+                self.stages["wait for pixels"] += time.perf_counter() - before
+                for stage, seconds in zip(STAGES, decoded.seconds, strict=False):
+                    self.stages[stage] += seconds
+                self.done += 1
+                if progress is not None:
+                    progress(self.done, len(self.images))
+                if decoded.refusal is not None:
+                    self._refuse(ref, decoded.digest, decoded.refusal)
+                    continue
+                assert decoded.digest is not None
+                self._digests[ref.id] = decoded.digest
+                self._read_at[ref.id] = time.time_ns()
+                if decoded.digest in claimed:
+                    self.copies += 1
+                    continue
+                if decoded.phash:
+                    claimed.add(decoded.digest)
+                    self._write(running.add(decoded.digest, decoded.phash, (decoded.pixels, *decoded.others)))
+            self._write(running.finish())
         before = time.perf_counter()
         self.writer.flush()
         done = time.perf_counter()
         self.seconds = done - started
-        self.stages["write"] = writing + done - before
-        # This thread decodes nothing: what it neither waits nor writes, it spends in the engine.
+        self.stages["write"] = self._writing + done - before
+        # This thread decodes nothing: when it neither waits for pixels nor writes, it waits for the engines.
         self.stages["network"] = self.seconds - self.stages["wait for pixels"] - self.stages["write"]
+
+    def _write(self, ready: Sequence[Embedded]) -> None:
+        before = time.perf_counter()
+        for each in ready:
+            self.writer.add(each.digests, each.embeddings, each.hashes)
+            # The baseline alone, for images that had their embeddings already, is no embedding worth counting.
+            self.embedded += len(each.digests) if set(each.embeddings) != {PIXELS} or len(self.lanes) == 1 else 0
+        self._writing += time.perf_counter() - before
 
     def _remembered(self) -> dict[tuple[str, int, int], bytes]:
         index = self.writer.index
@@ -346,47 +463,6 @@ class _Run:
         flat = index.digests.tobytes()
         keys = zip(index.ids, index.sizes.tolist(), index.stamps.tolist(), strict=True)
         return {key: flat[32 * row : 32 * row + 32] for row, key in enumerate(keys) if key[2] >= 0}
-
-    def _batches(
-        self, pool: DecoderPool, pending: list[ImageRef], batches: deque[list[bytes]], progress: Progress | None
-    ) -> Iterator[NDArray[np.uint8]]:
-        """Batches of pixels for the engine; their digests go to ``batches``, refusals and known content to the run."""
-        size = self.engine.batch_size
-        digests: list[bytes] = []
-        pixels: list[NDArray[np.uint8]] = []
-        claimed: set[bytes] = set()
-        ahead = 2 * size + 2 * pool.workers
-        stream = pool.run((ref.path for ref in pending), self.writer.has, ahead=ahead)
-        for ref in pending:
-            before = time.perf_counter()
-            decoded = next(stream)
-            self.stages["wait for pixels"] += time.perf_counter() - before
-            for stage, seconds in zip(STAGES, decoded.seconds, strict=False):
-                self.stages[stage] += seconds
-            self.done += 1
-            if progress is not None:
-                progress(self.done, len(self.images))
-            if decoded.refusal is not None:
-                self._refuse(ref, decoded.digest, decoded.refusal)
-                continue
-            assert decoded.digest is not None
-            self._digests[ref.id] = decoded.digest
-            self._read_at[ref.id] = time.time_ns()
-            if decoded.digest in claimed:
-                self.copies += 1
-                continue
-            if decoded.pixels is None:
-                continue
-            claimed.add(decoded.digest)
-            digests.append(decoded.digest)
-            pixels.append(decoded.pixels)
-            if len(pixels) == size:
-                batches.append(digests)
-                yield np.stack(pixels)
-                digests, pixels = [], []
-        if pixels:
-            batches.append(digests)
-            yield np.stack(pixels)
 
     def _refuse(self, ref: ImageRef, digest: bytes | None, refusal: ImageError) -> None:
         self.refused.append(Refused(ref.id, digest.hex() if digest else "", refusal.reason, refusal.what))

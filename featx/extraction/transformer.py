@@ -25,7 +25,7 @@ from featx.backbones import DEFAULT_BACKBONE, NETWORKS, Backbone, Provider, load
 from featx.errors import ImageError, MismatchError, SourceError, StoreBusy, UsageError
 from featx.extraction.embedder import Embedder
 from featx.images import DecoderPool, as_rgb, decode_settings, is_image, parse_views
-from featx.store import ShardReader, StoreWriter, check_same, read_manifest, steady
+from featx.store import ShardReader, StoreWriter, check_same, name_of, read_manifest, steady, stored_backbones
 
 _AT_A_TIME = 1024
 """Images that are embedded between two visits to the store: a crash costs no more."""
@@ -180,7 +180,8 @@ class _Run:
         for self.cache in (root, own):
             if not (self.cache / "manifest.json").exists():
                 return
-            stored = dict(read_manifest(self.cache).provenance)
+            held = {name_of(each): each for each in read_manifest(self.cache).backbones}
+            stored = dict(held.get(self.backbone.name, next(iter(held.values()))))
             layers = tuple(stored["layers"])
             same = {"layers": stored["layers"]} if self.given.layer in layers else {}
             try:
@@ -228,7 +229,9 @@ class _Run:
         assert cache is not None
         if not (cache / "manifest.json").exists():
             return None, np.full(len(digests), -1, np.int64)
-        reader = steady(cache, lambda: ShardReader(cache, read_manifest(cache)))
+        if self.backbone.name not in stored_backbones(cache):
+            return None, np.full(len(digests), -1, np.int64)
+        reader = steady(cache, lambda: ShardReader(cache, read_manifest(cache), self.backbone.name))
         return reader, reader.find(digests)
 
     def _learn(self, items: Sequence[Item]) -> None:
@@ -237,9 +240,11 @@ class _Run:
         for digests, layers in self.embed(items):
             with _writer(self.cache, provenance) as writer:
                 # Of two files with one content, which they may have got since they were hashed, one.
-                once = {digest: row for row, digest in enumerate(digests) if not writer.has(digest)}
+                name = self.backbone.name
+                once = {digest: row for row, digest in enumerate(digests) if name in writer.lacks(digest)}
                 if once:
-                    writer.add(list(once), [layer[list(once.values())] for layer in layers])
+                    rows = list(once.values())
+                    writer.add(list(once), {name: [layer[rows] for layer in layers]})
                     writer.flush()
 
     @property

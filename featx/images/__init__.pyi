@@ -1,4 +1,11 @@
 from .origin import MAX_BYTES as MAX_BYTES, Origin as Origin, not_installed as not_installed
+from .phash import (
+    HASH_BYTES as HASH_BYTES,
+    THUMBNAIL_SIDE as THUMBNAIL_SIDE,
+    mirrored_hashes as mirrored_hashes,
+    mirrored_thumbnails as mirrored_thumbnails,
+    perceptual_hash as perceptual_hash,
+)
 from .pixels import (
     REASONS as REASONS,
     Preprocess as Preprocess,

@@ -2,7 +2,7 @@
 
 This is all that a child of :class:`featx.images.pool.DecoderPool` runs. It speaks by short messages over a socket: the
 parent names an image (or brings its bytes), the child answers with its digest; the parent asks for the pixels if that
-content is new. A parent that serves strangers asks first how much work they are.
+content is new, each network's for itself. A parent that serves strangers asks first how much work they are.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ from featx._system import OutOfTime, confine, limited_memory, limited_time
 from featx.errors import ImageError
 from featx.images.child import READY, speak_to_nobody
 from featx.images.origin import MAX_BYTES, too_many_bytes
+from featx.images.phash import perceptual_hash
 from featx.images.pixels import BYTES_PER_PIXEL, Preprocess, decode, weigh
-from featx.images.views import Looks
+from featx.images.views import Looks, Together
 
 READ, PART, HERE, WEIGH, DECODE = b"R", b"P", b"H", b"W", b"G"
-"""What the parent asks: read a file, read a part of one, take these bytes; then, weigh them, decode them."""
+"""What the parent asks: read a file, read a part of one, take these bytes; then, weigh them, decode them. The last one
+is followed by a byte for each set of pixels that is wanted: its place among the settings' looks."""
 
 PLACE = struct.Struct("<QQ")
 TIMES = struct.Struct("<dd")
@@ -49,7 +51,7 @@ def serve(socket_handle: int) -> None:
         confine()
         settings = json.loads(parent.recv_bytes())
         os.nice(settings["nice"])
-        looks = Looks(Preprocess.from_json(settings["preprocess"]), settings["views"])
+        looks = [Looks(Preprocess.from_json(each["preprocess"]), each["views"]) for each in settings["looks"]]
         data = b""
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # it would be ignored if it was so in a parent of the parent
         speak_to_nobody()
@@ -58,10 +60,10 @@ def serve(socket_handle: int) -> None:
             message = parent.recv_bytes()
             # The parent is patient for the time-out; the alarm is for the case that there is no parent any more.
             signal.setitimer(signal.ITIMER_REAL, settings["timeout"] + 5.0)
-            pixels = None
+            pixels: list[NDArray[np.uint8]] = []
             try:
-                if message == DECODE:
-                    answer, pixels = _decode(data, looks, settings)
+                if message[:1] == DECODE:
+                    answer, pixels = _decode(data, [looks[place] for place in message[1:]], settings)
                 elif message == WEIGH:
                     answer = b"W" + WEIGHT.pack(_weigh(data, settings["max_pixels"]))
                 else:
@@ -74,8 +76,8 @@ def serve(socket_handle: int) -> None:
                 answer = b"E" + json.dumps([error.reason, error.what[:4096]]).encode()
             signal.setitimer(signal.ITIMER_REAL, 0)
             parent.send_bytes(answer)
-            if pixels is not None:
-                left = pixels.data.cast("B")
+            for each in pixels:
+                left = each.data.cast("B")
                 while left:
                     left = left[os.write(socket_handle, left) :]
 
@@ -91,15 +93,16 @@ def _weigh(data: bytes, max_pixels: int) -> int:
         ) from None
 
 
-def _decode(data: bytes, looks: Looks, settings: dict[str, Any]) -> tuple[bytes, NDArray[np.uint8]]:
+def _decode(data: bytes, looks: list[Looks], settings: dict[str, Any]) -> tuple[bytes, list[NDArray[np.uint8]]]:
     """The answer, and the pixels that follow it."""
     started = time.perf_counter()
     with limited_memory(BYTES_PER_PIXEL * settings["max_pixels"] + _SPARE):
-        enough_for = looks if settings["mode"] == "scaled" else None
+        enough_for = Together(looks) if settings["mode"] == "scaled" else None
         image = decode(data, enough_for=enough_for, max_pixels=settings["max_pixels"])
         decoded = time.perf_counter()
-        pixels = looks.cut(image)
-    return b"K" + TIMES.pack(decoded - started, time.perf_counter() - decoded), np.ascontiguousarray(pixels)
+        pixels = [np.ascontiguousarray(each.cut(image)) for each in looks]
+        hashed = perceptual_hash(image) if settings["hashed"] else b""
+    return b"K" + TIMES.pack(decoded - started, time.perf_counter() - decoded) + hashed, pixels
 
 
 def _take(message: bytes) -> bytes:

@@ -60,12 +60,21 @@ Seconds = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Decoded:
-    """What became of one file: its pixels, or only its digest because its content is known, or a refusal."""
+    """What became of one file: its pixels, or only its digest because its content is known, or a refusal.
+
+    Attributes
+    ----------
+    pixels : for the pool's own preprocessing and views.
+    others : for each further look of the pool; None for those that were not wanted.
+    phash : the perceptual hash, of a pool that makes them.
+    """
 
     digest: bytes | None
     pixels: NDArray[np.uint8] | None = None
     refusal: ImageError | None = None
     seconds: Seconds = (0.0, 0.0, 0.0, 0.0)
+    others: tuple[NDArray[np.uint8] | None, ...] = ()
+    phash: bytes = b""
 
 
 class NoDecoder(FeatxError):
@@ -92,6 +101,10 @@ class DecoderPool:
     max_pixels : a larger image is refused by its header.
     views : names of :data:`featx.images.views.VIEWS`; of several, an image's pixels are a stack (v, h, w, 3).
     nice : how far the processes stand back for others, 0 to 19.
+    others : further ways to look at each image, which is decoded once for all.
+    wanted : called with a digest, from several threads; the places of what is wanted of this content, 0 for the pool's
+        own pixels and 1 and up for ``others``. By default all of them.
+    hashed : make the perceptual hash of each image, too.
     """
 
     def __init__(
@@ -104,14 +117,19 @@ class DecoderPool:
         max_pixels: int = MAX_PIXELS,
         views: Sequence[str] = CENTER,
         nice: int = 0,
+        others: Sequence[Looks] = (),
+        wanted: Callable[[bytes], Sequence[int]] | None = None,
+        hashed: bool = False,
     ) -> None:
         self.preprocess, self.workers, self.timeout = preprocess, workers, timeout
-        looks = Looks(preprocess, views)
+        looks = (Looks(preprocess, views), *others)
+        every = tuple(range(len(looks)))
         self._idle: queue.SimpleQueue[_Child] = queue.SimpleQueue()
         self._children: list[_Child] = []
         try:
             for _ in range(workers):
-                self._children.append(_Child(looks, timeout, mode, max_pixels, nice))
+                child = _Child(looks, timeout, mode, max_pixels, nice, wanted or (lambda digest: every), hashed=hashed)
+                self._children.append(child)
         except BaseException:
             for child in self._children:
                 child.stop()
@@ -261,15 +279,25 @@ class _Child(Child):
     module, what, missing = "featx.images.decoder", "a decoding process", NoDecoder
     fewer = "Try fewer of them: --workers 1."
 
-    def __init__(self, looks: Looks, timeout: float, mode: str, max_pixels: int, nice: int) -> None:
-        self.timeout, self.shape = timeout, looks.shape
+    def __init__(
+        self,
+        looks: Sequence[Looks],
+        timeout: float,
+        mode: str,
+        max_pixels: int,
+        nice: int,
+        places: Callable[[bytes], Sequence[int]],
+        *,
+        hashed: bool,
+    ) -> None:
+        self.timeout, self._shapes, self._places = timeout, [each.shape for each in looks], places
         settings = {
-            "preprocess": looks.preprocess.to_json(),
-            "views": looks.views,
+            "looks": [{"preprocess": each.preprocess.to_json(), "views": each.views} for each in looks],
             "timeout": timeout,
             "mode": mode,
             "max_pixels": max_pixels,
             "nice": nice,
+            "hashed": hashed,
         }
         super().__init__(settings)
 
@@ -298,18 +326,23 @@ class _Child(Child):
                         (weight,) = WEIGHT.unpack(answer[1:])
                         if weight > heaviest:
                             raise TooHeavy(weight)
+                places = self._places(digest)
                 if answer[:1] != b"E":
-                    self._socket.send_bytes(DECODE)
+                    self._socket.send_bytes(DECODE + bytes(places))
                     answer = self._answer(digest, wanted)
             if answer[:1] == b"E":
                 reason, message = json.loads(answer[1:])
                 return Decoded(digest, refusal=ImageError(reason, message))
-            decoding = TIMES.unpack(answer[1:])
-            pixels = np.empty(self.shape, dtype=np.uint8)
-            self._fill(pixels.data.cast("B"))
+            decoding = TIMES.unpack(answer[1 : 1 + TIMES.size])
+            pixels: list[NDArray[np.uint8] | None] = [None] * len(self._shapes)
+            for place in places:
+                one = np.empty(self._shapes[place], dtype=np.uint8)
+                self._fill(one.data.cast("B"))
+                pixels[place] = one
         except (EOFError, OSError) as error:
             raise _Lost("decoder_crash", digest) from error
-        return Decoded(digest, pixels, seconds=(*reading, *decoding))
+        phash = answer[1 + TIMES.size :]
+        return Decoded(digest, pixels[0], seconds=(*reading, *decoding), others=tuple(pixels[1:]), phash=phash)
 
     def _answer(self, digest: bytes | None, wanted: Callable[[], bool] | None) -> bytes:
         started = time.monotonic()

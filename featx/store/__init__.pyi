@@ -8,9 +8,12 @@ from .index import (
     read_quarantine as read_quarantine,
 )
 from .manifest import (
+    Block as Block,
     Manifest as Manifest,
+    check_backbones as check_backbones,
     check_same as check_same,
     fingerprint as fingerprint,
+    name_of as name_of,
     read_manifest as read_manifest,
 )
 from .reader import (
@@ -21,7 +24,7 @@ from .reader import (
     read_features as read_features,
     source_of as source_of,
     steady as steady,
-    stored_precision as stored_precision,
+    stored_backbones as stored_backbones,
 )
 from .shards import ShardReader as ShardReader, digest_keys as digest_keys
 from .tables import export_table as export_table

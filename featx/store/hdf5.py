@@ -221,8 +221,8 @@ def open_checked(path: Path, expected: Mapping[str, str]) -> Iterator[CheckedFil
 
     Parameters
     ----------
-    expected : column name -> kind: "float32 matrix", "uint8 matrix", "int64", or "text". A name that ends in
-        ``/*`` stands for one or more datasets of one group.
+    expected : column name -> kind: "float32 matrix", "uint8 matrix", "int64", or "text". Names with slashes are in
+        groups; there is to be nothing else.
     """
     with _reading(path):
         size = path.stat().st_size
@@ -240,20 +240,25 @@ def open_checked(path: Path, expected: Mapping[str, str]) -> Iterator[CheckedFil
 
 def _check_structure(path: Path, file: h5py.File, expected: Mapping[str, str], size: int) -> dict[str, h5py.Dataset]:
     columns: dict[str, h5py.Dataset] = {}
-    groups = {name[:-2]: kind for name, kind in expected.items() if name.endswith("/*")}
-    allowed = {name for name in expected if not name.endswith("/*")} | set(groups)
-    if len(file) > len(allowed):
-        raise StoreError("more objects than the format has", where=path, expected=sorted(allowed), found=len(file))
-    for name in sorted(allowed):
-        item = _hard_linked(path, file, name)
-        if name not in groups:
-            columns[name] = _check_dataset(path, name, item, expected[name], size)
-            continue
-        if not isinstance(item, h5py.Group) or not 1 <= len(item) <= 1024:
-            raise StoreError(f"{name} is not a group of datasets", where=path)
-        for member in item:
-            full = f"{name}/{member}"
-            columns[full] = _check_dataset(path, full, _hard_linked(path, item, member), groups[name], size)
+    groups: dict[str, tuple[h5py.Group, set[str]]] = {"": (file, set())}
+    for name, kind in expected.items():
+        *folders, last = name.split("/")
+        here = ""
+        for folder in folders:
+            inside, members = groups[here]
+            members.add(folder)
+            here = f"{here}{folder}/"
+            if here not in groups:
+                group = _hard_linked(path, inside, folder)
+                if not isinstance(group, h5py.Group):
+                    raise StoreError(f"{here[:-1]} is not a group of datasets", where=path)
+                groups[here] = group, set()
+        inside, members = groups[here]
+        members.add(last)
+        columns[name] = _check_dataset(path, name, _hard_linked(path, inside, last), kind, size)
+    for group, members in groups.values():
+        if len(group) > len(members):
+            raise StoreError("more objects than the format has", where=path, expected=sorted(members), found=len(group))
     return columns
 
 

@@ -17,7 +17,7 @@ from featx._files import canonical_json, read_regular
 from featx.errors import StoreError
 from featx.store import hdf5
 from featx.store.hdf5 import RESTORE
-from featx.store.manifest import Manifest
+from featx.store.manifest import Manifest, fingerprint
 
 PARTS = ".parts"
 """Folder of a store in which an extraction in parts is under way: see :mod:`featx.extraction.parts`."""
@@ -96,7 +96,7 @@ def read_index(store: Path, manifest: Manifest) -> Index:
 def _read_index(path: Path, manifest: Manifest) -> Index:
     hdf5.check_seal(path)
     with hdf5.open_checked(path, INDEX_COLUMNS) as file:
-        if file.attribute("fingerprint") != manifest.fingerprint:
+        if file.attribute("fingerprint") not in map(fingerprint, manifest.backbones):
             raise StoreError("the index of another store, made with other settings", where=path, hint=RESTORE)
         return read_names(file, sizes=file.read("sizes"), stamps=file.read(STAMPS))
 

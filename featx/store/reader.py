@@ -15,23 +15,26 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from featx._arrays import NEAR, SPLITS
+from featx._arrays import NEAR, PIXELS, SPLITS
 from featx._files import signature
 from featx.errors import StoreError, UsageError, did_you_mean, plural
+from featx.images import HASH_BYTES
 from featx.store import frames, hdf5
 from featx.store.hdf5 import RESTORE
 from featx.store.index import NAME_COLUMNS, read_index, read_names
-from featx.store.manifest import check_version, damaged, fingerprint, manifest_bytes, read_manifest
-from featx.store.shards import (
-    SHARD_COLUMNS as SHARD_COLUMNS,
-    ShardReader,
-    digest_keys as digest_keys,
-    dims_of,
-    layers_of,
-    open_shard as open_shard,
-    read_rows,
-    shard_path as shard_path,
+from featx.store.manifest import (
+    Block,
+    blocks_of,
+    check_version,
+    column_of,
+    damaged,
+    fingerprint,
+    manifest_bytes,
+    name_of,
+    parse_backbone,
+    read_manifest,
 )
+from featx.store.shards import ShardReader, read_rows, width_of
 
 if TYPE_CHECKING:
     import anndata
@@ -41,7 +44,7 @@ PACKED_FORMAT = "featx-packed"
 T = TypeVar("T")
 
 _RETRIES = 20
-PACKED_COLUMNS = {**NAME_COLUMNS, "embeddings/*": "float32 matrix"}
+_BLOCK_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,10 @@ class FeatureSet:
     splits : str (n,): "train", "val", "test" or "".
     digests : uint8 (n, 32), sha256 of the image files.
     layer : the layer that the embeddings are of.
-    provenance : how they were made.
+    provenance : how they were made; of several backbones side by side, ``{"backbones": [...]}`` with one for each.
     fingerprint : hash of what of the provenance changes the numbers.
+    hashes : uint8 (n, 32), perceptual hashes of the images; None where the store has none.
+    pixels : uint8 (n, p), thumbnails of the images; None where the store has none.
     """
 
     embeddings: NDArray[np.float32]
@@ -70,6 +75,8 @@ class FeatureSet:
     layer: str
     provenance: Mapping[str, Any]
     fingerprint: str
+    hashes: NDArray[np.uint8] | None = None
+    pixels: NDArray[np.uint8] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -186,17 +193,7 @@ def _read_features(
         rows = rows[
             draw_rows(index.labels[rows], [index.split[row] for row in rows.tolist()], max_images, random_state)
         ]
-    return FeatureSet(
-        embeddings=reader.read(rows, layer=layer),
-        ids=np.array([index.ids[row] for row in rows.tolist()], dtype=np.str_),
-        labels=index.labels[rows],
-        class_names=index.class_names,
-        splits=np.array([index.split[row] for row in rows.tolist()], dtype=np.str_),
-        digests=index.digests[rows],
-        layer=layer,
-        provenance=reader.provenance,
-        fingerprint=fingerprint(reader.provenance),
-    )
+    return reader.features(rows, [layer])
 
 
 def draw_rows(labels: NDArray[np.int64], splits: Sequence[str], n: int, random_state: int) -> NDArray[np.int64]:
@@ -216,12 +213,11 @@ def draw_rows(labels: NDArray[np.int64], splits: Sequence[str], n: int, random_s
     return np.sort(order[kept])
 
 
-def stored_precision(path: Path) -> str | None:
-    """The precision that a store was made with, or None where there is no store yet."""
+def stored_backbones(path: Path) -> dict[str, Mapping[str, Any]]:
+    """The provenance of each backbone of a store by its name, its own first; none where there is no store yet."""
     if not (path / "manifest.json").is_file():
-        return None
-    precision = read_manifest(path).provenance.get("precision")
-    return precision if isinstance(precision, str) else None
+        return {}
+    return {name_of(each): each for each in read_manifest(path).backbones}
 
 
 def iter_features(
@@ -247,7 +243,7 @@ class FeatureReader:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._shards: ShardReader | None = None
+        self._shards: dict[str, ShardReader] | None = None
         if self.path.is_file():
             self._open_packed()
         else:
@@ -260,62 +256,155 @@ class FeatureReader:
         if said["format"] != PACKED_FORMAT:
             raise damaged(self.path, f"its format is not {PACKED_FORMAT!r}")
         try:
-            version, provenance = json.loads(said["format_version"]), json.loads(said["provenance"])
+            version = json.loads(said["format_version"])
             check_version(self.path, version)
-            if not isinstance(provenance, dict) or said["fingerprint"] != fingerprint(provenance):
-                raise damaged(self.path, "the fingerprint does not belong to the provenance")
-        except (ValueError, RecursionError) as error:
+            listed = [{"provenance": json.loads(said["provenance"]), "fingerprint": said["fingerprint"]}]
+            if version > 1:
+                listed += json.loads(hdf5.read_attributes(self.path, ("more",))["more"])
+            backbones = [parse_backbone(self.path, each) for each in listed]
+        except (TypeError, ValueError, RecursionError) as error:
             raise damaged(self.path, "its attributes are not JSON") from error
-        with hdf5.open_checked(self.path, PACKED_COLUMNS) as file:
-            layers = provenance.get("layers")
-            if not isinstance(layers, list) or sorted(map(str, layers)) != sorted(layers_of(file)):
-                raise damaged(self.path, "its layers are not those of the provenance")
+        self._know(backbones)
+        held = [Block(name, layer) for name, each in self.backbones.items() for layer in each["layers"]]
+        # The layers of version 1 go without the name of the one backbone that there is.
+        self._columns = {block: f"embeddings/{block.layer}" if version == 1 else column_of(block) for block in held}
+        self._expected = {**NAME_COLUMNS, **dict.fromkeys(self._columns.values(), "float32 matrix")}
+        if version > 1 and hdf5.read_attributes(self.path, ("phash",))["phash"] == "true":
+            self._expected["phash"] = "uint8 matrix"
+        with hdf5.open_checked(self.path, self._expected) as file:
             unknown = np.full(file.rows, -1, dtype=np.int64)
             self.index = read_names(file, sizes=unknown, stamps=unknown)
-        self.provenance: Mapping[str, Any] = provenance
 
     def _open_store(self) -> None:
         manifest = read_manifest(self.path)
         self.index = read_index(self.path, manifest)
-        self.provenance = manifest.provenance
-        self._shards = ShardReader(self.path, manifest)
-        self._rows = self._shards.find(self.index.digests)
-        self._shards.forget_contents()
-        lost = np.flatnonzero(self._rows < 0)
-        if len(lost):
-            self._shards.check_sums()
-            missing = self.index.ids[int(lost[0])]
+        finished = manifest.finished
+        if not finished:
             raise StoreError(
-                "the index names an image that no shard has", where=self.path / "index.h5", found=missing, hint=RESTORE
+                "the extraction has not finished", where=self.path, hint="Run the same featx extract command again."
             )
+        self._know(finished)
+        self._shards = {}
+        self._rows = {}
+        for name in self.backbones:
+            shards = ShardReader(self.path, manifest, name)
+            rows = shards.find(self.index.digests)
+            shards.forget_contents()
+            lost = np.flatnonzero(rows < 0)
+            if len(lost):
+                shards.check_sums()
+                missing = self.index.ids[int(lost[0])]
+                raise StoreError(
+                    "the index names an image that no shard has", where=self.path / "index.h5", found=missing,
+                    hint=RESTORE,
+                )  # fmt: skip
+            self._shards[name], self._rows[name] = shards, rows
+
+    def _know(self, backbones: Sequence[Mapping[str, Any]]) -> None:
+        self.backbones = {name_of(each): each for each in backbones}
+        self.provenance: Mapping[str, Any] = backbones[0]
+        self.blocks = blocks_of(backbones)
 
     @contextmanager
     def _packed(self) -> Iterator[hdf5.CheckedFile]:
         if signature(self.path) != self._state and hdf5.check_seal(self.path) != self._seal:
             raise StoreError("the file was replaced while it was read", where=self.path, hint="Open it again.")
-        with hdf5.open_checked(self.path, PACKED_COLUMNS) as file:
+        with hdf5.open_checked(self.path, self._expected) as file:
             yield file
 
-    def read(self, rows: NDArray[np.integer[Any]], *, layer: str = "penultimate") -> NDArray[np.float32]:
-        """Embeddings of index rows, float32 (len(rows), d), in the order asked for."""
-        layers = self.provenance["layers"]
-        if layer not in layers:
+    def block(self, layer: str) -> Block:
+        """Whose embeddings a name stands for.
+
+        Parameters
+        ----------
+        layer : a name of ``blocks``, ``BACKBONE/LAYER``, or a layer of the store's own backbone.
+
+        Raises
+        ------
+        UsageError
+            There is nothing of this name.
+        """
+        if layer in self.blocks:
+            return self.blocks[layer]
+        held = {f"{name}/{each}": Block(name, each) for name, of in self.backbones.items() for each in of["layers"]}
+        own = {each: Block(name_of(self.provenance), each) for each in self.provenance["layers"]}
+        known = {**own, **held}
+        if layer not in known:
             raise UsageError(
                 f"no layer {layer!r} in this store",
                 where=self.path,
-                found=", ".join(layers),
-                hint=did_you_mean(layer, layers),
+                found=", ".join(self.blocks),
+                hint=did_you_mean(layer, [*self.blocks, *known]),
             )
+        return known[layer]
+
+    def read(self, rows: NDArray[np.integer[Any]], *, layer: str = "penultimate") -> NDArray[np.float32]:
+        """Embeddings of index rows, float32 (len(rows), d), in the order asked for; ``layer`` as of :meth:`block`."""
+        block = self.block(layer)
         if self._shards is not None:
-            return self._shards.read(self._rows[rows], layer=layer)
+            return self._shards[block.backbone].read(self._rows[block.backbone][rows], layer=block.layer)
         with self._packed() as file:
-            out = np.empty((len(rows), dims_of(file, layer)), np.float32)
-            read_rows(file, layer, np.asarray(rows, np.int64), out)
+            column = self._columns[block]
+            out = np.empty((len(rows), width_of(file, column)), np.float32)
+            read_rows(file, column, np.asarray(rows, np.int64), out)
         return out
+
+    def read_hashes(self, rows: NDArray[np.integer[Any]]) -> NDArray[np.uint8] | None:
+        """Perceptual hashes of index rows, uint8 (len(rows), 32); None where the store has not one of each image."""
+        if self._shards is not None:
+            for name, shards in self._shards.items():
+                if shards.hashed:
+                    return shards.read_hashes(self._rows[name][rows])
+            return None
+        if "phash" not in self._expected:
+            return None
+        out = np.empty((len(rows), HASH_BYTES), np.uint8)
+        with self._packed() as file:
+            read_rows(file, "phash", np.asarray(rows, np.int64), out)
+        return out
+
+    def read_pixels(self, rows: NDArray[np.integer[Any]]) -> NDArray[np.uint8] | None:
+        """Thumbnails of index rows, uint8 (len(rows), p); None where the store has none."""
+        if PIXELS not in self.backbones:
+            return None
+        parts = [
+            np.rint(self.read(rows[start : start + _BLOCK_ROWS], layer=PIXELS) * 255).astype(np.uint8)
+            for start in range(0, max(len(rows), 1), _BLOCK_ROWS)
+        ]
+        return np.concatenate(parts)
+
+    def features(self, rows: NDArray[np.intp], layers: Sequence[str], name: str | None = None) -> FeatureSet:
+        """Index rows with all that they are worth knowing by.
+
+        Parameters
+        ----------
+        rows : rows of the index, ascending.
+        layers : as of :meth:`block`; the embeddings of several stand side by side.
+        name : what the layer is to be called; by default the name of the one.
+        """
+        index, picked = self.index, rows.tolist()
+        blocks = [self.block(layer) for layer in layers]
+        parts = [self.read(rows, layer=layer) for layer in layers]
+        made = [self.backbones[each] for each in dict.fromkeys(block.backbone for block in blocks)]
+        provenance = made[0] if len(made) == 1 else {"backbones": made}
+        return FeatureSet(
+            embeddings=parts[0] if len(parts) == 1 else np.hstack(parts),
+            ids=np.array([index.ids[row] for row in picked], dtype=np.str_),
+            labels=index.labels[rows],
+            class_names=index.class_names,
+            splits=np.array([index.split[row] for row in picked], dtype=np.str_),
+            digests=index.digests[rows],
+            layer=name or layers[0],
+            provenance=provenance,
+            fingerprint=fingerprint(provenance),
+            hashes=self.read_hashes(rows),
+            pixels=self.read_pixels(rows),
+        )
 
     def dims(self, layer: str) -> int:
         """Length of a layer's embeddings; 0 for a store that has none yet."""
+        block = self.block(layer)
         if self._shards is not None:
-            return self._shards.dims(layer)
+            return self._shards[block.backbone].dims(block.layer)
         with self._packed() as file:
-            return dims_of(file, layer)
+            return width_of(file, self._columns[block])

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featx._files import sha256_file, signature
 from featx.errors import StoreError
+from featx.images import HASH_BYTES
 from featx.store import hdf5
 from featx.store.hdf5 import RESTORE
-from featx.store.manifest import Manifest, Shard
-
-SHARD_COLUMNS = {"embeddings/*": "float32 matrix", "digests": "uint8 matrix"}
+from featx.store.manifest import Block, Manifest, Shard, name_of
 
 WINDOW_BYTES = 2**22
 """What is read at a time: the memory that a reader needs beside the answer."""
@@ -28,7 +28,7 @@ def shard_path(store: Path, shard: Shard) -> Path:
 
 
 @contextmanager
-def open_shard(store: Path, shard: Shard, layers: Sequence[str], *, hashed: bool = False) -> Iterator[hdf5.CheckedFile]:
+def open_shard(store: Path, shard: Shard, *, hashed: bool = False) -> Iterator[hdf5.CheckedFile]:
     """Open a published shard after comparing it with the manifest (its bytes too, unless ``hashed`` already)."""
     path = shard_path(store, shard)
     if not path.is_file():
@@ -39,22 +39,18 @@ def open_shard(store: Path, shard: Shard, layers: Sequence[str], *, hashed: bool
         raise StoreError(f"cannot be read ({error.strerror})", where=path) from error
     if found != shard.sha256:
         raise StoreError("the shard was altered: its sha256 does not match", where=path, hint=RESTORE)
-    with hdf5.open_checked(path, SHARD_COLUMNS) as file:
-        if file.rows != shard.rows or set(layers_of(file)) != set(layers):
+    with hdf5.open_checked(path, shard.columns()) as file:
+        if file.rows != shard.rows:
             raise StoreError("the shard is not what the manifest says", where=path, hint=RESTORE)
-        if file.columns["digests"].shape[1] != 32:
-            raise StoreError("digests are not 32 bytes", where=path)
+        for column, width in (("digests", 32), ("phash", HASH_BYTES)):
+            if column in file.columns and width_of(file, column) != width:
+                raise StoreError(f"{column} are not {width} bytes", where=path)
         yield file
 
 
-def layers_of(file: hdf5.CheckedFile) -> list[str]:
-    """The layers that a shard or a packed store has."""
-    return [name.removeprefix("embeddings/") for name in file.columns if name.startswith("embeddings/")]
-
-
-def dims_of(file: hdf5.CheckedFile, layer: str) -> int:
-    """Length of a layer's embeddings."""
-    return int(file.columns[f"embeddings/{layer}"].shape[1])
+def width_of(file: hdf5.CheckedFile, column: str) -> int:
+    """Numbers in a row of a column, such as the length of embeddings."""
+    return int(file.columns[column].shape[1])
 
 
 def digest_keys(digests: NDArray[np.uint8]) -> NDArray[np.bytes_]:
@@ -67,17 +63,17 @@ def _prefixes(digests: NDArray[np.uint8]) -> NDArray[np.uint64]:
     return np.ascontiguousarray(digests[:, :8]).view(np.uint64).reshape(-1)
 
 
-def read_rows(file: hdf5.CheckedFile, layer: str, rows: NDArray[np.int64], out: NDArray[np.float32]) -> None:
-    """Embeddings of some rows of one file, in the order asked for, into ``out`` (len(rows), d)."""
+def read_rows(file: hdf5.CheckedFile, column: str, rows: NDArray[np.int64], out: NDArray[Any]) -> None:
+    """Some rows of one column of a file, in the order asked for, into ``out`` (len(rows), d)."""
     order = np.argsort(rows, kind="stable")
     ascending = rows[order]
-    window = max(1, WINDOW_BYTES // max(4 * out.shape[1], 1))
+    window = max(1, WINDOW_BYTES // max(out.itemsize * out.shape[1], 1))
     start = 0
     while start < len(rows):
         # One contiguous read, then a gather: HDF5's own fancy indexing is far slower.
         low = int(ascending[start])
         stop = int(np.searchsorted(ascending, low + window))
-        block = file.read(f"embeddings/{layer}", low, int(ascending[stop - 1]) + 1)
+        block = file.read(column, low, int(ascending[stop - 1]) + 1)
         out[order[start:stop]] = block[ascending[start:stop] - low]
         start = stop
 
@@ -115,7 +111,7 @@ class Contents:
 
 
 class ShardReader:
-    """Random access to the published rows of a store.
+    """Random access to the published rows of one backbone of a store; by default the store's own.
 
     Opening it reads the digests, and no embedding: a shard is compared with its sha256 when rows of it are first read,
     so that a few rows of a large store cost no more than the shards that they lie in. No file stays open between
@@ -127,20 +123,24 @@ class ShardReader:
         A shard is missing, damaged or not what the manifest says, or two have a row of the same content.
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path, self.layers, self._shards = path, manifest.layers, manifest.shards
+    def __init__(self, path: Path, manifest: Manifest, backbone: str | None = None) -> None:
+        self.path = path
+        self.backbone = name_of(manifest.provenance) if backbone is None else backbone
+        self._shards = manifest.of(self.backbone)
+        layers = next(each["layers"] for each in manifest.backbones if name_of(each) == self.backbone)
         self._verified: dict[Path, tuple[int, ...]] = {}
         self._contents: dict[Path, bytes] = {}
-        rows = sum(shard.rows for shard in manifest.shards)
+        rows = sum(shard.rows for shard in self._shards)
         digests = np.empty((rows, 32), np.uint8)
         widths, at = set(), 0
-        for shard in manifest.shards:
+        for shard in self._shards:
             place = shard_path(path, shard)
             try:
-                with open_shard(path, shard, self.layers, hashed=True) as file:
+                with open_shard(path, shard, hashed=True) as file:
                     digests[at : at + shard.rows] = file.read("digests")
                     self._contents[place] = hashlib.sha256(digests[at : at + shard.rows].tobytes()).digest()
-                    widths.add(tuple(dims_of(file, layer) for layer in self.layers))
+                    columns = [shard.column(Block(self.backbone, layer)) for layer in layers]
+                    widths.add(tuple(width_of(file, column) for column in columns))
             except StoreError:
                 self.check_sums()
                 raise
@@ -156,8 +156,8 @@ class ShardReader:
         if tied and len(np.unique(digest_keys(digests))) < rows:
             self.check_sums()
             raise StoreError("two shards have an embedding of the same image", where=path, hint=RESTORE)
-        self._starts = np.cumsum([0, *(shard.rows for shard in manifest.shards)])
-        self._dims = dict(zip(self.layers, widths.pop() if widths else [0] * len(self.layers), strict=True))
+        self._starts = np.cumsum([0, *(shard.rows for shard in self._shards)])
+        self._dims = dict(zip(layers, widths.pop() if widths else [0] * len(layers), strict=True))
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -181,7 +181,7 @@ class ShardReader:
     def check_sums(self) -> None:
         """Compare all shards with their sha256: whoever finds them at odds wants to know which one was altered."""
         for shard in self._shards:
-            with open_shard(self.path, shard, self.layers):
+            with open_shard(self.path, shard):
                 pass
 
     def forget_contents(self) -> None:
@@ -191,27 +191,41 @@ class ShardReader:
     def read(self, rows: NDArray[np.int64], *, layer: str) -> NDArray[np.float32]:
         """Embeddings of rows as :meth:`find` counts them, float32 (len(rows), d), in the order asked for."""
         out = np.empty((len(rows), self.dims(layer)), np.float32)
+        self._read(rows, out, lambda shard: shard.column(Block(self.backbone, layer)))
+        return out
+
+    @property
+    def hashed(self) -> bool:
+        """Whether there is a perceptual hash of every image."""
+        return all(shard.hashed for shard in self._shards)
+
+    def read_hashes(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Perceptual hashes uint8 (len(rows), 32) of rows, likewise; for readers that are ``hashed``."""
+        out = np.empty((len(rows), HASH_BYTES), np.uint8)
+        self._read(rows, out, lambda shard: "phash")
+        return out
+
+    def _read(self, rows: NDArray[np.int64], out: NDArray[Any], column: Callable[[Shard], str]) -> None:
         # Sorted once, for all shards: looking through the rows for each shard anew would be quadratic.
         order = np.argsort(rows, kind="stable")
         bounds = np.searchsorted(rows[order], self._starts)
         for number in np.flatnonzero(bounds[1:] > bounds[:-1]).tolist():
             here = order[bounds[number] : bounds[number + 1]]
-            block = np.empty((len(here), out.shape[1]), np.float32)
+            block = np.empty((len(here), out.shape[1]), out.dtype)
             with self._open(self._shards[number]) as file:
-                read_rows(file, layer, rows[here] - self._starts[number], block)
+                read_rows(file, column(self._shards[number]), rows[here] - self._starts[number], block)
             out[here] = block
-        return out
 
     def dims(self, layer: str) -> int:
         """Length of a layer's embeddings; 0 for a store that has none yet."""
-        return self._dims[layer]
+        return int(self._dims[layer])
 
     @contextmanager
     def _open(self, shard: Shard) -> Iterator[hdf5.CheckedFile]:
         path = shard_path(self.path, shard)
         state = signature(path)
         hashed = bool(state) and self._verified.get(path) == state
-        with open_shard(self.path, shard, self.layers, hashed=hashed) as file:
+        with open_shard(self.path, shard, hashed=hashed) as file:
             # The file is what was published; was it so when the rows were numbered?
             if not hashed and self._contents[path] != hashlib.sha256(file.read("digests").tobytes()).digest():
                 raise StoreError("the shard was replaced while it was read", where=path, hint="Read it again.")

@@ -107,7 +107,7 @@ class _Rows:
         return [row.tobytes().hex() for row in self.index.digests[rows]]
 
     def told(self) -> str:
-        provenance = dict(self.reader.provenance)
+        provenance = dict(self.reader.backbones[self.reader.block(self.layer).backbone])
         made = {"layer": self.layer, "fingerprint": fingerprint(provenance), "provenance": provenance}
         return json.dumps({**made, "class_names": list(self.index.class_names)}, sort_keys=True)
 

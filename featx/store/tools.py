@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,24 @@ from numpy.typing import NDArray
 
 from featx._files import canonical_json, publish
 from featx.errors import StoreError, UsageError, plural
+from featx.images import HASH_BYTES
 from featx.store import hdf5
 from featx.store.hdf5 import RESTORE
 from featx.store.index import Index, name_columns, read_index, read_quarantine
-from featx.store.manifest import FORMAT_VERSION, Manifest, Shard, fingerprint, manifest_bytes, read_manifest
-from featx.store.reader import PACKED_FORMAT, FeatureReader, digest_keys, open_shard, steady
+from featx.store.manifest import (
+    FORMAT_VERSION,
+    Block,
+    Manifest,
+    Shard,
+    blocks_of,
+    column_of,
+    fingerprint,
+    manifest_bytes,
+    name_of,
+    read_manifest,
+)
+from featx.store.reader import PACKED_FORMAT, FeatureReader, steady
+from featx.store.shards import digest_keys, open_shard, width_of
 
 _BLOCK_ROWS = 1024
 _RETRIES = 20
@@ -28,18 +41,21 @@ def info(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if path.is_file():
         reader = FeatureReader(path)
-        index, provenance, shards, quarantined = reader.index, reader.provenance, 1, 0
-        dims = {layer: reader.dims(layer) for layer in provenance["layers"]}
+        index, backbones, shards, quarantined = reader.index, list(reader.backbones.values()), 1, 0
+        dims = {layer: reader.dims(layer) for layer in reader.blocks}
+        unfinished: Sequence[str] = ()
     else:
         manifest, index, dims, quarantined = steady(path, lambda: _facts(path))
-        provenance, shards = manifest.provenance, len(manifest.shards)
+        backbones, shards, unfinished = list(manifest.backbones), len(manifest.shards), manifest.unfinished
+    provenance = backbones[0]
     return {
         "rows": len(index),
         "images": len(index),
-        "embedding_dim": dims.get(provenance["layers"][0], 0),
+        "embedding_dim": next(iter(dims.values()), 0),
         "layers": dims,
         "views": provenance.get("views", ""),
         "backbone": provenance.get("backbone", ""),
+        "backbones": {name_of(each): _backbone(each, unfinished) for each in backbones},
         "fingerprint": fingerprint(provenance),
         "classes": _class_counts(index),
         "unlabelled": int((index.labels < 0).sum()),
@@ -50,14 +66,22 @@ def info(path: str | Path) -> dict[str, Any]:
     }
 
 
+def _backbone(provenance: Mapping[str, Any], unfinished: Sequence[str]) -> dict[str, Any]:
+    about = {name: provenance.get(name, "") for name in ("weights", "layers", "views", "precision")}
+    return {**about, "fingerprint": fingerprint(provenance), "finished": name_of(provenance) not in unfinished}
+
+
 def _facts(path: Path) -> tuple[Manifest, Index, dict[str, int], int]:
-    """Manifest, index, length of each layer's embeddings, and how many images were refused."""
+    """Manifest, index, length of each block's embeddings, and how many images were refused."""
     manifest = read_manifest(path)
     index, refused = read_index(path, manifest), read_quarantine(path, manifest)
-    dims = dict.fromkeys(manifest.layers, 0)
-    if manifest.shards:
-        with open_shard(path, manifest.shards[0], manifest.layers, hashed=True) as file:
-            dims = {layer: int(file.columns[f"embeddings/{layer}"].shape[1]) for layer in manifest.layers}
+    blocks = blocks_of(manifest.finished or manifest.backbones)
+    dims = dict.fromkeys(blocks, 0)
+    for backbone in dict.fromkeys(block.backbone for block in blocks.values()):
+        for shard in manifest.of(backbone)[:1]:
+            with open_shard(path, shard, hashed=True) as file:
+                own = {name: block for name, block in blocks.items() if block.backbone == backbone}
+                dims |= {name: width_of(file, shard.column(block)) for name, block in own.items()}
     return manifest, index, dims, len(refused)
 
 
@@ -123,8 +147,10 @@ def _problems(check: Callable[[], object]) -> list[str]:
 def _verify_packed(path: Path) -> None:
     reader = FeatureReader(path)
     for start in range(0, len(reader.index), _BLOCK_ROWS):
-        for layer in reader.provenance["layers"]:
-            reader.read(np.arange(start, min(start + _BLOCK_ROWS, len(reader.index))), layer=layer)
+        rows = np.arange(start, min(start + _BLOCK_ROWS, len(reader.index)))
+        for layer in reader.blocks:
+            reader.read(rows, layer=layer)
+        reader.read_hashes(rows)
 
 
 def _drawn(manifest: Manifest, sample: int | None, random_state: int) -> tuple[Shard, ...]:
@@ -138,33 +164,54 @@ def _verify_store(
     path: Path, manifest: Manifest, shards: Sequence[Shard], progress: Callable[[int, int], None] | None
 ) -> list[str]:
     problems: list[str] = []
-    seen: list[tuple[NDArray[np.bytes_], tuple[int, ...]]] = []
+    seen: dict[str, list[tuple[NDArray[np.bytes_], tuple[int, ...]]]] = {
+        name_of(each): [] for each in manifest.backbones
+    }
+    sound = set()
     for done, shard in enumerate(shards, 1):
-        problems += _problems(lambda shard=shard: seen.append(_verify_shard(path, shard, manifest)))  # type: ignore[misc]
+
+        def look(shard: Shard = shard) -> None:
+            keys, widths = _verify_shard(path, shard)
+            sound.add(shard.name)
+            for backbone in shard.blocks:
+                seen[backbone].append((keys, widths[backbone]))
+
+        problems += _problems(look)
         if progress is not None:
             progress(done, len(shards))
-    known = np.concatenate([np.empty(0, "S32"), *(keys for keys, _ in seen)])
-    if len(np.unique(known)) != len(known):
-        problems.append(f"{path / 'manifest.json'}: it lists two shards with embeddings of the same image.")
-    if len({widths for _, widths in seen}) > 1:
-        problems.append(f"{path / 'shards'}: embeddings of different length.")
+    complete = len(sound) == len(manifest.shards)
+    known = {name: np.concatenate([np.empty(0, "S32"), *(keys for keys, _ in each)]) for name, each in seen.items()}
+    for backbone, keys in known.items():
+        if len(np.unique(keys)) != len(keys):
+            problems.append(f"{path / 'manifest.json'}: it lists two shards with embeddings of the same image.")
+        if len({widths for _, widths in seen[backbone]}) > 1:
+            problems.append(f"{path / 'shards'}: embeddings of different length.")
     problems += _foreign_files(path, manifest)
-    complete = len(seen) == len(manifest.shards)
-    problems += _problems(lambda: _verify_index(path, manifest, known if complete else None))
+    finished = {name_of(each): known[name_of(each)] for each in manifest.finished}
+    problems += _problems(lambda: _verify_index(path, manifest, finished if complete else {}))
     return problems + _problems(lambda: read_quarantine(path, manifest))
 
 
-def _verify_shard(path: Path, shard: Shard, manifest: Manifest) -> tuple[NDArray[np.bytes_], tuple[int, ...]]:
-    with open_shard(path, shard, manifest.layers) as file:
-        widths = tuple(file.read(f"embeddings/{layer}").shape[1] for layer in manifest.layers)
+def _verify_shard(path: Path, shard: Shard) -> tuple[NDArray[np.bytes_], dict[str, tuple[int, ...]]]:
+    """Digests of a shard's rows, and the lengths of the embeddings of each backbone, after reading all of it."""
+    with open_shard(path, shard) as file:
+        for column in shard.columns():
+            file.read(column)
+        widths = {
+            name: tuple(width_of(file, shard.column(Block(name, layer))) for layer in layers)
+            for name, layers in shard.blocks.items()
+        }
         return digest_keys(file.read("digests")), widths
 
 
-def _verify_index(path: Path, manifest: Manifest, known: NDArray[np.bytes_] | None) -> None:
+def _verify_index(path: Path, manifest: Manifest, known: Mapping[str, NDArray[np.bytes_]]) -> None:
     index = read_index(path, manifest)
-    lost = 0 if known is None else int((~np.isin(digest_keys(index.digests), known)).sum())
-    if lost:
-        raise StoreError(f"{plural(lost, 'image')} without an embedding", where=path / "index.h5", hint=RESTORE)
+    for backbone, keys in known.items():
+        lost = int((~np.isin(digest_keys(index.digests), keys)).sum())
+        if lost:
+            raise StoreError(
+                f"{plural(lost, 'image')} without an embedding", where=path / "index.h5", found=backbone, hint=RESTORE
+            )
 
 
 def _foreign_files(path: Path, manifest: Manifest) -> list[str]:
@@ -198,7 +245,7 @@ def _is_unnamed(path: Path, item: Path, manifest: Manifest) -> bool:
 def content_hash(path: str | Path) -> str:
     """Hash of what a store says, however its shards are cut: equal for two runs that came to the same.
 
-    Taken over the fingerprint, the index (ids, labels, splits, digests), and every embedding that it refers to.
+    Taken over the fingerprints, the index (ids, labels, splits, digests), and every embedding that it refers to.
     """
     reader = FeatureReader(path)
     index = reader.index
@@ -209,7 +256,9 @@ def content_hash(path: str | Path) -> str:
         total.update(
             canonical_json([index.ids[row], labels[row], index.split[row], index.digests[row].tobytes().hex()])
         )
-    for layer in reader.provenance["layers"]:
+    for each in list(reader.backbones.values())[1:]:
+        total.update(fingerprint(each).encode())
+    for layer in reader.blocks:
         for start in range(0, len(order), _BLOCK_ROWS):
             total.update(reader.read(order[start : start + _BLOCK_ROWS], layer=layer).tobytes())
     return total.hexdigest()
@@ -237,15 +286,26 @@ def pack(store: str | Path, out: str | Path) -> Path:
         for start in range(0, rows, _BLOCK_ROWS):
             yield reader.read(np.arange(start, min(start + _BLOCK_ROWS, rows)), layer=layer)
 
+    def hashes() -> Iterator[NDArray[np.uint8]]:
+        for start in range(0, rows, _BLOCK_ROWS):
+            found = reader.read_hashes(np.arange(start, min(start + _BLOCK_ROWS, rows)))
+            assert found is not None
+            yield found
+
     columns = name_columns(reader.index)
-    for layer in reader.provenance["layers"]:
-        width = (reader.dims(layer),)
-        columns.append(hdf5.Column(f"embeddings/{layer}", np.dtype("<f4"), width, rows, blocks(layer)))
+    for layer, block in reader.blocks.items():
+        columns.append(hdf5.Column(column_of(block), np.dtype("<f4"), (reader.dims(layer),), rows, blocks(layer)))
+    hashed = reader.read_hashes(np.arange(0)) is not None
+    if hashed:
+        columns.append(hdf5.Column("phash", np.dtype("u1"), (HASH_BYTES,), rows, hashes()))
+    more = [{"provenance": dict(each), "fingerprint": fingerprint(each)} for each in reader.backbones.values()][1:]
     attributes = {
         "format": PACKED_FORMAT,
         "format_version": json.dumps(FORMAT_VERSION),
         "provenance": json.dumps(dict(reader.provenance), sort_keys=True),
         "fingerprint": fingerprint(reader.provenance),
+        "more": json.dumps(more, sort_keys=True),
+        "phash": json.dumps(hashed),
     }
 
     def write(temp: Path) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from featx._arrays import PIXELS
 from featx._files import (
     cannot_write,
     fsync_path,
@@ -30,12 +31,22 @@ from featx._files import (
     uninterrupted,
     writer_lock,
 )
-from featx.errors import StoreError
+from featx.errors import StoreError, UsageError
 from featx.store import hdf5
 from featx.store.index import Index, Refused, check_index, quarantine_bytes, read_index, spell_quarantine, write_index
-from featx.store.manifest import Manifest, Shard, check_same, read_manifest, spell_manifest, write_manifest
+from featx.store.manifest import (
+    Block,
+    Manifest,
+    Shard,
+    check_backbones,
+    fingerprint,
+    name_of,
+    read_manifest,
+    spell_manifest,
+    write_manifest,
+)
 from featx.store.reader import steady
-from featx.store.shards import SHARD_COLUMNS, Contents, digest_keys, open_shard, shard_path
+from featx.store.shards import Contents, digest_keys, open_shard, shard_path
 
 SHARD_ROWS = 4096
 SHARD_SECONDS = 30.0
@@ -48,7 +59,8 @@ class StoreWriter:
     Parameters
     ----------
     path : folder of the store, made if there is none.
-    provenance : how the embeddings are made; a store made otherwise is refused, naming the field.
+    backbones : the provenance of one backbone or several. Those that the store does not have yet are added to it; one
+        that it has otherwise is refused, naming the field.
     shard_rows, shard_seconds : when a shard is published.
 
     Raises
@@ -62,12 +74,11 @@ class StoreWriter:
     def __init__(
         self,
         path: str | Path,
-        provenance: Mapping[str, Any],
-        *,
+        *backbones: Mapping[str, Any],
         shard_rows: int = SHARD_ROWS,
         shard_seconds: float = SHARD_SECONDS,
     ) -> None:
-        self.path, self.provenance = Path(path), provenance
+        self.path, self.backbones = Path(path), backbones
         self.shard_rows, self.shard_seconds = shard_rows, shard_seconds
         self._stack = ExitStack()
 
@@ -98,9 +109,9 @@ class StoreWriter:
         remove_leftovers(self.path / "shards")
         if (self.path / "manifest.json").exists():
             self.manifest = read_manifest(self.path)
-            check_same(self.manifest.provenance, self.provenance, self.path)
+            check_backbones(self.manifest.backbones, self.backbones, self.path)
         else:
-            self.manifest = Manifest(self.provenance)
+            self.manifest = Manifest(self.backbones, unfinished=tuple(map(name_of, self.backbones)))
         has_index = (self.path / "index.h5").exists()
         self.index = read_index(self.path, self.manifest) if has_index else None
         listed = {shard.name for shard in self.manifest.shards}
@@ -113,15 +124,23 @@ class StoreWriter:
                 path.unlink()
             # Forgotten only when it is gone for good: after a power cut it would come back without a name.
             fsync_path(self.path / "shards")
-        if self.manifest.in_flux or not self.manifest.shards:
+        known = {name_of(each) for each in self.manifest.backbones}
+        new = tuple(each for each in self.backbones if name_of(each) not in known)
+        if new:
+            self.manifest = replace(
+                self.manifest, backbones=(*self.manifest.backbones, *new),
+                unfinished=(*self.manifest.unfinished, *map(name_of, new)),
+            )  # fmt: skip
+        if new or self.manifest.in_flux or not self.manifest.shards:
             self._write_manifest(in_flux=())
-        digests = [np.empty((0, 32), np.uint8)]
+        digests = {name_of(each): [np.empty((0, 32), np.uint8)] for each in self.manifest.backbones}
         for shard in self.manifest.shards:
-            with open_shard(self.path, shard, self.manifest.layers) as file:
-                digests.append(file.read("digests"))
-        self._published = Contents(np.concatenate(digests))
-        self._fresh: set[bytes] = set()
-        self._pending: list[tuple[Sequence[bytes], Sequence[NDArray[np.float32]]]] = []
+            with open_shard(self.path, shard) as file:
+                for backbone in shard.blocks:
+                    digests[backbone].append(file.read("digests"))
+        self._published = {backbone: Contents(np.concatenate(parts)) for backbone, parts in digests.items()}
+        self._fresh: dict[str, set[bytes]] = {backbone: set() for backbone in digests}
+        self._pending: dict[tuple[tuple[str, ...], bool], list[_Rows]] = {}
         self._since = time.monotonic()
 
     def _write_manifest(self, **changes: Any) -> None:
@@ -129,54 +148,78 @@ class StoreWriter:
         write_manifest(self.path, manifest)
         self.manifest = manifest
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The backbones of the store, its own first."""
+        return tuple(self._published)
+
     def has(self, digest: bytes) -> bool:
-        """Whether the store has (or is about to publish) the embedding of this content. Thread-safe."""
-        if digest in self._fresh:
-            return True
-        return digest in self._published
+        """Whether the store has (or is about to publish) every embedding of this content. Thread-safe."""
+        return not self.lacks(digest)
+
+    def lacks(self, digest: bytes) -> tuple[str, ...]:
+        """The backbones whose embedding of this content the store neither has nor is about to publish. Thread-safe."""
+        return tuple(
+            backbone for backbone, published in self._published.items()
+            if digest not in self._fresh[backbone] and digest not in published
+        )  # fmt: skip
 
     @property
     def rows(self) -> int:
-        """Number of embeddings that are published."""
-        return sum(shard.rows for shard in self.manifest.shards)
+        """Number of embeddings that are published; of several backbones, of the store's own."""
+        return sum(shard.rows for shard in self.manifest.of(self.names[0]))
 
-    def add(self, digests: Sequence[bytes], embeddings: Sequence[NDArray[np.float32]]) -> None:
+    def add(
+        self,
+        digests: Sequence[bytes],
+        embeddings: Mapping[str, Sequence[NDArray[np.float32]]],
+        hashes: NDArray[np.uint8] | None = None,
+    ) -> None:
         """Take new rows, and publish a shard when it is time.
 
         Parameters
         ----------
-        digests : n digests of 32 bytes that the store does not have.
-        embeddings : one float32 (n, d) array for each layer of the provenance.
+        digests : n digests of 32 bytes.
+        embeddings : of one or more backbones that do not have them yet: a float32 (n, d) array for each layer.
+        hashes : the perceptual hashes of the images, uint8 (n, 32).
         """
         given = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
         fresh = set(digests)
-        if len(fresh) < len(digests) or not fresh.isdisjoint(self._fresh) or self._published.has(given).any():
-            raise ValueError("an embedding of this content is in the store already")
-        for layer, block in zip(self.manifest.layers, embeddings, strict=True):
-            if not np.isfinite(block).all():
-                raise StoreError(
-                    f"layer {layer} came out as NaN or infinity; nothing of this batch was kept",
-                    where=self.path,
-                    hint="Try --precision fp32, and check the weights.",
-                )
-        # One step, so that an interrupt finds digests and rows together.
-        self._pending.append((digests, embeddings))
-        self._fresh.update(digests)
-        if len(self._fresh) >= self.shard_rows or time.monotonic() - self._since >= self.shard_seconds:
+        for backbone, blocks in embeddings.items():
+            known = self._fresh[backbone]
+            if len(fresh) < len(digests) or not fresh.isdisjoint(known) or self._published[backbone].has(given).any():
+                raise ValueError(f"an embedding of this content by {backbone} is in the store already")
+            for layer, block in zip(self._layers(backbone), blocks, strict=True):
+                if not np.isfinite(block).all():
+                    raise StoreError(
+                        f"layer {layer} of {backbone} came out as NaN or infinity; nothing of this batch was kept",
+                        where=self.path,
+                        hint="Try --precision fp32, and check the weights.",
+                    )
+        # Digests and rows in one step each, so that an interrupt finds them together.
+        self._pending.setdefault((tuple(embeddings), hashes is not None), []).append(_Rows(given, embeddings, hashes))
+        for backbone in embeddings:
+            self._fresh[backbone].update(digests)
+        waiting = max(map(len, self._fresh.values()))
+        if waiting >= self.shard_rows or time.monotonic() - self._since >= self.shard_seconds:
             self.flush()
+
+    def _layers(self, backbone: str) -> tuple[str, ...]:
+        return next(tuple(each["layers"]) for each in self.manifest.backbones if name_of(each) == backbone)
 
     def flush(self) -> None:
         """Publish what was added since the last shard. Signals wait until that is done."""
         with uninterrupted():
-            if self._pending:
-                digests = np.frombuffer(b"".join(d for part, _ in self._pending for d in part), np.uint8).reshape(
-                    -1, 32
-                )
-                blocks = [np.concatenate(parts) for parts in zip(*(rows for _, rows in self._pending), strict=True)]
-                self._publish_shard(digests, blocks)
+            for backbones, hashed in list(self._pending):
+                parts = self._pending[backbones, hashed]
+                rows = _Rows.joined(parts)
+                self._publish_shard(rows)
                 # In this order: another thread may ask has() between two lines.
-                self._published.add(digests)
-                self._pending, self._fresh = [], set()
+                for backbone in backbones:
+                    self._published[backbone].add(rows.digests)
+                del self._pending[backbones, hashed]
+                for backbone in backbones:
+                    self._fresh[backbone].difference_update(map(bytes, rows.digests))
             self._since = time.monotonic()
 
     def _next_number(self) -> int:
@@ -206,24 +249,29 @@ class StoreWriter:
 
     def _take_shards(self, other: Path) -> int:
         theirs = read_manifest(other)
-        check_same(self.manifest.provenance, theirs.provenance, self.path, whose=f"{other}'s")
+        check_backbones(self.manifest.backbones, theirs.backbones, self.path, whose=f"{other}'s")
         here = {shard.sha256 for shard in self.manifest.shards}
         before = self.rows
         for shard in theirs.shards:
             if shard.sha256 in here:
                 continue
-            with open_shard(other, shard, self.manifest.layers) as file:
+            with open_shard(other, shard) as file:
                 digests = file.read("digests")
-                new = ~self._published.has(digests)
-                if not new.all():
-                    if new.any():
-                        blocks = [file.read(f"embeddings/{layer}")[new] for layer in self.manifest.layers]
-                        self.add([row.tobytes() for row in digests[new]], blocks)
-                        self.flush()
-                    continue
-            with uninterrupted():
-                self._link_shard(shard_path(other, shard), shard)
-                self._published.add(digests)
+                new = {backbone: ~self._published[backbone].has(digests) for backbone in shard.blocks}
+                if not shard.dropped and all(each.all() for each in new.values()):
+                    linked = True
+                else:
+                    linked = False
+                    for backbone, rows in new.items():
+                        if rows.any():
+                            taken = _Rows.read(file, shard, [backbone]).some(rows)
+                            self.add([row.tobytes() for row in taken.digests], taken.embeddings, taken.hashes)
+                    self.flush()
+            if linked:
+                with uninterrupted():
+                    self._link_shard(shard_path(other, shard), shard)
+                    for backbone in shard.blocks:
+                        self._published[backbone].add(digests)
         return self.rows - before
 
     def _link_shard(self, path: Path, shard: Shard) -> None:
@@ -241,13 +289,17 @@ class StoreWriter:
         shards = (*self.manifest.shards, mine)
         self._write_manifest(shards=shards, in_flux=self._in_flux(shards))
 
-    def _publish_shard(
-        self, digests: NDArray[np.uint8], blocks: Sequence[NDArray[np.float32]], *, replaces: Shard | None = None
-    ) -> None:
+    def _publish_shard(self, rows: _Rows, *, replaces: Shard | None = None) -> None:
         number = self._next_number()
-        columns = [hdf5.Column.of("digests", digests)]
-        for layer, block in zip(self.manifest.layers, blocks, strict=True):
-            columns.append(hdf5.Column.of(f"embeddings/{layer}", block.astype("<f4", copy=False)))
+        blocks = {backbone: self._layers(backbone) for backbone in rows.embeddings}
+        new = Shard("", len(rows.digests), "", blocks, hashed=rows.hashes is not None)
+        columns = [hdf5.Column.of("digests", rows.digests)]
+        if rows.hashes is not None:
+            columns.append(hdf5.Column.of("phash", rows.hashes))
+        for backbone, layers in blocks.items():
+            for layer, block in zip(layers, rows.embeddings[backbone], strict=True):
+                name = new.column(Block(backbone, layer))
+                columns.append(hdf5.Column.of(name, block.astype("<f4", copy=False)))
         shards = list(self.manifest.shards)
 
         def write(temp: Path) -> None:
@@ -255,12 +307,12 @@ class StoreWriter:
 
         def verify(temp: Path) -> str:
             """Read back what was written, then announce the name that it will have."""
-            with hdf5.open_checked(temp, SHARD_COLUMNS) as file:
+            with hdf5.open_checked(temp, new.columns()) as file:
                 for column in columns:
                     if not np.array_equal(file.read(column.name), next(iter(column.blocks))):
                         raise StoreError("the disk did not keep what was written", where=temp)
             sha256 = sha256_file(temp)
-            shard = Shard(f"{number:05d}-{sha256[:8]}.h5", len(digests), sha256)
+            shard = replace(new, name=f"{number:05d}-{sha256[:8]}.h5", sha256=sha256)
             shards.append(shard)
             self._write_manifest(in_flux=(*self.manifest.in_flux, shard.name))
             return shard.name
@@ -269,9 +321,9 @@ class StoreWriter:
         if replaces is None:
             self._write_manifest(shards=tuple(shards), in_flux=self._in_flux(shards))
         else:
-            self._drop(replaces, tuple(shard for shard in shards if shard != replaces))
+            self._unlink(replaces, tuple(shard for shard in shards if shard != replaces))
 
-    def _drop(self, shard: Shard, rest: tuple[Shard, ...]) -> None:
+    def _unlink(self, shard: Shard, rest: tuple[Shard, ...]) -> None:
         """Take one shard out: off the list, off the disk, forgotten, in this order."""
         self._write_manifest(shards=rest, in_flux=(*self._in_flux(rest), shard.name))
         with _changing(self.path):
@@ -299,48 +351,135 @@ class StoreWriter:
     def finish(self, index: Index, refused: Sequence[Refused], *, source: str) -> None:
         """Publish the rest, the quarantine and the index; from here on the store says what ``index`` says."""
         self.flush()
-
-        def write(temp: Path) -> None:
-            write_index(temp, index, self.manifest.fingerprint)
-
-        def verify(temp: Path) -> None:
-            check_index(temp, index, self.manifest)
-
         changes: dict[str, Any] = {
             "class_names": index.class_names,
             "splits": index.counts(index.split),
             "counts": {"images": len(index), "embeddings": self.rows, "quarantined": len(refused)},
             "source": source,
         }
+        unfinished = [backbone for backbone, has in self._published.items() if not has.has(index.digests).all()]
+        changes["unfinished"] = tuple(unfinished)
         spell_manifest(self.path, replace(self.manifest, **changes))  # it may be too long: before anything is changed
         with uninterrupted():
             self._publish_quarantine(refused)
-            publish(self.path / "index.h5", write, verify)
+            self._publish_index(index, self.manifest.fingerprint)
             self.index = index
             self._write_manifest(**changes, quarantine=self.manifest.quarantine[-1:])
 
+    def _publish_index(self, index: Index, fingerprint: str) -> None:
+        def write(temp: Path) -> None:
+            write_index(temp, index, fingerprint)
+
+        def verify(temp: Path) -> None:
+            check_index(temp, index, self.manifest)
+
+        publish(self.path / "index.h5", write, verify)
+
     def prune(self) -> int:
-        """Drop the embeddings that the index does not refer to; returns how many. Other shards are not touched."""
+        """Drop the embeddings that the index does not refer to; returns of how many images. Other shards stay."""
         if self.index is None:
             raise StoreError("nothing to compare with: the extraction has not finished", where=self.path)
         used = digest_keys(self.index.digests)
-        dropped = 0
+        before = self.rows
         for shard in self.manifest.shards:
-            with open_shard(self.path, shard, self.manifest.layers) as file:
-                digests = file.read("digests")
-                keep = np.isin(digest_keys(digests), used)
-                if keep.all():
+            with open_shard(self.path, shard) as file:
+                keep = np.isin(digest_keys(file.read("digests")), used)
+                if keep.all() and not shard.dropped:
                     continue
-                blocks = [file.read(f"embeddings/{layer}")[keep] for layer in self.manifest.layers]
-            dropped += int((~keep).sum())
+                rows = _Rows.read(file, shard, list(shard.blocks)).some(keep)
             with uninterrupted():
                 if keep.any():
-                    self._publish_shard(digests[keep], blocks, replaces=shard)
+                    self._publish_shard(rows, replaces=shard)
                 else:
-                    self._drop(shard, tuple(other for other in self.manifest.shards if other != shard))
+                    self._unlink(shard, tuple(other for other in self.manifest.shards if other != shard))
+        dropped = before - self.rows
         if dropped:
             self._write_manifest(counts={**(self.manifest.counts or {}), "embeddings": self.rows})
         return dropped
+
+    def drop(self, backbone: str) -> None:
+        """Take a backbone out of the store. Files that hold others too keep its embeddings until :meth:`prune`.
+
+        Raises
+        ------
+        UsageError
+            The store has no such backbone, or no other one.
+        """
+        rest = tuple(each for each in self.manifest.backbones if name_of(each) != backbone)
+        if len(rest) == len(self.manifest.backbones) or not [each for each in rest if name_of(each) != PIXELS]:
+            raise UsageError(
+                f"{backbone} cannot be taken out of the store", where=self.path,
+                expected="one of several backbones", found=", ".join(self.names),
+            )  # fmt: skip
+        self.flush()
+        with uninterrupted():
+            if self.index is not None:
+                # First: the index must be one of the store at every moment.
+                self._publish_index(self.index, fingerprint(rest[0]))
+            kept, gone = [], []
+            for shard in self.manifest.shards:
+                blocks = {name: layers for name, layers in shard.blocks.items() if name != backbone}
+                if backbone not in shard.blocks:
+                    kept.append(shard)
+                elif blocks:
+                    kept.append(
+                        replace(shard, blocks=blocks, dropped={**shard.dropped, backbone: shard.blocks[backbone]})
+                    )
+                else:
+                    gone.append(shard)
+            names = (*self._in_flux(kept), *(shard.name for shard in gone))
+            unfinished = tuple(name for name in self.manifest.unfinished if name != backbone)
+            self._write_manifest(backbones=rest, shards=tuple(kept), in_flux=names, unfinished=unfinished)
+            with _changing(self.path):
+                for shard in gone:
+                    shard_path(self.path, shard).unlink(missing_ok=True)
+                fsync_path(self.path / "shards")
+            self._write_manifest(in_flux=self._in_flux(kept))
+            del self._published[backbone], self._fresh[backbone]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of some backbones that become one shard."""
+
+    digests: NDArray[np.uint8]
+    embeddings: Mapping[str, Sequence[NDArray[np.float32]]]
+    hashes: NDArray[np.uint8] | None
+
+    @classmethod
+    def joined(cls, parts: Sequence[_Rows]) -> _Rows:
+        """One after another; all are of the same backbones, with hashes or without."""
+        hashes = [part.hashes for part in parts if part.hashes is not None]
+        return cls(
+            np.concatenate([part.digests for part in parts]),
+            {
+                backbone: [
+                    np.concatenate(blocks) for blocks in zip(*(p.embeddings[backbone] for p in parts), strict=True)
+                ]
+                for backbone in parts[0].embeddings
+            },
+            np.concatenate(hashes) if hashes else None,
+        )
+
+    @classmethod
+    def read(cls, file: hdf5.CheckedFile, shard: Shard, backbones: Sequence[str]) -> _Rows:
+        """What a shard has of some backbones."""
+        return cls(
+            file.read("digests"),
+            {
+                backbone: [file.read(shard.column(Block(backbone, layer))) for layer in shard.blocks[backbone]]
+                for backbone in backbones
+            },
+            file.read("phash") if shard.hashed else None,
+        )
+
+    def some(self, rows: NDArray[np.bool_]) -> _Rows:
+        """Only these rows."""
+        return _Rows(
+            self.digests[rows],
+            {backbone: [block[rows] for block in blocks] for backbone, blocks in self.embeddings.items()},
+            None if self.hashes is None else self.hashes[rows],
+        )
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from featx._arrays import PIXELS
 from featx._system import available_cpus
 from featx.backbones.backbone import Backbone
 from featx.backbones.engines.base import EXACT_START, Batch, Embeddings, Engine, fill
@@ -66,6 +67,10 @@ def make_engine(
     WeightsError
         If the backbone's weights do not fit its network.
     """
+    if backbone.name == PIXELS:
+        from featx.backbones.thumbnail import ThumbnailEngine
+
+        return ThumbnailEngine()
     for value, allowed, what in ((engine, ENGINES, "engine"), (device, DEVICES, "device")):
         _check_choice(value, allowed, what)
     _check_choice(precision, PRECISIONS, "precision")

@@ -20,7 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,9 @@ from featx._system import available_cpus
 from featx.backbones import Backbone, Engine, cuda_devices, make_engine
 from featx.errors import FeatxError, Interrupted, UsageError, plural
 from featx.extraction.parts import Part, extract_cut, finish_parts, parts_of, unfinished
-from featx.extraction.run import ExtractSummary
+from featx.extraction.run import ExtractSummary, Start
 from featx.images import ImageSet
-from featx.store import stored_precision
+from featx.store import stored_backbones
 
 RESTARTS = 2
 """How often the process of a part is started again after it died."""
@@ -53,37 +53,43 @@ class Job:
     ----------
     store : the store that the parts are for.
     total : number of images of all parts.
-    load : makes the backbone, there and then: code of the user's own does not travel well.
+    load : makes the backbones, there and then: code of the user's own does not travel well.
     start : makes the engine, given the backbone and perhaps ``device=``, ``precision=`` and ``threads=``.
-    precision : "auto" takes the store's own, where there is one.
+    precision : "auto" takes that of the store for a backbone that it has.
     options : of :func:`featx.extraction.run.extract_features`, such as ``workers``, ``decode``, ``views`` and
     ``max_bad``.
     """
 
     store: Path
     total: int
-    load: Callable[[], Backbone]
+    load: Callable[[], Sequence[Backbone]]
     start: Callable[..., Engine] = make_engine
     precision: str = "auto"
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
-    def backbone(self) -> Backbone:
-        """The network, made at the first call."""
+    def backbones(self) -> Sequence[Backbone]:
+        """The networks, made at the first call."""
         return self.load()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "backbone"}
+        return {name: value for name, value in vars(self).items() if name != "backbones"}
 
-    def engine(self, **where: Any) -> Engine:
-        """The engine for this process; ``where`` are arguments of ``start``."""
-        stored = stored_precision(self.store) if self.precision == "auto" else None
-        return self.start(self.backbone, precision=stored or self.precision, **where)
+    def starter(self, **where: Any) -> Start:
+        """What makes the engine of a backbone in this process, once; ``where`` are arguments of ``start``."""
+        stored = stored_backbones(self.store) if self.precision == "auto" else {}
 
-    def do(self, part: Part, cut: ImageSet, engine: Engine, progress: Progress | None = None) -> ExtractSummary:
+        @cache
+        def start(backbone: Backbone) -> Engine:
+            precision = stored.get(backbone.name, {}).get("precision", self.precision)
+            return self.start(backbone, precision=precision, **where)
+
+        return start
+
+    def do(self, part: Part, cut: ImageSet, start: Start, progress: Progress | None = None) -> ExtractSummary:
         """Extract one part, whose images are ``cut``."""
         return extract_cut(
-            cut, self.total, self.backbone, self.store, part, engine, progress=progress, **dict(self.options)
+            cut, self.total, self.backbones, self.store, part, start, progress=progress, **dict(self.options)
         )
 
 
@@ -385,7 +391,7 @@ def _do(connection: Connection, job: Job, part: Part, cut: ImageSet, where: Mapp
                 connection.send(done)
 
     try:
-        return job.do(part, cut, job.engine(**where), progress)
+        return job.do(part, cut, job.starter(**where), progress)
     except Interrupted:
         raise
     except FeatxError as error:

@@ -190,9 +190,9 @@ def _do_part(packed: bytes, part: Part, images: bytes, where: dict[str, Any], co
             counter.report.remote(part, done)
 
     try:
-        job, engine = _job(packed, tuple(where.items()))
+        job, start = _job(packed, tuple(where.items()))
         (cut,) = pickle.loads(images)  # noqa: S301 - from the driver, by way of Ray, which unpickles all it moves
-        return job.do(part, cut, engine, progress)
+        return job.do(part, cut, start, progress)
     except StoreBusy:
         time.sleep(_BUSY_SECONDS)  # an earlier attempt that Ray lost sight of may still be ending
         raise
@@ -204,11 +204,11 @@ _kept: dict[tuple[Any, ...], tuple[Job, Any]] = {}
 
 
 def _job(packed: bytes, where: tuple[tuple[str, Any], ...]) -> tuple[Job, Any]:
-    """The job with its engine, kept for the next task of this process."""
+    """The job with what starts its engines, kept for the next task of this process."""
     if (packed, where) not in _kept:
         _kept.clear()
         (job,) = pickle.loads(packed)  # noqa: S301 - as above
-        _kept[packed, where] = job, job.engine(**dict(where))
+        _kept[packed, where] = job, job.starter(**dict(where))
     return _kept[packed, where]
 
 
