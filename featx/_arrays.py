@@ -19,6 +19,9 @@ PENULTIMATE = "penultimate"
 COMBINED = "combined"
 """In the place of a layer's name: all of the network's layers, side by side in their order."""
 
+JOINED = "joined"
+"""Likewise: all layers of several backbones, side by side."""
+
 PIXELS = "pixels"
 """Name of the backbone that is no network: a thumbnail of the image, the baseline of all the others."""
 

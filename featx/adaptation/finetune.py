@@ -184,7 +184,7 @@ def judge_episodes(
     swept = sweep_heads(
         tuning.features.embeddings[use], tuning.features.labels[use], class_names=tuning.features.class_names,
         groups=tuning.features.copies[use], heads=heads, shots=shots, episodes=episodes, random_state=random_state,
-        n_jobs=n_jobs, near_duplicates=tuning.features.near_copies, progress=progress,
+        n_jobs=n_jobs, near_duplicates=tuning.features.near_copies_of(use), progress=progress,
     )  # fmt: skip
     rows = use[swept.rows]
     tasks = [(n_shots, episode) for n_shots in swept.shots for episode in range(episodes)]

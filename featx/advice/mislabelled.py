@@ -23,6 +23,7 @@ from featx._arrays import NEAR, Index
 from featx.errors import UsageError
 from featx.evaluation import LabelledRows, worker_pool
 from featx.heads import HEADS, fit_chosen, fold_numbers, is_large
+from featx.store import Alike
 
 MISSED = "More may be wrong: a wrong label that the models would give, too, is not found."
 """What a list of doubtful labels does not say by itself."""
@@ -73,7 +74,7 @@ def rank_labels(
     ids: Sequence[str] | None = None,
     head: str = "auto",
     repeats: int = REPEATS,
-    near_duplicates: float | None = NEAR,
+    near_duplicates: Alike = NEAR,
     random_state: int = 0,
     n_jobs: int | None = None,
     progress: Progress | None = None,
@@ -92,7 +93,8 @@ def rank_labels(
     ids : n names; by default the numbers of the rows.
     head : a name of :data:`featx.heads.catalogue.HEADS` that gives probabilities.
     repeats : of the cross-validation, over which probabilities are averaged.
-    near_duplicates : cosine from which two rows count as copies; None looks for exact copies only.
+    near_duplicates : what makes two images copies: their pictures, or a cosine from which on; None looks for exact
+        copies only.
     random_state : seed of the folds.
     n_jobs : joblib workers, one BLAS thread each; by default one for each core.
     progress : called as ``progress(done, total, what)``.

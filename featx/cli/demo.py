@@ -118,7 +118,7 @@ def _job(steps: _Steps, images: Path, shots: str, heads: str, seed: int) -> Job:
     results = []
 
     def compare(**options: Any) -> None:
-        results.append(sweep(store, heads=heads, shots=shots, episodes=EPISODES, seed=seed, **options))
+        results.append(sweep([store], heads=heads, shots=shots, episodes=EPISODES, seed=seed, **options))
 
     chosen = () if heads == "all" else ("--heads", heads)
     steps.run(_line("sweep", store, *chosen, "--shots", shots, "--episodes", EPISODES, *_seed(seed)), compare)

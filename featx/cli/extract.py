@@ -87,7 +87,7 @@ class Precision(StrEnum):
 def register(app: typer.Typer) -> None:
     """Add the command of this module."""
     app.command(
-        epilog="Examples:  featx extract photos --out photos.featx  |  featx extract photos -o s.featx --recipe balanced"
+        epilog="Examples:  featx extract photos --out photos.featx  |  featx extract photos -o s.featx --recipe best"
         "  |  featx extract list.csv -o s.featx --engine torch  |  featx extract photos -o s.featx --part 2/8"
     )(extract)
 

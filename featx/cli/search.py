@@ -341,13 +341,14 @@ def _notes(result: RetrievalResult) -> list[str]:
 def duplicates(
     store: StoreArgument,
     threshold: Annotated[
-        float,
+        float | None,
         typer.Option(
             min=0.5,
             max=1.0,
-            help="Least cosine of near duplicates. A copy that was saved again or scaled may reach only 0.9.",
+            help="Find what has at least this cosine instead of what looks the same. A copy that was saved again or "
+            "scaled may reach only 0.9. (default: by the images' looks; 0.98 in stores of version 0.2 and before)",
         ),
-    ] = 0.98,
+    ] = None,
     exact_only: Annotated[bool, typer.Option("--exact-only", help="Find only files with equal bytes.")] = False,
     layer: Layer = "penultimate",
     html: Html = None,
@@ -363,7 +364,10 @@ def duplicates(
         check_file(html, PAGE_MARK, example="alike.html")
         find = image_finder(store, source)
     features = read_features(store, layer=layer)
-    groups = duplicate_groups(features, threshold=None if exact_only else threshold)
+    if threshold is None and not exact_only and isinstance(features.near_copies, float):
+        threshold = features.near_copies
+    by = None if exact_only else features.near_copies if threshold is None else threshold
+    groups = duplicate_groups(features, by=by)
     counts = count_duplicates(features, groups)
     if html is not None:
         _say_missing(duplicate_sheet(html, store, find, features, groups))
@@ -372,7 +376,9 @@ def duplicates(
         print_json({**said, "groups": [_group_json(features, group) for group in groups]})
     else:
         _say_groups(features, groups, counts)
-        if threshold > 0.9 and not exact_only:
+        if by is None and not exact_only:
+            say("Near copies were not looked for: the weights are random, and the store has no perceptual hashes.")
+        if threshold is not None and threshold > 0.9 and not exact_only:
             say("Copies that were saved again or scaled may have a lower cosine: try --threshold 0.9.")
     if html is not None:
         say(f"Sheet: {html}", err=as_json)

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from featx.cli.options import Jobs, Json, Seed, StoreArgument, Unlabelled, UnlabelledFrom, let_scipy_take_tensors, stem
+from featx._arrays import PENULTIMATE
+from featx.cli.options import Jobs, Json, Seed, Unlabelled, UnlabelledFrom, let_scipy_take_tensors, stem
 from featx.cli.terminal import ProgressLine, check_writable, print_json, say, show
 from featx.errors import Interrupted, UsageError, plural
 
@@ -56,7 +57,13 @@ def register(app: typer.Typer) -> None:
 
 
 def sweep(
-    store: StoreArgument,
+    stores: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="STORE...",
+            help="A store, or several whose features are compared on the images that they have in common.",
+        ),
+    ],
     heads: Annotated[str, typer.Option(help="Names separated by commas, or all.")] = "all",
     shots: Annotated[
         str | None,
@@ -73,7 +80,8 @@ def sweep(
         typer.Option(
             "--layers",
             "--layer",
-            help="Layers to compare, separated by commas; combined is all in one head. (default: all the store has)",
+            help="Blocks of features to compare, separated by commas; joined is all networks in one head, combined "
+            "all layers of one. (default: all the store has)",
         ),
     ] = None,
     out: Annotated[
@@ -102,14 +110,17 @@ def sweep(
         let_scipy_take_tensors()
 
     from featx.evaluation import judge, sweep_heads
-    from featx.heads import heads_for, open_layers, taken, unlabelled_centre, unlabelled_rows
+    from featx.heads import heads_for, left_out, open_layers, taken, unlabelled_centre, unlabelled_rows
     from featx.images import Originals
     from featx.reports import TABLE_WIDTH, render, write_report
     from featx.store import source_of
 
     wanted_heads, wanted_shots = parse_heads(heads), parse_shots(shots)
     one = unlabelled or unlabelled_from is not None
-    features, columns, on = open_layers(store, layers, one=one, max_images=max_images, random_state=seed)
+    store = stores[0]
+    features, columns, on = open_layers(stores, layers, one=one, max_images=max_images, random_state=seed)
+    for note in left_out(stores):
+        say(f"Note: {note}", err=True)
     out = out or store.with_name(stem(store) + ".report")
     check_writable(out)
     rows = _rows(features, store, test)
@@ -118,7 +129,8 @@ def sweep(
         pool = unlabelled_rows(features, rows if unlabelled else rows[:0], unlabelled_from)
         rows = rows[features.labels[rows] >= 0]
     centre = None if pool is None else unlabelled_centre(pool)
-    if features.near_copies is None:
+    copies = features.near_copies_of(rows)
+    if copies is None:
         say("Note: near copies are not looked for, as the weights are random; equal bytes are.", err=True)
     try:
         with _workers(backend) as all_of_them, ProgressLine("comparing heads") as line:
@@ -132,7 +144,8 @@ def sweep(
                 episodes=episodes,
                 random_state=seed,
                 n_jobs=n_jobs or all_of_them,
-                near_duplicates=features.near_copies,
+                near_duplicates=copies,
+                pixels=None if features.pixels is None else features.pixels[rows],
                 centre=centre,
                 pool=pool,
                 layers=columns,
@@ -141,6 +154,7 @@ def sweep(
                 journal=out / "journal.jsonl",
                 progress=line.update,
             )
+            result = replace(result, features=_features(features))
             judged = None
             if test:
                 winner = columns.heads(heads_for(centre, pool), wanted_heads, on)[result.winner]
@@ -152,7 +166,7 @@ def sweep(
                 where = write_report(
                     result,
                     out,
-                    title=store.name,
+                    title=" and ".join(each.name for each in stores),
                     provenance={**features.provenance, "fingerprint": features.fingerprint},
                     command=shlex.join(["featx", *sys.argv[1:]]),
                     ids=originals.ids,
@@ -177,6 +191,11 @@ def sweep(
     show(render(result), err=as_json, least=TABLE_WIDTH)
     say(f"Report: {where}", err=as_json)
     return result
+
+
+def _features(features: FeatureSet) -> str:
+    """What the embeddings of all heads are called, where they are the same ones."""
+    return str(features.provenance.get("backbone", features.layer)) if features.layer == PENULTIMATE else features.layer
 
 
 def _rows(features: FeatureSet, store: Path, test: Split | None) -> Index:

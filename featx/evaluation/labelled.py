@@ -12,7 +12,7 @@ from featx._arrays import NEAR, Index
 from featx.errors import UsageError, plural
 from featx.evaluation.duplicates import Duplicates, find_duplicates
 from featx.heads import distinct_counts, taken
-from featx.store import FeatureSet
+from featx.store import Alike, FeatureSet, Pictures
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class LabelledRows:
         class_names: Sequence[str],
         *,
         groups: ArrayLike | None = None,
-        near_duplicates: float | None = NEAR,
+        near_duplicates: Alike = NEAR,
         columns: tuple[int, int] | None = None,
     ) -> LabelledRows:
         """Take the rows with a label, number their classes anew, and look for copies.
@@ -55,7 +55,8 @@ class LabelledRows:
         labels : (n,) in 0 .. c-1; rows with a negative label are left out.
         class_names : c names, of which those without any row are left out.
         groups : (n,) rows with the same value are exact copies; by default none are.
-        near_duplicates : cosine from which two rows count as copies; None looks for exact copies only.
+        near_duplicates : what makes two images copies: their pictures (of the n rows), or a cosine from which on;
+            None looks for exact copies only.
         columns : start and stop of the columns that near copies are looked for in; by default all.
 
         Raises
@@ -86,7 +87,7 @@ class LabelledRows:
         duplicates = find_duplicates(
             kept if columns is None else kept[:, slice(*columns)],
             None if groups is None else np.asarray(groups)[rows],
-            threshold=near_duplicates,
+            by=near_duplicates.some(rows) if isinstance(near_duplicates, Pictures) else near_duplicates,
         )
         names = tuple(str(class_names[int(i)]) for i in present)
         return cls(kept, dense.reshape(-1).astype(np.int64), rows, names, duplicates, tuple(notes))
@@ -97,7 +98,7 @@ class LabelledRows:
         use = np.flatnonzero((features.labels >= 0) & (features.splits != "test"))
         data = cls.of(
             taken(features.embeddings, use), features.labels[use], features.class_names, groups=features.copies[use],
-            near_duplicates=features.near_copies, columns=columns,
+            near_duplicates=features.near_copies_of(use), columns=columns,
         )  # fmt: skip
         return replace(data, rows=use)
 

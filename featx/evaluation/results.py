@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from featx._arrays import Index
+from featx._arrays import PIXELS, Index
 from featx.evaluation import stats
 from featx.evaluation.duplicates import Duplicates
 from featx.evaluation.splits import Shots, least_images
@@ -194,6 +194,8 @@ class SweepResult:
     trials : one for each head, n_shots and episode, in this order.
     queries : the rows (positions in ``labels``) that an episode was judged on, by (n_shots, episode).
     notes : sentences that a reader must know: what was left out, what did not converge.
+    pixels : trials of the pixels baseline, for each n_shots and episode; none where it was not judged.
+    features : what embeddings are called where all heads are on the same ones.
     """
 
     heads: tuple[str, ...]
@@ -208,9 +210,13 @@ class SweepResult:
     notes: tuple[str, ...]
     random_state: int
     seconds: float
+    pixels: tuple[Trial, ...] = field(default=(), repr=False)
+    features: str = ""
 
     def of(self, head: str, n_shots: Shots) -> list[Trial]:
-        """Trials of one head at one n_shots, by episode."""
+        """Trials of one head (or of the pixels baseline) at one n_shots, by episode."""
+        if head == PIXELS:
+            return [t for t in self.pixels if t.n_shots == n_shots]
         return [t for t in self.trials if t.head == head and t.n_shots == n_shots]
 
     def compared(self, n_shots: Shots) -> tuple[str, ...]:
@@ -285,6 +291,28 @@ class SweepResult:
         means = {h: np.mean([t.accuracy for t in self.trials if t.head == h]) for h in self.heads}
         return max(self.heads, key=lambda head: means[head])
 
+    @cached_property
+    def baseline(self) -> tuple[Comparison, ...]:
+        """The winner less the pixels baseline at every n_shots: what the networks are worth on these images.
+
+        Empty where the baseline was not judged; Holm over the numbers of shots.
+        """
+        if not self.pixels:
+            return ()
+        found = [
+            paired_difference(self.of(self.winner, n), self.of(PIXELS, n), self.queries, self.labels)
+            for n in self.shots
+        ]
+        adjusted = stats.holm([each.p for each in found])
+        return tuple(
+            Comparison(self.winner, PIXELS, n, stats.Difference(each.interval, each.p, p))
+            for n, each, p in zip(self.shots, found, adjusted, strict=True)
+        )
+
+    def pixels_accuracy(self, n_shots: Shots) -> stats.Interval:
+        """Mean accuracy of the pixels baseline at one n_shots."""
+        return mean_interval(self.of(PIXELS, n_shots), self.queries, self.labels)
+
     def votes(self, head: str, n_shots: Shots) -> NDArray[np.int64]:
         """How often (n, c) each image was named as each class while it was in the query."""
         out = np.zeros((len(self.labels), len(self.class_names)), dtype=np.int64)
@@ -315,10 +343,13 @@ class SweepResult:
         """What ``featx sweep --json`` prints and ``summary.json`` holds."""
         return {
             "winner": self.winner,
-            "results": [each.to_json() for each in self.results],
+            "results": [{**each.to_json(), "features": each.layer or self.features} for each in self.results],
             "comparisons": [each.to_json() for each in self.comparisons],
             "duplicates": self.duplicates.to_json(),
             "majority_baseline": self.majority_baseline,
+            "pixels_baseline": [
+                {**each.to_json(), "accuracy": self.pixels_accuracy(each.n_shots).to_json()} for each in self.baseline
+            ],
             "images": len(self.labels),
             "classes": {
                 name: int(n)

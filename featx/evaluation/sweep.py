@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.pipeline import Pipeline
 from threadpoolctl import threadpool_limits
 
-from featx._arrays import NEAR, Index
+from featx._arrays import NEAR, PIXELS, Index
 from featx.errors import UsageError, plural
 from featx.evaluation.journal import Journal, plan_hash
 from featx.evaluation.labelled import LabelledRows
@@ -40,9 +41,13 @@ from featx.heads import (
     row_blocks,
 )
 from featx.heads.solvers import blocks as large
+from featx.store import Alike
 
 DEFAULT_SHOTS: tuple[Shots, ...] = (1, 2, 5, 10, 20, "all")
 Progress = Callable[[int, int, str], None]
+
+Baseline = tuple[Head, NDArray[np.float32]]
+"""A head that is judged beside the others, and the rows (n, p) that it is given instead of embeddings."""
 
 
 def sweep_heads(
@@ -56,11 +61,12 @@ def sweep_heads(
     episodes: int = 20,
     random_state: int = 0,
     n_jobs: int | None = None,
-    near_duplicates: float | None = NEAR,
+    near_duplicates: Alike = NEAR,
     centre: Centre | None = None,
     pool: NDArray[np.floating] | None = None,
     layers: Layers | None = None,
     on: Sequence[str] | None = None,
+    pixels: NDArray[np.integer] | None = None,
     device: str | None = None,
     journal: str | Path | None = None,
     progress: Progress | None = None,
@@ -81,11 +87,14 @@ def sweep_heads(
     random_state : seed of the draws and folds; the result does not depend on ``n_jobs``.
     n_jobs : joblib workers, one BLAS thread each; by default one for each core. Large embeddings
         (:func:`featx.heads.solvers.blocks.is_large`) have one worker with as many threads.
-    near_duplicates : cosine from which two rows count as copies; None looks for exact copies only.
+    near_duplicates : what makes two images copies: their pictures, or a cosine from which on; None looks for exact
+        copies only.
     centre : a mean from elsewhere that heads measure from (:mod:`featx.heads.unlabelled`); ``notes`` then say which.
     pool : (m, d) embeddings of images without labels, of which ``centre`` is the mean: adds the head "ridge_pool".
-    layers : which columns of the embeddings are which layer's, to compare heads on several of them.
-    on : the layers to compare, of which "combined" may be one; see :meth:`featx.heads.layers.Layers.heads`.
+    layers : which columns of the embeddings are which block's, to compare heads on several of them.
+    on : the blocks to compare, of which the whole may be one; see :meth:`featx.heads.layers.Layers.heads`.
+    pixels : (n, p) array of uint8, thumbnails of the images: the recommended head on them is judged on the same draws,
+        as a baseline that can win nothing.
     device : of torch, such as "cuda", for logistic regression on a large support; everything else is the CPU's.
     journal : file of finished draws, from which an interrupted sweep of the same data and plan goes on;
         removed at the end. Seconds in trials that were resumed are those of their first run.
@@ -112,6 +121,7 @@ def sweep_heads(
         check_device(device)
     if progress and is_large(embeddings):
         progress(0, 1, "looking for duplicates")
+    baseline = replace(heads_for(None, None)["auto"], name=PIXELS, layer=PIXELS)
     columns = None if layers is None else layers.columns(layers.reference)
     data = LabelledRows.of(
         embeddings, labels, class_names, groups=groups, near_duplicates=near_duplicates, columns=columns
@@ -126,12 +136,16 @@ def sweep_heads(
     kept = None
     if journal is not None:
         grids = [(head.grid, head.default, head.columns) for head in chosen.values()]
-        elsewhere = joblib.hash((centre and centre.mean, pool, device))
+        elsewhere = joblib.hash((centre and centre.mean, pool, device, *([] if pixels is None else [pixels])))
         plan = plan_hash(data.embeddings, data.labels, data.groups, names, [*grids, elsewhere], random_state)
         kept = Journal(Path(journal), plan)
         done = {task: outcome for task, outcome in kept.done.items() if task in set(tasks)}
     left = [task for task in tasks if task not in done]
-    for task, outcome in _run(data, tuple(chosen.values()), left, len(done), random_state, n_jobs, device, progress):
+    pictures = (
+        None if pixels is None else (baseline, np.asarray(pixels)[data.rows].astype(np.float32) / np.float32(255))
+    )
+    competitors = tuple(chosen.values())
+    for task, outcome in _run(data, competitors, pictures, left, len(done), random_state, n_jobs, device, progress):
         done[task] = outcome
         if kept:
             kept.add(task, outcome)
@@ -147,6 +161,7 @@ def sweep_heads(
         labels=data.labels,
         rows=data.rows,
         trials=trials,
+        pixels=() if pixels is None else tuple(by_head[PIXELS, *task] for task in tasks),
         queries={task: done[task][1] for task in tasks},
         duplicates=data.duplicates,
         notes=(
@@ -174,6 +189,7 @@ def _check_layers(layers: Layers, embeddings: NDArray[np.floating], centre: Cent
 def _run(
     data: LabelledRows,
     heads: tuple[Head, ...],
+    baseline: Baseline | None,
     tasks: list[tuple[Shots, int]],
     already: int,
     random_state: int,
@@ -186,7 +202,7 @@ def _run(
     # Each worker holds rows of its own: where they are large, one worker with all threads takes draw by draw.
     n_workers, threads = (1, n_workers) if is_large(data.embeddings) else (n_workers, 1)
     chunk = max(1, 4 * n_workers) if n_workers > 1 else 1
-    arguments = (data.embeddings, data.labels, data.groups, heads, random_state, threads, device)
+    arguments = (data.embeddings, data.labels, data.groups, heads, baseline, random_state, threads, device)
     with worker_pool(max(1, min(n_workers, len(tasks)))) as pool:
         for start in range(0, len(tasks), chunk):
             some = tasks[start : start + chunk]
@@ -203,6 +219,7 @@ def _episode(
     labels: NDArray[np.int64],
     groups: Index,
     heads: tuple[Head, ...],
+    baseline: Baseline | None,
     random_state: int,
     threads: int,
     device: str | None,
@@ -221,7 +238,11 @@ def _episode(
             if head.columns not in shared:
                 rows = head.seen(embeddings)
                 shared[head.columns] = Views(rows[support], head.mean), _Query(rows[query])
-            views, asked = shared[head.columns]
+        compared = [(head, *shared[head.columns]) for head in heads]
+        if baseline is not None:
+            head, rows = baseline
+            compared.append((head, Views(rows[support]), _Query(rows[query])))
+        for head, views, asked in compared:
             trials.append(
                 _trial(
                     head, views, known, local, asked, truth, classes,

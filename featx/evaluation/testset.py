@@ -101,7 +101,7 @@ def judge(
     embeddings = head.seen(features.embeddings)
     groups = LabelledRows.of(
         embeddings[both], features.labels[both], features.class_names, groups=features.copies[both],
-        near_duplicates=features.near_copies,
+        near_duplicates=features.near_copies_of(both),
     ).groups  # fmt: skip
     here = outside[both]
     copied = inside[both] & np.isin(groups, groups[here])

@@ -5,7 +5,7 @@ from .folds import (
     fold_numbers as fold_numbers,
     of_one_class as of_one_class,
 )
-from .layers import Layers as Layers, open_layers as open_layers, read_layers as read_layers
+from .layers import Layers as Layers, left_out as left_out, open_layers as open_layers, read_layers as read_layers
 from .scorer import (
     Array as Array,
     Kind as Kind,

@@ -42,7 +42,7 @@ from featx.heads import (
 from featx.images import encode
 from featx.models.bundle import Bundle
 from featx.models.calibrate import fit_sharpness, fit_threshold, smallest_error
-from featx.store import FeatureSet
+from featx.store import Alike, FeatureSet
 
 N_GOLDEN = 16
 """Rows that are kept with the scores they got, to find out at loading whether the head still gives them."""
@@ -75,7 +75,7 @@ def fit_head(
     *,
     class_names: Sequence[str],
     groups: NDArray[np.integer] | None = None,
-    near_duplicates: float | None = NEAR,
+    near_duplicates: Alike = NEAR,
     heads: Sequence[str] = ("auto",),
     max_error: float = 0.05,
     random_state: int = 0,
@@ -93,7 +93,8 @@ def fit_head(
     labels : (n,) in 0 .. c-1; rows with a negative label are left out.
     class_names : c names, of which those without any row are left out.
     groups : (n,) rows with the same value are exact copies.
-    near_duplicates : cosine from which two rows count as copies; None looks for exact copies only.
+    near_duplicates : what makes two images copies: their pictures, or a cosine from which on; None looks for exact
+        copies only.
     heads : names of :data:`featx.heads.catalogue.HEADS`; of several, the sweep's winner when all images but a fifth are
     shots.
     max_error : share of answers that may be wrong; below the threshold that follows the head abstains.
@@ -339,7 +340,7 @@ def fit_bundle(
         features.labels[use],
         class_names=features.class_names,
         groups=groups[use],
-        near_duplicates=features.near_copies,
+        near_duplicates=features.near_copies_of(use),
         heads=heads,
         max_error=max_error,
         random_state=random_state,

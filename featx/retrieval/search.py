@@ -16,7 +16,7 @@ from featx.evaluation import find_duplicates
 from featx.retrieval.gallery import Say, open_gallery
 from featx.retrieval.neighbours import GalleryIndex, Method, Rows
 from featx.retrieval.postprocess import Postprocess, expand_queries
-from featx.store import FeatureSet, digest_keys, read_features
+from featx.store import Alike, FeatureSet, digest_keys, read_features
 
 _SUGGEST_BELOW = 50_000
 
@@ -166,15 +166,15 @@ class DuplicateGroup:
         return f"Group {number}: {plural(len(self.rows), 'image')}" + (f", {', '.join(remarks)}" if remarks else "")
 
 
-def duplicate_groups(features: FeatureSet, *, threshold: float | None = NEAR) -> list[DuplicateGroup]:
+def duplicate_groups(features: FeatureSet, *, by: Alike = NEAR) -> list[DuplicateGroup]:
     """Exact and near duplicates of a store as groups: those across splits first, then those whose labels differ.
 
     Parameters
     ----------
-    threshold : cosine from which on images are near duplicates; None looks for exact ones only.
+    by : what makes near duplicates: ``features.near_copies``, a cosine from which on, or None for exact ones only.
     """
     contents = np.unique(digest_keys(features.digests), return_inverse=True)[1].reshape(-1)
-    found = find_duplicates(features.embeddings, contents, threshold=threshold)
+    found = find_duplicates(features.embeddings, contents, by=by)
     sizes = np.bincount(found.groups, minlength=1)
     order = np.argsort(found.groups, kind="stable")
     starts = np.concatenate([[0], np.cumsum(sizes)])

@@ -17,8 +17,10 @@ from .manifest import (
     read_manifest as read_manifest,
 )
 from .reader import (
+    Alike as Alike,
     FeatureReader as FeatureReader,
     FeatureSet as FeatureSet,
+    Pictures as Pictures,
     is_packed as is_packed,
     iter_features as iter_features,
     read_features as read_features,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +34,7 @@ from featx.store.manifest import (
     parse_backbone,
     read_manifest,
 )
-from featx.store.shards import ShardReader, read_rows, width_of
+from featx.store.shards import ShardReader, digest_keys, read_rows, width_of
 
 if TYPE_CHECKING:
     import anndata
@@ -45,6 +45,28 @@ T = TypeVar("T")
 
 _RETRIES = 20
 _BLOCK_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What tells copies of an image from other images, whatever network embeds them.
+
+    Attributes
+    ----------
+    hashes : (n, 32) array of uint8, perceptual hashes.
+    pixels : (n, p) array of uint8, thumbnails.
+    """
+
+    hashes: NDArray[np.uint8]
+    pixels: NDArray[np.uint8]
+
+    def some(self, rows: NDArray[np.intp]) -> Pictures:
+        """Those of some of the images."""
+        return Pictures(self.hashes[rows], self.pixels[rows])
+
+
+Alike: TypeAlias = float | Pictures | None
+"""What makes near copies of images: how their pictures look, a cosine from which on, or nothing does."""
 
 
 @dataclass(frozen=True)
@@ -91,12 +113,19 @@ class FeatureSet:
         return np.unique(self.digests, axis=0, return_inverse=True)[1].reshape(-1)
 
     @property
-    def near_copies(self) -> float | None:
-        """Cosine from which on two images count as copies; None where it tells nothing, as all look alike.
+    def near_copies(self) -> Alike:
+        """What makes near copies of these images: their pictures, or in stores without hashes a cosine.
 
-        Random weights find every image like every other.
+        Random weights find every image like every other, so their cosine tells nothing; it is None then.
         """
+        if self.hashes is not None and self.pixels is not None:
+            return Pictures(self.hashes, self.pixels)
         return None if self.provenance.get("weights") == "none" else NEAR
+
+    def near_copies_of(self, rows: NDArray[np.intp]) -> Alike:
+        """The same of some of the images."""
+        every = self.near_copies
+        return every.some(rows) if isinstance(every, Pictures) else every
 
     def to_numpy(self) -> dict[str, NDArray[Any]]:
         """Plain arrays by name: embeddings, ids, labels, class_names, splits, digests."""
@@ -159,19 +188,26 @@ def read_features(
     """
     if splits is not None and (isinstance(splits, str) or not set(splits) <= set(SPLITS)):
         raise UsageError("no such split", where="splits", expected="a list of train, val, test", found=splits)
-    return steady(Path(path), lambda: _read_features(FeatureReader(path), layer, splits, max_images, random_state))
+
+    def read() -> FeatureSet:
+        reader = FeatureReader(path)
+        rows = reader.pick(splits=splits, max_images=max_images, random_state=random_state)
+        return reader.features(rows, [layer])
+
+    return steady(Path(path), read)
 
 
-def steady(store: Path, read: Callable[[], T]) -> T:
+def steady(store: Path | Sequence[Path], read: Callable[[], T]) -> T:
     """Read again where a writer published, or a prune replaced shards, between two steps of the reading."""
+    stores = [store] if isinstance(store, Path) else list(store)
     for _ in range(_RETRIES):
-        before = _state(store)
+        before = [_state(each) for each in stores]
         try:
             return read()
         except StoreError:
-            if _state(store) == before:
+            if [_state(each) for each in stores] == before:
                 raise  # nothing moved: it is what the error says
-    raise StoreError("changes faster than it can be read", where=store, hint="Read it when the writer is done.")
+    raise StoreError("changes faster than it can be read", where=stores[0], hint="Read it when the writer is done.")
 
 
 def source_of(path: Path) -> str:
@@ -181,19 +217,6 @@ def source_of(path: Path) -> str:
 
 def _state(store: Path) -> bytes:
     return b"" if store.is_file() else manifest_bytes(store)
-
-
-def _read_features(
-    reader: FeatureReader, layer: str, splits: Sequence[str] | None, max_images: int | None, random_state: int
-) -> FeatureSet:
-    index = reader.index
-    wanted = np.ones(len(index), bool) if splits is None else np.isin(index.split, list(splits))
-    rows = np.flatnonzero(wanted)
-    if max_images is not None and max_images < len(rows):
-        rows = rows[
-            draw_rows(index.labels[rows], [index.split[row] for row in rows.tolist()], max_images, random_state)
-        ]
-    return reader.features(rows, [layer])
 
 
 def draw_rows(labels: NDArray[np.int64], splits: Sequence[str], n: int, random_state: int) -> NDArray[np.int64]:
@@ -312,6 +335,30 @@ class FeatureReader:
         with hdf5.open_checked(self.path, self._expected) as file:
             yield file
 
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """The names of the blocks that networks made; those of the pixels baseline where there is no network."""
+        names = tuple(name for name, block in self.blocks.items() if block.backbone != PIXELS)
+        return names or tuple(self.blocks)[:1]
+
+    def pick(
+        self, *, splits: Sequence[str] | None = None, max_images: int | None = None, random_state: int = 0
+    ) -> NDArray[np.intp]:
+        """Rows of the index, ascending, of some splits, and at most so many; as of :func:`read_features`."""
+        index = self.index
+        rows = np.flatnonzero(np.ones(len(index), bool) if splits is None else np.isin(index.split, list(splits)))
+        if max_images is not None and max_images < len(rows):
+            drawn = draw_rows(index.labels[rows], [index.split[row] for row in rows.tolist()], max_images, random_state)
+            rows = rows[drawn]
+        return rows
+
+    def find(self, digests: NDArray[np.uint8]) -> NDArray[np.intp]:
+        """The first row (n,) of the index with each of these contents (n, 32); -1 where there is none."""
+        keys, first = np.unique(digest_keys(self.index.digests), return_index=True)
+        wanted = digest_keys(digests)
+        at = np.minimum(np.searchsorted(keys, wanted), max(len(keys) - 1, 0))
+        return np.where(keys[at] == wanted, first[at], -1) if len(keys) else np.full(len(wanted), -1)
+
     def block(self, layer: str) -> Block:
         """Whose embeddings a name stands for.
 
@@ -373,28 +420,28 @@ class FeatureReader:
         ]
         return np.concatenate(parts)
 
-    def features(self, rows: NDArray[np.intp], layers: Sequence[str], name: str | None = None) -> FeatureSet:
+    def features(self, rows: NDArray[np.intp], layers: Sequence[str]) -> FeatureSet:
         """Index rows with all that they are worth knowing by.
 
         Parameters
         ----------
         rows : rows of the index, ascending.
-        layers : as of :meth:`block`; the embeddings of several stand side by side.
-        name : what the layer is to be called; by default the name of the one.
+        layers : as of :meth:`block`; the embeddings of several stand side by side, those of none have no columns.
         """
         index, picked = self.index, rows.tolist()
-        blocks = [self.block(layer) for layer in layers]
-        parts = [self.read(rows, layer=layer) for layer in layers]
-        made = [self.backbones[each] for each in dict.fromkeys(block.backbone for block in blocks)]
-        provenance = made[0] if len(made) == 1 else {"backbones": made}
+        parts = [np.empty((len(rows), 0), np.float32), *(self.read(rows, layer=layer) for layer in layers)]
+        made = list(dict.fromkeys(self.block(layer).backbone for layer in layers)) or [name_of(self.provenance)]
+        provenance = self.backbones[made[0]]
+        if len(made) > 1:
+            provenance = {"backbones": [self.backbones[name] for name in made]}
         return FeatureSet(
-            embeddings=parts[0] if len(parts) == 1 else np.hstack(parts),
+            embeddings=parts[1] if len(parts) == 2 else np.hstack(parts),
             ids=np.array([index.ids[row] for row in picked], dtype=np.str_),
             labels=index.labels[rows],
             class_names=index.class_names,
             splits=np.array([index.split[row] for row in picked], dtype=np.str_),
             digests=index.digests[rows],
-            layer=name or layers[0],
+            layer=layers[0] if layers else "",
             provenance=provenance,
             fingerprint=fingerprint(provenance),
             hashes=self.read_hashes(rows),

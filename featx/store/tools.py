@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from featx._arrays import PIXELS
 from featx._files import canonical_json, publish
 from featx.errors import StoreError, UsageError, plural
 from featx.images import HASH_BYTES
@@ -52,7 +53,7 @@ def info(path: str | Path) -> dict[str, Any]:
         "rows": len(index),
         "images": len(index),
         "embedding_dim": next(iter(dims.values()), 0),
-        "layers": dims,
+        "layers": {name: size for name, size in dims.items() if name != PIXELS or len(dims) == 1},
         "views": provenance.get("views", ""),
         "backbone": provenance.get("backbone", ""),
         "backbones": {name_of(each): _backbone(each, unfinished) for each in backbones},
