@@ -29,7 +29,8 @@ from featx.images.pixels import Preprocess
 from featx.images.source import ImageSet
 from featx.store.index import Index, Refused, read_quarantine
 from featx.store.manifest import read_manifest
-from featx.store.reader import digest_keys, open_shard, read_features
+from featx.store.reader import read_features
+from featx.store.shards import digest_keys, open_shard
 from featx.store.writer import StoreWriter
 
 SIDE = 8
@@ -96,7 +97,7 @@ def make_store(
         for start in range(0, len(names), shard_rows):
             digests = [digest for digest in digests_of(names[start : start + shard_rows]) if not writer.has(digest)]
             if digests:
-                writer.add(digests, [rows_of(digests, DIM + i) for i in range(len(layers))])
+                writer.add(digests, {"tiny": [rows_of(digests, DIM + i) for i in range(len(layers))]})
         writer.finish(index_of(names), refused, source="by hand")
     return path
 
@@ -177,13 +178,14 @@ def check_published(store: Path) -> int:
     manifest = read_manifest(store)
     keys = []
     for shard in manifest.shards:
-        with open_shard(store, shard, manifest.layers) as file:
+        with open_shard(store, shard) as file:
             assert file.rows == shard.rows
-            for layer in manifest.layers:
-                assert len(file.read(f"embeddings/{layer}")) == shard.rows
-            keys.append(digest_keys(file.read("digests")))
+            for column in shard.columns():
+                assert len(file.read(column)) == shard.rows
+            if manifest.backbones[0]["backbone"] in shard.blocks:
+                keys.append(digest_keys(file.read("digests")))
     read_quarantine(store, manifest)
-    rows = sum(shard.rows for shard in manifest.shards)
+    rows = sum(map(len, keys))
     assert len(np.unique(np.concatenate([np.empty(0, "S32"), *keys]))) == rows
     files = {path.name for path in (store / "shards").iterdir() if not path.name.startswith(".tmp-")}
     assert {shard.name for shard in manifest.shards} <= files
@@ -252,8 +254,8 @@ class Zygote:
 
 
 def _run_job(job: dict[str, Any]) -> int:
-    def writer(path: Path, provenance: dict[str, Any]) -> StoreWriter:
-        return StoreWriter(path, provenance, shard_rows=job["shard_rows"])
+    def writer(path: Path, *provenance: dict[str, Any]) -> StoreWriter:
+        return StoreWriter(path, *provenance, shard_rows=job["shard_rows"])
 
     featx.extraction.run.StoreWriter = writer  # type: ignore[attr-defined, assignment]
     log = Path(job["log"]) if "log" in job else None

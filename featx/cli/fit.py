@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from featx._arrays import COMBINED
 from featx.cli.options import (
     Device,
     EngineName,
@@ -101,7 +100,7 @@ def fit(
     with ProgressLine("fitting") as line:
         bundle = fit_bundle(
             features, embedder, heads=heads, max_error=max_error, random_state=seed, pool=pool,
-            layers=columns if features.layer == COMBINED else None,
+            layers=columns if len(columns.names) > 1 else None,
             device="cuda" if device == Device.cuda else None, progress=line.update,
         )  # fmt: skip
     write_bundle(bundle, out)

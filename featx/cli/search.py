@@ -186,13 +186,16 @@ class _Queries:
 
     def embed(self, embedder: Embedder, line: ProgressLine) -> None:
         """Embed the files; those that cannot be decoded go to ``refused``."""
-        layer = embedder.backbone.layers.index(self.gallery.features.layer)
+        from featx.backbones import layer_place, of_layer
+        from featx.store import layers_of
+
+        layer = layer_place(self.gallery.features.layer, layers_of(self.gallery.features.provenance))
         found = embedder.embed_files(self.files.values())
         for done, (number, (_, result)) in enumerate(zip(self.files, found, strict=True), 1):
             if isinstance(result, ImageError):
                 self.refused.append({"query": self.names[number], "reason": result.reason, "message": result.what})
             else:
-                self.vectors[number] = result[layer]
+                self.vectors[number] = of_layer(result, layer)
             line.update(done, len(self.files))
 
     def answer(self, k: int, *, include_self: bool) -> Found:

@@ -141,9 +141,9 @@ def sweep_heads(
         kept = Journal(Path(journal), plan)
         done = {task: outcome for task, outcome in kept.done.items() if task in set(tasks)}
     left = [task for task in tasks if task not in done]
-    pictures = (
-        None if pixels is None else (baseline, np.asarray(pixels)[data.rows].astype(np.float32) / np.float32(255))
-    )
+    pictures = None
+    if pixels is not None:
+        pictures = baseline, np.asarray(pixels)[data.rows].astype(np.float32) / np.float32(255)
     competitors = tuple(chosen.values())
     for task, outcome in _run(data, competitors, pictures, left, len(done), random_state, n_jobs, device, progress):
         done[task] = outcome

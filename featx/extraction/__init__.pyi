@@ -1,4 +1,4 @@
-from .embedder import Embedder as Embedder, network_like as network_like
+from .embedder import Embedder as Embedder, Seen as Seen, network_like as network_like
 from .parts import Part as Part, finish_parts as finish_parts
 from .run import UNREAD as UNREAD, ExtractSummary as ExtractSummary, extract_features as extract_features
 from .runners.local import Job as Job, parse_devices as parse_devices, run_local as run_local

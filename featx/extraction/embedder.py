@@ -16,8 +16,11 @@ from numpy.typing import NDArray
 from featx._system import available_cpus
 from featx.backbones import Backbone, Engine, Provider, for_views, is_own, load_backbone, make_engine, provenance_of
 from featx.errors import ImageError, UsageError, WeightsError
-from featx.images import CENTER, DecoderPool, Looks, parse_views
+from featx.images import CENTER, Decoded, DecoderPool, Looks, Together, decode, parse_views
 from featx.store import check_same
+
+Seen = tuple[NDArray[np.uint8], ...]
+"""Pixels of one image for each backbone in turn: (h, w, 3), of several views (v, h, w, 3)."""
 
 
 def network_like(
@@ -71,12 +74,19 @@ class Embedder:
     engine : how it is run.
     decode : "full" or "scaled", see :data:`featx.images.pixels.DECODE_MODES`.
     views : names of :data:`featx.images.views.VIEWS`, over which the embeddings of an image are averaged.
+    others : further backbones, whose embeddings follow those of this one; an image is decoded once for all.
     """
 
     def __init__(
-        self, backbone: Backbone, engine: Engine, *, decode: str = "full", views: Sequence[str] = CENTER
+        self,
+        backbone: Backbone,
+        engine: Engine,
+        *,
+        decode: str = "full",
+        views: Sequence[str] = CENTER,
+        others: Sequence[Embedder] = (),
     ) -> None:
-        self.backbone, self.decode = backbone, decode
+        self.backbone, self.decode, self.others = backbone, decode, tuple(others)
         self.looks = Looks(backbone.preprocess, views)
         self.engine = for_views(engine, len(self.looks.views))
 
@@ -97,9 +107,9 @@ class Embedder:
 
         Parameters
         ----------
-        provenance : of a store or a bundle.
+        provenance : of a store or a bundle; of one backbone, or of several (``{"backbones": [...]}``).
         where : the store or bundle, for messages.
-        backbone, weights : as of :func:`network_like`.
+        backbone, weights : as of :func:`network_like`, for the one that needs them.
         tail : the trained part of a fine-tuned network, which a bundle brings along.
         device, engine, batch_size : as of :func:`featx.backbones.engines.torch.make_engine`.
 
@@ -112,6 +122,17 @@ class Embedder:
         MismatchError
             What is installed here makes other embeddings; the field is named.
         """
+        if "backbones" in provenance:
+            first, *others = (
+                cls.like(
+                    each, where=where, backbone=backbone if is_own(str(each.get("backbone"))) else None,
+                    weights=weights if each.get("weights") not in ("default", "none") else None,
+                    device=device, engine=engine, batch_size=batch_size,
+                )
+                for each in provenance["backbones"]
+            )  # fmt: skip
+            first.others = tuple(others)
+            return first
         network = network_like(provenance, where=where, backbone=backbone, weights=weights)
         if tail is not None:
             from featx.backbones import tuned
@@ -120,27 +141,47 @@ class Embedder:
         precision = str(provenance.get("precision", "auto"))
         chosen = make_engine(network, engine=engine, device=device, precision=precision, batch_size=batch_size)
         recorded = provenance.get("decode")
-        decode = str(recorded.get("mode", "full")) if isinstance(recorded, Mapping) else "full"
+        mode = str(recorded.get("mode", "full")) if isinstance(recorded, Mapping) else "full"
         views = parse_views(str(provenance.get("views", "center")))
-        check_same(provenance, provenance_of(network, chosen, views=views, decode=decode), where)
-        return cls(network, chosen, decode=decode, views=views)
+        check_same(provenance, provenance_of(network, chosen, views=views, decode=mode), where)
+        return cls(network, chosen, decode=mode, views=views)
 
-    def pixels(self, data: bytes) -> NDArray[np.uint8]:
-        """What the engine is to see of an image file's bytes: (h, w, 3), of several views (v, h, w, 3)."""
-        return self.looks.pixels(data, mode=self.decode)
+    @property
+    def _all(self) -> tuple[Embedder, ...]:
+        return self, *self.others
+
+    def pixels(self, data: bytes) -> Seen:
+        """What the engines are to see of an image file's bytes."""
+        looks = [each.looks for each in self._all]
+        image = decode(data, enough_for=Together(looks) if self.decode == "scaled" else None)
+        return self.cut(image)
+
+    def cut(self, image: Any) -> Seen:
+        """What the engines are to see of an upright RGB image of Pillow's."""
+        return tuple(each.looks.cut(image) for each in self._all)
+
+    @staticmethod
+    def seen(decoded: Decoded) -> Seen | None:
+        """What the engines are to see of an image that one of :meth:`decoders` has decoded; None where it has not."""
+        parts = [part for part in (decoded.pixels, *decoded.others) if part is not None]
+        return tuple(parts) or None
 
     def decoders(self, *, workers: int, **options: Any) -> DecoderPool:
         """Processes that make such pixels of files; options as of :class:`featx.images.pool.DecoderPool`."""
         return DecoderPool(
-            self.backbone.preprocess, workers=workers, mode=self.decode, views=self.looks.views, **options
-        )
+            self.backbone.preprocess, workers=workers, mode=self.decode, views=self.looks.views,
+            others=[each.looks for each in self.others], **options,
+        )  # fmt: skip
 
-    def embed_pixels(self, images: Sequence[NDArray[np.uint8]]) -> tuple[NDArray[np.float32], ...]:
-        """Embeddings (n, d), one array a layer, of images as :meth:`pixels` gives them."""
-        size = self.engine.batch_size
-        batches = (np.stack(images[start : start + size]) for start in range(0, len(images), size))
-        parts = list(self.engine.embed(batches))
-        return tuple(np.concatenate(layer) for layer in zip(*parts, strict=True))
+    def embed_pixels(self, images: Sequence[Seen]) -> tuple[NDArray[np.float32], ...]:
+        """Embeddings (n, d), one array a layer of each backbone, of images as :meth:`pixels` gives them."""
+        found: list[NDArray[np.float32]] = []
+        for each, pictures in zip(self._all, zip(*images, strict=True), strict=True):
+            size = each.engine.batch_size
+            batches = (np.stack(pictures[start : start + size]) for start in range(0, len(pictures), size))
+            parts = list(each.engine.embed(batches))
+            found += [np.concatenate(layer) for layer in zip(*parts, strict=True)]
+        return tuple(found)
 
     def embed_bytes(self, data: bytes) -> tuple[NDArray[np.float32], ...]:
         """Embeddings (1, d) of one image file's bytes, decoded in this process; ImageError when it is refused."""
@@ -149,7 +190,7 @@ class Embedder:
     def embed_files(self, paths: Iterable[Path]) -> Iterator[tuple[Path, tuple[NDArray[np.float32], ...] | ImageError]]:
         """Embeddings (d,), one a layer, or the refusal of each file, in order; decoded in processes of their own."""
         waiting: list[Path] = []
-        images: list[NDArray[np.uint8]] = []
+        images: list[Seen] = []
         refused: dict[int, ImageError] = {}
 
         def flush() -> Iterator[tuple[Path, tuple[NDArray[np.float32], ...] | ImageError]]:
@@ -175,8 +216,8 @@ class Embedder:
                 waiting.append(path)
                 if decoded.refusal is not None:
                     refused[len(waiting) - 1] = decoded.refusal
-                elif decoded.pixels is not None:
-                    images.append(decoded.pixels)
+                elif (picture := self.seen(decoded)) is not None:
+                    images.append(picture)
                 if len(images) == self.engine.batch_size:
                     yield from flush()
             yield from flush()

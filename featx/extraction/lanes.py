@@ -10,7 +10,7 @@ import contextlib
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -84,10 +84,11 @@ class Lanes:
     Parameters
     ----------
     lanes : one or more.
+    deliver : called, by the thread that adds images, with those whose rows have all come.
     """
 
-    def __init__(self, lanes: Sequence[Lane]) -> None:
-        self._lanes = lanes
+    def __init__(self, lanes: Sequence[Lane], deliver: Callable[[Embedded], None]) -> None:
+        self._lanes, self._deliver = lanes, deliver
         self._running = [_Thread(number, lane.engine) for number, lane in enumerate(lanes)]
         self._filling: list[list[tuple[_Image, NDArray[np.uint8]]]] = [[] for _ in lanes]
         self._images: deque[_Image] = deque()
@@ -105,8 +106,8 @@ class Lanes:
         for each in self._running:
             each.join()
 
-    def add(self, digest: bytes, phash: bytes, pixels: Sequence[NDArray[np.uint8] | None]) -> list[Embedded]:
-        """Take one image, and give the images whose rows have all come.
+    def add(self, digest: bytes, phash: bytes, pixels: Sequence[NDArray[np.uint8] | None]) -> None:
+        """Take one image.
 
         Parameters
         ----------
@@ -122,18 +123,15 @@ class Lanes:
             if len(self._filling[number]) == self._lanes[number].engine.batch_size:
                 self._send(number)
         self._collect()
-        return self._ready()
 
-    def finish(self) -> list[Embedded]:
+    def finish(self) -> None:
         """Wait for all that is under way."""
         for number, filling in enumerate(self._filling):
             if filling:
                 self._send(number)
         for each in self._running:
             each.end()
-            for images, outputs in each.rest():
-                self._take(each.number, images, outputs)
-        return self._ready()
+            self._take(each.number, each.rest())
 
     def _send(self, number: int) -> None:
         batch = self._filling[number]
@@ -144,13 +142,17 @@ class Lanes:
 
     def _collect(self) -> None:
         for each in self._running:
-            for images, outputs in each.done():
-                self._take(each.number, images, outputs)
+            self._take(each.number, each.done())
 
-    def _take(self, number: int, images: list[_Image], outputs: Sequence[NDArray[np.float32]]) -> None:
-        for row, image in enumerate(images):
-            image.rows[number] = tuple(layer[row] for layer in outputs)
-            image.waiting.discard(number)
+    def _take(self, number: int, results: Iterator[_Result]) -> None:
+        try:
+            for images, outputs in results:
+                for row, image in enumerate(images):
+                    image.rows[number] = tuple(layer[row] for layer in outputs)
+                    image.waiting.discard(number)
+        finally:  # what came before an engine failed is kept
+            for ready in self._ready():
+                self._deliver(ready)
 
     def _ready(self) -> list[Embedded]:
         """The first images, as far as they are complete, those in a row that have the same lanes together."""

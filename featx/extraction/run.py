@@ -414,7 +414,7 @@ class _Run:
                 wanted=lambda digest: [place[name] for name in self.writer.lacks(digest)],
                 hashed=True,
             ) as pool,
-            Lanes(self.lanes) as running,
+            Lanes(self.lanes, self._write) as running,
         ):
             stream = pool.run((ref.path for ref in pending), self.writer.has, ahead=2 * size + 2 * pool.workers)
             claimed: set[bytes] = set()
@@ -438,8 +438,8 @@ class _Run:
                     continue
                 if decoded.phash:
                     claimed.add(decoded.digest)
-                    self._write(running.add(decoded.digest, decoded.phash, (decoded.pixels, *decoded.others)))
-            self._write(running.finish())
+                    running.add(decoded.digest, decoded.phash, (decoded.pixels, *decoded.others))
+            running.finish()
         before = time.perf_counter()
         self.writer.flush()
         done = time.perf_counter()
@@ -448,12 +448,12 @@ class _Run:
         # This thread decodes nothing: when it neither waits for pixels nor writes, it waits for the engines.
         self.stages["network"] = self.seconds - self.stages["wait for pixels"] - self.stages["write"]
 
-    def _write(self, ready: Sequence[Embedded]) -> None:
+    def _write(self, ready: Embedded) -> None:
         before = time.perf_counter()
-        for each in ready:
-            self.writer.add(each.digests, each.embeddings, each.hashes)
-            # The baseline alone, for images that had their embeddings already, is no embedding worth counting.
-            self.embedded += len(each.digests) if set(each.embeddings) != {PIXELS} or len(self.lanes) == 1 else 0
+        self.writer.add(ready.digests, ready.embeddings, ready.hashes)
+        # The baseline alone, for images that had their embeddings already, is no embedding worth counting.
+        if set(ready.embeddings) != {PIXELS} or len(self.lanes) == 1:
+            self.embedded += len(ready.digests)
         self._writing += time.perf_counter() - before
 
     def _remembered(self) -> dict[tuple[str, int, int], bytes]:

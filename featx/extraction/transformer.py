@@ -23,7 +23,7 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Transfo
 from featx._files import canonical_json
 from featx.backbones import DEFAULT_BACKBONE, NETWORKS, Backbone, Provider, load_backbone, make_engine, provenance_of
 from featx.errors import ImageError, MismatchError, SourceError, StoreBusy, UsageError
-from featx.extraction.embedder import Embedder
+from featx.extraction.embedder import Embedder, Seen
 from featx.images import DecoderPool, as_rgb, decode_settings, is_image, parse_views
 from featx.store import ShardReader, StoreWriter, check_same, name_of, read_manifest, steady, stored_backbones
 
@@ -262,7 +262,7 @@ class _Run:
         for start in range(0, len(items), _AT_A_TIME):
             digests: list[bytes] = []
             layers: list[tuple[NDArray[np.float32], ...]] = []
-            pixels: list[NDArray[np.uint8]] = []
+            pixels: list[Seen] = []
             part = items[start : start + _AT_A_TIME]
             for digest, image in pixels_of(
                 part,
@@ -272,7 +272,7 @@ class _Run:
                 ahead=2 * size,
             ):
                 digests.append(digest)
-                pixels.append(image)
+                pixels.append((image,))
                 if len(pixels) == size or len(digests) == len(part):
                     layers.append(embedder.embed_pixels(pixels))
                     pixels = []

@@ -247,7 +247,7 @@ class Blocks:
         features = replace(
             first.features(rows[0], ()),
             embeddings=parts[0] if len(parts) == 1 else np.hstack(parts),
-            layer=names[0] if len(names) == 1 else layers.whole,
+            layer=self._readers[places[0][0]].block(places[0][1]).layer if len(names) == 1 else layers.whole,
             provenance=provenance,
             fingerprint=fingerprint(provenance),
         )

@@ -18,7 +18,13 @@ from .pixels import (
     resize_crop as resize_crop,
     save_png as save_png,
 )
-from .pool import TIMEOUT as TIMEOUT, DecoderPool as DecoderPool, NoDecoder as NoDecoder, TooHeavy as TooHeavy
+from .pool import (
+    TIMEOUT as TIMEOUT,
+    Decoded as Decoded,
+    DecoderPool as DecoderPool,
+    NoDecoder as NoDecoder,
+    TooHeavy as TooHeavy,
+)
 from .source import (
     IMAGE_SUFFIXES as IMAGE_SUFFIXES,
     ImageRef as ImageRef,
@@ -29,4 +35,4 @@ from .source import (
     walk_folder as walk_folder,
 )
 from .thumbnails import Originals as Originals, Thumbnails as Thumbnails
-from .views import CENTER as CENTER, Looks as Looks, parse_views as parse_views
+from .views import CENTER as CENTER, Looks as Looks, Together as Together, parse_views as parse_views

@@ -44,10 +44,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featx._arrays import COMBINED
+from featx._arrays import COMBINED, JOINED
 from featx._files import publish_bytes, read_regular
 from featx.errors import BundleError, FeatxError, StoreError
 from featx.heads import Array, Scorer, is_kind, margins, softmax
+from featx.store import layers_of
 
 FORMAT, FORMAT_VERSION = "featx-bundle", 2
 GOLDEN_TOLERANCE = 1e-6
@@ -397,8 +398,10 @@ def _assemble(fields: dict[str, Any], arrays: dict[str, NDArray[Any]], probe: by
         n_neighbors=n_neighbors,
     )  # fmt: skip
     provenance = _typed(fields, "provenance", dict)
-    layer, layers = _typed(fields, "layer", str), provenance.get("layers")
-    if not isinstance(layers, list) or layer not in (*layers, COMBINED):
+    layer, several = _typed(fields, "layer", str), provenance.get("backbones", [provenance])
+    if not isinstance(several, list) or not several or not all(map(_has_layers, several)):
+        raise ValueError("its provenance names no layers")
+    if layer not in (*layers_of(provenance), COMBINED, JOINED):
         raise ValueError("its layer is not one of the provenance's")
     notes = _typed(fields, "notes", list)
     max_error = _number(fields, "max_error")
@@ -422,6 +425,11 @@ def _assemble(fields: dict[str, Any], arrays: dict[str, NDArray[Any]], probe: by
         notes=tuple(str(note) for note in notes),
         sha256=sha256,
     )
+
+
+def _has_layers(provenance: Any) -> bool:
+    layers = provenance.get("layers") if isinstance(provenance, dict) else None
+    return isinstance(layers, list) and bool(layers) and all(isinstance(name, str) for name in layers)
 
 
 def _typed(fields: Mapping[str, Any], name: str, kind: Any) -> Any:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scipy.stats import beta
 from threadpoolctl import threadpool_limits
 
-from featx._arrays import COMBINED, NEAR, Index
+from featx._arrays import NEAR, Index
 from featx.backbones import layer_place, of_layer
 from featx.errors import UsageError, plural
 from featx.evaluation import LabelledRows, stats, sweep_heads
@@ -42,7 +42,7 @@ from featx.heads import (
 from featx.images import encode
 from featx.models.bundle import Bundle
 from featx.models.calibrate import fit_sharpness, fit_threshold, smallest_error
-from featx.store import Alike, FeatureSet
+from featx.store import Alike, FeatureSet, layers_of, title_of
 
 N_GOLDEN = 16
 """Rows that are kept with the scores they got, to find out at loading whether the head still gives them."""
@@ -136,14 +136,14 @@ def fit_head(
         swept = sweep_heads(
             rows, y, class_names=names, groups=copies, heads=chosen, shots=("all",), episodes=10,
             random_state=random_state, n_jobs=n_jobs, near_duplicates=None, centre=centre, pool=pool,
-            layers=layers, on=None if layers is None else [COMBINED], device=device, progress=progress,
+            layers=layers, on=None if layers is None else [layers.whole], device=device, progress=progress,
         )  # fmt: skip
         notes.append(
             f"{swept.winner} had the highest accuracy of {', '.join(chosen)} over 10 draws. The choice has seen every "
             "image, so the accuracy below may be slightly too high; a split called test is judged honestly."
         )
         compared_heads, chosen = chosen, [swept.winner]
-    head = catalogue[chosen[0]] if layers is None else layers.on(catalogue[chosen[0]], COMBINED)
+    head = catalogue[chosen[0]] if layers is None else layers.on(catalogue[chosen[0]], layers.whole)
     folds = fold_numbers(y, copies, N_FOLDS, random_state)
     n_folds = int(folds.max()) + 1
     total = 1 + (n_folds if n_folds > 1 else 0)
@@ -365,7 +365,7 @@ def pack_bundle(fitted: FittedHead, features: FeatureSet, embedder: Embedder, *,
     use = np.flatnonzero(features.splits != "test")
     groups = features.copies
     probe = encode(probe_pixels())
-    place = layer_place(features.layer, features.provenance["layers"])
+    place = layer_place(features.layer, layers_of(features.provenance))
     golden = np.sort(np.random.default_rng(_SEED_OF_GOLDEN).permutation(use)[:N_GOLDEN])
     bundle = Bundle(
         scorer=fitted.scorer,
@@ -416,4 +416,4 @@ def summary(bundle: Bundle, path: Path) -> dict[str, Any]:
     """What ``featx fit --json`` prints."""
     told = bundle.describe()
     told.pop("provenance")
-    return {**told, "model": str(path), "backbone": bundle.provenance.get("backbone"), "score_kind": bundle.score_kind}
+    return {**told, "model": str(path), "backbone": title_of(bundle.provenance), "score_kind": bundle.score_kind}

@@ -14,6 +14,7 @@ from featx.errors import ImageError, MismatchError, SourceError, UsageError
 from featx.extraction import Embedder
 from featx.images import IMAGE_SUFFIXES, walk_folder
 from featx.models.bundle import Answer, Bundle
+from featx.store import layers_of
 
 PROBE_COSINE = {"fp32": 0.9999}
 """What the engines promise of each other; 0.999 at the precisions that are not named."""
@@ -84,7 +85,7 @@ def open_embedder(
 
 def layer_number(bundle: Bundle) -> int | None:
     """Which of the embedder's layers the head is on; None for all of them, combined."""
-    return layer_place(bundle.layer, bundle.provenance["layers"])
+    return layer_place(bundle.layer, layers_of(bundle.provenance))
 
 
 def predict_files(

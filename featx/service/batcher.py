@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from featx._system import available_cpus
 from featx.errors import ImageError, in_words
-from featx.extraction import Embedder
+from featx.extraction import Embedder, Seen
 from featx.images import DecoderPool, NoDecoder, TooHeavy
 
 Embedded = tuple[NDArray[np.float32], ...]
@@ -93,7 +93,7 @@ class Job:
         self.accepted_at = time.monotonic()
         self.future: Future[Embedded] = Future()
         self.dropped = False
-        self.pixels: NDArray[np.uint8] | None = None
+        self.pixels: Seen | None = None
         self.ready_at = 0.0
         self.tries = 0
 
@@ -128,7 +128,7 @@ class Batcher:
     def __init__(
         self,
         embedder: Embedder,
-        known_good: NDArray[np.uint8],
+        known_good: Seen,
         *,
         queue_size: int = 64,
         max_pixels: int = 50_000_000,
@@ -379,7 +379,7 @@ class Batcher:
             return WorkerDied("the service stops")
         if decoded is None:
             return TimeoutError()
-        job.pixels = decoded.pixels
+        job.pixels = self.embedder.seen(decoded)
         return decoded.refusal
 
     def _gather(self) -> list[Job]:

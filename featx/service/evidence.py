@@ -16,7 +16,7 @@ from featx.images import NoDecoder, Thumbnails
 from featx.models import Bundle
 from featx.retrieval import GalleryIndex
 from featx.service.guard import Refusal
-from featx.store import check_same, is_packed, read_features, read_manifest
+from featx.store import check_same, is_packed, layers_of, read_features, read_manifest
 
 SIDE = 160
 """Pixels of a thumbnail's side: twice what the page shows, for fine screens."""
@@ -44,13 +44,16 @@ class Evidence:
     """
 
     def __init__(self, store: Path, bundle: Bundle, images: Path | None = None) -> None:
-        layers = list(bundle.provenance["layers"])
-        # Of a head on several layers, the one that search is best on.
-        name = bundle.layer if bundle.layer in layers else "penultimate" if "penultimate" in layers else layers[-1]
+        layers = layers_of(bundle.provenance)
+        of, *others = bundle.provenance.get("backbones", [bundle.provenance])
+        # Of a head on several layers, the one that search is best on; of several networks, the first one's.
+        name = bundle.layer if bundle.layer in layers else layers[0]
+        if name != bundle.layer and not others and "penultimate" in layers:
+            name = "penultimate"
         self.layer = layers.index(name)
-        features = read_features(store, layer=name)
+        features = read_features(store, layer=name if others else f"{of.get('backbone')}/{name}")
         try:
-            check_same(features.provenance, bundle.provenance, store)
+            check_same(features.provenance, of, store)
         except MismatchError as error:
             raise MismatchError(
                 f"store and model do not belong together: {error.what}",

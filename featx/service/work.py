@@ -26,6 +26,7 @@ from featx.service.batcher import Batcher, Embedded, OutOfResources, QueueFull, 
 from featx.service.evidence import Evidence
 from featx.service.guard import Limits, Refusal
 from featx.service.telemetry import Metrics, request_id
+from featx.store import title_of
 
 
 @dataclass
@@ -72,7 +73,7 @@ class Service:
             "featx": version("featx"),
             **{name: told[name] for name in ("head", "params", "class_names", "layer", "threshold", "max_error")},
             "score_kind": self.bundle.score_kind,
-            "backbone": self.bundle.provenance.get("backbone"),
+            "backbone": title_of(self.bundle.provenance),
             "fingerprint": self.bundle.provenance.get("fingerprint"),
             "model_sha256": self.bundle.sha256,
             "embedding_dim": self.bundle.scorer.dims,

@@ -13,8 +13,10 @@ from .manifest import (
     check_backbones as check_backbones,
     check_same as check_same,
     fingerprint as fingerprint,
+    layers_of as layers_of,
     name_of as name_of,
     read_manifest as read_manifest,
+    title_of as title_of,
 )
 from .reader import (
     Alike as Alike,

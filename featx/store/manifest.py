@@ -159,6 +159,19 @@ def name_of(provenance: Mapping[str, Any]) -> str:
     return str(provenance.get("backbone", ""))
 
 
+def title_of(provenance: Mapping[str, Any]) -> str:
+    """Names of the backbones that a provenance is of, for people."""
+    return " + ".join(name_of(each) for each in provenance.get("backbones", [provenance]))
+
+
+def layers_of(provenance: Mapping[str, Any]) -> list[str]:
+    """The layers of the backbone that a provenance is of; of several backbones, the blocks' names, one after another.
+
+    Embeddings by the same backbones come in this order.
+    """
+    return list(blocks_of(provenance["backbones"])) if "backbones" in provenance else list(provenance["layers"])
+
+
 def blocks_of(backbones: Sequence[Mapping[str, Any]]) -> dict[str, Block]:
     """The blocks of several backbones by the names that people use.
 
@@ -353,8 +366,8 @@ def _parse_manifest(path: Path, fields: dict[str, Any]) -> Manifest:
 def parse_backbone(path: Path, fields: Any) -> Mapping[str, Any]:
     """The provenance in an object with its fingerprint; StoreError if one is not what it must be."""
     provenance = fields.get("provenance") if isinstance(fields, dict) else None
-    if not isinstance(provenance, dict):
-        raise damaged(path, "a provenance is missing")
+    if not isinstance(provenance, dict) or "backbones" in provenance:
+        raise damaged(path, "a provenance is missing, or is not that of one backbone")
     if not is_names(provenance.get("layers")) or not provenance["layers"]:
         raise damaged(path, "provenance.layers is not a list of names")
     if fields.get("fingerprint") != fingerprint(provenance):

@@ -441,7 +441,7 @@ class FeatureReader:
             class_names=index.class_names,
             splits=np.array([index.split[row] for row in picked], dtype=np.str_),
             digests=index.digests[rows],
-            layer=layers[0] if layers else "",
+            layer=self.block(layers[0]).layer if len(layers) == 1 else "",
             provenance=provenance,
             fingerprint=fingerprint(provenance),
             hashes=self.read_hashes(rows),

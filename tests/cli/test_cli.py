@@ -72,7 +72,7 @@ def test_info_verify_and_pack(store: Path, tmp_path: Path, featx: Featx) -> None
     assert featx("info", packed, "--json").json["classes"] == facts["classes"]
     features = read_features(store)
     with h5py.File(packed) as plain:  # by h5py alone
-        assert np.array_equal(plain["embeddings/penultimate"][()], features.embeddings)
+        assert np.array_equal(plain["embeddings/efficientnet_lite0/penultimate"][()], features.embeddings)
         assert [name.decode() for name in plain["ids"][()]] == features.ids.tolist()
         assert plain["labels"][()].tolist() == features.labels.tolist()
     ran = featx("pack", store, packed)

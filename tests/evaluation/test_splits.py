@@ -181,14 +181,14 @@ def test_duplicates_are_grouped_and_counted() -> None:
     assert found.groups[0] == found.groups[1] == found.groups[2]
     assert found.groups[4] == found.groups[5]
     assert len(set(found.groups)) == 7
-    only = find_duplicates(rows, [0, 0, *range(2, 10)], threshold=None)
+    only = find_duplicates(rows, [0, 0, *range(2, 10)], by=None)
     assert only.to_json() == {"exact": 1, "near": 0, "groups": 1}
 
 
 def test_blocks_of_the_duplicate_search_meet() -> None:
     rows = np.random.default_rng(1).normal(size=(1500, 16)).astype(np.float32)
     rows[1400] = rows[3]
-    found = find_duplicates(rows, threshold=0.9999)
+    found = find_duplicates(rows, by=0.9999)
     assert found.to_json() == {"exact": 0, "near": 1, "groups": 1}
     assert found.groups[3] == found.groups[1400]
 

@@ -37,7 +37,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = np.maximum(rng.normal(size=(ROWS, 512)), 0).astype(np.float32)
     rows[::2, :20] += 0.3
     with StoreWriter(path, provenance()) as writer:
-        writer.add(digests_of(names), [rows])
+        writer.add(digests_of(names), {"tiny": [rows]})
         writer.finish(index_of(names), (), source="by hand")
     return path
 

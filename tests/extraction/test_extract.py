@@ -222,7 +222,6 @@ def test_other_settings_are_named(source: Path, store: Path) -> None:
     run(source, store)
     images = ImageSet.from_source(source)
     for changes, field in (
-        ({"name": "other"}, "backbone"),
         ({"weights_sha256": "1" * 64}, "weights_sha256"),
         ({"layers": ("features.3",)}, "layers"),
         ({"preprocess": TINY.__class__(24, (20, 20), "bilinear", TINY.mean, TINY.std)}, "preprocess.crop"),

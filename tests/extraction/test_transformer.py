@@ -171,7 +171,7 @@ def test_one_layer_of_a_store_with_several(folder: Path, paths: list[Path], tmp_
     extract_features(half, backbone, store, engine=make_engine(backbone, engine="torch", device="cpu"))
     assert toy(store=store, layer="0").transform(paths).shape == (12, 8)
     np.testing.assert_allclose(toy(store=store).transform(paths), plain(paths), atol=1e-5)
-    assert read_manifest(store).layers == ("0", "penultimate")
+    assert read_manifest(store).provenance["layers"] == ["0", "penultimate"]
 
 
 def test_in_a_pipeline_it_scores_as_its_embeddings_do(paths: list[Path], tmp_path: Path, engines: list[str]) -> None:

@@ -148,6 +148,6 @@ def test_near_duplicates_are_the_same_groups_however_they_are_tiled(monkeypatch:
     for tile, most in ((1024, 10_000_000), (8, 100), (33, 5)):
         monkeypatch.setattr(duplicates, "_TILE", tile)
         monkeypatch.setattr(duplicates, "_MAX_PAIRS", most)
-        found = duplicates.find_duplicates(rows, threshold=0.99)
+        found = duplicates.find_duplicates(rows, by=0.99)
         assert np.array_equal(found.groups, expected)
         assert found.n_groups >= 50

@@ -185,7 +185,7 @@ def write_in_two_runs(store: Path) -> None:
                 for start in range(0, len(names), 2):
                     fresh = [digest for digest in digests_of(names[start : start + 2]) if not writer.has(digest)]
                     if fresh:
-                        writer.add(fresh, [rows_of(fresh)])
+                        writer.add(fresh, {"tiny": [rows_of(fresh)]})
                 writer.finish(index_of(names), [Refused(f"{first}.png", "", "empty", "")], source="by hand")
                 writer.prune()
             except KeyboardInterrupt:

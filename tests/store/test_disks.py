@@ -101,7 +101,7 @@ def test_full_disk(small_disk: Path) -> None:
     ):
         for start in range(0, len(names), 500):
             digests = [digest for digest in digests_of(names[start : start + 500]) if not writer.has(digest)]
-            writer.add(digests, [rows_of(digests)])
+            writer.add(digests, {"tiny": [rows_of(digests)]})
         writer.finish(index_of(names), [], source="by hand")
     assert check_published(store) > 12
     assert content_hash(store) == before

@@ -63,10 +63,12 @@ def test_a_packed_file_is_read_with_h5py_alone(tmp_path: Path) -> None:
     with h5py.File(path) as file:
         ids = [name.decode() for name in file["ids"][:]]
         assert ids == names_of(12)
-        assert np.array_equal(file["embeddings/penultimate"][:], rows_of(digests_of(ids)))
+        assert np.array_equal(file["embeddings/tiny/penultimate"][:], rows_of(digests_of(ids)))
         assert file["labels"][:].tolist() == [-1, 0, 1] * 4
         assert file["digests"][0].tobytes() == digests_of(ids)[0]
-        assert file["embeddings/penultimate"].fletcher32 and file["embeddings/penultimate"].compression is None
+        assert (
+            file["embeddings/tiny/penultimate"].fletcher32 and file["embeddings/tiny/penultimate"].compression is None
+        )
         assert json.loads(file.attrs["provenance"])["backbone"] == "tiny"
     assert_rows(path)
     assert content_hash(path) == content_hash(tmp_path / "s.featx")
@@ -87,9 +89,9 @@ def test_a_newer_version_says_update(tmp_path: Path) -> None:
     store = make_store(tmp_path / "s.featx")
     packed = pack(store, tmp_path / "p.h5")
     fields = json.loads((store / "manifest.json").read_text())
-    (store / "manifest.json").write_text(json.dumps({"format": fields["format"], "format_version": 2, "all": "new"}))
+    (store / "manifest.json").write_text(json.dumps({"format": fields["format"], "format_version": 3, "all": "new"}))
     with h5py.File(packed, "r+") as file:
-        file.attrs.create("format_version", b"2", dtype=h5py.string_dtype("utf-8", 1))
+        file.attrs.create("format_version", b"3", dtype=h5py.string_dtype("utf-8", 1))
         del file["labels"]
         file["targets"] = np.zeros(3)
     raw = packed.read_bytes()
@@ -98,7 +100,7 @@ def test_a_newer_version_says_update(tmp_path: Path) -> None:
     reads: list[Callable[[Path], object]] = [read_features, FeatureReader, info, content_hash]
     for path in (store, packed):
         for read in reads:
-            with pytest.raises(StoreError, match=r"newer featx.*up to 1, found 2.*[Uu]pdate featx"):
+            with pytest.raises(StoreError, match=r"newer featx.*up to 2, found 3.*[Uu]pdate featx"):
                 read(path)
         assert "Update featx" in verify(path)[0]
     with pytest.raises(StoreError, match="Update featx"):
@@ -136,12 +138,12 @@ def test_odd_digests_and_names(tmp_path: Path) -> None:
     with StoreWriter(tmp_path / "t.featx", provenance(), shard_rows=50) as writer:
         for digest in digests:
             assert not writer.has(digest)
-            writer.add([digest], [np.full((1, 8), digest[1], np.float32)])
+            writer.add([digest], {"tiny": [np.full((1, 8), digest[1], np.float32)]})
             assert writer.has(digest)
         with pytest.raises(ValueError, match="in the store already"):
-            writer.add(digests[:1], [np.zeros((1, 8), np.float32)])
+            writer.add(digests[:1], {"tiny": [np.zeros((1, 8), np.float32)]})
         with pytest.raises(StoreError, match="NaN or infinity"):
-            writer.add([b"\2" * 32], [np.full((1, 8), np.nan, np.float32)])
+            writer.add([b"\2" * 32], {"tiny": [np.full((1, 8), np.nan, np.float32)]})
         writer.flush()
         assert all(map(writer.has, digests)) and not writer.has(b"\2" * 32)
     assert check_published(tmp_path / "t.featx") == len(digests)

@@ -32,10 +32,10 @@ def store(tmp_path: Path) -> Path:
     path = tmp_path / "s.featx"
     rng = np.random.default_rng(0)
     digests = [rng.bytes(32) for _ in range(ROWS)]
-    with StoreWriter(path, {"layers": ["penultimate"]}, shard_seconds=1e9) as writer:
+    with StoreWriter(path, {"backbone": "tiny", "layers": ["penultimate"]}, shard_seconds=1e9) as writer:
         for start in range(0, ROWS, ROWS // SHARDS):
             stop = start + ROWS // SHARDS
-            writer.add(digests[start:stop], [EMBEDDINGS[start:stop]])
+            writer.add(digests[start:stop], {"tiny": [EMBEDDINGS[start:stop]]})
             writer.flush()
         index = Index(
             ids=[f"{i:04d}.jpg" for i in range(ROWS)],
@@ -76,9 +76,9 @@ def test_contents_that_begin_alike_are_told_apart(tmp_path: Path) -> None:
     digests[6:, 0] = 7
     digests[7:, 31] = [1, 2]
     rows = np.arange(9, dtype=np.float32)[:, None]
-    with StoreWriter(tmp_path / "s.featx", {"layers": ["penultimate"]}, shard_rows=4) as writer:
+    with StoreWriter(tmp_path / "s.featx", {"backbone": "tiny", "layers": ["penultimate"]}, shard_rows=4) as writer:
         for digest, row in zip(digests, rows, strict=True):
-            writer.add([digest.tobytes()], [row[None]])
+            writer.add([digest.tobytes()], {"tiny": [row[None]]})
         writer.flush()
         reader = ShardReader(writer.path, writer.manifest)
     others = np.zeros((2, 32), np.uint8)

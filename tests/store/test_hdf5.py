@@ -271,9 +271,9 @@ def hostile_store(folder: Path, craft: Callable[[h5py.File], None]) -> Path:
     sha256 = hashlib.sha256(raw).hexdigest()
     old = read_manifest(store)
     (store / "shards" / old.shards[0].name).unlink()
-    shard = Shard(f"00000-{sha256[:8]}.h5", N, sha256)
+    shard = Shard(f"00000-{sha256[:8]}.h5", N, sha256, {"tiny": ("penultimate",)}, version=1)
     (store / "shards" / shard.name).write_bytes(raw)
-    manifest.write_manifest(store, manifest.Manifest(old.provenance, (shard,)))
+    manifest.write_manifest(store, manifest.Manifest(old.backbones, (shard,)))
     return store
 
 
@@ -293,7 +293,7 @@ def test_the_file_that_the_crafts_start_from_is_read(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="names an image that no shard has"):  # its digests are made up
         read_features(store)
     with hdf5.open_checked(
-        next((store / "shards").iterdir()), {"embeddings/*": "float32 matrix", "digests": "uint8 matrix"}
+        next((store / "shards").iterdir()), {"embeddings/penultimate": "float32 matrix", "digests": "uint8 matrix"}
     ) as file:
         assert np.array_equal(file.read("embeddings/penultimate"), EMBEDDINGS)
 

@@ -111,7 +111,7 @@ def test_readers_beside_a_writer_that_adds_and_prunes(tmp_path: Path) -> None:
             with StoreWriter(store, provenance(), shard_rows=3) as writer:
                 fresh = [digest for digest in digests_of(names) if not writer.has(digest)]
                 for digest in fresh:
-                    writer.add([digest], [rows_of([digest])])
+                    writer.add([digest], {"tiny": [rows_of([digest])]})
                 writer.finish(index_of(names), [], source="")
                 writer.prune()
     finally:
@@ -127,7 +127,7 @@ def test_only_published_rows_are_seen(tmp_path: Path) -> None:
     names = names_of(40)
     with StoreWriter(store, provenance(), shard_rows=10) as writer:
         for digest in digests_of(names[12:]):
-            writer.add([digest], [rows_of([digest])])
+            writer.add([digest], {"tiny": [rows_of([digest])]})
             assert_rows(store, 12)
         assert writer.rows == 32
         assert verify(store) == []
@@ -224,7 +224,7 @@ def work():
     with StoreWriter(tmp_path / "s.featx", provenance(), shard_rows=2048) as writer:
         for start in range(0, len(names), 1024):
             digests = digests_of(names[start : start + 1024])
-            writer.add(digests, [rows_of(digests, dim)])
+            writer.add(digests, {"tiny": [rows_of(digests, dim)]})
         writer.finish(index_of(names), [], source="")
     store = tmp_path / "s.featx"
     path = pack(store, tmp_path / "p.h5") if packed else store

@@ -227,7 +227,6 @@ def test_every_field_of_the_fingerprint_is_named(tmp_path: Path) -> None:
 
 
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
-    "backbone": ({"name": "other"}, r'another backbone: expected "tiny" \(the store\'s\), found "other"'),
     "weights": ({"weights_sha256": "1" * 64}, r'another weights_sha256: expected "0{64}" .* found "1{64}"'),
     "layer": ({"layers": ("features.3",)}, r'another layers: expected \["penultimate"\] .* found \["features.3"\]'),
     "crop": (
@@ -265,7 +264,6 @@ def test_other_settings_stop_the_real_command(tmp_path: Path, featx: Featx) -> N
         "weights_sha256": ["--weights", "none"],
         "layers": ["--layer", "blocks.2"],
         "precision": ["--precision", "bf16"],
-        "backbone": ["--backbone", "resnet18", "--weights", "none"],
     }.items():
         ran = featx("extract", source, "--out", store, *arguments)
         assert ran.code == 2

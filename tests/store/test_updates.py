@@ -213,7 +213,7 @@ def test_unchanged_files_are_recognised_without_reading(tmp_path: Path) -> None:
     with StoreWriter(store, made) as writer:
         for start in range(0, count, 4096):
             digests = digests_of(ids[start : start + 4096])
-            writer.add(digests, [rows_of(digests)])
+            writer.add(digests, {"tiny": [rows_of(digests)]})
         writer.finish(index, [], source="")
     started, used = time.perf_counter(), time.process_time()
     summary = storekit.extract(source, store)

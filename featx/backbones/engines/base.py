@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from featx._arrays import COMBINED
+from featx._arrays import COMBINED, JOINED
 
 Batch = NDArray[np.uint8]
 """Pixels of shape (n, height, width, 3), as :func:`featx.images.pixels.pixels` gives them."""
@@ -43,8 +43,8 @@ class Engine(Protocol):
 
 
 def layer_place(layer: str, layers: Sequence[str]) -> int | None:
-    """Which of a network's ``layers`` this one is; None for :data:`COMBINED`, all of them."""
-    return None if layer == COMBINED and layer not in layers else list(layers).index(layer)
+    """Which of ``layers`` this one is; None for :data:`COMBINED` or :data:`JOINED`, all of them."""
+    return None if layer in (COMBINED, JOINED) and layer not in layers else list(layers).index(layer)
 
 
 def of_layer(found: Sequence[NDArray[np.float32]], place: int | None) -> NDArray[np.float32]:
