@@ -35,5 +35,5 @@ from .provider import (
     is_own as is_own,
     named as named,
 )
-from .recipes import RECIPES as RECIPES, Recipe as Recipe
-from .thumbnail import pixels_backbone as pixels_backbone, thumbnail_preprocess as thumbnail_preprocess
+from .recipes import RECIPES as RECIPES
+from .thumbnail import thumbnail_preprocess as thumbnail_preprocess

@@ -16,11 +16,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featx._arrays import PIXELS
+from featx._arrays import PENULTIMATE, PIXELS
 from featx._files import sha256_file
 from featx.backbones.catalogue import NETWORKS, TORCHVISION_URL, WEIGHTS, Network, Source, WeightsFile, published
 from featx.backbones.hub import Progress, fetch, hub_folder
 from featx.backbones.provider import Own, Provider
+from featx.backbones.thumbnail import Thumbnail, thumbnail_preprocess
 from featx.errors import UsageError, WeightsError, did_you_mean
 from featx.images import Preprocess
 
@@ -154,9 +155,7 @@ def load_backbone(
     """
     layers = tuple(layers)
     if name == PIXELS:
-        from featx.backbones.thumbnail import pixels_backbone
-
-        return pixels_backbone(weights, layers)
+        return _pixels(weights, layers)
     if not layers or len(set(layers)) < len(layers):
         raise UsageError("layers must be named, each once", where="layers", found=", ".join(layers) or "none")
     provider = Own.of(name) if isinstance(name, Provider) else find(name)
@@ -180,6 +179,15 @@ def load_backbone(
     return Backbone(
         provider.name, label, sha256, provider.preprocess, layers, file, provider=provider, code_sha256=code_sha256
     )
+
+
+def _pixels(weights: str | Path, layers: tuple[str, ...]) -> Backbone:
+    """The pixels baseline; UsageError where weights or layers are asked for, of which it has none."""
+    if weights not in ("default", "none"):
+        raise UsageError("pixels takes no weights", where="weights", found=weights)
+    if layers != (PENULTIMATE,):
+        raise UsageError("pixels has no layers", where="layers", expected=PENULTIMATE, found=", ".join(layers))
+    return Backbone(PIXELS, "default", "", thumbnail_preprocess(), layers, provider=Thumbnail())
 
 
 def find(name: str) -> Provider:

@@ -6,21 +6,16 @@ trained on, such as small scanned digits, it can be worse.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Iterable, Iterator
+from typing import NoReturn
 
 import numpy as np
 
-from featx._arrays import PENULTIMATE, PIXELS
-from featx.backbones.backbone import Backbone
+from featx._arrays import PIXELS
 from featx.backbones.engines.base import Batch, Embeddings
 from featx.backbones.provider import Provider
 from featx.errors import UsageError
 from featx.images import THUMBNAIL_SIDE, Preprocess
-
-if TYPE_CHECKING:
-    pass
 
 
 def thumbnail_preprocess(side: int = THUMBNAIL_SIDE) -> Preprocess:
@@ -37,21 +32,6 @@ class Thumbnail(Provider):
     def build(self) -> NoReturn:
         """There is no network to build; always UsageError."""
         raise UsageError("pixels is a baseline without a network", where="backbone", hint="Name another backbone.")
-
-
-def pixels_backbone(weights: str | Path = "default", layers: Sequence[str] = (PENULTIMATE,)) -> Backbone:
-    """The pixels baseline.
-
-    Raises
-    ------
-    UsageError
-        Weights or layers were asked for, of which there are none.
-    """
-    if weights not in ("default", "none"):
-        raise UsageError("pixels takes no weights", where="weights", found=weights)
-    if tuple(layers) != (PENULTIMATE,):
-        raise UsageError("pixels has no layers", where="layers", expected=PENULTIMATE, found=", ".join(layers))
-    return Backbone(PIXELS, "default", "", thumbnail_preprocess(), (PENULTIMATE,), provider=Thumbnail())
 
 
 class ThumbnailEngine:

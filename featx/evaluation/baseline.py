@@ -13,10 +13,11 @@ from joblib import effective_n_jobs
 from numpy.typing import NDArray
 from sklearn.pipeline import Pipeline, make_pipeline
 
+from featx.backbones import thumbnail_preprocess
 from featx.errors import UsageError
 from featx.extraction import ImageTransformer, items_of, pixels_of
 from featx.heads import make_head
-from featx.images import DecoderPool, Preprocess, resize_crop
+from featx.images import DecoderPool, resize_crop
 
 _AHEAD = 64
 """Images that are decoded ahead of the one that is wanted."""
@@ -69,7 +70,7 @@ class PixelExtractor(ImageTransformer):
         """
         self._check()
         items = items_of(X)
-        small = Preprocess((self.side, self.side), (self.side, self.side), "bilinear", (0.0,) * 3, (1.0,) * 3)
+        small = thumbnail_preprocess(self.side)
         rows = [
             pixels.reshape(-1)
             for _, pixels in pixels_of(

@@ -22,7 +22,7 @@ from featx.store import Alike, Pictures
 ALIKE = 0.9
 """Cosine from which on pairs that do not count as copies are reported: copies saved anew often lie there."""
 
-BITS, LOOSE_BITS = 40, 100
+BITS, LOOSE_BITS = 40, 112
 """Bits of 256 in which hashes of copies differ at most, and those of copies whose thumbnails are next to equal.
 
 The hash alone is not enough: fine textures have little in the low frequencies, so that saving them anew turns many

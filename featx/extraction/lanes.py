@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from featx._arrays import PIXELS
 from featx.backbones import Backbone, Engine, for_views, provenance_of
 from featx.images import Looks
 
@@ -89,22 +90,30 @@ class Lanes:
 
     def __init__(self, lanes: Sequence[Lane], deliver: Callable[[Embedded], None]) -> None:
         self._lanes, self._deliver = lanes, deliver
-        self._running = [_Thread(number, lane.engine) for number, lane in enumerate(lanes)]
+        # The pixels baseline is computed at once: it is no work, and an image waits for nothing that it need not.
+        self._instant = [number for number, lane in enumerate(lanes) if lane.backbone.name == PIXELS]
+        self._running = {
+            number: _Thread(lane.engine, f"featx-{lane.backbone.name}")
+            for number, lane in enumerate(lanes)
+            if number not in self._instant
+        }
         self._filling: list[list[tuple[_Image, NDArray[np.uint8]]]] = [[] for _ in lanes]
         self._images: deque[_Image] = deque()
 
     def __enter__(self) -> Lanes:
-        for each in self._running:
+        for each in self._running.values():
             each.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for each in self._running:
+        for each in self._running.values():
             each.stop()
-        for each in self._running:
+        for number, each in self._running.items():
             each.join()
+            if error is not None:
+                self._take(number, each.left())
 
     def add(self, digest: bytes, phash: bytes, pixels: Sequence[NDArray[np.uint8] | None]) -> None:
         """Take one image.
@@ -119,6 +128,10 @@ class Lanes:
         for number in sorted(wanted):
             given = pixels[number]
             assert given is not None
+            if number in self._instant:
+                (outputs,) = self._lanes[number].engine.embed([given[None]])
+                self._take(number, iter([([image], outputs)]))
+                continue
             self._filling[number].append((image, given))
             if len(self._filling[number]) == self._lanes[number].engine.batch_size:
                 self._send(number)
@@ -129,9 +142,9 @@ class Lanes:
         for number, filling in enumerate(self._filling):
             if filling:
                 self._send(number)
-        for each in self._running:
+        for number, each in self._running.items():
             each.end()
-            self._take(each.number, each.rest())
+            self._take(number, each.rest())
 
     def _send(self, number: int) -> None:
         batch = self._filling[number]
@@ -141,8 +154,8 @@ class Lanes:
             self._collect()
 
     def _collect(self) -> None:
-        for each in self._running:
-            self._take(each.number, each.done())
+        for number, each in self._running.items():
+            self._take(number, each.done())
 
     def _take(self, number: int, results: Iterator[_Result]) -> None:
         try:
@@ -181,12 +194,12 @@ _Result = tuple[list[_Image], Sequence[NDArray[np.float32]]]
 class _Thread:
     """The thread of one lane: batches in, results out, in order; an error of the engine comes out as itself."""
 
-    def __init__(self, number: int, engine: Engine) -> None:
-        self.number, self._engine = number, engine
+    def __init__(self, engine: Engine, name: str) -> None:
+        self._engine = engine
         self._inbox: queue.Queue[tuple[list[_Image], NDArray[np.uint8]] | None] = queue.Queue(_AHEAD)
         self._outbox: queue.SimpleQueue[_Result | BaseException | None] = queue.SimpleQueue()
         self._stopped = False
-        self._thread = threading.Thread(target=self._run, name=f"featx-lane-{number}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
         self._thread.start()
@@ -230,6 +243,13 @@ class _Thread:
         """All further results, to the last."""
         while (result := self._outbox.get()) is not None:
             yield _sound(result)
+
+    def left(self) -> Iterator[_Result]:
+        """The results that have come and were not asked for, of a thread that has ended."""
+        while not self._outbox.empty():
+            result = self._outbox.get()
+            if isinstance(result, tuple):
+                yield result
 
     def _run(self) -> None:
         under_way: deque[list[_Image]] = deque()

@@ -4,7 +4,6 @@ from .phash import (
     THUMBNAIL_SIDE as THUMBNAIL_SIDE,
     mirrored_hashes as mirrored_hashes,
     mirrored_thumbnails as mirrored_thumbnails,
-    perceptual_hash as perceptual_hash,
 )
 from .pixels import (
     REASONS as REASONS,

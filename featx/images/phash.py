@@ -24,6 +24,9 @@ THUMBNAIL_SIDE = 16
 
 _SIDE, _WAVES = 64, 16
 
+_GREY = np.array([0.299, 0.587, 0.114])
+"""Of red, green and blue (ITU-R BT.601)."""
+
 _COSINES = np.cos(np.pi / _SIDE * np.outer(np.arange(_WAVES), np.arange(_SIDE) + 0.5))
 
 _MIRROR = np.packbits(np.tile(np.arange(_WAVES) % 2 == 1, (_WAVES, 1)).reshape(-1))
@@ -32,10 +35,11 @@ _MIRROR.flags.writeable = False
 
 def perceptual_hash(image: Image) -> bytes:
     """The hash of an upright RGB image, 32 bytes."""
-    from PIL.Image import Resampling
+    # Imported here: who compares hashes needs no decoder.
+    from featx.images.pixels import shrink
 
-    small = image.resize((_SIDE, _SIDE), Resampling.BILINEAR, reducing_gap=2.0).convert("L")
-    waves = _COSINES @ np.asarray(small, dtype=np.float64) @ _COSINES.T
+    small = np.asarray(shrink(image, _SIDE, _SIDE), dtype=np.float64)
+    waves = _COSINES @ (small @ _GREY) @ _COSINES.T
     waves[0, 0] = 0.0  # the brightness, which is positive always
     return np.packbits((waves > 0.0).reshape(-1)).tobytes()
 

@@ -8,7 +8,6 @@ from .index import (
     read_quarantine as read_quarantine,
 )
 from .manifest import (
-    Block as Block,
     Manifest as Manifest,
     check_backbones as check_backbones,
     check_same as check_same,

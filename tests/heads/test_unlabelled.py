@@ -22,7 +22,8 @@ from featx.heads.scorer import Scorer, softmax
 from featx.heads.unlabelled import MAX_POOL, Centre, PoolRidge, heads_for, soft_labels, unlabelled_centre
 from featx.models.bundle import read_bundle
 from featx.models.fit import fit_head
-from featx.store.reader import digest_keys, read_features
+from featx.store.reader import read_features
+from featx.store.shards import digest_keys
 
 Rows = NDArray[np.float64]
 

@@ -107,7 +107,7 @@ def test_a_bucket_is_read_as_the_folder_is(bucket: Bucket, tmp_path: Path) -> No
     assert np.array_equal(one.embeddings, other.embeddings)
     assert one.ids.tolist() == other.ids.tolist()
     sheet = tmp_path / "copies.html"
-    groups = duplicate_groups(one, threshold=0.0)
+    groups = duplicate_groups(one, by=0.0)
     assert duplicate_sheet(sheet, tmp_path, image_finder(tmp_path / "s.featx", None), one, groups) == 0
     assert sheet.read_text().count("data:image/jpeg;base64") == 6
     find = finder(remote.source)

@@ -62,13 +62,13 @@ class Job:
 
     store: Path
     total: int
-    load: Callable[[], Sequence[Backbone]]
+    load: Callable[[], Backbone | Sequence[Backbone]]
     start: Callable[..., Engine] = make_engine
     precision: str = "auto"
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
-    def backbones(self) -> Sequence[Backbone]:
+    def backbones(self) -> Backbone | Sequence[Backbone]:
         """The networks, made at the first call."""
         return self.load()
 
