@@ -20,7 +20,7 @@ from featx.cli.options import Json, Seed
 from featx.cli.predict import predict
 from featx.cli.search import search
 from featx.cli.sweep import sweep
-from featx.cli.terminal import ProgressLine, check_writable, print_json, say, show
+from featx.cli.terminal import check_writable, print_json, say, show
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -111,7 +111,6 @@ class _Steps:
 
 def _job(steps: _Steps, images: Path, shots: str, heads: str, seed: int) -> Job:
     from featx.cli.demo_images import compare_with_pixels
-    from featx.store import read_features
 
     store = images.with_suffix(".featx")
     steps.run(_line("extract", images, "--out", store), extract, str(images), store)
@@ -122,8 +121,7 @@ def _job(steps: _Steps, images: Path, shots: str, heads: str, seed: int) -> Job:
 
     chosen = () if heads == "all" else ("--heads", heads)
     steps.run(_line("sweep", store, *chosen, "--shots", shots, "--episodes", EPISODES, *_seed(seed)), compare)
-    with ProgressLine("raw pixels"):
-        return compare_with_pixels(images.name, results[0], [images / name for name in read_features(store).ids])
+    return compare_with_pixels(images.name, results[0])
 
 
 def _seed(seed: int) -> tuple[object, ...]:

@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx.errors import StoreError, UsageError
-from featx.evaluation import PixelExtractor, Shots, SweepResult, shown_gap, sweep_heads
-from featx.heads import HEADS
+from featx.evaluation import Shots, SweepResult, shown_gap
 from featx.images import decode, save_png
 
 PHOTOGRAPHS = (
@@ -159,28 +158,10 @@ class Job:
         }
 
 
-def compare_with_pixels(name: str, result: SweepResult, paths: Sequence[Path], *, n_jobs: int | None = None) -> Job:
-    """Judge the pixels baseline on the draws of a sweep of embeddings.
-
-    Parameters
-    ----------
-    result : a sweep that has the recommended head.
-    paths : the files behind the rows of the sweep's input.
-    """
-    head = HEADS["auto"].name
-    pixels = sweep_heads(
-        PixelExtractor(n_jobs=n_jobs).transform([paths[row] for row in result.rows.tolist()]),
-        result.labels,
-        class_names=result.class_names,
-        groups=result.duplicates.groups,
-        heads=[head],
-        shots=result.shots,
-        episodes=result.episodes,
-        random_state=result.random_state,
-        n_jobs=n_jobs,
-        near_duplicates=None,
-    )
-    return Job(name, head, means_of(result, head), means_of(pixels, head))
+def compare_with_pixels(name: str, result: SweepResult) -> Job:
+    """What a sweep says of embeddings and of the pixels baseline, both with the recommended head."""
+    pixels = {n_shots: result.pixels_accuracy(n_shots).mean for n_shots in result.shots}
+    return Job(name, result.recommended, means_of(result, result.recommended), pixels)
 
 
 def means_of(result: SweepResult, head: str) -> dict[Shots, float]:

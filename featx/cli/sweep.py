@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from featx._arrays import PENULTIMATE
 from featx.cli.options import Jobs, Json, Seed, Unlabelled, UnlabelledFrom, let_scipy_take_tensors, stem
 from featx.cli.terminal import ProgressLine, check_writable, print_json, say, show
 from featx.errors import Interrupted, UsageError, plural
@@ -194,8 +193,8 @@ def sweep(
 
 
 def _features(features: FeatureSet) -> str:
-    """What the embeddings of all heads are called, where they are the same ones."""
-    return str(features.provenance.get("backbone", features.layer)) if features.layer == PENULTIMATE else features.layer
+    """What the embeddings of the usual layer are called: as their network."""
+    return str(features.provenance.get("backbone", features.layer))
 
 
 def _rows(features: FeatureSet, store: Path, test: Split | None) -> Index:

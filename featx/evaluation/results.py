@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from featx._arrays import PIXELS, Index
+from featx._arrays import PENULTIMATE, PIXELS, Index
 from featx.evaluation import stats
 from featx.evaluation.duplicates import Duplicates
 from featx.evaluation.splits import Shots, least_images
@@ -195,7 +195,8 @@ class SweepResult:
     queries : the rows (positions in ``labels``) that an episode was judged on, by (n_shots, episode).
     notes : sentences that a reader must know: what was left out, what did not converge.
     pixels : trials of the pixels baseline, for each n_shots and episode; none where it was not judged.
-    features : what embeddings are called where all heads are on the same ones.
+    features : what the embeddings of the usual layer are called.
+    recommended : name of the head that the pixels baseline was judged with.
     """
 
     heads: tuple[str, ...]
@@ -211,7 +212,8 @@ class SweepResult:
     random_state: int
     seconds: float
     pixels: tuple[Trial, ...] = field(default=(), repr=False)
-    features: str = ""
+    features: str = "embeddings"
+    recommended: str = "ridge"
 
     def of(self, head: str, n_shots: Shots) -> list[Trial]:
         """Trials of one head (or of the pixels baseline) at one n_shots, by episode."""
@@ -291,6 +293,31 @@ class SweepResult:
         means = {h: np.mean([t.accuracy for t in self.trials if t.head == h]) for h in self.heads}
         return max(self.heads, key=lambda head: means[head])
 
+    def features_of(self, layer: str) -> str:
+        """What the features of a trial are called: ``features`` for the usual layer, else as the layer is."""
+        return self.features if layer in ("", PENULTIMATE) else layer
+
+    @cached_property
+    def by_features(self) -> Mapping[str, str]:
+        """The head that stands for each set of features: one that all of them were given, the first if it can be.
+
+        In the order of their mean accuracy. The pixels baseline stands last, where it was judged.
+        """
+        heads: dict[str, dict[str, str]] = {}
+        for head in self.heads:
+            layer = next(t.layer for t in self.trials if t.head == head)
+            heads.setdefault(self.features_of(layer), {})[head.partition("@")[0]] = head
+        common = [name for name in next(iter(heads.values())) if all(name in own for own in heads.values())]
+        usual = [name for name in common if name == self.recommended] or common
+        if not usual:
+            return {}
+        if len(heads) == 1 and self.recommended not in common:
+            usual = [self.winner]
+        chosen = {features: own[usual[0]] for features, own in heads.items()}
+        means = {name: np.mean([t.accuracy for t in self.trials if t.head == head]) for name, head in chosen.items()}
+        ordered = {name: chosen[name] for name in sorted(chosen, key=lambda name: -means[name])}
+        return {**ordered, **({PIXELS: PIXELS} if self.pixels else {})}
+
     @cached_property
     def baseline(self) -> tuple[Comparison, ...]:
         """The winner less the pixels baseline at every n_shots: what the networks are worth on these images.
@@ -343,7 +370,7 @@ class SweepResult:
         """What ``featx sweep --json`` prints and ``summary.json`` holds."""
         return {
             "winner": self.winner,
-            "results": [{**each.to_json(), "features": each.layer or self.features} for each in self.results],
+            "results": [{**each.to_json(), "features": self.features_of(each.layer)} for each in self.results],
             "comparisons": [each.to_json() for each in self.comparisons],
             "duplicates": self.duplicates.to_json(),
             "majority_baseline": self.majority_baseline,

@@ -121,7 +121,8 @@ def sweep_heads(
         check_device(device)
     if progress and is_large(embeddings):
         progress(0, 1, "looking for duplicates")
-    baseline = replace(heads_for(None, None)["auto"], name=PIXELS, layer=PIXELS)
+    recommended = heads_for(None, None)["auto"]
+    baseline = replace(recommended, name=PIXELS, layer=PIXELS)
     columns = None if layers is None else layers.columns(layers.reference)
     data = LabelledRows.of(
         embeddings, labels, class_names, groups=groups, near_duplicates=near_duplicates, columns=columns
@@ -161,6 +162,7 @@ def sweep_heads(
         labels=data.labels,
         rows=data.rows,
         trials=trials,
+        recommended=recommended.name,
         pixels=() if pixels is None else tuple(by_head[PIXELS, *task] for task in tasks),
         queries={task: done[task][1] for task in tasks},
         duplicates=data.duplicates,

@@ -9,6 +9,7 @@ import csv
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -20,10 +21,11 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from featx._arrays import PIXELS
 from featx._files import publish, publish_bytes
 from featx.advice import MISSED, LabelRanking
 from featx.errors import StoreError, UsageError, plural
-from featx.evaluation import BRACKETS, HeadResult, Shots, SweepResult, limits, percent, shown_gap
+from featx.evaluation import BRACKETS, HeadResult, Interval, Shots, SweepResult, limits, percent, shown_gap
 from featx.reports.chart import Series, accuracy_chart
 from featx.reports.page import Facts, Images, Thumbnail, render_template
 
@@ -91,6 +93,99 @@ def render_table(result: SweepResult) -> Table:
     return table
 
 
+def render_features(result: SweepResult) -> Table | None:
+    """Accuracy by features and number of images, with one head for all; None where there is nothing to compare."""
+    rows = feature_rows(result)
+    if len(rows) < 2:
+        return None
+    table = Table(
+        title=f"features, with {rows[0].head.partition('@')[0]}: accuracy, %",
+        caption="= no clear difference from the best.",
+        caption_justify="left",
+        box=box.HORIZONTALS,
+        show_edge=False,
+        pad_edge=False,
+    )
+    table.add_column("features", overflow="fold")
+    for n_shots in result.shots:
+        table.add_column(f"{n_shots}" if n_shots == "all" else f"{n_shots} per class", justify="right", no_wrap=True)
+    for row in rows:
+        cells = [f"{100 * each.mean:.1f}{' =' if tied else '  '}" for each, tied in row.cells]
+        table.add_row(Text(row.title, style="" if row.features != PIXELS else "dim"), *cells)
+    return table
+
+
+@dataclass(frozen=True)
+class FeatureRow:
+    """One set of features, judged with one head.
+
+    Attributes
+    ----------
+    cells : accuracy at each number of images, and whether the best features are not better for sure.
+    """
+
+    features: str
+    head: str
+    cells: tuple[tuple[Interval, bool], ...]
+
+    @property
+    def title(self) -> str:
+        """What it is called, for people."""
+        return NO_NETWORK if self.features == PIXELS else self.features
+
+
+NO_NETWORK = "raw pixels, no network"
+"""What the pixels baseline is called in tables."""
+
+
+def feature_rows(result: SweepResult) -> list[FeatureRow]:
+    """The features of a sweep, best first; the pixels baseline last."""
+    heads = result.by_features
+    best = next(iter(heads.values()), "")
+    rows = []
+    for features, head in heads.items():
+        cells = []
+        for n_shots in result.shots:
+            if features == PIXELS:
+                cells.append((result.pixels_accuracy(n_shots), False))
+                continue
+            found = next(each for each in result.results if (each.head, each.n_shots) == (head, n_shots))
+            cells.append((found.accuracy, head != best and result.cannot_tell(best, head, n_shots)))
+        rows.append(FeatureRow(features, head, tuple(cells)))
+    return rows
+
+
+def features_sentence(result: SweepResult) -> str:
+    """Which features to take, in words; "" where there was no choice."""
+    rows = [row for row in feature_rows(result) if row.features != PIXELS]
+    if len(rows) < 2:
+        return ""
+    n_shots, best = result.shots[-1], rows[0]
+    tied = [row.title for row in rows[1:] if row.cells[-1][1]]
+    also = f" No clear difference with {images_per_class(n_shots)} from {_and(tied)}." if tied else ""
+    return f"Best features: {best.title}, {percent(best.cells[-1][0])} with {images_per_class(n_shots)}.{also}"
+
+
+def worth_sentence(result: SweepResult) -> str:
+    """What the network is worth over raw pixels, in words; "" where that was not judged."""
+    if not result.baseline:
+        return ""
+    middle = result.baseline[len(result.baseline) // 2]
+    gap, where = middle.difference.interval, images_per_class(middle.n_shots)
+    interval = f"95 % interval {100 * gap.low:.1f} to {100 * gap.high:.1f}"
+    if middle.difference.verdict == "better":
+        return f"Over raw pixels the network is worth {100 * gap.mean:.1f} points with {where} ({interval})."
+    if middle.difference.verdict == "worse":
+        return (
+            f"Raw pixels without any network are {-100 * gap.mean:.1f} points better than {middle.a} with {where}: "
+            "these images are unlike those that the network was trained on."
+        )
+    return (
+        f"No clear difference between the network and raw pixels with {where} "
+        f"({100 * gap.mean:+.1f} points, {interval})."
+    )
+
+
 def _counts(result: SweepResult) -> str:
     return (
         f"{plural(len(result.labels), 'image')}, {plural(len(result.class_names), 'class')}, "
@@ -102,7 +197,11 @@ def render(result: SweepResult) -> Group:
     """The table, the conclusion and the notes, for a rich console."""
     baseline = f"Guessing the most common class: {100 * result.majority_baseline:.1f} %. {BRACKETS}"
     notes = [Text(note, style="yellow") for note in (*result.notes, result.duplicates.sentence) if note]
-    return Group(render_table(result), Text(conclusion(result), style="bold"), Text(baseline), *notes)
+    features, lead = render_features(result), features_sentence(result)
+    parts: list[Table | Text] = [] if features is None else [features, Text("")]
+    parts += [render_table(result), *([Text(lead, style="bold")] if lead else [])]
+    parts += [Text(conclusion(result), style="bold"), Text(" ".join(filter(None, [worth_sentence(result), baseline])))]
+    return Group(*parts, *notes)
 
 
 def conclusion(result: SweepResult) -> str:
@@ -274,7 +373,10 @@ def render_page(
         counts=_counts(result),
         baseline=result.majority_baseline,
         brackets=BRACKETS,
-        sentence={"first": first + stop.strip(), "rest": rest},
+        sentence={"lead": features_sentence(result), "first": first + stop.strip(), "rest": rest},
+        features=feature_rows(result),
+        shots=result.shots,
+        worth=worth_sentence(result),
         notes=result.notes,
         suspects=_suspects(labels, images),
         curves=_curves(result),
@@ -305,6 +407,10 @@ def _curves(result: SweepResult) -> dict[str, Any]:
         tips = [f"{head}, {images_per_class(each.n_shots)}: {100 * each.accuracy.mean:.1f} %" for each in own]
         at, values = [places[each.n_shots] for each in own], [each.accuracy for each in own]
         series.append(Series(at, values, role, tips, band=role != "rest"))
+    if result.pixels:
+        values = [result.pixels_accuracy(n_shots) for n_shots in result.shots]
+        tips = [f"{NO_NETWORK}: {100 * each.mean:.1f} %" for each in values]
+        series.insert(0, Series(list(places.values()), values, "soft", tips, dashed_from=-1.0))
     fewer = {n_shots for n_shots in result.shots if classes_among(result, n_shots)}
     chart = accuracy_chart(
         series,
@@ -313,7 +419,9 @@ def _curves(result: SweepResult) -> dict[str, Any]:
         baseline=result.majority_baseline,
     )
     legend = [(role, head) for head, role in names.items() if head is not None]
-    return {"chart": chart, "legend": legend + ([("rest", ", ".join(rest))] if rest else []), "fewer": fewer}
+    legend += [("rest", ", ".join(rest))] if rest else []
+    legend += [("soft", NO_NETWORK)] if result.pixels else []
+    return {"chart": chart, "legend": legend, "fewer": fewer}
 
 
 def _confusion(result: SweepResult) -> dict[str, Any]:
@@ -397,6 +505,9 @@ def draw_accuracy(result: SweepResult, *, title: str) -> Figure:
         axes.plot(places, means, color=colour, marker=_MARKS[i % len(_MARKS)], label=head, zorder=front)
         if colour != _REST:
             axes.fill_between(places, low, high, color=colour, alpha=0.12, linewidth=0)
+    if result.pixels:
+        means = [100 * result.pixels_accuracy(n_shots).mean for n_shots in result.shots]
+        axes.plot(places, means, color="#777777", linestyle="--", label=NO_NETWORK, zorder=1)
     axes.axhline(100 * result.majority_baseline, color="#777777", linestyle=":", label="most common class")
     axes.set_xticks(
         list(places),
