@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
+from featx._arrays import PIXELS
 from featx.advice.curves import Curve, Gain
 from featx.advice.domain import DIFFERENT, LARGE, SIMILAR, Domain, Rule
 from featx.advice.labelling import Simulation
 from featx.errors import plural
 from featx.evaluation import limits, percent, points, stats
 
-Family: TypeAlias = Literal["head", "earlier layers", "fine-tuning", "control"]
+Family: TypeAlias = Literal["head", "earlier layers", "features", "fine-tuning", "control"]
 """What a strategy is; "control" is none to use, but shows what the pretraining gives."""
 
 
@@ -81,6 +83,7 @@ class Advice:
     batch : how many images to label next; ``unlabelled`` images the store has.
     minutes : allowed; ``seconds`` : spent.
     interrupted : whether the user stopped it; then the rest is among ``skipped``.
+    costs : milliseconds an image that features took which the store does not have, by their name.
     """
 
     images: int
@@ -102,6 +105,7 @@ class Advice:
     seconds: float
     interrupted: bool
     random_state: int
+    costs: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def n_now(self) -> float:
@@ -132,6 +136,7 @@ class Advice:
         """What to read, by topic, in the order in which to read it."""
         return {
             "strategy": self._strategy(),
+            "features": self._features(),
             "pretraining": self._pretraining(),
             "learning curve": self._learning_curve(),
             "fine-tuning": self._fine_tuning(),
@@ -169,6 +174,21 @@ class Advice:
             f"{text}. No other strategy ({len(others)} compared) is clearly better; the next best is "
             f"{named(nearest.strategy)}, {gap}."
         )
+
+    def _features(self) -> str:
+        found = [cell for cell in self.at(self.n_compared) if cell.family in ("features", "earlier layers")]
+        told = [
+            f"{cell.strategy.partition('@')[2]} {points(cell.difference.interval)}{self._cost(cell)}, {cell.verdict}"
+            for cell in found
+            if cell.difference
+        ]
+        if not told:
+            return "What other features are worth was not measured: the store has one set of them (--source adds more)."
+        return f"Against {named(self.reference)}, at {plural(self.n_compared, 'image')} per class: {'; '.join(told)}."
+
+    def _cost(self, cell: Cell) -> str:
+        cost = self.costs.get(cell.strategy.partition("@")[2])
+        return "" if cost is None else f" for {cost:.0f} ms per image"
 
     def _pretraining(self) -> str:
         controls = [cell for cell in self.at(self.n_compared) if cell.family == "control" and cell.difference]
@@ -296,7 +316,7 @@ class Advice:
             "strategy": self.recommended.to_json(),
             "sentences": self.sentences(),
             "cells": [cell.to_json() for cell in self.cells],
-            "reference": self.reference,
+            "costs": dict(self.costs), "reference": self.reference,
             "images": self.images,
             "classes": dict(zip(self.class_names, self.counts, strict=True)),
             "images_a_class": self.n_now,
@@ -350,8 +370,10 @@ def named(strategy: str) -> str:
         return "training from scratch"
     if strategy == "random features":
         return "a head on random features"
-    head, _, layer = strategy.partition("@")
-    return f"the head {head} on the layer {layer}" if layer else f"the head {head} on frozen embeddings"
+    if strategy == PIXELS:
+        return "a head on raw pixels"
+    head, _, features = strategy.partition("@")
+    return f"the head {head} on {features}" if features else f"the head {head} on frozen embeddings"
 
 
 def capital(text: str) -> str:

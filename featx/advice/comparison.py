@@ -10,12 +10,12 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from featx._arrays import Index
+from featx._arrays import PIXELS, Index
 from featx.advice.advice import Cell, Family
 from featx.errors import UsageError
 from featx.evaluation import LabelledRows, Shots, SweepResult, Trial, mean_interval, paired_difference, stats
 from featx.heads import Layers
-from featx.store import FeatureSet
+from featx.store import FeatureSet, fingerprint
 
 Progress: TypeAlias = Callable[[int, int, str], None]
 
@@ -77,6 +77,18 @@ class LabelledStore:
         return replace(self, data=self.data.of_classes(wanted))
 
     @property
+    def of_reference(self) -> FeatureSet:
+        """The store's images with the embeddings of the reference alone, which are of its first network."""
+        made = self.features.provenance.get("backbones", [self.features.provenance])[0]
+        columns = slice(*self.columns.columns(self.columns.reference))
+        return replace(
+            self.features,
+            embeddings=self.features.embeddings[:, columns],
+            provenance=made,
+            fingerprint=fingerprint(made),
+        )
+
+    @property
     def reference(self) -> NDArray[np.floating]:
         """Embeddings (n, d) of the reference layer."""
         return self.data.embeddings[:, slice(*self.columns.columns(self.columns.reference))]
@@ -98,10 +110,10 @@ class Trials:
             known = self.queries.setdefault(draw, query)
             if not np.array_equal(known, query):
                 raise RuntimeError("two measurements did not make the same draws")
-        for trial in result.trials:
+        for trial in (*result.trials, *result.pixels):
             name = rename(trial.head)
             self.trials.setdefault((name, trial.n_shots, trial.episode), trial)
-            self.families.setdefault(name, family(name))
+            self.families.setdefault(name, "control" if name == PIXELS else family(name))
 
     def cells(self) -> tuple[Cell, ...]:
         """Every strategy at every number of shots, with its difference to the reference on the draws of both."""

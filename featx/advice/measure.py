@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +24,12 @@ from featx.advice.comparison import Budget, LabelledStore, OutOfTime, Progress, 
 from featx.advice.curves import fit_curve
 from featx.advice.domain import Domain, measure_domain, size_by_similarity
 from featx.advice.labelling import Simulation, next_batch, plan_simulation, rank_unlabelled, simulate
-from featx.backbones import Backbone, load_backbone, make_engine
+from featx.backbones import RECIPES, Backbone, load_backbone, make_engine
 from featx.errors import FeatxError, ImageError, MismatchError, SourceError, UsageError, WeightsError, plural
 from featx.evaluation import Shots, SweepResult, plan_shots, reached, sweep_heads
 from featx.extraction import Embedder
 from featx.heads import HEADS, Layers
-from featx.images import ImageSet
+from featx.images import CENTER, ImageSet
 from featx.store import FeatureSet, digest_keys
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ class _Run:
         self.domain: Domain | None = None
         self.simulation: Simulation | None = None
         self.next_images: tuple[NextImage, ...] = ()
+        self.costs: dict[str, float] = {}
 
     def stage(self, what: str, measure: Callable[[], None]) -> None:
         """Measure, if there is time; what cannot be measured is named with the reason."""
@@ -108,25 +109,50 @@ class _Run:
             self.sweep("recommended head", self.store.reference, ("auto",), self.compared)
 
     def heads(self) -> None:
-        self.sweep("heads", self.store.reference, tuple(HEADS), self.compared)
+        pixels = self.store.features.pixels
+        own = None if pixels is None else pixels[self.store.data.rows]
+        found = self.swept("heads", self.store.reference, tuple(HEADS), self.compared, pixels=own)
+        self.trials.add(found, lambda name: "head")
 
     def layers(self) -> None:
         columns, reference = self.store.columns, self.store.columns.reference
         rows = self.store.features.embeddings[self.store.data.rows]
         found = self.swept("layers", rows, ("auto",), self.compared, layers=columns)
         same = f"{REFERENCE}@{reference}"
-        self.trials.add(found, lambda name: "earlier layers", lambda name: REFERENCE if name == same else name)
+        family: Family = "earlier layers" if len(columns.references) == 1 else "features"
+        self.trials.add(found, lambda name: family, lambda name: REFERENCE if name == same else name)
+
+    def other_features(self, backbone: Backbone, origins: list[Any]) -> None:
+        """What features would be worth that the store does not have: more views, and the networks of the recipes."""
+        own, mode = self.store.of_reference, decode_mode(self.store.features)
+        known = {name.partition("/")[0] for name in self.store.columns.names} | {backbone.name}
+        views = RECIPES["best"].views
+        more = {f"{backbone.name} with {len(views)} views": (backbone, views)}
+        for name in RECIPES["balanced"].backbones:
+            if name not in known:
+                more[name] = load_backbone(name), CENTER
+        for name, (network, looks) in more.items():
+            embedder = Embedder(network, make_engine(network), decode=mode, views=looks)
+            began = time.monotonic()
+            rows = self.embedded(name, embedder, origins)
+            self.costs[name] = self.costs[f"joined with {name}"] = 1000 * (time.monotonic() - began) / len(origins)
+            layers = Layers({"own": own.embeddings.shape[1], name: rows.shape[1]}, {"own": "own", name: name})
+            both = np.hstack([self.store.reference, rows])
+            found = self.swept(name, both, ("auto",), self.compared, layers=layers, on=[name, layers.whole])
+            joined = f"{REFERENCE}@{layers.whole}"
+            self.trials.add(found, lambda head: "features", partial(_renamed, {joined: f"{joined} with {name}"}))
 
     def measure_domain(self, backbone: Backbone | FeatxError) -> None:
         if isinstance(backbone, FeatxError):
             raise UsageError(str(backbone).rstrip("."))
-        if PENULTIMATE not in self.store.columns.sizes:
+        columns = self.store.columns
+        if PENULTIMATE not in self.store.of_reference.provenance["layers"]:
             raise UsageError("the store has no penultimate layer, which the pretraining's classes are read from")
         from featx.backbones import pretrained_classes
 
         weight, bias = pretrained_classes(backbone)
         features = self.store.features
-        rows = features.embeddings[:, slice(*self.store.columns.columns(PENULTIMATE))]
+        rows = features.embeddings[:, slice(*columns.columns(columns.reference))]
         self.domain = measure_domain(rows, weight, bias, features.labels, features.class_names)
 
     def labelling(self, count: int) -> None:
@@ -169,14 +195,18 @@ class _Run:
             backbone.provider or backbone.name, weights="none", layers=(PENULTIMATE,), random_state=self.random_state
         )
         embedder = Embedder(network, make_engine(network), decode=decode_mode(self.store.features))
-        rows = []
-        for _, embedded in embedder.embed_files(origins):
-            if isinstance(embedded, ImageError):
-                raise embedded
-            rows.append(embedded[0])
-            self.budget.tick(f"{RANDOM}: {len(rows)} of {plural(len(origins), 'image')}")
-        found = self.swept(RANDOM, np.stack(rows), ("auto",), self.compared)
+        found = self.swept(RANDOM, self.embedded(RANDOM, embedder, origins), ("auto",), self.compared)
         self.trials.add(found, lambda name: "control", lambda name: RANDOM)
+
+    def embedded(self, what: str, embedder: Embedder, origins: list[Any]) -> NDArray[np.float32]:
+        """Embeddings (n, d) of the labelled images, made anew."""
+        rows = []
+        for _, found in embedder.embed_files(origins):
+            if isinstance(found, ImageError):
+                raise found
+            rows.append(found[0])
+            self.budget.tick(f"{what}: {len(rows)} of {plural(len(origins), 'image')}")
+        return np.stack(rows)
 
     def tune(self, backbone: Backbone, images: ImageSet, folder: Path, unfreeze: Unfreeze | None) -> None:
         """Fine-tune the last blocks (all of them from random weights for None) on a few draws."""
@@ -186,10 +216,7 @@ class _Run:
         store, shots = self.store, [n for n in self.compared if n > 1]
         if not shots:
             raise UsageError("a class has too few images to hold any out while it is trained")
-        features = replace(
-            store.features,
-            embeddings=store.features.embeddings[:, slice(*store.columns.columns(store.columns.reference))],
-        )
+        features = store.of_reference
         recipe = recipe_for(
             from_scratch=unfreeze is None, whole=unfreeze in (None, "all"), epochs=None, learning_rate=None,
             early_stop=True, augment=None,
@@ -251,9 +278,14 @@ class _Run:
         return run(wanted) if wanted > MIN_EPISODES else probe
 
 
+def _renamed(names: Mapping[str, str], head: str) -> str:
+    return names.get(head, head)
+
+
 def decode_mode(features: FeatureSet) -> str:
     """How the store's images were decoded."""
-    return str(dict(features.provenance.get("decode", {})).get("mode", "full"))
+    made = features.provenance.get("backbones", [features.provenance])[0]
+    return str(dict(made.get("decode", {})).get("mode", "full"))
 
 
 def origins_of(features: FeatureSet, rows: Index, images: ImageSet) -> list[Any]:
@@ -369,7 +401,9 @@ def _stages(
     else:
 
         def one_layer() -> None:
-            raise UsageError("the store has one layer: extract with --layer, more than once")
+            raise UsageError(
+                "the store has one layer of one network: extract with --layer, or --backbone, more than once"
+            )
 
         out.append(("earlier layers", one_layer))
     unfrozen: tuple[Unfreeze, ...] = (1, 2, "all")
@@ -378,8 +412,9 @@ def _stages(
         def no_images() -> None:
             raise UsageError("it takes the images themselves, named with --source")
 
-        return [*out, *((what, no_images) for what in (RANDOM, "fine-tuning", SCRATCH))]
+        return [*out, *((what, no_images) for what in ("other features", RANDOM, "fine-tuning", SCRATCH))]
     known, source, place = backbone, images, folder
+    out.append(("other features", lambda: run.other_features(known, origins)))
     out.append(("finetune:1", lambda: run.tune(known, source, place, 1)))
     out.append((RANDOM, lambda: run.control(known, origins)))
     out.append((SCRATCH, lambda: run.tune(known, source, place, None)))
@@ -416,4 +451,5 @@ def _advice(run: _Run, count: int, minutes: float, interrupted: bool) -> Advice:
         seconds=run.budget.spent,
         interrupted=interrupted,
         random_state=run.random_state,
+        costs=run.costs,
     )

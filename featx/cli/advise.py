@@ -65,8 +65,9 @@ def advise(
     check_file(page, PAGE_MARK, example="photos.advice.html")
     network: Backbone | FeatxError
     try:
-        network = network_like(features.provenance, where=store, backbone=own_network(backbone), weights=weights)
-        check_same(features.provenance, {**features.provenance, **network.provenance()}, store)
+        made = features.provenance.get("backbones", [features.provenance])[0]
+        network = network_like(made, where=store, backbone=own_network(backbone), weights=weights)
+        check_same(made, {**made, **network.provenance()}, store)
     except FeatxError as error:
         if backbone is not None or weights is not None:
             raise  # asked for, and cannot be had

@@ -15,6 +15,7 @@ from featx.reports.page import Facts, Images, Thumbnail, render_template
 
 _HEADINGS = {
     "strategy": "Which strategy now",
+    "features": "What other features are worth",
     "pretraining": "What the pretraining gives",
     "learning curve": "What more images would give",
     "fine-tuning": "When fine-tuning starts to pay",
