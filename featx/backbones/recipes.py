@@ -28,21 +28,16 @@ class Recipe:
 
 
 _LAST = (PENULTIMATE,)
+_SMALL = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
+_LAYERS = ("blocks.4", "blocks.5", PENULTIMATE)
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
-        "fast": Recipe({"efficientnet_lite0": _LAST}, ("center",), 1.0, "one small network, one view"),
-        "balanced": Recipe(
-            {"efficientnet_lite0": _LAST, "efficientnet_lite1": _LAST, "efficientnet_lite2": _LAST},
-            ("center",),
-            5.0,
-            "three small networks joined, one view",
-        ),
+        "fast": Recipe({_SMALL[0]: _LAST}, ("center",), 1.0, "one small network, one view"),
+        "balanced": Recipe(dict.fromkeys(_SMALL, _LAST), ("center",), 4.5, "three small networks joined, one view"),
         "best": Recipe(
-            {"efficientnet_lite0": _LAST, "efficientnet_lite1": _LAST, "efficientnet_lite2": _LAST},
-            ("center", "flip", "full", "full-flip"),
-            20.0,
-            "the same with four views",
+            dict.fromkeys(_SMALL, _LAYERS), ("center", "flip", "full", "full-flip", "zoom"), 22.0,
+            "the same networks, five views, and earlier layers",
         ),
     }
-)
+)  # fmt: skip

@@ -1,0 +1,159 @@
+#!/usr/bin/env python3
+"""What recipes add to one network, on several sets of photos of your own.
+
+    python scripts/bench_features.py SET [SET ...] [--out data/bench/features.json] [--episodes 10] [--images 40]
+
+Each SET is a folder of class folders. It is extracted twice, by the three networks of the recipes, into stores beside
+the result: one centre crop, and the views of the recipe "best"; both with that recipe's layers. Then, on the same draws:
+
+- peer: L2-normalised, LinearSVC, cost by 3-fold cross-validation (VISSL), on efficientnet_lite0, one centre crop;
+- pixels: featx's recommended head on thumbnails of 16 x 16 pixels, without a network;
+- fast, balanced, best: the recommended head on these recipes; of "best" also what its views and its layers do alone.
+
+Differences are paired by draw; intervals (95 %) take data sets as fixed and draws as the unit. A set that was done is
+kept in the result and not repeated, so the script can be stopped and run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+import warnings
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+from bench_heads import vissl
+from bench_layers import interval, some_of
+from numpy.typing import NDArray
+from sklearn.exceptions import ConvergenceWarning
+from threadpoolctl import threadpool_limits
+
+from featx._files import publish_bytes
+from featx.backbones.backbone import load_backbone
+from featx.backbones.recipes import RECIPES
+from featx.evaluation.duplicates import find_duplicates
+from featx.evaluation.splits import KShotSplit
+from featx.extraction.run import extract_features
+from featx.heads.catalogue import HEADS, Head
+from featx.heads.layers import read_layers
+from featx.heads.selection import fit_chosen
+from featx.images.source import ImageSet
+
+SHOTS = (1, 5, 20)
+WAYS = ("peer", "pixels", "fast", "balanced", "views", "layers", "best")
+FAST = next(iter(RECIPES["fast"].backbones))
+Rows = NDArray[np.float32]
+
+
+def extract(folder: Path, stores: Path, each: int) -> dict[str, Any]:
+    """Both stores of a set; how many images they have, and the seconds that each took."""
+    images = some_of(ImageSet.from_folder(folder), each)
+    recipe = RECIPES["best"]
+    networks = [load_backbone(name, layers=layers) for name, layers in recipe.backbones.items()]
+    out: dict[str, Any] = {"images": len(images)}
+    for name, views in (("center", ("center",)), ("views", recipe.views)):
+        started = time.perf_counter()
+        extract_features(images, networks, stores / f"{folder.name}.{name}.featx", views=views)
+        out[f"{name}_seconds"] = round(time.perf_counter() - started, 1)
+    return out
+
+
+def one(
+    data: dict[str, Rows], heads: dict[str, Head], labels: Any, groups: Any, n_shots: int, episode: int
+) -> dict[str, float]:
+    """Accuracy of every way on one draw, in points."""
+    support, query = KShotSplit(n_shots).episode(labels, groups, episode)
+    local = np.unique(groups[support], return_inverse=True)[1]
+    out = {}
+    with threadpool_limits(1, user_api="blas"):
+        for way in WAYS:
+            rows = heads[way].seen(data[way])
+            if way == "peer" and n_shots > 1:
+                with warnings.catch_warnings():
+                    # Its own settings stop liblinear short of the optimum: part of the protocol that is compared.
+                    warnings.filterwarnings("ignore", "Liblinear failed to converge", ConvergenceWarning)
+                    model = vissl(rows[support].astype(np.float64), labels[support])
+            else:
+                model = fit_chosen(heads[way], rows[support], labels[support], local, random_state=[0, episode])[1]
+            out[way] = 100 * float((model.predict(rows[query]) == labels[query]).mean())
+    return out
+
+
+def measure(folder: Path, stores: Path, episodes: int, n_jobs: int) -> dict[str, list[list[float]]]:
+    """Accuracies [shots][episode] of each way on a set."""
+    auto, data, heads = HEADS["auto"], {}, {}
+    last = list(RECIPES["balanced"].backbones)
+    for way, store, names in (
+        ("fast", "center", [FAST]), ("balanced", "center", last), ("views", "views", last),
+        ("layers", "center", None), ("best", "views", None),
+    ):  # fmt: skip
+        features, layers = read_layers(stores / f"{folder.name}.{store}.featx", names)
+        data[way], heads[way] = features.embeddings, layers.on(auto, layers.whole if way != "fast" else FAST)
+        if way == "fast":
+            center = features
+        elif not np.array_equal(center.digests, features.digests):
+            raise SystemExit(f"{folder.name}: the two stores are not of the same images; delete them")
+    assert center.pixels is not None
+    data |= {"peer": data["fast"], "pixels": center.pixels.astype(np.float32) / np.float32(255)}
+    heads |= {"peer": heads["fast"], "pixels": auto}
+    groups = find_duplicates(center.embeddings, center.copies, by=center.near_copies).groups
+    tasks = [(n, e) for n in SHOTS for e in range(episodes)]
+    done = joblib.Parallel(n_jobs)(joblib.delayed(one)(data, heads, center.labels, groups, *task) for task in tasks)
+    table = dict(zip(tasks, done, strict=True))
+    return {way: [[table[n, e][way] for e in range(episodes)] for n in SHOTS] for way in WAYS}
+
+
+def report(sets: dict[str, Any]) -> dict[str, Any]:
+    """Print accuracies and differences to the recipe "fast"; the same as plain numbers."""
+    cube = {way: np.array([sets[name]["accuracy"][way] for name in sets]) for way in WAYS}  # (sets, shots, episodes)
+    print(f"\n{'accuracy %':<10}" + "".join(f"{n:>8}" for n in SHOTS) + f"{'mean':>8}   by data set")
+    for way in WAYS:
+        each = ", ".join(f"{name} {row.mean():.1f}" for name, row in zip(sets, cube[way], strict=True))
+        means = "".join(f"{mean:8.1f}" for mean in cube[way].mean(axis=(0, 2)))
+        print(f"{way:<10}{means}{cube[way].mean():8.1f}   {each}")
+    out: dict[str, Any] = {}
+    print(f"\n{'minus fast':<10}" + "".join(f"{n:>15}" for n in SHOTS) + f"{'all':>15}   by data set")
+    for way in WAYS:
+        if way == "fast":
+            continue
+        gap = cube[way] - cube["fast"]
+        by_shots = [interval(gap[:, i]) for i in range(len(SHOTS))]
+        by_set = {name: interval(gap[i].mean(axis=0)[None]) for i, name in enumerate(sets)}
+        whole = interval(gap.mean(axis=1))
+        cells = "".join(f"{f'{mean:+.2f} ± {half:.2f}':>15}" for mean, half in (*by_shots, whole))
+        print(f"{way:<10}{cells}   " + ", ".join(f"{n} {mean:+.2f} ± {half:.2f}" for n, (mean, half) in by_set.items()))
+        out[way] = {"by_shots": by_shots, "by_set": by_set, "all": whole}
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("sets", nargs="+", type=Path, metavar="SET")
+    parser.add_argument("--out", type=Path, default=Path("data/bench/features.json"))
+    parser.add_argument("--episodes", type=int, default=10, help="at least 2, for intervals")
+    parser.add_argument("--images", type=int, default=40, help="of each class, at most (or 400 in all)")
+    parser.add_argument("--n-jobs", type=int, default=joblib.cpu_count())
+    arguments = parser.parse_args()
+    stores = arguments.out.parent / "stores"
+    stores.mkdir(parents=True, exist_ok=True)
+    kept = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"sets": {}}
+    for folder in arguments.sets:
+        if folder.name in kept["sets"]:
+            continue
+        facts = extract(folder, stores, arguments.images)
+        facts["accuracy"] = measure(folder, stores, arguments.episodes, arguments.n_jobs)
+        kept["sets"][folder.name] = facts
+        publish_bytes(arguments.out, (json.dumps(kept, indent=1) + "\n").encode())
+        print(f"{folder.name}: {facts['images']} images, {facts['center_seconds']} s and {facts['views_seconds']} s")
+    kept |= {"machine": platform.processor() or platform.machine(), "date": date.today().isoformat()}
+    kept["minus_fast"] = report(kept["sets"])
+    publish_bytes(arguments.out, (json.dumps(kept, indent=1) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()
