@@ -10,10 +10,11 @@ from .autoencoder_network import (
 from .backbone import (
     DEFAULT_BACKBONE as DEFAULT_BACKBONE,
     Backbone as Backbone,
+    BackboneInfo as BackboneInfo,
     list_backbones as list_backbones,
     load_backbone as load_backbone,
 )
-from .catalogue import NETWORKS as NETWORKS
+from .catalogue import ADVICE as ADVICE, NETWORKS as NETWORKS
 from .classes import pretrained_classes as pretrained_classes
 from .cut import (
     Halves as Halves,
@@ -35,3 +36,4 @@ from .provider import (
     is_own as is_own,
     named as named,
 )
+from .speed import Speed as Speed, measure_speed as measure_speed, measured_speeds as measured_speeds

@@ -75,7 +75,7 @@ def test_a_file_that_matches_eight_digits_only_is_refused(monkeypatch: pytest.Mo
     monkeypatch.setattr(
         catalogue, "_SHA256", {weights.file: hashlib.sha256(source.read_bytes()).hexdigest()[:-1] + "x"}
     )
-    with pytest.raises(WeightsError, match="invalid hash value"):
+    with pytest.raises(WeightsError, match="is not the file that was published"):
         load_backbone(SMALL)
     assert not list(hub_folder().iterdir())
 
@@ -117,7 +117,7 @@ def test_offline_the_error_says_which_file_to_put_where(monkeypatch: pytest.Monk
         load_backbone(SMALL)
     text = str(caught.value)
     assert f"{weights.file}: the weights are not on this machine" in text
-    assert f"Put that file into {hub_folder()}, or name one that you have with --weights FILE." in text
+    assert f"Put that file into {hub_folder()}, name one that you have with --weights FILE, or carry it here" in text
     assert not list(hub_folder().iterdir())
 
 
