@@ -37,3 +37,10 @@ from .provider import (
     named as named,
 )
 from .speed import Speed as Speed, measure_speed as measure_speed, measured_speeds as measured_speeds
+from .weights import (
+    Carried as Carried,
+    add_weights as add_weights,
+    fetch_weights as fetch_weights,
+    list_weights as list_weights,
+    pack_weights as pack_weights,
+)

@@ -138,12 +138,16 @@ def test_timm_weights_are_fetched_once_by_the_name_that_the_hub_has(
         try:
             use_hub(monkeypatch, server.server_port, tmp_path)
             said: list[str] = []
+            steps: list[tuple[int, int, str]] = []
+            timm_models.find("timm:resnet10t").fetch(advance=lambda *step: steps.append(step))
+            (tmp_path / "models--timm--resnet10t.c3_in1k").rename(tmp_path / "before")
             backbone = load_backbone("timm:resnet10t", progress=said.append)
         finally:
             server.shutdown()
             thread.join()
     assert backbone.weights_sha256 == hashlib.sha256(Hub.content).hexdigest()
     assert said == ["downloading timm/resnet10t.c3_in1k from the Hugging Face hub"]
+    assert steps[-1] == (len(Hub.content), len(Hub.content), "timm:resnet10t")
     assert load_backbone("timm:resnet10t", progress=said.append) == backbone  # from the cache: the hub is gone
     assert len(said) == 1
 
