@@ -59,6 +59,8 @@ class BackboneInfo:
     top1 : accuracy on ImageNet in per cent, as published; None where no figure could be verified.
     top1_source : whose figure that is, and of what.
     stored_as : what stores call it.
+    known : what its default weights are checked by: "sha256" (all of it), "digits" (those of it that its publisher put
+        into the file's name), or "nothing" that was known beforehand (the Hugging Face hub's own sum).
     """
 
     name: str
@@ -71,6 +73,7 @@ class BackboneInfo:
     top1: float | None
     top1_source: str
     stored_as: str
+    known: str
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,7 @@ def _info(network: Network) -> BackboneInfo:
         top1=weights.top1,
         top1_source="" if weights.top1 is None else PUBLISHED_BY[network.source],
         stored_as=network.name,
+        known="sha256" if weights.sha256 else "digits",
     )
 
 
@@ -175,6 +179,7 @@ def _hub_info(row: HubNetwork) -> BackboneInfo:
         top1=row.top1,
         top1_source="" if row.top1 is None else PUBLISHED_BY["linear" if row.linear else "timm"],
         stored_as=f"timm:{row.model}",
+        known="nothing",
     )
 
 

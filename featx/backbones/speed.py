@@ -7,6 +7,8 @@ weights do not matter to the speed, so a network whose weights are not here runs
 from __future__ import annotations
 
 import datetime
+import importlib.util
+import math
 import platform
 import re
 import time
@@ -119,7 +121,9 @@ def _folder() -> Path:
 
 
 def _converted(backbone: Backbone) -> list[Path]:
-    """Where engines would keep a converted copy of this network, if there is none yet."""
+    """Where OpenVINO's engine would keep a converted copy of this network, if there is none yet."""
+    if importlib.util.find_spec("openvino") is None:
+        return []
     from featx.backbones.engines.openvino import cache_file
     from featx.backbones.engines.torch import BATCH_SIZES
 
@@ -128,7 +132,13 @@ def _converted(backbone: Backbone) -> list[Path]:
 
 
 def _rate(engine: Engine, shape: tuple[int, ...], seconds: float, name: str, advance: Advance | None) -> float:
+    def tell(over: float) -> None:
+        if advance is not None:
+            advance(min(int(over), whole), whole, f"measuring {name}, seconds")
+
+    whole = math.ceil(seconds)
     batch = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    tell(0)
     for _ in engine.embed([batch]):  # the first batch allocates, and pages in
         pass
     started = time.perf_counter()
@@ -142,7 +152,5 @@ def _rate(engine: Engine, shape: tuple[int, ...], seconds: float, name: str, adv
     done = 0
     for rows in engine.embed(batches()):
         done += len(rows[0])
-        if advance is not None:
-            over = min(int(time.perf_counter() - started), int(seconds))
-            advance(over, int(seconds), f"measuring {name}, seconds")
+        tell(time.perf_counter() - started)
     return done / (time.perf_counter() - started)

@@ -130,6 +130,8 @@ class TimmModel(Provider):
 def _of_another_network(name: str, file: Path) -> Iterator[None]:
     try:
         yield
+    except MemoryError:
+        raise
     except Exception as error:  # whatever timm, torch and safetensors make of foreign weights
         found = in_words(error)
         raise WeightsError(f"these are not the weights of {name}", where=file, found=found[:200]) from error

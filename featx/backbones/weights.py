@@ -510,7 +510,7 @@ def _check_fits(network: TimmModel, temp: Path, entry: _Entry, pack: Path) -> No
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(temp, "pt") as tensors:
+        with safe_open(str(temp), "pt") as tensors:
             tensors.keys()
     except SafetensorError as error:
         raise WeightsError(

@@ -23,6 +23,12 @@ _POOLED = {
     "channels_last": "mean over the image",
 }
 
+_KNOWN = {
+    "sha256": "all of the sha256 of what was published",
+    "digits": "the digits of the sha256 that the publisher gives",
+    "nothing": "the sum that the Hugging Face hub announces; no revision is pinned",
+}
+
 _WIDTH = 90
 """Columns that the table of all networks needs; a narrower terminal breaks its lines."""
 
@@ -196,6 +202,7 @@ def _details(info: BackboneInfo, speed: Speed | None) -> None:
         "input": f"{height} x {width} pixels",
         "parameters": f"{info.parameters:,}",
         "licence": info.licence,
+        "checked by": _KNOWN[info.known],
         "weights": "on this machine" if info.offline else f"not here (featx weights fetch {info.name})",
     }
     for name, value in rows.items():

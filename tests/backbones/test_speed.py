@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import platform
 import time
@@ -42,6 +43,15 @@ def test_weights_that_are_here_are_used_and_their_converted_copy_stays(folder: P
     found = measure_speed("efficientnet_lite0", seconds=0.1, progress=said.append)
     assert said == ["building efficientnet_lite0"]
     assert bool(list((folder / "openvino").glob("*.ir"))) == (found.engine == "openvino")
+
+
+def test_without_openvino_torch_is_measured(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "openvino" else real(name, *rest)
+    )
+    assert measure_speed(SMALL, seconds=0.1).engine == "torch"
+    assert measured_speeds()[SMALL].precision == "fp32"
 
 
 def test_the_rate_counts_images_over_time(monkeypatch: pytest.MonkeyPatch) -> None:

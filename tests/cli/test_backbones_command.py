@@ -60,6 +60,9 @@ def test_details_say_whose_figure_it_is_and_what_to_do_next(featx: Featx, env: d
         assert "not measured (featx backbones --measure dinov2_small)" in text
         assert "not here (featx weights fetch dinov2_small)" in text
         assert "Next: featx extract photos --out photos.featx --backbone dinov2_small" in text
+        assert "the sum that the Hugging Face hub announces; no revision is pinned" in text
+    assert "all of the sha256" in featx("backbones", "resnet18", env=env).out
+    assert "the digits of the sha256" in featx("backbones", "resnet101", env=env).out
     assert "no figure verified" in featx("backbones", "clip_base", env=env).out
 
 
