@@ -211,7 +211,11 @@ def test_commands_in_the_text_exist_with_their_options(page: Path) -> None:
     for line in re.findall(r"(?:^|[ '])featx ([a-z].*)", "\n".join(lines), flags=re.MULTILINE):
         words = shlex.split(line.split("|")[0].replace("'", "").replace("&", " "))
         assert words[0] in known.commands, line
-        options = {name for item in known.commands[words[0]].params for name in (*item.opts, *item.secondary_opts)}
+        command = known.commands[words[0]]
+        if isinstance(command, typer.core.TyperGroup) and len(words) > 1:
+            assert words[1] in command.commands, line
+            command = command.commands[words[1]]
+        options = {name for item in command.params for name in (*item.opts, *item.secondary_opts)}
         for word in words[1:]:
             if word.startswith("-") and word != "-":
                 assert word in options | {"--help"}, line

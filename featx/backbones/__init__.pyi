@@ -10,10 +10,11 @@ from .autoencoder_network import (
 from .backbone import (
     DEFAULT_BACKBONE as DEFAULT_BACKBONE,
     Backbone as Backbone,
+    BackboneInfo as BackboneInfo,
     list_backbones as list_backbones,
     load_backbone as load_backbone,
 )
-from .catalogue import NETWORKS as NETWORKS
+from .catalogue import ADVICE as ADVICE, NETWORKS as NETWORKS
 from .classes import pretrained_classes as pretrained_classes
 from .cut import (
     Halves as Halves,
@@ -36,4 +37,12 @@ from .provider import (
     named as named,
 )
 from .recipes import RECIPES as RECIPES
+from .speed import Speed as Speed, measure_speed as measure_speed, measured_speeds as measured_speeds
 from .thumbnail import thumbnail_preprocess as thumbnail_preprocess
+from .weights import (
+    Carried as Carried,
+    add_weights as add_weights,
+    fetch_weights as fetch_weights,
+    list_weights as list_weights,
+    pack_weights as pack_weights,
+)

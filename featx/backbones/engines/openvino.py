@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import re
 import struct
 import sys
@@ -27,6 +26,7 @@ import numpy as np
 from featx._files import canonical_json, publish_bytes
 from featx.backbones.backbone import Backbone
 from featx.backbones.engines.base import EXACT_START, Batch, Embeddings, fill
+from featx.backbones.hub import cache_folder
 from featx.errors import FeatxError, UsageError
 
 CACHE_VERSION = 2
@@ -104,12 +104,6 @@ def import_openvino() -> Any:
     import openvino
 
     return openvino
-
-
-def cache_folder() -> Path:
-    """Where featx keeps what can be made again: FEATX_CACHE, or featx in XDG_CACHE_HOME or ~/.cache."""
-    own = os.environ.get("FEATX_CACHE")
-    return Path(own or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "featx").expanduser()
 
 
 def cache_file(backbone: Backbone, batch_size: int) -> Path:

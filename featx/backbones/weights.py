@@ -1,0 +1,554 @@
+"""Weights on this machine, and on their way to another: listed, fetched, packed into one file, added from it.
+
+A pack is a safetensors file: eight bytes with the length of a header, the header in JSON, and behind it the files, back
+to back. Each is a "tensor" of bytes under the name of its network, and ``__metadata__`` has its sha256. Any library for
+safetensors can read one. What travels are the publisher's own bytes, so that the sha256 that stores keep is the same on
+both machines.
+
+A pack is read as a stranger's. It says which network a file is for, never where it goes: that follows from the
+network's name, which has to be a known one. Nothing of it is unpickled here, and a torch file, which is a pickle, is
+taken only if it is known by its whole sha256: from the catalogue, or because the user gives the sha256 of the whole
+pack, which ``featx weights pack`` prints. Converting such files to safetensors would not help: their own sha256 would
+be lost, or be a claim that nobody can check. Safetensors cannot run code; these are taken if they fill their network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import stat
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+
+from featx._files import cannot_write, fsync_path, make_folder, publish, sha256_file, temporary, uninterrupted
+from featx.backbones.backbone import CatalogueNetwork, find
+from featx.backbones.catalogue import HUB, NETWORKS, WEIGHTS
+from featx.backbones.hub import Advance, Progress, cached_repositories, hub_folder, in_hub_cache
+from featx.errors import UsageError, WeightsError, in_words, plural
+
+if TYPE_CHECKING:
+    from featx.backbones.timm import TimmModel
+
+FORMAT, FORMAT_VERSION = "featx-weights", "1"
+
+MAX_HEADER = 1 << 20
+"""Bytes of a header; that of a hundred networks has some 20,000."""
+
+MAX_NAME = 200
+"""Characters of a network's name."""
+
+_LENGTH = struct.Struct("<Q")
+_BLOCK = 1 << 20
+_SHA256 = re.compile("[0-9a-f]{64}")
+
+Known = Literal["sha256", "digits", "safetensors", "nothing"]
+"""What a file is known by: all of its sha256, the digits that its publisher put into its name, or its format alone."""
+
+
+@dataclass(frozen=True)
+class LocalWeights:
+    """Weights that are on this machine.
+
+    Parameters
+    ----------
+    backbone : the network's name in the catalogue, or ``timm:NAME``.
+    path : the file.
+    bytes : its size.
+    place : "installed package", "torch hub's folder" or "Hugging Face cache".
+    """
+
+    backbone: str
+    path: Path
+    bytes: int
+    place: str
+
+
+@dataclass(frozen=True)
+class Carried:
+    """Weights that were fetched, packed or added.
+
+    Parameters
+    ----------
+    backbone : the network's name in the catalogue, or ``timm:NAME``.
+    path : the file on this machine.
+    bytes : its size.
+    sha256 : of all of it: what stores keep.
+    known : see :data:`Known`.
+    new : whether it was not here before.
+    """
+
+    backbone: str
+    path: Path
+    bytes: int
+    sha256: str
+    known: Known
+    new: bool
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A file with the weights of several networks; ``sha256`` is that of the whole file."""
+
+    path: Path
+    bytes: int
+    sha256: str
+    weights: tuple[Carried, ...]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A file inside a pack: ``start`` counts from the pack's own first byte."""
+
+    name: str
+    sha256: str
+    start: int
+    size: int
+
+
+def list_weights() -> list[LocalWeights]:
+    """All weights of networks with a name that are here; torch is not imported."""
+    found: dict[str, Path | None] = {}
+    for name, network in NETWORKS.items():
+        weights = WEIGHTS[network.default]
+        found[name] = CatalogueNetwork(name=name, preprocess=weights.preprocess, row=network).local()
+    short = {row.model: row.name for row in HUB.values()}
+    for model, path in _of_timm():
+        found.setdefault(short.get(model, f"timm:{model}"), path)
+    return [LocalWeights(name, path, path.stat().st_size, _place(path)) for name, path in found.items() if path]
+
+
+def _of_timm() -> Iterator[tuple[str, Path]]:
+    for path in sorted(hub_folder().glob("*.safetensors")):
+        if re.fullmatch(r"\w+\.\w+", path.stem):
+            yield path.stem, path
+    for repository in cached_repositories():
+        cached = in_hub_cache(repository)
+        if cached is not None:
+            yield repository.partition("/")[2], cached
+
+
+def _place(path: Path) -> str:
+    if path.parent == hub_folder():
+        return "torch hub's folder"
+    return "Hugging Face cache" if "snapshots" in path.parts else "installed package"
+
+
+def fetch_weights(name: str, *, progress: Progress | None = None, advance: Advance | None = None) -> Carried:
+    """Download the default weights of a network, unless they are here; checked in either case.
+
+    Raises
+    ------
+    UsageError
+        There is no such network.
+    WeightsError
+        They cannot be downloaded, or are not what was published.
+    """
+    network = _published(name)
+    here = network.local()
+    path = here or network.fetch(progress, advance)
+    return _checked(network, path, advance, new=here is None)
+
+
+def pack_weights(names: Sequence[str], out: Path, *, advance: Advance | None = None) -> Pack:
+    """Write the default weights of networks, which have to be on this machine, into one file.
+
+    Raises
+    ------
+    UsageError
+        A name is unknown, or there twice.
+    WeightsError
+        Weights are not here, have changed, or are a pickle that is known by no hash.
+    """
+    found: dict[str, Carried] = {}
+    for name in names:
+        network = _published(name)
+        path = network.local()
+        if path is None:
+            raise WeightsError(
+                "its weights are not on this machine", where=name, hint=f"First run: featx weights fetch {name}"
+            )
+        weights = _checked(network, path, advance, new=False)
+        if weights.known == "nothing":
+            raise WeightsError(
+                "its weights are a pickle that is known by no hash, which no other machine should trust",
+                where=path,
+                expected="a .safetensors file",
+                hint="Copy the file itself, and name it with --weights FILE.",
+            )
+        if weights.backbone in found:
+            raise UsageError("named twice", where=name, expected="each network once")
+        found[weights.backbone] = weights
+    header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "format_version": FORMAT_VERSION}}
+    end = 0
+    for weights in found.values():
+        header["__metadata__"][weights.backbone] = weights.sha256
+        start, end = end, end + weights.bytes
+        header[weights.backbone] = {"dtype": "U8", "shape": [weights.bytes], "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # as safetensors asks for
+    whole = hashlib.sha256()
+
+    def write(temp: Path) -> None:
+        with temp.open("wb") as file:
+            for part in (_LENGTH.pack(len(text)), text):
+                file.write(part)
+                whole.update(part)
+            done = 0
+            for weights in found.values():
+                digest = hashlib.sha256()
+                with weights.path.open("rb") as source:
+                    for block in _blocks(source, weights.bytes, weights.path):
+                        file.write(block)
+                        whole.update(block)
+                        digest.update(block)
+                        done += len(block)
+                        if advance is not None:
+                            advance(done, end, weights.backbone)
+                if digest.hexdigest() != weights.sha256:
+                    raise WeightsError("the file changed while it was read", where=weights.path, hint="Run it again.")
+
+    publish(out, write)
+    return Pack(out, out.stat().st_size, whole.hexdigest(), tuple(found.values()))
+
+
+def add_weights(
+    pack: Path, *, sha256: str = "", progress: Progress | None = None, advance: Advance | None = None
+) -> list[Carried]:
+    """Put the weights of a pack where featx finds them: all of them, or none.
+
+    Parameters
+    ----------
+    pack : a file that :func:`pack_weights` made, or a stranger made to look like one.
+    sha256 : that of the pack, from whoever made it; torch files of which the catalogue knows only some digits are taken
+        only with it.
+
+    Raises
+    ------
+    WeightsError
+        The file is no such pack, is damaged, or holds what cannot be trusted; the message says which part.
+    UsageError
+        ``sha256`` is none.
+    """
+    sha256 = sha256.strip().lower()
+    if sha256 and not _SHA256.fullmatch(sha256):
+        raise UsageError("not a sha256", where="--sha256", expected="64 hexadecimal digits", found=sha256[:80])
+    with _opened(pack) as (file, size):
+        entries = _entries(file, size, pack)
+        networks = {entry.name: _known_network(entry.name, pack) for entry in entries}
+        if sha256:
+            _check_whole(file, size, sha256, pack, advance)
+        known = {entry.name: _recognised(entry, networks[entry.name], bool(sha256), pack) for entry in entries}
+        make_folder(hub_folder())
+        with contextlib.ExitStack() as stack:
+            ready: list[tuple[_Entry, Path, Path]] = []
+            done: dict[str, Path] = {}
+            for entry in entries:
+                network = networks[entry.name]
+                here = _already(network, entry, pack)
+                if here is not None:
+                    done[entry.name] = here
+                    continue
+                temp = stack.enter_context(_room(network.carried))
+                _extract(file, entry, temp, pack, advance)
+                if not isinstance(network, CatalogueNetwork):
+                    if progress is not None:
+                        progress(f"checking that the weights fill {entry.name}")
+                    _check_fits(network, temp, entry, pack)
+                ready.append((entry, temp, network.carried))
+            try:
+                with uninterrupted():
+                    for entry, temp, path in ready:
+                        temp.replace(path)
+                        done[entry.name] = path
+                    fsync_path(hub_folder())
+            except OSError as error:
+                raise cannot_write(hub_folder(), error) from error
+    new = {entry.name for entry, _, _ in ready}
+    return [
+        Carried(entry.name, done[entry.name], entry.size, entry.sha256, known[entry.name], entry.name in new)
+        for entry in entries
+    ]
+
+
+# --- what is published -----------------------------------------------------------------------------------------
+
+
+def _published(name: str) -> CatalogueNetwork | TimmModel:
+    network = find(name)
+    if isinstance(network, CatalogueNetwork):
+        return network
+    from featx.backbones.timm import TimmModel
+
+    if isinstance(network, TimmModel):
+        return network
+    raise UsageError("nobody has published weights for it", where=name, hint="Copy the file that you have.")
+
+
+def _spelling(network: CatalogueNetwork | TimmModel) -> str:
+    """How a pack calls a network: the same for all of its spellings."""
+    return network.name if isinstance(network, CatalogueNetwork) else f"timm:{network.published_name}"
+
+
+def _checked(network: CatalogueNetwork | TimmModel, path: Path, advance: Advance | None, *, new: bool) -> Carried:
+    """A file that is here with what it is known by; WeightsError if it is not what was published."""
+    with path.open("rb") as file:
+        sha256 = _hash_of(file, path.stat().st_size, path, advance)
+    known: Known
+    if isinstance(network, CatalogueNetwork):
+        network.check(path, sha256)
+        known = "sha256" if network.published.sha256 else "digits"
+    else:
+        known = "safetensors" if path.suffix == ".safetensors" else "nothing"
+    return Carried(_spelling(network), path, path.stat().st_size, sha256, known, new)
+
+
+# --- reading a pack --------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _opened(pack: Path) -> Iterator[tuple[BinaryIO, int]]:
+    try:
+        # Not to wait for whoever may write to a pipe, and to look at the file that was opened, not at its name again.
+        file = open(pack, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    except OSError as error:
+        raise WeightsError(f"cannot be read ({in_words(error)})", where=pack) from error
+    with file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise _no_pack(pack, "not a regular file")
+        yield file, status.st_size
+
+
+def _no_pack(pack: Path, found: str) -> WeightsError:
+    return WeightsError(
+        "is no pack of weights",
+        where=pack,
+        expected="a file made by featx weights pack",
+        found=found,
+        hint="Nothing was added.",
+    )
+
+
+def _entries(file: BinaryIO, size: int, pack: Path) -> list[_Entry]:
+    """What the header says, with every number compared with the size of the file."""
+    start = file.read(_LENGTH.size)
+    if len(start) < _LENGTH.size:
+        raise _no_pack(pack, f"{size} bytes")
+    (length,) = _LENGTH.unpack(start)
+    if length > MAX_HEADER or length > size - _LENGTH.size:
+        raise _no_pack(pack, f"a header of {length:,} bytes in a file of {size:,}")
+    try:
+        header = json.loads(file.read(length), object_pairs_hook=_once, parse_constant=_refuse, parse_int=_integer)
+    except (ValueError, RecursionError) as error:
+        raise _no_pack(pack, f"a header that is not JSON ({in_words(error)})") from error
+    metadata = header.pop("__metadata__", None) if isinstance(header, dict) else None
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        raise _no_pack(pack, "another kind of file")
+    if metadata.get("format_version") != FORMAT_VERSION:
+        raise WeightsError(
+            "was packed by another version of featx",
+            where=pack,
+            expected=f"format_version {FORMAT_VERSION}",
+            found=str(metadata.get("format_version"))[:20],
+            hint="Install the same version of featx on both machines.",
+        )
+    if not header or set(metadata) != {"format", "format_version", *header}:
+        raise _no_pack(pack, "a list of hashes that does not match its files")
+    if any(len(name) > MAX_NAME for name in header):
+        raise _no_pack(pack, f"a name of more than {MAX_NAME} characters")
+    entries, first, end = [], _LENGTH.size + length, 0
+    for name, tensor in header.items():
+        offsets = tensor.get("data_offsets") if isinstance(tensor, dict) else None
+        if not (isinstance(offsets, list) and [type(n) for n in offsets] == [int, int]):
+            raise _no_pack(pack, f"no place of {name!r}")
+        low, high = offsets
+        if low != end or high <= low or tensor != {"dtype": "U8", "shape": [high - low], "data_offsets": offsets}:
+            raise _no_pack(pack, f"a place of {name!r} that is not the next one")
+        if high > size - first:
+            raise WeightsError(
+                "is cut off, or declares more than it holds",
+                where=pack,
+                expected=f"{first + high:,} bytes",
+                found=f"{size:,}",
+                hint="Copy it again. Nothing was added.",
+            )
+        if not isinstance(metadata[name], str) or not _SHA256.fullmatch(metadata[name]):
+            raise _no_pack(pack, f"no sha256 of {name!r}")
+        entries.append(_Entry(name, metadata[name], first + low, high - low))
+        end = high
+    if first + end != size:
+        raise _no_pack(pack, f"{plural(size - first - end, 'byte')} behind the last file")
+    return entries
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name is there twice")
+    return found
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no number here")
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 20:
+        raise ValueError("a number is too large")
+    return int(digits)
+
+
+def _known_network(name: str, pack: Path) -> CatalogueNetwork | TimmModel:
+    """The network of an entry, which has to be spelt as :func:`pack_weights` spells it."""
+    try:
+        network = _published(name)
+    except UsageError as error:
+        raise WeightsError(
+            f"holds weights of {name!r}, a network that is not known here",
+            where=pack,
+            hint="Install the same versions of featx and timm on both machines. Nothing was added.",
+        ) from error
+    if _spelling(network) != name:
+        raise _no_pack(pack, f"{name!r} for {_spelling(network)!r}")
+    return network
+
+
+def _check_whole(file: BinaryIO, size: int, expected: str, pack: Path, advance: Advance | None) -> None:
+    file.seek(0)
+    sha256 = _hash_of(file, size, pack, advance)
+    if sha256 != expected:
+        raise WeightsError(
+            "is not the pack that was meant",
+            where=pack,
+            expected=f"sha256 {expected}",
+            found=f"sha256 {sha256}",
+            hint="Nothing was added.",
+        )
+
+
+def _recognised(entry: _Entry, network: CatalogueNetwork | TimmModel, vouched: bool, pack: Path) -> Known:
+    """What an entry is known by, before a byte of it is read; WeightsError where that is too little."""
+    if not isinstance(network, CatalogueNetwork):
+        return "safetensors"
+    weights = network.published
+    if not entry.sha256.startswith(weights.sha256_prefix):
+        raise WeightsError(
+            f"the weights for {entry.name} are not those that were published for it",
+            where=pack,
+            expected=f"sha256 {weights.sha256_prefix}",
+            found=f"sha256 {entry.sha256}",
+            hint="Nothing was added.",
+        )
+    if weights.sha256:
+        return "sha256"
+    if not vouched:
+        raise WeightsError(
+            f"the weights for {entry.name} are a torch file of which featx knows only the first digits of the sha256, "
+            f"{weights.sha256_prefix}",
+            where=pack,
+            hint="Give the sha256 of the pack, which featx weights pack printed where it was made: --sha256 DIGITS. "
+            "Nothing was added.",
+        )
+    return "digits"
+
+
+def _already(network: CatalogueNetwork | TimmModel, entry: _Entry, pack: Path) -> Path | None:
+    """Where these weights are already; WeightsError if others are there that this would change in silence."""
+    here: Path | None = network.local()
+    if here is None or sha256_file(here) == entry.sha256:
+        return here
+    if isinstance(network, CatalogueNetwork):
+        return None  # what is here is not what was published, and is replaced by what is
+    raise WeightsError(
+        f"other weights of {entry.name} are on this machine already",
+        where=pack,
+        expected=f"sha256 {entry.sha256}",
+        found=f"{here} with another",
+        hint="Delete that file first if you want these. Nothing was added.",
+    )
+
+
+@contextlib.contextmanager
+def _room(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path``; OSErrors of whatever is done with it in words."""
+    try:
+        with temporary(path) as temp:
+            yield temp
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def _extract(file: BinaryIO, entry: _Entry, temp: Path, pack: Path, advance: Advance | None) -> None:
+    file.seek(entry.start)
+    digest, done = hashlib.sha256(), 0
+    with temp.open("wb") as out:
+        for block in _blocks(file, entry.size, pack):
+            out.write(block)
+            digest.update(block)
+            done += len(block)
+            if advance is not None:
+                advance(done, entry.size, entry.name)
+    if digest.hexdigest() != entry.sha256:
+        raise WeightsError(
+            f"the weights for {entry.name} are damaged",
+            where=pack,
+            expected=f"sha256 {entry.sha256}",
+            found=f"sha256 {digest.hexdigest()}",
+            hint="Copy it again. Nothing was added.",
+        )
+    fsync_path(temp)
+
+
+def _check_fits(network: TimmModel, temp: Path, entry: _Entry, pack: Path) -> None:
+    """WeightsError unless a file is safetensors, and fills the network."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(temp), "pt") as tensors:
+            tensors.keys()
+    except SafetensorError as error:
+        raise WeightsError(
+            f"the weights for {entry.name} are no safetensors file, and known by no hash",
+            where=pack,
+            found=in_words(error),
+            hint="Nothing was added.",
+        ) from error
+    try:
+        network.check_fits(temp)
+    except WeightsError as error:
+        raise WeightsError(
+            f"the weights for {entry.name} are those of another network",
+            where=pack,
+            found=str(error.found),
+            hint="Nothing was added.",
+        ) from error
+
+
+def _hash_of(file: BinaryIO, size: int, path: Path, advance: Advance | None) -> str:
+    digest, done = hashlib.sha256(), 0
+    for block in _blocks(file, size, path):
+        digest.update(block)
+        done += len(block)
+        if advance is not None:
+            advance(done, size, f"checking {path.name}")
+    return digest.hexdigest()
+
+
+def _blocks(file: BinaryIO, size: int, path: Path) -> Iterator[bytes]:
+    """Exactly so many bytes from where the file stands."""
+    left = size
+    while left:
+        try:
+            block = file.read(min(left, _BLOCK))
+        except OSError as error:
+            raise WeightsError(f"cannot be read ({in_words(error)})", where=path) from error
+        if not block:
+            raise WeightsError("became shorter while it was read", where=path, hint="Run it again.")
+        left -= len(block)
+        yield block
