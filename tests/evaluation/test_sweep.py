@@ -172,6 +172,7 @@ def test_default_shots_that_cannot_be_given_are_left_out_and_named() -> None:
         sweep_heads(rows, labels, class_names=names, heads=["ridge"], shots=(5, 10), n_jobs=1)
 
 
+@pytest.mark.slow
 def test_a_small_class_takes_no_size_from_the_others() -> None:
     """At the sizes that it does not reach the others are compared as if it were not there."""
     rows, labels, names = blobs([30, 4, 30, 30])

@@ -393,6 +393,7 @@ def test_bytes_at_hand_are_tried_once_and_only_while_wanted(source: Path, broken
         assert np.array_equal(decoded.pixels, pixels(good, PREPROCESS))
 
 
+@pytest.mark.slow
 def test_metadata_that_takes_long_makes_an_image_heavy_and_then_refused() -> None:
     """In seconds of a processor, so a busy machine changes nothing; chunks before the pixels, and after them."""
     good = encode(np.asarray(picture(1)))

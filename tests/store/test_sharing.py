@@ -162,6 +162,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_eight_processes_read_the_same(method: str, tmp_path: Path) -> None:
     """By a reader that they inherit, that is sent to them, and that they open themselves.
