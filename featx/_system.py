@@ -57,6 +57,18 @@ def confine() -> None:
                 raise OSError(ctypes.get_errno(), "prctl failed")
 
 
+def stand_back() -> None:
+    """Let this process run only while others leave a processor idle.
+
+    Linux has a class for it, beside which the lowest priority still slows a network that computes on all processors;
+    elsewhere the lowest priority has to do.
+    """
+    os.nice(19)
+    if _LINUX:
+        with contextlib.suppress(PermissionError):  # a sandbox may forbid to choose a class
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
 def end_with_parent(parent: int) -> None:
     """Make this process end within a second of its parent, the process ``parent``, by a thread that looks.
 

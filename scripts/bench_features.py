@@ -4,7 +4,7 @@
     python scripts/bench_features.py SET [SET ...] [--out data/bench/features.json] [--episodes 10] [--images 40]
 
 Each SET is a folder of class folders. It is extracted twice, by the three networks of the recipes, into stores beside
-the result: one centre crop, and the views of the recipe "best"; both with that recipe's layers. Then, on the same draws:
+the result: one centre crop, and the views of the recipe "best"; both with the layers of that. Then, on the same draws:
 
 - peer: L2-normalised, LinearSVC, cost by 3-fold cross-validation (VISSL), on efficientnet_lite0, one centre crop;
 - pixels: featx's recommended head on thumbnails of 16 x 16 pixels, without a network;

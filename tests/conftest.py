@@ -66,6 +66,17 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def no_workers_unless_asked_for() -> Iterator[None]:
+    """Sweeps run in one process, as with one core: to start joblib's workers took most of the time of small ones.
+
+    Tests of workers say how many.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOKY_MAX_CPU_COUNT", "1")
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def no_waiting_for_the_disk() -> Iterator[None]:
     """In this process fsync returns at once: it is for power cuts, and took most of the time of small stores.
 
@@ -108,13 +119,14 @@ def featx(warm: Warm) -> Featx:
 
     def run(*arguments: object, cwd: Path | None = None, env: dict[str, str] | None = None) -> Ran:
         words = [*map(str, arguments)]
-        if env is None:
-            ran = Ran(*warm.run(words, cwd, {**os.environ, "COLUMNS": "120"}, timeout=240))
-        else:  # which may count while modules are imported
+        whole = {**os.environ, "COLUMNS": "120", **(env or {})}
+        if not {"PYTHONPATH", "RAY_ADDRESS"} & {*(env or ())}:
+            ran = Ran(*warm.run(words, cwd, whole, timeout=240))
+        else:  # these count while modules are imported
             done = subprocess.run(
                 [sys.executable, "-W", "error", "-m", "featx", *words],
                 cwd=cwd,
-                env={**os.environ, "COLUMNS": "120", **env},
+                env=whole,
                 capture_output=True,
                 text=True,
                 timeout=240,

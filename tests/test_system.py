@@ -63,3 +63,10 @@ print(*resource.getrlimit(resource.RLIMIT_NOFILE))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["100", "150", "200", "200", "200"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a class for what stands back")
+def test_what_stands_back_runs_only_on_an_idle_processor() -> None:
+    code = "from featx import _system; import os; _system.stand_back(); print(os.nice(0), os.sched_getscheduler(0))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["19", str(os.SCHED_IDLE)]

@@ -2,7 +2,8 @@
 
 This is all that a child of :class:`featx.images.pool.DecoderPool` runs. It speaks by short messages over a socket: the
 parent names an image (or brings its bytes), the child answers with its digest; the parent asks for the pixels if that
-content is new, each network's for itself. A parent that serves strangers asks first how much work they are.
+content is new, each network's for itself. A parent that serves strangers asks first how much work they are, and says
+how long both may take.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featx._system import OutOfTime, confine, limited_memory, limited_time
+from featx._system import OutOfTime, confine, limited_memory, limited_time, stand_back
 from featx.errors import ImageError
 from featx.images.child import READY, speak_to_nobody
 from featx.images.origin import MAX_BYTES, too_many_bytes
@@ -33,13 +34,15 @@ READ, PART, HERE, WEIGH, DECODE = b"R", b"P", b"H", b"W", b"G"
 """What the parent asks: read a file, read a part of one, take these bytes; then, weigh them, decode them. The last one
 is followed by a byte for each set of pixels that is wanted: its place among the settings' looks."""
 
+LATE = b"T"
+"""The answer where weighing or decoding took more of a processor than the parent allows."""
+
 PLACE = struct.Struct("<QQ")
 TIMES = struct.Struct("<dd")
 WEIGHT = struct.Struct("<Q")
-
-HEADER_SECONDS = 0.1
-"""Of a processor, to read a header with its metadata: an honest one takes some milliseconds. Formats let a small file
-have millions of chunks, segments, comments or tags, and Pillow walks through them in Python."""
+SECONDS = struct.Struct("<d")
+"""Of a processor, which weighing or decoding may take; 0 for any. Only Python is stopped, not native code: formats let
+a small file have millions of chunks, segments, comments or tags, and Pillow walks through them in Python."""
 
 _SPARE = 256 * 2**20
 """Bytes for decoding beside those that every pixel needs."""
@@ -50,7 +53,8 @@ def serve(socket_handle: int) -> None:
     with contextlib.suppress(EOFError, ConnectionError), Connection(socket_handle) as parent:
         confine()
         settings = json.loads(parent.recv_bytes())
-        os.nice(settings["nice"])
+        if settings["background"]:
+            stand_back()
         looks = [Looks(Preprocess.from_json(each["preprocess"]), each["views"]) for each in settings["looks"]]
         data = b""
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # it would be ignored if it was so in a parent of the parent
@@ -63,9 +67,12 @@ def serve(socket_handle: int) -> None:
             pixels: list[NDArray[np.uint8]] = []
             try:
                 if message[:1] == DECODE:
-                    answer, pixels = _decode(data, [looks[place] for place in message[1:]], settings)
-                elif message == WEIGH:
-                    answer = b"W" + WEIGHT.pack(_weigh(data, settings["max_pixels"]))
+                    with _limited(message):
+                        places = message[1 + SECONDS.size :]
+                        answer, pixels = _decode(data, [looks[place] for place in places], settings)
+                elif message[:1] == WEIGH:
+                    with _limited(message), limited_memory(BYTES_PER_PIXEL * settings["max_pixels"] + _SPARE):
+                        answer = b"W" + WEIGHT.pack(weigh(data, max_pixels=settings["max_pixels"]))
                 else:
                     started = time.perf_counter()
                     data = _take(message)
@@ -74,6 +81,8 @@ def serve(socket_handle: int) -> None:
                     answer = b"D" + digest + TIMES.pack(read - started, time.perf_counter() - read)
             except ImageError as error:
                 answer = b"E" + json.dumps([error.reason, error.what[:4096]]).encode()
+            except OutOfTime:
+                answer, pixels = LATE, []
             signal.setitimer(signal.ITIMER_REAL, 0)
             parent.send_bytes(answer)
             for each in pixels:
@@ -82,15 +91,10 @@ def serve(socket_handle: int) -> None:
                     left = left[os.write(socket_handle, left) :]
 
 
-def _weigh(data: bytes, max_pixels: int) -> int:
-    """How much work decoding is; ImageError where only to learn that is more than a photo's header can take."""
-    try:
-        with limited_memory(BYTES_PER_PIXEL * max_pixels + _SPARE), limited_time(HEADER_SECONDS):
-            return weigh(data, max_pixels=max_pixels)
-    except OutOfTime:
-        raise ImageError(
-            "too_costly", "its header is far larger than a photo's; save it again with any program"
-        ) from None
+def _limited(message: bytes) -> contextlib.AbstractContextManager[None]:
+    """The limit that a message names."""
+    (seconds,) = SECONDS.unpack_from(message, 1)
+    return limited_time(seconds) if seconds else contextlib.nullcontext()
 
 
 def _decode(data: bytes, looks: list[Looks], settings: dict[str, Any]) -> tuple[bytes, list[NDArray[np.uint8]]]:

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from featx._files import uninterrupted
 from featx.errors import FeatxError, ImageError
 from featx.images.child import ATTEMPTS, Child
-from featx.images.decoder import DECODE, HERE, PART, PLACE, READ, TIMES, WEIGH, WEIGHT
+from featx.images.decoder import DECODE, HERE, LATE, PART, PLACE, READ, SECONDS, TIMES, WEIGH, WEIGHT
 from featx.images.fetchers import Fetchers, Fetching
 from featx.images.origin import MAX_BYTES as MAX_BYTES, Fetched, Origin, Part
 from featx.images.pixels import MAX_PIXELS, Preprocess
@@ -53,6 +53,14 @@ _STEP = 0.1
 TIMEOUT = 30.0
 """Seconds that one image may take; the slowest honest one (89 megapixels of PNG) takes about five."""
 
+HEADER_SECONDS = 0.1
+"""Of a processor, to read a header with its metadata, where strangers are served; an honest one takes 2 ms."""
+
+LIGHT_HEADER_SECONDS = 0.01
+"""The same for an image that is not to be heavy; kernels count in steps of some milliseconds."""
+
+SECONDS_A_PIXEL = 1e-6
+"""Of a processor, in addition, to decode; the slowest formats take a tenth."""
 
 Seconds = tuple[float, float, float, float]
 """Time in a worker for reading, hashing, decoding and resizing."""
@@ -82,11 +90,7 @@ class NoDecoder(FeatxError):
 
 
 class TooHeavy(Exception):
-    """The image costs more than the caller wants to spend here; ``weight`` as of :func:`featx.images.pixels.weigh`."""
-
-    def __init__(self, weight: int) -> None:
-        super().__init__(f"an image as heavy as {weight:,} pixels")
-        self.weight = weight
+    """The image costs more than the caller wants to spend here."""
 
 
 class DecoderPool:
@@ -100,7 +104,7 @@ class DecoderPool:
     mode : of :data:`featx.images.pixels.DECODE_MODES`.
     max_pixels : a larger image is refused by its header.
     views : names of :data:`featx.images.views.VIEWS`; of several, an image's pixels are a stack (v, h, w, 3).
-    nice : how far the processes stand back for others, 0 to 19.
+    background : let the processes run only while others leave a processor idle.
     others : further ways to look at each image, which is decoded once for all.
     wanted : called with a digest, from several threads; the places of what is wanted of this content, 0 for the pool's
         own pixels and 1 and up for ``others``. By default all of them.
@@ -116,7 +120,7 @@ class DecoderPool:
         mode: str = "full",
         max_pixels: int = MAX_PIXELS,
         views: Sequence[str] = CENTER,
-        nice: int = 0,
+        background: bool = False,
         others: Sequence[Looks] = (),
         wanted: Callable[[bytes], Sequence[int]] | None = None,
         hashed: bool = False,
@@ -128,7 +132,7 @@ class DecoderPool:
         self._children: list[_Child] = []
         try:
             for _ in range(workers):
-                child = _Child(looks, timeout, mode, max_pixels, nice, wanted or (lambda digest: every), hashed=hashed)
+                child = _Child(looks, timeout, mode, max_pixels, wanted or (lambda digest: every), background, hashed)
                 self._children.append(child)
         except BaseException:
             for child in self._children:
@@ -220,10 +224,13 @@ class DecoderPool:
     def decode(self, data: bytes, *, wanted: Callable[[], bool], heaviest: float = math.inf) -> Decoded | None:
         """What becomes of an image file's bytes, without a second try; None when they were not wanted any more.
 
+        What takes far more of a processor than its pixels account for is refused as "too_costly".
+
         Parameters
         ----------
         wanted : asked now and then; when it says no, the work is ended.
-        heaviest : a heavier image raises TooHeavy before it is decoded.
+        heaviest : an image with a larger weight (:func:`featx.images.pixels.weigh`) raises TooHeavy before it is
+            decoded, and one with a costly header (or other metadata) as soon as that shows.
 
         Raises
         ------
@@ -272,6 +279,8 @@ class _Lost(Exception):
 
 _UNWANTED = "unwanted"
 
+_COSTLY = "its header or metadata is far larger than a photo's; save it again with any program"
+
 
 class _Child(Child):
     """One decoding process."""
@@ -285,9 +294,8 @@ class _Child(Child):
         timeout: float,
         mode: str,
         max_pixels: int,
-        nice: int,
         places: Callable[[bytes], Sequence[int]],
-        *,
+        background: bool,
         hashed: bool,
     ) -> None:
         self.timeout, self._shapes, self._places = timeout, [each.shape for each in looks], places
@@ -296,7 +304,7 @@ class _Child(Child):
             "timeout": timeout,
             "mode": mode,
             "max_pixels": max_pixels,
-            "nice": nice,
+            "background": background,
             "hashed": hashed,
         }
         super().__init__(settings)
@@ -306,11 +314,12 @@ class _Child(Child):
         request: bytes,
         known: Callable[[bytes], bool],
         wanted: Callable[[], bool] | None = None,
-        heaviest: float = math.inf,
+        heaviest: float | None = None,
     ) -> Decoded:
-        """What becomes of one image; _Lost when the process does not survive it."""
+        """What becomes of one image, weighed first if ``heaviest`` is given; _Lost when the process ends on it."""
         self.wait_until_ready()
         digest: bytes | None = None
+        seconds = 0.0
         try:
             self._socket.send_bytes(request)
             answer = self._answer(digest, wanted)
@@ -319,17 +328,23 @@ class _Child(Child):
                 digest, reading = answer[1:33], TIMES.unpack(answer[33:])
                 if known(digest):
                     return Decoded(digest, seconds=(*reading, 0.0, 0.0))
-                if heaviest < math.inf:
-                    self._socket.send_bytes(WEIGH)
+                if heaviest is not None:
+                    seconds = LIGHT_HEADER_SECONDS if heaviest < math.inf else HEADER_SECONDS
+                    self._socket.send_bytes(WEIGH + SECONDS.pack(seconds))
                     answer = self._answer(digest, wanted)
                     if answer[:1] == b"W":
                         (weight,) = WEIGHT.unpack(answer[1:])
                         if weight > heaviest:
-                            raise TooHeavy(weight)
+                            raise TooHeavy
+                        seconds += SECONDS_A_PIXEL * weight
                 places = self._places(digest)
-                if answer[:1] != b"E":
-                    self._socket.send_bytes(DECODE + bytes(places))
+                if answer[:1] in (b"D", b"W"):
+                    self._socket.send_bytes(DECODE + SECONDS.pack(seconds) + bytes(places))
                     answer = self._answer(digest, wanted)
+            if answer == LATE:
+                if heaviest is not None and heaviest < math.inf:
+                    raise TooHeavy
+                return Decoded(digest, refusal=ImageError("too_costly", _COSTLY))
             if answer[:1] == b"E":
                 reason, message = json.loads(answer[1:])
                 return Decoded(digest, refusal=ImageError(reason, message))

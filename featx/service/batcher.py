@@ -5,8 +5,9 @@ decoding processes (the same that extraction uses) take them from there; each of
 decoded into a batch. A batch starts when it is full, or when nothing more is about to join it. Whoever stops waiting
 for an answer says so, and the work is skipped, or ended, wherever it has got to.
 
-Some files are small and cost much: 34 bytes of WebP may declare fifty megapixels. What is that heavy waits for a
-process of its own, which stands back for all others, so that it slows nobody but its like.
+Some files are small and cost much: 34 bytes of WebP may declare fifty megapixels, and to read a header may take
+seconds. What is that heavy waits for a process of its own, which stands back for all others, so that it slows nobody
+but its like.
 
 Threads only; nothing here knows of HTTP.
 """
@@ -55,9 +56,6 @@ _LIGHT_PIXELS, _PIXELS_A_BYTE = 4_000_000, 64
 
 HEAVY_QUEUE = 4
 """Heavy images that may wait; more are refused as when the queue is full."""
-
-_BACK = 19
-"""How far the process for heavy images stands back."""
 
 _RETRY = 1.0
 """Seconds between two attempts to start a decoding process, while nobody asks for one."""
@@ -146,7 +144,7 @@ class Batcher:
         self._queue: deque[Job] = deque()
         self._heavy: deque[Job] = deque()
         self._ready: deque[Job] = deque()
-        self._decoding = 0
+        self._decoding: set[int] = set()  # numbers of threads
         self._shortage: dict[int, str] = {}
         self._running: dict[int, float] = {}
         self._batch_seconds = 0.1
@@ -168,7 +166,7 @@ class Batcher:
                     workers=1,
                     timeout=DECODE_TIMEOUT,
                     max_pixels=self.max_pixels,
-                    nice=_BACK if number == self._workers else 0,
+                    background=number == self._workers,
                 )
                 self._pools.append(started.enter_context(pool))
             self._stack = started.pop_all()
@@ -227,7 +225,7 @@ class Batcher:
     @property
     def waiting(self) -> int:
         """Images that are accepted and not yet in a batch."""
-        return len(self._queue) + len(self._heavy) + self._decoding + len(self._ready)
+        return len(self._queue) + len(self._heavy) + len(self._decoding) + len(self._ready)
 
     def retry_after(self) -> int:
         """Seconds until there should be room again."""
@@ -316,12 +314,12 @@ class Batcher:
                     continue
                 job = queue.popleft()
                 job.tries += 1
-                self._decoding += 1
+                self._decoding.add(number)
             try:
                 found = self._decode_one(pool, job, heavy)
             finally:
                 with self._changed:
-                    self._decoding -= 1
+                    self._decoding.remove(number)
             if found is None:
                 with self._changed:
                     job.data = b""
@@ -404,7 +402,8 @@ class Batcher:
 
     def _patience(self) -> float:
         """Seconds for which the oldest image should wait for company."""
-        if not self._running and not self._queue and not self._decoding:
+        # A heavy image may take seconds: nobody waits for it.
+        if not self._running and not self._queue and not self._decoding - {self._workers}:
             return 0.0
         # Another batch is running, or images are being decoded: half a batch's time costs nobody much.
         return self._ready[0].ready_at + self._batch_seconds / 2 - time.monotonic()

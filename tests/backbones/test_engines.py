@@ -39,11 +39,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="session")
 def files() -> list[bytes]:
-    """200 real photos where there are some; else scikit-learn's two and pictures made here, in several shapes."""
+    """48 real photos where there are some; else scikit-learn's two and pictures made here, in several shapes."""
     folder = os.environ.get("FEATX_PHOTOS")
     if folder:
         paths = sorted(Path(folder).rglob("*.jp*g"))
-        chosen = np.random.default_rng(0).choice(len(paths), 200, replace=False)
+        chosen = np.random.default_rng(0).choice(len(paths), 48, replace=False)
         return [paths[i].read_bytes() for i in chosen]
     from sklearn.datasets import load_sample_images
 

@@ -104,6 +104,7 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, variables: dict[str
     assert cache_folder() == Path(folder)
 
 
+@pytest.mark.slow
 @pytestmark_openvino
 def test_a_cache_that_cannot_be_written_is_said(
     small: Backbone, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

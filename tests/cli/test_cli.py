@@ -83,7 +83,7 @@ def test_info_verify_and_pack(store: Path, tmp_path: Path, featx: Featx) -> None
 @pytest.mark.slow
 def test_sweep_ranks_heads_and_writes_a_report(store: Path, tmp_path: Path, featx: Featx) -> None:
     arguments = ("sweep", store, "--shots", "1,5", "--episodes", 5, "--out", tmp_path / "report")
-    ran = featx(*arguments, "--json")
+    ran = featx(*arguments, "--json", "--n-jobs", 2)
     assert ran.code == 0, ran.err
     found = ran.json
     assert {row["head"] for row in found["results"]} >= {"logreg", "linear_svm", "ridge", "lda", "knn"}

@@ -113,12 +113,15 @@ def test_one_shot_takes_the_stated_defaults(result: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n_jobs", [2])
-def test_the_result_does_not_depend_on_the_number_of_workers(result: Any, n_jobs: int) -> None:
+def test_the_result_does_not_depend_on_the_number_of_workers(result: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One here, against by default one a core."""
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "2")
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1}, raising=False)
     rows, labels, names = blobs([40, 30, 35])
     seen: list[tuple[int, int, str]] = []
     again = sweep_heads(
-        rows, labels, class_names=names, episodes=6, shots=(1, 5, 12, "all"), n_jobs=n_jobs,
+        rows, labels, class_names=names, episodes=6, shots=(1, 5, 12, "all"),
         progress=lambda *args: seen.append(args),
     )  # fmt: skip
     drop = {"seconds", "fit_seconds"}
@@ -169,6 +172,7 @@ def test_default_shots_that_cannot_be_given_are_left_out_and_named() -> None:
         sweep_heads(rows, labels, class_names=names, heads=["ridge"], shots=(5, 10), n_jobs=1)
 
 
+@pytest.mark.slow
 def test_a_small_class_takes_no_size_from_the_others() -> None:
     """At the sizes that it does not reach the others are compared as if it were not there."""
     rows, labels, names = blobs([30, 4, 30, 30])

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 ROWS = 2400
 """Half of them, labelled and for training, have 2.5 MB: joblib hands arrays over 1 MB to workers in files."""
 
-SWEEP = ("--heads", "logreg,knn", "--shots", "5,20", "--episodes", "30", "--n-jobs", "2", "--json")
+SWEEP = ("--heads", "logreg,knn", "--shots", "5,20", "--episodes", "12", "--n-jobs", "2", "--json")
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,11 @@ import gc
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,12 +22,12 @@ import numpy as np
 import psutil  # type: ignore[import-untyped]
 import pytest
 import storekit
-from conftest import TESTS, Featx
+from conftest import TESTS, Featx, picture
 from storekit import PREPROCESS, light_backbone, png_folders, refused_of
 
 from featx.errors import FeatxError
 from featx.extraction.run import extract_features
-from featx.images.pixels import pixels
+from featx.images.pixels import encode, pixels
 from featx.images.pool import Decoded, DecoderPool, TooHeavy
 from featx.images.source import ImageSet
 from featx.store.reader import read_features
@@ -389,3 +391,23 @@ def test_bytes_at_hand_are_tried_once_and_only_while_wanted(source: Path, broken
         decoded = pool.decode(good, wanted=lambda: True, heaviest=10**6)
         assert decoded is not None and decoded.pixels is not None
         assert np.array_equal(decoded.pixels, pixels(good, PREPROCESS))
+
+
+@pytest.mark.slow
+def test_metadata_that_takes_long_makes_an_image_heavy_and_then_refused() -> None:
+    """In seconds of a processor, so a busy machine changes nothing; chunks before the pixels, and after them."""
+    good = encode(np.asarray(picture(1)))
+    idat = good.index(b"IDAT") - 4
+    chunks = b"\0\0\0\0teSt" + struct.pack(">I", zlib.crc32(b"teSt"))
+    with DecoderPool(PREPROCESS, workers=1) as pool:
+        for place in (idat, len(good) - 12):
+            costly = good[:place] + chunks * 500_000 + good[place:]
+            with pytest.raises(TooHeavy):
+                pool.decode(costly, wanted=lambda: True, heaviest=10**6)
+            refused = pool.decode(costly, wanted=lambda: True)
+            assert refused is not None and refused.refusal is not None
+            assert (refused.refusal.reason, refused.pixels) == ("too_costly", None)
+            assert refused.refusal.what.startswith("its header or metadata is far larger than a photo's")
+            decoded = pool.decode(good, wanted=lambda: True, heaviest=10**6)  # by the same process
+            assert decoded is not None and decoded.pixels is not None
+            assert np.array_equal(decoded.pixels, pixels(good, PREPROCESS))

@@ -267,6 +267,7 @@ def test_encrypted_members_and_zips_of_the_future_are_refused(raw: bytes, offset
         parse_bundle(marked(raw, offset, value), WHERE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decode", [None, 3, "full", ["mode"], {"mode": 3}, {"mode": None}])
 def test_a_model_that_was_decoded_in_no_known_way_names_the_field(raw: bytes, decode: Any) -> None:
     provenance = {**network_provenance(), "decode": decode}

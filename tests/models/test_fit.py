@@ -204,6 +204,7 @@ def test_a_class_that_is_hardly_recognised_is_named() -> None:
     assert warnings_of(balanced.metrics, balanced.threshold, 0.05) == []
 
 
+@pytest.mark.slow
 def test_of_several_heads_the_sweeps_winner_is_taken() -> None:
     rows, labels = clusters(3, 30)
     fitted = fit_head(rows, labels, class_names=["a", "b", "c"], heads=["knn", "logreg"], n_jobs=1)

@@ -159,6 +159,7 @@ def test_the_page_is_one_file_that_loads_nothing_and_escapes_names(result: Sweep
         assert f"{100 * each.accuracy.mean:.1f}" in words
 
 
+@pytest.mark.slow
 def test_the_page_leads_with_what_to_do_and_folds_the_hashes_away(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     labels = np.repeat([0, 1], 40)

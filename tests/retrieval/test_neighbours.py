@@ -203,6 +203,7 @@ def test_query_expansion_by_hand() -> None:
 # --- the approximate index ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @needs_faiss
 @pytest.mark.parametrize("d", [32, 300])
 def test_the_approximate_index_reaches_the_recall_that_it_states(d: int) -> None:

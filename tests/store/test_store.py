@@ -38,7 +38,7 @@ from featx.store.reader import FeatureReader, read_features
 from featx.store.tools import content_hash, info, pack, verify
 from featx.store.writer import StoreWriter
 
-FLIPS = 1000
+FLIPS = 500
 
 
 # --- flipped bytes ------------------------------------------------------------------------------------------------
@@ -47,7 +47,7 @@ FLIPS = 1000
 @pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True], ids=["store", "packed"])
 def test_a_thousand_flipped_bytes(packed: bool, tmp_path: Path) -> None:
-    """Half of them anywhere by size, half in each file alike; single bits and whole bytes."""
+    """In both kinds together. Half anywhere by size, half in each file alike; single bits and whole bytes."""
     names = names_of(200)
     refused = [Refused(f"x/{i}.png", "ab" * 32, "corrupt", "broken data stream") for i in range(5)]
     store = make_store(tmp_path / "s.featx", names, shard_rows=90, refused=refused)
