@@ -23,11 +23,12 @@ from featx.evaluation.splits import KShotSplit
 from featx.evaluation.sweep import sweep_heads
 from featx.heads.catalogue import HEADS, Head, mean_squared_norm
 from featx.heads.folds import fold_numbers
+from featx.heads.layers import Layers
 from featx.heads.normalise import Normalise
 from featx.heads.scorer import softmax
 from featx.heads.selection import choose, out_of_fold_losses, search_penalty
 from featx.heads.solvers.rows import temperature
-from featx.reports.sweep import conclusion, render_page
+from featx.reports.sweep import conclusion, feature_rows, features_sentence, render_page, worth_sentence
 
 
 @pytest.fixture(scope="module")
@@ -388,3 +389,40 @@ def test_a_journal_of_another_plan_is_not_used(tmp_path: Path) -> None:
     path.with_name("file").write_text("")
     with pytest.raises(UsageError, match="cannot write the journal"):
         sweep_heads(rows, labels, class_names=names, shots=(1,), n_jobs=1, journal=path.with_name("file") / "x")
+
+
+def test_the_pixels_baseline_is_judged_on_the_same_draws_and_wins_nothing() -> None:
+    rows, labels, names = blobs([60, 50])
+    rng = np.random.default_rng(0)
+    pixels = np.clip(60 * labels[:, None] + rng.integers(0, 60, (len(labels), 48)), 0, 255).astype(np.uint8)
+    plan: dict[str, Any] = {"class_names": names, "shots": (1, 20), "episodes": 6, "n_jobs": 1}
+    noise = rng.normal(size=rows.shape)
+    found = sweep_heads(noise, labels, heads=("ridge", "knn"), pixels=pixels, **plan)
+    alone = sweep_heads(pixels / np.float32(255), labels, heads=("ridge",), near_duplicates=None, **plan)
+    assert [t.accuracy for t in found.pixels] == [t.accuracy for t in alone.trials]
+    assert found.heads == ("ridge", "knn") and found.winner in found.heads
+    assert {each.head for each in found.results} == {"ridge", "knn"}
+    for n_shots, each in zip(found.shots, found.baseline, strict=True):
+        means = [np.mean([t.accuracy for t in found.of(head, n_shots)]) for head in (found.winner, "pixels")]
+        assert each.difference.interval.mean == pytest.approx(means[0] - means[1])
+    assert found.baseline[-1].difference.verdict == "worse"
+    told = found.to_json()["pixels_baseline"]
+    assert [each["n_shots"] for each in told] == [1, 20] and told[1]["verdict"] == "worse"
+    assert "Raw pixels without any network are" in worth_sentence(found)
+    without = sweep_heads(noise, labels, heads=("ridge", "knn"), **plan)
+    assert [t.row() for t in without.trials] == [t.row() for t in found.trials]
+    assert without.pixels == () and without.to_json()["pixels_baseline"] == [] and worth_sentence(without) == ""
+
+
+def test_features_are_ranked_with_one_head_for_all() -> None:
+    rows, labels, names = blobs([30, 25])
+    both = np.hstack([np.random.default_rng(0).normal(size=rows.shape), rows])
+    layers = Layers({"noise": rows.shape[1], "good": rows.shape[1]}, {"noise": "noise", "good": "good"})
+    found = sweep_heads(both, labels, class_names=names, shots=(5,), episodes=4, n_jobs=1, layers=layers)
+    assert list(found.by_features.values())[-1] == "ridge@noise"
+    assert set(found.by_features) == {"noise", "good", "joined"}
+    assert {each["features"] for each in found.to_json()["results"]} == {"noise", "good", "joined"}
+    (first, *_, last) = feature_rows(found)
+    assert first.features in ("good", "joined") and last.features == "noise"
+    assert first.cells[0][0].mean > last.cells[0][0].mean + 0.2
+    assert features_sentence(found).startswith(f"Best features: {first.features}, ")

@@ -12,7 +12,7 @@ from conftest import Featx, class_folders
 from numpy.typing import NDArray
 from sklearn.linear_model import RidgeClassifier
 
-from featx._arrays import COMBINED
+from featx._arrays import COMBINED, JOINED
 from featx.backbones.engines.base import layer_place, of_layer
 from featx.errors import UsageError
 from featx.evaluation.splits import KShotSplit
@@ -87,6 +87,32 @@ def test_the_kinds_are_unit_layers_by_their_share() -> None:
         np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1.0, atol=1e-3)
     rows[0, :6] = 0.0
     assert np.isfinite(Normalise(LAYERS.kinds()[2]).fit_transform(rows)).all()
+
+
+def test_several_networks_are_joined_in_equal_parts_before_anything_else() -> None:
+    joined = Layers({"a/early": 3, "a": 4, "b": 5}, {"a/early": "a", "a": "a", "b": "b"})
+    assert joined.references == ("a", "b") and joined.reference == "a" and joined.whole == JOINED
+    assert joined.columns(JOINED) == (0, 12) and joined.columns("b") == (7, 12)
+    half = np.sqrt(0.5)
+    weights = [[weight for _, weight in blocks_of(kind)] for kind in joined.kinds()]
+    assert weights[0] == pytest.approx([0.0, half, half], abs=1e-4)
+    for each, share in zip(weights[1:], SHARES[1:], strict=False):
+        assert np.square(each) == pytest.approx([share, (1 - share) / 2, (1 - share) / 2], abs=1e-3)
+    assert weights[-2:] == [pytest.approx([0, 1, 0]), pytest.approx([0, 0, 1])]  # one network alone, at last
+    chosen = joined.heads(HEADS, None, None)
+    assert set(chosen) == {f"{name}@joined" for name in HEADS} | {f"ridge@{name}" for name in joined.names}
+
+
+def test_a_network_that_sees_nothing_is_left_out_where_there_is_evidence() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(3), 40)
+    good = 0.6 * rng.normal(size=(3, 20))[labels] + rng.normal(size=(120, 20))
+    rows = np.hstack([good, 50 * rng.normal(size=(120, 20))]).astype(np.float32)
+    head = Layers({"good": 20, "noise": 20}, {"good": "good", "noise": "noise"}).on(HEADS["ridge"], JOINED)
+    many = choose(head, rows, labels, np.arange(120))
+    assert [weight for _, weight in blocks_of(many.params["kind"])] == [1.0, 0.0]
+    few = choose(head, rows[::20], labels[::20], np.arange(6))
+    assert few.params["kind"] == head.kinds[0]
 
 
 def test_kinds_are_read_strictly() -> None:
