@@ -34,9 +34,9 @@ _LAYERS = ("blocks.4", "blocks.5", PENULTIMATE)
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
         "fast": Recipe({_SMALL[0]: _LAST}, ("center",), 1.0, "one small network, one view"),
-        "balanced": Recipe(dict.fromkeys(_SMALL, _LAST), ("center",), 4.5, "three small networks joined, one view"),
+        "balanced": Recipe(dict.fromkeys(_SMALL, _LAST), ("center",), 4.6, "three small networks joined, one view"),
         "best": Recipe(
-            dict.fromkeys(_SMALL, _LAYERS), ("center", "flip", "full", "full-flip", "zoom"), 22.0,
+            dict.fromkeys(_SMALL, _LAYERS), ("center", "flip", "full", "full-flip", "zoom"), 23.0,
             "the same networks, five views, and earlier layers",
         ),
     }
