@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 from featx._arrays import PENULTIMATE
 
@@ -25,6 +26,11 @@ class Recipe:
     views: tuple[str, ...]
     cost: float
     summary: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        backbones = {name: list(layers) for name, layers in self.backbones.items()}
+        return {"backbones": backbones, "views": list(self.views), "cost": self.cost, "summary": self.summary}
 
 
 _LAST = (PENULTIMATE,)

@@ -106,10 +106,11 @@ def backbones(
         _measure([info.name for info in chosen] if names else [], seconds)
     speeds = measured_speeds()
     if as_json:
-        from featx.backbones import ADVICE
+        from featx.backbones import ADVICE, RECIPES
 
         rows = [_row(info, speeds.get(info.stored_as)) for info in chosen]
-        print_json({"backbones": rows, "advice": [asdict(advice) for advice in ADVICE]})
+        recipes = {name: recipe.to_json() for name, recipe in RECIPES.items()}
+        print_json({"backbones": rows, "advice": [asdict(advice) for advice in ADVICE], "recipes": recipes})
     elif names:
         for info in chosen:
             _details(info, speeds.get(info.stored_as))
@@ -146,7 +147,7 @@ def _row(info: BackboneInfo, speed: Speed | None) -> dict[str, Any]:
 def _table(infos: list[BackboneInfo], speeds: dict[str, Speed]) -> None:
     from rich.table import Column, Table
 
-    from featx.backbones import ADVICE
+    from featx.backbones import ADVICE, RECIPES
 
     numbers = [Column(name, justify="right") for name in ("top-1", "images/s", "dims", "input", "params")]
     table = Table(Column("backbone", no_wrap=True), *numbers, "licence", "offline", box=None)
@@ -171,6 +172,9 @@ def _table(infos: list[BackboneInfo], speeds: dict[str, Speed]) -> None:
     for advice in ADVICE:
         text = f"{advice.images}: {' or '.join(advice.take)}. {advice.basis}"
         say(*textwrap.wrap(text, columns, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False))
+    say("", "Recipes (featx extract --recipe NAME), and the time of their networks:")
+    for name, recipe in RECIPES.items():
+        say(f"- {name}: {recipe.summary}, {recipe.cost:g} times")
     say("", "All that is known of one, and whose figures these are: featx backbones NAME.")
     say("Any timm model too, as timm:NAME. Weights of your own: --weights FILE.")
     say("A network of your own: --backbone FILE.py:CLASS (see featx guide features).")
