@@ -12,7 +12,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,21 +23,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 import featx.extraction.run
-from featx.backbones.backbone import Backbone
+from featx.backbones.backbone import Backbone, load_backbone
 from featx.errors import Interrupted
 from featx.extraction.parts import Part, extract_part, finish_parts
 from featx.extraction.run import ExtractSummary, extract_features
 from featx.images.pixels import Preprocess
 from featx.images.source import ImageSet
 from featx.store.index import Index, Refused, read_quarantine
-from featx.store.manifest import read_manifest
-from featx.store.reader import read_features
+from featx.store.manifest import name_of, read_manifest
+from featx.store.reader import FeatureReader, read_features
 from featx.store.shards import digest_keys, open_shard
 from featx.store.writer import StoreWriter
 
 SIDE = 8
 DIM = 8
 PREPROCESS = Preprocess(resize=SIDE, crop=(SIDE, SIDE), interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3)
+SIDES = {"tiny": SIDE, "wide": 12, "third": 5}
+"""Light backbones, and the sides of the images that they take."""
+
+THREE = ("tiny", "wide", "pixels")
 
 
 def provenance(**changes: Any) -> dict[str, Any]:
@@ -83,6 +89,13 @@ def names_of(count: int, first: int = 0) -> list[str]:
     return [f"bienen/käfer {i:06d}.png" for i in range(first, first + count)]
 
 
+def made_up(backbone: str, digests: Sequence[bytes], layer: int = 0) -> NDArray[np.float32]:
+    """The embedding by a backbone that belongs to each digest."""
+    if backbone == "pixels":
+        return (rows_of(digests, 768) + np.float32(8)) / np.float32(16)
+    return rows_of(digests, SIDES[backbone] + layer)
+
+
 def make_store(
     path: Path,
     names: Sequence[str] | None = None,
@@ -90,14 +103,23 @@ def make_store(
     shard_rows: int = 5,
     layers: Sequence[str] = ("penultimate",),
     refused: Sequence[Refused] = (Refused("x/bad.png", "", "empty", "the file is empty"),),
+    backbones: Sequence[str] = ("tiny",),
 ) -> Path:
-    """A finished store of made-up rows, written by the real writer."""
+    """A finished store of made-up rows, written by the real writer; of several backbones, with hashes."""
     names = names_of(12) if names is None else names
-    with StoreWriter(path, provenance(layers=list(layers)), shard_rows=shard_rows) as writer:
+    made = [provenance(backbone=name, layers=list(layers if name == "tiny" else layers[:1])) for name in backbones]
+    with StoreWriter(path, *made, shard_rows=shard_rows) as writer:
         for start in range(0, len(names), shard_rows):
             digests = [digest for digest in digests_of(names[start : start + shard_rows]) if not writer.has(digest)]
             if digests:
-                writer.add(digests, {"tiny": [rows_of(digests, DIM + i) for i in range(len(layers))]})
+                writer.add(
+                    digests,
+                    {
+                        each["backbone"]: [made_up(each["backbone"], digests, i) for i in range(len(each["layers"]))]
+                        for each in made
+                    },
+                    None if len(made) == 1 else np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32),
+                )
         writer.finish(index_of(names), refused, source="by hand")
     return path
 
@@ -109,9 +131,11 @@ class LightEngine:
     device = "cpu"
     precision = "fp32"
 
-    def __init__(self, batch_size: int = 4, dim: int = DIM, log: Path | None = None, pause: float = 0.0) -> None:
+    def __init__(
+        self, batch_size: int = 4, dim: int = DIM, log: Path | None = None, pause: float = 0.0, side: int = SIDE
+    ) -> None:
         self.batch_size, self.log, self.pause = batch_size, log, pause
-        self._weights = np.random.default_rng(0).normal(size=(SIDE * SIDE * 3, dim)).astype(np.float32)
+        self._weights = np.random.default_rng(0).normal(size=(side * side * 3, dim)).astype(np.float32)
 
     def embed(self, batches: Iterable[NDArray[np.uint8]]) -> Iterator[tuple[NDArray[np.float32], ...]]:
         """One row at a time, so that a row does not depend on its batch."""
@@ -129,9 +153,20 @@ def light_backbone(**changes: Any) -> Backbone:
     return Backbone(**{**fields, "preprocess": PREPROCESS, "layers": ("penultimate",), **changes})
 
 
+def light_backbones(*names: str, **changes: Any) -> tuple[Backbone, ...]:
+    """Those of :data:`SIDES`, which look at an image each in its own way."""
+    looks = {name: replace(PREPROCESS, resize=SIDES[name], crop=(SIDES[name],) * 2) for name in names}
+    return tuple(light_backbone(name=name, preprocess=look, **changes) for name, look in looks.items())
+
+
 def start_light(backbone: Backbone, *, log: Path | None = None, pause: float = 0.0, **how: Any) -> LightEngine:
-    """What makes the engine in another process; ``how`` is what it would be told of device and precision."""
-    return LightEngine(log=log, pause=pause)
+    """What makes the engine in another process; ``how`` is what it would be told of device and precision.
+
+    The log may be a folder, with a file for each backbone.
+    """
+    log = log / backbone.name if log is not None and log.is_dir() else log
+    side = backbone.preprocess.crop[0]
+    return LightEngine(log=log, pause=pause, side=side, dim=side, batch_size=side // 2)
 
 
 def write_png(path: Path, seed: int) -> None:
@@ -162,13 +197,25 @@ def png_folders(root: Path, count: int, first: int = 0) -> Path:
     return root
 
 
+def light_like(provenance: Mapping[str, Any], **how: Any) -> Backbone:
+    """In the place of :func:`featx.extraction.embedder.network_like`: the light backbone that a store names."""
+    name = str(provenance["backbone"])
+    return light_backbones(name)[0] if name in SIDES else load_backbone(name)
+
+
 def extract(
-    source: Path, store: Path, *, log: Path | None = None, pause: float = 0.0, **options: Any
+    source: Path,
+    store: Path,
+    *,
+    log: Path | None = None,
+    pause: float = 0.0,
+    backbones: Sequence[str] = ("tiny",),
+    **options: Any,
 ) -> ExtractSummary:
     """A light extraction with one decoding process."""
     images = ImageSet.from_folder(source)
-    engine = LightEngine(log=log, pause=pause)
-    return extract_features(images, light_backbone(), store, engine=engine, **{"workers": 1, **options})
+    options = {"workers": 1, "engine": partial(start_light, log=log, pause=pause), **options}
+    return extract_features(images, light_backbones(*backbones), store, **options)
 
 
 def check_published(store: Path) -> int:
@@ -176,17 +223,19 @@ def check_published(store: Path) -> int:
     if not (store / "manifest.json").exists():
         return 0
     manifest = read_manifest(store)
-    keys = []
+    keys: dict[str, list[NDArray[np.bytes_]]] = {name_of(each): [] for each in manifest.backbones}
     for shard in manifest.shards:
         with open_shard(store, shard) as file:
             assert file.rows == shard.rows
             for column in shard.columns():
                 assert len(file.read(column)) == shard.rows
-            if manifest.backbones[0]["backbone"] in shard.blocks:
-                keys.append(digest_keys(file.read("digests")))
+            for backbone in shard.blocks:
+                keys[backbone].append(digest_keys(file.read("digests")))
     read_quarantine(store, manifest)
-    rows = sum(map(len, keys))
-    assert len(np.unique(np.concatenate([np.empty(0, "S32"), *keys]))) == rows
+    for parts in keys.values():
+        rows = sum(map(len, parts))
+        assert len(np.unique(np.concatenate([np.empty(0, "S32"), *parts]))) == rows
+    rows = sum(map(len, keys[name_of(manifest.provenance)]))
     files = {path.name for path in (store / "shards").iterdir() if not path.name.startswith(".tmp-")}
     assert {shard.name for shard in manifest.shards} <= files
     assert files <= {shard.name for shard in manifest.shards} | set(manifest.in_flux)
@@ -194,11 +243,15 @@ def check_published(store: Path) -> int:
 
 
 def assert_rows(store: Path, rows: int = 12) -> None:
-    """Each row is the one that belongs to its digest, and each digest to its id."""
+    """Each row is the one that belongs to its digest, and each digest to its id; of every backbone."""
     features = read_features(store)
     assert len(features) == rows
     assert [digest.tobytes() for digest in features.digests] == digests_of(features.ids.tolist())
     assert np.array_equal(features.embeddings, rows_of(digests_of(features.ids.tolist())))
+    for name in set(FeatureReader(store).backbones) - {"tiny"}:
+        digests = [digest.tobytes() for digest in features.digests]
+        assert np.array_equal(read_features(store, layer=f"{name}/penultimate").embeddings, made_up(name, digests))
+        assert features.hashes is not None and np.array_equal(features.hashes, features.digests)
 
 
 def refused_of(store: Path) -> list[Refused]:
@@ -232,7 +285,8 @@ class Zygote:
         self._process.wait(10)
 
     def start(self, **job: object) -> int:
-        """Begin one extraction: ``source``, ``store``, ``shard_rows`` and perhaps ``log``, ``pause``; the pid.
+        """Begin one extraction: ``source``, ``store``, ``shard_rows`` and perhaps ``log``, ``pause``, ``backbones``;
+        the pid.
 
         With ``part`` ("2/3") it is of that part, with ``finish`` (true) it puts the parts together.
         """
@@ -258,17 +312,19 @@ def _run_job(job: dict[str, Any]) -> int:
         return StoreWriter(path, *provenance, shard_rows=job["shard_rows"])
 
     featx.extraction.run.StoreWriter = writer  # type: ignore[attr-defined, assignment]
+    featx.extraction.run.network_like = light_like  # type: ignore[attr-defined, assignment]
     log = Path(job["log"]) if "log" in job else None
     source, store, pause = Path(job["source"]), Path(job["store"]), job.get("pause", 0.0)
+    backbones = job.get("backbones", ("tiny",))
     try:
         if job.get("finish"):
             finish_parts(ImageSet.from_folder(source), store)
         elif "part" in job:
-            engine = LightEngine(log=log, pause=pause)
+            engine = partial(start_light, log=log, pause=pause)
             images, part = ImageSet.from_folder(source), Part.parse(job["part"])
-            extract_part(images, light_backbone(), store, part, engine=engine, workers=1)
+            extract_part(images, light_backbones(*backbones), store, part, engine=engine, workers=1)
         else:
-            extract(source, store, log=log, pause=pause)
+            extract(source, store, log=log, pause=pause, backbones=backbones)
     except Interrupted as error:
         return error.exit_code
     return 0

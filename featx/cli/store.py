@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -69,9 +69,18 @@ def info(store: StoreArgument, as_json: Json = False) -> None:
         if name in ("images", "embedding_dim", "provenance"):
             continue
         value = facts[name]
+        if name == "backbones":
+            for number, (backbone, made) in enumerate(value.items()):
+                table.add_row("" if number else name, _backbone(backbone, made))
+            continue
         text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
         table.add_row(name, text or "none")
     show(table)
+
+
+def _backbone(name: str, made: dict[str, Any]) -> str:
+    words = [f"{name}: {', '.join(made['layers'])}", f"views {made['views']}", f"{made['precision']}"]
+    return "; ".join([*words, *([] if made["finished"] else ["unfinished"])])
 
 
 def verify(

@@ -110,10 +110,16 @@ class Lanes:
     ) -> None:
         for each in self._running.values():
             each.stop()
-        for number, each in self._running.items():
+        for each in self._running.values():
             each.join()
-            if error is not None:
-                self._take(number, each.left())
+        if error is None:
+            return
+        # Kept is what is complete, even behind an image that never will be.
+        for number, each in self._running.items():
+            self._note(number, each.left())
+        self._images = deque(image for image in self._images if not image.waiting)
+        for ready in self._ready():
+            self._deliver(ready)
 
     def add(self, digest: bytes, phash: bytes, pixels: Sequence[NDArray[np.uint8] | None]) -> None:
         """Take one image.
@@ -145,6 +151,8 @@ class Lanes:
         for number, each in self._running.items():
             each.end()
             self._take(number, each.rest())
+        if self._images:
+            raise RuntimeError(f"an engine gave no embeddings of {len(self._images)} images")
 
     def _send(self, number: int) -> None:
         batch = self._filling[number]
@@ -152,6 +160,9 @@ class Lanes:
         images, pixels = [image for image, _ in batch], np.stack([each for _, each in batch])
         while not self._running[number].send(images, pixels):
             self._collect()
+            if not self._running[number].alive:
+                self._collect()  # its error, if it has one
+                raise RuntimeError("an engine ended before the images did")
 
     def _collect(self) -> None:
         for number, each in self._running.items():
@@ -159,13 +170,16 @@ class Lanes:
 
     def _take(self, number: int, results: Iterator[_Result]) -> None:
         try:
-            for images, outputs in results:
-                for row, image in enumerate(images):
-                    image.rows[number] = tuple(layer[row] for layer in outputs)
-                    image.waiting.discard(number)
+            self._note(number, results)
         finally:  # what came before an engine failed is kept
             for ready in self._ready():
                 self._deliver(ready)
+
+    def _note(self, number: int, results: Iterator[_Result]) -> None:
+        for images, outputs in results:
+            for row, image in enumerate(images):
+                image.rows[number] = tuple(layer[row] for layer in outputs)
+                image.waiting.discard(number)
 
     def _ready(self) -> list[Embedded]:
         """The first images, as far as they are complete, those in a row that have the same lanes together."""
@@ -206,6 +220,11 @@ class _Thread:
 
     def join(self) -> None:
         self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it may still give results."""
+        return self._thread.is_alive()
 
     def send(self, images: list[_Image], pixels: NDArray[np.uint8]) -> bool:
         """Whether there was room for the batch within a moment."""

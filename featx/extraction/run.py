@@ -8,6 +8,7 @@ by its digest.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ import numpy as np
 from featx._arrays import PIXELS
 from featx._system import available_cpus
 from featx.backbones import Backbone, Engine, load_backbone, make_engine
-from featx.errors import ImageError, Interrupted, MismatchError, SourceError, TooManyBadImages, UsageError, plural
+from featx.errors import FeatxError, ImageError, Interrupted, MismatchError, TooManyBadImages, UsageError, plural
 from featx.extraction.embedder import network_like
 from featx.extraction.lanes import Embedded, Lane, Lanes
 from featx.images import CENTER, TIMEOUT, DecoderPool, ImageRef, ImageSet
@@ -161,7 +162,8 @@ def extract_features(
     Interrupted
         KeyboardInterrupt came; what was computed is published, and the same call goes on from there.
     """
-    lanes = make_lanes(backbone, engine, (Path(store), known), views=views, decode=decode)
+    recorded = known if known is not None and not stored_backbones(Path(store)) else Path(store)
+    lanes = make_lanes(backbone, engine, (recorded,), views=views, decode=decode)
     return extract_lanes(
         images, lanes, store, workers=workers, max_bad=max_bad, prune=prune, replace_images=replace_images,
         decode_timeout=decode_timeout, progress=progress, total=total, known=known, rehash=rehash,
@@ -171,7 +173,7 @@ def extract_features(
 def make_lanes(
     backbone: Backbone | Sequence[Backbone],
     engine: Engine | Start | None,
-    stores: Sequence[Path | None],
+    stores: Sequence[Path],
     *,
     views: Sequence[str] | None = CENTER,
     decode: str = "full",
@@ -182,7 +184,7 @@ def make_lanes(
     ----------
     backbone, engine, decode : as of :func:`extract_features`; there may be no backbone where the store has some.
     views : likewise; None takes those that are recorded.
-    stores : of which the first one that is there says what is recorded.
+    stores : whose backbones are recorded; of one that several of them have, the first says how it was made.
 
     Raises
     ------
@@ -192,8 +194,9 @@ def make_lanes(
         What a recorded backbone needs is not here.
     """
     given = (backbone,) if isinstance(backbone, Backbone) else tuple(backbone)
-    where = next((store for store in stores if store is not None and stored_backbones(store)), None)
-    recorded = {} if where is None else stored_backbones(where)
+    where = {name: store for store in reversed(stores) for name in stored_backbones(store)}
+    recorded = {name: made for store in stores for name, made in stored_backbones(store).items()}
+    recorded = {name: stored_backbones(where[name])[name] for name in recorded}
     networks = {each.name: each for each in given}
     if len(networks) < len(given) or not (given or recorded):
         found = ", ".join(each.name for each in given) or "none"
@@ -202,8 +205,7 @@ def make_lanes(
         raise UsageError("one engine runs one backbone", where="engine", expected="what makes an engine for each")
     for name, made in recorded.items():
         if name not in networks:
-            assert where is not None
-            networks[name] = network_like(made, where=where)
+            networks[name] = network_like(made, where=where[name])
     networks.setdefault(PIXELS, load_backbone(PIXELS))
     lanes = []
     for name in dict.fromkeys([*recorded, *networks]):
@@ -253,9 +255,6 @@ def extract_lanes(
                 check_replaced(index, writer)
             writer.finish(index, refused, source=images.source)
             pruned = writer.prune() if prune else 0
-        except SourceError:
-            writer.flush()  # a network that went away costs no image
-            raise
         except KeyboardInterrupt as error:
             writer.flush()
             raise Interrupted(
@@ -263,6 +262,11 @@ def extract_lanes(
                 where=store,
                 hint="Run the same command again to go on.",
             ) from error
+        except Exception:
+            # An address that went away, or an engine that failed, costs no image that was complete.
+            with contextlib.suppress(FeatxError, OSError):  # of a full disk, say, which is why all this ends
+                writer.flush()
+            raise
         fingerprint = writer.manifest.fingerprint
     seconds = time.perf_counter() - started
     return ExtractSummary(

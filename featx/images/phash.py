@@ -27,6 +27,9 @@ _SIDE, _WAVES = 64, 16
 _GREY = np.array([0.299, 0.587, 0.114])
 """Of red, green and blue (ITU-R BT.601)."""
 
+_NONE = 1e-6
+"""A wave that is no stronger is none: what is left of zero after rounding must not decide about a bit."""
+
 _COSINES = np.cos(np.pi / _SIDE * np.outer(np.arange(_WAVES), np.arange(_SIDE) + 0.5))
 
 _MIRROR = np.packbits(np.tile(np.arange(_WAVES) % 2 == 1, (_WAVES, 1)).reshape(-1))
@@ -41,7 +44,7 @@ def perceptual_hash(image: Image) -> bytes:
     small = np.asarray(shrink(image, _SIDE, _SIDE), dtype=np.float64)
     waves = _COSINES @ (small @ _GREY) @ _COSINES.T
     waves[0, 0] = 0.0  # the brightness, which is positive always
-    return np.packbits((waves > 0.0).reshape(-1)).tobytes()
+    return np.packbits((waves > _NONE).reshape(-1)).tobytes()
 
 
 def mirrored_hashes(hashes: NDArray[np.uint8]) -> NDArray[np.uint8]:

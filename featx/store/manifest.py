@@ -394,10 +394,10 @@ def _parse_shard(path: Path, fields: Any, layers: Mapping[str, tuple[str, ...]])
         own = next(iter(layers))
         return Shard(name, rows, sha256, {own: layers[own]}, version=1)
     held, dropped, hashed = fields["backbones"], fields.get("dropped", {}), fields.get("phash")
-    sound = is_names(held) and bool(held) and set(held) <= set(layers)
-    if not sound or not isinstance(hashed, bool) or not isinstance(dropped, dict):
+    sound = is_names(held) and bool(held) and set(held) <= set(layers) and len(set(held)) == len(held)
+    if not sound or not isinstance(hashed, bool):
         raise damaged(path, f"shard {name} does not say what it has")
-    if not all(map(is_names, dropped.values())):
+    if not isinstance(dropped, dict) or set(dropped) & set(held) or not all(map(is_names, dropped.values())):
         raise damaged(path, f"shard {name} does not say what was dropped from it")
     blocks = {each: layers[each] for each in held}
     return Shard(name, rows, sha256, blocks, {each: tuple(value) for each, value in dropped.items()}, hashed)

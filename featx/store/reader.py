@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from featx._arrays import NEAR, PIXELS, SPLITS
 from featx._files import signature
 from featx.errors import StoreError, UsageError, did_you_mean, plural
-from featx.images import HASH_BYTES
+from featx.images import HASH_BYTES, THUMBNAIL_SIDE
 from featx.store import frames, hdf5
 from featx.store.hdf5 import RESTORE
 from featx.store.index import NAME_COLUMNS, read_index, read_names
@@ -288,6 +288,8 @@ class FeatureReader:
         except (TypeError, ValueError, RecursionError) as error:
             raise damaged(self.path, "its attributes are not JSON") from error
         self._know(backbones)
+        if len(self.backbones) < len(backbones):
+            raise damaged(self.path, "a backbone is listed twice")
         held = [Block(name, layer) for name, each in self.backbones.items() for layer in each["layers"]]
         # The layers of version 1 go without the name of the one backbone that there is.
         self._columns = {block: f"embeddings/{block.layer}" if version == 1 else column_of(block) for block in held}
@@ -297,6 +299,8 @@ class FeatureReader:
         with hdf5.open_checked(self.path, self._expected) as file:
             unknown = np.full(file.rows, -1, dtype=np.int64)
             self.index = read_names(file, sizes=unknown, stamps=unknown)
+            if "phash" in file.columns and width_of(file, "phash") != HASH_BYTES:
+                raise StoreError(f"phash are not {HASH_BYTES} bytes", where=self.path)
 
     def _open_store(self) -> None:
         manifest = read_manifest(self.path)
@@ -414,6 +418,9 @@ class FeatureReader:
         """Thumbnails of index rows, uint8 (len(rows), p); None where the store has none."""
         if PIXELS not in self.backbones:
             return None
+        if self.dims(PIXELS) not in (0, 3 * THUMBNAIL_SIDE**2):
+            side = f"{THUMBNAIL_SIDE} x {THUMBNAIL_SIDE}"
+            raise StoreError(f"the pixels baseline is not of {side} pixels", where=self.path)
         parts = [
             np.rint(self.read(rows[start : start + _BLOCK_ROWS], layer=PIXELS) * 255).astype(np.uint8)
             for start in range(0, max(len(rows), 1), _BLOCK_ROWS)

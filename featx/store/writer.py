@@ -226,14 +226,14 @@ class StoreWriter:
         return max((int(shard.name.split("-")[0]) for shard in self.manifest.shards), default=-1) + 1
 
     def take_over(self, other: Path) -> int:
-        """Let this store have what another one has, and remember what the other calls its images.
+        """Let this store have what another one has of its backbones, and remember what the other calls its images.
 
         Every byte is compared with the other's checksums. Shards get a second name here (a hard link, or a copy where
         there are none) and a number of their own; of one with rows that are here already, the rest is written anew.
 
         Returns
         -------
-        How many rows were new.
+        How many images got an embedding that they did not have; the pixels baseline does not count beside networks.
 
         Raises
         ------
@@ -242,6 +242,7 @@ class StoreWriter:
         MismatchError
             It was made with other settings.
         """
+        self.flush()
         rows = steady(other, lambda: self._take_shards(other))
         if self.index is None and (other / "index.h5").exists():
             self.index = steady(other, lambda: read_index(other, read_manifest(other)))
@@ -250,15 +251,21 @@ class StoreWriter:
     def _take_shards(self, other: Path) -> int:
         theirs = read_manifest(other)
         check_backbones(self.manifest.backbones, theirs.backbones, self.path, whose=f"{other}'s")
-        here = {shard.sha256 for shard in self.manifest.shards}
-        before = self.rows
+        here = {shard.sha256: set(shard.blocks) for shard in self.manifest.shards}
+        embedded = [np.empty(0, "S32")]
         for shard in theirs.shards:
-            if shard.sha256 in here:
+            if set(shard.blocks) <= here.get(shard.sha256, set()):
                 continue
             with open_shard(other, shard) as file:
                 digests = file.read("digests")
-                new = {backbone: ~self._published[backbone].has(digests) for backbone in shard.blocks}
-                if not shard.dropped and all(each.all() for each in new.values()):
+                mine = [backbone for backbone in shard.blocks if backbone in self._published]
+                new = {backbone: ~self._published[backbone].has(digests) for backbone in mine}
+                for backbone, rows in new.items():
+                    if backbone != PIXELS or len(self.names) == 1:
+                        embedded.append(digest_keys(digests[rows]))
+                # A shard of version 1 does not say whose it is: of the store's own backbone.
+                named = shard.version > 1 or self.names[0] in shard.blocks
+                if named and not shard.dropped and len(mine) == len(shard.blocks) and all(map(np.all, new.values())):
                     linked = True
                 else:
                     linked = False
@@ -272,7 +279,7 @@ class StoreWriter:
                     self._link_shard(shard_path(other, shard), shard)
                     for backbone in shard.blocks:
                         self._published[backbone].add(digests)
-        return self.rows - before
+        return len(np.unique(np.concatenate(embedded)))
 
     def _link_shard(self, path: Path, shard: Shard) -> None:
         mine = replace(shard, name=f"{self._next_number():05d}-{shard.sha256[:8]}.h5")
@@ -403,13 +410,16 @@ class StoreWriter:
         Raises
         ------
         UsageError
-            The store has no such backbone, or no other one.
+            The store has no such backbone, or no other one that is finished.
         """
         rest = tuple(each for each in self.manifest.backbones if name_of(each) != backbone)
-        if len(rest) == len(self.manifest.backbones) or not [each for each in rest if name_of(each) != PIXELS]:
+        # Of a store that can be read, a network has to be left that can be read.
+        lacking = self.manifest.unfinished if self.index is not None else ()
+        left = [name for name in map(name_of, rest) if name != PIXELS and name not in lacking]
+        if len(rest) == len(self.manifest.backbones) or not left:
             raise UsageError(
                 f"{backbone} cannot be taken out of the store", where=self.path,
-                expected="one of several backbones", found=", ".join(self.names),
+                expected="one of several backbones, of which another is finished", found=", ".join(self.names),
             )  # fmt: skip
         self.flush()
         with uninterrupted():
