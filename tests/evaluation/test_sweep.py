@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
@@ -119,6 +120,7 @@ def test_the_result_does_not_depend_on_the_number_of_workers(result: Any, monkey
     monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "2")
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    assert joblib.cpu_count() == 2
     rows, labels, names = blobs([40, 30, 35])
     seen: list[tuple[int, int, str]] = []
     again = sweep_heads(
