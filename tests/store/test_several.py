@@ -173,8 +173,8 @@ def test_a_backbone_half_added_leaves_the_old_one(source: Path, tmp_path: Path, 
     before = content_hash(store)
     with pytest.raises(Interrupted):
         storekit.extract(source, store, backbones=("wide",), log=logs, progress=stop_after(9))
-    half = computed(logs)["wide"]
-    assert 0 < half < 14
+    half = computed(logs).get("wide", 0)  # its thread may have been given nothing yet
+    assert half < 14
     assert content_hash(store) == before and verify(store) == []
     assert list(FeatureReader(store).backbones) == ["tiny", "pixels"]
     with pytest.raises(UsageError, match="no layer 'wide' in this store"):
