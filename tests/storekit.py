@@ -312,7 +312,7 @@ def _run_job(job: dict[str, Any]) -> int:
         return StoreWriter(path, *provenance, shard_rows=job["shard_rows"])
 
     featx.extraction.run.StoreWriter = writer  # type: ignore[attr-defined, assignment]
-    featx.extraction.run.network_like = light_like  # type: ignore[attr-defined, assignment]
+    featx.extraction.run.network_like = light_like  # type: ignore[attr-defined]
     log = Path(job["log"]) if "log" in job else None
     source, store, pause = Path(job["source"]), Path(job["store"]), job.get("pause", 0.0)
     backbones = job.get("backbones", ("tiny",))

@@ -26,9 +26,10 @@ from storekit import (
     rows_of,
 )
 
+from featx import _files
 from featx.errors import Interrupted, MismatchError, StoreError, UsageError
 from featx.extraction import run
-from featx.store import writer as store_writer
+from featx.store import manifest, writer as store_writer
 from featx.store.manifest import name_of, read_manifest
 from featx.store.reader import FeatureReader, read_features
 from featx.store.tools import content_hash, info, pack, verify
@@ -310,7 +311,7 @@ def test_dropping_is_whole_at_every_step(tmp_path: Path, monkeypatch: pytest.Mon
         assert writer.index is not None
         writer.finish(writer.index, [], source="by hand")
         writer.drop("tiny")
-    publish, write_manifest = store_writer.publish, store_writer.write_manifest
+    publish, write_manifest = _files.publish, manifest.write_manifest
     for gone in ("wide", "third"):
         stopped = 0
         for allowed in range(40):
