@@ -64,7 +64,7 @@ def make(store: Path, rows: int, dims: int) -> dict[str, Any]:
             if start < here:
                 continue
             digests, embeddings = generated(start, stop, dims)
-            writer.add([row.tobytes() for row in digests], {"made": [embeddings]})
+            writer.add([row.tobytes() for row in digests], {"generated": [embeddings]})
             writer.flush()
         index = Index(
             ids=[f"photos/{row:09d}.jpg" for row in range(rows)],

@@ -120,7 +120,7 @@ def featx(warm: Warm) -> Featx:
     def run(*arguments: object, cwd: Path | None = None, env: dict[str, str] | None = None) -> Ran:
         words = [*map(str, arguments)]
         whole = {**os.environ, "COLUMNS": "120", **(env or {})}
-        if not {"PYTHONPATH", "RAY_ADDRESS"} & {*(env or ())}:
+        if not {"PYTHONPATH", "RAY_ADDRESS", "HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE"} & {*(env or ())}:
             ran = Ran(*warm.run(words, cwd, whole, timeout=240))
         else:  # these count while modules are imported
             done = subprocess.run(

@@ -212,7 +212,7 @@ class _Thread:
         self._engine = engine
         self._inbox: queue.Queue[tuple[list[_Image], NDArray[np.uint8]] | None] = queue.Queue(_AHEAD)
         self._outbox: queue.SimpleQueue[_Result | BaseException | None] = queue.SimpleQueue()
-        self._stopped = False
+        self._stopped = self._over = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
@@ -255,13 +255,19 @@ class _Thread:
     def done(self) -> Iterator[_Result]:
         """The results that have come, without waiting."""
         with contextlib.suppress(queue.Empty):
-            while (result := self._outbox.get_nowait()) is not None:
-                yield _sound(result)
+            yield from self._results(wait=False)
 
     def rest(self) -> Iterator[_Result]:
         """All further results, to the last."""
-        while (result := self._outbox.get()) is not None:
-            yield _sound(result)
+        yield from self._results(wait=True)
+
+    def _results(self, *, wait: bool) -> Iterator[_Result]:
+        while not self._over:
+            result = self._outbox.get(block=wait)
+            if result is None:
+                self._over = True  # remembered: nothing comes after it, and nobody may wait for it again
+            else:
+                yield _sound(result)
 
     def left(self) -> Iterator[_Result]:
         """The results that have come and were not asked for, of a thread that has ended."""

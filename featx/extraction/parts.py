@@ -153,15 +153,15 @@ def extract_cut(
     """:func:`extract_part` for images that are cut already, out of ``total``."""
     store = Path(store)
     how = {name: options.pop(name) for name in ("views", "decode") if name in options}
-    lanes = make_lanes(backbone, engine, (store,), **how)
+    folder = part.folder(store)
+    # What an earlier run of the part was told to embed with goes on, too.
+    lanes = make_lanes(backbone, engine, (store, folder), **how)
     made = [lane.provenance for lane in lanes]
     if not len(cut):
         return _summary(made, images=0, notes=(f"part {part} has no images, as there are only {total}",))
     _agree(store, made)
     make_folder(store / PARTS)
-    has_shards = bool(read_manifest(store).shards)
-    folder = part.folder(store)
-    known = store if has_shards else None
+    known = store if read_manifest(store).shards else None
     # The list of a part may change between two runs: what its store had is known in STORE, or computed again.
     options["replace_images"] = True
     return extract_lanes(cut, lanes, folder, total=total, known=known, **options)
@@ -191,6 +191,11 @@ class _Done:
     index: Index
     refused: tuple[Refused, ...]
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The backbones that have embedded its images."""
+        return tuple(map(name_of, self.manifest.backbones))
+
 
 def parts_of(store: str | Path) -> list[Part]:
     """The parts that were begun in a store, in order."""
@@ -204,12 +209,19 @@ def parts_of(store: str | Path) -> list[Part]:
 
 def unfinished(images: ImageSet, store: str | Path, of: int) -> dict[Part, str]:
     """Why each part of ``of`` that is not finished is not, in words; parts without images are finished."""
-    reasons = {}
-    for part in (Part(number=i, of=of) for i in range(1, of + 1)):
-        found = _look(images, Path(store), part)
-        if isinstance(found, str):
-            reasons[part] = found
-    return reasons
+    return {part: found for part, found in _look_at_all(images, Path(store), of) if isinstance(found, str)}
+
+
+def _look_at_all(images: ImageSet, store: Path, of: int) -> list[tuple[Part, _Done | str | None]]:
+    """All parts of a cut, as of :func:`_look`; one that lacks a backbone of the others is not finished."""
+    looks = [(part, _look(images, store, part)) for part in (Part(number=i, of=of) for i in range(1, of + 1))]
+    names = {name for _, found in looks if isinstance(found, _Done) for name in found.names}
+    return [
+        (part, f"was made without {', '.join(sorted(lacking))}")
+        if isinstance(found, _Done) and (lacking := names - {*found.names})
+        else (part, found)
+        for part, found in looks
+    ]
 
 
 def _look(images: ImageSet, store: Path, part: Part) -> _Done | str | None:
@@ -220,6 +232,8 @@ def _look(images: ImageSet, store: Path, part: Part) -> _Done | str | None:
     if not (folder / "manifest.json").exists():
         return "has not begun"
     manifest = read_manifest(folder)
+    if manifest.unfinished:
+        return _at_work(folder)
     try:
         index = read_index(folder, manifest)
     except StoreError:
@@ -309,8 +323,10 @@ def finish_parts(
             pruned = writer.prune() if prune else 0
         except KeyboardInterrupt as error:
             raise Interrupted("stopped", where=store, hint="Run the same command again; parts are kept.") from error
-        made = writer.manifest.backbones
+        made, lacking = writer.manifest.backbones, writer.manifest.unfinished
     notes = (*_differing(done), *format_notes(refused))
+    if lacking:
+        notes = (*notes, f"not all images have embeddings by {' and '.join(lacking)} yet: featx extract adds them")
     left = _delete_parts(store)
     if left:
         notes = (*notes, f"parts {', '.join(map(str, left))} are being written again just now, and were left there")
@@ -331,7 +347,7 @@ def _complete(images: ImageSet, store: Path, begun: Sequence[Part]) -> list[_Don
     """All parts of a cut of which none is missing."""
     missing: dict[int, list[tuple[Part, str]]] = {}
     for of in sorted({part.of for part in begun}):
-        looks = [(part, _look(images, store, part)) for part in (Part(number=i, of=of) for i in range(1, of + 1))]
+        looks = _look_at_all(images, store, of)
         missing[of] = [(part, found) for part, found in looks if isinstance(found, str)]
         if not missing[of]:
             return [found for _, found in looks if isinstance(found, _Done)]
@@ -367,7 +383,7 @@ def _finished_before(images: ImageSet, store: Path, begun: Sequence[Part]) -> Ex
     digests = dict(zip(index.ids, digest_keys(index.digests).tolist(), strict=True))
     for part in begun:
         found = _look(images, store, part)
-        if not isinstance(found, _Done):
+        if not isinstance(found, _Done) or not {*found.names} <= {*map(name_of, manifest.finished)}:
             return None
         keys = digest_keys(found.index.digests).tolist()
         if any(digests.get(name) != key for name, key in zip(found.index.ids, keys, strict=True)):

@@ -102,7 +102,7 @@ def test_everything_without_images_is_there_and_the_rest_is_named(advice: Advice
     assert all(int(each.id[:3]) >= 90 for each in advice.next_images)  # only images without a label
     missing = {each.what: each.reason for each in advice.skipped}
     assert set(missing) == {
-        "nearness to the pretraining", "earlier layers", "random features", "fine-tuning", "scratch"
+        "nearness to the pretraining", "earlier layers", "other features", "random features", "fine-tuning", "scratch"
     }  # fmt: skip
     assert "there is no network" in missing["nearness to the pretraining"]
     assert "--source" in missing["scratch"]

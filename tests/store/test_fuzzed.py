@@ -32,6 +32,8 @@ FIELDS = [
     "format_version",
     "provenance",
     "fingerprint",
+    "more",
+    "unfinished",
     "shards",
     "in_flux",
     "class_names",
@@ -80,7 +82,7 @@ def test_fuzzed_hdf5(tmp_path: Path) -> None:
 
     The checksums that stand before this in a store are left out here.
     """
-    store = make_store(tmp_path / "s.featx", names_of(40), shard_rows=40)
+    store = make_store(tmp_path / "s.featx", names_of(40), shard_rows=40, backbones=("tiny", "wide"))
     path = next((store / "shards").iterdir())
     code = f"""
 import random, sys, time
@@ -88,11 +90,12 @@ from pathlib import Path
 import numpy as np
 from featx.store import hdf5
 from featx.errors import StoreError
-from featx.store.reader import SHARD_COLUMNS
+from featx.store.manifest import Shard
+SHARD_COLUMNS = Shard("", 40, "", {{"tiny": ("penultimate",), "wide": ("penultimate",)}}, hashed=True).columns()
 source, target = Path({str(path)!r}), Path({str(tmp_path / "x.h5")!r})
 good, rng = source.read_bytes(), random.Random(int(sys.argv[1]))
 with hdf5.open_checked(source, SHARD_COLUMNS) as file:
-    expected = file.read("embeddings/penultimate")
+    expected = file.read("embeddings/tiny/penultimate")
 until, tried, read = time.monotonic() + {FUZZ_SECONDS}, 0, 0
 while time.monotonic() < until:
     raw = bytearray(good)

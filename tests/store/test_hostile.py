@@ -13,7 +13,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from storekit import index_of, make_store, names_of, provenance
+from storekit import THREE, digests_of, index_of, make_store, names_of, provenance, rows_of
 
 from featx._files import canonical_json
 from featx.errors import StoreError
@@ -74,15 +74,121 @@ MANIFESTS: dict[str, Callable[[dict[str, Any]], object]] = {
 }
 
 
-@pytest.mark.parametrize("change", MANIFESTS.values(), ids=MANIFESTS)
-def test_crafted_manifests(change: Callable[[dict[str, Any]], object], tmp_path: Path) -> None:
-    store = make_store(tmp_path / "s.featx")
+def told(**changes: Any) -> dict[str, Any]:
+    """A provenance with its fingerprint, as a manifest has it."""
+    made = provenance(**changes)
+    return {"provenance": made, "fingerprint": manifest.fingerprint(made)}
+
+
+SEVERAL: dict[str, Callable[[dict[str, Any]], object]] = {
+    "backbone twice": lambda fields: fields["more"].append(fields["more"][0]),
+    "the own backbone twice": lambda fields: fields["more"].append(told()),
+    "more is no list": field(more={"provenance": {}}),
+    "more of another kind": field(more=["wide"]),
+    "more without its fingerprint": lambda fields: fields["more"][0].pop("fingerprint"),
+    "more with another fingerprint": lambda fields: fields["more"][0].update(fingerprint=SHA),
+    "backbone without layers": field(more=[told(backbone="wide", layers=[])]),
+    "several in one provenance": field(**told(backbones=[provenance()])),
+    "shard of an unknown backbone": shard(backbones=["tiny", "wide", "pixels", "other"]),
+    "shard of no backbone": shard(backbones=[]),
+    "shard that names one twice": shard(backbones=["tiny", "tiny", "wide", "pixels"]),
+    "backbones as text": shard(backbones="tiny"),
+    "shard without a backbone that is in the file": shard(backbones=["tiny", "wide"]),
+    "dropped is a list": shard(dropped=["wide"]),
+    "dropped layers as text": shard(dropped={"other": "penultimate"}),
+    "dropped layers as numbers": shard(dropped={"other": [1]}),
+    "dropped, and held": shard(dropped={"wide": ["penultimate"]}),
+    "dropped, and not in the file": shard(dropped={"other": ["penultimate"]}),
+    "phash as text": shard(phash="true"),
+    "no phash": lambda fields: fields["shards"][0].pop("phash"),
+    "phash that is in the file denied": shard(phash=False),
+    "unfinished names nothing": field(unfinished=["other"]),
+    "unfinished as text": field(unfinished="wide"),
+    "unfinished of another kind": field(unfinished=[["wide"]]),
+}
+
+
+@pytest.mark.parametrize(
+    ("backbones", "change"),
+    [
+        *(pytest.param(("tiny",), change, id=name) for name, change in MANIFESTS.items()),
+        *(pytest.param(THREE, change, id=f"three, {name}") for name, change in {**MANIFESTS, **SEVERAL}.items()),
+    ],
+)
+def test_crafted_manifests(
+    backbones: tuple[str, ...], change: Callable[[dict[str, Any]], object], tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "s.featx", backbones=backbones)
     tampered(store, change)
     with pytest.raises(StoreError):
         read_features(store)
     assert verify(store)
     with pytest.raises(StoreError):
-        make_store(store)
+        make_store(store, backbones=backbones)
+
+
+SHARDS: dict[str, Callable[[h5py.File], object]] = {
+    "narrow hashes": lambda file: put("phash", np.zeros((5, 16), np.uint8))(file),
+    "hashes of 16 bits": lambda file: put("phash", np.zeros((5, 32), np.uint16))(file),
+    "fewer hashes": lambda file: put("phash", np.zeros((4, 32), np.uint8))(file),
+    "hashes in a row": lambda file: put("phash", np.zeros(160, np.uint8))(file),
+    "no hashes": lambda file: file.__delitem__("phash"),
+    "no embeddings of one": lambda file: file.__delitem__("embeddings/wide/penultimate"),
+    "no group of one": lambda file: file.__delitem__("embeddings/wide"),
+    "another group": lambda file: file.create_group("embeddings/other"),
+    "doubles": lambda file: put("embeddings/wide/penultimate", np.zeros((5, 12)))(file),
+    "another length": lambda file: put("embeddings/wide/penultimate", np.zeros((5, 13), np.float32))(file),
+}
+
+
+@pytest.mark.parametrize("craft", SHARDS.values(), ids=SHARDS)
+def test_crafted_shards_of_three_backbones(craft: Callable[[h5py.File], object], tmp_path: Path) -> None:
+    """With right checksums, as somebody makes them who knows the format."""
+    store = make_store(tmp_path / "s.featx", backbones=THREE)
+    path = sorted((store / "shards").iterdir())[0]
+    with h5py.File(path, "r+") as file:
+        craft(file)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    path = path.rename(path.with_name(f"00000-{sha256[:8]}.h5"))
+    tampered(store, shard(name=path.name, sha256=sha256))
+    with pytest.raises(StoreError):
+        read_features(store)
+    assert verify(store)
+
+
+PACKED: dict[str, Callable[[h5py.File], object]] = {
+    "narrow hashes": lambda file: put("phash", np.zeros((12, 16), np.uint8))(file),
+    "no hashes": lambda file: file.__delitem__("phash"),
+    "hashes denied": lambda file: text_attribute(file, "phash", "false"),
+    "a backbone twice": lambda file: text_attribute(file, "more", json.dumps([told()])),
+    "more is a number": lambda file: text_attribute(file, "more", "1"),
+    "more is a text": lambda file: text_attribute(file, "more", '"wide"'),
+    "more is deep": lambda file: text_attribute(file, "more", "[" * 50_000),
+    "an unknown backbone": lambda file: text_attribute(file, "more", json.dumps([told(backbone="other")])),
+}
+
+
+def text_attribute(file: h5py.File, name: str, text: str) -> None:
+    file.attrs.create(name, text.encode(), dtype=h5py.string_dtype("utf-8", len(text)))
+
+
+@pytest.mark.parametrize("craft", PACKED.values(), ids=PACKED)
+def test_crafted_packed_files_of_three_backbones(craft: Callable[[h5py.File], object], tmp_path: Path) -> None:
+    path = pack(make_store(tmp_path / "s.featx", backbones=THREE), tmp_path / "p.h5")
+    sealed(path, craft)
+    with pytest.raises(StoreError, match=path.name):
+        read_features(path)
+    assert verify(path)
+
+
+def test_a_pixels_baseline_of_another_size_is_refused(tmp_path: Path) -> None:
+    made = provenance(backbone="pixels")
+    with StoreWriter(tmp_path / "s.featx", provenance(), made) as writer:
+        digests = digests_of(names_of(3))
+        writer.add(digests, {"tiny": [rows_of(digests)], "pixels": [rows_of(digests)]})
+        writer.finish(index_of(names_of(3)), [], source="by hand")
+    with pytest.raises(StoreError, match="pixels baseline is not of 16 x 16 pixels"):
+        read_features(tmp_path / "s.featx")
 
 
 @pytest.mark.parametrize("text", ["", "{", "null", "[]", "NaN", '{"format": "featx-store"}', "9" * 5000, "[" * 100_000])

@@ -15,6 +15,7 @@ import pytest
 import storekit
 from conftest import Featx
 from storekit import (
+    THREE,
     assert_rows,
     digests_of,
     index_of,
@@ -46,11 +47,12 @@ FLIPS = 500
 
 @pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True], ids=["store", "packed"])
-def test_a_thousand_flipped_bytes(packed: bool, tmp_path: Path) -> None:
-    """In both kinds together. Half anywhere by size, half in each file alike; single bits and whole bytes."""
+@pytest.mark.parametrize("backbones", [("tiny",), THREE], ids=["one", "three"])
+def test_two_thousand_flipped_bytes(backbones: tuple[str, ...], packed: bool, tmp_path: Path) -> None:
+    """Half of them anywhere by size, half in each file alike; single bits and whole bytes."""
     names = names_of(200)
     refused = [Refused(f"x/{i}.png", "ab" * 32, "corrupt", "broken data stream") for i in range(5)]
-    store = make_store(tmp_path / "s.featx", names, shard_rows=90, refused=refused)
+    store = make_store(tmp_path / "s.featx", names, shard_rows=90, refused=refused, backbones=backbones)
     if packed:
         store = pack(store, tmp_path / "p.h5")
     expected = read_features(store)

@@ -27,6 +27,8 @@ from storekit import (
     write_png,
 )
 
+from featx.backbones.backbone import load_backbone
+from featx.backbones.engines.torch import make_engine
 from featx.backbones.provenance import provenance_of
 from featx.errors import MismatchError
 from featx.extraction.parts import Part, extract_part, finish_parts
@@ -209,10 +211,12 @@ def test_unchanged_files_are_recognised_without_reading(tmp_path: Path) -> None:
     index = index_of(ids)
     index.sizes[:], index.stamps[:] = 8, [ref.stamp for ref in ImageSet.from_folder(source).refs]
     made = provenance_of(light_backbone(), storekit.LightEngine())
-    with StoreWriter(store, made) as writer:
+    pixels = load_backbone("pixels")
+    with StoreWriter(store, made, provenance_of(pixels, make_engine(pixels))) as writer:
         for start in range(0, count, 4096):
             digests = digests_of(ids[start : start + 4096])
-            writer.add(digests, {"tiny": [rows_of(digests)]})
+            thumbnails = np.zeros((len(digests), 768), np.float32)
+            writer.add(digests, {"tiny": [rows_of(digests)], "pixels": [thumbnails]})
         writer.finish(index, [], source="")
     started, used = time.perf_counter(), time.process_time()
     summary = storekit.extract(source, store)
