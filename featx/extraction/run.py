@@ -385,18 +385,18 @@ class _Run:
         total = len(self.images)
         longest = longest_id(of)
         remembered = {} if rehash else self._remembered()
-        pending = []
+        named, digests = [], []
         for ref in self.images.refs:
             problem = _name_problem(ref, longest)
             if problem:
                 self._refuse(ref, None, ImageError("bad_name", problem))
                 continue
             # Nothing is remembered of an image whose source has no times, or that may have changed while it was read.
-            digest = remembered.get((ref.id, ref.size, ref.stamp))
-            if digest is not None and self.writer.has(digest):
-                self._digests[ref.id] = digest
-            else:
-                pending.append(ref)
+            named.append(ref)
+            digests.append(remembered.get((ref.id, ref.size, ref.stamp), b""))
+        there = self.writer.has_all(digests)
+        pending = [ref for ref, known in zip(named, there, strict=True) if not known]
+        self._digests |= {ref.id: digest for ref, digest, known in zip(named, digests, there, strict=True) if known}
         self.done = total - len(pending)
         if progress is not None:
             progress(self.done, total)

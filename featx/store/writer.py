@@ -157,6 +157,14 @@ class StoreWriter:
         """Whether the store has (or is about to publish) every embedding of this content. Thread-safe."""
         return not self.lacks(digest)
 
+    def has_all(self, digests: Sequence[bytes]) -> list[bool]:
+        """Whether the store has published every embedding of each content; b"" is none."""
+        given = np.frombuffer(b"".join(digest or bytes(32) for digest in digests), np.uint8).reshape(-1, 32)
+        there = np.array([bool(digest) for digest in digests], np.bool_)
+        for published in self._published.values():
+            there &= published.has(given)
+        return list(map(bool, there.tolist()))
+
     def lacks(self, digest: bytes) -> tuple[str, ...]:
         """The backbones whose embedding of this content the store neither has nor is about to publish. Thread-safe."""
         return tuple(
