@@ -202,6 +202,7 @@ def extract(
                 "workers": workers,
                 "decode": decode.value,
                 "views": asked.views,
+                "recipe": "" if recipe is None else recipe.value,
                 "max_bad": max_bad,
                 "replace_images": replace,
                 "rehash": rehash,

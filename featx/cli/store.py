@@ -1,4 +1,4 @@
-"""The commands about a store as it is: info, verify, pack, export-features."""
+"""The commands about a store as it is: info, verify, pack, drop, export-features."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def register(app: typer.Typer) -> None:
     app.command(epilog="Example:  featx info photos.featx --json")(info)
     app.command(epilog="Examples:  featx verify photos.featx  |  featx verify large.featx --sample 20")(verify)
     app.command(epilog="Example:  featx pack photos.featx photos.h5")(pack)
+    app.command(epilog="Example:  featx drop photos.featx efficientnet_lite2")(drop)
     app.command(
         "export-features",
         epilog="Examples:  featx export-features photos.featx --out photos.parquet  |  "
@@ -81,6 +82,29 @@ def info(store: StoreArgument, as_json: Json = False) -> None:
 def _backbone(name: str, made: dict[str, Any]) -> str:
     words = [f"{name}: {', '.join(made['layers'])}", f"views {made['views']}", f"{made['precision']}"]
     return "; ".join([*words, *([] if made["finished"] else ["unfinished"])])
+
+
+def drop(
+    store: StoreArgument,
+    backbone: Annotated[str, typer.Argument(metavar="BACKBONE", help="One of those that featx info lists.")],
+    as_json: Json = False,
+) -> None:
+    """Take one of several backbones out of a store, and give its space back."""
+    from featx._files import refuse_second_writer
+    from featx.errors import UsageError
+    from featx.store import StoreWriter, read_manifest
+
+    if store.is_file():
+        raise UsageError("a packed store is not changed", where=store, hint="Drop it from the store, and pack again.")
+    read_manifest(store)  # says that there is no store
+    refuse_second_writer(store)
+    with StoreWriter(store) as writer:
+        writer.drop(backbone)
+        writer.prune()
+        left = writer.names
+    if as_json:
+        print_json({"dropped": backbone, "backbones": list(left)})
+    say(f"{store}: {backbone} dropped; {', '.join(left)} left.", err=as_json)
 
 
 def verify(

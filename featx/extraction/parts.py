@@ -152,7 +152,7 @@ def extract_cut(
 ) -> ExtractSummary:
     """:func:`extract_part` for images that are cut already, out of ``total``."""
     store = Path(store)
-    how = {name: options.pop(name) for name in ("views", "decode") if name in options}
+    how = {name: options.pop(name) for name in ("views", "decode", "recipe") if name in options}
     folder = part.folder(store)
     # What an earlier run of the part was told to embed with goes on, too.
     lanes = make_lanes(backbone, engine, (store, folder), **how)

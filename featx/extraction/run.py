@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,7 @@ def extract_features(
     replace_images: bool = False,
     decode: str = "full",
     views: Sequence[str] | None = CENTER,
+    recipe: str = "",
     decode_timeout: float = TIMEOUT,
     progress: Progress | None = None,
     total: int | None = None,
@@ -143,6 +144,7 @@ def extract_features(
     decode : "full", or "scaled": of a large JPEG only as much as the resize needs. Part of the fingerprint.
     views : names of :data:`featx.images.views.VIEWS`, over which an image's embeddings are averaged; each costs the
         network's time once more. Part of the fingerprint. None takes those of the store, or the centre.
+    recipe : of :data:`featx.backbones.recipes.RECIPES`, from which the given backbones are; their provenance says so.
     decode_timeout : seconds after which a decoder counts as hanging.
     progress : called as ``progress(done, total)``.
     total : number of images of the whole extraction that ``images`` are a part of (:mod:`featx.extraction.parts`); it
@@ -163,7 +165,7 @@ def extract_features(
         KeyboardInterrupt came; what was computed is published, and the same call goes on from there.
     """
     recorded = known if known is not None and not stored_backbones(Path(store)) else Path(store)
-    lanes = make_lanes(backbone, engine, (recorded,), views=views, decode=decode)
+    lanes = make_lanes(backbone, engine, (recorded,), views=views, decode=decode, recipe=recipe)
     return extract_lanes(
         images, lanes, store, workers=workers, max_bad=max_bad, prune=prune, replace_images=replace_images,
         decode_timeout=decode_timeout, progress=progress, total=total, known=known, rehash=rehash,
@@ -177,12 +179,13 @@ def make_lanes(
     *,
     views: Sequence[str] | None = CENTER,
     decode: str = "full",
+    recipe: str = "",
 ) -> tuple[Lane, ...]:
     """What embeds images for a store: the given backbones, those that the store has already, and the pixels baseline.
 
     Parameters
     ----------
-    backbone, engine, decode : as of :func:`extract_features`; there may be no backbone where the store has some.
+    backbone, engine, decode, recipe : as of :func:`extract_features`; no backbone need be given where the store has some.
     views : likewise; None takes those that are recorded.
     stores : whose backbones are recorded; of one that several of them have, the first says how it was made.
 
@@ -219,7 +222,10 @@ def make_lanes(
         else:
             runs = make_engine(network, precision=str(made.get("precision", "auto")) if made else "auto")
         looks = views if views is not None else str(made.get("views", "center")).split(",")
-        lanes.append(Lane.of(network, runs, CENTER if name == PIXELS else looks, decode))
+        lane = Lane.of(network, runs, CENTER if name == PIXELS else looks, decode)
+        lanes.append(
+            replace(lane, provenance={**lane.provenance, "recipe": recipe}) if recipe and network in given else lane
+        )
     return tuple(lanes)
 
 

@@ -106,7 +106,8 @@ def test_a_recipe_is_its_networks_layers_and_views(source: Path, featx: Featx, t
     for name, layers in RECIPES["best"].backbones.items():
         assert tuple(reader.backbones[name]["layers"]) == layers
         assert reader.backbones[name]["views"] == ",".join(RECIPES["best"].views)
-    assert reader.backbones["pixels"]["views"] == "center"
+        assert reader.backbones[name]["recipe"] == "best"
+    assert reader.backbones["pixels"]["views"] == "center" and "recipe" not in reader.backbones["pixels"]
     assert len(Blocks([out]).networks) == 9
     wrong = featx("extract", source, "--out", out, "--recipe", "fast", "--backbone", "resnet18")
     assert wrong.code == 2 and "--recipe does not go with --backbone" in wrong.err
@@ -128,3 +129,22 @@ def test_options_that_do_not_go_together(source: Path, tmp_path: Path, featx: Fe
     assert featx("sweep", tmp_path / "p", "--shots", "1", "--episodes", 2, "--heads", "ridge").code == 0
     assert json.loads((tmp_path / "p.report" / "summary.json").read_text())["results"][0]["features"] == "pixels"
     assert Embedder.like(read_features(tmp_path / "p").provenance, where=tmp_path).backbone.name == "pixels"
+
+
+def test_a_backbone_is_dropped_by_a_command(source: Path, tmp_path: Path, featx: Featx) -> None:
+    store, alone = tmp_path / "s", tmp_path / "alone"
+    made = featx(
+        "extract", source, "--out", store, "--backbone", "resnet18", "--backbone", BOTH[0], "--weights", "none"
+    )
+    assert made.code == 0, made.err
+    before = sum(path.stat().st_size for path in (store / "shards").iterdir())
+    ran = featx("drop", store, "resnet18", "--json")
+    assert ran.code == 0 and ran.json == {"dropped": "resnet18", "backbones": [BOTH[0], "pixels"]}
+    assert sum(path.stat().st_size for path in (store / "shards").iterdir()) < before
+    assert featx("verify", store).code == 0
+    assert featx("extract", source, "--out", alone, "--backbone", BOTH[0], "--weights", "none").code == 0
+    np.testing.assert_array_equal(read_features(store).embeddings, read_features(alone).embeddings)
+    for wrong in (BOTH[0], "resnet18", "nothing"):
+        refused = featx("drop", store, wrong)
+        assert refused.code == 2 and f"{wrong} cannot be taken out" in refused.err
+    assert featx("drop", tmp_path / "none", "x").code == 2 and not (tmp_path / "none").exists()
