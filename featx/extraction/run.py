@@ -185,7 +185,7 @@ def make_lanes(
 
     Parameters
     ----------
-    backbone, engine, decode, recipe : as of :func:`extract_features`; no backbone need be given where the store has some.
+    backbone, engine, decode, recipe : as of :func:`extract_features`; where the store has backbones, none may be given.
     views : likewise; None takes those that are recorded.
     stores : whose backbones are recorded; of one that several of them have, the first says how it was made.
 
