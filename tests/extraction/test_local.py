@@ -122,7 +122,7 @@ def test_an_error_of_a_part_ends_the_run_as_it_is(source: Path, store: Path) -> 
 @pytest.mark.slow
 def test_an_interrupt_keeps_what_was_computed(source: Path, store: Path, whole: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    images, job = job_for(source, store, log=log, pause=0.1)
+    images, job = job_for(source, store, log=log, pause=0.5)
 
     def stop(done: int, total: int) -> None:
         if done >= 16:
