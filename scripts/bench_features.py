@@ -20,28 +20,22 @@ import argparse
 import json
 import platform
 import time
-import warnings
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import joblib
 import numpy as np
-from bench_heads import vissl
-from bench_layers import interval, some_of
+from bench_layers import interval, one, some_of
 from numpy.typing import NDArray
-from sklearn.exceptions import ConvergenceWarning
-from threadpoolctl import threadpool_limits
 
 from featx._files import publish_bytes
 from featx.backbones.backbone import load_backbone
 from featx.backbones.recipes import RECIPES
 from featx.evaluation.duplicates import find_duplicates
-from featx.evaluation.splits import KShotSplit
 from featx.extraction.run import extract_features
-from featx.heads.catalogue import HEADS, Head
+from featx.heads.catalogue import HEADS
 from featx.heads.layers import read_layers
-from featx.heads.selection import fit_chosen
 from featx.images.source import ImageSet
 
 SHOTS = (1, 5, 20)
@@ -60,27 +54,6 @@ def extract(folder: Path, stores: Path, each: int) -> dict[str, Any]:
         started = time.perf_counter()
         extract_features(images, networks, stores / f"{folder.name}.{name}.featx", views=views)
         out[f"{name}_seconds"] = round(time.perf_counter() - started, 1)
-    return out
-
-
-def one(
-    data: dict[str, Rows], heads: dict[str, Head], labels: Any, groups: Any, n_shots: int, episode: int
-) -> dict[str, float]:
-    """Accuracy of every way on one draw, in points."""
-    support, query = KShotSplit(n_shots).episode(labels, groups, episode)
-    local = np.unique(groups[support], return_inverse=True)[1]
-    out = {}
-    with threadpool_limits(1, user_api="blas"):
-        for way in WAYS:
-            rows = heads[way].seen(data[way])
-            if way == "peer" and n_shots > 1:
-                with warnings.catch_warnings():
-                    # Its own settings stop liblinear short of the optimum: part of the protocol that is compared.
-                    warnings.filterwarnings("ignore", "Liblinear failed to converge", ConvergenceWarning)
-                    model = vissl(rows[support].astype(np.float64), labels[support])
-            else:
-                model = fit_chosen(heads[way], rows[support], labels[support], local, random_state=[0, episode])[1]
-            out[way] = 100 * float((model.predict(rows[query]) == labels[query]).mean())
     return out
 
 

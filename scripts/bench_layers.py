@@ -81,15 +81,15 @@ def one(
     local = np.unique(groups[support], return_inverse=True)[1]
     out = {}
     with threadpool_limits(1, user_api="blas"):
-        for way in WAYS:
-            rows = heads[way].seen(data[way])
-            if way == "peer":
+        for way, head in heads.items():
+            rows = head.seen(data[way])
+            if way == "peer" and n_shots > 1:  # one image a class leaves its cross-validation nothing to hold out
                 with warnings.catch_warnings():
                     # Its own settings stop liblinear short of the optimum: part of the protocol that is compared.
                     warnings.filterwarnings("ignore", "Liblinear failed to converge", ConvergenceWarning)
                     model = vissl(rows[support].astype(np.float64), labels[support])
             else:
-                model = fit_chosen(heads[way], rows[support], labels[support], local, random_state=[0, episode])[1]
+                model = fit_chosen(head, rows[support], labels[support], local, random_state=[0, episode])[1]
             out[way] = 100 * float((model.predict(rows[query]) == labels[query]).mean())
     return out
 

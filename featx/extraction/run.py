@@ -268,8 +268,7 @@ def extract_lanes(
                 where=store,
                 hint="Run the same command again to go on.",
             ) from error
-        except Exception:
-            # An address that went away, or an engine that failed, costs no image that was complete.
+        except Exception:  # of whatever kind: it goes on as it came, once what was complete is published
             with contextlib.suppress(FeatxError, OSError):  # of a full disk, say, which is why all this ends
                 writer.flush()
             raise
