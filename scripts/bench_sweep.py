@@ -107,7 +107,7 @@ def draws(store: Path, episodes: int) -> list[list[Task]]:
 def quietly(work: Callable[..., Any], *arguments: Any) -> Any:
     """Run a peer, whose solvers do stop early: what that costs is measured below. Of featx's own nothing is hidden."""
     with warnings.catch_warnings():
-        # Only these two, by their words: the peers' own settings stop their solvers short, which is part of the protocol.
+        # By their words: the peers' own settings stop these two solvers short, which is part of their protocols.
         warnings.filterwarnings("ignore", "(lbfgs|Liblinear) failed to converge", ConvergenceWarning)
         before = os.environ.get("PYTHONWARNINGS")
         # The same in workers, which start while this holds: by their words, for Python reads it before it can import.
