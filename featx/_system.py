@@ -35,6 +35,15 @@ def available_cpus() -> int:
     return os.cpu_count() or 1
 
 
+def has_int8() -> bool:
+    """Whether this CPU multiplies eight-bit numbers faster than others (VNNI or AMX); only Linux on x86 says so."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return False
+    return not {"avx512_vnni", "avx_vnni", "amx_int8"}.isdisjoint(flags)
+
+
 def lock(handle: int, *, shared: bool = False) -> None:
     """Lock an open file or folder (flock), without waiting; the lock goes with the process, however that ends.
 

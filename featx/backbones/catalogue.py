@@ -191,6 +191,27 @@ ADVICE = (
 """For people who have to choose. Accuracies are means over 1, 5 and 20 labels per class (the guide, features, has the
 table and the command); a test compares the figures with that table."""
 
+
+@dataclass(frozen=True)
+class Int8:
+    """What quantising a network costs.
+
+    Attributes
+    ----------
+    loss : points of accuracy against single precision, mean over five sets of photos and 1, 5 and 20 shots.
+    worst : the same on the set that loses most.
+    """
+
+    loss: float
+    worst: float
+
+
+INT8_LOSS = 0.2
+"""Points that int8 may cost where nobody asked for it."""
+
+INT8: Mapping[str, Int8] = MappingProxyType({})
+"""Networks that were measured at int8 (``scripts/bench_precision.py``)."""
+
 _SHA256: Mapping[str, str] = MappingProxyType(
     {
         "alexnet-owt-7be5be79.pth": "7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02",

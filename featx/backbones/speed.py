@@ -76,13 +76,13 @@ def measure_speed(
     left = _converted(backbone) if weights == "none" else []
     try:
         engine = make_engine(backbone)
-        rate = _rate(engine, (engine.batch_size, *backbone.preprocess.crop, 3), seconds, name, advance)
+        found = rate(engine, (engine.batch_size, *backbone.preprocess.crop, 3), seconds, name, advance)
     finally:
         for file in left:  # a converted copy of random weights is of no use to anybody
             file.unlink(missing_ok=True)
     speed = Speed(
         backbone=backbone.name,
-        images_per_second=round(rate, 1),
+        images_per_second=round(found, 1),
         engine=engine.name,
         precision=engine.precision,
         device=engine.device,
@@ -124,14 +124,16 @@ def _converted(backbone: Backbone) -> list[Path]:
     """Where OpenVINO's engine would keep a converted copy of this network, if there is none yet."""
     if importlib.util.find_spec("openvino") is None:
         return []
-    from featx.backbones.engines.openvino import cache_file
+    from featx.backbones.engines.graph import cache_file
     from featx.backbones.engines.torch import BATCH_SIZES
 
-    file = cache_file(backbone, BATCH_SIZES["cpu"])
-    return [] if file.exists() else [file]
+    files = (cache_file(backbone), cache_file(backbone, BATCH_SIZES["cpu"]))
+    return [file for file in files if not file.exists()]
 
 
-def _rate(engine: Engine, shape: tuple[int, ...], seconds: float, name: str, advance: Advance | None) -> float:
+def rate(engine: Engine, shape: tuple[int, ...], seconds: float, name: str, advance: Advance | None = None) -> float:
+    """Images per second of an engine that is given one batch of random pixels of this shape again and again."""
+
     def tell(over: float) -> None:
         if advance is not None:
             advance(min(int(over), whole), whole, f"measuring {name}, seconds")

@@ -45,6 +45,7 @@ def demo(
     started = time.monotonic()
     check_writable(folder)
     from featx.cli import demo_images
+    from featx.images import PHOTOGRAPHS
 
     steps = _Steps(as_json=as_json)
     photographs, new, digits = folder / "photographs", folder / "new", folder / "digits"
@@ -53,7 +54,7 @@ def demo(
         "digits": demo_images.write_digits(digits),
     }
     say(
-        f"{counts['photographs']} tiles of {len(demo_images.PHOTOGRAPHS)} photographs are in {photographs}, and "
+        f"{counts['photographs']} tiles of {len(PHOTOGRAPHS)} photographs are in {photographs}, and "
         f"{counts['digits']} scanned digits in {digits}: a folder for each class.",
         err=as_json,
     )

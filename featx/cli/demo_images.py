@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featx.errors import StoreError, UsageError
+from featx.errors import StoreError
 from featx.evaluation import Shots, SweepResult, shown_gap
-from featx.images import decode, save_png
-
-PHOTOGRAPHS = (
-    "astronaut.png", "brick.png", "camera.png", "cell.png", "chelsea.png", "coffee.png", "coins.png", "grass.png",
-    "gravel.png", "hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png", "page.png", "retina.jpg",
-    "rocket.jpg",
-)  # fmt: skip
-"""Files that lie in scikit-image's wheel itself; ``skimage.data`` would download some of its others."""
+from featx.images import photographs, save_png
 
 NEW = ("chelsea", "coffee", "rocket")
 """Of each of these one tile is kept apart, to predict."""
@@ -56,28 +48,13 @@ def write_photographs(folder: Path, new: Path) -> int:
     Raises
     ------
     UsageError
-        scikit-image is not installed.
+        scikit-image is not installed, or this version has other photographs.
     """
-    spec = find_spec("skimage")
-    if spec is None or not spec.submodule_search_locations:
-        raise UsageError(
-            "the demo's photographs come with scikit-image, which is not installed",
-            hint="Install it with: pip install 'featx[demo]'",
-        )
-    source = Path(spec.submodule_search_locations[0]) / "data"
     count = 0
     _make_folder(new)
-    for file in PHOTOGRAPHS:
-        name = Path(file).stem
+    for name, photograph in photographs("the demo").items():
         _make_folder(folder / name)
-        try:
-            data = (source / file).read_bytes()
-        except OSError as error:
-            hint = "Install the version that featx was tried with: pip install 'scikit-image==0.26.0'"
-            raise UsageError(
-                "this scikit-image comes without a photograph of the demo", where=file, hint=hint
-            ) from error
-        tiles = cut_tiles(np.asarray(decode(data)))
+        tiles = cut_tiles(np.asarray(photograph))
         if name in NEW:
             _write(new / f"{name}.png", tiles.pop(max(tiles)))
         for (row, column), tile in tiles.items():

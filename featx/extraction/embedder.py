@@ -139,7 +139,9 @@ class Embedder:
 
             network = tuned(network, tail)
         precision = str(provenance.get("precision", "auto"))
-        chosen = make_engine(network, engine=engine, device=device, precision=precision, batch_size=batch_size)
+        chosen = make_engine(
+            network, engine=engine, device=device, precision=precision, batch_size=batch_size, pad=False
+        )
         recorded = provenance.get("decode")
         mode = str(recorded.get("mode", "full")) if isinstance(recorded, Mapping) else "full"
         views = parse_views(str(provenance.get("views", "center")))

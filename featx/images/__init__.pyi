@@ -5,6 +5,7 @@ from .phash import (
     mirrored_hashes as mirrored_hashes,
     mirrored_thumbnails as mirrored_thumbnails,
 )
+from .photographs import PHOTOGRAPHS as PHOTOGRAPHS, photographs as photographs
 from .pixels import (
     REASONS as REASONS,
     Preprocess as Preprocess,

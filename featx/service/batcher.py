@@ -33,8 +33,8 @@ from featx.images import DecoderPool, NoDecoder, TooHeavy
 Embedded = tuple[NDArray[np.float32], ...]
 """The embedding (d,) of one image, one array a layer."""
 
-BATCH_SIZES = {"cpu": 8, "cuda": 32}
-"""Smaller than for extraction: a lone request pays for a whole batch, since short ones are padded."""
+BATCH_SIZES = {"cpu": 16, "cuda": 32}
+"""At most; fewer images are computed at the next power of two."""
 
 DECODE_TIMEOUT = 8.0
 """Seconds for one image; the slowest honest one of 50 megapixels takes about three."""
@@ -170,7 +170,10 @@ class Batcher:
                 )
                 self._pools.append(started.enter_context(pool))
             self._stack = started.pop_all()
-        self.embedder.embed_pixels([self.known_good])
+        size = self.embedder.engine.batch_size
+        while size:  # each size of batches is another program, which is made when it is first needed
+            self.embedder.embed_pixels([self.known_good] * size)
+            size //= 2
         before = time.monotonic()
         self.embedder.embed_pixels([self.known_good])
         self._batch_seconds = time.monotonic() - before

@@ -26,8 +26,8 @@ FORMAT_VERSION = 2
 FINGERPRINTED = ("backbone", "weights_sha256", "layers", "views", "preprocess", "decode", "precision")
 """Fields of the provenance that change the numbers."""
 
-FINGERPRINTED_IF_THERE = ("code_sha256",)
-"""Fields that only some stores have: those of networks that are the user's own."""
+FINGERPRINTED_IF_THERE = ("code_sha256", "quantised_sha256")
+"""Fields that only some stores have: of networks that are the user's own, and of those that run quantised."""
 
 _SHARD_NAME = re.compile(r"[0-9]{5,9}-[0-9a-f]{8}\.h5")
 _HEX = re.compile(r"[0-9a-f]{64}")

@@ -13,7 +13,8 @@ import pytest
 from enginekit import Array, on_cpu, random_batches, small
 
 from featx.backbones.backbone import Backbone, load_backbone
-from featx.backbones.engines import openvino as openvino_engine, torch as engines
+from featx.backbones.engines import graph as graphs, torch as engines
+from featx.backbones.engines.graph import Graph
 from featx.backbones.hub import cache_folder
 
 __all__ = ["small"]  # a fixture
@@ -45,11 +46,11 @@ def _one(backbone: Backbone) -> Array:
 )  # fmt: skip
 def test_a_damaged_cache_file_is_made_again(small: Backbone, damage: Callable[[bytes], bytes]) -> None:
     expected = _one(small)
-    path = openvino_engine.cache_file(small, 2)
+    path = graphs.cache_file(small)
     content = path.read_bytes()
     path.write_bytes(damage(content))
     np.testing.assert_array_equal(_one(small), expected)
-    assert openvino_engine._read(path) is not None
+    assert Graph.read(path) is not None
     assert [file.name for file in path.parent.iterdir() if file.name.startswith(".") and path.name in file.name] == []
 
 
@@ -57,21 +58,21 @@ def test_a_damaged_cache_file_is_made_again(small: Backbone, damage: Callable[[b
 @pytestmark_openvino
 def test_no_bit_of_the_header_can_be_altered(small: Backbone) -> None:
     _one(small)
-    path = openvino_engine.cache_file(small, 2)
+    path = graphs.cache_file(small)
     content = path.read_bytes()
     for bit in range(8 * 64):  # magic, hash, length, and the start of the graph
         altered = bytearray(content)
         altered[bit // 8] ^= 1 << bit % 8
         path.write_bytes(altered)
-        assert openvino_engine._read(path) is None, bit
+        assert Graph.read(path) is None, bit
     path.write_bytes(content)
-    assert openvino_engine._read(path) is not None
+    assert Graph.read(path) is not None
 
 
 @pytestmark_openvino
 def test_the_cache_tells_apart_what_differs(small: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    def name(backbone: Backbone, batch_size: int = 2) -> str:
-        return openvino_engine.cache_file(backbone, batch_size).name
+    def name(backbone: Backbone, batch_size: int | None = None) -> str:
+        return graphs.cache_file(backbone, batch_size).name
 
     from dataclasses import replace
 
@@ -84,7 +85,7 @@ def test_the_cache_tells_apart_what_differs(small: Backbone, monkeypatch: pytest
         name(replace(small, weights_sha256="1" * 64)),
         name(replace(small, name="squeezenet1_0")),
     }
-    monkeypatch.setattr(openvino_engine, "version", lambda package: "0")
+    monkeypatch.setattr(graphs, "version", lambda package: "0")
     names.add(name(small))
     assert len(names) == 7
     assert name(replace(small, weights="moved.pth", file=Path("elsewhere"))) == name(small)
@@ -136,7 +137,7 @@ def test_a_second_start_imports_no_torch(tmp_path: Path) -> None:
 @pytestmark_openvino
 def test_openvino_never_gets_its_telemetry(tmp_path: Path) -> None:
     code = (
-        "import sys; from featx.backbones.engines.openvino import import_openvino; import_openvino();"
+        "import sys; from featx.backbones.engines.graph import import_openvino; import_openvino();"
         "from openvino.tools.ovc import convert_impl, telemetry_utils, utils;"
         "names = {module.tm.__name__ for module in (convert_impl, telemetry_utils, utils)};"
         "assert names == {'openvino.tools.ovc.telemetry_stub'}, names;"

@@ -60,7 +60,7 @@ def test_the_rate_counts_images_over_time(monkeypatch: pytest.MonkeyPatch) -> No
     now = iter(range(0, 1000, 1))
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(now)))
     engine = TinyEngine(batch_size=3)
-    rate = speeds._rate(engine, (3, *TINY.crop, 3), seconds=4, name="tiny", advance=None)
+    rate = speeds.rate(engine, (3, *TINY.crop, 3), seconds=4, name="tiny")
     batches = engine.batches[1:]  # the first warms up
     assert batches == [3] * len(batches) and len(batches) >= 2
     assert rate * (next(now) - 1) == pytest.approx(3 * len(batches))

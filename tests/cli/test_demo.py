@@ -22,8 +22,9 @@ from sklearn.pipeline import make_pipeline
 
 import featx as package
 from featx import PixelExtractor, make_head, make_pixels_baseline
-from featx.cli.demo_images import NEW, PHOTOGRAPHS, TILE, Job, cut_tiles, verdict, write_digits, write_photographs
+from featx.cli.demo_images import NEW, TILE, Job, cut_tiles, verdict, write_digits, write_photographs
 from featx.errors import SourceError, UsageError
+from featx.images import PHOTOGRAPHS
 
 
 @pytest.mark.parametrize("size", [(191, 384), (300, 451), (512, 512), (1411, 1411), (660, 550)])

@@ -72,7 +72,7 @@ def test_pipelines_load_without_featx(form: str, kind: str, tmp_path: Path) -> N
 def test_onnx_in_another_runtime(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("onnx")
     pytest.importorskip("openvino")
-    from featx.backbones.engines.openvino import import_openvino
+    from featx.backbones.engines.graph import import_openvino
 
     bundle = fitted(kind=kind)
     path = export_bundle(bundle, tmp_path / "a.onnx", "onnx")

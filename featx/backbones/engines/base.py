@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
@@ -27,7 +29,13 @@ efficientnet_lite0 (mobilenet_v2 0.976) with all of it at bf16, and 0.9994 (0.99
 
 
 class Engine(Protocol):
-    """Runs one backbone on one device at one precision."""
+    """Runs one backbone on one device at one precision.
+
+    Attributes
+    ----------
+    name, device, precision, batch_size : as :func:`featx.backbones.engines.torch.make_engine` was asked for them.
+    quantised_sha256 : of the quantised network; an engine that runs none need not have it.
+    """
 
     name: str
     device: str
@@ -52,6 +60,26 @@ def of_layer(found: Sequence[NDArray[np.float32]], place: int | None) -> NDArray
     return np.concatenate(found, axis=-1) if place is None else found[place]
 
 
+def sizes_of(batch_size: int, *, pad: bool) -> tuple[int, ...]:
+    """Sizes of batches that an engine computes: the one, or that and the powers of two below it, ascending."""
+    if pad:
+        return (batch_size,)
+    return (*(1 << power for power in range(batch_size.bit_length()) if 1 << power < batch_size), batch_size)
+
+
+@contextlib.contextmanager
+def without_telemetry() -> Iterator[None]:
+    """Hide the package by which OpenVINO and NNCF send events, while one of them is imported."""
+    hidden = "openvino_telemetry" not in sys.modules
+    if hidden:
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules["openvino_telemetry"]
+
+
 def fill(padded: Batch, batch: Batch) -> int:
     """Copy ``batch`` to the front of ``padded``, zero the rest, and return how many images it has."""
     n = len(batch)
@@ -63,6 +91,11 @@ def fill(padded: Batch, batch: Batch) -> int:
     padded[:n] = batch
     padded[n:] = 0
     return n
+
+
+def quantised_of(engine: Engine) -> str:
+    """Hex sha256 of the quantised network that an engine runs; "" where it is not quantised."""
+    return str(getattr(engine, "quantised_sha256", ""))
 
 
 def for_views(engine: Engine, views: int) -> Engine:
@@ -82,7 +115,7 @@ class ViewsEngine:
     def __init__(self, engine: Engine, views: int) -> None:
         self.engine, self.views = engine, views
         self.name, self.device, self.precision = engine.name, engine.device, engine.precision
-        self.batch_size = engine.batch_size
+        self.batch_size, self.quantised_sha256 = engine.batch_size, quantised_of(engine)
 
     def embed(self, batches: Iterable[Batch]) -> Iterator[Embeddings]:
         """See :meth:`Engine.embed`."""

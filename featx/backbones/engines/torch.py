@@ -1,9 +1,10 @@
 """How a frozen network is run: the choice among engines, and torch, the reference.
 
 An engine takes batches of uint8 pixels and gives float32 embeddings, in order. All engines give the same
-embeddings (cosine to plain torch >= 0.9999 at fp32, >= 0.999 at bf16). Short batches are padded, so every batch has
-the one shape, and an image's embedding does not depend on what else is in its batch: bit for bit at fp32, and at bf16
-for the convolutional networks that were tried (a vision transformer on OpenVINO is not position-independent there).
+embeddings (cosine to plain torch >= 0.9999 at fp32, >= 0.999 at bf16); a network that is quantised (int8) is another
+network, with a hash of its own. Short batches are padded, so every batch has the one shape, and an image's embedding
+does not depend on what else is in its batch: bit for bit at fp32, and at bf16 for the convolutional networks that were
+tried (a vision transformer on OpenVINO is not position-independent there).
 
 ``TorchEngine`` runs anywhere torch does, and on CUDA. :mod:`featx.backbones.engines.openvino` is 5 to 20 times faster
 on a CPU.
@@ -21,9 +22,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from featx._arrays import PIXELS
-from featx._system import available_cpus
+from featx._system import available_cpus, has_int8
 from featx.backbones.backbone import Backbone
-from featx.backbones.engines.base import EXACT_START, Batch, Embeddings, Engine, fill
+from featx.backbones.catalogue import INT8, INT8_LOSS
+from featx.backbones.engines.base import EXACT_START, Batch, Embeddings, Engine, fill, sizes_of
 from featx.errors import UsageError
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
 ENGINES = ("auto", "torch", "openvino")
 DEVICES = ("auto", "cpu", "cuda")
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8")
 
 BATCH_SIZES = {"cpu": 16, "cuda": 256}
 """Images per batch, by device: large enough that larger ones gain nothing."""
@@ -48,6 +50,7 @@ def make_engine(
     precision: str = "auto",
     batch_size: int | Mapping[str, int] | None = None,
     threads: int | None = None,
+    pad: bool = True,
 ) -> Engine:
     """Choose and start an engine.
 
@@ -56,9 +59,12 @@ def make_engine(
     backbone : the network to run.
     engine : "auto" is torch on CUDA if there is a GPU, else OpenVINO if it is installed, else torch.
     device : "auto" is a GPU if there is one that torch can use and the engine can too.
-    precision : "auto" is fp32 on a CPU, bf16 on a GPU that has it.
+    precision : "auto" is bf16 on a GPU that has it; on a CPU with instructions for it int8, where the catalogue says
+        that the backbone bears it (:data:`featx.backbones.catalogue.INT8`); else fp32.
     batch_size : images per batch, or that by device ("cpu", "cuda"); None takes :data:`BATCH_SIZES`.
     threads : of the CPU; None takes as many as this process may use.
+    pad : whether short batches are filled up to ``batch_size``. False computes them at the next power of two, which
+        answers a lone image much sooner; an embedding may then differ in its last bits by the size of its batch.
 
     Raises
     ------
@@ -88,8 +94,12 @@ def make_engine(
             where="engine",
             hint="Install it (pip install openvino), or use --engine torch.",
         )
-    if engine != "openvino" and device != "cpu" and _cuda():
-        return TorchEngine(backbone, device="cuda", precision=precision, batch_size=sizes["cuda"], threads=threads)
+    if precision == "int8" and (device == "cuda" or engine == "torch" or not _installed("openvino")):
+        raise UsageError("int8 is for OpenVINO on a CPU", where="precision", hint="Use bf16, or fp32.")
+    if engine != "openvino" and device != "cpu" and precision != "int8" and _cuda():
+        return TorchEngine(
+            backbone, device="cuda", precision=precision, batch_size=sizes["cuda"], threads=threads, pad=pad
+        )
     if device == "cuda":
         raise UsageError(
             "torch finds no CUDA device here",
@@ -99,15 +109,28 @@ def make_engine(
     if precision == "fp16":
         raise UsageError("fp16 is for CUDA", where="precision", hint="On a CPU use fp32 or bf16.")
     if engine == "torch" or not _installed("openvino"):
-        return TorchEngine(backbone, device="cpu", precision=precision, batch_size=sizes["cpu"], threads=threads)
+        return TorchEngine(
+            backbone, device="cpu", precision=precision, batch_size=sizes["cpu"], threads=threads, pad=pad
+        )
     from featx.backbones.engines.openvino import OpenVINOEngine
 
     return OpenVINOEngine(
         backbone,
-        precision="fp32" if precision == "auto" else precision,
+        precision=_cpu_precision(backbone) if precision == "auto" else precision,
         batch_size=sizes["cpu"],
         threads=threads or available_cpus(),
+        pad=pad,
     )
+
+
+def _cpu_precision(backbone: Backbone) -> str:
+    """What "auto" is for OpenVINO here: int8 where what it costs is known and small, and nothing has to be made."""
+    row = INT8.get(backbone.name)
+    if row is None or row.loss > INT8_LOSS or not has_int8():
+        return "fp32"
+    from featx.backbones.engines.graph import carried
+
+    return "fp32" if carried(backbone) is None else "int8"
 
 
 def cuda_devices() -> int:
@@ -136,6 +159,7 @@ class TorchEngine:
         precision: str = "auto",
         batch_size: int | None = None,
         threads: int | None = None,
+        pad: bool = True,
     ) -> None:
         import torch
 
@@ -143,6 +167,7 @@ class TorchEngine:
         self.batch_size = batch_size or BATCH_SIZES[device]
         self.precision = _cuda_precision(precision) if device == "cuda" else precision.replace("auto", "fp32")
         self._shape = (self.batch_size, *backbone.preprocess.crop, 3)
+        self._sizes = sizes_of(self.batch_size, pad=pad)
         if threads is not None:
             torch.set_num_threads(threads)
         network = backbone.network()
@@ -166,7 +191,8 @@ class TorchEngine:
             if len(busy) == LANES:  # the oldest is the one that is used again next
                 yield busy.popleft().take()
             lane = lanes[number % LANES]
-            lane.start(batch, self._run)
+            size = next((size for size in self._sizes if size >= len(batch)), self.batch_size)
+            lane.start(batch, size, self._run)
             busy.append(lane)
         while busy:
             yield busy.popleft().take()
@@ -203,24 +229,26 @@ class _Lane:
         if cuda:
             self._copying, self._done = cuda_module.Stream(), cuda_module.Event()
 
-    def start(self, batch: Batch, run: Any) -> None:
-        """Begin to embed a batch; the lane must be free."""
+    def start(self, batch: Batch, size: int, run: Any) -> None:
+        """Begin to embed a batch, filled up to ``size``; the lane must be free."""
         import torch
 
-        self._n = fill(self._input.numpy(), batch)
+        images = self._input[:size]
+        self._n = fill(images.numpy(), batch)
         if not self._cuda:
-            self._outputs = run(self._input)
+            self._outputs = run(images)
             return
         with torch.cuda.stream(self._copying):
-            pixels = self._input.to("cuda", non_blocking=True)
+            pixels = images.to("cuda", non_blocking=True)
         compute = torch.cuda.current_stream()
         compute.wait_stream(self._copying)
         pixels.record_stream(compute)  # or the copy stream could reuse its memory too early
         outputs = run(pixels)
         if not self._outputs:
-            self._outputs = tuple(torch.empty(o.shape, dtype=o.dtype, pin_memory=True) for o in outputs)
+            shapes = [(len(self._input), *output.shape[1:]) for output in outputs]
+            self._outputs = tuple(torch.empty(shape, pin_memory=True) for shape in shapes)
         for host, output in zip(self._outputs, outputs, strict=True):
-            host.copy_(output, non_blocking=True)
+            host[:size].copy_(output, non_blocking=True)
         self._done.record(compute)
 
     def take(self) -> Embeddings:

@@ -1,0 +1,246 @@
+"""Networks as OpenVINO's graphs: converted from torch once, or quantised, and kept as one file each.
+
+A graph takes uint8 pixels (n, h, w, 3) of any n and has an output named after each layer; normalisation is inside.
+Converting a network from torch takes seconds, so the result is kept in the user's cache folder. A start that finds it
+there imports no torch.
+
+A quantised graph (int8) is more than a copy that can be made again: its scales depend on the machine that measured
+them. Its sha256 is therefore part of what embeddings depend on. Those of the recipes' networks come with featx
+(``quantised/``, made by ``scripts/make_graphs.py``), so that they are the same everywhere; others are made here once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import struct
+import tempfile
+import warnings
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from featx._files import canonical_json, publish_bytes
+from featx.backbones.backbone import Backbone
+from featx.backbones.engines.base import without_telemetry
+from featx.backbones.hub import cache_folder
+from featx.errors import FeatxError, UsageError
+
+CARRIED = Path(__file__).parent.parent / "quantised"
+"""Folder of the graphs that come with featx."""
+
+_CACHE_VERSION = 3
+_MAGIC = b"featx-ir"
+_SEAL = struct.Struct("<8s32s")  # magic, sha256 of all that follows it
+_LENGTH = struct.Struct("<Q")  # of the compressed description; then that, then the constants
+_MAX_DESCRIPTION = 1 << 28
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A network for OpenVINO.
+
+    Attributes
+    ----------
+    description : its operations, as OpenVINO's XML.
+    constants : its numbers.
+    content : both as the bytes of a file, which start with the sha256 of the rest.
+    """
+
+    description: bytes
+    constants: bytes
+    content: bytes
+
+    @classmethod
+    def of(cls, description: bytes, constants: bytes) -> Graph:
+        """A graph of its parts."""
+        packed = zlib.compress(description, 9)
+        payload = _LENGTH.pack(len(packed)) + packed + constants
+        return cls(description, constants, _SEAL.pack(_MAGIC, hashlib.sha256(payload).digest()) + payload)
+
+    @classmethod
+    def read(cls, path: Path) -> Graph | None:
+        """The graph in a file; None where there is none, or one that is damaged."""
+        try:
+            content = path.read_bytes()
+        except OSError:
+            return None
+        if len(content) < _SEAL.size + _LENGTH.size:
+            return None
+        magic, sha256 = _SEAL.unpack_from(content)
+        payload = memoryview(content)[_SEAL.size :]
+        if magic != _MAGIC or hashlib.sha256(payload).digest() != sha256:
+            return None
+        (length,) = _LENGTH.unpack_from(payload)
+        rest = payload[_LENGTH.size :]
+        try:
+            description = zlib.decompressobj().decompress(rest[:length], _MAX_DESCRIPTION)
+        except zlib.error:
+            return None
+        return cls(description, bytes(rest[length:]), content)
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest that stands at the start of its file."""
+        return self.content[len(_MAGIC) : _SEAL.size].hex()
+
+    def model(self, layers: Sequence[str] = ()) -> Any:
+        """The graph as OpenVINO's model, with the outputs of ``layers`` in their order (all where none are named)."""
+        openvino = import_openvino()
+        model = openvino.Core().read_model(self.description, self.constants)
+        if not layers:
+            return model
+        results = [model.output(layer).get_node() for layer in layers]
+        return openvino.Model(results, model.get_parameters())
+
+
+def import_openvino() -> Any:
+    """Import openvino without its telemetry.
+
+    Importing it sends an event to a server unless its telemetry package is missing or a consent file says no. With
+    the package hidden during the import, openvino takes its own empty replacement: nothing is sent or written.
+    """
+    with without_telemetry():
+        import openvino
+
+    return openvino
+
+
+def converted(backbone: Backbone, batch_size: int) -> Graph:
+    """The network in single precision, from the cache or converted.
+
+    Most networks are converted for batches of any size. One whose own code depends on the number of images is
+    converted for batches of ``batch_size`` only.
+    """
+    for size in (None, batch_size):
+        found = Graph.read(cache_file(backbone, size))
+        if found is not None:
+            return found
+    size, graph = _convert(backbone, batch_size)
+    keep(graph, cache_file(backbone, size))
+    return graph
+
+
+def cache_file(backbone: Backbone, batch_size: int | None = None) -> Path:
+    """The file that a converted network is kept in; ``batch_size`` where it was converted for one size only."""
+    decides = {
+        "cache_version": _CACHE_VERSION,
+        "batch_size": batch_size,
+        "provenance": {**backbone.provenance(), "weights": None},  # the hash says which, wherever it came from
+        "versions": {package: version(package) for package in ("openvino", "torch", "torchvision", "timm")},
+    }
+    return _cached("openvino", backbone, decides)
+
+
+def quantised_file(backbone: Backbone) -> Path:
+    """The file that a network is kept in once it was quantised here.
+
+    Its name does not depend on versions: a network keeps its numbers when a library is updated.
+    """
+    return _cached("int8", backbone, {"provenance": {**backbone.provenance(), "weights": None}})
+
+
+def _cached(kind: str, backbone: Backbone, decides: dict[str, Any]) -> Path:
+    key = hashlib.sha256(canonical_json(decides)).hexdigest()[:24]
+    return cache_folder() / kind / f"{re.sub(r'[^A-Za-z0-9_.-]', '-', backbone.name)}-{key}.ir"
+
+
+def quantised(backbone: Backbone) -> Graph:
+    """The network with eight-bit weights and activations: as it comes with featx, from the cache, or quantised now.
+
+    Raises
+    ------
+    UsageError
+        It has to be quantised, and NNCF is not installed.
+    """
+    found = carried(backbone) or Graph.read(quantised_file(backbone))
+    if found is not None:
+        return found
+    from featx.backbones.engines.quantise import quantise
+
+    graph = saved(quantise(backbone, _convert(backbone, 1)[1].model()))
+    keep(graph, quantised_file(backbone))
+    return graph
+
+
+@cache
+def carried(backbone: Backbone) -> Graph | None:
+    """The quantised graph that comes with featx for these very weights and layers, if there is one."""
+    graph = Graph.read(CARRIED / f"{backbone.name}.ir") if backbone.name.isidentifier() else None
+    if graph is None:
+        return None
+    about = graph.model().get_rt_info()["featx"]
+    same = about["weights_sha256"].value == backbone.weights_sha256
+    prepared = about["preprocess"].value == canonical_json(backbone.preprocess.to_json()).decode()
+    layers = about["layers"].value.split(",")
+    return graph if same and prepared and set(backbone.layers) <= set(layers) else None
+
+
+def keep(graph: Graph, path: Path) -> None:
+    """Write a graph to the cache; where that is impossible, warn."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        publish_bytes(path, graph.content)
+    except (OSError, FeatxError) as error:
+        warnings.warn(
+            f"cannot write to the cache folder {path.parent} ({error}); the network is converted anew at every "
+            f"start. Set FEATX_CACHE to a folder that can be written to.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def saved(model: Any) -> Graph:
+    """A model of OpenVINO's as a graph."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "network.xml"
+        import_openvino().save_model(model, path, compress_to_fp16=False)
+        return Graph.of(path.read_bytes(), path.with_suffix(".bin").read_bytes())
+
+
+def _convert(backbone: Backbone, batch_size: int) -> tuple[int | None, Graph]:
+    """The network's graph, and the size of its batches (None: any)."""
+    try:
+        return None, _exported(backbone, None)
+    except Exception:  # noqa: BLE001 - whatever torch says of a network that looks at the number of its images
+        try:
+            return batch_size, _exported(backbone, batch_size)
+        except Exception as error:  # whatever the two say of a network whose steps depend on its input
+            raise UsageError(
+                "the network cannot be converted for OpenVINO",
+                where=backbone.name,
+                found=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+                if str(error)
+                else type(error).__name__,
+                hint="Use --engine torch.",
+            ) from error
+
+
+def _exported(backbone: Backbone, batch_size: int | None) -> Graph:
+    import torch
+
+    openvino = import_openvino()
+    height, width = backbone.preprocess.crop
+    example = torch.zeros(batch_size or 2, 3, height, width)
+    any_size = None if batch_size else ({0: torch.export.Dim("n", min=1, max=1 << 16)},)
+    # Exported rather than traced: torch deprecates tracing, and warns of every shape that Python looks at.
+    network = backbone.network()
+    with torch.no_grad():
+        model = openvino.convert_model(torch.export.export(network, (example,), dynamic_shapes=any_size))
+    model.reshape([batch_size or -1, *example.shape[1:]])  # the input comes out without a shape
+    if any(len(output.partial_shape) == 0 for output in model.outputs):
+        raise ValueError("an output has no shape")
+    step = openvino.preprocess.PrePostProcessor(model)
+    step.input().tensor().set_element_type(openvino.Type.u8).set_layout(openvino.Layout("NHWC"))
+    step.input().model().set_layout(openvino.Layout("NCHW"))
+    step.input().preprocess().convert_element_type(openvino.Type.f32).mean(
+        [255 * value for value in backbone.preprocess.mean]
+    ).scale([255 * value for value in backbone.preprocess.std])
+    model = step.build()
+    for output, layer in zip(model.outputs, backbone.layers, strict=True):
+        output.get_tensor().set_names({layer})
+    return saved(model)
