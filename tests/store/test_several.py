@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import storekit
 from conftest import TESTS, Featx
+from partkit import computed_by
 from storekit import (
     THREE,
     assert_rows,
@@ -54,14 +55,6 @@ def logs(tmp_path: Path) -> Path:
     """A folder of logs, one for each engine."""
     (tmp_path / "logs").mkdir()
     return tmp_path / "logs"
-
-
-def computed(logs: Path) -> dict[str, int]:
-    """Images that each engine has embedded since the last look."""
-    counts = {path.name: sum(map(int, path.read_text().split())) for path in logs.iterdir()}
-    for path in logs.iterdir():
-        path.unlink()
-    return counts
 
 
 def shard_bytes(store: Path) -> dict[str, bytes]:
@@ -133,9 +126,9 @@ def test_a_backbone_that_is_added_is_computed_alone(source: Path, tmp_path: Path
     store = tmp_path / "s.featx"
     first = storekit.extract(source, store, log=logs)
     before, fingerprint = shard_bytes(store), read_features(store).fingerprint
-    assert computed(logs) == {"tiny": 14}
+    assert computed_by(logs) == {"tiny": 14}
     second = storekit.extract(source, store, backbones=("wide",), log=logs)
-    assert computed(logs) == {"wide": 14}
+    assert computed_by(logs) == {"wide": 14}
     assert second.embedded == 14 and first.fingerprint == second.fingerprint
     assert shard_bytes(store).items() > before.items()
     features = read_features(store)  # "penultimate" is the layer of the store's own backbone
@@ -147,7 +140,7 @@ def test_a_backbone_that_is_added_is_computed_alone(source: Path, tmp_path: Path
         assert np.array_equal(
             read_features(store, layer=layer).embeddings, read_features(together, layer=layer).embeddings
         )
-    assert storekit.extract(source, store, log=logs).reused == 14 and computed(logs) == {}
+    assert storekit.extract(source, store, log=logs).reused == 14 and computed_by(logs) == {}
     assert verify(store) == []
 
 
@@ -162,7 +155,7 @@ def test_images_that_are_added_are_embedded_by_every_backbone(source: Path, tmp_
         return storekit.start_light(backbone, log=logs)
 
     storekit.extract(source, store, backbones=("wide",), engine=start)
-    assert computed(logs) == {"tiny": 3, "wide": 3} and set(started) == {"tiny", "wide"}
+    assert computed_by(logs) == {"tiny": 3, "wide": 3} and set(started) == {"tiny", "wide"}
     storekit.extract(source, whole, backbones=("tiny", "wide"))
     assert content_hash(store) == content_hash(whole)
 
@@ -173,7 +166,7 @@ def test_a_backbone_half_added_leaves_the_old_one(source: Path, tmp_path: Path, 
     before = content_hash(store)
     with pytest.raises(Interrupted):
         storekit.extract(source, store, backbones=("wide",), log=logs, progress=stop_after(9))
-    half = computed(logs).get("wide", 0)  # its thread may have been given nothing yet
+    half = computed_by(logs).get("wide", 0)  # its thread may have been given nothing yet
     assert half < 14
     assert content_hash(store) == before and verify(store) == []
     assert list(FeatureReader(store).backbones) == ["tiny", "pixels"]
@@ -187,7 +180,7 @@ def test_a_backbone_half_added_leaves_the_old_one(source: Path, tmp_path: Path, 
     assert "pixels: penultimate; views center; fp32" in lines
     assert "wide: penultimate; views center; fp32; unfinished" in lines
     storekit.extract(source, store, backbones=("wide",), log=logs)
-    assert computed(logs) == {"wide": 14 - half}
+    assert computed_by(logs) == {"wide": 14 - half}
     storekit.extract(source, whole)
     storekit.extract(source, whole, backbones=("wide",))
     assert content_hash(store) == content_hash(whole)
@@ -398,7 +391,7 @@ def test_a_store_of_version_1_becomes_one_of_version_2(tmp_path: Path, logs: Pat
     one = pack(store, tmp_path / "one.h5")
     assert np.array_equal(read_features(one).embeddings, old.embeddings) and content_hash(one) == hashed
     summary = storekit.extract(source, store, log=logs)
-    assert computed(logs) == {}  # the network's embeddings are known
+    assert computed_by(logs) == {}  # the network's embeddings are known
     assert (summary.embedded, summary.reused) == (0, 12)
     assert json.loads((store / "manifest.json").read_text())["format_version"] == 2
     assert shard_bytes(store).items() > before.items()
