@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from storekit import LightEngine, light_backbone, start_light
+from storekit import LightEngine, light_backbones, start_light
 
 from featx.backbones.backbone import Backbone
 from featx.extraction.runners.local import Job
@@ -22,15 +22,25 @@ from featx.store.tools import content_hash, verify
 TWO = ("cpu", "cpu")
 
 
-def job_for(source: Path, store: Path, start: Callable[..., Any] = start_light, **how: Any) -> tuple[ImageSet, Job]:
-    """The images of a folder, and the job of extracting them with an engine that ``start`` makes."""
-    images = ImageSet.from_folder(source)
-    return images, Job(store, len(images), light_backbone, partial(start, **how), options={"workers": 1})
+def job_for(
+    source: Path, store: Path, start: Callable[..., Any] = start_light, backbones: Sequence[str] = ("tiny",), **how: Any
+) -> tuple[ImageSet, Job]:
+    """The images of a folder, and the job of extracting them with engines that ``start`` makes."""
+    images, load = ImageSet.from_folder(source), partial(light_backbones, *backbones)
+    return images, Job(store, len(images), load, partial(start, **how), options={"workers": 1})
 
 
 def computed(log: Path) -> int:
     """How many images the engines that wrote to this log have embedded."""
     return sum(map(int, log.read_text().split()))
+
+
+def computed_by(logs: Path) -> dict[str, int]:
+    """The same for each backbone, of a folder of logs that is emptied."""
+    counts = {path.name: computed(path) for path in logs.iterdir()}
+    for path in logs.iterdir():
+        path.unlink()
+    return counts
 
 
 def fail_once(backbone: Backbone, *, flag: Path, **how: Any) -> LightEngine:

@@ -174,6 +174,7 @@ def extract(
     """
     from featx.extraction import UNREAD
     from featx.images import ImageSet, count_labels
+    from featx.store import stored_backbones
 
     how = Spread.of(part, finish, runner, devices, prune=prune, rehash=rehash, device=device.value)
     source = how.source(source)
@@ -188,6 +189,13 @@ def extract(
         say(
             f"{len(asked.views)} views ({', '.join(asked.views)}): the network takes about {len(asked.views)} times as "
             "long.", err=True,
+        )  # fmt: skip
+    own = images if how.part is None else how.part.cut(images)
+    recorded = stored_backbones(out)
+    if recorded and PIXELS not in recorded and not how.finish:
+        say(
+            f"Note: {plural(len(own), 'photo')} will be read once more, for the thumbnails and perceptual hashes that "
+            "this store does not have yet.", err=True,
         )  # fmt: skip
     with ProgressLine("embedding") as line:
         loader = partial(load, asked.networks)
@@ -213,7 +221,7 @@ def extract(
     for note in summary.notes:
         say(f"Note: {note}.", err=True)
     refused = {item.id for item in summary.refused}
-    labels = [ref.label for ref in (images if how.part is None else how.part.cut(images)).refs if ref.id not in refused]
+    labels = [ref.label for ref in own.refs if ref.id not in refused]
     classes, nameless = count_labels(labels), labels.count(None)
     if as_json:
         print_json({**summary.to_json(), "classes": classes, "unlabelled": nameless})

@@ -112,7 +112,7 @@ def sweep(
     from featx.heads import heads_for, left_out, open_layers, taken, unlabelled_centre, unlabelled_rows
     from featx.images import Originals
     from featx.reports import TABLE_WIDTH, render, write_report
-    from featx.store import source_of
+    from featx.store import Pictures, source_of
 
     wanted_heads, wanted_shots = parse_heads(heads), parse_shots(shots)
     one = unlabelled or unlabelled_from is not None
@@ -129,8 +129,12 @@ def sweep(
         rows = rows[features.labels[rows] >= 0]
     centre = None if pool is None else unlabelled_centre(pool)
     copies = features.near_copies_of(rows)
-    if copies is None:
-        say("Note: near copies are not looked for, as the weights are random; equal bytes are.", err=True)
+    if not isinstance(copies, Pictures):
+        by = (
+            "as the weights are random, only copies of equal bytes are found" if copies is None else
+            f"near copies are images with a cosine of {copies:g} or more, which copies saved anew may not reach"
+        )  # fmt: skip
+        say(f"Note: without perceptual hashes, {by}. To add the hashes, run featx extract again.", err=True)
     try:
         with _workers(backend) as all_of_them, ProgressLine("comparing heads") as line:
             result = sweep_heads(

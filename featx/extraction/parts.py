@@ -23,7 +23,7 @@ import re
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -126,8 +126,7 @@ def extract_part(
     ----------
     images : all images of the source, the same for every part.
     backbone, engine, progress, options : as for :func:`featx.extraction.run.extract_features`; ``max_bad`` is a share
-    of all
-        images, and a part fails only where it alone has more bad ones than the whole may have.
+        of all images, and a part fails only where it alone has more bad ones than the whole may have.
     store : folder of the store that the parts are for.
     part : which part.
 
@@ -207,15 +206,23 @@ def parts_of(store: str | Path) -> list[Part]:
     return sorted(Part(number=int(each[1]), of=int(each[2])) for each in found if each)
 
 
-def unfinished(images: ImageSet, store: str | Path, of: int) -> dict[Part, str]:
-    """Why each part of ``of`` that is not finished is not, in words; parts without images are finished."""
-    return {part: found for part, found in _look_at_all(images, Path(store), of) if isinstance(found, str)}
+def unfinished(images: ImageSet, store: str | Path, of: int, wanted: Iterable[str] = ()) -> dict[Part, str]:
+    """Why each part of ``of`` that is not finished is not, in words; parts without images are finished.
+
+    Parameters
+    ----------
+    wanted : backbones that every part has to have, beside those that any of them has.
+    """
+    looks = _look_at_all(images, Path(store), of, wanted)
+    return {part: found for part, found in looks if isinstance(found, str)}
 
 
-def _look_at_all(images: ImageSet, store: Path, of: int) -> list[tuple[Part, _Done | str | None]]:
-    """All parts of a cut, as of :func:`_look`; one that lacks a backbone of the others is not finished."""
+def _look_at_all(
+    images: ImageSet, store: Path, of: int, wanted: Iterable[str] = ()
+) -> list[tuple[Part, _Done | str | None]]:
+    """All parts of a cut, as of :func:`_look`; one that lacks a backbone of ``wanted`` or the others is unfinished."""
     looks = [(part, _look(images, store, part)) for part in (Part(number=i, of=of) for i in range(1, of + 1))]
-    names = {name for _, found in looks if isinstance(found, _Done) for name in found.names}
+    names = {*wanted, *(name for _, found in looks if isinstance(found, _Done) for name in found.names)}
     return [
         (part, f"was made without {', '.join(sorted(lacking))}")
         if isinstance(found, _Done) and (lacking := names - {*found.names})

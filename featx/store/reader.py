@@ -120,7 +120,8 @@ class FeatureSet:
         """
         if self.hashes is not None and self.pixels is not None:
             return Pictures(self.hashes, self.pixels)
-        return None if self.provenance.get("weights") == "none" else NEAR
+        made = self.provenance.get("backbones", [self.provenance])
+        return None if any(each.get("weights") == "none" for each in made) else NEAR
 
     def near_copies_of(self, rows: NDArray[np.intp]) -> Alike:
         """The same of some of the images."""

@@ -7,15 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil  # type: ignore[import-untyped]
 import pytest
 import storekit
 from conftest import Featx, class_folders
-from partkit import TWO, assert_same, computed, fail_once, job_for
-from storekit import light_backbone
+from partkit import TWO, assert_same, computed, computed_by, fail_once, job_for
+from storekit import light_backbone, start_light
 
 from featx.backbones.backbone import Backbone
 from featx.errors import FeatxError, Interrupted, MismatchError, UsageError
@@ -23,6 +25,7 @@ from featx.extraction.parts import Part, extract_part, parts_of
 from featx.extraction.runners import local as runners
 from featx.extraction.runners.local import Job, pack, parse_devices, run_local
 from featx.images.source import ImageSet
+from featx.store.reader import FeatureReader
 from featx.store.tools import content_hash, verify
 
 pytestmark = pytest.mark.slow
@@ -179,6 +182,43 @@ def test_what_was_done_is_not_begun_again(source: Path, store: Path, whole: Path
     assert_same(store, whole)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("finished", [False, True], ids=["parts waiting", "parts finished"])
+def test_a_backbone_that_is_named_later_is_computed(
+    finished: bool, source: Path, store: Path, whole: Path, tmp_path: Path
+) -> None:
+    """All parts have one backbone: the run with two computes the second one, by both processes, and ends."""
+    both, logs = ("tiny", "wide"), tmp_path / "logs"
+    logs.mkdir()
+    if finished:
+        run_local(*job_for(source, store), TWO)
+    else:
+        for part in map(Part.parse, ("1/2", "2/2")):
+            extract_part(ImageSet.from_folder(source), light_backbone(), store, part, engine=start_light, workers=1)
+    summary = run_local(*job_for(source, store, backbones=both, log=logs), TWO)
+    assert computed_by(logs) == {"wide": 40}
+    assert summary.backbones == ("tiny", "pixels", "wide")
+    storekit.extract(source, whole, backbones=both)
+    assert_same(store, whole)
+    one, other = FeatureReader(store), FeatureReader(whole)
+    assert one.index.ids == other.index.ids
+    for layer in (*both, "pixels"):
+        mine, theirs = (each.read(np.arange(40), layer=layer) for each in (one, other))
+        assert np.array_equal(mine, theirs) and mine.std() > 0
+    assert run_local(*job_for(source, store, backbones=both, log=logs), TWO).reused == 40
+    assert computed_by(logs) == {}
+
+
+def test_other_settings_are_refused_where_all_parts_are_done(source: Path, store: Path) -> None:
+    extract_part(
+        ImageSet.from_folder(source), light_backbone(), store, Part.parse("1/1"), engine=start_light, workers=1
+    )
+    images, job = job_for(source, store)
+    with pytest.raises(MismatchError, match="another views"):
+        run_local(images, replace(job, options={"workers": 1, "views": ("center", "flip")}), TWO)
+    assert run_local(images, job, TWO).embedded == 40
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
@@ -283,3 +323,18 @@ def test_the_real_commands(tmp_path: Path, featx: Featx) -> None:
     for made in (store, tmp_path / "local.featx"):
         assert content_hash(made) == expected
         assert verify(made) == []
+    # A further backbone: by one process, by two, by parts that nobody has finished yet, and by hand.
+    two = ["--backbone", "efficientnet_lite0", "--backbone", "efficientnet_lite1"]
+    for part, images in (("1/2", 4), ("2/2", 6)):
+        featx(*command, tmp_path / "waiting.featx", "--part", part)
+        assert featx(*command, store, "--part", part, *two).json["embedded"] == images
+    by_two = [*two, "--runner", "local", "--devices", "cpu,cpu"]
+    ways = {"whole": two, "local": by_two, "waiting": by_two, "parts": ["--finish"]}
+    hashes = set()
+    for name, options in ways.items():
+        ran = featx(*command, tmp_path / f"{name}.featx", *options)
+        assert ran.code == 3, ran.err
+        assert ran.json["embedded"] == 10 and ran.json["backbones"] == ["efficientnet_lite0", "pixels", two[-1]]
+        hashes.add(content_hash(tmp_path / f"{name}.featx"))
+        assert verify(tmp_path / f"{name}.featx") == []
+    assert len(hashes) == 1 and hashes != {expected}

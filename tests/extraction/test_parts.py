@@ -321,11 +321,12 @@ def test_finishing_can_fail_at_every_step_and_be_repeated(
 
 
 @pytest.mark.slow
-def test_parts_and_finishing_survive_kills(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backbones", [("tiny",), ("tiny", "wide", "third")], ids=["one", "three"])
+def test_parts_and_finishing_survive_kills(backbones: tuple[str, ...], tmp_path: Path) -> None:
     source, store = storekit.png_folders(tmp_path / "photos", 48), tmp_path / "photos.featx"
-    storekit.extract(source, tmp_path / "whole.featx")
+    storekit.extract(source, tmp_path / "whole.featx", backbones=backbones)
     rng, kills = random.Random(0), 0
-    job: dict[str, Any] = {"source": source, "store": store, "shard_rows": 3}
+    job: dict[str, Any] = {"source": source, "store": store, "shard_rows": 3, "backbones": backbones}
     with Zygote() as zygote:
         started = time.perf_counter()
         zygote.start(**{**job, "store": tmp_path / "timed.featx", "part": "1/3"})

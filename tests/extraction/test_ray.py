@@ -20,7 +20,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 import storekit
 from conftest import TESTS, Featx, class_folders
-from partkit import assert_same, computed, fail_once, job_for
+from partkit import assert_same, computed, computed_by, fail_once, job_for
 from storekit import light_backbone, start_light
 
 from featx.errors import FeatxError, Interrupted, MismatchError, UsageError
@@ -113,6 +113,20 @@ def test_the_cluster_makes_what_one_process_makes_though_a_worker_is_killed(
     log = store.with_name("log")
     assert run_ray(images, job_for(source, store, log=log)[1]).reused == 40
     assert not log.exists()
+
+
+@pytest.mark.slow
+def test_a_backbone_that_is_named_later_is_computed(cluster: str, source: Path, store: Path, whole: Path) -> None:
+    """By parts that are waiting with one, and again over the store that was made of them."""
+    for part in map(Part.parse, ("1/2", "2/2")):
+        extract_part(ImageSet.from_folder(source), light_backbone(), store, part, engine=start_light, workers=1)
+    logs, names = store.with_name("logs"), ("tiny", "wide", "third")
+    logs.mkdir()
+    for count in (2, 3):
+        storekit.extract(source, whole, backbones=names[:count])
+        run_ray(*job_for(source, store, backbones=names[:count], log=logs))
+        assert computed_by(logs) == {names[count - 1]: 40}
+        assert_same(store, whole)
 
 
 @pytest.mark.slow

@@ -47,7 +47,7 @@ def computed(log: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("backbones", "kills"), [(("tiny",), KILLS), (("tiny", "wide"), KILLS // 2)])
+@pytest.mark.parametrize(("backbones", "kills"), [(("tiny",), KILLS), (("tiny", "wide", "third"), KILLS // 2)])
 def test_sixty_kills(backbones: tuple[str, ...], kills: int, tmp_path: Path) -> None:
     source = storekit.png_folders(tmp_path / "photos", 32)
     (source / "ants" / "bad.png").write_bytes(b"no image")  # so that there is a list of refused images

@@ -11,11 +11,13 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from conftest import TESTS
+from conftest import TESTS, Featx
 from storekit import (
+    THREE,
     assert_rows,
     check_published,
     digests_of,
+    made_up,
     make_store,
     names_of,
     provenance,
@@ -27,7 +29,7 @@ from featx.cli.guide import page
 from featx.errors import StoreError, UsageError
 from featx.store.index import Refused, read_quarantine
 from featx.store.manifest import read_manifest
-from featx.store.reader import FeatureReader, read_features
+from featx.store.reader import FeatureReader, Pictures, read_features
 from featx.store.tools import content_hash, info, pack, verify
 from featx.store.writer import StoreWriter
 
@@ -56,6 +58,35 @@ def test_golden_files_are_read_for_ever(name: str, tmp_path: Path) -> None:
         shutil.copytree(path, tmp_path / "copy")
         make_store(tmp_path / "copy", names_of(20), layers=("penultimate", "features.3"))  # and continued
         assert_rows(tmp_path / "copy", 20)
+
+
+@pytest.mark.parametrize("name", ["v2-store", "v2-packed.h5"])
+def test_golden_files_of_several_backbones_are_read_for_ever(name: str, tmp_path: Path, featx: Featx) -> None:
+    path = tmp_path / f"kept-{name}"
+    (shutil.copytree if (GOLDEN / name).is_dir() else shutil.copy2)(GOLDEN / name, path)
+    assert verify(path) == []
+    assert_rows(path)
+    features, digests = read_features(path), digests_of(names_of(12))
+    assert features.ids.tolist() == names_of(12)
+    reader = FeatureReader(path)
+    assert list(reader.backbones) == [*THREE] and reader.networks == ("tiny", "tiny/features.3", "wide")
+    for backbone, layer, number in (("tiny", "penultimate", 0), ("tiny", "features.3", 1), ("wide", "penultimate", 0)):
+        rows = read_features(path, layer=f"{backbone}/{layer}").embeddings
+        assert np.array_equal(rows, made_up(backbone, digests, number))
+    pictures = features.near_copies
+    assert isinstance(pictures, Pictures)
+    assert [row.tobytes() for row in pictures.hashes] == digests
+    assert np.array_equal(pictures.pixels, np.rint(made_up("pixels", digests) * 255))
+    assert features.fingerprint == "8b3cfc3cd9f3a240af0ad0b64208ec9559aee58312c257d211687eb3e51db4b8"
+    assert content_hash(path) == "8181ec8d1331cb0d07a35376098e4fd001adf97b62c361079ba7f5307a989f76"
+    ran = featx("sweep", path, "--shots", "1", "--episodes", 2, "--heads", "ridge,knn", "--json")
+    assert ran.code == 0, ran.err
+    assert {each["features"] for each in ran.json["results"]} == {*reader.networks, "joined"}
+    assert [each["n_shots"] for each in ran.json["pixels_baseline"]] == [1]
+    assert ran.json["duplicates"] == {"exact": 0, "near": 0, "groups": 0}
+    if path.is_dir():
+        make_store(path, names_of(20), layers=("penultimate", "features.3"), backbones=THREE)  # and continued
+        assert_rows(path, 20)
 
 
 def test_a_packed_file_is_read_with_h5py_alone(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from hypothesis import Phase, given, seed, settings, strategies as st
-from storekit import make_store, names_of
+from storekit import THREE, make_store, names_of
 
 from featx._files import canonical_json
 from featx.errors import StoreError
@@ -46,7 +46,7 @@ FIELDS = [
 @pytest.mark.slow
 def test_fuzzed_manifests(tmp_path: Path) -> None:
     """Five seconds of manifests with right checksums and any JSON in their fields: read, or refused in a sentence."""
-    store = make_store(tmp_path / "s.featx")
+    store = make_store(tmp_path / "s.featx", backbones=THREE)
     good = json.loads((store / "manifest.json").read_text())
     until = time.monotonic() + FUZZ_SECONDS
     tried = 0

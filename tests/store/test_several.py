@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +12,8 @@ import h5py
 import numpy as np
 import pytest
 import storekit
-from conftest import TESTS, Featx
+from conftest import TESTS, Featx, class_folders
+from partkit import computed_by
 from storekit import (
     THREE,
     assert_rows,
@@ -27,6 +29,7 @@ from storekit import (
 )
 
 from featx import _files
+from featx._files import seal, unseal
 from featx.errors import Interrupted, MismatchError, StoreError, UsageError
 from featx.extraction import run
 from featx.store import manifest, writer as store_writer
@@ -54,14 +57,6 @@ def logs(tmp_path: Path) -> Path:
     """A folder of logs, one for each engine."""
     (tmp_path / "logs").mkdir()
     return tmp_path / "logs"
-
-
-def computed(logs: Path) -> dict[str, int]:
-    """Images that each engine has embedded since the last look."""
-    counts = {path.name: sum(map(int, path.read_text().split())) for path in logs.iterdir()}
-    for path in logs.iterdir():
-        path.unlink()
-    return counts
 
 
 def shard_bytes(store: Path) -> dict[str, bytes]:
@@ -133,9 +128,9 @@ def test_a_backbone_that_is_added_is_computed_alone(source: Path, tmp_path: Path
     store = tmp_path / "s.featx"
     first = storekit.extract(source, store, log=logs)
     before, fingerprint = shard_bytes(store), read_features(store).fingerprint
-    assert computed(logs) == {"tiny": 14}
+    assert computed_by(logs) == {"tiny": 14}
     second = storekit.extract(source, store, backbones=("wide",), log=logs)
-    assert computed(logs) == {"wide": 14}
+    assert computed_by(logs) == {"wide": 14}
     assert second.embedded == 14 and first.fingerprint == second.fingerprint
     assert shard_bytes(store).items() > before.items()
     features = read_features(store)  # "penultimate" is the layer of the store's own backbone
@@ -147,7 +142,7 @@ def test_a_backbone_that_is_added_is_computed_alone(source: Path, tmp_path: Path
         assert np.array_equal(
             read_features(store, layer=layer).embeddings, read_features(together, layer=layer).embeddings
         )
-    assert storekit.extract(source, store, log=logs).reused == 14 and computed(logs) == {}
+    assert storekit.extract(source, store, log=logs).reused == 14 and computed_by(logs) == {}
     assert verify(store) == []
 
 
@@ -162,7 +157,7 @@ def test_images_that_are_added_are_embedded_by_every_backbone(source: Path, tmp_
         return storekit.start_light(backbone, log=logs)
 
     storekit.extract(source, store, backbones=("wide",), engine=start)
-    assert computed(logs) == {"tiny": 3, "wide": 3} and set(started) == {"tiny", "wide"}
+    assert computed_by(logs) == {"tiny": 3, "wide": 3} and set(started) == {"tiny", "wide"}
     storekit.extract(source, whole, backbones=("tiny", "wide"))
     assert content_hash(store) == content_hash(whole)
 
@@ -173,7 +168,7 @@ def test_a_backbone_half_added_leaves_the_old_one(source: Path, tmp_path: Path, 
     before = content_hash(store)
     with pytest.raises(Interrupted):
         storekit.extract(source, store, backbones=("wide",), log=logs, progress=stop_after(9))
-    half = computed(logs).get("wide", 0)  # its thread may have been given nothing yet
+    half = computed_by(logs).get("wide", 0)  # its thread may have been given nothing yet
     assert half < 14
     assert content_hash(store) == before and verify(store) == []
     assert list(FeatureReader(store).backbones) == ["tiny", "pixels"]
@@ -187,7 +182,7 @@ def test_a_backbone_half_added_leaves_the_old_one(source: Path, tmp_path: Path, 
     assert "pixels: penultimate; views center; fp32" in lines
     assert "wide: penultimate; views center; fp32; unfinished" in lines
     storekit.extract(source, store, backbones=("wide",), log=logs)
-    assert computed(logs) == {"wide": 14 - half}
+    assert computed_by(logs) == {"wide": 14 - half}
     storekit.extract(source, whole)
     storekit.extract(source, whole, backbones=("wide",))
     assert content_hash(store) == content_hash(whole)
@@ -398,7 +393,7 @@ def test_a_store_of_version_1_becomes_one_of_version_2(tmp_path: Path, logs: Pat
     one = pack(store, tmp_path / "one.h5")
     assert np.array_equal(read_features(one).embeddings, old.embeddings) and content_hash(one) == hashed
     summary = storekit.extract(source, store, log=logs)
-    assert computed(logs) == {}  # the network's embeddings are known
+    assert computed_by(logs) == {}  # the network's embeddings are known
     assert (summary.embedded, summary.reused) == (0, 12)
     assert json.loads((store / "manifest.json").read_text())["format_version"] == 2
     assert shard_bytes(store).items() > before.items()
@@ -422,6 +417,51 @@ def test_a_store_of_version_1_becomes_one_of_version_2(tmp_path: Path, logs: Pat
         writer.drop("tiny")
     assert not set(shard_bytes(store)) & set(before)  # shards of version 1 hold one backbone only
     assert verify(store) == [] and list(FeatureReader(store).backbones) == ["pixels", "wide"]
+
+
+@pytest.mark.slow
+def test_what_a_sweep_says_of_copies_in_stores_of_version_1(tmp_path: Path, featx: Featx) -> None:
+    """By the cosine where the backbone is trained; not at all where it is random, alone or among several stores."""
+    random, trained, other = (tmp_path / name for name in ("random.featx", "trained.featx", "other.featx"))
+    for store in (random, trained, other):
+        shutil.copytree(V1 / "store", store)
+        fields = unseal((store / "manifest.json").read_bytes())
+        fields["provenance"]["weights"] = "default" if store == trained else "none"
+        (old,) = (store / "shards").iterdir()
+        with h5py.File(old, "r+") as file:  # two images alike, whose bytes are not equal
+            file["embeddings/penultimate"][3] = file["embeddings/penultimate"][5] * 1.01
+        sha256 = hashlib.sha256(old.read_bytes()).hexdigest()
+        fields["shards"] = [{**fields["shards"][0], "name": f"00000-{sha256[:8]}.h5", "sha256": sha256}]
+        old.rename(old.with_name(fields["shards"][0]["name"]))
+        (store / "manifest.json").write_bytes(seal(fields))
+        assert verify(store) == []
+    for stores, found, said in (
+        ([trained], 1, "near copies are images with a cosine of 0.98 or more"),
+        ([random], 0, "as the weights are random, only copies of equal bytes are found"),
+        ([random, other], 0, "as the weights are random, only copies of equal bytes are found"),
+    ):
+        ran = featx("sweep", *stores, "--shots", "1", "--heads", "nearest_centroid", "--episodes", 2, "--json")
+        assert f"Note: without perceptual hashes, {said}" in ran.err
+        assert "run featx extract again" in ran.err
+        assert ran.code == 0 and ran.json["duplicates"]["near"] == found, ran.err
+    with StoreWriter(trained, provenance(backbone="pixels", weights="default", weights_sha256="")):
+        pass
+    assert read_features(trained).near_copies == 0.98  # thumbnails that are not there yet are not missed
+
+
+def test_a_store_of_version_1_says_that_all_photos_are_read_once_more(tmp_path: Path, featx: Featx) -> None:
+    photos, store = class_folders(tmp_path / "photos", each=3), tmp_path / "s.featx"
+    assert featx("extract", photos, "--out", store, "--backbone", "squeezenet1_1", "--weights", "none").code == 0
+    said = "Note: 6 photos will be read once more, for the thumbnails and perceptual hashes that this store does not"
+    assert featx("extract", photos, "--out", store, "--part", "1/2").err.count("read once more") == 0
+    with StoreWriter(store) as writer:
+        writer.drop("pixels")  # as in version 1, of which only old featx makes stores
+    part = featx("extract", photos, "--out", store, "--part", "2/2")
+    assert part.code == 0 and said.replace("6", "3") in part.err, part.err
+    again = featx("extract", photos, "--out", store, "--json")
+    assert again.code == 0 and said in again.err, again.err
+    assert (again.json["embedded"], again.json["reused"]) == (0, 6)
+    assert "read once more" not in featx("extract", photos, "--out", store).err
 
 
 def test_a_store_of_version_1_is_pruned_into_version_2(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from featx._arrays import PIXELS
 from featx._system import available_cpus
 from featx.backbones import Backbone, Engine, cuda_devices, make_engine
 from featx.errors import FeatxError, Interrupted, UsageError, plural
@@ -71,6 +72,12 @@ class Job:
     def backbones(self) -> Backbone | Sequence[Backbone]:
         """The networks, made at the first call."""
         return self.load()
+
+    @property
+    def wanted(self) -> set[str]:
+        """The names of the backbones that every image is to have: those given, the store's, and the baseline."""
+        given = (self.backbones,) if isinstance(self.backbones, Backbone) else self.backbones
+        return {PIXELS, *stored_backbones(self.store), *(each.name for each in given)}
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "backbones"}
@@ -131,10 +138,13 @@ def parse_devices(text: str) -> tuple[str, ...]:
     return names
 
 
-def parts_to_do(images: ImageSet, store: Path, count: int) -> dict[Part, ImageSet]:
+def parts_to_do(images: ImageSet, job: Job, count: int) -> dict[Part, ImageSet]:
     """The parts that are left to do, with their images: of the cut that was begun in the store, else of ``count``."""
-    cuts = sorted({part.of for part in parts_of(store)})
-    return {part: part.cut(images) for part in unfinished(images, store, cuts[0] if len(cuts) == 1 else count)}
+    cuts = sorted({part.of for part in parts_of(job.store)})
+    of = cuts[0] if len(cuts) == 1 else count
+    # Where none is left, one is done again: it computes nothing, but refuses other settings.
+    left = unfinished(images, job.store, of, job.wanted) or [Part(number=1, of=of)]
+    return {part: part.cut(images) for part in left}
 
 
 class Tally:
@@ -195,7 +205,7 @@ def run_local(
         What a part failed with, or that its process died too often. The others are stopped, and what they have is kept.
     """
     started = time.perf_counter()
-    left = parts_to_do(images, job.store, len(devices))
+    left = parts_to_do(images, job, len(devices))
     waiting, tally = deque(left), Tally(len(images), left, progress)
     free = deque(_places(devices, job))
     deaths = dict.fromkeys(left, 0)

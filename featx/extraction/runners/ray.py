@@ -75,7 +75,7 @@ def _run_parts(ray: Any, images: ImageSet, job: Job, device: str, progress: Prog
     needs = {"num_gpus": 1, "num_cpus": cores} if on_gpu else {"num_cpus": cores}
     where = {"device": "cuda"} if on_gpu else {"device": "cpu", "threads": cores}
     slots = int(has["GPU"] if on_gpu else max(1, has.get("CPU", 1) // cores))
-    left = parts_to_do(images, job.store, max(-(-len(images) // SHARD_ROWS), min(slots, len(images))))
+    left = parts_to_do(images, job, max(-(-len(images) // SHARD_ROWS), min(slots, len(images))))
     tally = Tally(len(images), left, progress)
     job = replace(job, options={**job.options, "workers": cores})
     counter = ray.remote(_Counter).options(num_cpus=0, max_restarts=-1).remote()
