@@ -16,7 +16,7 @@ from modelkit import clusters, make_bundle  # noqa: E402
 from storekit import make_store, names_of  # noqa: E402
 
 from featx.heads.catalogue import make_head  # noqa: E402
-from featx.models.bundle import write_bundle  # noqa: E402
+from featx.models.bundle import FORMAT_VERSION as MODEL_VERSION, write_bundle  # noqa: E402
 from featx.store.manifest import FORMAT_VERSION  # noqa: E402
 from featx.store.tools import pack  # noqa: E402
 
@@ -26,4 +26,4 @@ if __name__ == "__main__":
     (store / ".lock").unlink()
     pack(store, HERE / f"v{FORMAT_VERSION}-packed.h5")
     rows, labels = clusters()
-    write_bundle(make_bundle(make_head("logreg").fit(rows, labels), rows), HERE / "v1.model")
+    write_bundle(make_bundle(make_head("logreg").fit(rows, labels), rows), HERE / f"v{MODEL_VERSION}.model")
