@@ -12,7 +12,6 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +103,7 @@ class Backbone:
     random_state: int = field(default=0, compare=False)
     provider: Provider | None = field(default=None, compare=False, repr=False)
     code_sha256: str = ""
+    _built: list[FrozenNetwork] = field(init=False, default_factory=list, compare=False, repr=False)
 
     def network(self) -> FrozenNetwork:
         """The torch module, built at the first call and kept.
@@ -118,10 +118,11 @@ class Backbone:
         UsageError
             If a layer does not exist or cannot be pooled.
         """
-        return self._network
+        if not self._built:
+            self._built.append(self._build())
+        return self._built[0]
 
-    @cached_property
-    def _network(self) -> FrozenNetwork:
+    def _build(self) -> FrozenNetwork:
         from featx.backbones.frozen import build
 
         return build(
@@ -351,7 +352,7 @@ def _seeded(provider: Provider, weights: str, layers: tuple[str, ...], random_st
     draft = Backbone(provider.name, weights, "", provider.preprocess, layers, None, random_state, provider, code_sha256)
     network = draft.network()
     backbone = replace(draft, weights_sha256=state_sha256(network.body))
-    vars(backbone)["_network"] = network  # the hash needed it; it need not be built again
+    backbone._built.append(network)  # what was hashed, and not another that is built the same way
     return backbone
 
 

@@ -15,7 +15,7 @@ import copy
 import hashlib
 import json
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -23,8 +23,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from featx._arrays import PENULTIMATE
 from featx._files import canonical_json
 from featx.backbones.backbone import Backbone, find
+from featx.backbones.frozen import FrozenNetwork, Pooling
 from featx.backbones.provider import Provider
 from featx.errors import BundleError, UsageError, plural
 from featx.images import Preprocess
@@ -174,28 +176,27 @@ def _uncuttable(name: str, cut: str) -> UsageError:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
 class Trunk(Backbone):
     """The frozen half as an engine runs it: its one layer is the activations at the cut, not pooled."""
+
+    half: nn.Module = field(compare=False, repr=False)
 
     @classmethod
     def of(cls, backbone: Backbone, halves: Halves) -> Trunk:
         """The trunk of a backbone that :func:`cut_network` has cut."""
-        fields = {name: getattr(backbone, name) for name in backbone.__dataclass_fields__}
-        trunk = cls(**{**fields, "layers": (f"before {halves.cut}",)})
-        vars(trunk)["_network"] = _OneOutput(halves.trunk)
-        return trunk
-
-
-class _OneOutput(nn.Module):
-    def __init__(self, inner: nn.Module | None) -> None:
-        super().__init__()
-        if inner is None:
+        if halves.trunk is None:
             raise ValueError("a cut at the input has no trunk")
-        self.inner = inner
-        self.eval()
+        same = {each.name: getattr(backbone, each.name) for each in fields(Backbone) if each.init}
+        return cls(**{**same, "layers": (f"before {halves.cut}",), "half": halves.trunk})
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        return (self.inner(images),)
+    def _build(self) -> FrozenNetwork:
+        return _Unpooled(self.half, (PENULTIMATE,), None, self.preprocess.crop, self.name)
+
+
+class _Unpooled(FrozenNetwork):
+    def _probe(self, where: str) -> dict[str, Pooling]:
+        return dict.fromkeys(self.layers, "none")
 
 
 # --- keeping ------------------------------------------------------------------------------------------------------

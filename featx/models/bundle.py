@@ -1,14 +1,17 @@
 """A fitted head with all it takes to trust it, in one file that is data, not code.
 
-Format, version 2
+Format, version 3
 -----------------
-One ZIP file, so NumPy (``np.load(path)["coef"]``) and any unzip open it. MUST and MAY are meant as in RFC 2119.
+One ZIP file, so any unzip opens it, and readers of safetensors in any language its arrays
+(``safetensors.numpy.load(zipfile.ZipFile(path).read("arrays.safetensors"))["coef"]``). MUST and MAY are meant as in
+RFC 2119.
 
-- Members are stored, not compressed: ``bundle.json`` (UTF-8, at most 16 MiB), ``probe.png``, and one ``.npy`` each for
-  ``mean, scale``; ``coef, intercept`` of a linear head; ``rows, targets`` of a nearest-neighbour head;
-  ``golden, golden_scores, probe_embedding``. There MUST be no other member, but for one since version 2: where the
-  network was fine-tuned, ``tail.safetensors`` has its trained part (:mod:`featx.backbones.cut`). A bundle without it is
-  written as version 1.
+- Members are stored, not compressed: ``bundle.json`` (UTF-8, at most 16 MiB), ``probe.png``, ``arrays.safetensors``
+  and, where the network was fine-tuned, ``tail.safetensors`` with its trained part (:mod:`featx.backbones.cut`). There
+  MUST be no other member.
+- The arrays are ``mean, scale``; ``coef, intercept`` of a linear head; ``rows, targets`` of a nearest-neighbour head;
+  ``golden, golden_scores, probe_embedding``. There MUST be no other array. ``targets`` is int64, ``golden`` and
+  ``probe_embedding`` are float32, all others float64.
 - The ZIP's comment is ``sha256=<64 hex digits>``, of every byte of the file before it. A reader MUST compare it first.
 - ``bundle.json``: ``format`` ("featx-bundle"), ``format_version`` (a reader MUST refuse a greater one), ``head``,
   ``params``, ``kind`` of normaliser, ``n_neighbors``, ``class_names``, ``layer`` ("combined": all of the provenance's,
@@ -20,6 +23,9 @@ One ZIP file, so NumPy (``np.load(path)["coef"]``) and any unzip open it. MUST a
   class where ``sharpness`` is null) that this head gave them; a reader MUST find the same within 1e-6. ``probe.png``
   is an image and ``probe_embedding`` float32 (d,) what its backbone made of it; who embeds images MUST find the same
   within what the engines promise.
+
+Versions 1 and 2, of featx 0.1 and 0.2, have each array as a member ``<name>.npy``; 1 has no ``tail.safetensors``. They
+are read for ever, and written no more.
 
 The checksum finds damage and careless edits. It is no signature: whoever can write the file can write the checksum too,
 and a forged head can give any answer. It cannot run anything.
@@ -42,6 +48,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
 from numpy.typing import NDArray
 
 from featx._arrays import COMBINED, JOINED
@@ -50,10 +57,10 @@ from featx.errors import BundleError, FeatxError, StoreError
 from featx.heads import Array, Scorer, is_kind, margins, softmax
 from featx.store import layers_of
 
-FORMAT, FORMAT_VERSION = "featx-bundle", 2
+FORMAT, FORMAT_VERSION = "featx-bundle", 3
 GOLDEN_TOLERANCE = 1e-6
 
-_TAIL_MEMBER = "tail.safetensors"
+_ARRAYS_MEMBER, _TAIL_MEMBER = "arrays.safetensors", "tail.safetensors"
 _MAX_BYTES = 2**31
 _MAX_JSON = 2**24
 _COMMENT = b"sha256="
@@ -66,6 +73,7 @@ _UNSOUND = (
     ValueError, KeyError, TypeError, OverflowError, struct.error, EOFError, zipfile.BadZipFile,
     NotImplementedError,  # zipfile's own, for a ZIP of a version or compression that it cannot read: a foreign file
     RecursionError,  # JSON that is nested without end
+    safetensors.SafetensorError,
 )  # fmt: skip
 _ENCRYPTED = 0x1
 """The flag of a ZIP member that only a password opens."""
@@ -177,7 +185,7 @@ class Bundle:
         """Everything that is not an array, in plain JSON types."""
         return {
             "format": FORMAT,
-            "format_version": 1 if self.tail is None else FORMAT_VERSION,
+            "format_version": FORMAT_VERSION,
             "head": self.head,
             "params": dict(self.params),
             "kind": self.scorer.kind,
@@ -226,11 +234,15 @@ def bundle_bytes(bundle: Bundle) -> bytes:
     members = {
         "bundle.json": json.dumps(bundle.describe(), indent=2, sort_keys=True, allow_nan=False).encode(),
         "probe.png": bundle.probe,
+        _ARRAYS_MEMBER: safetensors.numpy.save(
+            {
+                name: np.ascontiguousarray(array, dtype=_ARRAYS[name][0])
+                for name, array in arrays.items()
+                if array is not None
+            }
+        ),
         **({} if bundle.tail is None else {_TAIL_MEMBER: bundle.tail}),
     }
-    for name, array in arrays.items():
-        if array is not None:
-            members[f"{name}.npy"] = _npy(np.ascontiguousarray(array, dtype="<" + _ARRAYS[name][0]))
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as file:
         for member, data in members.items():
@@ -238,12 +250,6 @@ def bundle_bytes(bundle: Bundle) -> bytes:
         file.comment = _COMMENT + b"0" * 64
     body = out.getvalue()[:-_TAIL]
     return body + _COMMENT + hashlib.sha256(body).hexdigest().encode()
-
-
-def _npy(array: NDArray[Any]) -> bytes:
-    out = io.BytesIO()
-    np.lib.format.write_array(out, array, version=(1, 0), allow_pickle=False)
-    return out.getvalue()
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
@@ -285,7 +291,8 @@ def parse_bundle(raw: bytes, where: Path) -> Bundle:
         json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()
         _check_version(fields, where)
         probe, tail = members.pop("probe.png"), members.pop(_TAIL_MEMBER, None)
-        arrays = {name.removesuffix(".npy"): _array(name.removesuffix(".npy"), data) for name, data in members.items()}
+        read = _arrays if fields["format_version"] > 2 else _arrays_of_old
+        arrays = read(members)
         bundle = replace(_assemble(fields, arrays, probe, sha256), tail=tail)
         found, expected = bundle.probabilities(bundle.golden), arrays["golden_scores"]
         if found.shape != expected.shape:
@@ -336,12 +343,10 @@ def _members(raw: bytes) -> dict[str, bytes]:
     members: dict[str, bytes] = {}
     with zipfile.ZipFile(io.BytesIO(raw)) as file:
         infos = file.infolist()
-        if len(infos) > 3 + len(_ARRAYS):
+        if len(infos) > 3 + len(_ARRAYS):  # of versions 1 and 2
             raise ValueError(f"{len(infos)} members are too many")
         for info in infos:
             name = info.filename
-            if name not in ("bundle.json", "probe.png", _TAIL_MEMBER) and name.removesuffix(".npy") not in _ARRAYS:
-                raise ValueError(f"{name!r} does not belong in it")
             if info.flag_bits & _ENCRYPTED:
                 raise ValueError(f"{name!r} is encrypted")
             if info.compress_type != zipfile.ZIP_STORED or info.file_size > len(raw) or name in members:
@@ -352,19 +357,40 @@ def _members(raw: bytes) -> dict[str, bytes]:
     return members
 
 
-def _array(name: str, data: bytes) -> NDArray[Any]:
+def _arrays(members: dict[str, bytes]) -> dict[str, NDArray[Any]]:
+    """The arrays of a bundle, from the members that are left."""
+    # The library compares the header with the bytes that are there before it makes an array.
+    arrays = safetensors.numpy.load(members.pop(_ARRAYS_MEMBER))
+    _check_no_other({*members, *arrays} - {*_ARRAYS})
+    return {name: _checked(name, array) for name, array in arrays.items()}
+
+
+def _arrays_of_old(members: dict[str, bytes]) -> dict[str, NDArray[Any]]:
+    """The same of versions 1 and 2, where each is a member."""
+    _check_no_other({*members} - {f"{name}.npy" for name in _ARRAYS})
+    arrays = {}
+    for member, data in members.items():
+        name = member.removesuffix(".npy")
+        # Read as strictly as it was written: NumPy's own reader evaluates the header as Python.
+        header = _NPY.match(data)
+        if header is None:
+            raise ValueError(f"{name} is not a .npy as featx wrote it")
+        dtype, shape = np.dtype(header[1].decode()), tuple(int(n) for n in header[2].split(b",") if n.strip())
+        if math.prod(shape) * dtype.itemsize != len(data) - header.end():
+            raise ValueError(f"{name} does not have the length that its header says")
+        arrays[name] = _checked(name, np.frombuffer(data, dtype, offset=header.end()).reshape(shape))
+    return arrays
+
+
+def _check_no_other(others: set[str]) -> None:
+    if others:
+        raise ValueError(f"{min(others)!r} does not belong in it")
+
+
+def _checked(name: str, array: NDArray[Any]) -> NDArray[Any]:
     dtype, dimensions = _ARRAYS[name]
-    # Read as strictly as it is written: NumPy's own reader evaluates the header as Python.
-    header = _NPY.match(data)
-    if header is None:
-        raise ValueError(f"{name} is not a .npy as featx writes it")
-    found, shape = np.dtype(header[1].decode()), tuple(int(n) for n in header[2].split(b",") if n.strip())
-    if found != np.dtype("<" + dtype) or len(shape) != dimensions:
-        raise ValueError(f"{name} is {found} of shape {shape}, not {dimensions}-dimensional {dtype}")
-    start = header.end()
-    if min(shape) < 1 or math.prod(shape) * found.itemsize != len(data) - start:
-        raise ValueError(f"{name} does not have the length that its header says")
-    array = np.frombuffer(data, dtype=found, offset=start).reshape(shape)
+    if array.dtype != np.dtype("<" + dtype) or array.ndim != dimensions or not array.size:
+        raise ValueError(f"{name} is {array.dtype} of shape {array.shape}, not {dimensions}-dimensional {dtype}")
     if not np.isfinite(array).all():
         raise ValueError(f"{name} is not finite")
     return array

@@ -284,7 +284,7 @@ def test_the_kept_model_is_the_trained_one(
     kept = read_bundle(tmp_path / "m.model")
     assert kept.tail == bundle.tail
     assert kept.provenance["finetuned"]["base_weights_sha256"] == backbone.weights_sha256
-    assert kept.describe()["format_version"] == 2
+    assert kept.describe()["format_version"] == 3
     assert kept.metrics["images"] == 24
     # The golden rows are what training ended with; the network is built anew from its base and the tail.
     with pytest.raises(UsageError, match="a network of your own"):

@@ -16,12 +16,12 @@ from modelkit import clusters, make_bundle  # noqa: E402
 from storekit import THREE, make_store, names_of  # noqa: E402
 
 from featx.heads.catalogue import make_head  # noqa: E402
-from featx.models.bundle import write_bundle  # noqa: E402
+from featx.models.bundle import FORMAT_VERSION as MODEL_VERSION, write_bundle  # noqa: E402
 from featx.store.manifest import FORMAT_VERSION  # noqa: E402
 from featx.store.tools import pack  # noqa: E402
 
 if __name__ == "__main__":
-    store, model = HERE / f"v{FORMAT_VERSION}-store", HERE / "v1.model"
+    store, model = HERE / f"v{FORMAT_VERSION}-store", HERE / f"v{MODEL_VERSION}.model"
     if not store.exists():
         make_store(store, names_of(12), layers=("penultimate", "features.3"), backbones=THREE)
         (store / ".lock").unlink()

@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from conftest import TESTS, Featx
 from hypothesis import HealthCheck, given, settings, strategies as st
 from modelkit import PROVENANCE, clusters, make_bundle
 
 from featx.backbones.backbone import load_backbone
+from featx.backbones.cut import tail_cut
 from featx.backbones.engines.torch import make_engine
 from featx.backbones.provenance import provenance_of
 from featx.errors import BundleError, MismatchError
@@ -91,8 +93,9 @@ def test_all_that_was_said_comes_back(raw: bytes, tmp_path: Path) -> None:
     assert again.describe() == bundle.describe()
     assert again.sha256 == bundle.sha256 != ""
     assert bundle.scorer.coef is not None
-    with np.load(tmp_path / "a.model") as arrays:
-        assert np.array_equal(arrays["coef"], bundle.scorer.coef)
+    with zipfile.ZipFile(tmp_path / "a.model") as file:
+        arrays = safetensors.numpy.load(file.read("arrays.safetensors"))
+    assert np.array_equal(arrays["coef"], bundle.scorer.coef)
 
 
 def test_the_golden_model_is_read_for_ever() -> None:
@@ -106,6 +109,30 @@ def test_the_golden_model_is_read_for_ever() -> None:
                 [0.000510956, 0.973221622, 0.026267423]]  # fmt: skip
     assert np.abs(bundle.probabilities(rows) - expected).max() < 1e-6
     assert [answer.label for answer in bundle.answer(rows)] == ["class 0", "class 1", "class 1"]
+
+
+def test_the_golden_model_with_a_trained_part_is_read_for_ever() -> None:
+    """Version 2, of three neighbours among twelve rows."""
+    bundle = read_bundle(TESTS / "golden" / "v2.model")
+    assert bundle.sha256 == "fb17063133e54c70ed93c33ab2df652bccb06e11296cc461330495cbe533cb07"
+    assert (bundle.head, bundle.params, bundle.scorer.n_neighbors) == ("knn", {"n_neighbors": 3}, 3)
+    assert bundle.tail is not None
+    assert tail_cut(bundle.tail) == "fc"
+    assert safetensors.numpy.load(bundle.tail)["fc.weight"].tolist() == [[1, 1], [1, 1]]
+    rows = np.sin(np.arange(36, dtype=np.float32)).reshape(3, 12)
+    expected = [[0.625, 0.375], [0.125, 0.875], [0.125, 0.875]]
+    assert np.abs(bundle.probabilities(rows) - expected).max() < 1e-6
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_what_an_earlier_featx_wrote_is_written_anew_with_the_same_answers(version: int) -> None:
+    old = read_bundle(TESTS / "golden" / f"v{version}.model")
+    new = parse_bundle(bundle_bytes(old), WHERE)
+    assert new.describe() == old.describe()
+    assert new.describe()["format_version"] == 3
+    assert (new.tail, new.probe, new.sha256 == old.sha256) == (old.tail, old.probe, False)
+    rows = np.random.default_rng(0).normal(size=(50, 12)).astype(np.float32)
+    assert np.array_equal(new.probabilities(rows), old.probabilities(rows))
 
 
 def test_answers() -> None:
@@ -155,6 +182,18 @@ def edit(**changes: Any) -> Callable[[dict[str, bytes]], None]:
 
 
 def put(**arrays: Any) -> Callable[[dict[str, bytes]], None]:
+    """Arrays among or in place of a bundle's; None takes one away."""
+
+    def change(members: dict[str, bytes]) -> None:
+        there = safetensors.numpy.load(members["arrays.safetensors"]) | arrays
+        members["arrays.safetensors"] = safetensors.numpy.save({k: v for k, v in there.items() if v is not None})
+
+    return change
+
+
+def put_npy(**arrays: Any) -> Callable[[dict[str, bytes]], None]:
+    """The same in a bundle of version 1 or 2."""
+
     def change(members: dict[str, bytes]) -> None:
         for name, array in arrays.items():
             out = io.BytesIO()
@@ -162,6 +201,22 @@ def put(**arrays: Any) -> Callable[[dict[str, bytes]], None]:
             members[f"{name}.npy"] = out.getvalue()
 
     return change
+
+
+def header(
+    change: Callable[[dict[str, Any]], None], *, length: int | None = None
+) -> Callable[[dict[str, bytes]], None]:
+    """A bundle whose arrays' header is changed, with its own length or one that is a lie."""
+
+    def forge(members: dict[str, bytes]) -> None:
+        data = members["arrays.safetensors"]
+        end = 8 + int.from_bytes(data[:8], "little")
+        fields = json.loads(data[8:end])
+        change(fields)
+        text = json.dumps(fields).encode()
+        members["arrays.safetensors"] = (length or len(text)).to_bytes(8, "little") + text + data[end:]
+
+    return forge
 
 
 def respell(members: dict[str, bytes], was: bytes, now: bytes) -> None:
@@ -173,7 +228,7 @@ def respell(members: dict[str, bytes], was: bytes, now: bytes) -> None:
     ("change", "message"),
     [
         (edit(format="other"), "its format is not 'featx-bundle'"),
-        (edit(format_version=3), "made by a newer featx: expected format_version up to 2, found 3"),
+        (edit(format_version=4), "made by a newer featx: expected format_version up to 3, found 4"),
         (edit(format_version=True), "it has no format_version"),
         (edit(class_names=["a", "b"]), "does not give its golden|has the shape"),
         (edit(class_names=["a", "a", "b"]), "class_names is not a list"),
@@ -193,18 +248,36 @@ def respell(members: dict[str, bytes], was: bytes, now: bytes) -> None:
         (edit(n_neighbors=3), "rows is missing|its arrays are"),
         (edit(layer="features.3"), "its layer is not one of the provenance's"),
         (edit(provenance=[]), r"provenance is \[\]"),
-        (lambda members: members.pop("coef.npy"), "its arrays are"),
+        (edit(format_version=2), "'arrays.safetensors' does not belong in it"),
         (lambda members: members.pop("probe.png"), "probe.png is missing"),
         (lambda members: members.update({"extra.npy": b""}), "'extra.npy' does not belong in it"),
         (lambda members: members.update({"bundle.json": b"{"}), "not a sound model"),
         (lambda members: members.update({"bundle.json": b"[" * 100_000}), "not a sound model"),
         (lambda members: members.update({"bundle.json": b"\xff"}), "not a sound model"),
-        (put(coef=np.zeros((3, 12), np.float32)), "coef is float32"),
+        (lambda members: members.update({"coef.npy": b""}), "'coef.npy' does not belong in it"),
+        (lambda members: members.pop("arrays.safetensors"), "arrays.safetensors is missing"),
+        (lambda members: members.update({"arrays.safetensors": b""}), "not a sound model: .*header too small"),
+        (lambda members: members.update({"arrays.safetensors": b"\xff" * 99}), "not a sound model: .*header too large"),
+        (put(extra=np.zeros(3)), "'extra' does not belong in it"),
+        (put(coef=None), "its arrays are"),
+        (put(coef=np.zeros((3, 12), np.float32)), "coef is float32 of shape"),
+        (put(coef=np.zeros((3, 12), np.float16)), "coef is float16 of shape"),
+        (put(coef=np.zeros(36)), r"coef is float64 of shape \(36,\), not 2-dimensional f8"),
         (put(coef=np.zeros((3, 11))), "coef has the shape"),
         (put(coef=np.full((3, 12), np.nan)), "coef is not finite"),
         (put(coef=np.zeros((3, 12))), "does not give its golden values"),
-        (put(coef=np.array([["os.system"]], dtype=object)), "coef is not a .npy as featx writes it"),
-        (put(mean=np.zeros((0,))), "does not have the length"),
+        (put(mean=np.zeros((0,))), r"mean is float64 of shape \(0,\)"),
+        (header(lambda fields: None, length=2**62), "not a sound model: .*header"),
+        (header(lambda fields: None, length=2**24), "not a sound model: .*header"),
+        (header(lambda fields: fields["coef"].update(shape=[2**40, 2**40])), "not a sound model"),
+        (header(lambda fields: fields["coef"].update(shape=[-3, -12])), "not a sound model"),
+        (header(lambda fields: fields["coef"].update(dtype="BF16", shape=[144])), "not a sound model"),
+        (header(lambda fields: fields["coef"].update(dtype="O")), "not a sound model"),
+        (header(lambda fields: fields["coef"].update(data_offsets=[0, 2**60])), "not a sound model"),
+        (
+            header(lambda fields: fields["coef"].update(data_offsets=fields["mean"]["data_offsets"])),
+            "not a sound model",
+        ),
     ],
 )
 def test_what_is_sealed_but_wrong_is_refused(raw: bytes, change: Any, message: str) -> None:
@@ -212,9 +285,31 @@ def test_what_is_sealed_but_wrong_is_refused(raw: bytes, change: Any, message: s
         parse_bundle(sealed(raw, change), WHERE)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda members: members.pop("coef.npy"), "its arrays are"),
+        (lambda members: members.update({"extra.npy": b""}), "'extra.npy' does not belong in it"),
+        (lambda members: members.update({"arrays.safetensors": b""}), "'arrays.safetensors' does not belong in it"),
+        (edit(format_version=3), "arrays.safetensors is missing"),
+        (put_npy(coef=np.zeros((3, 12), np.float32)), "coef is float32 of shape"),
+        (put_npy(coef=np.zeros((3, 11))), "coef has the shape"),
+        (put_npy(coef=np.full((3, 12), np.nan)), "coef is not finite"),
+        (put_npy(coef=np.zeros((3, 12))), "does not give its golden values"),
+        (put_npy(coef=np.array([["os.system"]], dtype=object)), "coef is not a .npy as featx wrote it"),
+        (put_npy(mean=np.zeros((0,))), "buffer size|is float64 of shape"),
+        (lambda members: members.update({"coef.npy": members["coef.npy"][:-8]}), "does not have the length"),
+    ],
+)
+def test_what_is_sealed_but_wrong_in_an_old_model_is_refused(change: Any, message: str) -> None:
+    with pytest.raises(BundleError, match=message):
+        parse_bundle(sealed((TESTS / "golden" / "v1.model").read_bytes(), change), WHERE)
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_sealed_nonsense_is_refused_or_harmless(raw: bytes, data: st.DataObject) -> None:
+    raw = data.draw(st.sampled_from([raw, (TESTS / "golden" / "v1.model").read_bytes()]))
     with zipfile.ZipFile(io.BytesIO(raw)) as file:
         names = file.namelist()
         fields = json.loads(file.read("bundle.json"))
