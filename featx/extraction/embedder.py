@@ -14,7 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx._system import available_cpus
-from featx.backbones import Backbone, Engine, Provider, for_views, is_own, load_backbone, make_engine, provenance_of
+from featx.backbones import (
+    Backbone,
+    Engine,
+    Provider,
+    for_views,
+    is_own,
+    load_backbone,
+    make_engine,
+    network_to_keep,
+    provenance_of,
+    quantised_of,
+)
 from featx.errors import ImageError, UsageError, WeightsError
 from featx.images import CENTER, Decoded, DecoderPool, Looks, Together, decode, parse_views
 from featx.store import check_same
@@ -102,6 +113,7 @@ class Embedder:
         device: str = "auto",
         engine: str = "auto",
         batch_size: int | Mapping[str, int] | None = None,
+        networks: Mapping[str, bytes] | None = None,
     ) -> Embedder:
         """What made the embeddings of ``where``, ready to make more.
 
@@ -112,6 +124,7 @@ class Embedder:
         backbone, weights : as of :func:`network_like`, for the one that needs them.
         tail : the trained part of a fine-tuned network, which a bundle brings along.
         device, engine, batch_size : as of :func:`featx.backbones.engines.torch.make_engine`.
+        networks : quantised ones that a bundle brings along, by their sha256.
 
         Raises
         ------
@@ -127,7 +140,7 @@ class Embedder:
                 cls.like(
                     each, where=where, backbone=backbone if is_own(str(each.get("backbone"))) else None,
                     weights=weights if each.get("weights") not in ("default", "none") else None,
-                    device=device, engine=engine, batch_size=batch_size,
+                    device=device, engine=engine, batch_size=batch_size, networks=networks,
                 )
                 for each in provenance["backbones"]
             )  # fmt: skip
@@ -140,13 +153,20 @@ class Embedder:
             network = tuned(network, tail)
         precision = str(provenance.get("precision", "auto"))
         chosen = make_engine(
-            network, engine=engine, device=device, precision=precision, batch_size=batch_size, pad=False
-        )
+            network, engine=engine, device=device, precision=precision, batch_size=batch_size, pad=False,
+            network=(networks or {}).get(str(provenance.get("quantised_sha256"))),
+        )  # fmt: skip
         recorded = provenance.get("decode")
         mode = str(recorded.get("mode", "full")) if isinstance(recorded, Mapping) else "full"
         views = parse_views(str(provenance.get("views", "center")))
         check_same(provenance, provenance_of(network, chosen, views=views, decode=mode), where)
         return cls(network, chosen, decode=mode, views=views)
+
+    @property
+    def networks(self) -> dict[str, bytes]:
+        """The quantised networks that have to travel with a model, by their sha256."""
+        found = {quantised_of(each.engine): network_to_keep(each.backbone) for each in self._all}
+        return {sha256: content for sha256, content in found.items() if sha256 and content}
 
     @property
     def _all(self) -> tuple[Embedder, ...]:

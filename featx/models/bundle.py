@@ -7,8 +7,9 @@ One ZIP file, so any unzip opens it, and readers of safetensors in any language 
 RFC 2119.
 
 - Members are stored, not compressed: ``bundle.json`` (UTF-8, at most 16 MiB), ``probe.png``, ``arrays.safetensors``
-  and, where the network was fine-tuned, ``tail.safetensors`` with its trained part (:mod:`featx.backbones.cut`). There
-  MUST be no other member.
+  and, where the network was fine-tuned, ``tail.safetensors`` with its trained part (:mod:`featx.backbones.cut`). A
+  network that was quantised on the machine of whoever made the model is ``network-<sha256>.ir``
+  (:mod:`featx.backbones.engines.graph`); the provenance has its sha256. There MUST be no other member.
 - The arrays are ``mean, scale``; ``coef, intercept`` of a linear head; ``rows, targets`` of a nearest-neighbour head;
   ``golden, golden_scores, probe_embedding``. There MUST be no other array. ``targets`` is int64, ``golden`` and
   ``probe_embedding`` are float32, all others float64.
@@ -53,6 +54,7 @@ from numpy.typing import NDArray
 
 from featx._arrays import COMBINED, JOINED
 from featx._files import publish_bytes, read_regular
+from featx.backbones import check_network
 from featx.errors import BundleError, FeatxError, StoreError
 from featx.heads import Array, Scorer, is_kind, margins, softmax
 from featx.store import layers_of
@@ -75,6 +77,7 @@ _UNSOUND = (
     RecursionError,  # JSON that is nested without end
     safetensors.SafetensorError,
 )  # fmt: skip
+_NETWORK = re.compile(r"network-([0-9a-f]{64})\.ir")
 _ENCRYPTED = 0x1
 """The flag of a ZIP member that only a password opens."""
 
@@ -141,6 +144,7 @@ class Bundle:
     notes: tuple[str, ...] = ()
     sha256: str = ""
     tail: bytes | None = field(default=None, repr=False)
+    networks: Mapping[str, bytes] = field(default_factory=dict, repr=False)
 
     @property
     def score_kind(self) -> str:
@@ -242,6 +246,7 @@ def bundle_bytes(bundle: Bundle) -> bytes:
             }
         ),
         **({} if bundle.tail is None else {_TAIL_MEMBER: bundle.tail}),
+        **{f"network-{sha256}.ir": content for sha256, content in sorted(bundle.networks.items())},
     }
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as file:
@@ -291,9 +296,11 @@ def parse_bundle(raw: bytes, where: Path) -> Bundle:
         json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()
         _check_version(fields, where)
         probe, tail = members.pop("probe.png"), members.pop(_TAIL_MEMBER, None)
+        networks = {match[1]: members.pop(match[0]) for match in map(_NETWORK.fullmatch, list(members)) if match}
         read = _arrays if fields["format_version"] > 2 else _arrays_of_old
         arrays = read(members)
-        bundle = replace(_assemble(fields, arrays, probe, sha256), tail=tail)
+        bundle = replace(_assemble(fields, arrays, probe, sha256), tail=tail, networks=networks)
+        _check_networks(bundle)
         found, expected = bundle.probabilities(bundle.golden), arrays["golden_scores"]
         if found.shape != expected.shape:
             raise ValueError("golden_scores do not fit golden")
@@ -312,6 +319,15 @@ def parse_bundle(raw: bytes, where: Path) -> Bundle:
             hint=_AGAIN,
         )
     return bundle
+
+
+def _check_networks(bundle: Bundle) -> None:
+    several = bundle.provenance.get("backbones", [bundle.provenance])
+    wanted = {each.get("quantised_sha256") for each in several}
+    for sha256, content in bundle.networks.items():
+        if sha256 not in wanted:
+            raise ValueError("a quantised network does not belong in it")
+        check_network(content, sha256)
 
 
 def _no_number(text: str) -> float:

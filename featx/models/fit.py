@@ -384,6 +384,7 @@ def pack_bundle(fitted: FittedHead, features: FeatureSet, embedder: Embedder, *,
         versions={name: version(name) for name in ("featx", "numpy", "scikit-learn")},
         notes=fitted.notes,
         tail=tail,
+        networks=embedder.networks,
     )
     return replace(bundle, metrics={**bundle.metrics, "test": _test(bundle, features, groups)})
 

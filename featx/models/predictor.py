@@ -61,6 +61,7 @@ def open_embedder(
         backbone=backbone,
         weights=weights,
         tail=bundle.tail,
+        networks=bundle.networks,
         device=device,
         engine=engine,
         batch_size=batch_sizes,

@@ -23,6 +23,7 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 from featx._files import canonical_json, publish_bytes
 from featx.backbones.backbone import Backbone
@@ -66,9 +67,13 @@ class Graph:
     def read(cls, path: Path) -> Graph | None:
         """The graph in a file; None where there is none, or one that is damaged."""
         try:
-            content = path.read_bytes()
+            return cls.parse(path.read_bytes())
         except OSError:
             return None
+
+    @classmethod
+    def parse(cls, content: bytes) -> Graph | None:
+        """The graph in a file's content; None where it is damaged."""
         if len(content) < _SEAL.size + _LENGTH.size:
             return None
         magic, sha256 = _SEAL.unpack_from(content)
@@ -149,15 +154,20 @@ def _cached(kind: str, backbone: Backbone, decides: dict[str, Any]) -> Path:
     return cache_folder() / kind / f"{re.sub(r'[^A-Za-z0-9_.-]', '-', backbone.name)}-{key}.ir"
 
 
-def quantised(backbone: Backbone) -> Graph:
+def quantised(backbone: Backbone, content: bytes | None = None) -> Graph:
     """The network with eight-bit weights and activations: as it comes with featx, from the cache, or quantised now.
+
+    Parameters
+    ----------
+    backbone : the network.
+    content : its file, where a model brought one that :func:`check_network` has seen.
 
     Raises
     ------
     UsageError
         It has to be quantised, and NNCF is not installed.
     """
-    found = carried(backbone) or Graph.read(quantised_file(backbone))
+    found = Graph.parse(content) if content else carried(backbone) or Graph.read(quantised_file(backbone))
     if found is not None:
         return found
     from featx.backbones.engines.quantise import quantise
@@ -178,6 +188,38 @@ def carried(backbone: Backbone) -> Graph | None:
     prepared = about["preprocess"].value == canonical_json(backbone.preprocess.to_json()).decode()
     layers = about["layers"].value.split(",")
     return graph if same and prepared and set(backbone.layers) <= set(layers) else None
+
+
+def network_to_keep(backbone: Backbone) -> bytes | None:
+    """The quantised network as a file that travels with a model; None where every featx has it, or there is none."""
+    graph = None if carried(backbone) else Graph.read(quantised_file(backbone))
+    return None if graph is None else graph.content
+
+
+def check_network(content: bytes, sha256: str) -> None:
+    """ValueError unless this is a stranger's quantised network of that hash that OpenVINO may be given.
+
+    OpenVINO's reader is not asked before every number of it lies inside the file, and every operation is one of its
+    own published sets, so that none of them loads a library.
+    """
+    graph = Graph.parse(content)
+    if graph is None or graph.sha256 != sha256:
+        raise ValueError("the quantised network is damaged")
+    try:
+        root = ElementTree.fromstring(graph.description)
+    except ElementTree.ParseError as error:
+        raise ValueError(f"the quantised network cannot be read ({error})") from error
+    for layer in root.iter("layer"):
+        if not re.fullmatch(r"opset\d{1,2}", layer.get("version", "")):
+            raise ValueError(f"the quantised network has a foreign operation, {layer.get('type')!r:.40}")
+        data = layer.find("data")
+        if data is None or layer.get("type") != "Const":
+            continue
+        offset, size = (data.get(name, "") for name in ("offset", "size"))
+        if not (re.fullmatch(r"\d{1,12}", offset) and re.fullmatch(r"\d{1,12}", size)):
+            raise ValueError("a constant of the quantised network has no place")
+        if int(offset) + int(size) > len(graph.constants):
+            raise ValueError("a constant of the quantised network lies outside of it")
 
 
 def keep(graph: Graph, path: Path) -> None:

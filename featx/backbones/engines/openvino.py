@@ -29,19 +29,28 @@ class OpenVINOEngine:
     ----------
     backbone : the network to run.
     precision : "fp32", "bf16" or "int8"; a CPU without instructions for it emulates them, slowly.
-    batch_size, threads, pad : as in :func:`featx.backbones.engines.torch.make_engine`.
+    batch_size, threads, pad, network : as in :func:`featx.backbones.engines.torch.make_engine`.
     """
 
     name = "openvino"
     device = "cpu"
 
-    def __init__(self, backbone: Backbone, *, precision: str, batch_size: int, threads: int, pad: bool = True) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        precision: str,
+        batch_size: int,
+        threads: int,
+        pad: bool = True,
+        network: bytes | None = None,
+    ) -> None:
         self.precision = precision
         self.batch_size = batch_size
         self.quantised_sha256 = ""
         self._layers, self._threads = backbone.layers, threads
         if precision == "int8":
-            self._graph = quantised(backbone)
+            self._graph = quantised(backbone, network)
             self.quantised_sha256 = self._graph.sha256
         else:
             self._graph = converted(backbone, batch_size)

@@ -30,7 +30,10 @@ def quantise(backbone: Backbone, model: Any) -> Any:
     """OpenVINO's model of a network with eight-bit numbers.
 
     Weights are quantised symmetrically for each channel, activations for each tensor, and biases are corrected layer
-    by layer for the mean error that this makes ("full bias correction", Nagel et al. 2019).
+    by layer for the mean error that this makes ("full bias correction", Nagel et al. 2019). Weights use seven of their
+    eight bits ("overflow fix"), so that the sums of two products fit into sixteen bits: CPUs without VNNI instructions
+    add in sixteen, and saturate. With eight bits they gave other embeddings (cosine 0.96 in the median); with seven
+    the same on AVX2, AVX-512 and VNNI, to the last bit.
 
     Parameters
     ----------
@@ -54,6 +57,7 @@ def quantise(backbone: Backbone, model: Any) -> Any:
                 preset=nncf.QuantizationPreset.PERFORMANCE,
                 target_device=nncf.TargetDevice.CPU,
                 fast_bias_correction=False,
+                advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE),
             )
     except Exception as error:  # whatever NNCF says of a network that it was not made for
         raise UsageError(

@@ -51,6 +51,7 @@ def make_engine(
     batch_size: int | Mapping[str, int] | None = None,
     threads: int | None = None,
     pad: bool = True,
+    network: bytes | None = None,
 ) -> Engine:
     """Choose and start an engine.
 
@@ -65,6 +66,7 @@ def make_engine(
     threads : of the CPU; None takes as many as this process may use.
     pad : whether short batches are filled up to ``batch_size``. False computes them at the next power of two, which
         answers a lone image much sooner; an embedding may then differ in its last bits by the size of its batch.
+    network : the quantised network that a model brought along, for the precision int8.
 
     Raises
     ------
@@ -120,6 +122,7 @@ def make_engine(
         batch_size=sizes["cpu"],
         threads=threads or available_cpus(),
         pad=pad,
+        network=network,
     )
 
 
