@@ -1,8 +1,8 @@
 """Commands in processes that have imported everything already: real processes, forked from one that waits.
 
 Starting Python and importing scikit-learn, torch and matplotlib takes most of the time of a short command, and the
-suite runs hundreds. What a command does, prints and exits with is that of ``python -W error -m featx``; tests about
-the start itself, or with an environment of their own, start Python anew.
+suite runs hundreds. What a command does, prints and exits with is that of ``python -W error -m featx``, in an
+environment of its own, too; tests about the start itself start Python anew.
 """
 
 from __future__ import annotations
@@ -53,16 +53,16 @@ class Warm:
         self._process.stdout.close()
 
     def run(
-        self, arguments: list[str], cwd: Path | None, env: Mapping[str, str], timeout: float
+        self, arguments: list[str], cwd: Path | None, env: Mapping[str, str], timeout: float, first: str = ""
     ) -> tuple[int, str, str]:
-        """Exit code, stdout and stderr of one command."""
+        """Exit code, stdout and stderr of one command; ``first`` is Python that its process runs before it."""
         with (
             contextlib.ExitStack() as stack,
             open(os.devnull) as nothing,  # noqa: PTH123
         ):
             out, err = (stack.enter_context((self.folder / f"{id(stack)}.{n}").open("w+b")) for n in (1, 2))
             handles = [nothing.fileno(), out.fileno(), err.fileno()]
-            code = ask(str(self.socket), arguments, str(cwd or Path.cwd()), dict(env), handles, timeout)
+            code = ask(str(self.socket), arguments, str(cwd or Path.cwd()), dict(env), handles, timeout, first)
             texts = []
             for file in (out, err):
                 file.seek(0)
@@ -81,10 +81,16 @@ class Warm:
 
 
 def ask(
-    path: str, arguments: list[str], cwd: str, env: dict[str, str], handles: list[int], timeout: float | None = None
+    path: str,
+    arguments: list[str],
+    cwd: str,
+    env: dict[str, str],
+    handles: list[int],
+    timeout: float | None = None,
+    first: str = "",
 ) -> int:
     """Have one command run; its exit code, or minus the signal."""
-    request = json.dumps({"arguments": arguments, "cwd": cwd, "env": env}).encode()
+    request = json.dumps({"arguments": arguments, "cwd": cwd, "env": env, "first": first}).encode()
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(timeout)
         client.connect(path)
@@ -111,6 +117,7 @@ def serve(path: str) -> None:
     for module in pkgutil.walk_packages(featx.__path__, "featx."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
+    import huggingface_hub.constants
     import rich.markdown
     import rich.progress
     import rich.table  # noqa: F401
@@ -152,11 +159,14 @@ def serve(path: str) -> None:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
+    sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    importlib.reload(huggingface_hub.constants)  # it reads its variables when it is imported
     sys.argv = ["featx", *request["arguments"]]
     from featx.cli.main import main
 
     code: object = 0
     try:
+        exec(request["first"], {})
         main()
     except SystemExit as end:
         code = end.code
