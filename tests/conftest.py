@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from warm import Warm
+from warm import Warm, let_children_be_counted
 
 from featx.backbones.backbone import Backbone
 from featx.images.pixels import Preprocess
@@ -31,6 +31,7 @@ def pytest_configure() -> None:
     """A shell that starts the suite in the background has SIGINT ignored, and so would the commands under test."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    let_children_be_counted()
 
 
 LONG = ("test_readme.py", "test_cli.py")

@@ -24,6 +24,8 @@ from pathlib import Path
 SOCKET = "FEATX_WARM_SOCKET"
 """Variable that names the server's socket for the program ``featx`` of :meth:`Warm.program`."""
 
+_COUNTING = "COVERAGE_PROCESS_CONFIG"
+
 _SERVER = "import sys; sys.path.insert(0, sys.argv.pop(1)); import warm; warm.serve(sys.argv.pop(1))"
 
 
@@ -107,6 +109,25 @@ def pass_on() -> None:
     raise SystemExit(ask(os.environ[SOCKET], sys.argv[1:], os.getcwd(), dict(os.environ), [0, 1, 2]) % 256)  # noqa: PTH109
 
 
+def let_children_be_counted() -> None:
+    """Where lines are counted, those of decoders are, too: they learn of it, and may write it down before they end."""
+    from featx.images import child
+
+    if _COUNTING not in os.environ:
+        return
+
+    def end(self: child.Child) -> int:
+        self._process.terminate()
+        try:
+            return self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+
+    child._ENVIRONMENT = (*child._ENVIRONMENT, _COUNTING)  # type: ignore[assignment]
+    child.Child._end = end  # type: ignore[method-assign]
+
+
 def serve(path: str) -> None:
     """Fork a process for each request, until standard input ends."""
     import importlib
@@ -123,6 +144,7 @@ def serve(path: str) -> None:
     import rich.table  # noqa: F401
     import torchvision  # noqa: F401
 
+    let_children_be_counted()
     assert threading.active_count() == 1
     gc.freeze()  # a collection would write to, and so copy, all that was imported
     running: dict[int, socket.socket] = {}
