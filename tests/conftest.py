@@ -6,8 +6,6 @@ import io
 import json
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from warm import Warm
+from warm import Warm, let_children_be_counted
 
 from featx.backbones.backbone import Backbone
 from featx.images.pixels import Preprocess
@@ -33,6 +31,16 @@ def pytest_configure() -> None:
     """A shell that starts the suite in the background has SIGINT ignored, and so would the commands under test."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    let_children_be_counted()
+
+
+LONG = ("test_readme.py", "test_cli.py")
+"""Files that would keep one of two workers busy long after the other has ended, were they not begun first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, all others in their order."""
+    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 @pytest.fixture(scope="session")
@@ -117,22 +125,9 @@ def warm() -> Iterator[Warm]:
 def featx(warm: Warm) -> Featx:
     """Run the real ``featx`` in a process of its own, with warnings as errors."""
 
-    def run(*arguments: object, cwd: Path | None = None, env: dict[str, str] | None = None) -> Ran:
-        words = [*map(str, arguments)]
+    def run(*arguments: object, cwd: Path | None = None, env: dict[str, str] | None = None, first: str = "") -> Ran:
         whole = {**os.environ, "COLUMNS": "120", **(env or {})}
-        if not {"PYTHONPATH", "RAY_ADDRESS", "HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE"} & {*(env or ())}:
-            ran = Ran(*warm.run(words, cwd, whole, timeout=240))
-        else:  # these count while modules are imported
-            done = subprocess.run(
-                [sys.executable, "-W", "error", "-m", "featx", *words],
-                cwd=cwd,
-                env=whole,
-                capture_output=True,
-                text=True,
-                timeout=240,
-                check=False,
-            )
-            ran = Ran(done.returncode, done.stdout, done.stderr)
+        ran = Ran(*warm.run([*map(str, arguments)], cwd, whole, timeout=240, first=first))
         assert "Traceback" not in ran.err, ran.err
         return ran
 

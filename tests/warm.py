@@ -1,8 +1,8 @@
 """Commands in processes that have imported everything already: real processes, forked from one that waits.
 
 Starting Python and importing scikit-learn, torch and matplotlib takes most of the time of a short command, and the
-suite runs hundreds. What a command does, prints and exits with is that of ``python -W error -m featx``; tests about
-the start itself, or with an environment of their own, start Python anew.
+suite runs hundreds. What a command does, prints and exits with is that of ``python -W error -m featx``, in an
+environment of its own, too; tests about the start itself start Python anew.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from pathlib import Path
 
 SOCKET = "FEATX_WARM_SOCKET"
 """Variable that names the server's socket for the program ``featx`` of :meth:`Warm.program`."""
+
+_COUNTING = "COVERAGE_PROCESS_CONFIG"
 
 _SERVER = "import sys; sys.path.insert(0, sys.argv.pop(1)); import warm; warm.serve(sys.argv.pop(1))"
 
@@ -53,16 +55,16 @@ class Warm:
         self._process.stdout.close()
 
     def run(
-        self, arguments: list[str], cwd: Path | None, env: Mapping[str, str], timeout: float
+        self, arguments: list[str], cwd: Path | None, env: Mapping[str, str], timeout: float, first: str = ""
     ) -> tuple[int, str, str]:
-        """Exit code, stdout and stderr of one command."""
+        """Exit code, stdout and stderr of one command; ``first`` is Python that its process runs before it."""
         with (
             contextlib.ExitStack() as stack,
             open(os.devnull) as nothing,  # noqa: PTH123
         ):
             out, err = (stack.enter_context((self.folder / f"{id(stack)}.{n}").open("w+b")) for n in (1, 2))
             handles = [nothing.fileno(), out.fileno(), err.fileno()]
-            code = ask(str(self.socket), arguments, str(cwd or Path.cwd()), dict(env), handles, timeout)
+            code = ask(str(self.socket), arguments, str(cwd or Path.cwd()), dict(env), handles, timeout, first)
             texts = []
             for file in (out, err):
                 file.seek(0)
@@ -81,10 +83,16 @@ class Warm:
 
 
 def ask(
-    path: str, arguments: list[str], cwd: str, env: dict[str, str], handles: list[int], timeout: float | None = None
+    path: str,
+    arguments: list[str],
+    cwd: str,
+    env: dict[str, str],
+    handles: list[int],
+    timeout: float | None = None,
+    first: str = "",
 ) -> int:
     """Have one command run; its exit code, or minus the signal."""
-    request = json.dumps({"arguments": arguments, "cwd": cwd, "env": env}).encode()
+    request = json.dumps({"arguments": arguments, "cwd": cwd, "env": env, "first": first}).encode()
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(timeout)
         client.connect(path)
@@ -101,6 +109,25 @@ def pass_on() -> None:
     raise SystemExit(ask(os.environ[SOCKET], sys.argv[1:], os.getcwd(), dict(os.environ), [0, 1, 2]) % 256)  # noqa: PTH109
 
 
+def let_children_be_counted() -> None:
+    """Where lines are counted, those of decoders are, too: they learn of it, and may write it down before they end."""
+    from featx.images import child
+
+    if _COUNTING not in os.environ:
+        return
+
+    def end(self: child.Child) -> int:
+        self._process.terminate()
+        try:
+            return self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+
+    child._ENVIRONMENT = (*child._ENVIRONMENT, _COUNTING)  # type: ignore[assignment]
+    child.Child._end = end  # type: ignore[method-assign]
+
+
 def serve(path: str) -> None:
     """Fork a process for each request, until standard input ends."""
     import importlib
@@ -111,11 +138,13 @@ def serve(path: str) -> None:
     for module in pkgutil.walk_packages(featx.__path__, "featx."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
+    import huggingface_hub.constants
     import rich.markdown
     import rich.progress
     import rich.table  # noqa: F401
     import torchvision  # noqa: F401
 
+    let_children_be_counted()
     assert threading.active_count() == 1
     gc.freeze()  # a collection would write to, and so copy, all that was imported
     running: dict[int, socket.socket] = {}
@@ -152,11 +181,14 @@ def serve(path: str) -> None:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
+    sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    importlib.reload(huggingface_hub.constants)  # it reads its variables when it is imported
     sys.argv = ["featx", *request["arguments"]]
     from featx.cli.main import main
 
     code: object = 0
     try:
+        exec(request["first"], {})
         main()
     except SystemExit as end:
         code = end.code

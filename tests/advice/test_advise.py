@@ -332,7 +332,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, featx: Featx) -> Path:
 
 @pytest.mark.slow
 def test_the_command_prints_words_a_page_and_one_json_object(store: Path, featx: Featx) -> None:
-    ran = featx("advise", "photos.featx", "--minutes", "1", "--n-jobs", "1", "--json", cwd=store)
+    ran = featx("advise", "photos.featx", "--minutes", "0.3", "--n-jobs", "1", "--json", cwd=store)
     assert ran.code == 0, ran.err
     found = ran.json
     assert found["domain"]["pretraining_classes"] == 1000
@@ -369,7 +369,9 @@ def test_a_users_mistake_is_one_sentence(store: Path, featx: Featx, arguments: l
 
 @pytest.mark.slow
 def test_with_the_images_everything_is_measured(store: Path, featx: Featx) -> None:
-    ran = featx("advise", "photos.featx", "--source", "photos", "--minutes", "1", "--n-jobs", "1", "--json", cwd=store)
+    ran = featx(
+        "advise", "photos.featx", "--source", "photos", "--minutes", "0.3", "--n-jobs", "1", "--json", cwd=store
+    )
     assert ran.code == 0, ran.err
     measured = {each["strategy"] for each in ran.json["cells"]}
     assert REFERENCE in measured

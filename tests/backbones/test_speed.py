@@ -38,6 +38,7 @@ def test_a_speed_is_kept_with_how_it_was_measured(folder: Path) -> None:
     assert measured_speeds() == {SMALL: again}
 
 
+@pytest.mark.slow
 def test_weights_that_are_here_are_used_and_their_converted_copy_stays(folder: Path) -> None:
     said: list[str] = []
     found = measure_speed("efficientnet_lite0", seconds=0.1, progress=said.append)

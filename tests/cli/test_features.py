@@ -117,6 +117,7 @@ def test_a_recipe_is_its_networks_layers_and_views(source: Path, featx: Featx, t
     assert again.code == 0 and again.json["embedded"] == 0  # what the store has goes on
 
 
+@pytest.mark.slow
 def test_options_that_do_not_go_together(source: Path, tmp_path: Path, featx: Featx) -> None:
     weights = tmp_path / "w.pth"
     weights.write_bytes(b"x")
@@ -131,6 +132,7 @@ def test_options_that_do_not_go_together(source: Path, tmp_path: Path, featx: Fe
     assert Embedder.like(read_features(tmp_path / "p").provenance, where=tmp_path).backbone.name == "pixels"
 
 
+@pytest.mark.slow
 def test_a_backbone_is_dropped_by_a_command(source: Path, tmp_path: Path, featx: Featx) -> None:
     store, alone = tmp_path / "s", tmp_path / "alone"
     made = featx(

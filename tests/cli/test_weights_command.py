@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +16,13 @@ from weightskit import TINY, TINY_PATH, Server, machine, serving, tiny_weights, 
 SMALL = "shufflenet_v2_x0_5"
 
 PUBLISHED_ELSEWHERE = """
-import dataclasses, sys
+import dataclasses
 import featx.backbones.backbone as backbone, featx.backbones.catalogue as catalogue, featx.backbones.hub as hub
-url, file, sha256 = sys.argv[1:4]
-del sys.argv[1:4]
 usual = catalogue.WEIGHTS[catalogue.NETWORKS["shufflenet_v2_x0_5"].default]
 backbone.WEIGHTS = {**catalogue.WEIGHTS, usual.file: dataclasses.replace(usual, file=file)}
 backbone.TORCHVISION_URL = url
 catalogue._SHA256 = {**catalogue._SHA256, **({file: sha256} if sha256 else {})}
 hub.PAUSE = 0.0
-from featx.cli.main import main
-main()
 """
 """featx, for which the smallest network of torchvision is published on another server."""
 
@@ -52,14 +46,16 @@ def small() -> bytes:
     return buffer.getvalue()
 
 
-def elsewhere(url: str, data: bytes, env: dict[str, str], *words: object, whole: bool = True) -> Ran:
+@pytest.fixture
+def elsewhere(featx: Featx) -> Callable[..., Ran]:
     """Run featx with ``data`` as what is published; ``whole`` is whether all of its hash is known."""
-    sha256 = hashlib.sha256(data).hexdigest()
-    command = [sys.executable, "-W", "error", "-c", PUBLISHED_ELSEWHERE]
-    command += [f"{url}/", f"small-{sha256[:8]}.pth", sha256 if whole else "", *map(str, words)]
-    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, check=False, timeout=240)
-    assert "Traceback" not in done.stderr, done.stderr
-    return Ran(done.returncode, done.stdout, done.stderr)
+
+    def run(url: str, data: bytes, env: dict[str, str], *words: object, whole: bool = True) -> Ran:
+        sha256 = hashlib.sha256(data).hexdigest()
+        published = (f"{url}/", f"small-{sha256[:8]}.pth", sha256 if whole else "")
+        return featx(*words, env=env, first=f"url, file, sha256 = {published!r}\n{PUBLISHED_ELSEWHERE}")
+
+    return run
 
 
 def path_of(data: bytes) -> str:
@@ -105,7 +101,9 @@ def test_list_says_what_is_here_where_and_how_large(featx: Featx, tmp_path: Path
 # fetch
 
 
-def test_fetch_downloads_what_is_missing_and_checks_it(tmp_path: Path, small: bytes) -> None:
+def test_fetch_downloads_what_is_missing_and_checks_it(
+    tmp_path: Path, small: bytes, elsewhere: Callable[..., Ran]
+) -> None:
     env = machine(tmp_path)
     folder = tmp_path / "torch" / "hub" / "checkpoints"
     with serving(Server({path_of(small): small}, breaks=[1_000_000])) as server:
@@ -122,7 +120,9 @@ def test_fetch_downloads_what_is_missing_and_checks_it(tmp_path: Path, small: by
     assert names(folder) == [path_of(small).strip("/")]
 
 
-def test_fetch_keeps_nothing_of_wrong_bytes_and_a_second_run_succeeds(tmp_path: Path, small: bytes) -> None:
+def test_fetch_keeps_nothing_of_wrong_bytes_and_a_second_run_succeeds(
+    tmp_path: Path, small: bytes, elsewhere: Callable[..., Ran]
+) -> None:
     env = machine(tmp_path)
     folder = tmp_path / "torch" / "hub" / "checkpoints"
     with serving(Server({path_of(small): small[:-1] + b"x"})) as server:
@@ -216,7 +216,9 @@ def test_weights_travel_and_the_fingerprint_is_the_same(featx: Featx, tmp_path: 
 
 
 @pytest.mark.slow
-def test_a_torch_file_known_by_its_digits_travels_with_the_sum_of_the_pack(tmp_path: Path, small: bytes) -> None:
+def test_a_torch_file_known_by_its_digits_travels_with_the_sum_of_the_pack(
+    tmp_path: Path, small: bytes, elsewhere: Callable[..., Ran]
+) -> None:
     a, b = machine(tmp_path / "a"), machine(tmp_path / "b")
     photos = class_folders(tmp_path / "photos", each=2)
     pack = tmp_path / "weights.safetensors"
@@ -234,7 +236,18 @@ def test_a_torch_file_known_by_its_digits_travels_with_the_sum_of_the_pack(tmp_p
     assert ran.code == 0 and f"{SMALL}: added" in ran.out
     made = [
         elsewhere(
-            nowhere, small, env, "extract", photos, "--out", tmp_path / f"{n}.featx", "--backbone", SMALL, "--json"
+            nowhere,
+            small,
+            env,
+            "extract",
+            photos,
+            "--out",
+            tmp_path / f"{n}.featx",
+            "--backbone",
+            SMALL,
+            "--engine",
+            "torch",
+            "--json",
         )
         for n, env in enumerate((a, b))
     ]

@@ -69,7 +69,7 @@ def resumed(content: bytes, path: Path) -> tuple[SweepResult, int]:
 def test_no_changed_byte_of_a_journal_changes_a_number(journal: bytes, whole: SweepResult, tmp_path: Path) -> None:
     rng = random.Random(0)
     expected = numbers(whole)
-    for _ in range(200):
+    for _ in range(100):
         content = bytearray(journal)
         content[rng.randrange(len(content))] ^= rng.randrange(1, 256)
         result, kept = resumed(bytes(content), tmp_path / "j")

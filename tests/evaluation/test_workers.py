@@ -97,10 +97,26 @@ def killed(store: Path, out: Path, arrays: Path, *, all_of_them: bool) -> int:
     return sweep.pid
 
 
+@pytest.fixture(scope="module")
+def undisturbed(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The numbers of two sweeps at once: the first to end leaves the other's folder alone."""
+    folder = tmp_path_factory.mktemp("both")
+    environment = {**os.environ, "JOBLIB_TEMP_FOLDER": str(folder / "arrays")}
+    both = [
+        subprocess.Popen(command(store, folder / name), env=environment, stdout=subprocess.PIPE, stderr=sys.stderr)
+        for name in ("a", "b")
+    ]
+    first, second = (numbers(process.communicate(timeout=120)[0].decode()) for process in both)
+    assert first == second
+    assert list((folder / "arrays").iterdir()) == []
+    return first
+
+
 @pytest.mark.slow
-def test_workers_end_with_a_killed_sweep_and_the_next_removes_their_arrays(store: Path, tmp_path: Path) -> None:
+def test_workers_end_with_a_killed_sweep_and_the_next_removes_their_arrays(
+    store: Path, undisturbed: Any, tmp_path: Path
+) -> None:
     arrays = tmp_path / "arrays"
-    undisturbed = subprocess.run(command(store, tmp_path / "whole"), capture_output=True, text=True, check=True)
     session = killed(store, tmp_path / "out", arrays, all_of_them=False)
     wait_for(lambda: not of_session(session), 5)
     killed(store, tmp_path / "other", arrays, all_of_them=True)
@@ -113,20 +129,7 @@ def test_workers_end_with_a_killed_sweep_and_the_next_removes_their_arrays(store
         check=True,
     )
     assert list(arrays.iterdir()) == []
-    assert numbers(resumed.stdout) == numbers(undisturbed.stdout)
-
-
-@pytest.mark.slow
-def test_arrays_in_use_are_not_removed(store: Path, tmp_path: Path) -> None:
-    """Two sweeps at once: the first to end leaves the other's folder alone."""
-    environment = {**os.environ, "JOBLIB_TEMP_FOLDER": str(tmp_path / "arrays")}
-    both = [
-        subprocess.Popen(command(store, tmp_path / name), env=environment, stdout=subprocess.PIPE, stderr=sys.stderr)
-        for name in ("a", "b")
-    ]
-    first, second = (numbers(process.communicate(timeout=120)[0].decode()) for process in both)
-    assert first == second
-    assert list((tmp_path / "arrays").iterdir()) == []
+    assert numbers(resumed.stdout) == undisturbed
 
 
 @pytest.mark.slow
