@@ -187,6 +187,12 @@ def _top1(info: BackboneInfo) -> str:
     return f"{info.top1:.1f}" + ("*" if "linear classifier" in info.top1_source else " ")
 
 
+def _int8(info: BackboneInfo) -> str:
+    if info.int8_loss is None or info.int8_worst is None:
+        return "not measured (--precision int8 quantises it)"
+    return f"{-info.int8_loss:+.2f} points of accuracy against fp32, on the worst of five sets {-info.int8_worst:+.2f}"
+
+
 def _details(info: BackboneInfo, speed: Speed | None) -> None:
     from rich.table import Table
 
@@ -205,6 +211,7 @@ def _details(info: BackboneInfo, speed: Speed | None) -> None:
         "embedding": f"{info.embedding_dim:,} dimensions",
         "input": f"{height} x {width} pixels",
         "parameters": f"{info.parameters:,}",
+        "at int8": _int8(info),
         "licence": info.licence,
         "checked by": _KNOWN[info.known],
         "weights": "on this machine" if info.offline else f"not here (featx weights fetch {info.name})",

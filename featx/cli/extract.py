@@ -82,6 +82,7 @@ class Precision(StrEnum):
     fp32 = "fp32"
     bf16 = "bf16"
     fp16 = "fp16"
+    int8 = "int8"
 
 
 def register(app: typer.Typer) -> None:
@@ -132,7 +133,11 @@ def extract(
     device: Annotated[Device, typer.Option(help="auto is cuda if there is a GPU.")] = Device.auto,
     engine: Annotated[EngineName, typer.Option(help="auto is torch on cuda, or else openvino.")] = EngineName.auto,
     precision: Annotated[
-        Precision, typer.Option(help="auto is that of the store, or else fp32 on a CPU and bf16 on a GPU.")
+        Precision,
+        typer.Option(
+            help="auto is that of the store, or else bf16 on a GPU; on a CPU int8, where it has instructions for it "
+            "and the network bears it (see: featx backbones NAME), or fp32."
+        ),
     ] = Precision.auto,
     batch_size: Annotated[int | None, typer.Option(min=1, max=4096, help="(default: measured for the engine)")] = None,
     decode: Annotated[
