@@ -112,6 +112,8 @@ _ROWS = 256
 _RADIUS = 3
 """Of the widest filter (Lanczos), in pixels of the smaller of the two pictures."""
 
+_SHRUNK = "_featx_shrunk"
+
 _FINER = 4
 """A thumbnail is made at so many times its size, and averaged: then it hardly depends on the image's own size."""
 
@@ -329,8 +331,15 @@ def resize_crop(image: Image.Image, preprocess: Preprocess) -> NDArray[np.uint8]
 
 
 def shrink(image: Image.Image, width: int, height: int) -> Image.Image:
-    """An RGB image at so many pixels, fast where it is far larger: the same to within a grey level or two."""
-    return image.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)
+    """An RGB image at so many pixels, fast where it is far larger: the same to within a grey level or two.
+
+    The last one is kept with the image: its hash and its thumbnail are both made of 64 x 64 pixels.
+    """
+    small: Image.Image | None = getattr(image, _SHRUNK, None)
+    if small is None or small.size != (width, height):
+        small = image.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)
+        setattr(image, _SHRUNK, small)
+    return small
 
 
 def resize_box(image: Image.Image, preprocess: Preprocess, box: tuple[float, float, float, float]) -> NDArray[np.uint8]:
