@@ -430,7 +430,7 @@ class _Run:
             ) as pool,
             Lanes(self.lanes, self._write) as running,
         ):
-            stream = pool.run((ref.path for ref in pending), self.writer.has, ahead=2 * size + 2 * pool.workers)
+            stream = pool.run((ref.path for ref in pending), lambda digest: False, ahead=2 * size + 2 * pool.workers)
             claimed: set[bytes] = set()
             for ref in pending:
                 before = time.perf_counter()
