@@ -110,7 +110,7 @@ def make_store(
     made = [provenance(backbone=name, layers=list(layers if name == "tiny" else layers[:1])) for name in backbones]
     with StoreWriter(path, *made, shard_rows=shard_rows) as writer:
         for start in range(0, len(names), shard_rows):
-            digests = [digest for digest in digests_of(names[start : start + shard_rows]) if not writer.has(digest)]
+            digests = [digest for digest in digests_of(names[start : start + shard_rows]) if writer.lacks(digest)]
             if digests:
                 writer.add(
                     digests,

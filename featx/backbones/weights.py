@@ -21,7 +21,7 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
@@ -201,16 +201,13 @@ def pack_weights(names: Sequence[str], out: Path, *, advance: Advance | None = N
                 whole.update(part)
             done = 0
             for weights in found.values():
-                digest = hashlib.sha256()
                 with weights.path.open("rb") as source:
-                    for block in _blocks(source, weights.bytes, weights.path):
-                        file.write(block)
-                        whole.update(block)
-                        digest.update(block)
-                        done += len(block)
-                        if advance is not None:
-                            advance(done, end, weights.backbone)
-                if digest.hexdigest() != weights.sha256:
+                    sha256 = _hash_of(
+                        source, weights.bytes, weights.path, advance, file.write, whole.update,
+                        title=weights.backbone, before=done, total=end,
+                    )  # fmt: skip
+                done += weights.bytes
+                if sha256 != weights.sha256:
                     raise WeightsError("the file changed while it was read", where=weights.path, hint="Run it again.")
 
     publish(out, write)
@@ -298,7 +295,7 @@ def _spelling(network: CatalogueNetwork | TimmModel) -> str:
 def _checked(network: CatalogueNetwork | TimmModel, path: Path, advance: Advance | None, *, new: bool) -> Carried:
     """A file that is here with what it is known by; WeightsError if it is not what was published."""
     with path.open("rb") as file:
-        sha256 = _hash_of(file, path.stat().st_size, path, advance)
+        sha256 = _hash_of(file, path.stat().st_size, path, advance, title=f"checking {path.name}")
     known: Known
     if isinstance(network, CatalogueNetwork):
         network.check(path, sha256)
@@ -421,7 +418,7 @@ def _known_network(name: str, pack: Path) -> CatalogueNetwork | TimmModel:
 
 def _check_whole(file: BinaryIO, size: int, expected: str, pack: Path, advance: Advance | None) -> None:
     file.seek(0)
-    sha256 = _hash_of(file, size, pack, advance)
+    sha256 = _hash_of(file, size, pack, advance, title=f"checking {pack.name}")
     if sha256 != expected:
         raise WeightsError(
             "is not the pack that was meant",
@@ -486,20 +483,14 @@ def _room(path: Path) -> Iterator[Path]:
 
 def _extract(file: BinaryIO, entry: _Entry, temp: Path, pack: Path, advance: Advance | None) -> None:
     file.seek(entry.start)
-    digest, done = hashlib.sha256(), 0
     with temp.open("wb") as out:
-        for block in _blocks(file, entry.size, pack):
-            out.write(block)
-            digest.update(block)
-            done += len(block)
-            if advance is not None:
-                advance(done, entry.size, entry.name)
-    if digest.hexdigest() != entry.sha256:
+        sha256 = _hash_of(file, entry.size, pack, advance, out.write, title=entry.name)
+    if sha256 != entry.sha256:
         raise WeightsError(
             f"the weights for {entry.name} are damaged",
             where=pack,
             expected=f"sha256 {entry.sha256}",
-            found=f"sha256 {digest.hexdigest()}",
+            found=f"sha256 {sha256}",
             hint="Copy it again. Nothing was added.",
         )
     fsync_path(temp)
@@ -530,19 +521,21 @@ def _check_fits(network: TimmModel, temp: Path, entry: _Entry, pack: Path) -> No
         ) from error
 
 
-def _hash_of(file: BinaryIO, size: int, path: Path, advance: Advance | None) -> str:
-    digest, done = hashlib.sha256(), 0
-    for block in _blocks(file, size, path):
-        digest.update(block)
-        done += len(block)
-        if advance is not None:
-            advance(done, size, f"checking {path.name}")
-    return digest.hexdigest()
+def _hash_of(
+    file: BinaryIO,
+    size: int,
+    path: Path,
+    advance: Advance | None,
+    *takers: Callable[[bytes], object],
+    title: str,
+    before: int = 0,
+    total: int = 0,
+) -> str:
+    """Hex sha256 of exactly so many bytes from where the file stands, which ``takers`` are given, too.
 
-
-def _blocks(file: BinaryIO, size: int, path: Path) -> Iterator[bytes]:
-    """Exactly so many bytes from where the file stands."""
-    left = size
+    ``advance`` is told of ``total`` bytes (by default these), of which so many were read ``before``.
+    """
+    digest, left = hashlib.sha256(), size
     while left:
         try:
             block = file.read(min(left, _BLOCK))
@@ -550,5 +543,9 @@ def _blocks(file: BinaryIO, size: int, path: Path) -> Iterator[bytes]:
             raise WeightsError(f"cannot be read ({in_words(error)})", where=path) from error
         if not block:
             raise WeightsError("became shorter while it was read", where=path, hint="Run it again.")
+        for take in (digest.update, *takers):
+            take(block)
         left -= len(block)
-        yield block
+        if advance is not None:
+            advance(before + size - left, total or size, title)
+    return digest.hexdigest()

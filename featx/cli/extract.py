@@ -114,7 +114,11 @@ def extract(
         RecipeName | None, typer.Option(help="Backbones, layers and views that go well together: featx backbones.")
     ] = None,
     weights: Annotated[
-        str | None, typer.Option(help="default, none (random, as a control), or a file. (default: default)")
+        list[str] | None,
+        typer.Option(
+            help="default, none (random, as a control), or a file; of several backbones a file is given as "
+            "BACKBONE=FILE, and the option may be repeated. (default: default)"
+        ),
     ] = None,
     layer: Annotated[
         list[str] | None,
@@ -399,7 +403,7 @@ class Asked:
         store: Path,
         backbones: list[str] | None,
         recipe: RecipeName | None,
-        weights: str | None,
+        weights: list[str] | None,
         layers: list[str] | None,
         views: str | None,
     ) -> Asked:
@@ -422,20 +426,44 @@ class Asked:
         says_nothing = backbones is None and weights is None and layers is None
         if says_nothing and stored_backbones(store):
             return cls((), looks)
-        names = [everywhere(name) for name in backbones or [own]]
-        if weights not in (None, "default", "none") and len(names) > 1:
-            raise UsageError(
-                "a file of weights is one network's", where="--weights", found=", ".join(names),
-                hint="Add one backbone at a time: the store keeps the others.",
-            )  # fmt: skip
-        networks = tuple((name, everywhere(weights or "default"), _layers(name, layers or [])) for name in names)
+        names = backbones or [own]
+        chosen_weights = _weights(names, weights or [])
+        chosen_layers = _layers(names, layers or [])
+        networks = tuple((everywhere(name), everywhere(chosen_weights[name]), chosen_layers[name]) for name in names)
         return cls(networks, looks)
 
 
-def _layers(backbone: str, layers: Sequence[str]) -> tuple[str, ...]:
-    """Of the layers that were asked for, those of one backbone; PENULTIMATE where there are none."""
-    own = [name.removeprefix(f"{backbone}/") for name in layers if "/" not in name or name.startswith(f"{backbone}/")]
-    return tuple(own) or (PENULTIMATE,)
+def _weights(names: Sequence[str], given: Sequence[str]) -> dict[str, str]:
+    """The weights of each backbone: BACKBONE=WEIGHTS for it, else what is given for all, else the default ones."""
+    own, every = {}, []
+    for text in given:
+        name, equals, weights = text.partition("=")
+        if equals and name in names:
+            own[name] = weights
+        else:
+            every.append(text)
+    of_all = every[0] if every else "default"
+    if len(every) > 1 or (of_all not in ("default", "none") and len(names) > 1):
+        raise UsageError(
+            "a file of weights is one network's", where="--weights",
+            expected="BACKBONE=FILE, of a --backbone that is named", found=", ".join(every),
+        )  # fmt: skip
+    return {name: own.get(name, of_all) for name in names}
+
+
+def _layers(names: Sequence[str], given: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """The layers of each backbone: those given as BACKBONE/LAYER or for all; PENULTIMATE where there are none."""
+    found: dict[str, list[str]] = {name: [] for name in names}
+    for text in given:
+        own = [name for name in names if text.startswith(f"{name}/")]
+        if "/" in text and not own:
+            raise UsageError(
+                "a layer of a backbone that is not named", where="--layer",
+                expected=" or ".join(f"{name}/..." for name in names), found=text,
+            )  # fmt: skip
+        for name in own or found:
+            found[name].append(text.removeprefix(f"{name}/"))
+    return {name: tuple(layers) or (PENULTIMATE,) for name, layers in found.items()}
 
 
 def load(networks: tuple[Network, ...], progress: Callable[[str], None] | None = None) -> tuple[Backbone, ...]:

@@ -40,6 +40,7 @@ def network_like(
     where: Path,
     backbone: str | Provider | None = None,
     weights: str | Path | None = None,
+    hint: str = "Name the file with --weights FILE.",
 ) -> Backbone:
     """The network that a provenance names; whether it is the same one, nobody has compared yet.
 
@@ -49,6 +50,7 @@ def network_like(
     where : the store or bundle, for messages.
     backbone : the network, where it is one of the user's own: what a store says is never imported.
     weights : the weights file, where the provenance names one of the user's own.
+    hint : how to give it, for messages.
 
     Raises
     ------
@@ -71,7 +73,7 @@ def network_like(
             "made with weights of your own, which are needed again",
             where=where,
             expected=named,
-            hint="Name the file with --weights FILE.",
+            hint=hint,
         )
     return load_backbone(backbone or recorded, weights=weights or named, layers=tuple(provenance["layers"]))
 

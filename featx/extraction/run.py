@@ -142,8 +142,9 @@ def extract_features(
     prune : drop embeddings that no image refers to any more.
     replace_images : let ``images`` take the place of others; see :class:`MismatchError` below.
     decode : "full", or "scaled": of a large JPEG only as much as the resize needs. Part of the fingerprint.
-    views : names of :data:`featx.images.views.VIEWS`, over which an image's embeddings are averaged; each costs the
-        network's time once more. Part of the fingerprint. None takes those of the store, or the centre.
+    views : names of :data:`featx.images.views.VIEWS`, over which an image's embeddings by the given backbones are
+        averaged; each costs the network's time once more. Part of the fingerprint. None takes those of the store, or
+        the centre.
     recipe : of :data:`featx.backbones.recipes.RECIPES`, from which the given backbones are; their provenance says so.
     decode_timeout : seconds after which a decoder counts as hanging.
     progress : called as ``progress(done, total)``.
@@ -208,8 +209,10 @@ def make_lanes(
         raise UsageError("one engine runs one backbone", where="engine", expected="what makes an engine for each")
     for name, made in recorded.items():
         if name not in networks:
-            networks[name] = network_like(made, where=where[name])
-    networks.setdefault(PIXELS, load_backbone(PIXELS))
+            hint = f"Name the file with --backbone {name} --weights {name}=FILE."
+            networks[name] = network_like(made, where=where[name], hint=hint)
+    # Behind the networks: the first backbone of a new store is the one that stands for it.
+    networks[PIXELS] = networks.pop(PIXELS) if PIXELS in networks else load_backbone(PIXELS)
     lanes = []
     for name in dict.fromkeys([*recorded, *networks]):
         network, made = networks[name], recorded.get(name, {})
@@ -221,7 +224,9 @@ def make_lanes(
             runs = engine
         else:
             runs = make_engine(network, precision=str(made.get("precision", "auto")) if made else "auto")
-        looks = views if views is not None else str(made.get("views", "center")).split(",")
+        looks: Sequence[str] = str(made.get("views", "center")).split(",")
+        if views is not None and (network in given or not given):  # a backbone that is not named goes on as it was made
+            looks = views
         lane = Lane.of(network, runs, CENTER if name == PIXELS else looks, decode)
         lanes.append(
             replace(lane, provenance={**lane.provenance, "recipe": recipe}) if recipe and network in given else lane
@@ -425,7 +430,7 @@ class _Run:
             ) as pool,
             Lanes(self.lanes, self._write) as running,
         ):
-            stream = pool.run((ref.path for ref in pending), self.writer.has, ahead=2 * size + 2 * pool.workers)
+            stream = pool.run((ref.path for ref in pending), lambda digest: False, ahead=2 * size + 2 * pool.workers)
             claimed: set[bytes] = set()
             for ref in pending:
                 before = time.perf_counter()

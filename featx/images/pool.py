@@ -107,7 +107,7 @@ class DecoderPool:
     background : let the processes run only while others leave a processor idle.
     others : further ways to look at each image, which is decoded once for all.
     wanted : called with a digest, from several threads; the places of what is wanted of this content, 0 for the pool's
-        own pixels and 1 and up for ``others``. By default all of them.
+        own pixels and 1 and up for ``others``; where there are none, it is not decoded. By default all of them.
     hashed : make the perceptual hash of each image, too.
     """
 
@@ -326,7 +326,8 @@ class _Child(Child):
             reading = (0.0, 0.0)
             if answer[:1] == b"D":
                 digest, reading = answer[1:33], TIMES.unpack(answer[33:])
-                if known(digest):
+                places = () if known(digest) else self._places(digest)
+                if not places:
                     return Decoded(digest, seconds=(*reading, 0.0, 0.0))
                 if heaviest is not None:
                     seconds = LIGHT_HEADER_SECONDS if heaviest < math.inf else HEADER_SECONDS
@@ -337,7 +338,6 @@ class _Child(Child):
                         if weight > heaviest:
                             raise TooHeavy
                         seconds += SECONDS_A_PIXEL * weight
-                places = self._places(digest)
                 if answer[:1] in (b"D", b"W"):
                     self._socket.send_bytes(DECODE + SECONDS.pack(seconds) + bytes(places))
                     answer = self._answer(digest, wanted)

@@ -16,7 +16,7 @@ from featx.errors import StoreError
 from featx.images import HASH_BYTES
 from featx.store import hdf5
 from featx.store.hdf5 import RESTORE
-from featx.store.manifest import Block, Manifest, Shard, name_of
+from featx.store.manifest import Block, Manifest, Shard, name_of, read_manifest
 
 WINDOW_BYTES = 2**22
 """What is read at a time: the memory that a reader needs beside the answer."""
@@ -224,6 +224,8 @@ class ShardReader:
     def _open(self, shard: Shard) -> Iterator[hdf5.CheckedFile]:
         path = shard_path(self.path, shard)
         state = signature(path)
+        if not state and shard.name not in read_manifest(self.path).names:
+            raise StoreError("the shard was taken out while it was read", where=path, hint="Open the store again.")
         hashed = bool(state) and self._verified.get(path) == state
         with open_shard(self.path, shard, hashed=hashed) as file:
             # The file is what was published; was it so when the rows were numbered?

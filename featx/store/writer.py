@@ -153,10 +153,6 @@ class StoreWriter:
         """The backbones of the store, its own first."""
         return tuple(self._published)
 
-    def has(self, digest: bytes) -> bool:
-        """Whether the store has (or is about to publish) every embedding of this content. Thread-safe."""
-        return not self.lacks(digest)
-
     def has_all(self, digests: Sequence[bytes]) -> list[bool]:
         """Whether the store has published every embedding of each content; b"" is none."""
         given = np.frombuffer(b"".join(digest or bytes(32) for digest in digests), np.uint8).reshape(-1, 32)
@@ -222,7 +218,7 @@ class StoreWriter:
                 parts = self._pending[backbones, hashed]
                 rows = _Rows.joined(parts)
                 self._publish_shard(rows)
-                # In this order: another thread may ask has() between two lines.
+                # In this order: another thread may ask lacks() between two lines.
                 for backbone in backbones:
                     self._published[backbone].add(rows.digests)
                 del self._pending[backbones, hashed]

@@ -140,13 +140,16 @@ def test_a_file_that_has_changed_is_not_packed(monkeypatch: pytest.MonkeyPatch, 
     (hub_folder() / NETWORKS["resnet18"].default).write_bytes(b"something else")
     with pytest.raises(WeightsError, match="has changed since it was published"):
         pack_weights(["resnet18"], tmp_path / "w.safetensors")
-    # and while it is read: its hash was taken before
-    monkeypatch.setattr(packs, "_hash_of", lambda *_: WEIGHTS[NETWORKS[LITE1].default].sha256)
     file = tmp_path / "changed.pth"
-    file.write_bytes(original(LITE1)[::-1])
+    file.write_bytes(original(LITE1))
     monkeypatch.setattr(backbones.CatalogueNetwork, "local", lambda self: file)
+
+    def change(done: int, total: int, title: str) -> None:
+        if title.startswith("checking") and done == total:  # once its hash has been taken
+            file.write_bytes(original(LITE1)[::-1])
+
     with pytest.raises(WeightsError, match="changed while it was read"):
-        pack_weights([LITE1], tmp_path / "w.safetensors")
+        pack_weights([LITE1], tmp_path / "w.safetensors", advance=change)
     assert not list(tmp_path.glob("*w.safetensors"))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import Featx, class_folders
 
 from featx.backbones.recipes import RECIPES
@@ -130,6 +131,60 @@ def test_options_that_do_not_go_together(source: Path, tmp_path: Path, featx: Fe
     assert featx("sweep", tmp_path / "p", "--shots", "1", "--episodes", 2, "--heads", "ridge").code == 0
     assert json.loads((tmp_path / "p.report" / "summary.json").read_text())["results"][0]["features"] == "pixels"
     assert Embedder.like(read_features(tmp_path / "p").provenance, where=tmp_path).backbone.name == "pixels"
+
+
+def test_weights_of_ones_own_are_named_for_each_network(source: Path, tmp_path: Path, featx: Featx) -> None:
+    """A store whose network has a file of the user's own gets another network, and neither is taken for the other."""
+    from featx.backbones import load_backbone
+
+    store, own, alone = tmp_path / "s", tmp_path / "own.pth", tmp_path / "alone"
+    torch.manual_seed(1)
+    torch.save(load_backbone("squeezenet1_1", weights="none").provider.build().state_dict(), own)  # type: ignore[union-attr]
+    first = featx("extract", source, "--out", store, "--backbone", "squeezenet1_1", "--weights", own)
+    assert first.code == 0, first.err
+    before = read_features(store)
+    forgotten = featx("extract", source, "--out", store, "--backbone", BOTH[0])
+    assert forgotten.code == 2 and "--backbone squeezenet1_1 --weights squeezenet1_1=FILE" in forgotten.err
+    both = ["--backbone", BOTH[0], "--backbone", "squeezenet1_1"]
+    vague = featx("extract", source, "--out", store, *both, "--weights", own)
+    assert vague.code == 2 and "expected BACKBONE=FILE, of a --backbone that is named" in vague.err
+    unnamed = featx("extract", source, "--out", store, *both[:2], "--weights", f"squeezenet1_1={own}")
+    assert unnamed.code == 2 and "no such weights file" in unnamed.err
+    own.with_name("lost.pth").write_bytes(own.read_bytes()[:-1])
+    lost = featx("extract", source, "--out", store, *both, "--weights", f"squeezenet1_1={own.with_name('gone.pth')}")
+    assert lost.code == 2 and "gone.pth" in lost.err
+    assert np.array_equal(read_features(store).embeddings, before.embeddings)
+    ran = featx("extract", source, "--out", store, *both, "--weights", f"squeezenet1_1={own}", "--json")
+    assert ran.code == 0 and ran.json["embedded"] == 16, ran.err
+    assert featx("extract", source, "--out", alone, "--backbone", BOTH[0]).code == 0
+    for mine, theirs in ((before, "squeezenet1_1"), (read_features(alone), BOTH[0])):
+        here = read_features(store, layer=theirs)
+        assert np.array_equal(here.embeddings, mine.embeddings) and here.fingerprint == mine.fingerprint
+
+
+def test_views_layers_and_precision_are_of_the_networks_that_are_named(
+    source: Path, tmp_path: Path, featx: Featx
+) -> None:
+    store, alone = tmp_path / "s", tmp_path / "alone"
+    base = ["--weights", "none", "--engine", "torch", "--backbone"]
+    assert featx("extract", source, "--out", store, *base, "squeezenet1_1").code == 0
+    added = [*base, "resnet18", "--views", "center,flip", "--precision", "bf16", "--layer", "resnet18/layer1"]
+    for out in (store, alone):
+        ran = featx("extract", source, "--out", out, *added)
+        assert ran.code == 0, ran.err
+    made = {name: (each["views"], each["precision"]) for name, each in FeatureReader(store).backbones.items()}
+    assert made == {
+        "squeezenet1_1": ("center", "fp32"), "resnet18": ("center,flip", "bf16"), "pixels": ("center", "fp32"),
+    }  # fmt: skip
+    one, other = (read_features(each, layer="resnet18/layer1") for each in (store, alone))
+    assert np.array_equal(one.embeddings, other.embeddings) and one.fingerprint == other.fingerprint
+    assert featx("extract", source, "--out", store, "--engine", "torch", "--json").json["embedded"] == 0
+    everything = featx("extract", source, "--out", store, "--views", "flip")
+    assert everything.code == 2 and "another views" in everything.err
+    typo = featx("extract", source, "--out", store, *base, "resnet18", "--layer", "resnet81/layer1")
+    assert typo.code == 2 and "a layer of a backbone that is not named: expected resnet18/..., found res" in typo.err
+    first = featx("extract", source, "--out", tmp_path / "p", *base, "pixels", "--backbone", "squeezenet1_1", "--json")
+    assert first.json["backbone"] == "squeezenet1_1" and first.json["engine"] == "torch"
 
 
 @pytest.mark.slow

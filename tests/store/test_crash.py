@@ -194,7 +194,7 @@ def write_in_two_runs(store: Path) -> None:
         with StoreWriter(store, provenance(), shard_rows=5) as writer:
             try:
                 for start in range(0, len(names), 2):
-                    fresh = [digest for digest in digests_of(names[start : start + 2]) if not writer.has(digest)]
+                    fresh = [digest for digest in digests_of(names[start : start + 2]) if writer.lacks(digest)]
                     if fresh:
                         writer.add(fresh, {"tiny": [rows_of(fresh)]})
                 writer.finish(index_of(names), [Refused(f"{first}.png", "", "empty", "")], source="by hand")

@@ -102,7 +102,7 @@ def test_full_disk(small_disk: Path) -> None:
         pytest.raises(StoreError, match=r"the disk is full.*is intact; free some space"),
     ):
         for start in range(0, len(names), 500):
-            digests = [digest for digest in digests_of(names[start : start + 500]) if not writer.has(digest)]
+            digests = [digest for digest in digests_of(names[start : start + 500]) if writer.lacks(digest)]
             writer.add(digests, {"tiny": [rows_of(digests)]})
         writer.finish(index_of(names), [], source="by hand")
     assert check_published(store) > 12

@@ -267,7 +267,11 @@ def test_shards_of_the_dropped_backbone_alone_go_at_once(tmp_path: Path) -> None
         assert writer.index is not None
         writer.finish(writer.index, [], source="by hand")
         assert read_manifest(store).unfinished == ()
+        reader = FeatureReader(store)
         writer.drop("tiny")
+    assert np.array_equal(reader.read(np.arange(12), layer="wide"), made_up("wide", digests))
+    with pytest.raises(StoreError, match=r"the shard was taken out while it was read. Open the store again"):
+        reader.read(np.arange(12))
     assert not set(shard_bytes(store)) & set(old) and len(shard_bytes(store)) == 1
     assert verify(store) == [] and read_manifest(store).in_flux == ()
     assert np.array_equal(read_features(store).embeddings, made_up("wide", digests_of(names_of(12))))

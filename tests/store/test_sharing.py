@@ -109,7 +109,7 @@ def test_readers_beside_a_writer_that_adds_and_prunes(tmp_path: Path) -> None:
         for n in range(12):
             names = names_of(12 + n)[n:]
             with StoreWriter(store, provenance(), shard_rows=3) as writer:
-                fresh = [digest for digest in digests_of(names) if not writer.has(digest)]
+                fresh = [digest for digest in digests_of(names) if writer.lacks(digest)]
                 for digest in fresh:
                     writer.add([digest], {"tiny": [rows_of([digest])]})
                 writer.finish(index_of(names), [], source="")

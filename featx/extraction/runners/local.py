@@ -56,7 +56,7 @@ class Job:
     total : number of images of all parts.
     load : makes the backbones, there and then: code of the user's own does not travel well.
     start : makes the engine, given the backbone and perhaps ``device=``, ``precision=`` and ``threads=``.
-    precision : "auto" takes that of the store for a backbone that it has.
+    precision : of the backbones that are given; the store's others keep theirs, and so do all with "auto".
     options : of :func:`featx.extraction.run.extract_features`, such as ``workers``, ``decode``, ``views`` and
     ``max_bad``.
     """
@@ -74,21 +74,27 @@ class Job:
         return self.load()
 
     @property
+    def named(self) -> set[str]:
+        """The names of the backbones that were given."""
+        given = (self.backbones,) if isinstance(self.backbones, Backbone) else self.backbones
+        return {each.name for each in given}
+
+    @property
     def wanted(self) -> set[str]:
         """The names of the backbones that every image is to have: those given, the store's, and the baseline."""
-        given = (self.backbones,) if isinstance(self.backbones, Backbone) else self.backbones
-        return {PIXELS, *stored_backbones(self.store), *(each.name for each in given)}
+        return {PIXELS, *stored_backbones(self.store), *self.named}
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "backbones"}
 
     def starter(self, **where: Any) -> Start:
         """What makes the engine of a backbone in this process, once; ``where`` are arguments of ``start``."""
-        stored = stored_backbones(self.store) if self.precision == "auto" else {}
+        stored, named = stored_backbones(self.store), self.named
 
         @cache
         def start(backbone: Backbone) -> Engine:
-            precision = stored.get(backbone.name, {}).get("precision", self.precision)
+            asked = self.precision != "auto" and (backbone.name in named or not named)
+            precision = self.precision if asked else stored.get(backbone.name, {}).get("precision", self.precision)
             return self.start(backbone, precision=precision, **where)
 
         return start
