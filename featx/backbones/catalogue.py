@@ -211,9 +211,9 @@ INT8_LOSS = 0.2
 
 INT8: Mapping[str, Int8] = MappingProxyType(
     {
-        "efficientnet_lite0": Int8(0.0, 0.6),
-        "efficientnet_lite1": Int8(0.0, 0.8),
-        "efficientnet_lite2": Int8(0.0, 0.8),
+        "efficientnet_lite0": Int8(0.10, 0.36),
+        "efficientnet_lite1": Int8(0.15, 0.85),
+        "efficientnet_lite2": Int8(0.33, 0.64),
     }
 )
 """Networks that were measured at int8 (``scripts/bench_precision.py``)."""
