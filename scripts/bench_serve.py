@@ -123,7 +123,7 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     this = f"{sys.executable} -m featx"
-    photos = [Path(ref.path).read_bytes() for ref in ImageSet.from_folder(options.photos).refs]
+    photos = [ref.path.read_bytes() for ref in ImageSet.from_folder(options.photos).refs]
     result: dict[str, Any] = {"date": date.today().isoformat(), "versions": {}}
     for number, command in enumerate([this, *options.featx]):
         store, model = options.out / f"{number}.featx", options.out / f"{number}.model"

@@ -24,10 +24,12 @@ from featx.backbones.backbone import Backbone, load_backbone
 from featx.backbones.catalogue import NETWORKS
 from featx.backbones.checkpoint import load_checkpoint
 from featx.backbones.engines import torch as engines
+from featx.backbones.engines.base import sizes_of
 from featx.backbones.engines.torch import BATCH_SIZES, TorchEngine, make_engine
 from featx.backbones.frozen import catalogue_body
+from featx.backbones.provider import Provider
 from featx.errors import UsageError
-from featx.images.pixels import pixels
+from featx.images.pixels import Preprocess, pixels
 
 __all__ = ["small"]  # a fixture
 
@@ -328,3 +330,50 @@ def test_cuda_agrees_with_the_cpu(precision: str, least: float) -> None:
     found = np.concatenate([result[0] for result in running.embed(batches)])
     assert cosines(found, expected).min() >= least
     np.testing.assert_array_equal(next(running.embed([batches[2][1:2]]))[0][0], found[6])
+
+
+@pytest.mark.parametrize("engine", ON_CPU)
+def test_short_batches_need_not_be_padded(small: Backbone, engine: str) -> None:
+    padded = make_engine(small, engine=engine, device="cpu", precision="fp32", batch_size=6, threads=1)
+    short = make_engine(small, engine=engine, device="cpu", precision="fp32", batch_size=6, threads=1, pad=False)
+    batches = random_batches(small, 1, 6, 2, 3, 1, 5)
+    for one, other in zip(padded.embed(batches), short.embed(batches), strict=True):
+        assert one[0].shape == other[0].shape
+        np.testing.assert_allclose(one[0], other[0], rtol=1e-4, atol=1e-5)
+    assert short.batch_size == 6
+    if engine == "openvino":
+        assert sorted(short._compiled) == [1, 2, 4, 6]  # type: ignore[attr-defined]
+
+
+def test_sizes_of_batches() -> None:
+    assert sizes_of(16, pad=True) == (16,)
+    assert sizes_of(16, pad=False) == (1, 2, 4, 8, 16)
+    assert sizes_of(12, pad=False) == (1, 2, 4, 8, 12)
+    assert sizes_of(1, pad=False) == sizes_of(1, pad=True) == (1,)
+
+
+class _CountsImages(torch.nn.Module):
+    """Looks at the number of its images in Python, so that it is converted for one number of them."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        count = int(images.shape[0])
+        return torch.cat([images[i].mean((1, 2))[None] for i in range(count)])
+
+
+class _Counting(Provider):
+    preprocess = Preprocess(32, (32, 32), "bilinear", (0.5,) * 3, (0.5,) * 3)
+
+    def build(self) -> torch.nn.Module:
+        return _CountsImages()
+
+
+@pytest.mark.skipif(not engines._installed("openvino"), reason="no openvino")
+def test_a_network_that_counts_its_images_is_converted_for_one_number(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("FEATX_CACHE", str(tmp_path))
+    backbone = load_backbone(_Counting())
+    batches = random_batches(backbone, 1, 3, 4)
+    for pad in (True, False):
+        engine = make_engine(backbone, engine="openvino", precision="fp32", batch_size=4, threads=1, pad=pad)
+        for batch, found in zip(batches, engine.embed(batches), strict=True):
+            expected = (batch / 255.0 - 0.5).mean((1, 2)) / 0.5
+            np.testing.assert_allclose(found[0], expected, atol=1e-5)

@@ -93,6 +93,11 @@ class Graph:
         """Hex digest that stands at the start of its file."""
         return self.content[len(_MAGIC) : _SEAL.size].hex()
 
+    @property
+    def takes_any_number(self) -> bool:
+        """Whether batches of any size can be computed."""
+        return bool(self.model().inputs[0].partial_shape[0].is_dynamic)
+
     def model(self, layers: Sequence[str] = ()) -> Any:
         """The graph as OpenVINO's model, with the outputs of ``layers`` in their order (all where none are named)."""
         openvino = import_openvino()

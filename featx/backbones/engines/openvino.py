@@ -56,7 +56,7 @@ class OpenVINOEngine:
             self._graph = converted(backbone, batch_size)
         if precision == "bf16":
             self._graph = Graph.of(exact_start(self._graph.description), self._graph.constants)
-        self._sizes = sizes_of(batch_size, pad=pad)
+        self._sizes = sizes_of(batch_size, pad=pad or not self._graph.takes_any_number)
         self._compiled: dict[int, Any] = {}
         self._compiling = threading.Lock()
         if pad:

@@ -47,8 +47,8 @@ def quantise(backbone: Backbone, model: Any) -> Any:
     """
     nncf = _import_nncf()
     pictures = list(_pictures(backbone.preprocess))
-    model.reshape(pictures[0].shape)
     try:
+        model.reshape(pictures[0].shape)
         with _on_stderr():
             model = nncf.quantize(
                 model,
@@ -59,6 +59,7 @@ def quantise(backbone: Backbone, model: Any) -> Any:
                 fast_bias_correction=False,
                 advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE),
             )
+        model.reshape([-1, *pictures[0].shape[1:]])
     except Exception as error:  # whatever NNCF says of a network that it was not made for
         raise UsageError(
             "the network cannot be quantised",
@@ -66,7 +67,6 @@ def quantise(backbone: Backbone, model: Any) -> Any:
             found=f"{type(error).__name__}: {error}".splitlines()[0],
             hint="Use --precision fp32.",
         ) from error
-    model.reshape([-1, *pictures[0].shape[1:]])
     about = {
         "weights_sha256": backbone.weights_sha256,
         "preprocess": canonical_json(backbone.preprocess.to_json()).decode(),
