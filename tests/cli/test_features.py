@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +14,10 @@ import torch
 from conftest import Featx, class_folders
 
 from featx.backbones.recipes import RECIPES
+from featx.errors import BundleError, UsageError
 from featx.extraction.embedder import Embedder
 from featx.heads.layers import Blocks, read_layers
-from featx.models.bundle import read_bundle
+from featx.models.bundle import Answer, bundle_bytes, parse_bundle, read_bundle
 from featx.models.predictor import layer_number, open_embedder, predict_files
 from featx.service.evidence import Evidence
 from featx.store.reader import FeatureReader, read_features
@@ -205,3 +208,39 @@ def test_a_backbone_is_dropped_by_a_command(source: Path, tmp_path: Path, featx:
         refused = featx("drop", store, wrong)
         assert refused.code == 2 and f"{wrong} cannot be taken out" in refused.err
     assert featx("drop", tmp_path / "none", "x").code == 2 and not (tmp_path / "none").exists()
+
+
+@pytest.mark.slow
+def test_a_model_takes_its_quantised_network_along(
+    source: Path, tmp_path: Path, featx: Featx, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network that featx does not carry is quantised where the store is made, and needs no NNCF where it is used."""
+    store, model = tmp_path / "s", tmp_path / "m.model"
+    options = ["--backbone", "squeezenet1_1", "--weights", "none", "--precision", "int8", "--json"]
+    ran = featx("extract", source, "--out", store, *options)
+    assert ran.code == 0 and ran.json["precision"] == "int8", ran.err
+    again = featx("extract", source, "--out", store, "--json")
+    assert again.code == 0 and again.json["precision"] == "int8" and again.json["embedded"] == 0, again.err
+    mixed = featx("extract", source, "--out", store, *options[:4], "--precision", "fp32")
+    assert mixed.code == 2 and "another precision" in mixed.err
+    assert featx("fit", store, "--out", model).code == 0
+    bundle = read_bundle(model)
+    assert list(bundle.networks) == [bundle.provenance["quantised_sha256"]]
+    photo = next(source.rglob("*.png"))
+    here = featx("predict", model, photo, "--json")
+    monkeypatch.setenv("FEATX_CACHE", str(tmp_path / "elsewhere"))
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    embedder = open_embedder(bundle, model)
+    (_, answer), *_ = predict_files(bundle, embedder, layer_number(bundle), [photo])
+    assert isinstance(answer, Answer)
+    assert answer.score == pytest.approx(here.json["predictions"][0]["score"], abs=1e-6)
+    assert list((tmp_path / "elsewhere").rglob("*.ir")) == []
+    lost = replace(bundle, networks={})
+    with pytest.raises(UsageError, match=r"featx\[int8\]"):
+        open_embedder(lost, model)
+    raw = bundle_bytes(replace(bundle, networks={"0" * 64: next(iter(bundle.networks.values()))}))
+    with pytest.raises(BundleError, match="does not belong in it"):
+        parse_bundle(raw, model)
+    damaged = {sha256: content[:-1] for sha256, content in bundle.networks.items()}
+    with pytest.raises(BundleError, match="quantised network is damaged"):
+        parse_bundle(bundle_bytes(replace(bundle, networks=damaged)), model)
