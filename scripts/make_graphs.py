@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Quantise the networks of the recipes, as they come with featx.
+"""Quantise networks as they come with featx: those of the recipes, or of your choice.
 
     python scripts/make_graphs.py [NAME ...]
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from featx._arrays import PENULTIMATE
 from featx._files import publish_bytes
 from featx.backbones.backbone import load_backbone
 from featx.backbones.engines.graph import CARRIED, quantised, quantised_file
@@ -24,7 +25,7 @@ def main(names: Sequence[str]) -> None:
         if path.exists():
             print(f"{path.name} is there already")
             continue
-        backbone = load_backbone(name, layers=layers[name])
+        backbone = load_backbone(name, layers=layers.get(name, (PENULTIMATE,)))
         quantised_file(backbone).unlink(missing_ok=True)
         graph = quantised(backbone)
         publish_bytes(path, graph.content)
