@@ -52,7 +52,7 @@ def write_photographs(folder: Path, new: Path) -> int:
     """
     count = 0
     _make_folder(new)
-    for name, photograph in photographs("the demo").items():
+    for name, photograph in photographs("the demo", "demo").items():
         _make_folder(folder / name)
         tiles = cut_tiles(np.asarray(photograph))
         if name in NEW:

@@ -20,12 +20,12 @@ PHOTOGRAPHS = (
 """Files that lie in the wheel itself; ``skimage.data`` would download some of its others."""
 
 
-def photographs(purpose: str) -> dict[str, Image]:
+def photographs(purpose: str, extra: str) -> dict[str, Image]:
     """Each photograph, upright and in RGB, by its name.
 
     Parameters
     ----------
-    purpose : what they are for, in the error.
+    purpose, extra : what they are for, and featx's extra that brings them, for the error.
 
     Raises
     ------
@@ -36,7 +36,7 @@ def photographs(purpose: str) -> dict[str, Image]:
     if spec is None or not spec.submodule_search_locations:
         raise UsageError(
             f"{purpose} needs the photographs that come with scikit-image, which is not installed",
-            hint="Install it with: pip install scikit-image",
+            hint=f"Install it with: pip install 'featx[{extra}]'",
         )
     folder = Path(spec.submodule_search_locations[0]) / "data"
     found = {}

@@ -260,7 +260,7 @@ def test_threads_can_share_an_engine(engine: str, small: Backbone) -> None:
         ({"engine": "openvino", "device": "cuda"}, "openvino runs on the CPU. Use --engine torch"),
         ({"device": "cuda"}, "torch finds no CUDA device here. Use --device cpu"),
         ({"precision": "fp16"}, "fp16 is for CUDA. On a CPU use fp32 or bf16"),
-        ({"precision": "fp64"}, "precision: not a choice: expected auto or fp32 or bf16 or fp16, found fp64"),
+        ({"precision": "fp64"}, "precision: not a choice: expected auto or fp32 or bf16 or fp16 or int8, found fp64"),
         ({"engine": "onnx"}, "engine: not a choice"),
         ({"device": "tpu"}, "device: not a choice"),
         ({"batch_size": 0}, "batch size: must be 1 or more: found 0"),

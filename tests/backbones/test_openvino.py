@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -146,3 +147,15 @@ def test_openvino_never_gets_its_telemetry(tmp_path: Path) -> None:
     env = {k: v for k, v in os.environ.items() if k != "CI"} | {"HOME": str(tmp_path)}
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, env=env)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytestmark_openvino
+def test_threads_that_convert_at_once_get_the_same_network(
+    small: Backbone, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    expected = _one(small)
+    monkeypatch.setenv("FEATX_CACHE", str(tmp_path))
+    with ThreadPoolExecutor(4) as threads:
+        for found in threads.map(lambda _: _one(small), range(4)):
+            np.testing.assert_array_equal(found, expected)

@@ -43,7 +43,7 @@ def test_weights_that_are_here_are_used_and_their_converted_copy_stays(folder: P
     said: list[str] = []
     found = measure_speed("efficientnet_lite0", seconds=0.1, progress=said.append)
     assert said == ["building efficientnet_lite0"]
-    assert bool(list((folder / "openvino").glob("*.ir"))) == (found.engine == "openvino")
+    assert bool(list((folder / "openvino").glob("*.ir"))) == (found.engine == "openvino" and found.precision != "int8")
 
 
 def test_without_openvino_torch_is_measured(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

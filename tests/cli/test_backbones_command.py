@@ -69,7 +69,8 @@ def test_details_say_whose_figure_it_is_and_what_to_do_next(featx: Featx, env: d
 def test_measuring_shows_in_the_table_and_the_details(featx: Featx, env: dict[str, str]) -> None:
     ran = featx("backbones", "--measure", "squeezenet1_1", "--seconds", "0.2", "--json", env=env)
     assert ran.code == 0, ran.err
-    assert ran.err == "building squeezenet1_1 with random weights: its own are not here\n"
+    first, *_ = ran.err.splitlines()  # a slow machine shows progress, too
+    assert first == "building squeezenet1_1 with random weights: its own are not here"
     (row,) = ran.json["backbones"]
     assert row["measured"]["images_per_second"] > 1 and row["measured"]["batch_size"] == 16
     shown = featx("backbones", env=env).out

@@ -36,7 +36,7 @@ def store(source: Path, featx: Featx) -> Path:
     assert (summary["reused"], summary["quarantined"]) == (0, 0)
     assert summary["backbone"] == "efficientnet_lite0"
     assert summary["device"] in ("cpu", "cuda")
-    assert summary["precision"] in ("fp32", "bf16")
+    assert summary["precision"] in ("fp32", "bf16", "int8")
     assert summary["engine"] in ("torch", "openvino")
     assert len(summary["fingerprint"]) == 64
     assert summary["seconds"] > 0

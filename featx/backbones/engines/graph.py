@@ -15,6 +15,7 @@ import hashlib
 import re
 import struct
 import tempfile
+import threading
 import warnings
 import zlib
 from collections.abc import Sequence
@@ -33,6 +34,9 @@ from featx.errors import FeatxError, UsageError
 
 CARRIED = Path(__file__).parent.parent / "quantised"
 """Folder of the graphs that come with featx."""
+
+_CONVERTING = threading.Lock()
+"""torch.export is for one thread at a time: several that convert a network get wrong graphs, or errors."""
 
 _CACHE_VERSION = 3
 _MAGIC = b"featx-ir"
@@ -126,13 +130,14 @@ def converted(backbone: Backbone, batch_size: int) -> Graph:
     Most networks are converted for batches of any size. One whose own code depends on the number of images is
     converted for batches of ``batch_size`` only.
     """
-    for size in (None, batch_size):
-        found = Graph.read(cache_file(backbone, size))
-        if found is not None:
-            return found
-    size, graph = _convert(backbone, batch_size)
-    keep(graph, cache_file(backbone, size))
-    return graph
+    with _CONVERTING:
+        for size in (None, batch_size):
+            found = Graph.read(cache_file(backbone, size))
+            if found is not None:
+                return found
+        size, graph = _convert(backbone, batch_size)
+        keep(graph, cache_file(backbone, size))
+        return graph
 
 
 def cache_file(backbone: Backbone, batch_size: int | None = None) -> Path:
@@ -172,14 +177,15 @@ def quantised(backbone: Backbone, content: bytes | None = None) -> Graph:
     UsageError
         It has to be quantised, and NNCF is not installed.
     """
-    found = Graph.parse(content) if content else carried(backbone) or Graph.read(quantised_file(backbone))
-    if found is not None:
-        return found
-    from featx.backbones.engines.quantise import quantise
+    with _CONVERTING:
+        found = Graph.parse(content) if content else carried(backbone) or Graph.read(quantised_file(backbone))
+        if found is not None:
+            return found
+        from featx.backbones.engines.quantise import quantise
 
-    graph = saved(quantise(backbone, _convert(backbone, 1)[1].model()))
-    keep(graph, quantised_file(backbone))
-    return graph
+        graph = saved(quantise(backbone, _convert(backbone, 1)[1].model()))
+        keep(graph, quantised_file(backbone))
+        return graph
 
 
 @cache

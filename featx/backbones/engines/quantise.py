@@ -81,7 +81,7 @@ def quantise(backbone: Backbone, model: Any) -> Any:
 def _pictures(preprocess: Preprocess) -> Iterator[NDArray[np.uint8]]:
     """Pixels (1, h, w, 3) of squares of 0.3 to 1 of a photograph's shorter side, always the same; half are mirrored."""
     rng = np.random.default_rng(0)
-    pictures = photographs("quantising a network").values()
+    pictures = photographs("quantising a network", "int8").values()
     for number in range(CROPS):
         looks = Looks(preprocess, ("flip",) if number % 2 else CENTER)
         for picture in pictures:
