@@ -56,6 +56,9 @@ MAX_ROWS = 400
 #: than their standard errors: 864 choices on four image sets were those of exact fits, and of thirty times as much
 #: two were not.
 _TOLERANCE = 3e-6
+_HINGE_TOLERANCE = 1e-4
+#: Each value and each fold is an optimisation of its own.
+_COSTLY = (Logistic, SquaredHinge)
 _IN_ROW_SPACE = (SquaredHinge, Ridge, Logistic, Discriminant)
 #: Supports of so many rows are worked on by their inner products, even where they have fewer features than rows.
 _FEW_ROWS = 512
@@ -245,14 +248,15 @@ def choose(
 def _along_the_grid(validation: _Validation, kind: Kind) -> tuple[list[float], Array, bool]:
     """Values that were tried, their losses (v, n), and whether all fits converged.
 
-    Where fits are costly, from the default outwards, each way as long as the mean loss falls: it has one valley.
+    Where fits are costly, from the default on as long as the mean loss falls, to smaller values or else to greater
+    ones: it has one valley.
     """
     values, start = validation.values, validation.start
-    if not validation.is_costly:
+    if validation.head.estimator not in (*_COSTLY, Ridge):
         return [*values], *validation.losses(kind, values)
     found, converged = validation.losses(kind, (start,))
     tried = {start: found[0]}
-    for way in (sorted(v for v in values if v > start), sorted((v for v in values if v < start), reverse=True)):
+    for way in (sorted((v for v in values if v < start), reverse=True), sorted(v for v in values if v > start)):
         last = start
         for value in way:
             losses, fine = validation.losses(kind, (value,))
@@ -260,6 +264,8 @@ def _along_the_grid(validation: _Validation, kind: Kind) -> tuple[list[float], A
             if losses[0].mean() > tried[last].mean():
                 break
             last = value
+        if last != start:
+            break
     return sorted(tried), np.stack([tried[value] for value in sorted(tried)]), converged
 
 
@@ -280,7 +286,7 @@ def _choose_kind(validation: _Validation, kinds: Sequence[Kind]) -> tuple[Kind, 
     first = validation.losses(kinds[0], start)[0][0]
     others, tried = [], [kinds[0]]
     for name in kinds[1:]:
-        if validation.is_costly:
+        if validation.head.estimator in _COSTLY:
             gain = validation.ridge_losses(kinds[0]) - validation.ridge_losses(name)
             if gain.mean() < -gain.std() / np.sqrt(len(gain)):
                 continue
@@ -329,11 +335,6 @@ class _Validation:
             self.values = tuple(k for k in head.values if k <= len(labels) - int(np.bincount(folds).max()))
         self._scores: dict[tuple[Kind, float], Scores] = {}
         self._solved: dict[Kind, _Folds] = {}
-
-    @property
-    def is_costly(self) -> bool:
-        """Whether each value and each fold is an optimisation of its own."""
-        return self.head.estimator in (Logistic, SquaredHinge)
 
     def scores(self, kind: Kind, values: tuple[float, ...]) -> Scores:
         """Scores (v, n, c), or (v, n, 1) for the second of two classes, by fits without the row's fold."""
@@ -460,7 +461,7 @@ class _Hinge(_Folds):
             there, duals = like.last
             start = duals[:, : len(c)] * (c / there[: len(c)])[:, None]  # as lengths change, so do the penalties
         found = hinge_duals(
-            products, signs(self.labels, self.n_classes), self.weights, c, start=start, tolerance=_TOLERANCE
+            products, signs(self.labels, self.n_classes), self.weights, c, start=start, tolerance=_HINGE_TOLERANCE
         )
         self.last = c, found.duals
         scores = np.zeros((len(products), found.duals.shape[2]))

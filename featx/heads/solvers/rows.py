@@ -104,6 +104,11 @@ class RowSpace:
         keep = np.flatnonzero(values > max(floor, 0.0))[::-1]
         return np.asarray(vectors[:, keep] * np.sqrt(values[keep]))
 
+    @property
+    def is_decomposed(self) -> bool:
+        """Whether the coordinates are known already."""
+        return "coordinates" in self.__dict__
+
     @cached_property
     def spread(self) -> Array:
         """Squared length (r,) of the support in each direction."""
@@ -566,7 +571,7 @@ def ridge_coefficients(
     if fit_intercept:
         offset = targets.mean(axis=0)
         return space.coefficients(_shrunk(space, space.coordinates, alpha).T @ (targets - offset), offset)
-    products = space.lifted_products
+    products = None if space.is_decomposed else space.lifted_products
     if products is None:
         return space.lifted_coefficients(_shrunk(space, space.lifted, alpha).T @ targets)
     products.flat[:: len(products) + 1] += alpha
@@ -599,7 +604,7 @@ def ridge_held_out(
     those of the whole fit; exact as long as the rows themselves do not depend on the others. By default each
     row is a fold of its own (leave-one-out). ``fit_intercept`` is as of :func:`ridge_coefficients`.
     """
-    products = None if fit_intercept else space.lifted_products
+    products = None if fit_intercept or space.is_decomposed else space.lifted_products
     if products is not None and folds is not None and folds.max() > 0:
         # With the inverse G of the products, the residuals of a held-out block are G_bb^-1 (G y)_b.
         products.flat[:: len(products) + 1] += alpha
