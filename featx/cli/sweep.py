@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -51,7 +52,8 @@ class Where(StrEnum):
 def register(app: typer.Typer) -> None:
     """Add the command of this module."""
     app.command(
-        epilog="Examples:  featx sweep photos.featx  |  featx sweep photos.featx --heads logreg,knn --shots 5,20 --json"
+        epilog="Examples:  featx sweep photos.featx  |  featx sweep photos.featx --seconds 10  |  "
+        "featx sweep photos.featx --heads logreg,knn --shots 5,20 --json"
     )(sweep)
 
 
@@ -102,16 +104,23 @@ def sweep(
         Where, typer.Option(help="Where logistic regression on very many images is solved; the rest runs on the CPU.")
     ] = Where.cpu,
     seed: Seed = 0,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            min=1, metavar="N", help="Stop drawing after N seconds, and show what is known; the same command goes on."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> Any:  # a SweepResult; Typer evaluates annotations, and that one would import much before it is needed
     """Compare heads on a store: how good they are with how few labels, and how sure that is."""
+    started = time.monotonic()
     if device == Where.cuda:
         let_scipy_take_tensors()
 
     from featx.evaluation import judge, sweep_heads
     from featx.heads import heads_for, left_out, open_layers, taken, unlabelled_centre, unlabelled_rows
     from featx.images import Originals
-    from featx.reports import TABLE_WIDTH, render, write_report
+    from featx.reports import TABLE_WIDTH, render, render_provisional, write_report
     from featx.store import Pictures, source_of
 
     wanted_heads, wanted_shots = parse_heads(heads), parse_shots(shots)
@@ -135,8 +144,16 @@ def sweep(
             f"near copies are images with a cosine of {copies:g} or more, which copies saved anew may not reach"
         )  # fmt: skip
         say(f"Note: without perceptual hashes, {by}. To add the hashes, run featx extract again.", err=True)
+    latest: SweepResult | None = None
     try:
         with _workers(backend) as all_of_them, ProgressLine("comparing heads") as line:
+
+            def keep(known: SweepResult) -> None:
+                nonlocal latest
+                latest = replace(known, features=_features(features))
+                if not as_json and known.missing:
+                    line.table(lambda: render_provisional(known))
+
             result = sweep_heads(
                 taken(features.embeddings, rows),
                 features.labels[rows],
@@ -155,15 +172,20 @@ def sweep(
                 on=on,
                 device=None if device == Where.cpu else device.value,
                 journal=out / "journal.jsonl",
+                seconds=None if seconds is None else max(0.0, seconds - (time.monotonic() - started)),
+                partial=keep,
                 progress=line.update,
             )
+            line.clear()
             result = replace(result, features=_features(features))
             judged = None
             if test:
                 winner = columns.heads(heads_for(centre, pool), wanted_heads, on)[result.winner]
                 judged = judge(features, test.value, winner, _ledger(store), random_state=seed)
                 result = replace(result, notes=(*result.notes, judged.sentence))
-            labels = _rank_labels(features, rows, result, columns, n_jobs or all_of_them, line.update)
+            labels = None
+            if not result.missing:
+                labels = _rank_labels(features, rows, result, columns, n_jobs or all_of_them, line.update)
             replaced = _replaced(out, result, features.fingerprint)
             with Originals(source_of(store), features.ids[rows].tolist(), features.digests[rows]) as originals:
                 where = write_report(
@@ -177,6 +199,8 @@ def sweep(
                     labels=labels,
                 )
     except KeyboardInterrupt as error:
+        if latest is not None and not as_json:
+            show(render(latest), least=TABLE_WIDTH)
         raise Interrupted(
             "stopped; finished draws are kept", where=out, hint="Run the same command again to go on."
         ) from error

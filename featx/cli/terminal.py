@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from featx.errors import UsageError, visible
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from rich.console import Console, ConsoleOptions, RenderableType
     from rich.progress import Progress, TaskID
@@ -117,12 +117,22 @@ class ProgressLine:
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._logged = time.monotonic()
+        self._above: RenderableType | None = None
+        self._tabled = -LOG_SECONDS
 
     def __enter__(self) -> ProgressLine:
         if sys.stderr.isatty():
+            from rich.console import Group
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-            self._bar = Progress(
+            line = self
+
+            class Bar(Progress):
+                def get_renderable(self) -> RenderableType:
+                    bar = super().get_renderable()
+                    return bar if line._above is None else Group(line._above, bar)
+
+            self._bar = Bar(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
@@ -146,6 +156,18 @@ class ProgressLine:
     def count(self, done: int) -> None:
         """Show that ``done`` are done, of a number that is not known yet."""
         self._show(self.what, done, None)
+
+    def table(self, make: Callable[[], RenderableType]) -> None:
+        """Show what is known so far above the bar, in place of what was; in a file again after ten seconds."""
+        if self._bar is not None:
+            self._above = make()
+        elif time.monotonic() - self._tabled >= LOG_SECONDS:
+            self._tabled = time.monotonic()
+            show(make(), err=True)
+
+    def clear(self) -> None:
+        """Take the table away again."""
+        self._above = None
 
     def say(self, sentence: str) -> None:
         """Say what is about to be done."""

@@ -30,7 +30,7 @@ from featx.evaluation.splits import Shots
 Task = tuple[Shots, int]
 Outcome = tuple[list[Trial], Index]
 
-_VERSION = 3
+_VERSION = 4
 
 
 def plan_hash(

@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx._arrays import PENULTIMATE, PIXELS, Index
+from featx.errors import plural
 from featx.evaluation import stats
 from featx.evaluation.duplicates import Duplicates
-from featx.evaluation.splits import Shots, least_images
+from featx.evaluation.splits import Shots, least_images, shots_label
 from featx.heads import distinct_counts
 
 
@@ -197,6 +198,7 @@ class SweepResult:
     pixels : trials of the pixels baseline, for each n_shots and episode; none where it was not judged.
     features : what the embeddings of the usual layer are called.
     recommended : name of the head that the pixels baseline was judged with.
+    missing : by n_shots, how many draws of the plan were not made; those with fewer than two are not in ``shots``.
     """
 
     heads: tuple[str, ...]
@@ -214,6 +216,29 @@ class SweepResult:
     pixels: tuple[Trial, ...] = field(default=(), repr=False)
     features: str = "embeddings"
     recommended: str = "ridge"
+    missing: Mapping[Shots, int] = field(default_factory=dict)
+
+    @property
+    def planned(self) -> int:
+        """Draws that were made and that are missing, of all n_shots."""
+        return len(self.queries) + sum(self.missing.values())
+
+    def draws(self, n_shots: Shots) -> int:
+        """Draws of one n_shots: the same for every head."""
+        return sum(shots == n_shots for shots, _ in self.queries)
+
+    @property
+    def missing_sentence(self) -> str:
+        """How many draws each n_shots has, where some are missing; else ""."""
+        if not self.missing:
+            return ""
+        shots = (*self.shots, *(n_shots for n_shots in self.missing if n_shots not in self.shots))
+        each = ", ".join(f"{self.draws(n_shots)} with {shots_label(n_shots)}" for n_shots in shots)
+        return f"Provisional: {len(self.queries)} of {plural(self.planned, 'draw')} are made ({each})."
+
+    def mean_accuracy(self, head: str) -> float:
+        """Mean over all n_shots of the mean accuracy over its draws."""
+        return float(np.mean([np.mean([t.accuracy for t in self.of(head, n_shots)]) for n_shots in self.shots]))
 
     def of(self, head: str, n_shots: Shots) -> list[Trial]:
         """Trials of one head (or of the pixels baseline) at one n_shots, by episode."""
@@ -290,8 +315,7 @@ class SweepResult:
     @cached_property
     def winner(self) -> str:
         """The head with the highest accuracy averaged over all n_shots."""
-        means = {h: np.mean([t.accuracy for t in self.trials if t.head == h]) for h in self.heads}
-        return max(self.heads, key=lambda head: means[head])
+        return max(self.heads, key=self.mean_accuracy)
 
     def features_of(self, layer: str) -> str:
         """What the features of a trial are called: ``features`` for the usual layer, else as the layer is."""
@@ -314,7 +338,7 @@ class SweepResult:
         if len(heads) == 1 and self.recommended not in common:
             usual = [self.winner]
         chosen = {features: own[usual[0]] for features, own in heads.items()}
-        means = {name: np.mean([t.accuracy for t in self.trials if t.head == head]) for name, head in chosen.items()}
+        means = {name: self.mean_accuracy(head) for name, head in chosen.items()}
         ordered = {name: chosen[name] for name in sorted(chosen, key=lambda name: -means[name])}
         return {**ordered, **({PIXELS: PIXELS} if self.pixels else {})}
 
@@ -387,6 +411,7 @@ class SweepResult:
             "heads": list(self.heads),
             "shots": list(self.shots),
             "episodes": self.episodes,
+            "missing": {str(n_shots): n for n_shots, n in self.missing.items()},
             "random_state": self.random_state,
             "notes": list(self.notes),
             "seconds": self.seconds,

@@ -8,7 +8,8 @@ Takes arrays, not paths. A *trial* is one head on one episode; each episode draw
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,9 @@ from featx.store import Alike
 DEFAULT_SHOTS: tuple[Shots, ...] = (1, 2, 5, 10, 20, "all")
 Progress = Callable[[int, int, str], None]
 
+_HEAD_START = 3
+"""Chunks that are made before workers are started: two draws of each of the first n_shots."""
+
 Baseline = tuple[Head, NDArray[np.float32]]
 """A head that is judged beside the others, and the rows (n, p) that it is given instead of embeddings."""
 
@@ -69,6 +73,8 @@ def sweep_heads(
     pixels: NDArray[np.integer] | None = None,
     device: str | None = None,
     journal: str | Path | None = None,
+    seconds: float | None = None,
+    partial: Callable[[SweepResult], None] | None = None,
     progress: Progress | None = None,
 ) -> SweepResult:
     """Compare heads by repeated few-shot draws, all choices inside the support.
@@ -98,6 +104,9 @@ def sweep_heads(
     device : of torch, such as "cuda", for logistic regression on a large support; everything else is the CPU's.
     journal : file of finished draws, from which an interrupted sweep of the same data and plan goes on;
         removed at the end. Seconds in trials that were resumed are those of their first run.
+    seconds : no draw is begun when so many have passed; what was not drawn is in ``missing``, and the journal is kept.
+        Two draws of the first n_shots are always made.
+    partial : called with what is known so far, again and again from the second draw on.
     progress : called as ``progress(done, total, what)``.
 
     Raises
@@ -146,39 +155,63 @@ def sweep_heads(
     if pixels is not None:
         pictures = baseline, np.asarray(pixels)[data.rows].astype(np.float32) / np.float32(255)
     competitors = tuple(chosen.values())
-    for task, outcome in _run(data, competitors, pictures, left, len(done), random_state, n_jobs, device, progress):
-        done[task] = outcome
-        if kept:
-            kept.add(task, outcome)
-    if kept:
+
+    def is_over() -> bool:
+        return seconds is not None and time.perf_counter() - started > seconds and bool(_drawn(wanted, done))
+
+    def known() -> SweepResult:
+        drawn = _drawn(wanted, done)
+        some = [task for task in tasks if task in done and task[0] in drawn]
+        by_head = {(t.head, t.n_shots, t.episode): t for task in some for t in done[task][0]}
+        trials = tuple(by_head[head, *task] for head in names for task in some)
+        counts = Counter(n_shots for n_shots, _ in some)
+        missing = {n_shots: episodes - counts[n_shots] for n_shots in wanted if counts[n_shots] < episodes}
+        return SweepResult(
+            heads=names,
+            shots=drawn,
+            episodes=episodes,
+            class_names=data.class_names,
+            labels=data.labels,
+            rows=data.rows,
+            trials=trials,
+            recommended=recommended.name,
+            pixels=() if pixels is None else tuple(by_head[PIXELS, *task] for task in some),
+            queries={task: done[task][1] for task in some},
+            duplicates=data.duplicates,
+            notes=(
+                *data.notes,
+                *_conflict_notes(data),
+                *data.duplicates.notes,
+                *notes,
+                *(kept.notes if kept else ()),
+                *([centre.told] if centre else []),
+                *_device_notes(device, chosen, trials, data),
+                *_convergence_notes(trials),
+            ),
+            random_state=random_state,
+            seconds=time.perf_counter() - started,
+            missing=missing,
+        )
+
+    every = _run(
+        data, competitors, pictures, left, len(done), random_state, n_jobs, device, progress, is_over=is_over
+    )  # fmt: skip
+    for some in every:
+        for task, outcome in some:
+            done[task] = outcome
+            if kept:
+                kept.add(task, outcome)
+        if partial and _drawn(wanted, done):
+            partial(known())
+    if kept and len(done) == len(tasks):
         kept.close()
-    by_head = {(t.head, t.n_shots, t.episode): t for trials, _ in done.values() for t in trials}
-    trials = tuple(by_head[head, *task] for head in names for task in tasks)
-    return SweepResult(
-        heads=names,
-        shots=tuple(wanted),
-        episodes=episodes,
-        class_names=data.class_names,
-        labels=data.labels,
-        rows=data.rows,
-        trials=trials,
-        recommended=recommended.name,
-        pixels=() if pixels is None else tuple(by_head[PIXELS, *task] for task in tasks),
-        queries={task: done[task][1] for task in tasks},
-        duplicates=data.duplicates,
-        notes=(
-            *data.notes,
-            *_conflict_notes(data),
-            *data.duplicates.notes,
-            *notes,
-            *(kept.notes if kept else ()),
-            *([centre.told] if centre else []),
-            *_device_notes(device, chosen, trials, data),
-            *_convergence_notes(trials),
-        ),
-        random_state=random_state,
-        seconds=time.perf_counter() - started,
-    )
+    return known()
+
+
+def _drawn(wanted: Sequence[Shots], done: Collection[tuple[Shots, int]]) -> tuple[Shots, ...]:
+    """The n_shots with two draws or more: fewer tell nothing about the spread."""
+    counts = Counter(n_shots for n_shots, _ in done)
+    return tuple(n_shots for n_shots in wanted if counts[n_shots] >= 2)
 
 
 def _check_layers(layers: Layers, embeddings: NDArray[np.floating], centre: Centre | None) -> None:
@@ -198,22 +231,53 @@ def _run(
     n_jobs: int | None,
     device: str | None,
     progress: Progress | None,
-) -> Iterator[tuple[tuple[Shots, int], tuple[list[Trial], Index]]]:
-    """Outcomes of all tasks, in chunks, so that any joblib backend can report progress."""
+    *,
+    is_over: Callable[[], bool],
+) -> Iterator[list[tuple[tuple[Shots, int], tuple[list[Trial], Index]]]]:
+    """Outcomes of all tasks, in chunks, so that any joblib backend can report progress.
+
+    Two draws of each n_shots come first, then a few of each in turn, so that what is known early is of all of them. The
+    very first are made here, while workers would still be starting.
+    """
     n_workers = joblib.cpu_count() if n_jobs is None else joblib.effective_n_jobs(n_jobs)
     # Each worker holds rows of its own: where they are large, one worker with all threads takes draw by draw.
     n_workers, threads = (1, n_workers) if is_large(data.embeddings) else (n_workers, 1)
-    chunk = max(1, 4 * n_workers) if n_workers > 1 else 1
+    each = 4 * n_workers if n_workers > 1 else 1
+    chunks = _in_turn(tasks, each)
     arguments = (data.embeddings, data.labels, data.groups, heads, baseline, random_state, threads, device)
+    count = already
+
+    def tell(some: Sequence[tuple[Shots, int]]) -> None:
+        if progress:
+            progress(count, already + len(tasks), f"{shots_label(some[0][0])}, draw {some[0][1] + 1}")
+
+    first = chunks[: _HEAD_START if n_workers > 1 and len(chunks) > _HEAD_START else 0]
+    for some in first:
+        if is_over():
+            return
+        tell(some)
+        yield [(task, _episode(*arguments, *task)) for task in some]
+        count += len(some)
     with worker_pool(max(1, min(n_workers, len(tasks)))) as pool:
-        for start in range(0, len(tasks), chunk):
-            some = tasks[start : start + chunk]
-            if progress:
-                progress(already + start, already + len(tasks), f"{shots_label(some[0][0])}, draw {some[0][1] + 1}")
+        for some in chunks[len(first) :]:
+            if is_over():
+                return
+            tell(some)
             outcomes = pool(joblib.delayed(_episode)(*arguments, *task) for task in some)
-            yield from zip(some, outcomes, strict=True)
+            yield list(zip(some, outcomes, strict=True))
+            count += len(some)
     if progress:
-        progress(already + len(tasks), already + len(tasks), "done")
+        progress(count, count, "done")
+
+
+def _in_turn(tasks: Sequence[tuple[Shots, int]], each: int) -> list[list[tuple[Shots, int]]]:
+    """Tasks of one n_shots, at most ``each`` of them, in the order in which they are done."""
+    chunks: dict[tuple[int, int], list[tuple[Shots, int]]] = {}
+    places = {n_shots: place for place, n_shots in enumerate(dict.fromkeys(n_shots for n_shots, _ in tasks))}
+    for n_shots, episode in tasks:
+        turn = 0 if episode < 2 else 1 + (episode - 2) // each
+        chunks.setdefault((turn, places[n_shots]), []).append((n_shots, episode))
+    return [chunk[i : i + each] for _, chunk in sorted(chunks.items()) for i in range(0, len(chunk), each)]
 
 
 def _episode(

@@ -35,18 +35,12 @@ from featx.heads.solvers.rows import (
     Array,
     RowSpace,
     discriminant_path,
+    hinge_duals,
     newton_path,
     ridge_coefficients,
     ridge_held_out,
     temperature,
 )
-
-
-def mean_squared_norm(rows: Array, weights: Array | None = None) -> float:
-    """Mean squared distance of rows (n, d) to their mean; 1 where all rows are the same."""
-    spread = np.average(rows**2, axis=0, weights=weights) - np.average(rows, axis=0, weights=weights) ** 2
-    total = float(spread.sum())
-    return total if total > 1e-12 else 1.0
 
 
 class _Linear(ClassifierMixin, BaseEstimator, ABC):  # type: ignore[misc]
@@ -57,7 +51,7 @@ class _Linear(ClassifierMixin, BaseEstimator, ABC):  # type: ignore[misc]
     intercept_: Array
 
     def fit(self, X: ArrayLike, y: ArrayLike, space: RowSpace | None = None) -> _Linear:
-        """Fit on rows (n, d) and labels (n,). ``space`` is :meth:`space_of` these rows where it is known already."""
+        """Fit on rows (n, d) and labels (n,). ``space`` is that of these rows where it is known already."""
         rows, target = validate_data(self, X, y, dtype=np.float64)
         check_classification_targets(target)
         self.classes_, labels = np.unique(target, return_inverse=True)
@@ -65,11 +59,6 @@ class _Linear(ClassifierMixin, BaseEstimator, ABC):  # type: ignore[misc]
             raise ValueError(f"a head needs rows of at least 2 classes, got the class {self.classes_[0]!r} only")
         self._fit(rows, labels, space)
         return self
-
-    @classmethod
-    def space_of(cls, rows: Array) -> RowSpace:
-        """The directions (n, d) rows leave to this head; the costly half of most fits."""
-        return RowSpace.of(rows)
 
     @abstractmethod
     def _fit(self, rows: Array, labels: NDArray[np.intp], space: RowSpace | None) -> None:
@@ -95,11 +84,14 @@ class _Penalised(_Linear):
         self.C = C
         self.scale_free = scale_free
 
-    def penalty(self, rows: Array) -> Array:
-        """The plain C (1,) that a fit on these rows uses."""
+    def penalty(self, space: RowSpace) -> Array:
+        """The plain C (1,) that a fit on the rows of this space uses."""
+        self._check()
+        return np.array([self.C / space.mean_squared_norm if self.scale_free else self.C])
+
+    def _check(self) -> None:
         if not self.C > 0:
             raise ValueError(f"C of {type(self).__name__} must be positive, got {self.C!r}")
-        return np.array([self.C / mean_squared_norm(rows) if self.scale_free else self.C])
 
     def _warn(self, converged: NDArray[np.bool_]) -> None:
         self.converged_ = bool(converged.all())
@@ -115,14 +107,14 @@ class Logistic(_Penalised):
         super().__init__(C, scale_free=scale_free)
 
     def _fit(self, rows: Array, labels: NDArray[np.intp], space: RowSpace | None) -> None:
-        space, n_classes = space or self.space_of(rows), len(self.classes_)
+        space, n_classes = space or RowSpace(rows), len(self.classes_)
         weights = np.ones((1, len(rows)))
-        cs = [self.penalty(rows)]
+        cs = [self.penalty(space)]
         point = next(newton_path(space.coordinates, labels, n_classes, weights, cs, loss="softmax"))
-        coef, offset = (space.basis @ point.coef[0]).T, point.intercept[0]
+        coef, offset = space.coefficients(point.coef[0], point.intercept[0])
         if n_classes == 2:
             coef, offset = coef[1:] - coef[:1], offset[1:] - offset[:1]
-        self.coef_, self.intercept_ = coef, offset - coef @ space.origin
+        self.coef_, self.intercept_ = coef, offset
         self._warn(point.converged)
 
     def fit_large(
@@ -137,7 +129,7 @@ class Logistic(_Penalised):
         device : of torch, such as ``"cuda"``, where scikit-learn then solves it; by default
         :mod:`featx.heads.solvers.blocks` does.
         """
-        self.penalty(rows[:1].astype(np.float64))
+        self._check()
         self.classes_, labels = np.unique(np.asarray(y), return_inverse=True)
         self.n_features_in_ = rows.shape[1]
         path = logistic_path if device is None else partial(torch_logistic_path, device=device)
@@ -158,31 +150,23 @@ class SquaredHinge(_Penalised):
     def __init__(self, C: float = 10.0, *, scale_free: bool = True) -> None:
         super().__init__(C, scale_free=scale_free)
 
-    @classmethod
-    def space_of(cls, rows: Array) -> RowSpace:
-        """The rows (n, d) as the solver takes them."""
-        return RowSpace.of(with_constant(rows), centre=False)
-
     def _fit(self, rows: Array, labels: NDArray[np.intp], space: RowSpace | None) -> None:
         n_classes = len(self.classes_)
-        space = space or self.space_of(rows)
-        cs = [self.penalty(rows)]
-        weights = np.ones((1, len(rows)))
-        path = newton_path(space.coordinates, labels, n_classes, weights, cs, loss="squared_hinge", fit_intercept=False)
+        space = space or RowSpace(rows)
+        products = space.lifted_products
+        if products is not None:
+            found = hinge_duals(
+                products, signs(labels, n_classes),
+                np.ones((1, len(rows)), dtype=np.bool_), self.penalty(space),
+            )  # fmt: skip
+            self.coef_, self.intercept_ = space.dual_coefficients(found.duals[:, 0])
+            self._warn(found.converged)
+            return
+        weights, cs = np.ones((1, len(rows))), [self.penalty(space)]
+        path = newton_path(space.lifted, labels, n_classes, weights, cs, loss="squared_hinge", fit_intercept=False)
         point = next(path)
-        coef = (space.basis @ point.coef[0]).T
-        self.coef_, self.intercept_ = coef[:, :-1], coef[:, -1] * constant_for(rows)
+        self.coef_, self.intercept_ = space.lifted_coefficients(point.coef[0])
         self._warn(point.converged)
-
-
-def constant_for(rows: Array) -> float:
-    """The root mean squared norm of rows (n, d), 1 for normalised ones: a constant column in their own scale."""
-    return float(np.sqrt(np.einsum("ij,ij->", rows, rows) / len(rows))) or 1.0
-
-
-def with_constant(rows: Array, constant: float | None = None) -> Array:
-    """Rows (n, d + 1) with a last column of :func:`constant_for`, whose coefficient makes a penalised intercept."""
-    return np.hstack([rows, np.full((len(rows), 1), constant_for(rows) if constant is None else constant)])
 
 
 def signs(labels: NDArray[np.integer], n_classes: int) -> Array:
@@ -207,18 +191,12 @@ class Ridge(_Linear):
         self.alpha = alpha
         self.scale_free = scale_free
 
-    @classmethod
-    def space_of(cls, rows: Array) -> RowSpace:
-        """The rows (n, d) as the solver takes them."""
-        return RowSpace.of(with_constant(rows), centre=False)
-
     def _fit(self, rows: Array, labels: NDArray[np.intp], space: RowSpace | None) -> None:
         if not self.alpha > 0:
             raise ValueError(f"alpha of Ridge must be positive, got {self.alpha!r}")
-        alpha = self.alpha * mean_squared_norm(rows) if self.scale_free else self.alpha
-        targets, space = signs(labels, len(self.classes_)), space or self.space_of(rows)
-        coef, _ = ridge_coefficients(space, targets, alpha, fit_intercept=False)
-        self.coef_, self.intercept_ = coef[:, :-1], coef[:, -1] * constant_for(rows)
+        targets, space = signs(labels, len(self.classes_)), space or RowSpace(rows)
+        alpha = self.alpha * space.mean_squared_norm if self.scale_free else self.alpha
+        self.coef_, self.intercept_ = ridge_coefficients(space, targets, alpha, fit_intercept=False)
         counts = np.bincount(labels)
         folds = round_robin(labels, min(int(counts.min()), 10))
         held_out = ridge_held_out(space, targets, alpha, folds, fit_intercept=False)
@@ -258,7 +236,7 @@ class Discriminant(_Linear):
         if not 0 < self.shrinkage <= 1:
             raise ValueError(f"shrinkage of Discriminant must lie in (0, 1], got {self.shrinkage!r}")
         n_classes = len(self.classes_)
-        coef, offset = next(discriminant_path(space or self.space_of(rows), labels, n_classes, [self.shrinkage]))
+        coef, offset = next(discriminant_path(space or RowSpace(rows), labels, n_classes, [self.shrinkage]))
         if n_classes == 2:
             coef, offset = coef[1:] - coef[:1], offset[1:] - offset[:1]
         self.coef_, self.intercept_ = coef, offset

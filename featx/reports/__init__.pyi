@@ -8,4 +8,9 @@ from .sheet import (
     label_sheet as label_sheet,
     search_sheet as search_sheet,
 )
-from .sweep import TABLE_WIDTH as TABLE_WIDTH, render as render, write_report as write_report
+from .sweep import (
+    TABLE_WIDTH as TABLE_WIDTH,
+    render as render,
+    render_provisional as render_provisional,
+    write_report as write_report,
+)

@@ -93,6 +93,22 @@ def render_table(result: SweepResult) -> Table:
     return table
 
 
+def render_provisional(result: SweepResult) -> Table:
+    """Heads by their mean accuracy so far, one column for each n_shots: few lines, to be drawn again and again."""
+    table = Table(
+        title=f"provisional: {len(result.queries)} of {plural(result.planned, 'draw')}, accuracy, %",
+        box=box.HORIZONTALS, show_edge=False, pad_edge=False, collapse_padding=True,
+    )  # fmt: skip
+    table.add_column("per class", no_wrap=True)
+    for n_shots in result.shots:
+        table.add_column(str(n_shots), justify="right", no_wrap=True)
+    for head in sorted(result.heads, key=result.mean_accuracy, reverse=True):
+        means = (np.mean([trial.accuracy for trial in result.of(head, n_shots)]) for n_shots in result.shots)
+        table.add_row(head, *(f"{100 * mean:.1f}" for mean in means))
+    table.add_row("draws", *(str(result.draws(n_shots)) for n_shots in result.shots))
+    return table
+
+
 def render_features(result: SweepResult) -> Table | None:
     """Accuracy by features and number of images, with one head for all; None where there is nothing to compare."""
     rows = feature_rows(result)
@@ -196,7 +212,11 @@ def _counts(result: SweepResult) -> str:
 def render(result: SweepResult) -> Group:
     """The table, the conclusion and the notes, for a rich console."""
     baseline = f"Guessing the most common class: {100 * result.majority_baseline:.1f} %. {BRACKETS}"
-    notes = [Text(note, style="yellow") for note in (*result.notes, result.duplicates.sentence) if note]
+    notes = [
+        Text(note, style="yellow")
+        for note in (result.missing_sentence, *result.notes, result.duplicates.sentence)
+        if note
+    ]
     features, lead = render_features(result), features_sentence(result)
     parts: list[Table | Text] = [] if features is None else [features, Text("")]
     parts += [render_table(result), *([Text(lead, style="bold")] if lead else [])]

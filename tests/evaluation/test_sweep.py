@@ -22,7 +22,7 @@ from featx.errors import UsageError
 from featx.evaluation import stats
 from featx.evaluation.splits import KShotSplit
 from featx.evaluation.sweep import sweep_heads
-from featx.heads.catalogue import HEADS, Head, mean_squared_norm
+from featx.heads.catalogue import HEADS, Head
 from featx.heads.folds import fold_numbers
 from featx.heads.layers import Layers
 from featx.heads.normalise import Normalise
@@ -273,7 +273,7 @@ def test_out_of_fold_losses_are_those_of_pipelines_fitted_fold_by_fold(name: str
         params: dict[str, Any] = {head.parameter: value} if head.parameter else {}
         logits = np.zeros((len(labels), n_classes))
         if name == "ridge":  # one alpha for all folds, in units of the whole support: that has a closed form
-            unit = mean_squared_norm(Normalise("l2").fit_transform(rows))
+            unit = Normalise("l2").fit_transform(rows).var(axis=0).sum()
             params = {"alpha": value * unit, "scale_free": False}
         for fold in range(4):
             held = folds == fold

@@ -17,7 +17,7 @@ from featx.backbones.engines.base import layer_place, of_layer
 from featx.errors import UsageError
 from featx.evaluation.splits import KShotSplit
 from featx.evaluation.sweep import sweep_heads
-from featx.heads.catalogue import HEADS, mean_squared_norm
+from featx.heads.catalogue import HEADS
 from featx.heads.folds import fold_numbers
 from featx.heads.layers import SHARES, Layers, read_layers
 from featx.heads.normalise import Normalise
@@ -171,7 +171,7 @@ def test_a_combined_head_is_ridge_on_weighted_unit_layers() -> None:
     model = head.build(kind=LAYERS.kinds()[2], alpha=1.0).fit(rows, labels)
     plain = by_hand(rows, SHARES[2])
     design = np.hstack([plain, np.ones((len(plain), 1))])
-    oracle = RidgeClassifier(alpha=mean_squared_norm(plain), fit_intercept=False).fit(design, labels)
+    oracle = RidgeClassifier(alpha=plain.var(axis=0).sum(), fit_intercept=False).fit(design, labels)
     np.testing.assert_allclose(model.decision_function(rows), oracle.decision_function(design), atol=2e-3)
     scorer = Scorer.of(model)
     np.testing.assert_allclose(scorer.scores(rows), model.decision_function(rows), atol=1e-9)

@@ -15,6 +15,7 @@ from sklearn.svm import LinearSVC
 from featx.heads.solvers.rows import (
     RowSpace,
     discriminant_path,
+    hinge_duals,
     newton_path,
     ridge_coefficients,
     ridge_held_out,
@@ -42,7 +43,7 @@ def softmax(scores: Array) -> Array:
 @pytest.mark.parametrize("centre", [True, False])
 def test_row_space_keeps_every_inner_product(shape: tuple[int, int], centre: bool) -> None:
     rows = np.random.default_rng(1).normal(size=shape) + 3.0
-    space = RowSpace.of(rows, centre=centre)
+    space = RowSpace(rows, centre=centre)
     centred = rows - rows.mean(axis=0) if centre else rows
     assert space.basis.shape[1] == np.linalg.matrix_rank(centred)
     np.testing.assert_allclose(space.basis.T @ space.basis, np.eye(space.basis.shape[1]), atol=1e-9)
@@ -54,7 +55,7 @@ def test_row_space_keeps_every_inner_product(shape: tuple[int, int], centre: boo
 
 
 def test_row_space_of_equal_rows_is_empty() -> None:
-    assert RowSpace.of(np.ones((4, 6))).basis.shape == (6, 0)
+    assert RowSpace(np.ones((4, 6))).basis.shape == (6, 0)
 
 
 @pytest.mark.parametrize("n_classes", [2, 3, 7])
@@ -62,7 +63,7 @@ def test_row_space_of_equal_rows_is_empty() -> None:
 def test_logistic_path_equals_logistic_regression(n_classes: int, d: int) -> None:
     rows, labels = blobs(n_classes, 8, d, spread=0.4)
     other = blobs(n_classes, 20, d, seed=1, spread=0.4)[0]
-    space = RowSpace.of(rows)
+    space = RowSpace(rows)
     cs = [1e-3, 0.1, 10.0]
     path = newton_path(
         space.coordinates, labels, n_classes, np.ones((1, len(rows))), [np.array([c]) for c in cs], loss="softmax"
@@ -78,7 +79,7 @@ def test_folds_as_weights_equal_fits_of_each_fold() -> None:
     rows, labels = blobs(3, 10, 30, spread=0.3)
     folds = np.tile(np.arange(5), 6)
     weights = np.stack([(folds != f).astype(float) for f in range(5)])
-    space = RowSpace.of(rows)
+    space = RowSpace(rows)
     point = next(newton_path(space.coordinates, labels, 3, weights, [np.full(5, 0.5)], loss="softmax"))
     for f in range(5):
         plain = LogisticRegression(C=0.5, tol=1e-10, max_iter=20_000).fit(rows[folds != f], labels[folds != f])
@@ -91,7 +92,7 @@ def test_squared_hinge_path_equals_linear_svc(n_classes: int) -> None:
     rows, labels = blobs(n_classes, 9, 40, spread=0.3)
     other = blobs(n_classes, 20, 40, seed=1, spread=0.3)[0]
     with_one = np.hstack([rows, np.ones((len(rows), 1))])
-    space = RowSpace.of(with_one, centre=False)
+    space = RowSpace(with_one, centre=False)
     cs = [1e-3, 0.1, 10.0]
     path = newton_path(
         space.coordinates,
@@ -108,12 +109,58 @@ def test_squared_hinge_path_equals_linear_svc(n_classes: int) -> None:
         np.testing.assert_allclose(ours.reshape(plain.shape), plain, atol=1e-5)
 
 
+@pytest.mark.parametrize("n_classes", [2, 5])
+@pytest.mark.parametrize("d", [6, 60])
+def test_hinge_by_products_equals_linear_svc_of_each_fold(n_classes: int, d: int) -> None:
+    rows, labels = blobs(n_classes, 9, d, spread=0.3)
+    space, folds = RowSpace(rows, products=rows @ rows.T), np.tile(np.arange(3), 3 * n_classes)
+    products = space.lifted_products
+    assert products is not None
+    targets = np.where(labels[:, None] == np.arange(n_classes), 1.0, -1.0)[:, -n_classes if n_classes > 2 else 1 :]
+    weights = folds != np.arange(3)[:, None]
+    start = None
+    for c in (1e-3, 0.1, 10.0):
+        found = hinge_duals(products, targets, weights, np.full(3, c), start=start, tolerance=1e-10)
+        assert found.converged.all()
+        start = found.duals
+        for fold in range(3):
+            assert not found.duals[folds == fold, fold].any()
+            plain = LinearSVC(C=c, tol=1e-10, max_iter=200_000, intercept_scaling=space.constant)
+            plain.fit(rows[folds != fold], labels[folds != fold])
+            coef, offset = space.dual_coefficients(found.duals[:, fold])
+            np.testing.assert_allclose(coef, plain.coef_, atol=1e-5)
+            np.testing.assert_allclose(offset, plain.intercept_, atol=1e-5)
+
+
+@pytest.mark.parametrize("d", [6, 60])
+def test_lifted_space_is_the_rows_and_a_constant(d: int) -> None:
+    """With its inner products known or not, and for whatever is linear in it."""
+    rows, labels = blobs(3, 6, d)
+    targets, folds = np.where(labels[:, None] == np.arange(3), 1.0, -1.0), np.tile(np.arange(3), 6)
+    constant = np.sqrt((rows**2).sum() / len(rows))
+    design = np.hstack([rows, np.full((len(rows), 1), constant)])
+    plain = SkRidge(alpha=3.0, fit_intercept=False, solver="svd").fit(design, targets)
+    for space in (RowSpace(rows), RowSpace(rows, products=rows @ rows.T)):
+        np.testing.assert_allclose(space.lifted @ space.lifted.T, design @ design.T, atol=1e-8)
+        inner = np.random.default_rng(0).normal(size=(space.lifted.shape[1], 2))
+        coef, offset = space.lifted_coefficients(inner)
+        np.testing.assert_allclose(rows @ coef.T + offset, space.lifted @ inner, atol=1e-8)
+        coef, offset = ridge_coefficients(space, targets, 3.0, fit_intercept=False)
+        np.testing.assert_allclose(coef, plain.coef_[:, :-1], atol=1e-9)
+        np.testing.assert_allclose(offset, plain.coef_[:, -1] * constant, atol=1e-9)
+        found = ridge_held_out(space, targets, 3.0, folds, fit_intercept=False)
+        for fold in range(3):
+            held = folds == fold
+            left = SkRidge(alpha=3.0, fit_intercept=False, solver="svd").fit(design[~held], targets[~held])
+            np.testing.assert_allclose(found[held], left.predict(design[held]), atol=1e-8)
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10_000), st.floats(-3, 4), st.sampled_from(["softmax", "squared_hinge"]))
 def test_no_step_from_the_solution_gains(seed: int, exponent: float, loss: str) -> None:
     """The optimum of a convex function: its gradient is zero, checked by differences in random directions."""
     rows, labels = blobs(3, 4, 8, seed=seed, spread=0.5)
-    space, c = RowSpace.of(rows), 10.0**exponent
+    space, c = RowSpace(rows), 10.0**exponent
     weights = np.ones((1, len(rows)))
     point = next(newton_path(space.coordinates, labels, 3, weights, [np.array([c])], loss=loss))  # type: ignore[arg-type]
     assert point.converged.all()
@@ -140,7 +187,7 @@ def test_no_step_from_the_solution_gains(seed: int, exponent: float, loss: str) 
 def test_ridge_equals_ridge_and_its_held_out_predictions(d: int) -> None:
     rows, labels = blobs(3, 6, d)
     targets = np.where(labels[:, None] == np.arange(3), 1.0, -1.0)
-    space, alphas = RowSpace.of(rows), [0.1, 10.0]
+    space, alphas = RowSpace(rows), [0.1, 10.0]
     folds = np.tile(np.arange(3), 6)
     for alpha in alphas:
         plain = SkRidge(alpha=alpha, solver="svd").fit(rows, targets)
@@ -165,7 +212,7 @@ def test_discriminants_equal_linear_discriminant_analysis(d: int) -> None:
     other = blobs(4, 20, d, seed=1, spread=0.5)[0]
     shrinkages = [0.1, 0.5, 1.0]
     for shrinkage, (coef, offset) in zip(
-        shrinkages, discriminant_path(RowSpace.of(rows), labels, 4, shrinkages), strict=True
+        shrinkages, discriminant_path(RowSpace(rows), labels, 4, shrinkages), strict=True
     ):
         plain = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage).fit(rows, labels)
         np.testing.assert_allclose(softmax(other @ coef.T + offset), plain.predict_proba(other), atol=1e-7)
@@ -173,7 +220,7 @@ def test_discriminants_equal_linear_discriminant_analysis(d: int) -> None:
 
 def test_discriminant_without_spread_is_the_nearest_centroid() -> None:
     rows, _ = blobs(5, 1, 30)
-    coef, offset = next(discriminant_path(RowSpace.of(rows), np.arange(5), 5, [0.5]))
+    coef, offset = next(discriminant_path(RowSpace(rows), np.arange(5), 5, [0.5]))
     other = blobs(5, 30, 30, seed=3)[0]
     nearest = ((other[:, None] - rows[None]) ** 2).sum(axis=2).argmin(axis=1)
     np.testing.assert_array_equal((other @ coef.T + offset).argmax(axis=1), nearest)

@@ -5,8 +5,8 @@ features shrink to at most ``n - 1`` directions without changing a single predic
 (:class:`RowSpace`). There, in the eigenbasis, a damped Newton method with a diagonal preconditioner
 needs a handful of products a fit; folds share the design matrix as 0/1 weights and are solved side by
 side; each penalty starts where the last one ended (:func:`newton_path`). One eigendecomposition serves
-every ridge penalty and its held-out predictions (:func:`ridge_held_out`); linear discriminants take a
-Cholesky factor for each shrinkage (:func:`discriminant_path`).
+every ridge penalty and its held-out predictions (:func:`ridge_held_out`), and linear discriminants, whose scatter is
+diagonal but for the class means and the rows held out (:func:`discriminant_path`).
 
 Nothing here is approximate: every function states the plain scikit-learn estimator that it equals, and
 ``tests/heads/test_solvers.py`` holds it to that.
@@ -14,8 +14,9 @@ Nothing here is approximate: every function states the plain scikit-learn estima
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -32,41 +33,143 @@ _MAX_CG = 250
 TOLERANCE = 1e-9
 
 
-@dataclass(frozen=True)
 class RowSpace:
-    """The directions in which the support varies, strongest first.
+    """The directions in which the support varies, strongest first; each part is worked out when it is first asked for.
 
-    Attributes
+    Parameters
     ----------
-    origin : (d,) the support's mean, or zeros where it was not centred.
-    basis : (d, r) orthonormal columns, r <= min(n - 1, d) when centred, else r <= min(n, d).
-    coordinates : (n, r) the support in this basis; ``coordinates.T @ coordinates`` is diagonal.
+    rows : (n, d) the support, or what makes it: the rows themselves are needed for coefficients alone.
+    centre : whether the directions are those of the support about its mean.
+    products : (n, n) inner products of the rows, where they are known.
     """
 
-    origin: Array
-    basis: Array
-    coordinates: Array
+    def __init__(
+        self, rows: NDArray[np.floating] | Callable[[], Array], *, centre: bool = True, products: Array | None = None
+    ) -> None:
+        self._made, self._products, self.centre = rows, products, centre
 
-    @classmethod
-    def of(cls, rows: NDArray[np.floating], *, centre: bool = True) -> RowSpace:
-        """Span ``rows`` (n, d) by the eigenvectors of the smaller of the two Gram matrices."""
-        dense = np.asarray(rows, dtype=np.float64)
-        origin = dense.mean(axis=0) if centre else np.zeros(dense.shape[1])
-        centred = dense - origin if centre else dense
-        tall = len(dense) > dense.shape[1]
-        gram = centred.T @ centred if tall else centred @ centred.T
-        values, vectors = np.linalg.eigh(gram)  # several times faster than SciPy's on one thread
+    @cached_property
+    def rows(self) -> Array:
+        """The support (n, d)."""
+        return np.asarray(self._made() if callable(self._made) else self._made, dtype=np.float64)
+
+    @cached_property
+    def origin(self) -> Array:
+        """The mean (d,) of the support, or zeros where it is not centred."""
+        return self.rows.mean(axis=0) if self.centre else np.zeros(self.rows.shape[1])
+
+    @cached_property
+    def products(self) -> Array | None:
+        """Inner products (n, n) of the rows, or None where they are more than the rows are."""
+        if self._products is None and len(self.rows) <= self.rows.shape[1]:
+            return np.asarray(self.rows @ self.rows.T)
+        return self._products
+
+    @property
+    def lifted_products(self) -> Array | None:
+        """Inner products (n, n) of the rows with a last column of ``constant``, or None."""
+        return None if self.products is None else self.products + self.constant**2
+
+    @cached_property
+    def constant(self) -> float:
+        """The root mean squared length of the rows: a constant column in their own scale."""
+        known = self.products
+        squares = np.einsum("ij,ij->", self.rows, self.rows) if known is None else known.trace()
+        return float(np.sqrt(squares / len(self.rows if known is None else known))) or 1.0
+
+    @cached_property
+    def coordinates(self) -> Array:
+        """The support (n, r) about ``origin`` in an orthonormal basis.
+
+        Of r <= min(n - 1, d) directions, or r <= min(n, d) where it is not centred; ``coordinates.T @ coordinates`` is
+        diagonal.
+        """
+        least = 1e-14
+        if self._products is not None:
+            gram, to_mean = self._products, self._products.mean(axis=1)
+            if self.centre:
+                gram = gram - to_mean - to_mean[:, None] + to_mean.mean()
+            values, vectors = np.linalg.eigh(gram)
+            # Centring leaves rounding of the size of what it cancels.
+            floor = max(values[-1] * least, 1e-16 * float(self._products.trace())) * len(gram)
+        else:
+            centred = self.rows - self.origin
+            tall = len(centred) > centred.shape[1]
+            # By the smaller of the two Gram matrices; this eigh is several times faster than SciPy's on one thread.
+            values, vectors = np.linalg.eigh(centred.T @ centred if tall else centred @ centred.T)
+            floor = values[-1] * least * len(vectors)
+            if tall:
+                return np.asarray(centred @ vectors[:, values > max(floor, 0.0)][:, ::-1])
         # Rounding leaves eigenvalues of about eps * largest where the true one is zero.
-        keep = np.flatnonzero(values > max(values[-1], 0.0) * len(gram) * 1e-14)[::-1]
-        vectors = vectors[:, keep]
-        if tall:
-            return cls(origin, vectors, centred @ vectors)
-        singular = np.sqrt(values[keep])
-        return cls(origin, (centred.T @ vectors) / singular, vectors * singular)
+        keep = np.flatnonzero(values > max(floor, 0.0))[::-1]
+        return np.asarray(vectors[:, keep] * np.sqrt(values[keep]))
+
+    @property
+    def is_decomposed(self) -> bool:
+        """Whether the coordinates are known already."""
+        return "coordinates" in self.__dict__
+
+    @cached_property
+    def spread(self) -> Array:
+        """Squared length (r,) of the support in each direction."""
+        return np.asarray(np.einsum("ij,ij->j", self.coordinates, self.coordinates))
+
+    @cached_property
+    def _mean(self) -> tuple[Array, float]:
+        """The mean of the support in the basis (r,), and its squared length."""
+        known = self._products
+        to_mean = self.rows @ self.origin if known is None else known.mean(axis=1)
+        return (self.coordinates / self.spread).T @ to_mean, float(to_mean.mean())
+
+    @property
+    def lifted_mean(self) -> Array:
+        """The mean (r + 1,) of ``lifted``."""
+        shift, squared = self._mean
+        return np.append(shift, np.sqrt(max(squared - float(shift @ shift), 0.0) + self.constant**2))
+
+    @property
+    def mean_squared_norm(self) -> float:
+        """Mean squared distance of the rows to their mean; 1 where all rows are the same."""
+        if self._products is None:
+            total = float(((self.rows - self.origin) ** 2).sum()) / len(self.rows)
+        else:
+            total = float(self._products.trace()) / len(self._products) - float(self._products.mean())
+        return total if total > 1e-12 else 1.0
+
+    @cached_property
+    def lifted(self) -> Array:
+        """The rows as they are, with a last column of ``constant``, in coordinates (n, r + 1).
+
+        The last direction is that of the constant and of the mean outside the basis: in it all rows are alike. So the
+        penalised intercept needs no decomposition of its own.
+        """
+        return np.hstack([self.coordinates, np.zeros((len(self.coordinates), 1))]) + self.lifted_mean
+
+    @property
+    def basis(self) -> Array:
+        """Orthonormal columns (d, r)."""
+        return (self.rows - self.origin).T @ (self.coordinates / self.spread)
 
     def project(self, rows: NDArray[np.floating]) -> Array:
         """Coordinates (m, r) of other rows (m, d); what lies outside the span cannot matter."""
         return (np.asarray(rows, dtype=np.float64) - self.origin) @ self.basis
+
+    def coefficients(self, inner: Array, offset: Array) -> tuple[Array, Array]:
+        """What coefficients (r, c) and offsets (c,) of ``coordinates`` are for rows: (c, d) and (c,)."""
+        each = self.coordinates @ (inner / self.spread[:, None])
+        coef = each.T @ self.rows - np.outer(each.sum(axis=0), self.origin)
+        return coef, offset - coef @ self.origin
+
+    def lifted_coefficients(self, inner: Array) -> tuple[Array, Array]:
+        """What coefficients (r + 1, c) of ``lifted`` are for rows: (c, d), and intercepts (c,)."""
+        *shift, last = self.lifted_mean
+        along = inner[-1] / last
+        coef, _ = self.coefficients(inner[:-1] - np.outer(shift, along), along)
+        return coef + np.outer(along, self.origin), along * self.constant**2
+
+    def dual_coefficients(self, duals: Array) -> tuple[Array, Array]:
+        """What a sum of the rows with these weights (n, c), and a constant of ``constant``, is: (c, d) and (c,)."""
+        return duals.T @ self.rows, duals.sum(axis=0) * self.constant**2
 
 
 @dataclass(frozen=True)
@@ -111,29 +214,77 @@ def newton_path(
     PathPoint
         One for each entry of ``cs``; generated, so that a long path need not be held in memory.
     """
-    # One against the rest is a problem for each class, with steps of its own; the softmax ties its classes together.
-    each_class = n_classes if loss == "squared_hinge" and n_classes > 2 else 1
-    problem = _Problem(rows, labels, n_classes, np.repeat(weights, each_class, axis=0), loss, fit_intercept)
-    tolerance /= each_class
-    known: list[tuple[Array, Array]] = []  # the last two penalties and their solutions
-    for each in cs:
-        c = np.repeat(np.asarray(each, dtype=np.float64), each_class)
+    path = NewtonPath(rows, labels, n_classes, weights, loss=loss, fit_intercept=fit_intercept, tolerance=tolerance)
+    for c in cs:
+        yield path.solve(c)
+
+
+class NewtonPath:
+    """Solves as :func:`newton_path` does, penalty by penalty in any order, each from the nearest before.
+
+    Parameters
+    ----------
+    rows, labels, n_classes, weights, loss, fit_intercept, tolerance : as of :func:`newton_path`.
+    """
+
+    def __init__(
+        self,
+        rows: Array,
+        labels: NDArray[np.integer],
+        n_classes: int,
+        weights: Array,
+        *,
+        loss: Loss,
+        fit_intercept: bool = True,
+        tolerance: float = TOLERANCE,
+    ) -> None:
+        # One against the rest is a problem for each class, with its own steps; the softmax ties its classes together.
+        self._each = n_classes if loss == "squared_hinge" and n_classes > 2 else 1
+        self._problem = _Problem(rows, labels, n_classes, np.repeat(weights, self._each, axis=0), loss, fit_intercept)
+        self._tolerance = tolerance / self._each
+        self._known: list[tuple[Array, Array]] = []  # penalties and their solutions, the latest last
+        self.n_weights = len(weights)
+
+    def solve(self, c: Array, *, like: NewtonPath | None = None) -> PathPoint:
+        """The solutions at one C (f,) of each problem.
+
+        ``like`` is a path over other coordinates of the same images, whose first weightings are this one's: the weights
+        that its last solution gives to the images are where this one starts.
+        """
+        problem = self._problem
+        c = np.repeat(np.asarray(c, dtype=np.float64), self._each)
+        known = sorted(self._known, key=lambda each: float(np.abs(np.log(c / each[0])).sum()), reverse=True)[-2:]
         starts = [known[-1][1] if known else np.zeros(problem.shape)]
-        if len(known) == 2 and loss == "softmax":
+        if len(known) == 2 and problem.loss == "softmax":
             # Its path is smooth in log C: where it went last time it mostly goes on. That of the hinge has kinks.
             (first, before), (second, last) = known
             on = np.log(c / second) / np.log(second / first)
             starts.append(last + on[None, :, None] * (last - before))
-        solution, converged = _newton(problem, c, starts, tolerance)
-        known = [*known[-1:], (c, solution)]
-        if fit_intercept and loss == "softmax":
+        if like is not None:
+            starts.append(self._like(like, c))
+        solution, converged = _newton(problem, c, starts, self._tolerance)
+        self._known.append((c, solution))
+        if problem.fit_intercept and problem.loss == "softmax":
             # The same constant on every class changes nothing; scikit-learn's intercepts sum to zero.
             solution[-1] -= solution[-1].mean(axis=-1, keepdims=True)
-        found = solution.reshape(len(solution), len(weights), -1)
-        inner = found[:-1] if fit_intercept else found
-        offset = found[-1] if fit_intercept else np.zeros(found.shape[1:])
-        fine = np.asarray(converged.reshape(len(weights), -1).all(axis=1))
-        yield PathPoint(np.moveaxis(inner, 1, 0).copy(), offset.copy(), fine)
+        found = solution.reshape(len(solution), self.n_weights, -1)
+        inner = found[:-1] if problem.fit_intercept else found
+        offset = found[-1] if problem.fit_intercept else np.zeros(found.shape[1:])
+        fine = np.asarray(converged.reshape(self.n_weights, -1).all(axis=1))
+        return PathPoint(np.moveaxis(inner, 1, 0).copy(), offset.copy(), fine)
+
+    def _like(self, other: NewtonPath, c: Array) -> Array:
+        """A solution is ``-C`` times the sum of the rows, weighted by the slopes of their losses."""
+        last = other._known[-1][1]
+        slope, _ = other._problem.slopes(np.asarray(other._problem.apply(last), dtype=np.float64))
+        own, shape = self.n_weights, self._problem.shape[1:]
+        slope, last = (
+            each.reshape(len(each), other.n_weights, -1)[:, :own].reshape(len(each), *shape) for each in (slope, last)
+        )
+        start = -self._problem.back(slope) * (c / self._problem.penalty_scale)[None, :, None]
+        if self._problem.fit_intercept:
+            start[-1] = last[-1]
+        return np.asarray(start, dtype=np.float64)
 
 
 class _Problem:
@@ -324,18 +475,119 @@ def _dots(left: Floats, right: Floats) -> Array:
     return total
 
 
+@dataclass(frozen=True)
+class HingePoint:
+    """Weights (n, f, c) of the rows in the solution of each of f weightings, for c columns, and which (f,) converged.
+
+    The solution is their sum of the rows.
+    """
+
+    duals: Array
+    converged: NDArray[np.bool_]
+
+
+def hinge_duals(
+    products: Array,
+    targets: Array,
+    weights: NDArray[np.bool_],
+    c: Array,
+    *,
+    start: Array | None = None,
+    tolerance: float = TOLERANCE,
+) -> HingePoint:
+    """One-vs-rest ``LinearSVC(C=C)`` of several weightings, by the inner products of the rows.
+
+    Newton's method for a function that is quadratic between kinks: with the rows inside the margin known, the
+    solution is one Cholesky factor of their inner products (Chapelle, 2007). Best where there are fewer rows than
+    features.
+
+    Parameters
+    ----------
+    products : (n, n) inner products of the rows; the penalised intercept is a constant added to all of them.
+    targets : (n, k) of -1 and 1.
+    weights : (f, n) which rows each problem has.
+    c : (f,) penalty parameter of each.
+    start : (n, f, k) duals near the solution.
+    tolerance : as of :func:`newton_path`.
+    """
+    n, k, n_weights = len(products), targets.shape[1], len(weights)
+    sign = np.tile(targets, n_weights)
+    inside = np.repeat(weights.T, k, axis=1)
+    cs, total = np.repeat(c, k), np.repeat(weights.sum(axis=1), k)
+
+    def standing(scores: Array, duals: Array) -> tuple[Array, Array]:
+        """Penalised loss of each problem, and how far (n, p) its rows are inside the margin."""
+        short = np.where(inside, np.maximum(1.0 - sign * scores, 0.0), 0.0)
+        return 0.5 * np.einsum("ip,ip->p", duals, scores) / cs + np.einsum("ip,ip->p", short, short), short
+
+    duals = np.zeros_like(sign) if start is None else start.reshape(n, -1)
+    scores = products @ duals
+    value, short = standing(scores, duals)
+    if start is not None:
+        none, all_short = standing(np.zeros_like(scores), np.zeros_like(duals))
+        poor = value > none
+        duals, scores = np.where(poor, 0.0, duals), np.where(poor, 0.0, scores)
+        short = np.where(poor, all_short, short)
+        value = np.minimum(value, none)
+    left = np.arange(len(cs))
+    for _ in range(_MAX_NEWTON):
+        step = np.zeros((n, len(left)))
+        for column, problem in enumerate(left):
+            active = np.flatnonzero(short[:, problem])
+            if not len(active):
+                continue
+            system = products[active[:, None], active]
+            system.flat[:: len(active) + 1] += 0.5 / cs[problem]
+            step[active, column] = linalg.lapack.dposv(system, sign[active, problem], overwrite_a=True)[1]
+        step -= duals[:, left]
+        along = products @ step
+        size, before, was = np.ones(len(left)), value[left], short[:, left] > 0.0
+        for _ in range(30):
+            duals_there, scores_there = duals.copy(), scores.copy()
+            duals_there[:, left] += size * step
+            scores_there[:, left] += size * along
+            reached, short = standing(scores_there, duals_there)
+            worse = reached[left] > before + 1e-13 * (before + 1.0)
+            if not worse.any():
+                break
+            size[worse] *= 0.5
+        duals, scores, value = duals_there, scores_there, reached
+        settled = (was == (short[:, left] > 0.0)).all(axis=0) | (before - value[left] <= 0.5 * tolerance * total[left])
+        left = left[~(settled & (size == 1.0))]
+        if not len(left):
+            break
+    converged = np.ones(len(cs), dtype=np.bool_)
+    converged[left] = False
+    return HingePoint(duals.reshape(n, n_weights, k), np.asarray(converged.reshape(n_weights, k).all(axis=1)))
+
+
 def ridge_coefficients(
     space: RowSpace, targets: Array, alpha: float, *, fit_intercept: bool = True
 ) -> tuple[Array, Array]:
     """``Ridge(alpha).fit``: coefficients (c, d) and intercept (c,) for targets (n, c).
 
-    Without ``fit_intercept`` the space has to be one that was not centred.
+    Without ``fit_intercept`` the intercept is the coefficient of a column of ``space.constant``, and penalised.
     """
-    z = space.coordinates
-    offset = targets.mean(axis=0) if fit_intercept else np.zeros(targets.shape[1])
-    inner = (z.T @ (targets - offset)) / (np.einsum("ij,ij->j", z, z) + alpha)[:, None]
-    coef = (space.basis @ inner).T
-    return coef, offset - coef @ space.origin
+    if fit_intercept:
+        offset = targets.mean(axis=0)
+        return space.coefficients(_shrunk(space, space.coordinates, alpha).T @ (targets - offset), offset)
+    products = None if space.is_decomposed else space.lifted_products
+    if products is None:
+        return space.lifted_coefficients(_shrunk(space, space.lifted, alpha).T @ targets)
+    products.flat[:: len(products) + 1] += alpha
+    return space.dual_coefficients(linalg.solve(products, targets, assume_a="pos", overwrite_a=True))
+
+
+def _shrunk(space: RowSpace, z: Array, alpha: float) -> Array:
+    """Coordinates (n, r) or lifted ones (n, r + 1), times the inverse of their products plus ``alpha``."""
+    if z.shape[1] == len(space.spread):
+        return z / (space.spread + alpha)
+    # The products are diagonal but for the mean: the inverse is that of a diagonal, less a term of rank one.
+    diagonal, mean = np.append(space.spread, 0.0) + alpha, space.lifted_mean
+    across = mean / diagonal
+    out = z / diagonal
+    out -= np.outer(out @ mean, across * (len(z) / (1.0 + len(z) * float(across @ mean))))
+    return out
 
 
 def ridge_held_out(
@@ -350,12 +602,23 @@ def ridge_held_out(
 
     For a linear smoother with hat matrix H the residuals of a held-out block are ``(1 - H_bb)^-1`` times
     those of the whole fit; exact as long as the rows themselves do not depend on the others. By default each
-    row is a fold of its own (leave-one-out).
+    row is a fold of its own (leave-one-out). ``fit_intercept`` is as of :func:`ridge_coefficients`.
     """
-    z = space.coordinates
+    products = None if fit_intercept or space.is_decomposed else space.lifted_products
+    if products is not None and folds is not None and folds.max() > 0:
+        # With the inverse G of the products, the residuals of a held-out block are G_bb^-1 (G y)_b.
+        products.flat[:: len(products) + 1] += alpha
+        half = linalg.lapack.dpotri(linalg.cholesky(products, lower=True, overwrite_a=True), lower=True)[0]
+        inverse = np.tril(half) + np.tril(half, -1).T
+        residual, out = inverse @ targets, np.empty_like(targets)
+        for fold in range(int(folds.max()) + 1):
+            own = np.flatnonzero(folds == fold)
+            out[own] = targets[own] - np.linalg.solve(inverse[np.ix_(own, own)], residual[own])
+        return out
+    z = space.coordinates if fit_intercept else space.lifted
     offset = targets.mean(axis=0) if fit_intercept else np.zeros(targets.shape[1])
     constant = 1.0 / len(z) if fit_intercept else 0.0  # the intercept's share of the hat matrix
-    shrunk = z / (np.einsum("ij,ij->j", z, z) + alpha)
+    shrunk = _shrunk(space, z, alpha)
     residual = targets - offset - shrunk @ (z.T @ (targets - offset))
     if folds is None:
         leverage = constant + np.einsum("ij,ij->i", shrunk, z)
@@ -365,7 +628,9 @@ def ridge_held_out(
         own = np.flatnonzero(folds == fold)
         if z.shape[1] + 1 < len(own) < len(z):  # the same inverse, by Woodbury's identity
             some = np.column_stack([z[own], np.full(len(own), constant**0.5)])
-            inner = np.diag(np.append(np.einsum("ij,ij->j", z, z) + alpha, 1.0)) - some.T @ some
+            inner = z.T @ z
+            inner[np.diag_indices_from(inner)] += alpha
+            inner = linalg.block_diag(inner, 1.0) - some.T @ some
             out[own] = targets[own] - residual[own] - some @ np.linalg.solve(inner, some.T @ residual[own])
             continue
         left = np.eye(len(own)) - constant - shrunk[own] @ z[own].T
@@ -400,33 +665,74 @@ def discriminant_path(
     labels: NDArray[np.integer],
     n_classes: int,
     shrinkages: Sequence[float],
-    *,
-    n_features: int | None = None,
 ) -> Iterator[tuple[Array, Array]]:
     """``LinearDiscriminantAnalysis(solver="lsqr", shrinkage=s)`` for every s, in the row space.
 
     Yields coefficients (c, d) and intercepts (c,). Where no class has two distinct rows there is no
     spread within classes to shrink; then the spread of all rows, the same in every direction, takes its
-    place, which is a nearest centroid with probabilities. ``n_features`` is d where the rows of ``space`` are
-    projections already: shrinkage spreads the variance over all features, also those without any.
+    place, which is a nearest centroid with probabilities.
     """
-    z, d = space.coordinates, n_features or len(space.origin)
+    z = space.coordinates
+    for inner, offset in _discriminants(z, labels, n_classes, shrinkages, space.spread, z[:0], space.rows.shape[1]):
+        yield space.coefficients(inner, offset)
+
+
+def discriminant_held_out(
+    space: RowSpace,
+    labels: NDArray[np.integer],
+    n_classes: int,
+    shrinkages: Sequence[float],
+    folds: NDArray[np.integer],
+    n_features: int,
+) -> Array:
+    """Scores (s, n, c) of every row by the fits of :func:`discriminant_path` without its fold."""
+    z = space.coordinates
+    out = np.zeros((len(shrinkages), len(z), n_classes))
+    for fold in range(int(folds.max()) + 1):
+        held = folds == fold
+        fits = _discriminants(z[~held], labels[~held], n_classes, shrinkages, space.spread, z[held], n_features)
+        for i, (inner, offset) in enumerate(fits):
+            out[i, held] = z[held] @ inner + offset
+    return out
+
+
+def _discriminants(
+    z: Array,
+    labels: NDArray[np.integer],
+    n_classes: int,
+    shrinkages: Sequence[float],
+    spread: Array,
+    without: Array,
+    n_features: int,
+) -> Iterator[tuple[Array, Array]]:
+    """Coefficients (r, c) and offsets (c,) for rows (n, r), which with the rows ``without`` have diagonal products.
+
+    Shrinkage spreads the variance over all ``n_features``, also those without any.
+    """
     counts = np.bincount(labels, minlength=n_classes).astype(np.float64)
-    means = np.zeros((n_classes, z.shape[1]))
-    np.add.at(means, labels, z)
-    means /= counts[:, None]
-    within = z - means[labels]
-    scatter = within.T @ within / len(z)
-    total = float(np.trace(scatter))
+    sums = (labels == np.arange(n_classes)[:, None]).astype(np.float64) @ z
+    means = sums / counts[:, None]
     log_prior = np.log(counts / counts.sum())
-    everything = float(np.einsum("ij,ij->", z, z))
+    within = z - means[labels]
+    total = float(np.einsum("ij,ij->", within, within)) / len(z)
+    about = z - z.mean(axis=0)
+    everything = float(np.einsum("ij,ij->", about, about))
+    # The scatter is diagonal, less that of the rows left out and of the means. Where next to nothing is left, the
+    # difference of the two is rounding.
+    low = total > 1e-4 * everything / len(z) and len(without) + n_classes < z.shape[1]
+    removed = np.vstack([without, means * np.sqrt(counts)[:, None]]).T if low else np.zeros((z.shape[1], 0))
+    scatter = np.zeros((0, 0)) if low else within.T @ within / len(z)
     for shrinkage in shrinkages:
         if total <= 1e-12 * everything:
-            inner = means / (everything / len(z))
+            inner = means.T / (everything / len(z))
+        elif low:
+            diagonal = ((1.0 - shrinkage) / len(z) * spread + shrinkage * total / n_features)[:, None]
+            across = removed / diagonal
+            middle = np.eye(removed.shape[1]) * (len(z) / max(1.0 - shrinkage, 1e-300)) - removed.T @ across
+            inner = means.T / diagonal
+            inner += across @ np.linalg.solve(middle, removed.T @ inner)
         else:
             shrunk = (1.0 - shrinkage) * scatter
-            shrunk[np.diag_indices_from(shrunk)] += shrinkage * total / d
-            inner = linalg.cho_solve(linalg.cho_factor(shrunk, lower=True, overwrite_a=True), means.T).T
-        coef = inner @ space.basis.T
-        half = 0.5 * np.einsum("ij,ij->i", means, inner)
-        yield coef, log_prior - half - coef @ space.origin
+            shrunk[np.diag_indices_from(shrunk)] += shrinkage * total / n_features
+            inner = linalg.cho_solve(linalg.cho_factor(shrunk, lower=True, overwrite_a=True), means.T)
+        yield inner, log_prior - 0.5 * np.einsum("ij,ji->i", means, inner)
