@@ -17,7 +17,7 @@ from featx.heads import fold_numbers
 from featx.models.bundle import Bundle
 from featx.models.calibrate import fit_sharpness
 from featx.models.fit import FittedHead, judge_scores, pack_bundle, warnings_of
-from featx.models.novelty import check_max_unknown, learn_from_folds, metrics_of, similarity_to, warnings_of_unknown
+from featx.models.unknown import check_max_unknown, learn_from_folds, metrics_of, similarity_to, warnings_of_unknown
 from featx.store import fingerprint
 
 OUT_OF_FOLD = 3

@@ -41,7 +41,8 @@ from featx.heads import (
 from featx.images import encode
 from featx.models.bundle import Bundle
 from featx.models.calibrate import clopper_pearson, fit_sharpness, fit_threshold, smallest_error
-from featx.models.novelty import Familiarity, check_max_unknown, learn, metrics_of, warnings_of_unknown
+from featx.models.novelty import Familiarity
+from featx.models.unknown import check_max_unknown, learn, metrics_of, warnings_of_unknown
 from featx.store import Alike, FeatureSet, layers_of, title_of
 
 N_GOLDEN = 16

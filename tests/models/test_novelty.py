@@ -13,16 +13,16 @@ from modelkit import clusters
 from scipy.stats import kstest
 
 from featx.errors import UsageError
-from featx.models import novelty
 from featx.models.fit import fit_head
-from featx.models.novelty import Familiarity, is_unknown, learn, metrics_of, shares_among
+from featx.models.novelty import Familiarity, is_unknown, shares_among
+from featx.models.unknown import Measured, learn, metrics_of
 
 
 def alone(n: int) -> Any:
     return np.arange(n)
 
 
-def learned(rows: Any, labels: Any, **changes: Any) -> tuple[Familiarity, novelty.Measured]:
+def learned(rows: Any, labels: Any, **changes: Any) -> tuple[Familiarity, Measured]:
     found = learn(rows, labels, **{"groups": alone(len(rows)), "kind": "l2", "max_unknown": 0.05, **changes})
     assert found[0] is not None
     assert found[1] is not None
