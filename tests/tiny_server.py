@@ -25,6 +25,7 @@ from featx.heads.scorer import Scorer
 from featx.images.pixels import encode, pixels
 from featx.models.bundle import Bundle
 from featx.models.fit import probe_pixels
+from featx.models.unknown import learn
 from featx.service import batcher as service_batch
 from featx.service.guard import Limits
 from featx.service.server import serve
@@ -62,10 +63,12 @@ def tiny_bundle() -> Bundle:
     probe = encode(probe_pixels())
     (found,) = next(TinyEngine().embed([pixels(probe, TINY)[None]]))
     provenance = {"backbone": "tiny", "layers": ["penultimate"], "fingerprint": "f" * 64}
+    kept, _ = learn(rows, labels, np.arange(40), kind="l2", max_unknown=0.05)
     return Bundle(
         scorer=Scorer.of(make_head("logreg", C=1.0).fit(rows, labels)),
         class_names=("ants", "bees"), head="logreg", params={"C": 1.0}, layer="penultimate", provenance=provenance,
         sharpness=1.0, threshold=0.5, max_error=0.05, golden=rows[:4], probe=probe, probe_embedding=found[0],
+        max_unknown=0.05, familiarity=kept,
     )  # fmt: skip
 
 

@@ -16,6 +16,8 @@ from featx.cli.options import (
     EngineName,
     EngineOption,
     Json,
+    MaxError,
+    MaxUnknown,
     OwnBackbone,
     Seed,
     StoreArgument,
@@ -75,9 +77,8 @@ def finetune(
         Path | None,
         typer.Option("--out", "-o", metavar="MODEL", help="Also train on all images, and keep network and head."),
     ] = None,
-    max_error: Annotated[
-        float, typer.Option(help="Share of the model's answers that may be wrong; it abstains to keep it.")
-    ] = 0.05,
+    max_error: MaxError = 0.05,
+    max_unknown: MaxUnknown = 0.05,
     backbone: OwnBackbone = None,
     weights: Weights = None,
     engine: EngineOption = EngineName.auto,
@@ -132,7 +133,12 @@ def finetune(
             )  # fmt: skip
             if out is not None:
                 bundle = finetune_bundle(
-                    tuning, max_error=max_error, random_state=seed, engine=engine.value, progress=line.update
+                    tuning,
+                    max_error=max_error,
+                    max_unknown=max_unknown,
+                    random_state=seed,
+                    engine=engine.value,
+                    progress=line.update,
                 )
             journal.unlink(missing_ok=True)
     except KeyboardInterrupt as error:

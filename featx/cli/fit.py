@@ -14,6 +14,8 @@ from featx.cli.options import (
     EngineName,
     EngineOption,
     Json,
+    MaxError,
+    MaxUnknown,
     ModelArgument,
     OwnBackbone,
     Seed,
@@ -47,9 +49,8 @@ def fit(
         str | None,
         typer.Option(help="Which of the store's layers. (default: all combined, where that is measured to help)"),
     ] = None,
-    max_error: Annotated[
-        float, typer.Option(help="Share of answers that may be wrong; the model abstains to keep it.")
-    ] = 0.05,
+    max_error: MaxError = 0.05,
+    max_unknown: MaxUnknown = 0.05,
     unlabelled: Unlabelled = False,
     unlabelled_from: UnlabelledFrom = None,
     backbone: OwnBackbone = None,
@@ -99,7 +100,7 @@ def fit(
     )
     with ProgressLine("fitting") as line:
         bundle = fit_bundle(
-            features, embedder, heads=heads, max_error=max_error, random_state=seed, pool=pool,
+            features, embedder, heads=heads, max_error=max_error, max_unknown=max_unknown, random_state=seed, pool=pool,
             layers=columns if len(columns.names) > 1 else None,
             device="cuda" if device == Device.cuda else None, progress=line.update,
         )  # fmt: skip
@@ -172,6 +173,25 @@ def _story(bundle: Bundle, how: str = "") -> list[str]:
             lines.append(f"  Recognised of each class: {', '.join(recalls)}{more}.")
     if bundle.threshold is not None:
         lines.append(f"Abstains below a probability of {bundle.threshold:.3f} (--max-error {bundle.max_error:g}).")
+        if metrics["out_of_fold"]["answered"] == 1:
+            lines.append("  Even answering every photo keeps that promise, so it is seldom unsure.")
+        lines.append("  The promise is about photos like those it was fitted on, and about no others.")
+    return [*lines, *_story_of_unknown(metrics["unknown"], bundle.max_unknown)]
+
+
+def _story_of_unknown(found: Any, most: float | None) -> list[str]:
+    from featx.evaluation import Interval, percent
+
+    if not most or found is None or found["smallest_max_unknown"] > most:
+        return []
+    lines = [
+        f"Calls photos unknown that are unlike its own (--max-unknown {most:g}): "
+        f"{percent(Interval(**found['own_refused']))} of its own that it had not seen."
+    ]
+    left = found["class_left_out"]
+    if left:
+        share = percent(Interval(**{name: left[name] for name in ("mean", "low", "high")}))
+        lines.append(f"  Of a class that it had never seen, left out in turn, it refused {share}.")
     return lines
 
 
@@ -192,7 +212,10 @@ def export(
     form: Annotated[ExportFormat, typer.Option("--format", help="joblib is a pickle; skops is not; onnx is a graph.")],
     as_json: Json = False,
 ) -> None:
-    """Write the head for other software: a scikit-learn pipeline or an ONNX graph, which takes embeddings."""
+    """Write the head for other software: a scikit-learn pipeline or an ONNX graph, which takes embeddings.
+
+    The head alone knows no unknown: it names a class for photos of anything. featx predict and featx serve do.
+    """
     from featx.models import export_bundle, read_bundle
 
     check_file(out, _EXPORT_MARKS[form.value], example=f"photos.{form.value}")
@@ -200,3 +223,4 @@ def export(
     if as_json:
         print_json({"path": str(out), "format": form.value, "bytes": out.stat().st_size})
     say(f"{out}: {out.stat().st_size:,} bytes, takes embeddings.", err=as_json)
+    say("Note: The head alone knows no unknown: it names a class for photos of anything.", err=True)

@@ -70,6 +70,16 @@ UnlabelledFrom = Annotated[
 ]
 
 
+MaxError = Annotated[
+    float,
+    typer.Option(help="Share of answers that may be wrong, on photos like the model's; it abstains to keep it."),
+]
+MaxUnknown = Annotated[
+    float,
+    typer.Option(help="Share of photos like the model's that may be called unknown, so that others are; 0: none ever."),
+]
+
+
 def own_network(name: str | None) -> Own | None:
     """The user's network that ``--backbone`` names; any other is what the store or the model says."""
     from featx.backbones import import_provider, is_own

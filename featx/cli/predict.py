@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from featx.models import Bundle, Pickled
 
 _STDIN = Path("-")
-_CSV_COLUMNS = ("id", "label", "score", "score_kind", "abstain", "refused")
-_CSV_MARK = ",".join(_CSV_COLUMNS).encode()
+_CSV_COLUMNS = ("id", "label", "score", "score_kind", "abstain", "refused", "reason", "familiarity")
+_CSV_MARK = ",".join(_CSV_COLUMNS[:6]).encode()  # files of featx 0.2 have no more
 _MAX_STDIN = 2**30
 
 
@@ -61,7 +61,7 @@ def predict(
         typer.Option(
             metavar="FOLDER",
             help="Copy the photos into a folder for each label in FOLDER, those that the model is unsure of into "
-            "_unsure. Existing files are never replaced.",
+            "_unsure, and unknown ones into _unknown. Existing files are never replaced.",
         ),
     ] = None,
     backbone: OwnBackbone = None,
@@ -70,9 +70,10 @@ def predict(
     device: DeviceOption = Device.auto,
     as_json: Json = False,
 ) -> None:
-    """Say what is on photos: label, probability, and whether the model is unsure.
+    """Say what is on photos: label, probability, and whether the model is unsure or does not know such photos.
 
-    In a pipe, the output is one line per image with tabs between image, label, score and "abstains".
+    In a pipe, the output is one line per image with tabs between image, label, score and "abstains" or "unknown".
+    A label beside either is a guess.
     """
     if csv is not None:
         check_file(csv, _CSV_MARK, example="answers.csv")
@@ -109,8 +110,8 @@ def predict(
     else:
         for each in predictions:
             say("\t".join([*map(one_line, (each["id"], each["label"])), f"{each['score']:.3f}", _doubt(each)]))
-    if kept.silence:
-        say(f"Note: {kept.silence}", err=True)
+    for caution in kept.cautions:
+        say(f"Note: {caution}", err=True)
     for item in refused:
         say(f"  refused {one_line(item['id'])}: {item['reason']}, {item['message']}", err=True)
     if filed is not None:
@@ -176,7 +177,7 @@ def _name_files(images: list[Path], folder: Path) -> list[tuple[str, Path]]:
 
 
 def _doubt(prediction: dict[str, Any]) -> str:
-    return "abstains" if prediction["abstain"] else ""
+    return {None: "", "unsure": "abstains", "unknown": "unknown"}[prediction["reason"]]
 
 
 def _table(predictions: list[dict[str, Any]], kind: str) -> None:
@@ -217,6 +218,6 @@ def _sort_into(
 ) -> Sorted:
     from featx.cli.sorting import sort_into
 
-    photos = [(paths[each["id"]], None if each["abstain"] else each["label"]) for each in predictions]
+    photos = [(paths[each["id"]], each["label"], each["reason"]) for each in predictions]
     with ProgressLine("copying") as line:
         return sort_into(folder, photos, class_names, progress=lambda done: line.update(done, len(photos)))

@@ -72,7 +72,7 @@ def serve(
     featx.service.server.check_address(host, key, insecure=insecure)
     bundle = read_bundle(model)
     evidence = None if store is None else Evidence(store, bundle, images)
-    for note in [*([bundle.silence] if bundle.silence else []), *(evidence.notes if evidence else [])]:
+    for note in [*bundle.cautions, *(evidence.notes if evidence else [])]:
         say(f"Note: {note}", err=True)
     embedder = open_embedder(
         bundle,

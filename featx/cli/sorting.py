@@ -13,8 +13,8 @@ from pathlib import Path
 from featx._files import cannot_write, make_folder, temporary, without_replacing
 from featx.errors import SourceError, UsageError
 
-UNSURE = "_unsure"
-"""The folder of photos that a model does not answer about."""
+ASIDE = {"unsure": "_unsure", "unknown": "_unknown"}
+"""The folders of photos that a model does not answer about, by its reason."""
 
 _MAX_NAME = 255
 """Bytes of a file's name on common file systems; a folder's is kept to half of it."""
@@ -32,12 +32,12 @@ class Sorted:
 
 def sort_into(
     folder: Path,
-    photos: Iterable[tuple[Path, str | None]],
+    photos: Iterable[tuple[Path, str, str | None]],
     class_names: Sequence[str],
     *,
     progress: Progress | None = None,
 ) -> Sorted:
-    """Copy photos into ``folder/label``, those without a label into :data:`UNSURE`.
+    """Copy photos into ``folder/label``, those that are not to be relied on into the folders of :data:`ASIDE`.
 
     A photo that is there already, with the same bytes under the same name, is not copied again; where a name is taken
     by another one, the copy is called ``name (2).jpg`` and so on.
@@ -45,7 +45,7 @@ def sort_into(
     Parameters
     ----------
     folder : made where it is not there.
-    photos : file and label of each.
+    photos : file, label and reason to abstain (or None) of each.
     class_names : all labels that there may be; they decide the names of the folders.
     progress : called with the number of photos done.
 
@@ -57,18 +57,18 @@ def sort_into(
         A copy cannot be written, or a link or a file stands where a folder is to be.
     """
     photos, target = list(photos), folder.resolve()
-    if any(path.resolve().is_relative_to(target) for path, _ in photos):
+    if any(path.resolve().is_relative_to(target) for path, *_ in photos):
         raise UsageError(
             "the photos lie in the folder that they are to be sorted into", where=folder, hint="Choose another folder."
         )
-    by_label: dict[str | None, list[Path]] = {}
-    for path, label in photos:
-        by_label.setdefault(label, []).append(path)
     names = folder_names(class_names)
+    by_folder: dict[str, list[Path]] = {}
+    for path, label, reason in photos:
+        by_folder.setdefault(names[label] if reason is None else ASIDE[reason], []).append(path)
     copied: dict[str, int] = {}
     done = 0
-    for label, paths in by_label.items():
-        into = folder / (UNSURE if label is None else names[label])
+    for name, paths in by_folder.items():
+        into = folder / name
         if into.is_symlink() or (into.exists() and not into.is_dir()):
             raise UsageError("a link or a file is in the way of a folder", where=into, hint="Move it away.")
         make_folder(into)
@@ -84,7 +84,7 @@ def sort_into(
 def folder_names(labels: Sequence[str]) -> dict[str, str]:
     """A name for the folder of each label: one folder's, on any file system, and of no other label."""
     names: dict[str, str] = {}
-    taken = {UNSURE.casefold()}
+    taken = {name.casefold() for name in ASIDE.values()}
     for label in labels:
         plain = safe_name(label)
         names[label] = next(name for name in _numbered(plain, "", _MAX_NAME // 2) if name.casefold() not in taken)

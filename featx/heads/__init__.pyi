@@ -14,6 +14,7 @@ from .scorer import (
     is_kind as is_kind,
     margins as margins,
     softmax as softmax,
+    unit_rows as unit_rows,
 )
 from .selection import N_FOLDS as N_FOLDS, Views as Views, fit_chosen as fit_chosen
 from .solvers.blocks import is_large as is_large, row_blocks as row_blocks, taken as taken

@@ -149,6 +149,11 @@ def normalised(rows: Array, kind: str, mean: Array, scale: Array) -> Array:
     return _unit(rows)
 
 
+def unit_rows(rows: Array, kind: str) -> Array:
+    """Rows (n, d) of unit length; of several layers, each by itself and weighted as by the normaliser ``kind``."""
+    return normalised(rows, kind, rows, rows) if blocks_of(kind) else _unit(rows)
+
+
 def _unit(rows: Array) -> Array:
     length = np.linalg.norm(rows, axis=1, keepdims=True)
     return np.asarray(rows / np.where(length > 0.0, length, 1.0))

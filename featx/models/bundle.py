@@ -11,22 +11,27 @@ RFC 2119.
   network that was quantised on the machine of whoever made the model is ``network-<sha256>.ir``
   (:mod:`featx.backbones.engines.graph`); the provenance has its sha256. There MUST be no other member.
 - The arrays are ``mean, scale``; ``coef, intercept`` of a linear head; ``rows, targets`` of a nearest-neighbour head;
-  ``golden, golden_scores, probe_embedding``. There MUST be no other array. ``targets`` is int64, ``golden`` and
-  ``probe_embedding`` are float32, all others float64.
+  ``golden, golden_scores, probe_embedding``; ``own_rows, own_similarity`` where the model calls photos unknown. There
+  MUST be no other array. ``targets`` is int64, ``golden`` and ``probe_embedding`` are float32, ``own_rows`` is float16,
+  all others float64.
 - The ZIP's comment is ``sha256=<64 hex digits>``, of every byte of the file before it. A reader MUST compare it first.
 - ``bundle.json``: ``format`` ("featx-bundle"), ``format_version`` (a reader MUST refuse a greater one), ``head``,
   ``params``, ``kind`` of normaliser, ``n_neighbors``, ``class_names``, ``layer`` ("combined": all of the provenance's,
   side by side in their order; ``kind`` then names the columns and weight of each), ``provenance`` (as a store's:
   backbone, weights sha256, preprocessing, ...), ``sharpness`` (what scores are multiplied by before the softmax, or
   null where they could not be calibrated), ``threshold`` (of the score below which to abstain, or null: always
-  abstain), ``max_error``, ``metrics``, ``versions``, ``notes``.
+  abstain), ``max_error``, ``max_unknown`` (0: nothing is called unknown; null: the model is from before there was
+  unknown), ``metrics``, ``versions``, ``notes``.
+- ``own_rows`` (m, d) are own images at unit length (several layers each, weighted as by ``kind``), ``own_similarity``
+  (n,), ascending, the mean cosine of own images to the five most similar others of these rows. ``familiarity`` of a
+  photo is (1 + how many of the n are not above its own mean cosine) / (n + 1); up to ``max_unknown`` it is unknown.
 - ``golden`` float32 (m, d) are vectors and ``golden_scores`` float64 (m, c) the probabilities (margins to the best
   class where ``sharpness`` is null) that this head gave them; a reader MUST find the same within 1e-6. ``probe.png``
   is an image and ``probe_embedding`` float32 (d,) what its backbone made of it; who embeds images MUST find the same
   within what the engines promise.
 
 Versions 1 and 2, of featx 0.1 and 0.2, have each array as a member ``<name>.npy``; 1 has no ``tail.safetensors``. They
-are read for ever, and written no more.
+have no ``max_unknown`` and call nothing unknown. They are read for ever, and written no more.
 
 The checksum finds damage and careless edits. It is no signature: whoever can write the file can write the checksum too,
 and a forged head can give any answer. It cannot run anything.
@@ -46,7 +51,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import safetensors.numpy
@@ -57,10 +62,13 @@ from featx._files import publish_bytes, read_regular
 from featx.backbones import check_network
 from featx.errors import BundleError, FeatxError, StoreError
 from featx.heads import Array, Scorer, is_kind, margins, softmax
+from featx.models.novelty import Familiarity, is_unknown
 from featx.store import layers_of
 
 FORMAT, FORMAT_VERSION = "featx-bundle", 3
 GOLDEN_TOLERANCE = 1e-6
+_UNIT = 1.001
+"""Most that the length of a unit row, and so a cosine, may be in half precision."""
 
 _ARRAYS_MEMBER, _TAIL_MEMBER = "arrays.safetensors", "tail.safetensors"
 _MAX_BYTES = 2**31
@@ -93,6 +101,8 @@ _ARRAYS: Mapping[str, tuple[str, int]] = MappingProxyType(
         "golden": ("f4", 2),
         "golden_scores": ("f8", 2),
         "probe_embedding": ("f4", 1),
+        "own_rows": ("f2", 2),
+        "own_similarity": ("f8", 1),
     }
 )
 """Type and number of dimensions of each array that may be in a bundle."""
@@ -103,14 +113,22 @@ class Answer:
     """What a head says about one embedding.
 
     ``score`` is the probability of the label, or its margin over the next class where the head is not calibrated;
-    ``probabilities`` then has no entries.
+    ``probabilities`` then has no entries. ``familiarity`` is the share of the model's own images that look at least as
+    strange to it; None where it does not know. ``reason`` says why it abstains: it is "unsure" which class it is, or
+    the photo is "unknown", of no class; None where it answers.
     """
 
     label: str
     score: float
     score_kind: str
-    abstain: bool
     probabilities: Mapping[str, float]
+    reason: Literal["unsure", "unknown"] | None
+    familiarity: float | None = None
+
+    @property
+    def abstain(self) -> bool:
+        """Whether the label is not to be relied on."""
+        return self.reason is not None
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -119,6 +137,8 @@ class Answer:
             "score": self.score,
             "score_kind": self.score_kind,
             "abstain": self.abstain,
+            "reason": self.reason,
+            "familiarity": self.familiarity,
             "probabilities": dict(self.probabilities),
         }
 
@@ -139,6 +159,8 @@ class Bundle:
     golden: NDArray[np.float32]
     probe: bytes
     probe_embedding: NDArray[np.float32]
+    max_unknown: float | None = None
+    familiarity: Familiarity | None = field(default=None, repr=False)
     metrics: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -169,21 +191,32 @@ class Bundle:
         # By the scores: probabilities of a head that knows nothing are all the same.
         labels = scores.argmax(axis=1)
         best = margins(scores) if self.sharpness is None else judged[np.arange(len(labels)), labels]
+        unsure = np.ones(len(labels), bool) if self.threshold is None else best < self.threshold
+        unknown, shares = np.zeros(len(labels), bool), [None] * len(labels)
+        if self.familiarity is not None and self.max_unknown is not None:
+            found = self.familiarity.shares(embeddings)
+            unknown, shares = is_unknown(found, self.max_unknown), found.tolist()
         return [
             Answer(
                 label=self.class_names[label],
                 score=float(score),
                 score_kind=self.score_kind,
-                abstain=self.threshold is None or bool(score < self.threshold),
                 probabilities={} if self.sharpness is None else dict(zip(self.class_names, row.tolist(), strict=True)),
+                reason="unknown" if strange else "unsure" if doubtful else None,
+                familiarity=share,
             )
-            for label, score, row in zip(labels.tolist(), best, judged, strict=True)
+            for label, score, row, strange, doubtful, share in zip(
+                labels.tolist(), best, judged, unknown, unsure, shares, strict=True
+            )
         ]
 
     @property
-    def silence(self) -> str | None:
-        """Why every answer abstains, in a sentence; None where some do not."""
-        return silence(self.threshold, self.metrics)
+    def cautions(self) -> list[str]:
+        """What to know before its answers are used, in sentences: that all abstain, that it knows no unknown."""
+        return [
+            *silence(self.threshold, self.metrics),
+            *([KNOWS_NO_UNKNOWN] if self.max_unknown is None else []),
+        ]
 
     def describe(self) -> dict[str, Any]:
         """Everything that is not an array, in plain JSON types."""
@@ -200,23 +233,30 @@ class Bundle:
             "sharpness": self.sharpness,
             "threshold": self.threshold,
             "max_error": self.max_error,
+            "max_unknown": self.max_unknown,
             "metrics": dict(self.metrics),
             "versions": dict(self.versions),
             "notes": list(self.notes),
         }
 
 
-def silence(threshold: float | None, metrics: Mapping[str, Any]) -> str | None:
-    """:attr:`Bundle.silence` of a model with this threshold and these metrics."""
+KNOWS_NO_UNKNOWN = (
+    "This model knows no unknown: it was made before featx 0.3, and names a class for photos of anything. "
+    "Fit it again: featx fit STORE --out MODEL"
+)
+
+
+def silence(threshold: float | None, metrics: Mapping[str, Any]) -> list[str]:
+    """Why every answer of a model with this threshold and these metrics abstains, in a sentence; empty if not."""
     if threshold is not None:
-        return None
+        return []
     least = metrics.get("smallest_max_error")
     known = isinstance(least, float) and 0 < least < 1
     again = f"--max-error {least:g} is the smallest that they can promise" if known else "--max-error"
-    return (
+    return [
         "Every answer of this model abstains: its images could not promise as few errors as it was to make. "
         f"Fit it again with more images, or with a larger share of errors ({again})."
-    )
+    ]
 
 
 # --- writing ------------------------------------------------------------------------------------------------------
@@ -234,6 +274,8 @@ def bundle_bytes(bundle: Bundle) -> bytes:
         "mean": scorer.mean, "scale": scorer.scale, "coef": scorer.coef, "intercept": scorer.intercept,
         "rows": scorer.rows, "targets": scorer.targets, "golden": bundle.golden,
         "golden_scores": bundle.probabilities(bundle.golden), "probe_embedding": bundle.probe_embedding,
+        "own_rows": None if bundle.familiarity is None else bundle.familiarity.rows,
+        "own_similarity": None if bundle.familiarity is None else bundle.familiarity.own,
     }  # fmt: skip
     members = {
         "bundle.json": json.dumps(bundle.describe(), indent=2, sort_keys=True, allow_nan=False).encode(),
@@ -425,6 +467,8 @@ def _assemble(fields: dict[str, Any], arrays: dict[str, NDArray[Any]], probe: by
         shapes |= {"rows": (m, d), "targets": (m,)}
     else:
         shapes |= {"coef": (c, d), "intercept": (c,)}
+    if "own_rows" in arrays or "own_similarity" in arrays:
+        shapes |= {"own_rows": (None, d), "own_similarity": (None,)}
     if set(shapes) != set(arrays):
         raise ValueError(f"its arrays are {', '.join(sorted(arrays))}")
     for name, shape in shapes.items():
@@ -449,6 +493,9 @@ def _assemble(fields: dict[str, Any], arrays: dict[str, NDArray[Any]], probe: by
     max_error = _number(fields, "max_error")
     if max_error is None:
         raise ValueError("max_error is null")
+    max_unknown = _number(fields, "max_unknown") if fields["format_version"] > 2 else None
+    if max_unknown is not None and max_unknown >= 1:
+        raise ValueError(f"max_unknown is {max_unknown!r:.40}")
     return Bundle(
         scorer=scorer,
         class_names=tuple(names),
@@ -459,6 +506,8 @@ def _assemble(fields: dict[str, Any], arrays: dict[str, NDArray[Any]], probe: by
         sharpness=_number(fields, "sharpness"),
         threshold=_number(fields, "threshold"),
         max_error=max_error,
+        max_unknown=max_unknown,
+        familiarity=_familiarity(arrays, scorer.kind) if "own_rows" in arrays else None,
         golden=arrays["golden"],
         probe=probe,
         probe_embedding=arrays["probe_embedding"],
@@ -467,6 +516,15 @@ def _assemble(fields: dict[str, Any], arrays: dict[str, NDArray[Any]], probe: by
         notes=tuple(str(note) for note in notes),
         sha256=sha256,
     )
+
+
+def _familiarity(arrays: Mapping[str, NDArray[Any]], kind: str) -> Familiarity:
+    rows, own = arrays["own_rows"].astype(np.float32), arrays["own_similarity"]
+    if len(rows) < 2 or not np.linalg.norm(rows, axis=1).max() <= _UNIT:
+        raise ValueError("own_rows are not two or more rows of unit length")
+    if not -_UNIT <= own[0] <= own[-1] <= _UNIT or (np.diff(own) < 0).any():
+        raise ValueError("own_similarity are not ascending cosines")
+    return Familiarity(rows, own, kind)
 
 
 def _has_layers(provenance: Any) -> bool:

@@ -10,6 +10,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
+from scipy.stats import beta
 
 from featx.heads import Array, softmax
 
@@ -85,3 +86,11 @@ def _error_rates(scores: Array, correct: NDArray[np.bool_]) -> tuple[Array, Arra
 def calibrated(scores: Array, sharpness: float | None) -> Array | None:
     """Probabilities (n, c), or None where there was nothing to calibrate on."""
     return None if sharpness is None else softmax(scores, sharpness)
+
+
+def clopper_pearson(right: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """The exact interval of a share, of which ``right`` of ``n`` were seen."""
+    tail = (1 - level) / 2
+    low = float(beta.ppf(tail, right, n - right + 1)) if right else 0.0
+    high = float(beta.ppf(1 - tail, right + 1, n - right)) if right < n else 1.0
+    return low, high

@@ -2,6 +2,7 @@
 
 The pipeline consists of scikit-learn's own classes, so it loads where featx is not installed, and its
 ``predict_proba`` gives the bundle's calibrated probabilities. What it does not have is a network: it takes embeddings.
+Nor does it know which photos are unknown to it: no class of scikit-learn says so beside its probabilities.
 """
 
 from __future__ import annotations
@@ -172,24 +173,28 @@ class Pickled:
             ) from error
 
     @property
-    def silence(self) -> str | None:
-        """As of :attr:`featx.models.bundle.Bundle.silence`."""
-        return silence(self.threshold, self.told["metrics"])
+    def cautions(self) -> list[str]:
+        """As of :attr:`featx.models.bundle.Bundle.cautions`."""
+        return [
+            *silence(self.threshold, self.told["metrics"]),
+            "An exported head knows no unknown: it names a class for photos of anything. Use the model itself.",
+        ]
 
     def answer(self, embeddings: NDArray[np.floating]) -> list[Answer]:
         """As of :meth:`featx.models.bundle.Bundle.answer`."""
         rows = np.asarray(embeddings, dtype=np.float64)
         shares = self.pipeline.predict_proba(rows)
         calibrated = self.score_kind == "probability"
+        sure = shares.max(axis=1) >= (np.inf if self.threshold is None or not calibrated else self.threshold)
         return [
             Answer(
                 label=str(label),
                 score=float(share.max() if calibrated else np.diff(np.sort(share)[-2:])[0]),
                 score_kind=self.score_kind,
-                abstain=not calibrated or self.threshold is None or bool(share.max() < self.threshold),
                 probabilities=dict(zip(self.told["class_names"], share.tolist(), strict=True)) if calibrated else {},
+                reason=None if known else "unsure",
             )
-            for label, share in zip(self.pipeline.predict(rows), shares, strict=True)
+            for label, share, known in zip(self.pipeline.predict(rows), shares, sure, strict=True)
         ]
 
 

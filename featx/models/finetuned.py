@@ -17,6 +17,7 @@ from featx.heads import fold_numbers
 from featx.models.bundle import Bundle
 from featx.models.calibrate import fit_sharpness
 from featx.models.fit import FittedHead, judge_scores, pack_bundle, warnings_of
+from featx.models.unknown import check_max_unknown, learn_from_folds, metrics_of, similarity_to, warnings_of_unknown
 from featx.store import fingerprint
 
 OUT_OF_FOLD = 3
@@ -27,6 +28,7 @@ def finetune_bundle(
     tuning: Tuning,
     *,
     max_error: float = 0.05,
+    max_unknown: float = 0.05,
     random_state: int = 0,
     engine: str = "auto",
     progress: Progress | None = None,
@@ -37,6 +39,7 @@ def finetune_bundle(
     """
     if not 0 < max_error < 1:
         raise UsageError("--max-error is a share of the answers", expected="between 0 and 1", found=max_error)
+    check_max_unknown(max_unknown)
     data = LabelledRows.of_features(tuning.features)
     use, y, names, copies = data.rows, data.labels, data.class_names, data.groups
     folds = fold_numbers(y, copies, OUT_OF_FOLD, random_state)
@@ -48,15 +51,25 @@ def finetune_bundle(
             found=names[int(data.counts.argmin())],
             hint="Add images of it, or leave it out.",
         )
-    scores = np.zeros((len(use), len(names)))
+    scores, similarity = np.zeros((len(use), len(names))), np.zeros(len(use))
     for fold in range(total - 1):
         held = folds == fold
         trained = _train(tuning, use[~held], y[~held], copies[~held], (random_state, fold), tell, fold, total)
         scores[held] = training.scores(trained.classifier, tuning.activations, use[held])
+        if max_unknown:
+            seen = training.embed(trained.classifier.tail, tuning.activations, use, device=tuning.device)
+            similarity[held] = similarity_to(seen[held], seen[~held], y[~held], random_state=random_state)
     trained = _train(tuning, use, y, copies, (random_state, total), tell, total - 1, total)
     tell(total, total, "packing")
     sharpness = fit_sharpness(scores, y)
     threshold, metrics = judge_scores(scores, sharpness, y, copies, max_error, names)
+    every = np.arange(len(tuning.features))
+    embeddings = training.embed(trained.classifier.tail, tuning.activations, every, device=tuning.device)
+    familiarity, measured = learn_from_folds(
+        embeddings[use], y, copies, similarity, folds, max_unknown=max_unknown, random_state=random_state
+    )
+    metrics["unknown"] = measured and metrics_of(measured, names)
+    notes = (*warnings_of(metrics, threshold, max_error), *warnings_of_unknown(metrics["unknown"], max_unknown))
     tail = tail_bytes(trained.classifier.tail, tuning.halves.cut)
     network = tuned(tuning.backbone, tail)
     runner = make_engine(network, engine=engine, device=tuning.device, precision="fp32")
@@ -70,17 +83,15 @@ def finetune_bundle(
             "recipe": asdict(tuning.recipe),
         }
     }
-    every = np.arange(len(tuning.features))
     return pack_bundle(
         FittedHead(
             scorer=trained.classifier.scorer(), class_names=names, head=tuning.head,
             params={"epochs": trained.epochs}, sharpness=sharpness, threshold=threshold, max_error=max_error,
-            metrics=metrics, notes=(*tuning.notes, *warnings_of(metrics, threshold, max_error)),
+            max_unknown=max_unknown, familiarity=familiarity, metrics=metrics, notes=(*tuning.notes, *notes),
         ),
         replace(
             tuning.features,
-            embeddings=training.embed(trained.classifier.tail, tuning.activations, every, device=tuning.device),
-            layer="penultimate", provenance=provenance, fingerprint=fingerprint(provenance),
+            embeddings=embeddings, layer="penultimate", provenance=provenance, fingerprint=fingerprint(provenance),
         ),
         embedder,
         tail=tail,

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import beta
 from threadpoolctl import threadpool_limits
 
 from featx._arrays import NEAR, Index
@@ -41,7 +40,9 @@ from featx.heads import (
 )
 from featx.images import encode
 from featx.models.bundle import Bundle
-from featx.models.calibrate import fit_sharpness, fit_threshold, smallest_error
+from featx.models.calibrate import clopper_pearson, fit_sharpness, fit_threshold, smallest_error
+from featx.models.novelty import Familiarity
+from featx.models.unknown import check_max_unknown, learn, metrics_of, warnings_of_unknown
 from featx.store import Alike, FeatureSet, layers_of, title_of
 
 N_GOLDEN = 16
@@ -65,6 +66,8 @@ class FittedHead:
     sharpness: float | None
     threshold: float | None
     max_error: float
+    max_unknown: float
+    familiarity: Familiarity | None
     metrics: dict[str, Any]
     notes: tuple[str, ...]
 
@@ -78,6 +81,7 @@ def fit_head(
     near_duplicates: Alike = NEAR,
     heads: Sequence[str] = ("auto",),
     max_error: float = 0.05,
+    max_unknown: float = 0.05,
     random_state: int = 0,
     n_jobs: int | None = None,
     pool: NDArray[np.floating] | None = None,
@@ -98,6 +102,7 @@ def fit_head(
     heads : names of :data:`featx.heads.catalogue.HEADS`; of several, the sweep's winner when all images but a fifth are
     shots.
     max_error : share of answers that may be wrong; below the threshold that follows the head abstains.
+    max_unknown : share of photos like these that may be called unknown; with 0 none ever is.
     random_state : seed of the folds.
     n_jobs : workers that compare several heads; by default one for each core.
     layers : which columns are which layer's, to combine them; by default the embeddings are of one layer.
@@ -115,6 +120,7 @@ def fit_head(
         raise UsageError(
             "--max-error is a share of the answers", expected="more than 0 and less than 1", found=max_error
         )
+    check_max_unknown(max_unknown)
     if device is not None:
         check_device(device)
     data = LabelledRows.of(
@@ -171,6 +177,10 @@ def fit_head(
     sharpness = None if scores is None else fit_sharpness(scores, y)
     threshold, metrics = judge_scores(scores, sharpness, y, copies, max_error, names)
     notes += warnings_of(metrics, threshold, max_error)
+    say(total, total, "measuring what is unknown")
+    familiarity, measured = learn(rows, y, copies, kind=scorer.kind, max_unknown=max_unknown, random_state=random_state)
+    metrics["unknown"] = measured and metrics_of(measured, names)
+    notes += warnings_of_unknown(metrics["unknown"], max_unknown)
     return FittedHead(
         scorer=scorer,
         class_names=names,
@@ -179,6 +189,8 @@ def fit_head(
         sharpness=sharpness,
         threshold=threshold,
         max_error=max_error,
+        max_unknown=max_unknown,
+        familiarity=familiarity,
         metrics={
             **metrics,
             "unlabelled_images": 0 if pool is None else len(pool),
@@ -280,7 +292,7 @@ def measure(
     correct = predicted == labels
     confidence = probabilities[np.arange(len(labels)), predicted]
     answered = np.zeros(len(labels), bool) if threshold is None else confidence >= threshold
-    low, high = _clopper_pearson(int(correct.sum()), len(labels))
+    low, high = clopper_pearson(int(correct.sum()), len(labels))
     images = np.bincount(labels, minlength=len(class_names)).tolist()
     right = np.bincount(labels[correct], minlength=len(class_names)).tolist()
     recalled = {
@@ -303,13 +315,6 @@ def measure(
     }
 
 
-def _clopper_pearson(right: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    tail = (1 - level) / 2
-    low = float(beta.ppf(tail, right, n - right + 1)) if right else 0.0
-    high = float(beta.ppf(1 - tail, right + 1, n - right)) if right < n else 1.0
-    return low, high
-
-
 # --- the bundle ---------------------------------------------------------------------------------------------------
 
 
@@ -319,6 +324,7 @@ def fit_bundle(
     *,
     heads: Sequence[str] = ("auto",),
     max_error: float = 0.05,
+    max_unknown: float = 0.05,
     random_state: int = 0,
     pool: NDArray[np.floating] | None = None,
     layers: Layers | None = None,
@@ -331,7 +337,7 @@ def fit_bundle(
     ----------
     features : of the store.
     embedder : what made them (:meth:`Embedder.like`); it embeds the probe image.
-    heads, max_error, random_state, pool, layers, device, progress : as of :func:`fit_head`.
+    heads, max_error, max_unknown, random_state, pool, layers, device, progress : as of :func:`fit_head`.
     """
     use = np.flatnonzero((features.splits != "test") & ((features.labels >= 0) | (pool is None)))
     groups = features.copies
@@ -343,6 +349,7 @@ def fit_bundle(
         near_duplicates=features.near_copies_of(use),
         heads=heads,
         max_error=max_error,
+        max_unknown=max_unknown,
         random_state=random_state,
         pool=pool,
         layers=layers,
@@ -377,6 +384,8 @@ def pack_bundle(fitted: FittedHead, features: FeatureSet, embedder: Embedder, *,
         sharpness=fitted.sharpness,
         threshold=fitted.threshold,
         max_error=fitted.max_error,
+        max_unknown=fitted.max_unknown,
+        familiarity=fitted.familiarity,
         golden=features.embeddings[golden],
         probe=probe,
         probe_embedding=of_layer(embedder.embed_bytes(probe), place)[0],
@@ -399,7 +408,9 @@ def _test(bundle: Bundle, features: FeatureSet, groups: Index) -> dict[str, Any]
         return None
     labels = np.array([place[features.class_names[int(i)]] for i in features.labels[use]])
     scores = bundle.scorer.scores(features.embeddings[use])
-    return measure(labels, scores, softmax(scores, bundle.sharpness), bundle.threshold, bundle.class_names)
+    found = measure(labels, scores, softmax(scores, bundle.sharpness), bundle.threshold, bundle.class_names)
+    unknown = [each.reason == "unknown" for each in bundle.answer(features.embeddings[use])]
+    return {**found, "unknown": float(np.mean(unknown))}
 
 
 def probe_pixels(height: int = 240, width: int = 320) -> NDArray[np.uint8]:

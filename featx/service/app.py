@@ -84,9 +84,15 @@ def _add_work(app: FastAPI, service: Service, keyed: list[Any]) -> None:
 
     @work_route("/predict", responses={200: {"model": schema.PredictReply}, **_WORK})
     async def predict(request: Request, k: Annotated[int, Query(ge=0, le=100)] = 5) -> Response:
-        """Label, probabilities and abstention; with a store, the ``k`` nearest labelled images as evidence."""
+        """Label, probabilities and abstention; with a store, the ``k`` nearest labelled images as evidence.
+
+        ``reason`` says why an answer abstains: the model is *unsure* of the label, or the photo is *unknown*, unlike
+        those that the model was fitted on. ``familiarity`` is the share of these that look at least as strange to it.
+        """
         work = await do_work(service, request)
         answers = bundle.answer(work.matrix(service.layer)) if work.names else []
+        for each in answers:
+            service.metrics.answers.labels(each.reason or "answered").inc()
         predictions = [{"id": name, **each.to_json()} for name, each in zip(work.names, answers, strict=True)]
         if service.evidence is not None and k and work.names:
             near = await asyncio.to_thread(service.evidence.nearest, work.matrix(service.evidence.layer), k)

@@ -34,6 +34,8 @@ class Prediction(BaseModel):
     score: float
     score_kind: Literal["probability", "margin"]
     abstain: bool
+    reason: Literal["unsure", "unknown"] | None
+    familiarity: float | None
     probabilities: dict[str, float]
     neighbours: list[Neighbour] | None = None
 

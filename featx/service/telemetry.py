@@ -82,6 +82,9 @@ class Metrics:
             "featx_request_seconds", "Time to answer", ["route"], buckets=_SECONDS, registry=self.registry
         )
         self.images = Counter("featx_images", "Images by what became of them", ["outcome"], registry=self.registry)
+        self.answers = Counter(
+            "featx_predictions", "Images by answer: answered, unsure or unknown", ["answer"], registry=self.registry
+        )
         self.batches = Histogram(
             "featx_batch_images",
             "Images in a batch",

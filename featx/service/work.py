@@ -72,6 +72,7 @@ class Service:
         return {
             "featx": version("featx"),
             **{name: told[name] for name in ("head", "params", "class_names", "layer", "threshold", "max_error")},
+            "max_unknown": told["max_unknown"],
             "score_kind": self.bundle.score_kind,
             "backbone": title_of(self.bundle.provenance),
             "fingerprint": self.bundle.provenance.get("fingerprint"),

@@ -31,6 +31,7 @@ from featx.heads.normalise import Normalise
 from featx.heads.scorer import KINDS, Scorer, margins, softmax
 from featx.models.bundle import bundle_bytes, parse_bundle, read_bundle, write_bundle
 from featx.models.predictor import open_embedder
+from featx.models.unknown import learn
 
 WHERE = Path("some.model")
 
@@ -38,7 +39,8 @@ WHERE = Path("some.model")
 @pytest.fixture(scope="module")
 def raw() -> bytes:
     rows, labels = clusters()
-    return bundle_bytes(make_bundle(make_head("logreg").fit(rows, labels), rows))
+    kept, _ = learn(rows, labels, np.arange(len(rows)), kind="l2", max_unknown=0.05)
+    return bundle_bytes(make_bundle(make_head("logreg").fit(rows, labels), rows, familiarity=kept, max_unknown=0.05))
 
 
 def sealed(raw: bytes, change: Callable[[dict[str, bytes]], None]) -> bytes:
@@ -96,6 +98,9 @@ def test_all_that_was_said_comes_back(raw: bytes, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.model") as file:
         arrays = safetensors.numpy.load(file.read("arrays.safetensors"))
     assert np.array_equal(arrays["coef"], bundle.scorer.coef)
+    rows = np.random.default_rng(0).normal(size=(50, 12)).astype(np.float32)
+    assert again.answer(rows) == bundle.answer(rows)
+    assert {answer.reason for answer in again.answer(rows)} >= {"unknown", None}
 
 
 def test_the_golden_model_is_read_for_ever() -> None:
@@ -133,6 +138,9 @@ def test_what_an_earlier_featx_wrote_is_written_anew_with_the_same_answers(versi
     assert (new.tail, new.probe, new.sha256 == old.sha256) == (old.tail, old.probe, False)
     rows = np.random.default_rng(0).normal(size=(50, 12)).astype(np.float32)
     assert np.array_equal(new.probabilities(rows), old.probabilities(rows))
+    for each in (old, new):
+        assert [note for note in each.cautions if "knows no unknown" in note and "Fit it again" in note]
+        assert {(a.familiarity, a.reason) for a in each.answer(rows)} <= {(None, None), (None, "unsure")}
 
 
 def test_answers() -> None:
@@ -147,6 +155,16 @@ def test_answers() -> None:
         assert list(answer.probabilities.values()) == row.tolist()
         assert answer.abstain == (row.max() < threshold)
     assert 0 < sum(answer.abstain for answer in answers) < len(answers)
+    kept, _ = learn(rows, labels, np.arange(len(rows)), kind="l2", max_unknown=0.1)
+    assert kept is not None
+    known = replace(bundle, familiarity=kept, max_unknown=0.1)
+    assert known.cautions == []
+    for with_it, without_it, share in zip(known.answer(-rows), bundle.answer(-rows), kept.shares(-rows), strict=True):
+        assert with_it.familiarity == share
+        assert with_it.reason == ("unknown" if share <= 0.1 else without_it.reason)  # unknown before unsure
+        assert with_it.abstain == (with_it.reason is not None)
+        assert (with_it.label, with_it.score) == (without_it.label, without_it.score)
+    assert {answer.reason for answer in replace(known, max_unknown=0.0).answer(-rows)} == {None, "unsure"}
     unsure = replace(bundle, sharpness=None, threshold=None)
     scores = bundle.scorer.scores(rows)
     for answer, margin in zip(unsure.answer(rows), margins(scores), strict=True):
@@ -177,6 +195,15 @@ def test_every_cut_is_refused(raw: bytes) -> None:
 def edit(**changes: Any) -> Callable[[dict[str, bytes]], None]:
     def change(members: dict[str, bytes]) -> None:
         members["bundle.json"] = json.dumps({**json.loads(members["bundle.json"]), **changes}).encode()
+
+    return change
+
+
+def without(field: str) -> Callable[[dict[str, bytes]], None]:
+    def change(members: dict[str, bytes]) -> None:
+        fields = json.loads(members["bundle.json"])
+        del fields[field]
+        members["bundle.json"] = json.dumps(fields).encode()
 
     return change
 
@@ -241,6 +268,20 @@ def respell(members: dict[str, bytes], was: bytes, now: bytes) -> None:
         (edit(sharpness=10**400), "sharpness is 1000"),
         (edit(max_error=10**400), "max_error is 1000"),
         (edit(max_error=None), "max_error is null"),
+        (edit(max_unknown=1), "max_unknown is 1"),
+        (edit(max_unknown=-0.1), "max_unknown is -0.1"),
+        (edit(max_unknown="0"), "max_unknown is '0'"),
+        (without("max_unknown"), "max_unknown is missing"),
+        (put(own_rows=None), "own_rows is missing|its arrays are"),
+        (put(own_similarity=None), "own_similarity is missing|its arrays are"),
+        (put(own_rows=np.zeros((4, 12))), "own_rows is float64 of shape"),
+        (put(own_rows=np.zeros((4, 11), np.float16)), "own_rows has the shape"),
+        (put(own_rows=np.zeros((1, 12), np.float16)), "own_rows are not two or more rows of unit length"),
+        (put(own_rows=np.full((4, 12), 1, np.float16)), "own_rows are not two or more rows of unit length"),
+        (put(own_rows=np.full((4, 12), np.inf, np.float16)), "own_rows is not finite"),
+        (put(own_similarity=np.array([0.5, 0.4])), "own_similarity are not ascending cosines"),
+        (put(own_similarity=np.array([0.5, 1.5])), "own_similarity are not ascending cosines"),
+        (put(own_similarity=np.array([0.5, np.nan])), "own_similarity is not finite"),
         (edit(notes=["\ud800"]), "not a sound model"),
         (edit(class_names=["\ud800", "b", "c"]), "not a sound model"),
         (lambda members: respell(members, b'"head": "logreg"', b'"head": 1e999'), "not a sound model"),
@@ -294,6 +335,8 @@ def test_what_is_sealed_but_wrong_is_refused(raw: bytes, change: Any, message: s
         (edit(format_version=3), "arrays.safetensors is missing"),
         (put_npy(coef=np.zeros((3, 12), np.float32)), "coef is float32 of shape"),
         (put_npy(coef=np.zeros((3, 11))), "coef has the shape"),
+        (put_npy(own_similarity=np.zeros(3)), "own_rows|its arrays are|is not a .npy"),
+        (put_npy(own_rows=np.zeros((3, 12), np.float16)), "own_rows is not a .npy as featx wrote it"),
         (put_npy(coef=np.full((3, 12), np.nan)), "coef is not finite"),
         (put_npy(coef=np.zeros((3, 12))), "does not give its golden values"),
         (put_npy(coef=np.array([["os.system"]], dtype=object)), "coef is not a .npy as featx wrote it"),

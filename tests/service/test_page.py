@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
 from conftest import Featx, class_folders, picture
-from servicekit import Running, png, start, start_tiny
+from servicekit import Running, plain, png, start, start_tiny
 from webdriver import Browser, driver, missing
 
 from featx.images.pixels import encode
@@ -88,8 +88,8 @@ def test_photos_and_a_broken_file(server: Running, kept: Path, browser: Browser,
         (expected,) = server.send("/predict", photo.read_bytes()).json["predictions"]
         state, title, bars, neighbours = told[photo.name]
         assert (state, bars, neighbours) == ("done", 2, 6)
-        assert expected["label"] in title
-        assert title.startswith("Not sure") == expected["abstain"]
+        assert (expected["label"] in title) == (expected["reason"] != "unknown")
+        assert title.startswith("Not sure") == (expected["reason"] == "unsure")
     assert told["broken.jpg"][0] == "failed" and "The file ends before the image does" in told["broken.jpg"][1]
     assert told["<b>notes.txt"][0] == "failed" and "Not one of JPEG" in told["<b>notes.txt"][1]
     thumbnails = "[...document.querySelectorAll('.near img')]"
@@ -155,6 +155,29 @@ def test_a_key_is_asked_for_and_the_badge_tells_the_end(chrome: tuple[str, Path]
         browser.wait("document.getElementById('about').textContent == 'ants, bees'")
         assert server.end() == 0
     browser.wait("document.getElementById('health').textContent == 'no connection'", 30)
+
+
+@pytest.mark.slow
+def test_an_unknown_photo_is_called_unknown(chrome: tuple[str, Path], browser: Browser) -> None:
+    black = chrome[1] / "black.png"
+    black.write_bytes(plain((0, 0, 0)))
+    with start_tiny(chrome[1]) as server:
+        browser.open(server.url + "/")
+        browser.wait(READY)
+        browser.choose("#files", black, *photos(chrome[1] / "own", 1))
+        browser.wait(DONE.format(2))
+        title, told = browser.run(
+            "const card = [...document.querySelectorAll('.card')].find(c => c.querySelector('.name').textContent == "
+            "'black.png'); return [card.querySelector('h2').textContent, card.querySelector('.told').innerText]"
+        )
+        assert title == "Unknown"
+        assert "Unlike the photos that this model was made from" in told
+        assert browser.run("return document.getElementById('counts').textContent") == "2 photos, 1 unknown"
+        assert "unknown (1)" in browser.run("return document.getElementById('filter').innerText")
+        rows = {row["file"]: row for row in csv.DictReader(browser.run("return table()").splitlines())}
+        assert (rows["black.png"]["reason"], float(rows["black.png"]["familiarity"])) == ("unknown", 1 / 41)
+        shots = Path(os.environ.get("FEATX_SCREENSHOTS") or chrome[1])
+        browser.screenshot(shots / "unknown.png")
 
 
 @pytest.mark.slow

@@ -54,6 +54,21 @@ def test_one_image_as_it_is(server: Running) -> None:
         assert reply.json["request_id"] == reply.headers["x-request-id"]
 
 
+def test_an_unknown_photo_is_called_so_and_counted(server: Running) -> None:
+    counted = {word: f'featx_predictions_total{{answer="{word}"}}' for word in ("answered", "unsure", "unknown")}
+    before = {word: server.metric(name) for word, name in counted.items()}
+    body, headers = form([("black.png", plain((0, 0, 0))), ("own.png", png(1))])
+    black, own = server.ask("/predict", body, headers).json["predictions"]
+    assert (black["abstain"], black["reason"], black["familiarity"]) == (True, "unknown", 1 / 41)
+    assert (own["abstain"], own["reason"]) == (False, None)
+    assert own["familiarity"] > 0.05
+    after = {word: server.metric(name) - before[word] for word, name in counted.items()}
+    assert after == {"answered": 1, "unsure": 0, "unknown": 1}
+    assert server.get("/info").json["max_unknown"] == 0.05
+    shape = server.get("/openapi.json").json["components"]["schemas"]["Prediction"]
+    assert {"reason", "familiarity"} <= set(shape["required"])
+
+
 def test_several_in_a_form_where_a_broken_one_fails_alone(server: Running) -> None:
     files = [("a.png", png(1)), ("b.jpg", b"no image"), ("c.png", png(2)), ("d.png", plain(RED)), ("e.png", png(3))]
     body, headers = form(files)
