@@ -22,8 +22,13 @@ from featx.heads import Array, fold_numbers
 from featx.models.calibrate import clopper_pearson
 from featx.models.novelty import N_NEAREST, Familiarity, Single, is_unknown, kept_rows, nearest_mean, shares_among
 
+_MOST_ROWS = 512
+"""Own images that a model keeps, or more where five of each class are more: each photo is compared with all. Four times
+as many refused no more of other sets, and of classes left out at most five points more.
+"""
+
 _ROOM = 10 * 2**20
-"""Bytes in memory that a model's own images may take: what every prediction has to read."""
+"""Bytes in memory that they may take, of long embeddings."""
 
 _MOST_JUDGED = 2000
 """Own images that are judged by the others: more would not make a share finer than anybody asks for."""
@@ -91,7 +96,7 @@ def learn(
     if max_unknown == 0 or len(one) < 2:
         return None, None
     order = np.random.default_rng(random_state).permutation(one)
-    kept = _in_turn(order, labels, room(embeddings.shape[1]))
+    kept = _in_turn(order, labels, room(embeddings.shape[1], labels))
     judged = order[:_MOST_JUDGED]
     rows = kept_rows(embeddings, kept, kind)
     with threadpool_limits(limits=1, user_api="blas"):
@@ -115,9 +120,10 @@ def learn(
     return Familiarity(rows, own, kind), Measured(len(judged), refused, left_out)
 
 
-def room(dims: int) -> int:
-    """Own images that a model keeps at most, of embeddings of this length."""
-    return max(_ROOM // (4 * dims), 2 * N_NEAREST)
+def room(dims: int, labels: NDArray[np.integer]) -> int:
+    """Own images that a model keeps at most, of embeddings of this length and of these classes."""
+    wanted = max(_MOST_ROWS, N_NEAREST * len(np.unique(labels)))
+    return min(wanted, max(_ROOM // (4 * dims), 2 * N_NEAREST))
 
 
 def similarity_to(
@@ -125,7 +131,7 @@ def similarity_to(
 ) -> Array:
     """Similarity (n,) of embeddings (n, d) to images (m, d) that they are not among, of classes ``labels`` (m,)."""
     order = np.random.default_rng(random_state).permutation(len(own))
-    rows = kept_rows(own, _in_turn(order, labels, room(own.shape[1])), "l2")
+    rows = kept_rows(own, _in_turn(order, labels, room(own.shape[1], labels)), "l2")
     return Familiarity(rows, np.zeros(0), "l2").similarity(embeddings)
 
 
@@ -153,7 +159,7 @@ def learn_from_folds(
     if max_unknown == 0 or len(one) < 2:
         return None, None
     order = np.random.default_rng(random_state).permutation(one)
-    rows = kept_rows(embeddings, _in_turn(order, labels, room(embeddings.shape[1])), "l2")
+    rows = kept_rows(embeddings, _in_turn(order, labels, room(embeddings.shape[1], labels)), "l2")
     refused = np.zeros(len(one), bool)
     for fold in np.unique(folds[one]):
         held = folds[one] == fold

@@ -286,6 +286,13 @@ def test_the_kept_model_is_the_trained_one(
     assert kept.provenance["finetuned"]["base_weights_sha256"] == backbone.weights_sha256
     assert kept.describe()["format_version"] == 3
     assert kept.metrics["images"] == 24
+    # What is unknown was calibrated by networks that had not seen the images; another class takes another training.
+    assert kept.familiarity is not None
+    assert (len(kept.familiarity.rows), len(kept.familiarity.own), kept.max_unknown) == (24, 24, 0.05)
+    assert kept.metrics["unknown"]["images"] == 24
+    assert kept.metrics["unknown"]["class_left_out"] is None
+    assert kept.familiarity.own.max() < 1 - 1e-6  # none found itself
+    assert bundle.answer(bundle.golden) == kept.answer(kept.golden)
     # The golden rows are what training ended with; the network is built anew from its base and the tail.
     with pytest.raises(UsageError, match="a network of your own"):
         open_embedder(kept, tmp_path / "m.model", engine="torch", device="cpu")
