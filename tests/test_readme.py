@@ -161,7 +161,7 @@ def test_the_service_answers_as_the_guide_asks(run: Run, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_the_output_that_is_shown_is_real(run: Run, photos: Path, tmp_path: Path) -> None:
-    """That of ants and bees, but for times, and for the few tenths that another processor may make of it."""
+    """That of ants and bees, but for times, and for the few tenths that another processor makes of it, or fp32."""
     line, table = (block.splitlines() for block in blocks(README, "text"))
     store = tmp_path / "photos.featx"
     done = run(["featx", "extract", str(photos / "hymenoptera"), "--out", str(store)], tmp_path)
@@ -176,7 +176,7 @@ def test_the_output_that_is_shown_is_real(run: Run, photos: Path, tmp_path: Path
     for row in rows:
         accuracy = found[row[1]]["accuracy"]
         for name, shown in zip(("mean", "low", "high"), row.groups()[1:], strict=True):
-            assert abs(100 * accuracy[name] - float(shown)) < 0.6, row[0]
+            assert abs(100 * accuracy[name] - float(shown)) < 0.9, row[0]
 
 
 def test_the_package_docstring_has_the_same_four_lines() -> None:
