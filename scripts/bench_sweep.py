@@ -12,6 +12,9 @@ scikit-learn solved to the optimum at the same penalty, because its default tole
 featx is. Run it without ``OMP_NUM_THREADS``: it would change what "as users run it" means, and is written
 into the result. The comparison of results takes longer than the timings, and does not mind other work: what was found
 is kept in a journal beside ``--out``, draw by draw and store by store, and another run goes on from there.
+
+``--before PYTHON`` compares the default plan of ``featx sweep`` (``--timed`` draws) with the featx of another virtual
+environment, in turns: how much faster, whether the same is chosen, and how far mean accuracies differ.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ import json
 import os
 import platform
 import resource
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -130,7 +135,13 @@ def main() -> None:
     parser.add_argument("--n-jobs", type=int, default=joblib.cpu_count())
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop then, to go on later")
     parser.add_argument("--out", type=Path, default=Path("data/bench/sweep.json"))
+    parser.add_argument(
+        "--before", type=Path, metavar="PYTHON", help="compare the default plan with the featx of another interpreter"
+    )
     options = parser.parse_args()
+    if options.before:
+        print(json.dumps(against_before(options.store, options.before, options.timed), indent=1))
+        return
     started = time.monotonic()
     plan = draws(options.store, options.episodes)
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -159,6 +170,48 @@ def main() -> None:
     }  # fmt: skip
     print(json.dumps(written, indent=1))
     options.out.write_text(json.dumps(written, indent=1) + "\n")
+
+
+DEFAULT_PLAN = """
+import json, sys, time
+from featx.evaluation import sweep_heads
+from featx.store import read_features
+features, episodes = read_features(sys.argv[1]), int(sys.argv[2])
+wall, cpu = time.perf_counter(), time.process_time()
+result = sweep_heads(
+    features.embeddings, features.labels, class_names=features.class_names, groups=features.copies,
+    pixels=features.pixels, episodes=episodes, n_jobs=1,
+)
+trials = [[t.head, str(t.n_shots), dict(t.params), t.accuracy] for t in (*result.trials, *result.pixels)]
+print(json.dumps([time.perf_counter() - wall, time.process_time() - cpu, trials]))
+"""
+"""The heads, numbers of shots and baseline of ``featx sweep``, on one core; any version of featx runs it."""
+
+
+def against_before(store: Path, python: Path, episodes: int) -> dict[str, Any]:
+    """The default plan by this featx and by that of another interpreter, three times in turns; the best counts."""
+    ways: dict[str, list[Any]] = {"before": [], "featx": []}
+    for _ in range(3):
+        for name, each in (("before", python), ("featx", Path(sys.executable))):
+            ran = subprocess.run(
+                [each, "-c", DEFAULT_PLAN, store, str(episodes)], check=True, capture_output=True, text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+            ways[name].append(json.loads(ran.stdout))
+    before, after = (min(runs, key=lambda run: run[1]) for runs in ways.values())
+    cells: dict[tuple[str, str], list[float]] = {}
+    for old, new in zip(before[2], after[2], strict=True):
+        cells.setdefault((old[0], old[1]), []).append(new[3] - old[3])
+    return {
+        "store": store.name,
+        "draws": episodes,
+        "load": os.getloadavg()[0],
+        "cpu_seconds": {"before": before[1], "featx": after[1]},
+        "times_cpu": before[1] / after[1],
+        "times_wall": min(run[0] for run in ways["before"]) / min(run[0] for run in ways["featx"]),
+        "same_choices": sum(old[2] == new[2] for old, new in zip(before[2], after[2], strict=True)) / len(after[2]),
+        "largest_difference_of_mean_accuracy": max(abs(float(np.mean(each))) for each in cells.values()),
+    }
 
 
 def take_time(tasks: list[Task], jobs: int) -> dict[str, Any]:

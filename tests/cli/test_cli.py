@@ -397,6 +397,35 @@ def test_a_stopped_extraction_says_how_to_go_on(tmp_path: Path, number: signal.S
     assert done["embedded"] + done["reused"] == 300
 
 
+def test_a_stopped_sweep_prints_what_is_known(store: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "featx", "sweep", str(store), "--episodes", "10000", "--out", str(out), "--n-jobs", "1"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not (out / "journal.jsonl").exists() or len((out / "journal.jsonl").read_bytes().splitlines()) < 20:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    text, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert re.search(r"Provisional: [\d,]+ of [\d,]+\s+draws\s+are\s+made", text)
+    assert "provisional: 2 of" in " ".join(err.split())
+    assert "finished draws are kept" in err
+    assert "Traceback" not in err
+
+
+def test_a_sweep_stops_when_its_time_is_up(store: Path, tmp_path: Path, featx: Featx) -> None:
+    out = tmp_path / "report"
+    ran = featx("sweep", store, "--episodes", "10000", "--out", out, "--n-jobs", "1", "--seconds", "1", "--json")
+    assert sum(ran.json["missing"].values()) > 0
+    assert "provisional:" not in ran.err
+    assert {row["episodes"] for row in ran.json["results"] if row["n_shots"] == 1} < set(range(2, 10_000))
+    assert (out / "journal.jsonl").exists()
+    assert json.loads((out / "summary.json").read_bytes())["missing"] == ran.json["missing"]
+
+
 @pytest.mark.parametrize("word", ["ImportError", "RuntimeError"])
 def test_ctrl_c_while_something_is_imported(word: str, tmp_path: Path, featx: Featx) -> None:
     """An extension module makes an error of its own of the KeyboardInterrupt that comes in its initialisation."""

@@ -114,6 +114,30 @@ def test_one_shot_takes_the_stated_defaults(result: Any) -> None:
             assert trial.selection_score is None
 
 
+def test_a_sweep_whose_time_is_up_tells_what_is_missing_and_goes_on(result: Any, tmp_path: Path) -> None:
+    rows, labels, names = blobs([40, 30, 35])
+    plan: dict[str, Any] = {"class_names": names, "episodes": 6, "shots": (1, 5, 12, "all"), "n_jobs": 1}
+    known: list[Any] = []
+    short = sweep_heads(rows, labels, **plan, seconds=0, journal=tmp_path / "j", partial=known.append)
+    assert short.shots == (1,)
+    assert short.missing == {1: 4, 5: 6, 12: 6, "all": 6}
+    assert short.to_json()["missing"] == {"1": 4, "5": 6, "12": 6, "all": 6}
+    assert short.missing_sentence.startswith("Provisional: 2 of 24 draws are made (2 with 1 shot, 0 with 5 shots")
+    assert {each.episodes for each in short.results} == {2}
+    assert len(known) == 1
+    assert [t.accuracy for t in known[0].trials] == [t.accuracy for t in short.trials]
+    whole = sweep_heads(rows, labels, **plan, journal=tmp_path / "j", partial=known.append)
+    assert not (tmp_path / "j").exists()
+    assert whole.missing == {}
+    assert whole.missing_sentence == ""
+    assert [t.row() for t in whole.trials] == [t.row() for t in result.trials]
+    drawn = [len(each.queries) for each in known]
+    assert drawn == sorted(drawn)
+    # Two draws of each number of images come before the third of any.
+    first = next(each for each in known if len(each.queries) == 8)
+    assert {n_shots: first.draws(n_shots) for n_shots in first.shots} == dict.fromkeys((1, 5, 12, "all"), 2)
+
+
 @pytest.mark.slow
 def test_the_result_does_not_depend_on_the_number_of_workers(result: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """One here, against by default one a core."""

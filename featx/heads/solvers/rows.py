@@ -508,12 +508,16 @@ def hinge_duals(
     weights : (f, n) which rows each problem has.
     c : (f,) penalty parameter of each.
     start : (n, f, k) duals near the solution.
-    tolerance : as of :func:`newton_path`.
+    tolerance : as of :func:`newton_path`; from 1e-5 on, steps are solved for in single precision, whose error is far
+        less.
     """
     n, k, n_weights = len(products), targets.shape[1], len(weights)
     sign = np.tile(targets, n_weights)
     inside = np.repeat(weights.T, k, axis=1)
     cs, total = np.repeat(c, k), np.repeat(weights.sum(axis=1), k)
+    single = tolerance >= 1e-5
+    some, solve = (products.astype(np.float32), linalg.lapack.sposv) if single else (products, linalg.lapack.dposv)
+    slack = 0.01 * tolerance * total if single else np.zeros(len(cs))
 
     def standing(scores: Array, duals: Array) -> tuple[Array, Array]:
         """Penalised loss of each problem, and how far (n, p) its rows are inside the margin."""
@@ -536,9 +540,9 @@ def hinge_duals(
             active = np.flatnonzero(short[:, problem])
             if not len(active):
                 continue
-            system = products[active[:, None], active]
+            system = some[active[:, None], active]
             system.flat[:: len(active) + 1] += 0.5 / cs[problem]
-            step[active, column] = linalg.lapack.dposv(system, sign[active, problem], overwrite_a=True)[1]
+            step[active, column] = solve(system, sign[active, problem], overwrite_a=True)[1]
         step -= duals[:, left]
         along = products @ step
         size, before, was = np.ones(len(left)), value[left], short[:, left] > 0.0
@@ -547,7 +551,7 @@ def hinge_duals(
             duals_there[:, left] += size * step
             scores_there[:, left] += size * along
             reached, short = standing(scores_there, duals_there)
-            worse = reached[left] > before + 1e-13 * (before + 1.0)
+            worse = reached[left] > before + 1e-13 * (before + 1.0) + slack[left]
             if not worse.any():
                 break
             size[worse] *= 0.5
