@@ -223,7 +223,7 @@ def make_lanes(
         elif engine is not None and network in given:
             runs = engine
         else:
-            runs = make_engine(network, precision=str(made.get("precision", "auto")) if made else "auto")
+            runs = make_engine(network, precision=recorded_precision(network, made))
         looks: Sequence[str] = str(made.get("views", "center")).split(",")
         if views is not None and (network in given or not given):  # a backbone that is not named goes on as it was made
             looks = views
@@ -232,6 +232,15 @@ def make_lanes(
             replace(lane, provenance={**lane.provenance, "recipe": recipe}) if recipe and network in given else lane
         )
     return tuple(lanes)
+
+
+def recorded_precision(network: Backbone, made: Mapping[str, Any]) -> str:
+    """The precision that a store has for this very network, of which it says how it was ``made``; else "auto".
+
+    Another network of that name will be refused, and need not be quantised before.
+    """
+    same = (network.weights_sha256, list(network.layers)) == (made.get("weights_sha256"), made.get("layers"))
+    return str(made["precision"]) if same else "auto"
 
 
 def extract_lanes(

@@ -89,8 +89,8 @@ def killed(store: Path, out: Path, arrays: Path, *, all_of_them: bool) -> int:
         journal = out / "journal.jsonl"
         try:
             wait_for(lambda: journal.exists() and journal.read_bytes().count(b"\n") > 5, 60)
-            assert len(of_session(sweep.pid)) >= 3  # with two workers
-            assert list(arrays.rglob("*.pkl"))  # that read the embeddings from a file
+            # The first draws are made before there are workers: two, that read the embeddings from a file.
+            wait_for(lambda: len(of_session(sweep.pid)) >= 3 and bool(list(arrays.rglob("*.pkl"))), 60)
         finally:
             (os.killpg if all_of_them else os.kill)(sweep.pid, signal.SIGKILL)
     assert sweep.returncode == -signal.SIGKILL

@@ -230,32 +230,40 @@ class At:
         return self._trace
 
 
-# An interrupt between the call of open and the with that would close it leaves the file to the collector.
-@pytest.mark.filterwarnings("ignore:Exception ignored in. <_io.FileIO:pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.slow
-def test_ctrl_c_at_every_third_line_of_the_writer(tmp_path: Path) -> None:
+def interrupt_every_third_line(folder: Path) -> None:
     """Lines, not instants: two thirds of these are in the loops that write bytes. Of a line's turns, any."""
     with At() as counted:
-        write_in_two_runs(tmp_path / "whole.featx")
-    expected = content_hash(tmp_path / "whole.featx")
+        write_in_two_runs(folder / "whole.featx")
+    expected = content_hash(folder / "whole.featx")
     rng = random.Random(0)
     turns = [rng.choice(counted.events[line]) for line in sorted(counted.events)[::3]]
     assert len(turns) > 75
-    gc.collect()
-    gc.freeze()  # what other tests have imported need not be looked through every time
-    try:
-        for turn in turns:
-            store = tmp_path / f"{turn}.featx"
-            with pytest.raises(KeyboardInterrupt), At(turn, turn + 3):
-                write_in_two_runs(store)
-            gc.collect()  # a process that goes on after it lets go of what was open (the lock) now or later
-            check_published(store) if (store / "shards").exists() else None
+    for turn in turns:
+        store = folder / f"{turn}.featx"
+        with pytest.raises(KeyboardInterrupt), At(turn, turn + 3):
             write_in_two_runs(store)
-            assert content_hash(store) == expected, turn
-            assert verify(store) == [], turn
-            shutil.rmtree(store)
-    finally:
-        gc.unfreeze()
+        gc.collect()  # a process that goes on after it lets go of what was open (the lock) now or later
+        check_published(store) if (store / "shards").exists() else None
+        write_in_two_runs(store)
+        assert content_hash(store) == expected, turn
+        assert verify(store) == [], turn
+        shutil.rmtree(store)
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_every_third_line_of_the_writer(tmp_path: Path) -> None:
+    """In a process of its own, so that no interrupt meets what other tests have loaded and left running."""
+    code = "import pathlib, sys, test_crash; test_crash.interrupt_every_third_line(pathlib.Path(sys.argv[1]))"
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 # --- the order of publication -------------------------------------------------------------------------------------

@@ -91,6 +91,8 @@ def _pictures(preprocess: Preprocess) -> Iterator[NDArray[np.uint8]]:
 
 
 def _import_nncf() -> Any:
+    # It asks torch for its extensions, which warns where CUDA's tools are there and no GPU is.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
         with without_telemetry():
             import nncf

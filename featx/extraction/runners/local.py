@@ -30,7 +30,7 @@ from featx._system import available_cpus
 from featx.backbones import Backbone, Engine, cuda_devices, make_engine
 from featx.errors import FeatxError, Interrupted, UsageError, plural
 from featx.extraction.parts import Part, extract_cut, finish_parts, parts_of, unfinished
-from featx.extraction.run import ExtractSummary, Start
+from featx.extraction.run import ExtractSummary, Start, recorded_precision
 from featx.images import ImageSet
 from featx.store import stored_backbones
 
@@ -94,7 +94,7 @@ class Job:
         @cache
         def start(backbone: Backbone) -> Engine:
             asked = self.precision != "auto" and (backbone.name in named or not named)
-            precision = self.precision if asked else stored.get(backbone.name, {}).get("precision", self.precision)
+            precision = self.precision if asked else recorded_precision(backbone, stored.get(backbone.name, {}))
             return self.start(backbone, precision=precision, **where)
 
         return start
