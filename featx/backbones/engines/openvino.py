@@ -94,19 +94,16 @@ class OpenVINOEngine:
     def _compile(self, size: int) -> Any:
         model = self._graph.model(self._layers)
         model.reshape([size, *list(model.inputs[0].partial_shape)[1:]])
-        return (
-            import_openvino()
-            .Core()
-            .compile_model(
-                model,
-                "CPU",
-                {
-                    "INFERENCE_PRECISION_HINT": _HINTS[self.precision],
-                    "INFERENCE_NUM_THREADS": self._threads,
-                    # A batch that is alone gets all threads; two full ones get half of them each, which wastes less.
-                    "NUM_STREAMS": min(REQUESTS, self._threads) if size == self.batch_size else 1,
-                },
-            )
+        core = import_openvino().Core()
+        return core.compile_model(
+            model,
+            "CPU",
+            {
+                "INFERENCE_PRECISION_HINT": _HINTS[self.precision],
+                "INFERENCE_NUM_THREADS": self._threads,
+                # A batch that is alone gets all threads; two full ones get half of them each, which wastes less.
+                "NUM_STREAMS": min(REQUESTS, self._threads) if size == self.batch_size else 1,
+            },
         )
 
 
