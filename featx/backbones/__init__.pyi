@@ -29,10 +29,11 @@ from .engines.base import (
     Engine as Engine,
     for_views as for_views,
     layer_place as layer_place,
+    network_to_keep as network_to_keep,
     of_layer as of_layer,
     quantised_of as quantised_of,
 )
-from .engines.graph import check_network as check_network, network_to_keep as network_to_keep
+from .engines.graph import check_network as check_network
 from .engines.torch import cuda_devices as cuda_devices, make_engine as make_engine
 from .frozen import LayerInfo as LayerInfo, describe_layers as describe_layers
 from .provenance import provenance_of as provenance_of

@@ -167,8 +167,8 @@ class Embedder:
     @property
     def networks(self) -> dict[str, bytes]:
         """The quantised networks that have to travel with a model, by their sha256."""
-        found = {quantised_of(each.engine): network_to_keep(each.backbone) for each in self._all}
-        return {sha256: content for sha256, content in found.items() if sha256 and content}
+        found = {quantised_of(each.engine): network_to_keep(each.engine) for each in self._all}
+        return {sha256: content for sha256, content in found.items() if content}
 
     @property
     def _all(self) -> tuple[Embedder, ...]:

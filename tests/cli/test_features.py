@@ -235,6 +235,7 @@ def test_a_model_takes_its_quantised_network_along(
     assert isinstance(answer, Answer)
     assert answer.score == pytest.approx(here.json["predictions"][0]["score"], abs=1e-6)
     assert list((tmp_path / "elsewhere").rglob("*.ir")) == []
+    assert embedder.networks == dict(bundle.networks)  # from the model, with nothing in the cache
     lost = replace(bundle, networks={})
     with pytest.raises(UsageError, match=r"featx\[int8\]"):
         open_embedder(lost, model)

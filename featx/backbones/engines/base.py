@@ -98,6 +98,11 @@ def quantised_of(engine: Engine) -> str:
     return str(getattr(engine, "quantised_sha256", ""))
 
 
+def network_to_keep(engine: Engine) -> bytes:
+    """The file of the quantised network that an engine runs; empty where every featx has it, or it is not quantised."""
+    return bytes(getattr(engine, "network_to_keep", b""))
+
+
 def for_views(engine: Engine, views: int) -> Engine:
     """The engine for images of so many views each: itself for one, or one that averages."""
     return engine if views == 1 else ViewsEngine(engine, views)
@@ -115,7 +120,8 @@ class ViewsEngine:
     def __init__(self, engine: Engine, views: int) -> None:
         self.engine, self.views = engine, views
         self.name, self.device, self.precision = engine.name, engine.device, engine.precision
-        self.batch_size, self.quantised_sha256 = engine.batch_size, quantised_of(engine)
+        self.batch_size = engine.batch_size
+        self.quantised_sha256, self.network_to_keep = quantised_of(engine), network_to_keep(engine)
 
     def embed(self, batches: Iterable[Batch]) -> Iterator[Embeddings]:
         """See :meth:`Engine.embed`."""

@@ -201,12 +201,6 @@ def carried(backbone: Backbone) -> Graph | None:
     return graph if same and prepared and set(backbone.layers) <= set(layers) else None
 
 
-def network_to_keep(backbone: Backbone) -> bytes | None:
-    """The quantised network as a file that travels with a model; None where every featx has it, or there is none."""
-    graph = None if carried(backbone) else Graph.read(quantised_file(backbone))
-    return None if graph is None else graph.content
-
-
 def check_network(content: bytes, sha256: str) -> None:
     """ValueError unless this is a stranger's quantised network of that hash that OpenVINO may be given.
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from featx.backbones.backbone import Backbone
 from featx.backbones.engines.base import EXACT_START, Batch, Embeddings, fill, sizes_of
-from featx.backbones.engines.graph import Graph, converted, import_openvino, quantised
+from featx.backbones.engines.graph import Graph, carried, converted, import_openvino, quantised
 
 REQUESTS = 2
 """Batches in work at once: while one ends and the next is filled, the other keeps the cores busy."""
@@ -47,11 +47,13 @@ class OpenVINOEngine:
     ) -> None:
         self.precision = precision
         self.batch_size = batch_size
-        self.quantised_sha256 = ""
+        self.quantised_sha256, self.network_to_keep = "", b""
         self._layers, self._threads = backbone.layers, threads
         if precision == "int8":
             self._graph = quantised(backbone, network)
             self.quantised_sha256 = self._graph.sha256
+            own = carried(backbone)
+            self.network_to_keep = b"" if own and own.sha256 == self._graph.sha256 else self._graph.content
         else:
             self._graph = converted(backbone, batch_size)
         if precision == "bf16":
