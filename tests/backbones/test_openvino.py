@@ -59,15 +59,12 @@ def test_a_damaged_cache_file_is_made_again(small: Backbone, damage: Callable[[b
 @pytestmark_openvino
 def test_no_bit_of_the_header_can_be_altered(small: Backbone) -> None:
     _one(small)
-    path = graphs.cache_file(small)
-    content = path.read_bytes()
+    content = graphs.cache_file(small).read_bytes()  # not altered there: other tests' processes would mend the file
     for bit in range(8 * 64):  # magic, hash, length, and the start of the graph
         altered = bytearray(content)
         altered[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(altered)
-        assert Graph.read(path) is None, bit
-    path.write_bytes(content)
-    assert Graph.read(path) is not None
+        assert Graph.parse(bytes(altered)) is None, bit
+    assert Graph.parse(content) is not None
 
 
 @pytestmark_openvino
