@@ -10,6 +10,9 @@ network's name, which has to be a known one. Nothing of it is unpickled here, an
 taken only if it is known by its whole sha256: from the catalogue, or because the user gives the sha256 of the whole
 pack, which ``featx weights pack`` prints. Converting such files to safetensors would not help: their own sha256 would
 be lost, or be a claim that nobody can check. Safetensors cannot run code; these are taken if they fill their network.
+
+Networks of these weights that were quantised on this machine travel along, so that a store at int8 goes on there with
+the same numbers. They are taken with the sha256 of the whole pack only: nothing else ties their numbers to the weights.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
@@ -29,6 +32,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 from featx._files import cannot_write, fsync_path, make_folder, publish, sha256_file, temporary, uninterrupted
 from featx.backbones.backbone import CatalogueNetwork, find
 from featx.backbones.catalogue import HUB, NETWORKS, WEIGHTS
+from featx.backbones.engines.graph import QUANTISED_NAME, Graph, check_network, quantised_folder, quantised_here
 from featx.backbones.hub import Advance, Progress, cached_repositories, hub_folder, in_hub_cache
 from featx.errors import UsageError, WeightsError, in_words, plural
 
@@ -47,8 +51,12 @@ _LENGTH = struct.Struct("<Q")
 _BLOCK = 1 << 20
 _SHA256 = re.compile("[0-9a-f]{64}")
 
-Known = Literal["sha256", "digits", "safetensors", "nothing"]
-"""What a file is known by: all of its sha256, the digits that its publisher put into its name, or its format alone."""
+Known = Literal["sha256", "digits", "safetensors", "pack", "nothing"]
+"""What a file is known by: all of its sha256, the digits that its publisher put into its name, its format alone, or the
+sha256 of the pack that it came in."""
+
+_QUANTISED = "int8:"
+"""What a pack's name of a quantised network starts with; behind it is the name of its file."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +83,10 @@ class Carried:
 
     Parameters
     ----------
-    backbone : the network's name in the catalogue, or ``timm:NAME``.
+    backbone : the network's name in the catalogue, or ``timm:NAME``; ``int8:FILE`` for a quantised network.
     path : the file on this machine.
     bytes : its size.
-    sha256 : of all of it: what stores keep.
+    sha256 : of all of it: what stores keep of weights.
     known : see :data:`Known`.
     new : whether it was not here before.
     """
@@ -99,6 +107,17 @@ class Pack:
     bytes: int
     sha256: str
     weights: tuple[Carried, ...]
+
+
+@dataclass(frozen=True)
+class _Quantised:
+    """A quantised network in a pack; ``carried`` is the file that it goes to."""
+
+    carried: Path
+
+    def local(self) -> Path | None:
+        """The file, if one is there that can be read: a damaged one is made anew."""
+        return self.carried if Graph.read(self.carried) is not None else None
 
 
 @dataclass(frozen=True)
@@ -184,6 +203,11 @@ def pack_weights(names: Sequence[str], out: Path, *, advance: Advance | None = N
         if weights.backbone in found:
             raise UsageError("named twice", where=name, expected="each network once")
         found[weights.backbone] = weights
+    for weights in list(found.values()):
+        for path, graph in quantised_here(weights.sha256):
+            content = graph.content
+            name = _QUANTISED + path.name
+            found[name] = Carried(name, path, len(content), hashlib.sha256(content).hexdigest(), "pack", False)
     header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "format_version": FORMAT_VERSION}}
     end = 0
     for weights in found.values():
@@ -222,8 +246,8 @@ def add_weights(
     Parameters
     ----------
     pack : a file that :func:`pack_weights` made, or a stranger made to look like one.
-    sha256 : that of the pack, from whoever made it; torch files of which the catalogue knows only some digits are taken
-        only with it.
+    sha256 : that of the pack, from whoever made it; torch files of which the catalogue knows only some digits, and
+        quantised networks, are taken only with it.
 
     Raises
     ------
@@ -241,7 +265,8 @@ def add_weights(
         if sha256:
             _check_whole(file, size, sha256, pack, advance)
         known = {entry.name: _recognised(entry, networks[entry.name], bool(sha256), pack) for entry in entries}
-        make_folder(hub_folder())
+        for folder in {network.carried.parent for network in networks.values()}:
+            make_folder(folder)
         with contextlib.ExitStack() as stack:
             ready: list[tuple[_Entry, Path, Path]] = []
             done: dict[str, Path] = {}
@@ -253,7 +278,9 @@ def add_weights(
                     continue
                 temp = stack.enter_context(_room(network.carried))
                 _extract(file, entry, temp, pack, advance)
-                if not isinstance(network, CatalogueNetwork):
+                if isinstance(network, _Quantised):
+                    _check_quantised(temp, entry, {other.sha256 for other in entries}, pack)
+                elif not isinstance(network, CatalogueNetwork):
                     if progress is not None:
                         progress(f"checking that the weights fill {entry.name}")
                     _check_fits(network, temp, entry, pack)
@@ -263,7 +290,8 @@ def add_weights(
                     for entry, temp, path in ready:
                         temp.replace(path)
                         done[entry.name] = path
-                    fsync_path(hub_folder())
+                    for folder in {path.parent for _, _, path in ready}:
+                        fsync_path(folder)
             except OSError as error:
                 raise cannot_write(hub_folder(), error) from error
     new = {entry.name for entry, _, _ in ready}
@@ -401,8 +429,13 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
-def _known_network(name: str, pack: Path) -> CatalogueNetwork | TimmModel:
+def _known_network(name: str, pack: Path) -> CatalogueNetwork | TimmModel | _Quantised:
     """The network of an entry, which has to be spelt as :func:`pack_weights` spells it."""
+    if name.startswith(_QUANTISED):
+        file = name.removeprefix(_QUANTISED)
+        if not QUANTISED_NAME.fullmatch(file):
+            raise _no_pack(pack, f"{file!r} as the file of a quantised network")
+        return _Quantised(quantised_folder() / file)
     try:
         network = _published(name)
     except UsageError as error:
@@ -429,8 +462,16 @@ def _check_whole(file: BinaryIO, size: int, expected: str, pack: Path, advance: 
         )
 
 
-def _recognised(entry: _Entry, network: CatalogueNetwork | TimmModel, vouched: bool, pack: Path) -> Known:
+def _recognised(entry: _Entry, network: CatalogueNetwork | TimmModel | _Quantised, vouched: bool, pack: Path) -> Known:
     """What an entry is known by, before a byte of it is read; WeightsError where that is too little."""
+    if isinstance(network, _Quantised):
+        if not vouched:
+            raise WeightsError(
+                f"the quantised network {network.carried.name} is known by nothing but the sha256 of the pack",
+                where=pack,
+                hint=_ASK_FOR_SHA256,
+            )
+        return "pack"
     if not isinstance(network, CatalogueNetwork):
         return "safetensors"
     weights = network.published
@@ -449,21 +490,27 @@ def _recognised(entry: _Entry, network: CatalogueNetwork | TimmModel, vouched: b
             f"the weights for {entry.name} are a torch file of which featx knows only the first digits of the sha256, "
             f"{weights.sha256_prefix}",
             where=pack,
-            hint="Give the sha256 of the pack, which featx weights pack printed where it was made: --sha256 DIGITS. "
-            "Nothing was added.",
+            hint=_ASK_FOR_SHA256,
         )
     return "digits"
 
 
-def _already(network: CatalogueNetwork | TimmModel, entry: _Entry, pack: Path) -> Path | None:
+_ASK_FOR_SHA256 = (
+    "Give the sha256 of the pack, which featx weights pack printed where it was made: --sha256 DIGITS. "
+    "Nothing was added."
+)
+
+
+def _already(network: CatalogueNetwork | TimmModel | _Quantised, entry: _Entry, pack: Path) -> Path | None:
     """Where these weights are already; WeightsError if others are there that this would change in silence."""
     here: Path | None = network.local()
     if here is None or sha256_file(here) == entry.sha256:
         return here
     if isinstance(network, CatalogueNetwork):
         return None  # what is here is not what was published, and is replaced by what is
+    what = "numbers" if isinstance(network, _Quantised) else "weights"
     raise WeightsError(
-        f"other weights of {entry.name} are on this machine already",
+        f"other {what} of {entry.name} are on this machine already",
         where=pack,
         expected=f"sha256 {entry.sha256}",
         found=f"{here} with another",
@@ -494,6 +541,20 @@ def _extract(file: BinaryIO, entry: _Entry, temp: Path, pack: Path, advance: Adv
             hint="Copy it again. Nothing was added.",
         )
     fsync_path(temp)
+
+
+def _check_quantised(temp: Path, entry: _Entry, weights: Collection[str], pack: Path) -> None:
+    """WeightsError unless OpenVINO may be given a quantised network, and it is of weights that are in the pack."""
+    try:
+        if check_network(temp.read_bytes()).about.get("weights_sha256") not in weights:
+            raise ValueError("it is of weights that are not in the pack")
+    except ValueError as error:
+        raise WeightsError(
+            f"the quantised network {entry.name} cannot be taken",
+            where=pack,
+            found=str(error),
+            hint="Nothing was added.",
+        ) from error
 
 
 def _check_fits(network: TimmModel, temp: Path, entry: _Entry, pack: Path) -> None:

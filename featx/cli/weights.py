@@ -84,7 +84,8 @@ def pack(
 ) -> None:
     """Write the weights of several networks into one file, to carry to a machine without internet.
 
-    They have to be on this machine: featx weights fetch. Stores made there have the same fingerprint as here.
+    They have to be on this machine: featx weights fetch. Stores made there have the same fingerprint as here, also at
+    int8: networks of them that were quantised on this machine go along.
     """
     from featx.backbones import pack_weights
 
@@ -98,7 +99,7 @@ def pack(
     for each in made.weights:
         _say(each, "packed")
     say("", f"{made.path}: {made.bytes / _MEGABYTE:,.1f} MB, sha256 {made.sha256}")
-    needed = any(each.known == "digits" for each in made.weights)
+    needed = any(each.known in ("digits", "pack") for each in made.weights)
     say(f"On the other machine: featx weights add {made.path.name}" + (f" --sha256 {made.sha256}" if needed else ""))
 
 
@@ -112,7 +113,8 @@ def add(
 ) -> None:
     """Put the weights of a packed file where featx finds them: all of them, or none.
 
-    Torch files of which featx knows only the first digits of the sha256 are taken only with --sha256.
+    Torch files of which featx knows only the first digits of the sha256, and quantised networks, are taken only with
+    --sha256.
     """
     from featx.backbones import add_weights
 

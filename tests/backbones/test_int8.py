@@ -82,13 +82,30 @@ assert "torch" not in sys.modules
 """
 
 
-@pytest.mark.parametrize("instructions", ["AVX2", "AVX512_CORE"])
-def test_cpus_without_vnni_give_the_same_numbers(tmp_path: Path, pictures: np.ndarray, instructions: str) -> None:
-    here = next(make_engine(load_backbone(), precision="int8", batch_size=24).embed([pictures]))[0]
+def _on_cpu_with(instructions: str, pictures: np.ndarray, tmp_path: Path) -> np.ndarray:
+    """Embeddings as a CPU with these instructions and no later ones computes them; "" for all that this one has."""
+    found = tmp_path / f"{instructions}.npy"
     np.save(tmp_path / "pictures.npy", pictures)
-    command = [sys.executable, "-c", _ON_OTHER_CPU, str(tmp_path / "pictures.npy"), str(tmp_path / "found.npy")]
-    subprocess.run(command, check=True, env={**os.environ, "ONEDNN_MAX_CPU_ISA": instructions})
-    assert cosines(here, np.load(tmp_path / "found.npy")).min() > 0.99999
+    command = [sys.executable, "-c", _ON_OTHER_CPU, str(tmp_path / "pictures.npy"), str(found)]
+    limit = {"ONEDNN_MAX_CPU_ISA": instructions} if instructions else {}
+    subprocess.run(command, check=True, env={**os.environ, **limit})
+    return np.load(found)  # type: ignore[no-any-return]
+
+
+def test_all_x86_cpus_give_the_same_numbers(tmp_path: Path, pictures: np.ndarray) -> None:
+    here = _on_cpu_with("", pictures, tmp_path)  # with AMX this would differ, if it were used
+    for instructions in ("AVX2", "AVX512_CORE"):
+        assert cosines(here, _on_cpu_with(instructions, pictures, tmp_path)).min() > 0.99999
+
+
+def test_a_cpu_with_amx_is_near_if_a_user_asks_for_it(tmp_path: Path, pictures: np.ndarray) -> None:
+    amx, without = (_on_cpu_with(name, pictures, tmp_path) for name in ("AVX512_CORE_AMX", "AVX512_CORE_FP16"))
+    assert cosines(amx, without).min() > 0.998
+
+
+def test_limiting_instructions_is_not_for_child_processes() -> None:
+    make_engine(load_backbone(), precision="int8", batch_size=1)
+    assert "ONEDNN_MAX_CPU_ISA" not in os.environ
 
 
 def test_auto_takes_int8_where_cpu_and_figures_allow_it(monkeypatch: pytest.MonkeyPatch, small: Backbone) -> None:

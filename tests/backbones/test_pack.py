@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -27,6 +28,8 @@ from weightskit import TINY, tiny_weights, write_pack
 from featx.backbones import backbone as backbones, weights as packs
 from featx.backbones.backbone import load_backbone
 from featx.backbones.catalogue import NETWORKS, WEIGHTS
+from featx.backbones.engines.graph import CARRIED, Graph, quantised_file, quantised_folder
+from featx.backbones.engines.torch import make_engine
 from featx.backbones.hub import hub_folder
 from featx.backbones.weights import add_weights, list_weights, pack_weights
 from featx.errors import FeatxError, UsageError, WeightsError
@@ -462,3 +465,107 @@ def test_a_stopped_addition_leaves_no_half_file(number: signal.Signals, tmp_path
     assert f"{MODEL}.safetensors" not in names and len(names) == (number == signal.SIGKILL)
     add_weights(pack)
     assert [path.name for path in hub_folder().iterdir()] == [f"{MODEL}.safetensors"]
+
+
+# Quantised networks
+
+LITE0 = "efficientnet_lite0"
+FILE = f"{LITE0}-{'0' * 24}.ir"
+
+
+def quantised_pack(path: Path, content: bytes, name: str = f"int8:{FILE}", weights: str = LITE0) -> packs.Pack:
+    write_pack(path, {weights: original(weights), name: content})
+    data = path.read_bytes()
+    return packs.Pack(path, len(data), hashlib.sha256(data).hexdigest(), ())
+
+
+@pytest.fixture
+def carried_graph(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> bytes:
+    monkeypatch.setenv("FEATX_CACHE", str(tmp_path / "cache"))
+    return (CARRIED / f"{LITE0}.ir").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_store_at_int8_goes_on_elsewhere_with_the_same_numbers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny: bytes
+) -> None:
+    pytest.importorskip("openvino")
+    pytest.importorskip("nncf")
+    monkeypatch.setenv("FEATX_CACHE", str(tmp_path / "here"))
+    add_weights(write_pack(tmp_path / "w.safetensors", {TINY: tiny}))
+    options: dict[str, Any] = {"engine": "openvino", "precision": "int8", "batch_size": 4, "threads": 1}
+    backbone = load_backbone(TINY)
+    pixels = np.random.default_rng(0).integers(0, 256, (4, *backbone.preprocess.crop, 3), dtype=np.uint8)
+    here = make_engine(backbone, **options)
+    expected = next(here.embed([pixels]))[0]
+    made = pack_weights([TINY], tmp_path / "both.safetensors")
+    assert [each.known for each in made.weights] == ["safetensors", "pack"]
+    monkeypatch.setenv("FEATX_CACHE", str(tmp_path / "there"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "there"))
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    with pytest.raises(WeightsError, match="known by nothing but the sha256 of the pack"):
+        add_weights(made.path)
+    assert not (tmp_path / "there").exists()
+    added = add_weights(made.path, sha256=made.sha256)
+    assert [(each.known, each.new) for each in added] == [("safetensors", True), ("pack", True)]
+    there = make_engine(load_backbone(TINY), **options)
+    assert there.quantised_sha256 == here.quantised_sha256
+    np.testing.assert_array_equal(next(there.embed([pixels]))[0], expected)
+    assert quantised_file(backbone) == added[1].path
+    assert not any(each.new for each in add_weights(made.path, sha256=made.sha256))
+
+
+def test_quantised_networks_of_other_weights_stay_here(carried_graph: bytes, tmp_path: Path) -> None:
+    quantised_folder().mkdir(parents=True)
+    (quantised_folder() / FILE).write_bytes(carried_graph)
+    (quantised_folder() / f"{LITE0}-{'1' * 24}.ir").write_bytes(carried_graph[:-1])  # damaged
+    (quantised_folder() / f"{LITE1}-{'2' * 24}.ir").write_bytes((CARRIED / f"{LITE1}.ir").read_bytes())
+    made = pack_weights([LITE0], tmp_path / "w.safetensors")
+    assert [each.backbone for each in made.weights] == [LITE0, f"int8:{FILE}"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda graph: Graph.of(graph.description.replace(b'version="opset1"', b'version="x"', 1), graph.constants),
+         "foreign operation"),
+        (lambda graph: Graph.of(graph.description[:999], graph.constants), "cannot be read"),
+        (lambda graph: Graph.of(graph.description, graph.constants[:-9]), "lies outside"),
+        (lambda graph: None, "is damaged"),
+    ],
+    ids=["operation", "cut", "constants", "seal"],
+)  # fmt: skip
+def test_a_strangers_quantised_network_is_looked_at(
+    change: Callable[[Graph], Graph | None], message: str, carried_graph: bytes, tmp_path: Path
+) -> None:
+    graph = Graph.parse(carried_graph)
+    assert graph is not None
+    altered = change(graph)
+    pack = quantised_pack(tmp_path / "w.safetensors", altered.content if altered else b"x" + carried_graph[1:])
+    with pytest.raises(WeightsError, match=message):
+        add_weights(pack.path, sha256=pack.sha256)
+    assert list(quantised_folder().iterdir()) == []
+
+
+def test_a_quantised_network_comes_with_its_weights(carried_graph: bytes, tmp_path: Path) -> None:
+    pack = quantised_pack(tmp_path / "w.safetensors", carried_graph, weights=LITE1)
+    with pytest.raises(WeightsError, match="of weights that are not in the pack"):
+        add_weights(pack.path, sha256=pack.sha256)
+
+
+@pytest.mark.parametrize("name", ["../x", f"../{FILE}", f"/tmp/{FILE}", "x.ir", f".{FILE}", f"a/{FILE}", ""])
+def test_the_name_of_a_quantised_network_is_no_path(name: str, carried_graph: bytes, tmp_path: Path) -> None:
+    pack = quantised_pack(tmp_path / "w.safetensors", carried_graph, f"int8:{name}")
+    with pytest.raises(WeightsError, match="as the file of a quantised network"):
+        add_weights(pack.path, sha256=pack.sha256)
+    assert not quantised_folder().exists()
+
+
+def test_numbers_that_are_here_are_not_replaced_in_silence(carried_graph: bytes, tmp_path: Path) -> None:
+    quantised_folder().mkdir(parents=True)
+    graph = Graph.parse(carried_graph)
+    assert graph is not None
+    (quantised_folder() / FILE).write_bytes(Graph.of(graph.description + b" ", graph.constants).content)
+    pack = quantised_pack(tmp_path / "w.safetensors", carried_graph)
+    with pytest.raises(WeightsError, match=r"other numbers of .* are on this machine already"):
+        add_weights(pack.path, sha256=pack.sha256)

@@ -18,7 +18,7 @@ import tempfile
 import threading
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -98,6 +98,21 @@ class Graph:
         return self.content[len(_MAGIC) : _SEAL.size].hex()
 
     @property
+    def about(self) -> dict[str, str]:
+        """What :func:`featx.backbones.engines.quantise.quantise` wrote into it: which network it is of, and by whom.
+
+        Raises
+        ------
+        ValueError
+            The description is not XML.
+        """
+        try:
+            root = ElementTree.fromstring(self.description)
+        except ElementTree.ParseError as error:
+            raise ValueError(f"the network cannot be read ({error})") from error
+        return {item.tag: item.get("value", "") for item in root.iterfind("./rt_info/featx/*")}
+
+    @property
     def takes_any_number(self) -> bool:
         """Whether batches of any size can be computed."""
         return bool(self.model().inputs[0].partial_shape[0].is_dynamic)
@@ -159,6 +174,23 @@ def quantised_file(backbone: Backbone) -> Path:
     return _cached("int8", backbone, {"provenance": {**backbone.provenance(), "weights": None}})
 
 
+QUANTISED_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,150}-[0-9a-f]{24}\.ir")
+"""What a file of the folder of quantised networks is called."""
+
+
+def quantised_folder() -> Path:
+    """Where networks are kept once they were quantised on this machine."""
+    return cache_folder() / "int8"
+
+
+def quantised_here(weights_sha256: str) -> Iterator[tuple[Path, Graph]]:
+    """The networks of these weights that were quantised on this machine, for whatever layers, by name."""
+    for path in sorted(quantised_folder().glob("*.ir")):
+        graph = Graph.read(path) if QUANTISED_NAME.fullmatch(path.name) else None
+        if graph is not None and graph.about.get("weights_sha256") == weights_sha256:
+            yield path, graph
+
+
 def _cached(kind: str, backbone: Backbone, decides: dict[str, Any]) -> Path:
     key = hashlib.sha256(canonical_json(decides)).hexdigest()[:24]
     return cache_folder() / kind / f"{re.sub(r'[^A-Za-z0-9_.-]', '-', backbone.name)}-{key}.ir"
@@ -194,21 +226,21 @@ def carried(backbone: Backbone) -> Graph | None:
     graph = Graph.read(CARRIED / f"{backbone.name}.ir") if backbone.name.isidentifier() else None
     if graph is None:
         return None
-    about = graph.model().get_rt_info()["featx"]
-    same = about["weights_sha256"].value == backbone.weights_sha256
-    prepared = about["preprocess"].value == canonical_json(backbone.preprocess.to_json()).decode()
-    layers = about["layers"].value.split(",")
+    about = graph.about
+    same = about["weights_sha256"] == backbone.weights_sha256
+    prepared = about["preprocess"] == canonical_json(backbone.preprocess.to_json()).decode()
+    layers = about["layers"].split(",")
     return graph if same and prepared and set(backbone.layers) <= set(layers) else None
 
 
-def check_network(content: bytes, sha256: str) -> None:
-    """ValueError unless this is a stranger's quantised network of that hash that OpenVINO may be given.
+def check_network(content: bytes, sha256: str | None = None) -> Graph:
+    """A stranger's quantised network, of that hash if one is given; ValueError unless OpenVINO may be given it.
 
     OpenVINO's reader is not asked before every number of it lies inside the file, and every operation is one of its
     own published sets, so that none of them loads a library.
     """
     graph = Graph.parse(content)
-    if graph is None or graph.sha256 != sha256:
+    if graph is None or graph.sha256 != (sha256 or graph.sha256):
         raise ValueError("the quantised network is damaged")
     try:
         root = ElementTree.fromstring(graph.description)
@@ -225,6 +257,7 @@ def check_network(content: bytes, sha256: str) -> None:
             raise ValueError("a constant of the quantised network has no place")
         if int(offset) + int(size) > len(graph.constants):
             raise ValueError("a constant of the quantised network lies outside of it")
+    return graph
 
 
 def keep(graph: Graph, path: Path) -> None:
