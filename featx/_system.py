@@ -36,7 +36,7 @@ def available_cpus() -> int:
 
 
 def has_int8() -> bool:
-    """Whether networks at eight bits are faster on this CPU, with the same numbers as elsewhere: x86 with AVX2 or later.
+    """Whether networks at eight bits are faster on this CPU, with the numbers of others: x86 with AVX2 or later.
 
     Only Linux says so. They were 1.4 times as fast as fp32 with AVX2, 1.7 times with AVX-512, and 3 with VNNI.
     """
