@@ -33,7 +33,7 @@ from .engines.base import (
     of_layer as of_layer,
     quantised_of as quantised_of,
 )
-from .engines.graph import check_network as check_network
+from .engines.graph import Graph as Graph, check_network as check_network, quantised as quantised
 from .engines.torch import cuda_devices as cuda_devices, make_engine as make_engine
 from .frozen import LayerInfo as LayerInfo, describe_layers as describe_layers
 from .provenance import provenance_of as provenance_of

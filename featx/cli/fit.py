@@ -1,9 +1,8 @@
-"""The commands that keep a head: fit and export."""
+"""The command that keeps a head: fit."""
 
 from __future__ import annotations
 
 import shlex
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +15,6 @@ from featx.cli.options import (
     Json,
     MaxError,
     MaxUnknown,
-    ModelArgument,
     OwnBackbone,
     Seed,
     StoreArgument,
@@ -34,9 +32,8 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
-    """Add the commands of this module."""
+    """Add the command of this module."""
     app.command(epilog="Example:  featx fit photos.featx --out photos.model")(fit)
-    app.command(epilog="Example:  featx export photos.model --format joblib --out photos.joblib")(export)
 
 
 def fit(
@@ -193,34 +190,3 @@ def _story_of_unknown(found: Any, most: float | None) -> list[str]:
         share = percent(Interval(**{name: left[name] for name in ("mean", "low", "high")}))
         lines.append(f"  Of a class that it had never seen, left out in turn, it refused {share}.")
     return lines
-
-
-class ExportFormat(StrEnum):
-    """What a head is written for."""
-
-    joblib = "joblib"
-    skops = "skops"
-    onnx = "onnx"
-
-
-_EXPORT_MARKS = {"joblib": b"sklearn", "skops": b"schema.json", "onnx": b"embedding"}
-
-
-def export(
-    model: ModelArgument,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The file to make.")],
-    form: Annotated[ExportFormat, typer.Option("--format", help="joblib is a pickle; skops is not; onnx is a graph.")],
-    as_json: Json = False,
-) -> None:
-    """Write the head for other software: a scikit-learn pipeline or an ONNX graph, which takes embeddings.
-
-    The head alone knows no unknown: it names a class for photos of anything. featx predict and featx serve do.
-    """
-    from featx.models import export_bundle, read_bundle
-
-    check_file(out, _EXPORT_MARKS[form.value], example=f"photos.{form.value}")
-    export_bundle(read_bundle(model), out, form.value)
-    if as_json:
-        print_json({"path": str(out), "format": form.value, "bytes": out.stat().st_size})
-    say(f"{out}: {out.stat().st_size:,} bytes, takes embeddings.", err=as_json)
-    say("Note: The head alone knows no unknown: it names a class for photos of anything.", err=True)

@@ -35,4 +35,11 @@ from .source import (
     walk_folder as walk_folder,
 )
 from .thumbnails import Originals as Originals, Thumbnails as Thumbnails
-from .views import CENTER as CENTER, Looks as Looks, Together as Together, parse_views as parse_views
+from .views import (
+    CENTER as CENTER,
+    VIEWS as VIEWS,
+    Looks as Looks,
+    Together as Together,
+    View as View,
+    parse_views as parse_views,
+)

@@ -1,7 +1,12 @@
 from .bundle import Bundle as Bundle, read_bundle as read_bundle, write_bundle as write_bundle
-from .export import Pickled as Pickled, export_bundle as export_bundle
+from .export import (
+    Pickled as Pickled,
+    export_bundle as export_bundle,
+    export_model as export_model,
+)
 from .finetuned import finetune_bundle as finetune_bundle
 from .fit import by_recall as by_recall, fit_bundle as fit_bundle, summary as summary
+from .onnx.model import Photo as Photo
 from .predictor import (
     layer_number as layer_number,
     named_files as named_files,

@@ -1,4 +1,4 @@
-"""A kept head as something else: a scikit-learn pipeline (joblib, skops) or a graph for other runtimes (ONNX).
+"""A model as something else: its head as a scikit-learn pipeline (joblib, skops), or all of it as a graph (ONNX).
 
 The pipeline consists of scikit-learn's own classes, so it loads where featx is not installed, and its
 ``predict_proba`` gives the bundle's calibrated probabilities. What it does not have is a network: it takes embeddings.
@@ -8,7 +8,7 @@ Nor does it know which photos are unknown to it: no class of scikit-learn says s
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,12 @@ from sklearn.preprocessing import FunctionTransformer, Normalizer, StandardScale
 from featx._files import publish_bytes
 from featx.backbones import layer_place
 from featx.errors import BundleError, UsageError
+from featx.extraction import Embedder
 from featx.heads import blocks_of
 from featx.models.bundle import Answer, Bundle, silence
+from featx.models.onnx.builder import Builder, missing
+from featx.models.onnx.head import add_scores
+from featx.models.onnx.model import Compared, Photo, model_onnx
 
 FORMATS = ("joblib", "skops", "onnx")
 _ATTRIBUTE = "featx_bundle_"
@@ -54,16 +58,12 @@ def export_bundle(bundle: Bundle, path: Path, form: str) -> Path:
         try:
             import skops.io
         except ModuleNotFoundError as error:
-            raise _missing("skops") from error
+            raise missing("skops") from error
         data: bytes = skops.io.dumps(to_pipeline(bundle))
         return publish_bytes(path, data)
     if form == "onnx":
         return publish_bytes(path, _onnx(bundle))
     raise UsageError("no such format", where="--format", expected=" or ".join(FORMATS), found=form)
-
-
-def _missing(package: str) -> UsageError:
-    return UsageError(f"{package} is not installed", hint="Install it with: pip install 'featx[export]'")
 
 
 # --- scikit-learn -------------------------------------------------------------------------------------------------
@@ -203,76 +203,33 @@ class Pickled:
 
 def _onnx(bundle: Bundle) -> bytes:
     """A graph from ``embedding`` float32 (n, d) to ``probabilities`` float32 (n, c); names are in its metadata."""
-    try:
-        from onnx import TensorProto, checker, helper, numpy_helper
-    except ModuleNotFoundError as error:
-        raise _missing("onnx") from error
-    scorer = bundle.scorer
-    if scorer.coef is None or scorer.intercept is None:
-        raise UsageError("a nearest-neighbour head cannot be exported to ONNX", hint="Fit a linear one: --head logreg")
+    graph = Builder()
     sharpness = 1.0 if bundle.sharpness is None else bundle.sharpness
-    constants = {
-        "mean": scorer.mean,
-        "scale": scorer.scale,
-        "least": np.array(1e-12),
-        "coef": sharpness * scorer.coef.T,
-        "intercept": sharpness * scorer.intercept,
-    }
-    blocks = blocks_of(scorer.kind)
-    if blocks:
-        belongs = np.repeat(np.eye(len(blocks)), [size for size, _ in blocks], axis=0)
-        constants |= {"blocks": belongs, "weights": (belongs * [weight for _, weight in blocks]).T}
-    nodes: list[Any] = []
-    last = "embedding"
-
-    def add(operator: str, *more: str, name: str = "", **attributes: Any) -> str:
-        nonlocal last
-        name = name or f"{operator.lower()}_{len(nodes)}"
-        nodes.append(helper.make_node(operator, [last, *more], [name], **attributes))
-        last = name
-        return name
-
-    if scorer.kind in ("centre_l2", "standardise"):
-        add("Sub", "mean")
-    if scorer.kind == "standardise":
-        add("Div", "scale")
-    if scorer.kind == "power_l2":
-        rows = last
-        sign = add("Sign")
-        last = rows
-        add("Abs")
-        add("Sqrt")
-        add("Mul", sign)
-    if blocks:  # lengths of all blocks by one product, and back to a factor for each column by another
-        add("Mul", "embedding")
-        add("MatMul", "blocks")
-        add("Sqrt")
-        add("Max", "least")
-        add("Reciprocal")
-        add("MatMul", "weights")
-        add("Mul", "embedding")
-    elif scorer.kind.endswith("l2"):
-        rows = last
-        add("ReduceL2", axes=[1], keepdims=1)
-        length = add("Max", "least")
-        last = rows
-        add("Div", length)
-    add("MatMul", "coef")
-    add("Add", "intercept", name="scores")
-    add("Softmax", axis=1, name="probabilities")
-    used = sorted({name for node in nodes for name in node.input} & set(constants))
-    c = scorer.n_classes
-    graph = helper.make_graph(
-        nodes,
-        "featx",
-        [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["n", scorer.dims])],
-        [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["n", c])],
-        [numpy_helper.from_array(np.asarray(constants[name], dtype=np.float32), name) for name in used],
-    )
-    # Operators of version 13 are understood everywhere; ReduceL2 took its axes as an attribute until then.
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    graph.add("Softmax", add_scores(graph, "embedding", bundle.scorer, sharpness), axis=1, name="probabilities")
     told = {"class_names": "\n".join(bundle.class_names), "threshold": repr(bundle.threshold), "layer": bundle.layer}
-    helper.set_model_props(model, {**told, "backbone": str(bundle.provenance.get("backbone"))})
-    checker.check_model(model)
-    data: bytes = model.SerializeToString()
-    return data
+    return graph.model(
+        {"embedding": (np.float32, ("n", bundle.scorer.dims))},
+        {"probabilities": (np.float32, ("n", bundle.scorer.n_classes))},
+        {**told, "backbone": str(bundle.provenance.get("backbone"))},
+        opset=13,  # understood everywhere
+        ir_version=8,
+    )
+
+
+def export_model(bundle: Bundle, embedder: Embedder, path: Path, photos: Iterable[Photo]) -> Compared:
+    """Write a whole model as one ONNX graph, from photo to answer, and say how it compares with featx.
+
+    Parameters
+    ----------
+    bundle, embedder : the model, and its network.
+    path : the file to make.
+    photos : upright RGB images that both are to agree on, beside the model's own probe image.
+
+    Raises
+    ------
+    UsageError
+        As of :func:`featx.models.onnx.model.model_onnx`; nothing is written then.
+    """
+    content, compared = model_onnx(bundle, embedder, photos)
+    publish_bytes(path, content)
+    return compared
