@@ -31,9 +31,7 @@ def missing(package: str) -> UsageError:
 class Builder:
     """Nodes and constants of a graph, each constant once.
 
-    Parameters
-    ----------
-    exact : floats are double precision inside; by default they are single.
+    Floats are in single precision unless a constant says otherwise.
     """
 
     def __init__(self) -> None:
@@ -100,7 +98,9 @@ class Builder:
             self.nodes, "featx", values(inputs), values(outputs),
             [tensor for name, tensor in self.constants.items() if name in used],
         )  # fmt: skip
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version)
+        model = helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version, producer_name="featx"
+        )
         helper.set_model_props(model, dict(about))
         self.onnx.checker.check_model(model)
         data: bytes = model.SerializeToString()
