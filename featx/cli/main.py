@@ -19,6 +19,7 @@ import typer
 from featx.cli import (
     advise,
     backbones,
+    count,
     demo,
     extract,
     finetune,
@@ -84,6 +85,7 @@ for group in (
     finetune,
     fit,
     predict,
+    count,
     serve,
     search,
     guide,
