@@ -7,10 +7,10 @@ the checked photos that are of the class among those that the classifier calls s
 by how many of the pile are called so (post-stratification).
 
 Its normal interval is too narrow where classes or errors are rare. The one here is exact: of the two counts, those
-pairs are kept under which so few (or so many) would not be too surprising in both together. The p-value of each, of draws
-without replacement, becomes a normal deviate, and the squares of those above zero are added. For large numbers this is
-a fifth wider than the normal one. How many of each kind were checked says nothing of the truth, so all this holds for
-any such number.
+pairs are kept under which so few (or so many) would not be too surprising in both together. The p-value of each, of
+draws without replacement, becomes a normal deviate, and the squares of those above zero are added. For large numbers
+this is a fifth wider than the normal one. How many of each kind were checked says nothing of the truth, so all this
+holds for any such number.
 
 Pure: arrays in, numbers out.
 """
@@ -27,7 +27,9 @@ from featx._arrays import Index
 from featx.evaluation.stats import Array, Interval
 
 EXPECTED = 10
-"""Photos of each kind, called so and not, to be expected among the checked ones for the classifier to be of help. With fewer, the checked photos alone tell more. It is a rule on what is known before anything is checked.
+"""Photos of each kind, called so and not, to be expected among the checked ones for the classifier to be of help.
+
+With fewer, the checked photos alone tell more. It is a rule on what is known before anything is checked.
 """
 
 _ANGLES = 48
@@ -110,9 +112,9 @@ def _at_least(right: int, n: int, total: int, there: Index) -> Array:
         return np.asarray(np.where(fits, gammaln(of + 1.0) - gammaln(some + 1.0) - gammaln(of - some + 1.0), -np.inf))
 
     k = there[:, None]
-    logs = ways(k, seen + 0 * k) + ways(total - k, n - seen + 0 * k) - ways(np.array(total), np.array(n))
+    logs: Array = ways(k, seen + 0 * k) + ways(total - k, n - seen + 0 * k) - ways(np.array(total), np.array(n))
     chance = np.exp(logs).sum(axis=1)
-    return np.clip(1.0 - chance if below else chance, 0.0, 1.0)
+    return np.asarray(np.clip(1.0 - chance if below else chance, 0.0, 1.0))
 
 
 def adjusted_shares(

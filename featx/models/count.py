@@ -91,8 +91,8 @@ def check_rows(pile: Pile, checked: Mapping[str, str | None], where: object) -> 
     if empty:
         raise UsageError(
             f"{plural(len(empty), 'photo')} of {len(checked)} without a label", where=where, found=_some(empty),
-            hint="Label all of them: those left out may be the hard ones, and the interval would not hold. Write a name "
-            "of your own where a photo is of no class.",
+            hint="Label all of them: those left out may be the hard ones, and the interval would not hold. Write a "
+            "name of your own where a photo is of no class.",
         )  # fmt: skip
     row = {name: i for i, name in enumerate(pile.ids)}
     lost = [name for name in checked if name not in row and name not in set(pile.refused)]
