@@ -114,7 +114,7 @@ def count(
 
         method, photos = "prediction-powered inference", len(pile.ids)
         rows, labels = check_rows(pile, listed, checked)
-        found = count_checked(pile, bundle.class_names, rows, labels, level=confidence)
+        found = count_checked(pile, bundle, rows, labels, level=confidence)
         notes += _notes_of_checked(pile, bundle, listed, labels, seed)
     told: dict[str, Any] = {
         "photos": len(pile.ids),

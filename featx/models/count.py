@@ -14,6 +14,9 @@ from featx.errors import UsageError, plural
 from featx.evaluation import Interval, adjusted_shares, checked_share
 from featx.models.bundle import Answer, Bundle
 
+_HELPFUL = 0.3
+"""Squared correlation of what is named and what is true from which on a model makes an interval narrower."""
+
 LEAST_CHECKED = 10
 """Checked photos from which on a count is worth its name."""
 
@@ -108,23 +111,27 @@ def check_rows(pile: Pile, checked: Mapping[str, str | None], where: object) -> 
 
 
 def count_checked(
-    pile: Pile, class_names: Sequence[str], rows: Index, labels: Sequence[str], *, level: float = 0.95
+    pile: Pile, bundle: Bundle, rows: Index, labels: Sequence[str], *, level: float = 0.95
 ) -> dict[str, ClassCount]:
     """Every class of the model and every other label that was found, by checked photos.
 
     Parameters
     ----------
-    pile, class_names : what the model says, and its classes.
+    pile, bundle : what the model says, and the model. Of a class that it hardly recognises, on images like its own that
+        it had not seen, the checked photos alone tell more.
     rows, labels : (n,) of :func:`check_rows`.
     level : how often the interval of a class holds its true share.
     """
+    class_names = bundle.class_names
     unknown, named = pile.unknown, pile.named(class_names)
+    errors = _confusion(bundle)
     truth = np.array(labels)
     out = {}
     for name in [*class_names, *sorted(set(labels) - set(class_names))]:
         called = (named == class_names.index(name)) & ~unknown if name in class_names else unknown
         right = truth == name
-        share = checked_share(called, rows, right, level=level)
+        helps = errors is None or name not in class_names or _agreement(errors, class_names.index(name)) > _HELPFUL
+        share = checked_share(called & helps, rows, right, level=level)
         out[name] = ClassCount(int(called.sum()), int(right.sum()), share)
     return out
 
@@ -137,20 +144,35 @@ def count_adjusted(pile: Pile, bundle: Bundle, *, level: float = 0.95, random_st
     UsageError
         The model does not say how it errs, or calls everything unknown.
     """
-    found = bundle.metrics.get("out_of_fold")
-    if not isinstance(found, Mapping) or "confusion" not in found:
+    confusion = _confusion(bundle)
+    if confusion is None:
         raise UsageError(
             "this model does not say how it errs", where="--checked",
             hint="Check some photos: featx count MODEL IMAGES --draw 100 --out to-check.csv",
         )  # fmt: skip
     names = bundle.class_names
-    confusion = np.array([[found["confusion"].get(true, {}).get(named, 0) for named in names] for true in names], float)
     known = pile.named(names)[~pile.unknown]
     if not len(known):
         raise UsageError("the model calls every photo unknown", where="IMAGES")
     shares = adjusted_shares(known, confusion, level=level, random_state=random_state)
     counts = np.bincount(known, minlength=len(names)).tolist()
     return {name: ClassCount(n, None, share) for name, n, share in zip(names, counts, shares, strict=True)}
+
+
+def _confusion(bundle: Bundle) -> NDArray[np.float64] | None:
+    """How many images of each class (rows) the model called what, on images that it had not seen."""
+    found = bundle.metrics.get("out_of_fold")
+    if not isinstance(found, Mapping) or "confusion" not in found:
+        return None
+    counts, names = found["confusion"], bundle.class_names
+    return np.array([[counts.get(true, {}).get(named, 0) for named in names] for true in names], dtype=np.float64)
+
+
+def _agreement(confusion: NDArray[np.float64], c: int) -> float:
+    """The squared correlation of being of a class and being called so."""
+    total, both, of, called = confusion.sum(), confusion[c, c], confusion[c].sum(), confusion[:, c].sum()
+    spread = of * (total - of) * called * (total - called)
+    return float((total * both - of * called) ** 2 / spread) if spread else 0.0
 
 
 def _some(names: Sequence[str]) -> str:

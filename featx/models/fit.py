@@ -176,6 +176,8 @@ def fit_head(
             inner = np.unique(copies[~held], return_inverse=True)[1].reshape(-1)
             part, _, fine = _fit(head, rows[~held], y[~held], inner, random_state, device)
             scores[held] = part.scores(rows[held])
+            if part.kind != scorer.kind and not head.probabilistic:
+                scores[held] *= _spread(scorer, rows[~held]) / _spread(part, rows[~held])
             converged &= fine
             say(2 + fold, total, "scoring images out of fold")
     else:
@@ -233,6 +235,12 @@ def _fit(
     with threadpool_limits(limits=None if is_large(rows) else 1, user_api="blas"):
         choice, pipeline = fit_chosen(head, rows, labels, groups, random_state=random_state, device=device)
     return Scorer.of(pipeline), choice.params, choice.converged
+
+
+def _spread(scorer: Scorer, rows: NDArray[np.floating]) -> float:
+    """How far apart scores of rows (n, d) are: distances to class means have other units with another normaliser."""
+    scores = scorer.scores(rows)
+    return float((scores.max(axis=1) - scores.min(axis=1)).mean()) or 1.0
 
 
 def judge_scores(

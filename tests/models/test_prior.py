@@ -1,4 +1,4 @@
-"""Classes that are met in other shares than they were labelled in: nearly Bayes' rule, and promises under these shares."""
+"""Classes that are met in other shares than they were labelled in: nearly Bayes' rule, and promises that hold then."""
 
 from __future__ import annotations
 
@@ -47,6 +47,7 @@ def test_every_head_comes_near_to_bayes_rule_under_the_new_shares(name: str) -> 
     bayes = ((densities + np.log(MET)).argmax(axis=1) == truth).mean()
     prior = dict(zip("abc", MET, strict=True))
     asked: dict[str, Any] = {"class_names": list("abc"), "heads": [name], "max_unknown": 0, "near_duplicates": None}
+    asked["max_error"] = 0.15
     plain = fit_head(rows, labels, **asked)
     fitted = fit_head(rows, labels, **asked, prior=prior)
     right = {
@@ -64,11 +65,13 @@ def test_every_head_comes_near_to_bayes_rule_under_the_new_shares(name: str) -> 
     chances = softmax(fitted.scorer.scores(new), fitted.sharpness)
     assert stats.expected_calibration_error(chances.max(axis=1), chances.argmax(axis=1) == truth) < 0.06
     answered = chances.max(axis=1) >= fitted.threshold
-    assert (chances.argmax(axis=1) != truth)[answered].mean() < 0.07
+    assert answered.mean() > 0.3
+    assert (chances.argmax(axis=1) != truth)[answered].mean() < 0.17
 
 
 def test_the_error_under_the_new_shares_is_kept_on_average() -> None:
-    rates, plain = [], []
+    rates: list[float] = []
+    plain: list[float] = []
     for seed in range(40):
         rows, labels, _ = gaussians([0.8, 0.1, 0.1], 250, seed)
         new, truth, _ = gaussians([0.1, 0.6, 0.3], 3000, 1000 + seed)
@@ -80,7 +83,7 @@ def test_the_error_under_the_new_shares_is_kept_on_average() -> None:
             chances = softmax(fitted.scorer.scores(new), fitted.sharpness or 1.0)
             answered = chances.max(axis=1) >= (fitted.threshold or 2.0)
             if answered.any():
-                into.append((chances.argmax(axis=1) != truth)[answered].mean())
+                into.append(float((chances.argmax(axis=1) != truth)[answered].mean()))
     assert len(rates) > 20
     assert np.mean(rates) < 0.1 < np.mean(plain)
 
@@ -181,7 +184,7 @@ def test_an_exported_head_has_the_shift(name: str, tmp_path: Path) -> None:
 
 def test_neighbours_are_shifted_and_kept_but_not_exported(tmp_path: Path) -> None:
     rows, labels = clusters(3, 40)
-    fitted = fit_head(rows, labels, class_names=list("abc"), heads=["knn"], prior=dict(a=0.8, b=0.1, c=0.1))
+    fitted = fit_head(rows, labels, class_names=list("abc"), heads=["knn"], prior={"a": 0.8, "b": 0.1, "c": 0.1})
     assert fitted.scorer.intercept is not None
     bundle = make_bundle(
         make_head("knn").fit(rows, labels), rows, class_names=tuple("abc"), scorer=fitted.scorer,
@@ -256,7 +259,7 @@ def test_what_it_may_not_be(name: str | None, text: str | bytes | None, message:
 
 def test_a_class_of_one_image_cannot_be_weighed() -> None:
     rows, labels = clusters(2, 10)
-    with pytest.raises(UsageError, match="a class with a single image cannot be weighed.*found b"):
+    with pytest.raises(UsageError, match=r"a class with a single image cannot be weighed.*found b"):
         fit_head(rows[:11], labels[:11], class_names=["a", "b"], prior="equal")
 
 

@@ -134,7 +134,8 @@ def test_new_images_are_covered_as_often_as_asked(coverage: float, n: int) -> No
 
 
 def test_a_shift_of_the_classes_is_covered_with_weights_and_not_without() -> None:
-    plain, weighted = [], []
+    plain: list[float] = []
+    weighted: list[float] = []
     for seed in range(80):
         rows, labels = clusters(2, 1000, dims=4, seed=3)
         rng = np.random.default_rng(seed)
@@ -151,7 +152,7 @@ def test_a_shift_of_the_classes_is_covered_with_weights_and_not_without() -> Non
             (weighted, Conformity.of(scores, weights, float(weights.max()))),
         ):
             sets = label_sets(score, conformity.limit(0.8))
-            into.append(0.9 * sets[new, 1].mean() + 0.1 * sets[:1000, 0].mean())
+            into.append(float(0.9 * sets[new, 1].mean() + 0.1 * sets[:1000, 0].mean()))
     assert np.mean(plain) < 0.7
     assert np.mean(weighted) > 0.8 - 3 * np.std(weighted) / math.sqrt(80)
 
