@@ -112,7 +112,7 @@ def counts(piles: int) -> Iterator[dict[str, Any]]:
     size, nobody = 20_000, np.zeros(20_000, dtype=bool)
     for share in (0.01, 0.1, 0.4):
         for recall, false in ((0.95, 0.005), (0.7, 0.02)):
-            for n in (100, 400, 1000):
+            for n in (100, 400):
                 held, width = np.zeros(3), np.zeros(3)
                 for seed in range(piles):
                     rng = np.random.default_rng(seed)
@@ -159,7 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stores", nargs="*", type=Path)
     parser.add_argument("--draws", type=int, default=10)
-    parser.add_argument("--piles", type=int, default=1000)
+    parser.add_argument("--piles", type=int, default=200)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     found: dict[str, Any] = {"draws": options.draws, "piles": options.piles, "sets": {}, "shares": {}}
