@@ -107,7 +107,7 @@ def count(
         found = count_adjusted(pile, bundle, level=confidence, random_state=seed)
         notes.append(
             "Nothing was checked: this holds only if photos of each class are recognised as those that the model was "
-            "fitted on. To be sure: --draw 100 --out to-check.csv, then --checked to-check.csv."
+            f"fitted on. To be sure: --draw {min(len(pile.ids), 100)} --out to-check.csv, then --checked to-check.csv."
         )
     else:
         from featx.models import check_rows

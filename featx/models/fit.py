@@ -190,6 +190,7 @@ def fit_head(
         notes.append("A fit stopped before its optimum.")
     sharpness = None if scores is None else fit_sharpness(scores, y)
     if scores is not None and shares is not None:
+        say(total, total, "moving to other shares of the classes")
         one = np.unique(copies, return_index=True)[1]
         sharpness, added = shift(scores[one], y[one], shares)
         scorer = scorer.shifted(added)
