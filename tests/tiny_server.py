@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from featx.heads.scorer import Scorer
 from featx.images.pixels import encode, pixels
 from featx.models.bundle import Bundle
 from featx.models.fit import probe_pixels
+from featx.models.sets import Conformity
 from featx.models.unknown import learn
 from featx.service import batcher as service_batch
 from featx.service.guard import Limits
@@ -68,7 +70,7 @@ def tiny_bundle() -> Bundle:
         scorer=Scorer.of(make_head("logreg", C=1.0).fit(rows, labels)),
         class_names=("ants", "bees"), head="logreg", params={"C": 1.0}, layer="penultimate", provenance=provenance,
         sharpness=1.0, threshold=0.5, max_error=0.05, golden=rows[:4], probe=probe, probe_embedding=found[0],
-        max_unknown=0.05, familiarity=kept,
+        max_unknown=0.05, familiarity=kept, conformity=Conformity.of(np.linspace(0.0, 1.0, 40)),
     )  # fmt: skip
 
 
@@ -78,7 +80,8 @@ def main() -> None:
     engine = MoodyEngine(settings.pop("seconds", 0.0))
     service_batch.STUCK, service_batch.LOST = settings.pop("patience", (service_batch.STUCK, service_batch.LOST))
     limits = Limits(**settings.pop("limits", {}))
-    service = Service(tiny_bundle(), Embedder(tiny_backbone(), engine), None, limits)
+    bundle = tiny_bundle() if settings.pop("sets", True) else replace(tiny_bundle(), conformity=None)
+    service = Service(bundle, Embedder(tiny_backbone(), engine), None, limits)
     try:
         serve(service, port=port, started=lambda url: print(f"Serving at {url} ", flush=True), **settings)
     except FeatxError as error:  # as the command does

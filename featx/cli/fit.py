@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -48,6 +49,14 @@ def fit(
     ] = None,
     max_error: MaxError = 0.05,
     max_unknown: MaxUnknown = 0.05,
+    prior: Annotated[
+        str,
+        typer.Option(
+            metavar="as-is|equal|FILE",
+            help="How often classes will be met: as often as they were labelled, all equally often, or by the shares "
+            "of a file (CSV with class,share, or JSON). All that is promised is then about such photos.",
+        ),
+    ] = "as-is",
     unlabelled: Unlabelled = False,
     unlabelled_from: UnlabelledFrom = None,
     backbone: OwnBackbone = None,
@@ -62,16 +71,22 @@ def fit(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Choose a head, calibrate it on images it has not seen, refit it on all images, and keep it in one file."""
+    """Choose a head, calibrate it on images it has not seen, refit it on all images, and keep it in one file.
+
+    Promised is, on average over photos like those that it was fitted on, in the shares that --prior says, and over no
+    others: at most --max-error of the answers are wrong, and at most --max-unknown of the photos are called unknown.
+    Photos of another camera, place or season may be unlike them; a split called test shows it.
+    """
     if device == Device.cuda:
         let_scipy_take_tensors()
     import numpy as np
 
     from featx.extraction import Embedder
     from featx.heads import heads_for, open_layers, unlabelled_centre, unlabelled_rows
-    from featx.models import fit_bundle, summary, write_bundle
+    from featx.models import fit_bundle, read_prior, summary, write_bundle
 
     check_file(out, MODEL_MARK, example="photos.model")
+    wanted = read_prior(prior)
     head, layer = _head_on(head, layer)
     pooled = unlabelled or unlabelled_from is not None
     features, columns, on = open_layers(store, layer, one=pooled)
@@ -97,8 +112,8 @@ def fit(
     )
     with ProgressLine("fitting") as line:
         bundle = fit_bundle(
-            features, embedder, heads=heads, max_error=max_error, max_unknown=max_unknown, random_state=seed, pool=pool,
-            layers=columns if len(columns.names) > 1 else None,
+            features, embedder, heads=heads, max_error=max_error, max_unknown=max_unknown, prior=wanted,
+            random_state=seed, pool=pool, layers=columns if len(columns.names) > 1 else None,
             device="cuda" if device == Device.cuda else None, progress=line.update,
         )  # fmt: skip
     write_bundle(bundle, out)
@@ -146,6 +161,8 @@ def _story(bundle: Bundle, how: str = "") -> list[str]:
         images += f", {metrics['duplicates']} of them {'a copy' if metrics['duplicates'] == 1 else 'copies'},"
     counted = f"{images} of {plural(metrics['classes'], 'class')}"
     lines = [f"{bundle.head} ({params}) on {counted}{how and f': {how}'}."]
+    if bundle.prior is not None:
+        lines.append(f"For photos among which the classes are met in other shares (--prior): {_shares(bundle.prior)}.")
     rivals = len(metrics.get("chosen_among") or ())
     unseen = f"On images that the fit, but not the choice among {rivals} heads, had not seen"
     for key, where in (
@@ -163,17 +180,38 @@ def _story(bundle: Bundle, how: str = "") -> list[str]:
             )
             classes = by_recall(found)
             recalls = [
-                f"{name} {100 * each['recall']:.1f} % of {each['images']}" for name, each in classes[:_CLASSES_TOLD]
+                f"{name} {percent(Interval(each['recall'], each['low'], each['high']))} of {each['images']}"
+                for name, each in classes[:_CLASSES_TOLD]
             ]
             rest = len(classes) - len(recalls)
             more = f", and {rest} better ones (--json lists all)" if rest else ""
             lines.append(f"  Recognised of each class: {', '.join(recalls)}{more}.")
+            lines += _story_of_sets(found.get("sets"))
     if bundle.threshold is not None:
         lines.append(f"Abstains below a probability of {bundle.threshold:.3f} (--max-error {bundle.max_error:g}).")
         if metrics["out_of_fold"]["answered"] == 1:
             lines.append("  Even answering every photo keeps that promise, so it is seldom unsure.")
         lines.append("  The promise is about photos like those it was fitted on, and about no others.")
     return [*lines, *_story_of_unknown(metrics["unknown"], bundle.max_unknown)]
+
+
+def _shares(prior: Mapping[str, float]) -> str:
+    listed = [f"{name} {100 * share:.3g} %" for name, share in list(prior.items())[:_CLASSES_TOLD]]
+    rest = len(prior) - len(listed)
+    return ", ".join(listed) + (f" and {rest} more (--json lists all)" if rest else "")
+
+
+def _story_of_sets(found: Any) -> list[str]:
+    from featx.evaluation import Interval, percent
+
+    if not found:
+        return []
+    name, least = min(found["per_class"].items(), key=lambda item: item[1]["mean"])
+    return [
+        f"  Sets of labels (predict --coverage {found['asked']:g}): {percent(Interval(**found['coverage']))} hold "
+        f"the truth, {found['mean_size']:.2f} labels on average; of {name} "
+        f"{percent(Interval(least['mean'], least['low'], least['high']))}, the fewest (--json lists all)."
+    ]
 
 
 def _story_of_unknown(found: Any, most: float | None) -> list[str]:

@@ -19,6 +19,7 @@ import typer
 from featx.cli import (
     advise,
     backbones,
+    count,
     demo,
     export,
     extract,
@@ -86,6 +87,7 @@ for group in (
     fit,
     export,
     predict,
+    count,
     serve,
     search,
     guide,

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from featx.models import Bundle, Pickled
 
 _STDIN = Path("-")
+_SET = "set"
 _CSV_COLUMNS = ("id", "label", "score", "score_kind", "abstain", "refused", "reason", "familiarity")
 _CSV_MARK = ",".join(_CSV_COLUMNS[:6]).encode()  # files of featx 0.2 have no more
 _MAX_STDIN = 2**30
@@ -64,6 +65,14 @@ def predict(
             "_unsure, and unknown ones into _unknown. Existing files are never replaced.",
         ),
     ] = None,
+    coverage: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Also give the smallest set of labels that holds the truth this often, such as 0.9, on photos like "
+            "the model's; the set of an unknown photo is empty.",
+        ),
+    ] = None,
     backbone: OwnBackbone = None,
     weights: Weights = None,
     engine: EngineOption = EngineName.auto,
@@ -73,7 +82,7 @@ def predict(
     """Say what is on photos: label, probability, and whether the model is unsure or does not know such photos.
 
     In a pipe, the output is one line per image with tabs between image, label, score and "abstains" or "unknown".
-    A label beside either is a guess.
+    A label beside either is a guess. With --coverage the set of labels follows, with " | " between them.
     """
     if csv is not None:
         check_file(csv, _CSV_MARK, example="answers.csv")
@@ -86,11 +95,12 @@ def predict(
         from featx.models import predict_files
 
         kept, embedder, layer = _open(model, backbone, weights, engine, device, pickled=allow_pickle)
+        cautions = [*kept.cautions, *([] if coverage is None else kept.cautions_of_sets(coverage))]
         predictions: list[dict[str, Any]] = []
         refused: list[dict[str, Any]] = []
         paths = [path for _, path in named]
         with ProgressLine("predicting") as line:
-            found = predict_files(kept, embedder, layer, paths)
+            found = predict_files(kept, embedder, layer, paths, coverage=coverage)
             for (name, _), (_, answer) in zip(named, found, strict=True):
                 if isinstance(answer, ImageError):
                     refused.append({"id": name, "reason": answer.reason, "message": answer.what})
@@ -99,9 +109,11 @@ def predict(
                 line.update(len(predictions) + len(refused), len(named))
     filed = None if sort_into is None else _sort_into(sort_into, dict(named), predictions, kept.class_names)
     if csv is not None:
-        _write_csv(csv, predictions, refused, kept.class_names)
+        _write_csv(csv, predictions, refused, kept.class_names, sets=coverage is not None)
     if as_json:
         told: dict[str, Any] = {"predictions": predictions, "refused": refused}
+        if coverage is not None:
+            told["coverage"] = coverage
         if filed is not None:
             told["sorted"] = {"folder": str(sort_into), "copied": filed.copied, "already_there": filed.there}
         print_json(told)
@@ -109,8 +121,9 @@ def predict(
         _table(predictions, kept.score_kind)
     else:
         for each in predictions:
-            say("\t".join([*map(one_line, (each["id"], each["label"])), f"{each['score']:.3f}", _doubt(each)]))
-    for caution in kept.cautions:
+            line_of = [*map(one_line, (each["id"], each["label"])), f"{each['score']:.3f}", _doubt(each)]
+            say("\t".join([*line_of, *([one_line(_set_of(each))] if _SET in each else [])]))
+    for caution in cautions:
         say(f"Note: {caution}", err=True)
     for item in refused:
         say(f"  refused {one_line(item['id'])}: {item['reason']}, {item['message']}", err=True)
@@ -180,20 +193,33 @@ def _doubt(prediction: dict[str, Any]) -> str:
     return {None: "", "unsure": "abstains", "unknown": "unknown"}[prediction["reason"]]
 
 
+def _set_of(prediction: dict[str, Any]) -> str:
+    return " | ".join(prediction[_SET])
+
+
 def _table(predictions: list[dict[str, Any]], kind: str) -> None:
     from rich.table import Table
     from rich.text import Text
 
     table = Table("image", "label", "ahead of the next by" if kind == "margin" else kind, "", box=None)
+    sets = any(_SET in each for each in predictions)
+    if sets:
+        table.add_column(_SET, overflow="fold")
     for each in predictions:
         name, label = Text(one_line(each["id"]), overflow="fold"), Text(one_line(each["label"]))
-        table.add_row(name, label, f"{each['score']:.3f}", _doubt(each))
+        more = [Text(one_line(_set_of(each)))] if sets else []
+        table.add_row(name, label, f"{each['score']:.3f}", _doubt(each), *more)
     if predictions:
         show(table)
 
 
 def _write_csv(
-    path: Path, predictions: list[dict[str, Any]], refused: list[dict[str, Any]], class_names: Sequence[str]
+    path: Path,
+    predictions: list[dict[str, Any]],
+    refused: list[dict[str, Any]],
+    class_names: Sequence[str],
+    *,
+    sets: bool,
 ) -> None:
     from csv import DictWriter
     from io import StringIO
@@ -202,10 +228,10 @@ def _write_csv(
 
     columns = [f"probability of {name}" for name in class_names]
     text = StringIO()
-    writer = DictWriter(text, [*_CSV_COLUMNS, *columns], lineterminator="\n")
+    writer = DictWriter(text, [*_CSV_COLUMNS, *([_SET] if sets else []), *columns], lineterminator="\n")
     writer.writeheader()
     for each in predictions:
-        row = {name: each[name] for name in _CSV_COLUMNS if name in each}
+        row = {name: each[name] for name in _CSV_COLUMNS if name in each} | ({_SET: _set_of(each)} if sets else {})
         shares = {f"probability of {name}": share for name, share in each["probabilities"].items()}
         writer.writerow({**row, **shares, "abstain": "yes" if each["abstain"] else "no"})
     for each in refused:

@@ -11,6 +11,7 @@ from .results import (
     mean_interval as mean_interval,
     paired_difference as paired_difference,
 )
+from .shares import adjusted_shares as adjusted_shares, checked_share as checked_share
 from .splits import (
     KShotSplit as KShotSplit,
     Shots as Shots,

@@ -360,6 +360,34 @@ class SweepResult:
             for n, each, p in zip(self.shots, found, adjusted, strict=True)
         )
 
+    def recall(self, head: str, n_shots: Shots) -> dict[str, stats.Interval]:
+        """Share of each class's images that are recognised, over draws, with its 95 % interval.
+
+        Classes that are in no draw of this size are left out.
+        """
+        trials = self.of(head, n_shots)
+        queries = [self.queries[n_shots, trial.episode] for trial in trials]
+        hits, c = _hits(trials, self.queries, self.labels), len(self.class_names)
+        sizes = np.array([np.bincount(self.labels[query], minlength=c) for query in queries])
+        right = np.array(
+            [
+                np.bincount(self.labels[query][trial.predictions == self.labels[query]], minlength=c)
+                for trial, query in zip(trials, queries, strict=True)
+            ]
+        )
+        out = {}
+        for i, name in enumerate(self.class_names):
+            judged = np.flatnonzero(sizes[:, i])
+            if not len(judged):
+                continue
+            n_query = float(sizes[judged, i].mean())
+            n_support = float(n_shots) if n_shots != "all" else max(int((self.labels == i).sum()) - n_query, 1.0)
+            images = np.where(self.labels == i, hits, np.nan)
+            taught = stats.lessons(images, [queries[j] for j in judged])
+            scores = right[judged, i] / sizes[judged, i]
+            out[name] = stats.mean_interval(scores, images, n_support, n_query, taught)
+        return out
+
     def pixels_accuracy(self, n_shots: Shots) -> stats.Interval:
         """Mean accuracy of the pixels baseline at one n_shots."""
         return mean_interval(self.of(PIXELS, n_shots), self.queries, self.labels)
@@ -394,7 +422,17 @@ class SweepResult:
         """What ``featx sweep --json`` prints and ``summary.json`` holds."""
         return {
             "winner": self.winner,
-            "results": [{**each.to_json(), "features": self.features_of(each.layer)} for each in self.results],
+            "results": [
+                {
+                    **each.to_json(),
+                    "features": self.features_of(each.layer),
+                    # Of the heads that one would take: of all, large sets of classes would fill the file.
+                    "recall": {name: share.to_json() for name, share in self.recall(each.head, each.n_shots).items()}
+                    if each.head in (self.winner, self.recommended)
+                    else None,
+                }
+                for each in self.results
+            ],
             "comparisons": [each.to_json() for each in self.comparisons],
             "duplicates": self.duplicates.to_json(),
             "majority_baseline": self.majority_baseline,

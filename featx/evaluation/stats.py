@@ -1,7 +1,8 @@
 """Scores, calibration, intervals and paired comparisons. Pure: arrays in, numbers out.
 
 Episodes are not independent: they share images. Treating them as independent finds winners among equals,
-so every variance here is corrected for what is shared (:func:`resampled_variance`).
+so every variance here is corrected for what is shared (:func:`resampled_variance`). ``weights`` (n,) say how much each
+row counts, where classes will be met in other shares than they have; by default all count the same.
 """
 
 from __future__ import annotations
@@ -32,37 +33,42 @@ def balanced_accuracy(labels: Labels, predicted: Labels) -> float:
     return float((hits[counts > 0] / counts[counts > 0]).mean())
 
 
-def macro_f1(labels: Labels, predicted: Labels) -> float:
+def macro_f1(labels: Labels, predicted: Labels, weights: Array | None = None) -> float:
     """Mean F1 (n,) of all classes that are there or are named: scikit-learn's ``f1_score(average="macro")``."""
     n = int(max(labels.max(), predicted.max())) + 1
-    hits = np.bincount(labels[labels == predicted], minlength=n)
-    sizes = np.bincount(labels, minlength=n) + np.bincount(predicted, minlength=n)
+    right = labels == predicted
+    hits = np.bincount(labels[right], None if weights is None else weights[right], minlength=n)
+    sizes = np.bincount(labels, weights, minlength=n) + np.bincount(predicted, weights, minlength=n)
     return float((2.0 * hits[sizes > 0] / sizes[sizes > 0]).mean())
 
 
-def majority_baseline(labels: Labels) -> float:
+def majority_baseline(labels: Labels, weights: Array | None = None) -> float:
     """Accuracy of always naming the most frequent class."""
-    return float(np.bincount(labels).max() / len(labels))
+    counts = np.bincount(labels, weights)
+    return float(counts.max() / counts.sum())
 
 
-def log_loss(labels: Labels, probabilities: Array) -> float:
+def log_loss(labels: Labels, probabilities: Array, weights: Array | None = None) -> float:
     """Mean of minus the log of the probability (n, c) of the true class, in nats."""
     true = probabilities[np.arange(len(labels)), labels]
-    return float(-np.log(np.maximum(true, np.finfo(np.float64).tiny)).mean())
+    return float(np.average(-np.log(np.maximum(true, np.finfo(np.float64).tiny)), weights=weights))
 
 
-def brier(labels: Labels, probabilities: Array) -> float:
+def brier(labels: Labels, probabilities: Array, weights: Array | None = None) -> float:
     """Mean squared distance of the probabilities (n, c) to the truth, summed over classes: 0 to 2."""
     distance = probabilities.copy()
     distance[np.arange(len(labels)), labels] -= 1.0
-    return float((distance**2).sum(axis=1).mean())
+    return float(np.average((distance**2).sum(axis=1), weights=weights))
 
 
-def expected_calibration_error(confidence: Array, correct: NDArray[np.bool_], *, bins: int = 15) -> float:
+def expected_calibration_error(
+    confidence: Array, correct: NDArray[np.bool_], *, bins: int = 15, weights: Array | None = None
+) -> float:
     """Mean gap of confidence and accuracy over equally wide bins of the confidence (n,); 0 to 1."""
     which = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    gap = np.bincount(which, weights=confidence - correct, minlength=bins)
-    return float(np.abs(gap).sum() / len(confidence))
+    counts = np.ones(len(confidence)) if weights is None else weights
+    gap = np.bincount(which, weights=counts * (confidence - correct), minlength=bins)
+    return float(np.abs(gap).sum() / counts.sum())
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,11 +27,13 @@ from featx.backbones import (
     quantised_of,
 )
 from featx.errors import ImageError, UsageError, WeightsError
-from featx.images import CENTER, Decoded, DecoderPool, Looks, Together, decode, parse_views
+from featx.images import CENTER, Decoded, DecoderPool, Looks, Origin, Together, decode, parse_views
 from featx.store import check_same
 
 Seen = tuple[NDArray[np.uint8], ...]
 """Pixels of one image for each backbone in turn: (h, w, 3), of several views (v, h, w, 3)."""
+
+Somewhere = TypeVar("Somewhere", bound=Origin)
 
 
 def network_like(
@@ -212,13 +214,18 @@ class Embedder:
         """Embeddings (1, d) of one image file's bytes, decoded in this process; ImageError when it is refused."""
         return self.embed_pixels([self.pixels(data)])
 
-    def embed_files(self, paths: Iterable[Path]) -> Iterator[tuple[Path, tuple[NDArray[np.float32], ...] | ImageError]]:
-        """Embeddings (d,), one a layer, or the refusal of each file, in order; decoded in processes of their own."""
-        waiting: list[Path] = []
+    def embed_files(
+        self, paths: Iterable[Somewhere]
+    ) -> Iterator[tuple[Somewhere, tuple[NDArray[np.float32], ...] | ImageError]]:
+        """Embeddings (d,), one a layer, or the refusal of each file, in order; decoded in processes of their own.
+
+        ``paths`` may be other origins of images, too.
+        """
+        waiting: list[Somewhere] = []
         images: list[Seen] = []
         refused: dict[int, ImageError] = {}
 
-        def flush() -> Iterator[tuple[Path, tuple[NDArray[np.float32], ...] | ImageError]]:
+        def flush() -> Iterator[tuple[Somewhere, tuple[NDArray[np.float32], ...] | ImageError]]:
             layers = self.embed_pixels(images) if images else ()
             row = 0
             for place, path in enumerate(waiting):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NewType, TypeAlias
 
 import numpy as np
@@ -37,7 +37,7 @@ class Scorer:
     ----------
     kind : of the normaliser, one of :data:`KINDS` or of :func:`blocks_kind`.
     mean, scale : (d,) of the normaliser.
-    coef, intercept : (c, d) and (c,) of a linear head.
+    coef, intercept : (c, d) and (c,) of a linear head; of nearest neighbours, ``intercept`` is added to the votes' log.
     rows, targets : (m, d) normalised and (m,) in 0 .. c-1, of a nearest-neighbour head.
     n_neighbors : of a nearest-neighbour head; 0 for a linear one.
     n_classes : c.
@@ -98,7 +98,12 @@ class Scorer:
             return np.asarray(rows @ self.coef.T + self.intercept)
         parts = [self._votes(rows[start : start + _BLOCK]) for start in range(0, len(rows), _BLOCK)]
         votes = np.concatenate(parts) if parts else np.zeros((0, self.n_classes))
-        return np.asarray(np.log((votes + 1.0 / self.n_classes) / (self.n_neighbors + 1.0)))
+        scores = np.log((votes + 1.0 / self.n_classes) / (self.n_neighbors + 1.0))
+        return np.asarray(scores if self.intercept is None else scores + self.intercept)
+
+    def shifted(self, offsets: Array) -> Scorer:
+        """The same head with ``offsets`` (c,) added to its scores."""
+        return replace(self, intercept=offsets if self.intercept is None else self.intercept + offsets)
 
     def _votes(self, rows: Array) -> Array:
         assert self.rows is not None

@@ -1,4 +1,13 @@
 from .bundle import Bundle as Bundle, read_bundle as read_bundle, write_bundle as write_bundle
+from .count import (
+    LEAST_CHECKED as LEAST_CHECKED,
+    ClassCount as ClassCount,
+    Pile as Pile,
+    check_rows as check_rows,
+    count_adjusted as count_adjusted,
+    count_checked as count_checked,
+    draw_to_check as draw_to_check,
+)
 from .export import (
     Pickled as Pickled,
     export_bundle as export_bundle,
@@ -13,3 +22,4 @@ from .predictor import (
     open_embedder as open_embedder,
     predict_files as predict_files,
 )
+from .prior import read_prior as read_prior

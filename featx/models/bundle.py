@@ -11,9 +11,10 @@ RFC 2119.
   network that was quantised on the machine of whoever made the model is ``network-<sha256>.ir``
   (:mod:`featx.backbones.engines.graph`); the provenance has its sha256. There MUST be no other member.
 - The arrays are ``mean, scale``; ``coef, intercept`` of a linear head; ``rows, targets`` of a nearest-neighbour head;
-  ``golden, golden_scores, probe_embedding``; ``own_rows, own_similarity`` where the model calls photos unknown. There
-  MUST be no other array. ``targets`` is int64, ``golden`` and ``probe_embedding`` are float32, ``own_rows`` is float16,
-  all others float64.
+  ``golden, golden_scores, probe_embedding``; ``own_rows, own_similarity`` where the model calls photos unknown;
+  ``conformity``, and perhaps ``conformity_weights``, where it can answer with sets. A nearest-neighbour head MAY have
+  an ``intercept``, which is added to its scores. There MUST be no other array. ``targets`` is int64, ``golden`` and
+  ``probe_embedding`` are float32, ``own_rows`` is float16, all others float64.
 - The ZIP's comment is ``sha256=<64 hex digits>``, of every byte of the file before it. A reader MUST compare it first.
 - ``bundle.json``: ``format`` ("featx-bundle"), ``format_version`` (a reader MUST refuse a greater one), ``head``,
   ``params``, ``kind`` of normaliser, ``n_neighbors``, ``class_names``, ``layer`` ("combined": all of the provenance's,
@@ -21,10 +22,14 @@ RFC 2119.
   backbone, weights sha256, preprocessing, ...), ``sharpness`` (what scores are multiplied by before the softmax, or
   null where they could not be calibrated), ``threshold`` (of the score below which to abstain, or null: always
   abstain), ``max_error``, ``max_unknown`` (0: nothing is called unknown; null: the model is from before there was
-  unknown), ``metrics``, ``versions``, ``notes``.
+  unknown), ``prior`` (the share of each class that ``intercept`` and ``threshold`` are for, by name, or null: as they
+  were labelled; it may be missing), ``metrics``, ``versions``, ``notes``.
 - ``own_rows`` (m, d) are own images at unit length (several layers each, weighted as by ``kind``), ``own_similarity``
   (n,), ascending, the mean cosine of own images to the five most similar others of these rows. ``familiarity`` of a
   photo is (1 + how many of the n are not above its own mean cosine) / (n + 1); up to ``max_unknown`` it is unknown.
+- ``conformity`` (n,), ascending, are the scores of the true labels of images left out (:mod:`featx.models.sets`):
+  labels whose score is not above the limit for a coverage are in the set. ``conformity_weights`` (n + 1,) say how much
+  each counts, and last how much a new image may.
 - ``golden`` float32 (m, d) are vectors and ``golden_scores`` float64 (m, c) the probabilities (margins to the best
   class where ``sharpness`` is null) that this head gave them; a reader MUST find the same within 1e-6. ``probe.png``
   is an image and ``probe_embedding`` float32 (d,) what its backbone made of it; who embeds images MUST find the same
@@ -60,9 +65,10 @@ from numpy.typing import NDArray
 from featx._arrays import COMBINED, JOINED
 from featx._files import publish_bytes, read_regular
 from featx.backbones import check_network
-from featx.errors import BundleError, FeatxError, StoreError
+from featx.errors import BundleError, FeatxError, StoreError, UsageError
 from featx.heads import Array, Scorer, is_kind, margins, softmax
 from featx.models.novelty import Familiarity, is_unknown
+from featx.models.sets import Conformity, among_known, check_coverage, label_sets
 from featx.store import layers_of
 
 FORMAT, FORMAT_VERSION = "featx-bundle", 3
@@ -103,6 +109,8 @@ _ARRAYS: Mapping[str, tuple[str, int]] = MappingProxyType(
         "probe_embedding": ("f4", 1),
         "own_rows": ("f2", 2),
         "own_similarity": ("f8", 1),
+        "conformity": ("f8", 1),
+        "conformity_weights": ("f8", 1),
     }
 )
 """Type and number of dimensions of each array that may be in a bundle."""
@@ -115,7 +123,8 @@ class Answer:
     ``score`` is the probability of the label, or its margin over the next class where the head is not calibrated;
     ``probabilities`` then has no entries. ``familiarity`` is the share of the model's own images that look at least as
     strange to it; None where it does not know. ``reason`` says why it abstains: it is "unsure" which class it is, or
-    the photo is "unknown", of no class; None where it answers.
+    the photo is "unknown", of no class; None where it answers. ``labels`` are the set that was asked for, the most
+    probable first, empty where the photo is unknown; None where none was.
     """
 
     label: str
@@ -124,6 +133,7 @@ class Answer:
     probabilities: Mapping[str, float]
     reason: Literal["unsure", "unknown"] | None
     familiarity: float | None = None
+    labels: tuple[str, ...] | None = None
 
     @property
     def abstain(self) -> bool:
@@ -133,6 +143,7 @@ class Answer:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types."""
         return {
+            **({} if self.labels is None else {"set": list(self.labels)}),
             "label": self.label,
             "score": self.score,
             "score_kind": self.score_kind,
@@ -161,6 +172,8 @@ class Bundle:
     probe_embedding: NDArray[np.float32]
     max_unknown: float | None = None
     familiarity: Familiarity | None = field(default=None, repr=False)
+    conformity: Conformity | None = field(default=None, repr=False)
+    prior: Mapping[str, float] | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -182,8 +195,37 @@ class Bundle:
             return np.asarray(scores - scores.max(axis=1, keepdims=True))
         return softmax(scores, self.sharpness)
 
-    def answer(self, embeddings: NDArray[np.floating]) -> list[Answer]:
-        """Label, score and abstention of each embedding (n, d)."""
+    def set_limit(self, coverage: float) -> float:
+        """Up to which score labels are in sets that hold the truth with this coverage, of photos that are not unknown.
+
+        Infinite where the images are too few for it: then every set is all labels.
+
+        Raises
+        ------
+        UsageError
+            It is no share, or the model is from before there were sets.
+        """
+        check_coverage(coverage)
+        if self.conformity is not None:
+            return self.conformity.limit(among_known(coverage, self.max_unknown))
+        if self.sharpness is not None:
+            raise UsageError(
+                "this model gives no sets: it was made before featx 0.3", where="--coverage",
+                hint="Fit it again: featx fit STORE --out MODEL",
+            )  # fmt: skip
+        return math.inf
+
+    def cautions_of_sets(self, coverage: float) -> list[str]:
+        """What to know before sets of this coverage are used: that each is all labels."""
+        if self.set_limit(coverage) < math.inf:
+            return []
+        # Rounded down, so that what is said can be asked for.
+        most = 0.0 if self.conformity is None else 1 - (1 - self.conformity.highest) / (1 - (self.max_unknown or 0.0))
+        offer = f" The most that they can promise is {math.floor(1000 * most) / 1000:g}." if most >= 0.001 else ""
+        return [f"The model's images are too few for a coverage of {coverage:g}: every set is all classes.{offer}"]
+
+    def answer(self, embeddings: NDArray[np.floating], coverage: float | None = None) -> list[Answer]:
+        """Label, score and abstention of each embedding (n, d), and with a ``coverage`` its set of labels."""
         if embeddings.ndim != 2 or embeddings.shape[1] != self.scorer.dims:
             raise ValueError(f"expected embeddings (n, {self.scorer.dims}), got {embeddings.shape}")
         scores = self.scorer.scores(embeddings)
@@ -196,6 +238,7 @@ class Bundle:
         if self.familiarity is not None and self.max_unknown is not None:
             found = self.familiarity.shares(embeddings)
             unknown, shares = is_unknown(found, self.max_unknown), found.tolist()
+        sets = [None] * len(labels) if coverage is None else self._sets(judged, unknown, self.set_limit(coverage))
         return [
             Answer(
                 label=self.class_names[label],
@@ -204,10 +247,19 @@ class Bundle:
                 probabilities={} if self.sharpness is None else dict(zip(self.class_names, row.tolist(), strict=True)),
                 reason="unknown" if strange else "unsure" if doubtful else None,
                 familiarity=share,
+                labels=chosen,
             )
-            for label, score, row, strange, doubtful, share in zip(
-                labels.tolist(), best, judged, unknown, unsure, shares, strict=True
+            for label, score, row, strange, doubtful, share, chosen in zip(
+                labels.tolist(), best, judged, unknown, unsure, shares, sets, strict=True
             )
+        ]
+
+    def _sets(self, judged: Array, unknown: NDArray[np.bool_], limit: float) -> list[tuple[str, ...] | None]:
+        inside = label_sets(judged, limit)
+        order = np.argsort(-judged, axis=1, kind="stable").tolist()
+        return [
+            () if strange else tuple(self.class_names[c] for c in ranked if row[c])
+            for ranked, row, strange in zip(order, inside, unknown, strict=True)
         ]
 
     @property
@@ -234,6 +286,7 @@ class Bundle:
             "threshold": self.threshold,
             "max_error": self.max_error,
             "max_unknown": self.max_unknown,
+            "prior": None if self.prior is None else dict(self.prior),
             "metrics": dict(self.metrics),
             "versions": dict(self.versions),
             "notes": list(self.notes),
@@ -276,6 +329,7 @@ def bundle_bytes(bundle: Bundle) -> bytes:
         "golden_scores": bundle.probabilities(bundle.golden), "probe_embedding": bundle.probe_embedding,
         "own_rows": None if bundle.familiarity is None else bundle.familiarity.rows,
         "own_similarity": None if bundle.familiarity is None else bundle.familiarity.own,
+        **({} if bundle.conformity is None else bundle.conformity.to_arrays()),
     }  # fmt: skip
     members = {
         "bundle.json": json.dumps(bundle.describe(), indent=2, sort_keys=True, allow_nan=False).encode(),
@@ -464,11 +518,15 @@ def _assemble(fields: dict[str, Any], arrays: dict[str, NDArray[Any]], probe: by
     n_neighbors = _typed(fields, "n_neighbors", int)
     if n_neighbors:
         m = len(arrays["rows"])
-        shapes |= {"rows": (m, d), "targets": (m,)}
+        shapes |= {"rows": (m, d), "targets": (m,)} | ({"intercept": (c,)} if "intercept" in arrays else {})
     else:
         shapes |= {"coef": (c, d), "intercept": (c,)}
     if "own_rows" in arrays or "own_similarity" in arrays:
         shapes |= {"own_rows": (None, d), "own_similarity": (None,)}
+    if "conformity" in arrays or "conformity_weights" in arrays:
+        shapes |= {"conformity": (None,)}
+        if "conformity_weights" in arrays:
+            shapes |= {"conformity_weights": (len(arrays.get("conformity", ())) + 1,)}
     if set(shapes) != set(arrays):
         raise ValueError(f"its arrays are {', '.join(sorted(arrays))}")
     for name, shape in shapes.items():
@@ -508,6 +566,8 @@ def _assemble(fields: dict[str, Any], arrays: dict[str, NDArray[Any]], probe: by
         max_error=max_error,
         max_unknown=max_unknown,
         familiarity=_familiarity(arrays, scorer.kind) if "own_rows" in arrays else None,
+        conformity=_conformity(arrays) if "conformity" in arrays else None,
+        prior=_prior(fields.get("prior"), names),
         golden=arrays["golden"],
         probe=probe,
         probe_embedding=arrays["probe_embedding"],
@@ -525,6 +585,26 @@ def _familiarity(arrays: Mapping[str, NDArray[Any]], kind: str) -> Familiarity:
     if not -_UNIT <= own[0] <= own[-1] <= _UNIT or (np.diff(own) < 0).any():
         raise ValueError("own_similarity are not ascending cosines")
     return Familiarity(rows, own, kind)
+
+
+def _conformity(arrays: Mapping[str, NDArray[Any]]) -> Conformity:
+    scores, weights = arrays["conformity"], arrays.get("conformity_weights")
+    if scores[0] < 0 or (np.diff(scores) < 0).any():
+        raise ValueError("conformity are not ascending scores")
+    if weights is not None and not (weights > 0).all():
+        raise ValueError("conformity_weights are not above 0")
+    return Conformity(scores) if weights is None else Conformity(scores, weights[:-1], float(weights[-1]))
+
+
+def _prior(prior: Any, names: list[str]) -> dict[str, float] | None:
+    if prior is None:
+        return None
+    if not isinstance(prior, dict) or set(prior) != set(names):
+        raise ValueError(f"prior is {prior!r:.40}")
+    shares = {name: _number(prior, name) for name in names}
+    if not all(shares.values()) or not abs(sum(filter(None, shares.values())) - 1.0) < 1e-6:
+        raise ValueError("prior is no share of each class")
+    return {name: share for name, share in shares.items() if share}
 
 
 def _has_layers(provenance: Any) -> bool:

@@ -41,7 +41,9 @@ def fit_sharpness(scores: Array, labels: NDArray[np.integer]) -> float:
     return math.exp(float(best.x))
 
 
-def fit_threshold(scores: Array, correct: NDArray[np.bool_], max_error: float) -> float | None:
+def fit_threshold(
+    scores: Array, correct: NDArray[np.bool_], max_error: float, weights: Array | None = None, heaviest: float = 1.0
+) -> float | None:
     """The lowest score from which on answers are wrong no more often than ``max_error``.
 
     Counted with one more answer, a wrong one: k answers without an error show an error rate of 1/(k+1), not of 0.
@@ -52,13 +54,15 @@ def fit_threshold(scores: Array, correct: NDArray[np.bool_], max_error: float) -
     scores : (n,) of the label of each image, out of fold.
     correct : (n,) whether that label is right.
     max_error : share of the answers, 0 to 1.
+    weights : (n,) how much each image counts, where classes will be met in other shares; the one more, wrong, counts
+        ``heaviest``, as it may be of any class.
 
     Returns
     -------
     The threshold, or None where the images are too few (fewer than ``1 / max_error - 1`` right ones) or too hard to
     show it for any.
     """
-    ranked, errors = _error_rates(scores, correct)
+    ranked, errors = _error_rates(scores, correct, weights, heaviest)
     fine = errors <= max_error
     if not fine.any():
         return None
@@ -69,16 +73,21 @@ def fit_threshold(scores: Array, correct: NDArray[np.bool_], max_error: float) -
     return float((ranked[last] + ranked[last + 1]) / 2)
 
 
-def smallest_error(scores: Array, correct: NDArray[np.bool_]) -> float:
+def smallest_error(
+    scores: Array, correct: NDArray[np.bool_], weights: Array | None = None, heaviest: float = 1.0
+) -> float:
     """The smallest ``max_error`` that :func:`fit_threshold` has a threshold for; arguments as there."""
-    return float(_error_rates(scores, correct)[1].min())
+    return float(_error_rates(scores, correct, weights, heaviest)[1].min())
 
 
-def _error_rates(scores: Array, correct: NDArray[np.bool_]) -> tuple[Array, Array]:
+def _error_rates(
+    scores: Array, correct: NDArray[np.bool_], weights: Array | None, heaviest: float
+) -> tuple[Array, Array]:
     """Scores (n,) from the highest on, and the error rate of all answers down to each; inf between equal scores."""
     order = np.argsort(-scores, kind="stable")
     ranked = scores[order]
-    rates = (np.cumsum(~correct[order]) + 1) / (np.arange(1, len(scores) + 1) + 1)
+    counted = np.ones(len(scores)) if weights is None else weights[order]
+    rates = (np.cumsum(counted * ~correct[order]) + heaviest) / (np.cumsum(counted) + heaviest)
     last_of_ties = np.append(ranked[1:] != ranked[:-1], True)
     return ranked, np.where(last_of_ties, rates, np.inf)
 
@@ -88,9 +97,24 @@ def calibrated(scores: Array, sharpness: float | None) -> Array | None:
     return None if sharpness is None else softmax(scores, sharpness)
 
 
-def clopper_pearson(right: int, n: int, level: float = 0.95) -> tuple[float, float]:
+def clopper_pearson(right: float, n: float, level: float = 0.95) -> tuple[float, float]:
     """The exact interval of a share, of which ``right`` of ``n`` were seen."""
     tail = (1 - level) / 2
     low = float(beta.ppf(tail, right, n - right + 1)) if right else 0.0
     high = float(beta.ppf(1 - tail, right + 1, n - right)) if right < n else 1.0
     return low, high
+
+
+def weighted_interval(
+    right: NDArray[np.bool_], weights: Array | None = None, level: float = 0.95
+) -> tuple[float, float, float]:
+    """A share (n,) with its interval, where images count differently.
+
+    Clopper and Pearson's interval of as many equal images as tell as much (Korn and Graubard 1998); without weights,
+    plainly theirs.
+    """
+    n = float(len(right)) if weights is None else float(weights.sum() ** 2 / (weights**2).sum())
+    mean = float(np.average(right, weights=weights))
+    # Sums of weights are rounded; a share of all is all.
+    seen = n if right.all() else 0.0 if not right.any() else mean * n
+    return mean, *clopper_pearson(seen, n, level)

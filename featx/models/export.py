@@ -116,6 +116,11 @@ def _blocks(blocks: list[tuple[int, float]]) -> list[tuple[str, Any]]:
 def _classifier(bundle: Bundle) -> Any:
     scorer = bundle.scorer
     names = np.array(bundle.class_names)
+    if scorer.coef is None and scorer.intercept is not None:
+        raise UsageError(
+            "votes of neighbours cannot be shifted to other shares of the classes in scikit-learn", where="--prior",
+            hint="Fit a linear head, such as ridge, or use the model itself.",
+        )  # fmt: skip
     if scorer.coef is None or scorer.intercept is None:
         assert scorer.rows is not None
         assert scorer.targets is not None
@@ -180,8 +185,14 @@ class Pickled:
             "An exported head knows no unknown: it names a class for photos of anything. Use the model itself.",
         ]
 
-    def answer(self, embeddings: NDArray[np.floating]) -> list[Answer]:
-        """As of :meth:`featx.models.bundle.Bundle.answer`."""
+    def cautions_of_sets(self, coverage: float) -> list[str]:
+        """As of :meth:`featx.models.bundle.Bundle.cautions_of_sets`, but an exported head has no sets."""
+        raise UsageError("an exported head gives no sets", where="--coverage", hint="Use the model itself.")
+
+    def answer(self, embeddings: NDArray[np.floating], coverage: float | None = None) -> list[Answer]:
+        """As of :meth:`featx.models.bundle.Bundle.answer`; there is no ``coverage``."""
+        if coverage is not None:
+            self.cautions_of_sets(coverage)
         rows = np.asarray(embeddings, dtype=np.float64)
         shares = self.pipeline.predict_proba(rows)
         calibrated = self.score_kind == "probability"

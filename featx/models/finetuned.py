@@ -62,7 +62,9 @@ def finetune_bundle(
     trained = _train(tuning, use, y, copies, (random_state, total), tell, total - 1, total)
     tell(total, total, "packing")
     sharpness = fit_sharpness(scores, y)
-    threshold, metrics = judge_scores(scores, sharpness, y, copies, max_error, names)
+    threshold, metrics, conformity = judge_scores(
+        scores, sharpness, y, copies, max_error, names, folds=folds, max_unknown=max_unknown
+    )
     every = np.arange(len(tuning.features))
     embeddings = training.embed(trained.classifier.tail, tuning.activations, every, device=tuning.device)
     familiarity, measured = learn_from_folds(
@@ -88,6 +90,7 @@ def finetune_bundle(
             scorer=trained.classifier.scorer(), class_names=names, head=tuning.head,
             params={"epochs": trained.epochs}, sharpness=sharpness, threshold=threshold, max_error=max_error,
             max_unknown=max_unknown, familiarity=familiarity, metrics=metrics, notes=(*tuning.notes, *notes),
+            conformity=conformity,
         ),
         replace(
             tuning.features,

@@ -40,8 +40,10 @@ from featx.heads import (
 )
 from featx.images import encode
 from featx.models.bundle import Bundle
-from featx.models.calibrate import clopper_pearson, fit_sharpness, fit_threshold, smallest_error
+from featx.models.calibrate import clopper_pearson, fit_sharpness, fit_threshold, smallest_error, weighted_interval
 from featx.models.novelty import Familiarity
+from featx.models.prior import Prior, class_weights, cross_shifted, prior_shares, shift
+from featx.models.sets import COVERAGE, Conformity, among_known, cross_sets, label_sets, measure_sets, true_scores
 from featx.models.unknown import check_max_unknown, learn, metrics_of, warnings_of_unknown
 from featx.store import Alike, FeatureSet, layers_of, title_of
 
@@ -70,6 +72,8 @@ class FittedHead:
     familiarity: Familiarity | None
     metrics: dict[str, Any]
     notes: tuple[str, ...]
+    conformity: Conformity | None = None
+    prior: dict[str, float] | None = None
 
 
 def fit_head(
@@ -82,6 +86,7 @@ def fit_head(
     heads: Sequence[str] = ("auto",),
     max_error: float = 0.05,
     max_unknown: float = 0.05,
+    prior: Prior = None,
     random_state: int = 0,
     n_jobs: int | None = None,
     pool: NDArray[np.floating] | None = None,
@@ -103,6 +108,7 @@ def fit_head(
     shots.
     max_error : share of answers that may be wrong; below the threshold that follows the head abstains.
     max_unknown : share of photos like these that may be called unknown; with 0 none ever is.
+    prior : in which shares classes will be met, by name, or "equal"; by default as in these rows.
     random_state : seed of the folds.
     n_jobs : workers that compare several heads; by default one for each core.
     layers : which columns are which layer's, to combine them; by default the embeddings are of one layer.
@@ -130,6 +136,7 @@ def fit_head(
     names, rows, y, copies = data.class_names, data.embeddings, data.labels, data.groups
     if len(names) < 2:
         raise UsageError("a head needs images of at least two classes", found=f"{len(names)}")
+    shares = prior_shares(prior, names)
     say: Progress = progress or (lambda done, total, what: None)
     notes = list(data.notes)
 
@@ -152,6 +159,11 @@ def fit_head(
     head = catalogue[chosen[0]] if layers is None else layers.on(catalogue[chosen[0]], layers.whole)
     folds = fold_numbers(y, copies, N_FOLDS, random_state)
     n_folds = int(folds.max()) + 1
+    if shares is not None and n_folds < 2:
+        raise UsageError(
+            "a class with a single image cannot be weighed against the others", where="--prior",
+            found=names[int(data.counts.argmin())], hint="Add images of it, or leave it out.",
+        )  # fmt: skip
     total = 1 + (n_folds if n_folds > 1 else 0)
     say(0, total, f"fitting {head.name}")
     scorer, params, converged = _fit(head, rows, y, copies, random_state, device)
@@ -164,6 +176,8 @@ def fit_head(
             inner = np.unique(copies[~held], return_inverse=True)[1].reshape(-1)
             part, _, fine = _fit(head, rows[~held], y[~held], inner, random_state, device)
             scores[held] = part.scores(rows[held])
+            if part.kind != scorer.kind and not head.probabilistic:
+                scores[held] *= _spread(scorer, rows[~held]) / _spread(part, rows[~held])
             converged &= fine
             say(2 + fold, total, "scoring images out of fold")
     else:
@@ -175,8 +189,16 @@ def fit_head(
     if not converged:
         notes.append("A fit stopped before its optimum.")
     sharpness = None if scores is None else fit_sharpness(scores, y)
-    threshold, metrics = judge_scores(scores, sharpness, y, copies, max_error, names)
-    notes += warnings_of(metrics, threshold, max_error)
+    if scores is not None and shares is not None:
+        say(total, total, "moving to other shares of the classes")
+        one = np.unique(copies, return_index=True)[1]
+        sharpness, added = shift(scores[one], y[one], shares)
+        scorer = scorer.shifted(added)
+        scores = cross_shifted(scores, y, folds, np.isin(np.arange(len(y)), one), shares) / sharpness
+    threshold, metrics, conformity = judge_scores(
+        scores, sharpness, y, copies, max_error, names, folds=folds, max_unknown=max_unknown, shares=shares
+    )
+    notes += warnings_of(metrics, threshold, max_error, weighted=shares is not None)
     say(total, total, "measuring what is unknown")
     familiarity, measured = learn(rows, y, copies, kind=scorer.kind, max_unknown=max_unknown, random_state=random_state)
     metrics["unknown"] = measured and metrics_of(measured, names)
@@ -197,6 +219,8 @@ def fit_head(
             "chosen_among": compared_heads,
         },
         notes=(*notes, *data.duplicates.notes),
+        conformity=conformity,
+        prior=None if shares is None else dict(zip(names, shares.tolist(), strict=True)),
     )
 
 
@@ -214,6 +238,12 @@ def _fit(
     return Scorer.of(pipeline), choice.params, choice.converged
 
 
+def _spread(scorer: Scorer, rows: NDArray[np.floating]) -> float:
+    """How far apart scores of rows (n, d) are: distances to class means have other units with another normaliser."""
+    scores = scorer.scores(rows)
+    return float((scores.max(axis=1) - scores.min(axis=1)).mean()) or 1.0
+
+
 def judge_scores(
     scores: Array | None,
     sharpness: float | None,
@@ -221,28 +251,62 @@ def judge_scores(
     groups: Index,
     max_error: float,
     class_names: Sequence[str],
-) -> tuple[float | None, dict[str, Any]]:
-    """The threshold, and what is to be expected of new images, from scores (n, c) out of fold."""
+    *,
+    folds: Index,
+    max_unknown: float,
+    shares: Array | None = None,
+) -> tuple[float | None, dict[str, Any], Conformity | None]:
+    """The threshold, what is to be expected of new images, and what sets of labels go by, from scores out of fold.
+
+    Parameters
+    ----------
+    scores, sharpness, labels : (n, c), of their softmax, and (n,); None where nothing could be validated.
+    groups, folds : (n,) which rows are copies of each other, and which are judged by the same head.
+    max_error, max_unknown, class_names : as of :func:`fit_head`.
+    shares : (c,) in which the classes will be met, if not as here.
+    """
     counts = {"images": len(labels), "duplicates": len(labels) - len(np.unique(groups))}
     counts["classes"] = int(labels.max()) + 1
     if scores is None or sharpness is None:
-        return None, {**counts, "out_of_fold": None, "smallest_max_error": None}
-    probabilities = softmax(scores, sharpness)
-    predicted = scores.argmax(axis=1)
-    confidence = probabilities[np.arange(len(labels)), predicted]
+        return None, {**counts, "out_of_fold": None, "smallest_max_error": None}, None
     # Copies of an image are not evidence of their own: one of each group counts.
     one = np.unique(groups, return_index=True)[1]
-    correct = predicted[one] == labels[one]
-    threshold = fit_threshold(confidence[one], correct, max_error)
-    return threshold, {
-        **counts,
-        "out_of_fold": measure(labels[one], scores[one], probabilities[one], threshold, class_names),
-        # Rounded up, so that what is said can be asked for.
-        "smallest_max_error": math.ceil(1000 * smallest_error(confidence[one], correct)) / 1000,
+    labels, scores, folds = labels[one], scores[one], folds[one]
+    probabilities = softmax(scores, sharpness)
+    predicted = scores.argmax(axis=1)
+    confidence, correct = probabilities[np.arange(len(labels)), predicted], predicted == labels
+    weights, heaviest = None, 1.0
+    if shares is not None:
+        of_class = class_weights(labels, shares)
+        weights, heaviest = of_class[labels], float(of_class.max())
+    threshold = fit_threshold(confidence, correct, max_error, weights, heaviest)
+    sets = cross_sets(probabilities, labels, folds, among_known(COVERAGE, max_unknown), weights, heaviest)
+    measured = {
+        **measure(labels, scores, probabilities, threshold, class_names, weights),
+        "confusion": _confusion(labels, predicted, class_names),
+        "sets": measure_sets(sets, labels, class_names, coverage=COVERAGE, weights=weights),
     }
+    # Rounded up, so that what is said can be asked for.
+    least = math.ceil(1000 * smallest_error(confidence, correct, weights, heaviest)) / 1000
+    conformity = Conformity.of(true_scores(probabilities, labels), weights, heaviest)
+    return threshold, {**counts, "out_of_fold": measured, "smallest_max_error": least}, conformity
 
 
-def warnings_of(metrics: Mapping[str, Any], threshold: float | None, max_error: float) -> list[str]:
+def _confusion(
+    labels: NDArray[np.int64], predicted: NDArray[np.integer], class_names: Sequence[str]
+) -> dict[str, dict[str, int]]:
+    """How many images of each class are called what; what never happens is left out."""
+    out: dict[str, dict[str, int]] = {}
+    for (true, named), n in zip(
+        *np.unique(np.column_stack([labels, predicted]), axis=0, return_counts=True), strict=True
+    ):
+        out.setdefault(class_names[true], {})[class_names[named]] = int(n)
+    return out
+
+
+def warnings_of(
+    metrics: Mapping[str, Any], threshold: float | None, max_error: float, *, weighted: bool = False
+) -> list[str]:
     """Sentences about a head that answers nothing, and about classes that it does not recognise."""
     found = metrics["out_of_fold"]
     if found is None:
@@ -251,10 +315,11 @@ def warnings_of(metrics: Mapping[str, Any], threshold: float | None, max_error: 
     if threshold is None:
         least = metrics["smallest_max_error"]
         offer = f", or fit again with --max-error {least:g}, the smallest that they can promise" if least < 1 else ""
+        where = " With --prior, an image of a class that will be met more often counts more." if weighted else ""
         out.append(
             f"Every answer abstains: promising at most {100 * max_error:g} % errors takes at least "
             f"{plural(math.ceil(1 / max_error - 1 - 1e-9), 'correct answer')} without a mistake, which "
-            f"{plural(found['images'], 'image')} did not show. Add images{offer}."
+            f"{plural(found['images'], 'image')} did not show.{where} Add images{offer}."
         )
     # Counted with one more image, a wrong one: two of four show little.
     weak = [
@@ -279,39 +344,44 @@ def measure(
     probabilities: Array,
     threshold: float | None,
     class_names: Sequence[str],
+    weights: Array | None = None,
 ) -> dict[str, Any]:
-    """Accuracy with its 95 % interval, recall of each class, calibration and abstention.
+    """Accuracy and recall of each class with their 95 % intervals, calibration and abstention.
 
     Parameters
     ----------
     labels, scores, probabilities : (m,), (m, c) and (m, c).
     threshold : below which an answer abstains; None where every one does.
     class_names : c names.
+    weights : (m,) how much each image counts, where classes will be met in other shares.
     """
     predicted = scores.argmax(axis=1)
     correct = predicted == labels
     confidence = probabilities[np.arange(len(labels)), predicted]
     answered = np.zeros(len(labels), bool) if threshold is None else confidence >= threshold
-    low, high = clopper_pearson(int(correct.sum()), len(labels))
+    mean, low, high = weighted_interval(correct, weights)
     images = np.bincount(labels, minlength=len(class_names)).tolist()
     right = np.bincount(labels[correct], minlength=len(class_names)).tolist()
-    recalled = {
-        name: {"recall": r / n, "right": r, "images": n}
-        for name, r, n in zip(class_names, right, images, strict=True)
-        if n
-    }
+    recalled = {}
+    for name, r, n in zip(class_names, right, images, strict=True):
+        if n:
+            limits = clopper_pearson(r, n)
+            recalled[name] = {"recall": r / n, "low": limits[0], "high": limits[1], "right": r, "images": n}
+    wrong = None
+    if answered.any():
+        wrong = float(1 - np.average(correct[answered], weights=None if weights is None else weights[answered]))
     return {
         "images": len(labels),
-        "accuracy": {"mean": float(correct.mean()), "low": low, "high": high},
+        "accuracy": {"mean": mean, "low": low, "high": high},
         "balanced_accuracy": stats.balanced_accuracy(labels, predicted),
-        "macro_f1": stats.macro_f1(labels, predicted),
+        "macro_f1": stats.macro_f1(labels, predicted, weights),
         "recall_per_class": recalled,
-        "majority_baseline": stats.majority_baseline(labels),
-        "log_loss": stats.log_loss(labels, probabilities),
-        "brier": stats.brier(labels, probabilities),
-        "ece": stats.expected_calibration_error(confidence, correct),
-        "answered": float(answered.mean()),
-        "error_among_answered": float(1 - correct[answered].mean()) if answered.any() else None,
+        "majority_baseline": stats.majority_baseline(labels, weights),
+        "log_loss": stats.log_loss(labels, probabilities, weights),
+        "brier": stats.brier(labels, probabilities, weights),
+        "ece": stats.expected_calibration_error(confidence, correct, weights=weights),
+        "answered": float(np.average(answered, weights=weights)),
+        "error_among_answered": wrong,
     }
 
 
@@ -325,6 +395,7 @@ def fit_bundle(
     heads: Sequence[str] = ("auto",),
     max_error: float = 0.05,
     max_unknown: float = 0.05,
+    prior: Prior = None,
     random_state: int = 0,
     pool: NDArray[np.floating] | None = None,
     layers: Layers | None = None,
@@ -337,7 +408,7 @@ def fit_bundle(
     ----------
     features : of the store.
     embedder : what made them (:meth:`Embedder.like`); it embeds the probe image.
-    heads, max_error, max_unknown, random_state, pool, layers, device, progress : as of :func:`fit_head`.
+    heads, max_error, max_unknown, prior, random_state, pool, layers, device, progress : as of :func:`fit_head`.
     """
     use = np.flatnonzero((features.splits != "test") & ((features.labels >= 0) | (pool is None)))
     groups = features.copies
@@ -350,6 +421,7 @@ def fit_bundle(
         heads=heads,
         max_error=max_error,
         max_unknown=max_unknown,
+        prior=prior,
         random_state=random_state,
         pool=pool,
         layers=layers,
@@ -386,6 +458,8 @@ def pack_bundle(fitted: FittedHead, features: FeatureSet, embedder: Embedder, *,
         max_error=fitted.max_error,
         max_unknown=fitted.max_unknown,
         familiarity=fitted.familiarity,
+        conformity=fitted.conformity,
+        prior=fitted.prior,
         golden=features.embeddings[golden],
         probe=probe,
         probe_embedding=of_layer(embedder.embed_bytes(probe), place)[0],
@@ -408,9 +482,16 @@ def _test(bundle: Bundle, features: FeatureSet, groups: Index) -> dict[str, Any]
         return None
     labels = np.array([place[features.class_names[int(i)]] for i in features.labels[use]])
     scores = bundle.scorer.scores(features.embeddings[use])
-    found = measure(labels, scores, softmax(scores, bundle.sharpness), bundle.threshold, bundle.class_names)
+    probabilities = softmax(scores, bundle.sharpness)
+    weights = None
+    if bundle.prior is not None and len(np.unique(labels)) == len(place):
+        weights = class_weights(labels, np.array([bundle.prior[name] for name in bundle.class_names]))[labels]
+    found = measure(labels, scores, probabilities, bundle.threshold, bundle.class_names, weights)
+    if bundle.conformity is not None:
+        sets = label_sets(probabilities, bundle.set_limit(COVERAGE))
+        found["sets"] = measure_sets(sets, labels, bundle.class_names, coverage=COVERAGE, weights=weights)
     unknown = [each.reason == "unknown" for each in bundle.answer(features.embeddings[use])]
-    return {**found, "unknown": float(np.mean(unknown))}
+    return {**found, "unknown": float(np.average(unknown, weights=weights))}
 
 
 def probe_pixels(height: int = 240, width: int = 320) -> NDArray[np.uint8]:

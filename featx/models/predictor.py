@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 from featx.backbones import Provider, layer_place, of_layer
 from featx.errors import ImageError, MismatchError, SourceError, UsageError
 from featx.extraction import Embedder
-from featx.images import IMAGE_SUFFIXES, walk_folder
+from featx.images import IMAGE_SUFFIXES, Origin, walk_folder
 from featx.models.bundle import Answer, Bundle
 from featx.store import layers_of
+
+Somewhere = TypeVar("Somewhere", bound=Origin)
 
 PROBE_COSINE = {"fp32": 0.9999}
 """What the engines promise of each other; 0.999 at the precisions that are not named."""
@@ -23,8 +25,8 @@ PROBE_COSINE = {"fp32": 0.9999}
 class Model(Protocol):
     """What answers for embeddings (n, d): a bundle, or what was exported from one."""
 
-    def answer(self, embeddings: NDArray[np.floating]) -> list[Answer]:
-        """Label, score and abstention of each row."""
+    def answer(self, embeddings: NDArray[np.floating], coverage: float | None = None) -> list[Answer]:
+        """Label, score and abstention of each row, and with a ``coverage`` its set of labels."""
         ...
 
 
@@ -90,11 +92,11 @@ def layer_number(bundle: Bundle) -> int | None:
 
 
 def predict_files(
-    model: Model, embedder: Embedder, layer: int | None, paths: Iterable[Path]
-) -> Iterator[tuple[Path, Answer | ImageError]]:
-    """The answer about each file, or why it was refused, in order."""
+    model: Model, embedder: Embedder, layer: int | None, paths: Iterable[Somewhere], *, coverage: float | None = None
+) -> Iterator[tuple[Somewhere, Answer | ImageError]]:
+    """The answer about each file (with its set of labels, for a ``coverage``), or why it was refused, in order."""
     for path, found in embedder.embed_files(paths):
-        yield path, found if isinstance(found, ImageError) else model.answer(of_layer(found, layer)[None])[0]
+        yield path, found if isinstance(found, ImageError) else model.answer(of_layer(found, layer)[None], coverage)[0]
 
 
 def image_files(folder: Path) -> list[Path]:

@@ -405,6 +405,7 @@ def render_page(
             for n in result.shots[::-1]
         ],
         winner=result.winner,
+        recognised=_recognised(result),
         confusion=_confusion(result),
         reliability=_reliability(result),
         duplicates=_duplicates(result, images),
@@ -442,6 +443,16 @@ def _curves(result: SweepResult) -> dict[str, Any]:
     legend += [("rest", ", ".join(rest))] if rest else []
     legend += [("soft", NO_NETWORK)] if result.pixels else []
     return {"chart": chart, "legend": legend, "fewer": fewer}
+
+
+def _recognised(result: SweepResult) -> dict[str, Any]:
+    """Recall of each class with the most images, the least recognised first."""
+    n_shots = result.shots[-1]
+    images = dict(zip(result.class_names, np.bincount(result.labels).tolist(), strict=True))
+    found = sorted(result.recall(result.winner, n_shots).items(), key=lambda item: item[1].mean)
+    own = next(each for each in result.results if (each.head, each.n_shots) == (result.winner, n_shots))
+    rows = [(name, images[name], share) for name, share in found]
+    return {"where": images_per_class(n_shots), "macro_f1": own.macro_f1, "rows": rows}
 
 
 def _confusion(result: SweepResult) -> dict[str, Any]:

@@ -83,14 +83,22 @@ def _add_work(app: FastAPI, service: Service, keyed: list[Any]) -> None:
     work_route = partial(app.post, openapi_extra=schema.image_body(), dependencies=keyed)
 
     @work_route("/predict", responses={200: {"model": schema.PredictReply}, **_WORK})
-    async def predict(request: Request, k: Annotated[int, Query(ge=0, le=100)] = 5) -> Response:
+    async def predict(
+        request: Request,
+        k: Annotated[int, Query(ge=0, le=100)] = 5,
+        coverage: Annotated[float | None, Query(gt=0, lt=1)] = None,
+    ) -> Response:
         """Label, probabilities and abstention; with a store, the ``k`` nearest labelled images as evidence.
 
         ``reason`` says why an answer abstains: the model is *unsure* of the label, or the photo is *unknown*, unlike
         those that the model was fitted on. ``familiarity`` is the share of these that look at least as strange to it.
+        With a ``coverage`` such as 0.9, ``set`` is the smallest set of labels that holds the truth this often, on
+        photos like the model's; it is empty where the photo is unknown.
         """
+        if coverage is not None and not service.has_sets:
+            raise Refusal(422, "no_sets", "This model gives no sets: it was made before featx 0.3.")
         work = await do_work(service, request)
-        answers = bundle.answer(work.matrix(service.layer)) if work.names else []
+        answers = bundle.answer(work.matrix(service.layer), coverage) if work.names else []
         for each in answers:
             service.metrics.answers.labels(each.reason or "answered").inc()
         predictions = [{"id": name, **each.to_json()} for name, each in zip(work.names, answers, strict=True)]

@@ -37,6 +37,7 @@ class Prediction(BaseModel):
     reason: Literal["unsure", "unknown"] | None
     familiarity: float | None
     probabilities: dict[str, float]
+    set: list[str] | None = None
     neighbours: list[Neighbour] | None = None
 
 

@@ -57,6 +57,11 @@ class Service:
         )
         self.layer = layer_number(self.bundle)
 
+    @property
+    def has_sets(self) -> bool:
+        """Whether the model can answer with sets of labels."""
+        return self.bundle.conformity is not None or self.bundle.sharpness is None
+
     def problem(self) -> str:
         """Why requests cannot be answered just now, or ""."""
         return self.batcher.problem() or self.refusing()
@@ -73,6 +78,8 @@ class Service:
             "featx": version("featx"),
             **{name: told[name] for name in ("head", "params", "class_names", "layer", "threshold", "max_error")},
             "max_unknown": told["max_unknown"],
+            "prior": told["prior"],
+            "sets": self.has_sets,
             "score_kind": self.bundle.score_kind,
             "backbone": title_of(self.bundle.provenance),
             "fingerprint": self.bundle.provenance.get("fingerprint"),

@@ -402,7 +402,7 @@ def test_fit_says_which_classes_are_recognised_and_how_it_chose(kept: Path, feat
     assert "On images it had not seen" not in done.out
     recalls = read_bundle(tmp_path / "all.model").metrics["out_of_fold"]["recall_per_class"]
     for name, each in recalls.items():
-        assert f"{name} {100 * each['recall']:.1f} % of 14" in done.out
+        assert f"{name} {percent(Interval(each['recall'], each['low'], each['high']))} of 14" in done.out
 
 
 @pytest.mark.slow

@@ -69,6 +69,29 @@ def test_an_unknown_photo_is_called_so_and_counted(server: Running) -> None:
     assert {"reason", "familiarity"} <= set(shape["required"])
 
 
+@pytest.mark.slow
+def test_a_set_of_labels_comes_when_it_is_asked_for(server: Running, tmp_path: Path) -> None:
+    sizes = set()
+    for number in range(12):
+        (answer,) = tiny_bundle().answer(expected(png(number)), 0.6)
+        (found,) = server.send("/predict?coverage=0.6", png(number)).json["predictions"]
+        assert found == {"id": "image", **answer.to_json()}
+        sizes.add(len(found["set"]))
+    assert len(sizes) > 1
+    assert "set" not in server.send("/predict", png(1)).json["predictions"][0]
+    (black,) = server.send("/predict?coverage=0.6", plain((0, 0, 0))).json["predictions"]
+    assert (black["set"], black["reason"]) == ([], "unknown")
+    assert (server.get("/info").json["sets"], server.get("/info").json["prior"]) == (True, None)
+    for wrong in ("0", "1", "nan", "much"):
+        refused = server.send(f"/predict?coverage={wrong}", png(1))
+        assert (refused.status, refused.json["error"]["reason"]) == (422, "parameter")
+    with start_tiny(tmp_path, sets=False) as old:
+        refused = old.send("/predict?coverage=0.9", png(1))
+        assert (refused.status, refused.json["error"]["reason"]) == (422, "no_sets")
+        assert old.get("/info").json["sets"] is False
+        assert old.send("/predict", png(1)).status == 200
+
+
 def test_several_in_a_form_where_a_broken_one_fails_alone(server: Running) -> None:
     files = [("a.png", png(1)), ("b.jpg", b"no image"), ("c.png", png(2)), ("d.png", plain(RED)), ("e.png", png(3))]
     body, headers = form(files)

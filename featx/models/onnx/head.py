@@ -78,4 +78,6 @@ def _votes(graph: Builder, rows: str, scorer: Scorer, sharpness: float) -> str:
     votes = graph.add("ReduceSum", hits, graph.integers(1), keepdims=0)
     shares = graph.add("Add", votes, graph.constant(1.0 / scorer.n_classes))
     logs = graph.add("Log", graph.add("Div", shares, graph.constant(scorer.n_neighbors + 1.0)))
+    if scorer.intercept is not None:
+        logs = graph.add("Add", logs, graph.constant(scorer.intercept))
     return graph.add("Mul", logs, graph.constant(sharpness))

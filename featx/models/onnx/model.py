@@ -160,6 +160,7 @@ def _about(bundle: Bundle) -> dict[str, str]:
         "max_error": bundle.max_error,
         "max_unknown": bundle.max_unknown,
         "calibrated": bundle.sharpness is not None,
+        "prior": None if bundle.prior is None else dict(bundle.prior),
         "head": bundle.head,
         "layer": bundle.layer,
         "licences": {name: known.get(name, "unknown") for name in names},
