@@ -29,6 +29,10 @@ _BLOCK = 1024
 """Query rows at a time against the rows of a nearest-neighbour head."""
 
 
+class NotLinear(Exception):
+    """A head's scores are no sum over the numbers of an embedding."""
+
+
 @dataclass(frozen=True)
 class Scorer:
     """A fitted head.
@@ -100,6 +104,32 @@ class Scorer:
         votes = np.concatenate(parts) if parts else np.zeros((0, self.n_classes))
         return np.asarray(np.log((votes + 1.0 / self.n_classes) / (self.n_neighbors + 1.0)))
 
+    def linear_form(self, embedding: NDArray[np.floating]) -> tuple[Array, Array, Array]:
+        """Weights W (c, d), shift s (d,) and intercept b (c,) with ``scores == W @ (x - s) + b`` for this embedding x.
+
+        What divides x, such as its length, is a number once x is known; so the scores are a sum over the columns of x,
+        and over all that x itself is a sum of.
+
+        Raises
+        ------
+        NotLinear
+            The scores are no such sum; the message is a sentence that says why.
+        """
+        if self.coef is None or self.intercept is None:
+            raise NotLinear("Nearest neighbours count votes of whole photos, which no part of a photo has a share in.")
+        if self.kind == "power_l2":
+            raise NotLinear("This head takes the root of every number of an embedding, and a root is not shared out.")
+        x, none = np.asarray(embedding, dtype=np.float64), np.zeros(self.dims)
+        if self.kind == "standardise":
+            return self.coef / self.scale, self.mean, self.intercept
+        if blocks := blocks_of(self.kind):
+            sizes = [size for size, _ in blocks]
+            parts = np.split(x, np.cumsum(sizes)[:-1])
+            factors = [weight / _length(part) for (_, weight), part in zip(blocks, parts, strict=True)]
+            return self.coef * np.repeat(factors, sizes), none, self.intercept
+        shift = self.mean if self.kind == "centre_l2" else none
+        return (self.coef if self.kind == "none" else self.coef / _length(x - shift)), shift, self.intercept
+
     def _votes(self, rows: Array) -> Array:
         assert self.rows is not None
         assert self.targets is not None
@@ -157,6 +187,11 @@ def unit_rows(rows: Array, kind: str) -> Array:
 def _unit(rows: Array) -> Array:
     length = np.linalg.norm(rows, axis=1, keepdims=True)
     return np.asarray(rows / np.where(length > 0.0, length, 1.0))
+
+
+def _length(row: Array) -> float:
+    """By which :func:`_unit` divides."""
+    return float(np.linalg.norm(row)) or 1.0
 
 
 def softmax(scores: Array, sharpness: float = 1.0) -> Array:

@@ -17,6 +17,7 @@ from .pixels import (
     is_image as is_image,
     resize_crop as resize_crop,
     save_png as save_png,
+    written as written,
 )
 from .pool import (
     TIMEOUT as TIMEOUT,
@@ -34,5 +35,5 @@ from .source import (
     is_local as is_local,
     walk_folder as walk_folder,
 )
-from .thumbnails import Originals as Originals, Thumbnails as Thumbnails
+from .thumbnails import Originals as Originals, Thumbnails as Thumbnails, whole_pictures as whole_pictures
 from .views import CENTER as CENTER, Looks as Looks, Together as Together, parse_views as parse_views

@@ -1,4 +1,5 @@
-from .bundle import Bundle as Bundle, read_bundle as read_bundle, write_bundle as write_bundle
+from .bundle import Answer as Answer, Bundle as Bundle, read_bundle as read_bundle, write_bundle as write_bundle
+from .explain import Explainer as Explainer, Explanation as Explanation
 from .export import Pickled as Pickled, export_bundle as export_bundle
 from .finetuned import finetune_bundle as finetune_bundle
 from .fit import by_recall as by_recall, fit_bundle as fit_bundle, summary as summary
