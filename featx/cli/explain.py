@@ -144,6 +144,7 @@ def _json(name: str, answer: Answer, found: Explanation) -> dict[str, Any]:
         "margin": float(found.scores[label] - found.scores[other]),
         "size": list(found.size),
         "rounding": found.rounding,
+        "note": found.note or None,
         "evidence": [found.to_json(label), found.to_json(other)],
     }
 
@@ -169,5 +170,7 @@ def _tell(explained: Sequence[tuple[str, Path, Answer, Explanation]]) -> None:
         left_out |= {each.layer: each.reason for each in found.left_out}
     if explained and sys.stdout.isatty():
         show(table)
+    for note in dict.fromkeys(found.note for *_, found in explained if found.note):
+        say(f"Note: {note}", err=True)
     for layer, reason in left_out.items():
         say(f"Note: {layer} has no map: {reason}.", err=True)

@@ -88,6 +88,11 @@ class Scorer:
         """Length d of an embedding."""
         return len(self.mean)
 
+    @property
+    def takes_roots(self) -> bool:
+        """Whether it takes the root of each number of an embedding."""
+        return self.kind == "power_l2"
+
     def normalised(self, embeddings: NDArray[np.floating]) -> Array:
         """Rows (n, d) as the head sees them."""
         return normalised(np.asarray(embeddings, dtype=np.float64), self.kind, self.mean, self.scale)
@@ -108,7 +113,8 @@ class Scorer:
         """Weights W (c, d), shift s (d,) and intercept b (c,) with ``scores == W @ (x - s) + b`` for this embedding x.
 
         What divides x, such as its length, is a number once x is known; so the scores are a sum over the columns of x,
-        and over all that x itself is a sum of.
+        and over all that x itself is a sum of. A root is such a quotient, too, ``x / sqrt(x)``; as each column has its
+        own, the sum holds, but weighs columns by how small they are (:attr:`takes_roots`).
 
         Raises
         ------
@@ -117,9 +123,11 @@ class Scorer:
         """
         if self.coef is None or self.intercept is None:
             raise NotLinear("Nearest neighbours count votes of whole photos, which no part of a photo has a share in.")
-        if self.kind == "power_l2":
-            raise NotLinear("This head takes the root of every number of an embedding, and a root is not shared out.")
         x, none = np.asarray(embedding, dtype=np.float64), np.zeros(self.dims)
+        if self.takes_roots:
+            roots = np.sqrt(np.abs(x))
+            quotients = np.divide(1.0, roots, out=np.zeros(self.dims), where=roots > 0)
+            return self.coef * quotients / _length(roots), none, self.intercept
         if self.kind == "standardise":
             return self.coef / self.scale, self.mean, self.intercept
         if blocks := blocks_of(self.kind):

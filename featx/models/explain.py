@@ -5,6 +5,10 @@ map, and a linear head the scores ``W (x - s) + b`` (:meth:`featx.heads.scorer.S
 is a number once the photo is known). So ``W (f(p) - s)`` is the evidence at p, and its mean over all places plus b is
 the score: nothing is estimated, and no gradient is taken.
 
+A head that takes the root of each number of an embedding (``power_l2``) has a sum over places as well: each root is
+shared out among them in proportion to what they gave to the number, as long as none gave less than nothing. The page
+says so.
+
 Scores count from the mean of all classes' scores. What all classes gain alike changes no probability; and a head of two
 classes has one score, of which each class gets half.
 
@@ -33,6 +37,11 @@ EXACT = 1e-4
 
 ROUNDED = 0.05
 """The same at half precision (bf16, fp16), where the network rounds the mean itself."""
+
+SHARED_ROOTS = (
+    "This head takes the root of each number of an embedding; a root is shared out among the places in proportion to "
+    "what each gave to the number."
+)
 
 Box = tuple[float, float, float, float]
 """(left, top, right, bottom) as shares of the upright photo's width and height."""
@@ -83,6 +92,7 @@ class Explanation:
     size : (width, height) of the upright photo in pixels.
     rounding : the largest difference between the scores and what adds up.
     embedding : (d,) of the photo, which the scores are of.
+    note : what to know of how the maps were made, a sentence or "".
     """
 
     class_names: tuple[str, ...]
@@ -93,6 +103,7 @@ class Explanation:
     size: tuple[int, int]
     rounding: float
     embedding: NDArray[np.float32]
+    note: str = ""
 
     @property
     def ranked(self) -> list[int]:
@@ -195,8 +206,8 @@ class Explainer:
                 columns = slice(start, start + layers[number].shape[1])
                 start = columns.stop
                 own, away = weights[:, columns], shift[columns]
-                if isinstance(found, str) or 1 in found.shape[1:3]:
-                    reason = found if isinstance(found, str) else "what it averages has no rows and columns"
+                reason = self._why_not(found)
+                if reason or isinstance(found, str):
                     left_out.append(LeftOut(name, reason, own @ (row[columns] - away)))
                     continue
                 boxes = network.looks.boxes(*size)
@@ -215,8 +226,24 @@ class Explainer:
                 found=f"{rounding:.2g}",
             )  # fmt: skip
         return Explanation(
-            self.class_names, scores, np.asarray(intercept), tuple(parts), tuple(left_out), size, rounding, row
+            self.class_names,
+            scores,
+            np.asarray(intercept),
+            tuple(parts),
+            tuple(left_out),
+            size,
+            rounding,
+            row,
+            SHARED_ROOTS if self.scorer.takes_roots else "",
         )
+
+    def _why_not(self, found: NDArray[np.float32] | str) -> str:
+        """Why there is no exact map, as a clause; "" where there is one."""
+        if isinstance(found, str):
+            return found
+        if 1 in found.shape[1:3]:
+            return "what it averages has no rows and columns"
+        return _ROOTS if self.scorer.takes_roots and found.min() < 0 else ""
 
     def explain_files(self, paths: Iterable[Path]) -> Iterator[tuple[Path, Explanation | ImageError]]:
         """The explanation of each file, or why it was refused, in order; decoded in processes of their own."""
@@ -239,5 +266,7 @@ class Explainer:
         precisions = {network.engine.precision for network in self.embedder.members}
         return EXACT if precisions <= {"fp32", "int8"} else ROUNDED
 
+
+_ROOTS = "the head takes roots, and a root of what is partly less than nothing is not shared out"
 
 _NO_MAP = "Networks that average over the image have one: efficientnet, mobilenet_v2, resnet, densenet, regnet."

@@ -32,11 +32,13 @@ def render_explanations(
     provenance : of its embeddings.
     command : the command line that made it.
     """
+    given = list(explained)
     return render_template(
         "explain.html",
         title=f"Why: {title}",
         legend=LEGEND,
-        photos=[_photo(*each) for each in explained],
+        notes=list(dict.fromkeys(found.note for _, _, found, _ in given if found.note)),
+        photos=[_photo(*each) for each in given],
         facts=Facts.of({"command": command, **provenance}),
     )
 

@@ -62,6 +62,7 @@ class OpenVINOEngine:
         self._sizes = sizes_of(batch_size, pad=pad or not self._graph.takes_any_number)
         self._compiled: dict[int, Any] = {}
         self._with_maps: tuple[Any, list[str]] | None = None
+        self._adding_maps = threading.Lock()
         self._compiling = threading.Lock()
         if pad:
             self._network(1)
@@ -89,7 +90,7 @@ class OpenVINOEngine:
 
     def maps(self, batch: Batch) -> list[tuple[NDArray[np.float32], list[NDArray[np.float32]]]]:
         """See :func:`featx.backbones.engines.base.feature_maps`: each layer's embeddings, and the map they are from."""
-        with self._compiling:
+        with self._adding_maps:  # another lock: whoever embeds does not wait for it
             if self._with_maps is None:
                 model = self._graph.model(self._layers)
                 places = add_maps(model)
