@@ -121,6 +121,10 @@ class Originals:
     def _find(self) -> Callable[[str], Origin]:
         return finder(self.source)
 
+    def origin(self, row: int) -> Origin | None:
+        """Where the row's image is, or None when it has gone or is another one now."""
+        return None if self.thumbnail(row) is None else self._find(str(self.ids[row]))
+
     def thumbnail(self, row: int) -> bytes | None:
         """A JPEG of the row's image, or None when it has gone or is another one now."""
         if not self.source:

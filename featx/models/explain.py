@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,7 @@ from featx.backbones import feature_maps, of_layer
 from featx.errors import ImageError, MismatchError, UsageError
 from featx.extraction import Embedder, Seen
 from featx.heads import Array, NotLinear, Scorer
+from featx.images import Origin
 
 EXACT = 1e-4
 """Most that maps may differ from the score of ``featx predict``."""
@@ -245,7 +245,7 @@ class Explainer:
             return "what it averages has no rows and columns"
         return _ROOTS if self.scorer.takes_roots and found.min() < 0 else ""
 
-    def explain_files(self, paths: Iterable[Path]) -> Iterator[tuple[Path, Explanation | ImageError]]:
+    def explain_files(self, paths: Iterable[Origin]) -> Iterator[tuple[Origin, Explanation | ImageError]]:
         """The explanation of each file, or why it was refused, in order; decoded in processes of their own."""
         given = list(paths)
         workers = min(available_cpus(), len(given))

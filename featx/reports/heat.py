@@ -87,6 +87,14 @@ def panels(picture: NDArray[np.uint8], explanation: Explanation) -> list[NDArray
     return [picture, *(painted(picture, each) for each in overlays(explanation, explanation.ranked[:2], width, height))]
 
 
+def pair_jpeg(picture: NDArray[np.uint8], explanation: Explanation, places: Sequence[int]) -> bytes:
+    """The evidence for some classes over a photo (h, w, 3), side by side as one JPEG."""
+    height, width = picture.shape[:2]
+    gap = np.full((height, 6, 3), 255, np.uint8)
+    columns = [painted(picture, each) for each in overlays(explanation, places, width, height)]
+    return encode(np.hstack([part for each in columns for part in (each, gap)][:-1]), form="JPEG")
+
+
 def figure_png(picture: NDArray[np.uint8], explanation: Explanation) -> bytes:
     """The three panels side by side as one PNG, each with a line of text above it."""
     label, other = (explanation.class_names[place] for place in explanation.ranked[:2])
