@@ -2,9 +2,11 @@
 
 Two questions about a region, on the same draws. *Without it*: a head that learnt from whole photos judges photos whose
 region is grey; what it loses is what it took from there (and what grey does to it by itself). *It alone*: a head learns
-from and judges photos of which only the region is left; what it reaches beyond guessing, the region tells. A head uses
-a region where both show. That may be a shortcut, or a background that rightly differs from class to class: a person
-has to look.
+from and judges photos of which only the region is left; what it reaches beyond guessing, the region tells.
+
+The measure is as large an area in the middle, treated alike. In a photo of an object the middle matters more, and in a
+texture every part does as much; where a region matters more than the middle, something is odd. It may be a shortcut, or
+a background that rightly differs from class to class: a person has to look.
 
 What is masked is the crop that the network is given, after all that the pixels go through otherwise.
 """
@@ -36,7 +38,7 @@ MIDDLE = 0.5
 """Of width and height: the part around the centre that evidence is counted in; a quarter of the area."""
 
 MOST = 200
-"""Images that are looked at; more would tell little more, and each costs five times its embedding."""
+"""Images that are looked at; more would tell little more, and each costs nine times its embedding."""
 
 LEAST = 5
 """Images that a class needs, so that a fifth of it can be judged."""
@@ -46,49 +48,59 @@ REGIONS = {
     "corners": f"four squares of {CORNER:.0%} of width and height".replace("%", " %"),
 }
 
+_MIDDLE = "'s area in the middle"
 _BATCH = 16
 _RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
 class Region:
-    """What a head takes from one region of photos.
+    """What a head takes from one region of photos, beside as large an area in the middle.
 
     Attributes
     ----------
     name : one of :data:`REGIONS`.
-    without : accuracy on photos whose region is grey; ``loss`` : less that on whole ones.
-    alone : accuracy of a head on the region alone; ``gain`` : less that of guessing.
+    without, without_middle : accuracy on photos whose region, or as much of whose middle, is grey.
+    loss : ``without`` less the accuracy on whole photos; ``more`` : less ``without_middle``.
+    alone, alone_middle : accuracy of a head on the region alone, or on as much of the middle.
+    gain : ``alone`` less the accuracy of guessing; ``tells`` : less ``alone_middle``.
     """
 
     name: str
     without: stats.Interval
+    without_middle: stats.Interval
     loss: stats.Difference
+    more: stats.Difference
     alone: stats.Interval
+    alone_middle: stats.Interval
     gain: stats.Difference
-
-    def gives_away(self, whole: stats.Interval) -> bool:
-        """Whether the region alone tells classes apart at least as well as whole photos, beyond chance."""
-        return self.gain.verdict == "better" and self.alone.mean >= whole.mean
+    tells: stats.Difference
 
     @property
     def used(self) -> bool:
-        """Whether the region tells classes apart, and the head loses without it, both beyond chance."""
-        return self.loss.verdict == "worse" and self.gain.verdict == "better"
+        """Whether the region tells classes apart, and a head loses more without it than without the middle."""
+        return self.loss.verdict == self.more.verdict == "worse" and self.gain.verdict == "better"
+
+    @property
+    def gives_away(self) -> bool:
+        """Whether the region alone tells classes apart better than the middle alone."""
+        return self.gain.verdict == self.tells.verdict == "better"
 
     @property
     def verdict(self) -> str:
-        """Either "used", or "not used" where nothing can be missed, or "cannot tell"."""
-        if self.used:
-            return "used"
+        """Either "used", "gives away", "not used" (less than two points are lost for sure) or "cannot tell"."""
+        if self.used or self.gives_away:
+            return "used" if self.used else "gives away"
         return "not used" if self.loss.interval.low > -_SMALL else "cannot tell"
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types."""
+        shown = ("without", "without_middle", "alone", "alone_middle")
+        apart = {name: getattr(self, name) for name in ("loss", "more", "gain", "tells")}
         return {
-            "region": self.name, "without": self.without.to_json(), "loss": self.loss.interval.to_json(),
-            "loss_p": self.loss.adjusted, "alone": self.alone.to_json(), "gain": self.gain.interval.to_json(),
-            "gain_p": self.gain.adjusted, "verdict": self.verdict,
+            "region": self.name, **{name: getattr(self, name).to_json() for name in shown},
+            **{name: {**each.interval.to_json(), "p": each.adjusted} for name, each in apart.items()},
+            "verdict": self.verdict,
         }  # fmt: skip
 
 
@@ -119,24 +131,25 @@ class Shortcuts:
     def sentence(self) -> str:
         """In words."""
         used = " and the ".join(region.name for region in self.regions if region.used)
-        given = " and the ".join(region.name for region in self.regions if region.gives_away(self.whole))
-        told = []
+        given = " and the ".join(region.name for region in self.regions if region.gives_away)
         if used or given:
             first = f"The head uses the {used}" if used else f"The {given} alone tell the classes apart"
-            told.append(
-                f"{first}. Look there for dates, rulers, logos or a background that gives the class away; if photos to "
-                "come will lack it, crop it off."
-            )
+            told = [
+                f"{first}, more than the middle of the photos. Look there for dates, rulers, logos or a background "
+                "that gives the class away; if photos to come will lack it, crop it off."
+            ]
         elif all(region.verdict == "not used" for region in self.regions):
-            told.append("No shortcut at the borders or in the corners: the head loses nothing without them.")
+            told = ["No shortcut at the borders or in the corners: the head loses less than two points without them."]
         else:
-            told.append("Whether the head uses borders or corners: cannot tell.")
+            told = ["No shortcut was found at the borders or in the corners, but a small one cannot be ruled out."]
         told.append(f"On {plural(self.images, 'image')}, whole: {percent(self.whole)}.")
         for region in self.regions:
             gap = points(region.loss.interval, beside=(region.without.mean, self.whole.mean))
             told.append(
-                f"Without {region.name} ({REGIONS[region.name]} in grey) {percent(region.without)}, {gap}, "
-                f"{region.loss.verdict}; they alone give {percent(region.alone)}, guessing {100 * self.guessing:.1f} %."
+                f"Without {region.name} ({REGIONS[region.name]} in grey) {percent(region.without)}, {gap}; without as "
+                f"much of the middle {100 * region.without_middle.mean:.1f} %. The {region.name} alone give "
+                f"{percent(region.alone)}, as much of the middle {100 * region.alone_middle.mean:.1f} %, guessing "
+                f"{100 * self.guessing:.1f} %."
             )
         if self.middle is not None:
             told.append(
@@ -163,6 +176,12 @@ def region_mask(name: str, height: int, width: int) -> NDArray[np.bool_]:
     share = FRAME if name == "borders" else CORNER
     rows, columns = (np.minimum(at, 1 - at) < share for at in (y, x))
     return rows[:, None] | columns if name == "borders" else rows[:, None] & columns
+
+
+def middle_mask(share: float, height: int, width: int) -> NDArray[np.bool_]:
+    """Where the middle is that has this share of the area, (height, width)."""
+    y, x = (np.abs((np.arange(n) + 0.5) / n - 0.5) < share**0.5 / 2 for n in (height, width))
+    return np.asarray(y[:, None] & x)
 
 
 def masked(pixels: NDArray[np.uint8], mask: NDArray[np.bool_], grey: Sequence[int]) -> NDArray[np.uint8]:
@@ -213,7 +232,7 @@ def find_shortcuts(
     if (counts := np.bincount(labels)).min() < LEAST:
         raise UsageError(f"a class has fewer than {LEAST} different images", found=int(counts.min()))
     rows, split, no_map = _embed(embedder, layer, origins, tick)
-    names = ["whole", *(f"{how} {region}" for region in REGIONS for how in ("without", "alone"))]
+    names = list(rows)
     trials: dict[str, list[Trial]] = {name: [] for name in [*names, "guessing"]}
     queries: dict[tuple[Any, int], Index] = {}
     inside, total = np.zeros(len(labels)), np.zeros(len(labels))
@@ -247,14 +266,24 @@ def find_shortcuts(
     def apart(one: str, other: str) -> stats.Difference:
         return paired_difference(trials[one], trials[other], queries, labels)
 
-    pairs = [apart(f"without {region}", "whole") for region in REGIONS]
-    pairs += [apart(f"alone {region}", "guessing") for region in REGIONS]
-    ps = stats.holm([each.p for each in pairs])
-    pairs = [replace(each, adjusted=p) for each, p in zip(pairs, ps, strict=True)]
+    pairs = {
+        region: {
+            "loss": apart(f"without {region}", "whole"),
+            "more": apart(f"without {region}", f"without {region}{_MIDDLE}"),
+            "gain": apart(f"alone {region}", "guessing"),
+            "tells": apart(f"alone {region}", f"alone {region}{_MIDDLE}"),
+        }
+        for region in REGIONS
+    }
+    ps = iter(stats.holm([each.p for found in pairs.values() for each in found.values()]))
     regions = tuple(
-        Region(region, shown[f"without {region}"], loss, shown[f"alone {region}"], gain)
-        for region, loss, gain in zip(REGIONS, pairs[: len(REGIONS)], pairs[len(REGIONS) :], strict=True)
-    )
+        Region(
+            region, without=shown[f"without {region}"], without_middle=shown[f"without {region}{_MIDDLE}"],
+            alone=shown[f"alone {region}"], alone_middle=shown[f"alone {region}{_MIDDLE}"],
+            **{name: replace(each, adjusted=next(ps)) for name, each in found.items()},
+        )
+        for region, found in pairs.items()
+    )  # fmt: skip
     middle = None if no_map else _share(inside, total, random_state)
     if middle is None and not no_map:
         no_map = "cannot tell; the right class is not ahead on the whole"
@@ -270,7 +299,9 @@ def _embed(
     masks: dict[str, NDArray[np.bool_]] = {"whole": np.zeros((height, width), bool)}
     for region in REGIONS:
         there = region_mask(region, height, width)
-        masks |= {f"without {region}": there, f"alone {region}": ~there}
+        middle = middle_mask(float(there.mean()), height, width)
+        for of, mask in (("", there), (_MIDDLE, middle)):
+            masks |= {f"without {region}{of}": mask, f"alone {region}{of}": ~mask}
     rows: dict[str, list[NDArray[np.float32]]] = {name: [] for name in masks}
     split: list[NDArray[np.float64]] = []
     no_map = ""

@@ -88,11 +88,11 @@ def panels(picture: NDArray[np.uint8], explanation: Explanation) -> list[NDArray
 
 
 def pair_jpeg(picture: NDArray[np.uint8], explanation: Explanation, places: Sequence[int]) -> bytes:
-    """The evidence for some classes over a photo (h, w, 3), side by side as one JPEG."""
+    """The evidence for some classes over a photo (h, w, 3), one below the other as one JPEG."""
     height, width = picture.shape[:2]
-    gap = np.full((height, 6, 3), 255, np.uint8)
-    columns = [painted(picture, each) for each in overlays(explanation, places, width, height)]
-    return encode(np.hstack([part for each in columns for part in (each, gap)][:-1]), form="JPEG")
+    gap = np.full((6, width, 3), 255, np.uint8)
+    rows = [painted(picture, each) for each in overlays(explanation, places, width, height)]
+    return encode(np.vstack([part for each in rows for part in (each, gap)][:-1]), form="JPEG")
 
 
 def figure_png(picture: NDArray[np.uint8], explanation: Explanation) -> bytes:
