@@ -27,7 +27,10 @@ from featx.cli.terminal import PAGE_MARK, ProgressLine, check_file, check_writab
 from featx.errors import ImageError, one_line
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
 
     from featx.models import Answer, Explanation
 
@@ -89,24 +92,32 @@ def explain(
                     explained.append((name, path, bundle.answer(found.embedding[None])[0], found))
                 line.update(len(explained) + len(refused), len(named))
         written: list[str] = []
-        if html is not None or png is not None:
-            pictures = list(whole_pictures([path for _, path, _, _ in explained], side=_SIDE, workers=_WORKERS))
+
+        def shown(line: ProgressLine) -> Iterator[tuple[str, Answer, Explanation, NDArray[np.uint8] | str]]:
+            """Each photo with its pixels, one at a time; its picture is written on the way."""
+            paths = [path for _, path, _, _ in explained]
+            drawn = zip(explained, whole_pictures(paths, side=_SIDE, workers=_WORKERS), _names(explained), strict=True)
+            for number, ((name, _, answer, found), picture, file_name) in enumerate(drawn, 1):
+                if png is not None and isinstance(picture, str):
+                    refused.append({"id": name, "reason": "changed", "message": picture})
+                elif png is not None and not isinstance(picture, str):
+                    publish_bytes(png / file_name, figure_png(picture, found))
+                    written.append(str(png / file_name))
+                line.update(number, len(explained))
+                yield name, answer, found, picture
+
         if png is not None:
             png.mkdir(parents=True, exist_ok=True)
-            for (name, _, _, found), picture, file in zip(explained, pictures, _names(explained, png), strict=True):
-                if isinstance(picture, str):
-                    refused.append({"id": name, "reason": "changed", "message": picture})
-                else:
-                    publish_bytes(file, figure_png(picture, found))
-                    written.append(str(file))
-        if html is not None:
-            shown = [
-                (name, answer, found, picture)
-                for (name, _, answer, found), picture in zip(explained, pictures, strict=True)
-            ]
-            command = shlex.join(["featx", *sys.argv[1:]])
-            page = render_explanations(shown, title=model.name, provenance=bundle.provenance, command=command)
-            publish_bytes(html, page.encode("utf-8", errors="backslashreplace"))
+        with ProgressLine("drawing") as line:
+            if html is not None:
+                command = shlex.join(["featx", *sys.argv[1:]])
+                page = render_explanations(
+                    shown(line), title=model.name, provenance=bundle.provenance, command=command
+                )  # fmt: skip
+                publish_bytes(html, page.encode("utf-8", errors="backslashreplace"))
+            elif png is not None:
+                for _ in shown(line):
+                    pass
     if as_json:
         about = [_json(name, answer, found) for name, _, answer, found in explained]
         page_at = None if html is None else str(html)
@@ -115,8 +126,8 @@ def explain(
         _tell(explained)
     for item in refused:
         say(f"  refused {one_line(item['id'])}: {item['reason']}, {item['message']}", err=True)
-    for picture_file in written:
-        say(f"Picture: {picture_file}", err=True)
+    if png is not None:
+        say(f"Pictures: {len(written)} in {png}", err=True)
     if html is not None:
         say(f"Page: {html}", err=True)
     if refused:
@@ -124,15 +135,15 @@ def explain(
         raise typer.Exit(QUARANTINED)
 
 
-def _names(explained: Sequence[tuple[str, Path, Answer, Explanation]], folder: Path) -> list[Path]:
-    """A file for each photo, named after it; of photos with one name, the later ones are numbered."""
-    files: list[Path] = []
-    for name, *_ in explained:
-        stem, number = Path(name).stem if name != "-" else "stdin", 1
-        while (file := folder / (f"{stem}.why.png" if number == 1 else f"{stem}-{number}.why.png")) in files:
+def _names(explained: Sequence[tuple[str, Path, Answer, Explanation]]) -> list[str]:
+    """A file's name for each photo, after its own; of photos with one name, the later ones are numbered."""
+    names: dict[str, None] = {}
+    for given, *_ in explained:
+        stem, number = Path(given).stem if given != "-" else "stdin", 1
+        while (name := f"{stem}.why.png" if number == 1 else f"{stem}-{number}.why.png") in names:
             number += 1
-        files.append(file)
-    return files
+        names[name] = None
+    return list(names)
 
 
 def _json(name: str, answer: Answer, found: Explanation) -> dict[str, Any]:

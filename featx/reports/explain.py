@@ -32,13 +32,17 @@ def render_explanations(
     provenance : of its embeddings.
     command : the command line that made it.
     """
-    given = list(explained)
+    notes: dict[str, None] = {}
+    photos = []
+    for name, answer, found, picture in explained:
+        notes |= {found.note: None} if found.note else {}
+        photos.append(_photo(name, answer, found, picture))
     return render_template(
         "explain.html",
         title=f"Why: {title}",
         legend=LEGEND,
-        notes=list(dict.fromkeys(found.note for _, _, found, _ in given if found.note)),
-        photos=[_photo(*each) for each in given],
+        notes=list(notes),
+        photos=photos,
         facts=Facts.of({"command": command, **provenance}),
     )
 

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -285,6 +286,48 @@ def test_what_has_no_map_says_so(models: Path, featx: Featx, tmp_path: Path) -> 
     ]
     assert np.abs(found.left_out[0].adds).min() > 1e-3
     np.testing.assert_allclose(found.parts[0].adds + found.left_out[0].adds + found.intercepts, found.scores, atol=1e-4)
+
+
+def test_several_networks_and_views_each_add_their_maps(models: Path) -> None:
+    image = Image.open(models / "photos/red/00.png")
+    first, second = load_backbone(), load_backbone("squeezenet1_1", weights="none")
+    options: dict[str, Any] = {"engine": "torch", "device": "cpu", "precision": "fp32", "pad": False}
+    other = Embedder(second, make_engine(second, **options))
+    embedder = Embedder(first, make_engine(first, **options), views=("center", "flip"), others=[other])
+    seen = embedder.cut(image)
+    row = np.concatenate([each[0] for each in embedder.embed_pixels([seen])])
+    rng = np.random.default_rng(0)
+    for kind in ("blocks_l2:1280*0.6000,512*0.8000", "centre_l2", "power_l2"):
+        head = Scorer(
+            kind=kind, mean=rng.normal(size=1792), scale=np.ones(1792), n_classes=3, coef=rng.normal(size=(3, 1792)),
+            intercept=rng.normal(size=3),
+        )  # fmt: skip
+        found = Explainer(head, "abc", embedder, None).explain(seen, image.size)
+        names = ["efficientnet_lite0/penultimate"] * 2 + ["squeezenet1_1/penultimate"]
+        assert [part.layer for part in found.parts] == names
+        assert [part.view for part in found.parts] == ["center", "flip", "center"]
+        own = head.scores(row[None])[0]
+        total = sum(part.adds for part in found.parts) + found.intercepts
+        np.testing.assert_allclose(total, own - own.mean(), atol=1e-4)
+        assert ("root" in found.note) == (kind == "power_l2")
+
+    # A root of what is partly less than nothing is not shared out.
+    class Signed:
+        name, device, precision, batch_size = "torch", "cpu", "fp32", 4
+
+        def embed(self, batches: Any) -> Any:
+            for batch in batches:
+                yield (batch.astype(np.float32).mean(axis=(1, 2)) - 90,)
+
+        def maps(self, batch: Any) -> Any:
+            whole = batch.astype(np.float32) - 90
+            return [(whole.mean(axis=(1, 2)), [whole])]
+
+    signed = Embedder(first, Signed())
+    three: dict[str, Any] = {"mean": np.zeros(3), "scale": np.ones(3), "coef": np.eye(3), "intercept": np.zeros(3)}
+    assert Explainer(Scorer("l2", n_classes=3, **three), "abc", signed, 0).explain(signed.cut(image), image.size).parts
+    with pytest.raises(UsageError, match="partly less than nothing"):
+        Explainer(Scorer("power_l2", n_classes=3, **three), "abc", signed, 0).explain(signed.cut(image), image.size)
 
 
 def test_maps_that_do_not_add_up_are_refused(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
