@@ -281,7 +281,10 @@ class Advice:
 
     def _shortcuts(self) -> str:
         if self.shortcuts is None:
-            return "Whether the head takes borders or corners for the class was not measured: that takes --source."
+            return (
+                "Whether the head takes borders or corners for the class was not measured: that takes the images "
+                "(--source) and the time."
+            )
         return self.shortcuts.sentence()
 
     def _label_next(self) -> str:

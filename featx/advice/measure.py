@@ -430,7 +430,7 @@ def _stages(
 
         return [*out, *((what, no_images) for what in ("shortcuts", "other features", RANDOM, "fine-tuning", SCRATCH))]
     known, source, place = backbone, images, folder
-    out.append(("shortcuts", lambda: run.look(known, origins)))
+    out.insert(3, ("shortcuts", lambda: run.look(known, origins)))  # dear, but what it finds makes all else void
     out.append(("other features", lambda: run.other_features(known, origins)))
     out.append(("finetune:1", lambda: run.tune(known, source, place, 1)))
     out.append((RANDOM, lambda: run.control(known, origins)))
