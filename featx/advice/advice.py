@@ -11,6 +11,7 @@ from featx._arrays import PIXELS
 from featx.advice.curves import Curve, Gain
 from featx.advice.domain import DIFFERENT, LARGE, SIMILAR, Domain, Rule
 from featx.advice.labelling import Simulation
+from featx.advice.shortcuts import Shortcuts
 from featx.errors import plural
 from featx.evaluation import limits, percent, points, stats
 
@@ -106,6 +107,7 @@ class Advice:
     interrupted: bool
     random_state: int
     costs: Mapping[str, float] = field(default_factory=dict)
+    shortcuts: Shortcuts | None = None
 
     @property
     def n_now(self) -> float:
@@ -142,6 +144,7 @@ class Advice:
             "fine-tuning": self._fine_tuning(),
             "domain": self._domain(),
             "rule": self._rule(),
+            "shortcuts": self._shortcuts(),
             "label next": self._label_next(),
             "not measured": self._not_measured(),
         }
@@ -276,6 +279,14 @@ class Advice:
             return f"{text} The measurement disagrees: {named(best.strategy)} is better ({gap})."
         return f"{text} The measurement cannot confirm it ({gap}), and takes what is simpler."
 
+    def _shortcuts(self) -> str:
+        if self.shortcuts is None:
+            return (
+                "Whether the head takes borders or corners for the class was not measured: that takes the images "
+                "(--source) and the time."
+            )
+        return self.shortcuts.sentence()
+
     def _label_next(self) -> str:
         parts = []
         if self.next_images:
@@ -334,6 +345,7 @@ class Advice:
             },
             "domain": None if self.domain is None else self.domain.to_json(),
             "rule": None if self.rule is None else self.rule.to_json(),
+            "shortcuts": None if self.shortcuts is None else self.shortcuts.to_json(),
             "labelling": None if found is None else {
                 "start": found.start, "batch": found.batch, "episodes": found.episodes, "before": found.before,
                 "chosen": found.chosen, "random": found.at_random, "gain": found.gain.interval.to_json(),

@@ -24,12 +24,13 @@ from featx.advice.comparison import Budget, LabelledStore, OutOfTime, Progress, 
 from featx.advice.curves import fit_curve
 from featx.advice.domain import Domain, measure_domain, size_by_similarity
 from featx.advice.labelling import Simulation, next_batch, plan_simulation, rank_unlabelled, simulate
+from featx.advice.shortcuts import MOST, Shortcuts, find_shortcuts, sample
 from featx.backbones import RECIPES, Backbone, load_backbone, make_engine
 from featx.errors import FeatxError, ImageError, MismatchError, SourceError, UsageError, WeightsError, plural
 from featx.evaluation import Shots, SweepResult, plan_shots, reached, sweep_heads
 from featx.extraction import Embedder
 from featx.heads import HEADS, Layers
-from featx.images import CENTER, ImageSet
+from featx.images import CENTER, ImageSet, parse_views
 from featx.store import FeatureSet, digest_keys
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ class _Run:
         self.simulation: Simulation | None = None
         self.next_images: tuple[NextImage, ...] = ()
         self.costs: dict[str, float] = {}
+        self.shortcuts: Shortcuts | None = None
 
     def stage(self, what: str, measure: Callable[[], None]) -> None:
         """Measure, if there is time; what cannot be measured is named with the reason."""
@@ -207,6 +209,20 @@ class _Run:
             rows.append(found[0])
             self.budget.tick(f"{what}: {len(rows)} of {plural(len(origins), 'image')}")
         return np.stack(rows)
+
+    def look(self, backbone: Backbone, origins: list[Any]) -> None:
+        """What the recommended head takes from borders and corners, on the reference's network and views."""
+        data, made = self.store.data, self.store.of_reference.provenance
+        rows = sample(data.labels, data.groups, MOST, self.random_state)
+        embedder = Embedder(
+            backbone, make_engine(backbone), decode=decode_mode(self.store.features),
+            views=parse_views(str(made.get("views", "center"))),
+        )  # fmt: skip
+        name = self.store.columns.reference
+        self.shortcuts = find_shortcuts(
+            embedder, list(made["layers"]).index(name.partition("/")[2] or name), [origins[row] for row in rows],
+            data.labels[rows], episodes=self.episodes, random_state=self.random_state, tick=self.budget.tick,
+        )  # fmt: skip
 
     def tune(self, backbone: Backbone, images: ImageSet, folder: Path, unfreeze: Unfreeze | None) -> None:
         """Fine-tune the last blocks (all of them from random weights for None) on a few draws."""
@@ -412,8 +428,9 @@ def _stages(
         def no_images() -> None:
             raise UsageError("it takes the images themselves, named with --source")
 
-        return [*out, *((what, no_images) for what in ("other features", RANDOM, "fine-tuning", SCRATCH))]
+        return [*out, *((what, no_images) for what in ("shortcuts", "other features", RANDOM, "fine-tuning", SCRATCH))]
     known, source, place = backbone, images, folder
+    out.insert(3, ("shortcuts", lambda: run.look(known, origins)))  # dear, but what it finds makes all else void
     out.append(("other features", lambda: run.other_features(known, origins)))
     out.append(("finetune:1", lambda: run.tune(known, source, place, 1)))
     out.append((RANDOM, lambda: run.control(known, origins)))
@@ -452,4 +469,5 @@ def _advice(run: _Run, count: int, minutes: float, interrupted: bool) -> Advice:
         interrupted=interrupted,
         random_state=run.random_state,
         costs=run.costs,
+        shortcuts=run.shortcuts,
     )

@@ -27,6 +27,7 @@ from .cut import (
 )
 from .engines.base import (
     Engine as Engine,
+    feature_maps as feature_maps,
     for_views as for_views,
     layer_place as layer_place,
     network_to_keep as network_to_keep,

@@ -91,7 +91,7 @@ def predict(
         if _STDIN in images:
             raise UsageError("an image on standard input has no name to keep", where="--sort-into")
     with tempfile.TemporaryDirectory(prefix="featx-") as folder:
-        named = _name_files(images, Path(folder))
+        named = name_files(images, Path(folder))
         from featx.models import predict_files
 
         kept, embedder, layer = _open(model, backbone, weights, engine, device, pickled=allow_pickle)
@@ -166,7 +166,7 @@ def _open(
     return bundle, open_embedder(bundle, model, **options), layer_number(bundle)
 
 
-def _name_files(images: list[Path], folder: Path) -> list[tuple[str, Path]]:
+def name_files(images: list[Path], folder: Path) -> list[tuple[str, Path]]:
     """Each image under the name that results carry; what comes on standard input becomes a file in ``folder``."""
     from featx.models import named_files
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from featx.cli.evidence import evidence_of
 from featx.cli.options import Jobs, Json, Seed, Unlabelled, UnlabelledFrom, let_scipy_take_tensors, stem
 from featx.cli.terminal import ProgressLine, check_writable, print_json, say, show
 from featx.errors import Interrupted, UsageError, plural
@@ -110,6 +111,14 @@ def sweep(
             min=1, metavar="N", help="Stop drawing after N seconds, and show what is known; the same command goes on."
         ),
     ] = None,
+    explain: Annotated[
+        bool,
+        typer.Option(
+            "--explain",
+            help="Show in the report what speaks for the two classes on confused and suspicious photos. The network "
+            "sees these photos again.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> Any:  # a SweepResult; Typer evaluates annotations, and that one would import much before it is needed
     """Compare heads on a store: how good they are with how few labels, and how sure that is."""
@@ -123,6 +132,8 @@ def sweep(
     from featx.reports import TABLE_WIDTH, render, render_provisional, write_report
     from featx.store import Pictures, source_of
 
+    if explain and len(stores) > 1:
+        raise UsageError("--explain takes one store, whose network is known", where="--explain", found=len(stores))
     wanted_heads, wanted_shots = parse_heads(heads), parse_shots(shots)
     one = unlabelled or unlabelled_from is not None
     store = stores[0]
@@ -188,6 +199,11 @@ def sweep(
                 labels = _rank_labels(features, rows, result, columns, n_jobs or all_of_them, line.update)
             replaced = _replaced(out, result, features.fingerprint)
             with Originals(source_of(store), features.ids[rows].tolist(), features.digests[rows]) as originals:
+                why = None
+                if explain:
+                    why = evidence_of(
+                        store, features, columns, rows, originals, random_state=seed, progress=line.update
+                    )  # fmt: skip
                 where = write_report(
                     result,
                     out,
@@ -197,6 +213,7 @@ def sweep(
                     ids=originals.ids,
                     thumbnail=originals.thumbnail,
                     labels=labels,
+                    evidence=why,
                 )
     except KeyboardInterrupt as error:
         if latest is not None and not as_json:

@@ -169,23 +169,23 @@ class Embedder:
     @property
     def networks(self) -> dict[str, bytes]:
         """The quantised networks that have to travel with a model, by their sha256."""
-        found = {quantised_of(each.engine): network_to_keep(each.engine) for each in self.each}
+        found = {quantised_of(each.engine): network_to_keep(each.engine) for each in self.members}
         return {sha256: content for sha256, content in found.items() if content}
 
     @property
-    def each(self) -> tuple[Embedder, ...]:
-        """Itself and the others, a backbone each."""
+    def members(self) -> tuple[Embedder, ...]:
+        """Itself and the further ones, whose layers follow each other."""
         return self, *self.others
 
     def pixels(self, data: bytes) -> Seen:
         """What the engines are to see of an image file's bytes."""
-        looks = [each.looks for each in self.each]
+        looks = [each.looks for each in self.members]
         image = decode(data, enough_for=Together(looks) if self.decode == "scaled" else None)
         return self.cut(image)
 
     def cut(self, image: Any) -> Seen:
         """What the engines are to see of an upright RGB image of Pillow's."""
-        return tuple(each.looks.cut(image) for each in self.each)
+        return tuple(each.looks.cut(image) for each in self.members)
 
     @staticmethod
     def seen(decoded: Decoded) -> Seen | None:
@@ -203,7 +203,7 @@ class Embedder:
     def embed_pixels(self, images: Sequence[Seen]) -> tuple[NDArray[np.float32], ...]:
         """Embeddings (n, d), one array a layer of each backbone, of images as :meth:`pixels` gives them."""
         found: list[NDArray[np.float32]] = []
-        for each, pictures in zip(self.each, zip(*images, strict=True), strict=True):
+        for each, pictures in zip(self.members, zip(*images, strict=True), strict=True):
             size = each.engine.batch_size
             batches = (np.stack(pictures[start : start + size]) for start in range(0, len(pictures), size))
             parts = list(each.engine.embed(batches))

@@ -9,6 +9,7 @@ from .layers import Layers as Layers, left_out as left_out, open_layers as open_
 from .scorer import (
     Array as Array,
     Kind as Kind,
+    NotLinear as NotLinear,
     Scorer as Scorer,
     blocks_of as blocks_of,
     is_kind as is_kind,

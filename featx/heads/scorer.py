@@ -29,6 +29,10 @@ _BLOCK = 1024
 """Query rows at a time against the rows of a nearest-neighbour head."""
 
 
+class NotLinear(Exception):
+    """A head's scores are no sum over the numbers of an embedding."""
+
+
 @dataclass(frozen=True)
 class Scorer:
     """A fitted head.
@@ -84,6 +88,11 @@ class Scorer:
         """Length d of an embedding."""
         return len(self.mean)
 
+    @property
+    def takes_roots(self) -> bool:
+        """Whether it takes the root of each number of an embedding."""
+        return self.kind == "power_l2"
+
     def normalised(self, embeddings: NDArray[np.floating]) -> Array:
         """Rows (n, d) as the head sees them."""
         return normalised(np.asarray(embeddings, dtype=np.float64), self.kind, self.mean, self.scale)
@@ -104,6 +113,35 @@ class Scorer:
     def shifted(self, offsets: Array) -> Scorer:
         """The same head with ``offsets`` (c,) added to its scores."""
         return replace(self, intercept=offsets if self.intercept is None else self.intercept + offsets)
+
+    def linear_form(self, embedding: NDArray[np.floating]) -> tuple[Array, Array, Array]:
+        """Weights W (c, d), shift s (d,) and intercept b (c,) with ``scores == W @ (x - s) + b`` for this embedding x.
+
+        What divides x, such as its length, is a number once x is known; so the scores are a sum over the columns of x,
+        and over all that x itself is a sum of. A root is such a quotient, too, ``x / sqrt(x)``; as each column has its
+        own, the sum holds, but weighs columns by how small they are (:attr:`takes_roots`).
+
+        Raises
+        ------
+        NotLinear
+            The scores are no such sum; the message is a sentence that says why.
+        """
+        if self.coef is None or self.intercept is None:
+            raise NotLinear("Nearest neighbours count votes of whole photos, which no part of a photo has a share in.")
+        x, none = np.asarray(embedding, dtype=np.float64), np.zeros(self.dims)
+        if self.takes_roots:
+            roots = np.sqrt(np.abs(x))
+            quotients = np.divide(1.0, roots, out=np.zeros(self.dims), where=roots > 0)
+            return self.coef * quotients / _length(roots), none, self.intercept
+        if self.kind == "standardise":
+            return self.coef / self.scale, self.mean, self.intercept
+        if blocks := blocks_of(self.kind):
+            sizes = [size for size, _ in blocks]
+            parts = np.split(x, np.cumsum(sizes)[:-1])
+            factors = [weight / _length(part) for (_, weight), part in zip(blocks, parts, strict=True)]
+            return self.coef * np.repeat(factors, sizes), none, self.intercept
+        shift = self.mean if self.kind == "centre_l2" else none
+        return (self.coef if self.kind == "none" else self.coef / _length(x - shift)), shift, self.intercept
 
     def _votes(self, rows: Array) -> Array:
         assert self.rows is not None
@@ -162,6 +200,11 @@ def unit_rows(rows: Array, kind: str) -> Array:
 def _unit(rows: Array) -> Array:
     length = np.linalg.norm(rows, axis=1, keepdims=True)
     return np.asarray(rows / np.where(length > 0.0, length, 1.0))
+
+
+def _length(row: Array) -> float:
+    """By which :func:`_unit` divides."""
+    return float(np.linalg.norm(row)) or 1.0
 
 
 def softmax(scores: Array, sharpness: float = 1.0) -> Array:

@@ -18,6 +18,7 @@ from .pixels import (
     is_image as is_image,
     resize_crop as resize_crop,
     save_png as save_png,
+    written as written,
 )
 from .pool import (
     TIMEOUT as TIMEOUT,
@@ -35,7 +36,7 @@ from .source import (
     is_local as is_local,
     walk_folder as walk_folder,
 )
-from .thumbnails import Originals as Originals, Thumbnails as Thumbnails
+from .thumbnails import Originals as Originals, Thumbnails as Thumbnails, whole_pictures as whole_pictures
 from .views import (
     CENTER as CENTER,
     VIEWS as VIEWS,

@@ -39,6 +39,9 @@ LATE = b"T"
 
 PLACE = struct.Struct("<QQ")
 TIMES = struct.Struct("<dd")
+SIZE = struct.Struct("<II")
+"""Width and height of the upright image, as it was decoded."""
+
 WEIGHT = struct.Struct("<Q")
 SECONDS = struct.Struct("<d")
 """Of a processor, which weighing or decoding may take; 0 for any. Only Python is stopped, not native code: formats let
@@ -106,7 +109,8 @@ def _decode(data: bytes, looks: list[Looks], settings: dict[str, Any]) -> tuple[
         decoded = time.perf_counter()
         pixels = [np.ascontiguousarray(each.cut(image)) for each in looks]
         hashed = perceptual_hash(image) if settings["hashed"] else b""
-    return b"K" + TIMES.pack(decoded - started, time.perf_counter() - decoded) + hashed, pixels
+    times = TIMES.pack(decoded - started, time.perf_counter() - decoded)
+    return b"K" + times + SIZE.pack(*image.size) + hashed, pixels
 
 
 def _take(message: bytes) -> bytes:

@@ -33,6 +33,8 @@ from PIL import (
     BmpImagePlugin,
     GifImagePlugin,
     Image,
+    ImageDraw,
+    ImageFont,
     ImageOps,
     JpegImagePlugin,
     MpoImagePlugin,
@@ -300,6 +302,19 @@ def encode(array: NDArray[np.uint8], *, form: str = "PNG") -> bytes:
     return out.getvalue()
 
 
+def resized(array: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
+    """RGB pixels (h, w, 3) at another size."""
+    return np.asarray(Image.fromarray(array).resize((width, height), Image.Resampling.BILINEAR), dtype=np.uint8)
+
+
+def written(text: str, width: int, height: int) -> NDArray[np.uint8]:
+    """A line of text, dark on white, as RGB pixels (height, width, 3); what does not fit in is cut off."""
+    strip = Image.new("RGB", (width, height), BACKGROUND)
+    font = ImageFont.load_default(size=0.6 * height)
+    ImageDraw.Draw(strip).text((0.2 * height, 0.12 * height), text, fill=(26, 28, 31), font=font)
+    return np.asarray(strip, dtype=np.uint8)
+
+
 def save_png(array: NDArray[np.uint8], path: Path) -> None:
     """Write grey ``(h, w)`` or RGB ``(h, w, 3)`` pixels as a PNG that appears whole or not at all."""
     publish(path, lambda temp: Image.fromarray(array).save(temp, format="PNG"))
@@ -312,6 +327,14 @@ def resize_crop(image: Image.Image, preprocess: Preprocess) -> NDArray[np.uint8]
     resizing everything and cropping then, in half the time (and a 1x20000 strip costs nothing).
     """
     width, height = image.size
+    box = crop_box(preprocess, width, height)
+    if (width, height) == preprocess.resized(width, height):
+        return np.asarray(image.crop(tuple(map(round, box))), dtype=np.uint8)  # type: ignore[arg-type]
+    return resize_box(image, preprocess, box)
+
+
+def crop_box(preprocess: Preprocess, width: int, height: int) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) of the part of an image of this size that ends up in the crop, in its pixels."""
     new_width, new_height = preprocess.resized(width, height)
     crop_height, crop_width = preprocess.crop
     if crop_width > new_width or crop_height > new_height:
@@ -319,15 +342,12 @@ def resize_crop(image: Image.Image, preprocess: Preprocess) -> NDArray[np.uint8]
     left = round((new_width - crop_width) / 2.0)
     top = round((new_height - crop_height) / 2.0)
     scale_x, scale_y = width / new_width, height / new_height
-    box = (
+    return (
         left * scale_x,
         top * scale_y,
         min((left + crop_width) * scale_x, float(width)),
         min((top + crop_height) * scale_y, float(height)),
     )
-    if (width, height) == (new_width, new_height):
-        return np.asarray(image.crop((left, top, left + crop_width, top + crop_height)), dtype=np.uint8)
-    return resize_box(image, preprocess, box)
 
 
 def shrink(image: Image.Image, width: int, height: int) -> Image.Image:

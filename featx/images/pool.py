@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from featx._files import uninterrupted
 from featx.errors import FeatxError, ImageError
 from featx.images.child import ATTEMPTS, Child
-from featx.images.decoder import DECODE, HERE, LATE, PART, PLACE, READ, SECONDS, TIMES, WEIGH, WEIGHT
+from featx.images.decoder import DECODE, HERE, LATE, PART, PLACE, READ, SECONDS, SIZE, TIMES, WEIGH, WEIGHT
 from featx.images.fetchers import Fetchers, Fetching
 from featx.images.origin import MAX_BYTES as MAX_BYTES, Fetched, Origin, Part
 from featx.images.pixels import MAX_PIXELS, Preprocess
@@ -75,6 +75,7 @@ class Decoded:
     pixels : for the pool's own preprocessing and views.
     others : for each further look of the pool; None for those that were not wanted.
     phash : the perceptual hash, of a pool that makes them.
+    size : (width, height) of the upright image; (0, 0) where it was not decoded.
     """
 
     digest: bytes | None
@@ -83,6 +84,7 @@ class Decoded:
     seconds: Seconds = (0.0, 0.0, 0.0, 0.0)
     others: tuple[NDArray[np.uint8] | None, ...] = ()
     phash: bytes = b""
+    size: tuple[int, int] = (0, 0)
 
 
 class NoDecoder(FeatxError):
@@ -356,8 +358,12 @@ class _Child(Child):
                 pixels[place] = one
         except (EOFError, OSError) as error:
             raise _Lost("decoder_crash", digest) from error
-        phash = answer[1 + TIMES.size :]
-        return Decoded(digest, pixels[0], seconds=(*reading, *decoding), others=tuple(pixels[1:]), phash=phash)
+        width, height = SIZE.unpack_from(answer, 1 + TIMES.size)
+        phash = answer[1 + TIMES.size + SIZE.size :]
+        return Decoded(
+            digest, pixels[0], seconds=(*reading, *decoding), others=tuple(pixels[1:]), phash=phash,
+            size=(width, height),
+        )  # fmt: skip
 
     def _answer(self, digest: bytes | None, wanted: Callable[[], bool] | None) -> bytes:
         started = time.monotonic()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featx.errors import ImageError, SourceError, UsageError
 from featx.images.origin import Origin
-from featx.images.pixels import Preprocess, encode
+from featx.images.pixels import Preprocess, encode, resized
 from featx.images.pool import DecoderPool
 from featx.images.source import finder
 
@@ -83,6 +83,19 @@ class Thumbnails:
         return pictures
 
 
+def whole_pictures(images: Sequence[Origin], *, side: int, workers: int = 1) -> Iterator[NDArray[np.uint8] | str]:
+    """RGB pixels (h, w, 3) of each image, whole and upright, the longer side ``side``, or why there are none."""
+    half = (0.5, 0.5, 0.5)
+    square = Preprocess(resize=(side, side), crop=(side, side), interpolation="bilinear", mean=half, std=half)
+    with DecoderPool(square, workers=workers, mode="scaled") as pool:
+        for found in pool.run(images, lambda digest: False, ahead=4 * workers):
+            if found.refusal is not None:
+                yield found.refusal.what
+            elif found.pixels is not None:
+                width, height = (max(1, round(side * length / max(found.size))) for length in found.size)
+                yield resized(found.pixels, width, height)
+
+
 class Originals:
     """The image files behind the rows of a store, where they are still at hand.
 
@@ -107,6 +120,10 @@ class Originals:
     @functools.cached_property
     def _find(self) -> Callable[[str], Origin]:
         return finder(self.source)
+
+    def origin(self, row: int) -> Origin | None:
+        """Where the row's image is, or None when it has gone or is another one now."""
+        return None if self.thumbnail(row) is None else self._find(str(self.ids[row]))
 
     def thumbnail(self, row: int) -> bytes | None:
         """A JPEG of the row's image, or None when it has gone or is another one now."""

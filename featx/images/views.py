@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx.errors import UsageError, did_you_mean
-from featx.images.pixels import Preprocess, decode, resize_box, resize_crop
+from featx.images.pixels import Preprocess, crop_box, decode, resize_box, resize_crop
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -127,6 +127,21 @@ class Looks:
         left, top, right, bottom = box
         crop_height, crop_width = self.preprocess.crop
         return math.ceil(crop_width * width / (right - left)), math.ceil(crop_height * height / (bottom - top))
+
+    def boxes(self, width: int, height: int) -> list[tuple[float, float, float, float]]:
+        """(left, top, right, bottom) of what each view shows of an image of this size, as shares of it."""
+        found = []
+        for view in (VIEWS[name] for name in self.views):
+            left, top, right, bottom = view.box(width, height, self.preprocess.crop) or crop_box(
+                self.preprocess, width, height
+            )
+            found.append((left / width, top / height, right / width, bottom / height))
+        return found
+
+    @property
+    def mirrored(self) -> list[bool]:
+        """Whether each view swaps left and right."""
+        return [VIEWS[name].mirrored for name in self.views]
 
     def cut(self, image: Image) -> NDArray[np.uint8]:
         """Pixels uint8 of ``shape``, not normalised, of a decoded image."""

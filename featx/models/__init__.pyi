@@ -1,4 +1,4 @@
-from .bundle import Bundle as Bundle, read_bundle as read_bundle, write_bundle as write_bundle
+from .bundle import Answer as Answer, Bundle as Bundle, read_bundle as read_bundle, write_bundle as write_bundle
 from .count import (
     LEAST_CHECKED as LEAST_CHECKED,
     ClassCount as ClassCount,
@@ -8,6 +8,7 @@ from .count import (
     count_checked as count_checked,
     draw_to_check as draw_to_check,
 )
+from .explain import Explainer as Explainer, Explanation as Explanation
 from .export import (
     Pickled as Pickled,
     export_bundle as export_bundle,

@@ -1,4 +1,6 @@
 from .advice import render_advice as render_advice
+from .explain import render_explanations as render_explanations
+from .heat import figure_png as figure_png, overlays as overlays, pair_jpeg as pair_jpeg
 from .page import render_template as render_template
 from .sheet import (
     MAX_GROUPS as MAX_GROUPS,

@@ -21,6 +21,7 @@ _HEADINGS = {
     "fine-tuning": "When fine-tuning starts to pay",
     "domain": "How far from the pretraining",
     "rule": "The rule of thumb beside it",
+    "shortcuts": "Does the head look at the right places",
     "label next": "What to label next",
     "not measured": "What was not measured",
 }

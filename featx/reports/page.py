@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 Thumbnail: TypeAlias = Callable[[int], bytes | None]
 """A small JPEG or PNG of a row's image, or None where it is not at hand."""
 
+Evidence: TypeAlias = Callable[[Sequence[tuple[int, str, str]]], Mapping[int, bytes]]
+"""Of rows, each with two classes: a picture of what speaks for the one and for the other, where it can be had."""
+
 FIRST_FACTS = ("command", "backbone", "seed", "seconds", "minutes allowed")
 """What people ask for first of how a page was made."""
 

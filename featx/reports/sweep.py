@@ -27,7 +27,8 @@ from featx.advice import MISSED, LabelRanking
 from featx.errors import StoreError, UsageError, plural
 from featx.evaluation import BRACKETS, HeadResult, Interval, Shots, SweepResult, limits, percent, shown_gap
 from featx.reports.chart import Series, accuracy_chart
-from featx.reports.page import Facts, Images, Thumbnail, render_template
+from featx.reports.heat import LEGEND
+from featx.reports.page import Evidence, Facts, Images, Thumbnail, data_url, render_template
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -283,6 +284,7 @@ def write_report(
     ids: Sequence[str] | None = None,
     thumbnail: Thumbnail | None = None,
     labels: LabelRanking | None = None,
+    evidence: Evidence | None = None,
 ) -> Path:
     """Write ``report.html``, ``trials.csv``, ``summary.json`` and ``accuracy_vs_shots.png`` into a folder.
 
@@ -298,6 +300,7 @@ def write_report(
     ids : names of all rows of the sweep's input; by default their numbers.
     thumbnail : small JPEG or PNG of an input row, or None where the image is not at hand.
     labels : which labels to check, where they were ranked; its rows are those of the sweep's input.
+    evidence : shows which places of photos speak for two classes; without it, confused photos are not shown.
 
     Returns
     -------
@@ -320,7 +323,7 @@ def write_report(
         }
         texts["report.html"] = render_page(
             result, title=title, provenance=provenance or {}, command=command, ids=ids, thumbnail=thumbnail,
-            labels=labels,
+            labels=labels, evidence=evidence,
         )  # fmt: skip
         for name, text in texts.items():
             publish_bytes(folder / name, text.encode("utf-8", errors="backslashreplace"))
@@ -358,6 +361,9 @@ _FIRST = 6
 _MOST_SUSPECTS = 24
 """Photos that are shown; the list to copy has all."""
 
+EXPLAINED = 12
+"""Confused photos, and as many suspicious ones, whose evidence is shown where it is asked for."""
+
 _MOST_CLASSES = 30
 """More of them make a matrix that nobody reads."""
 
@@ -374,9 +380,13 @@ def render_page(
     ids: Sequence[str] | None,
     thumbnail: Thumbnail | None,
     labels: LabelRanking | None,
+    evidence: Evidence | None = None,
 ) -> str:
     """The whole page as text; the arguments are those of :func:`write_report`."""
     images = Images(ids, thumbnail)
+    confused = [] if evidence is None else _confused(result)
+    found = _doubtful(labels)
+    why = {} if evidence is None else evidence([*confused, *(each[:3] for each in found[:EXPLAINED])])
     first, stop, rest = conclusion(result).partition(". ")
     facts: dict[str, Any] = {"command": command} if command else {}
     facts |= dict(provenance)
@@ -398,7 +408,10 @@ def render_page(
         shots=result.shots,
         worth=worth_sentence(result),
         notes=result.notes,
-        suspects=_suspects(labels, images),
+        suspects=_suspects(found, images, why),
+        legend=LEGEND if why else "",
+        confused=[images.card(row, label=label, named=named, why=_url(why.get(row))) for row, label, named in confused],
+        unexplained=evidence is not None and not why,
         curves=_curves(result),
         ranking=[
             {"title": _capital(images_per_class(n) + classes_among(result, n)), "rows": ranked(result, n)}
@@ -479,16 +492,39 @@ def _reliability(result: SweepResult) -> dict[str, Any] | None:
     return None
 
 
-def _suspects(labels: LabelRanking | None, images: Images) -> dict[str, Any] | None:
-    if labels is None or not labels.doubtful.any():
-        return None
-    names, doubtful = labels.class_names, np.flatnonzero(labels.doubtful).tolist()
-    found = [
+def _confused(result: SweepResult) -> list[tuple[int, str, str]]:
+    """Rows of the input that the winner names wrongly most often with the most images: label and what it names."""
+    votes = result.votes(result.winner, result.shots[-1])
+    wrong = votes.copy()
+    wrong[np.arange(len(wrong)), result.labels] = 0
+    share = wrong.sum(axis=1) / np.maximum(votes.sum(axis=1), 1)
+    worst = [row for row in np.argsort(-share, kind="stable")[:EXPLAINED] if share[row] > 0]
+    names = result.class_names
+    return [(int(result.rows[row]), names[result.labels[row]], names[wrong[row].argmax()]) for row in worst]
+
+
+def _doubtful(labels: LabelRanking | None) -> list[tuple[int, str, str, float]]:
+    """Rows of the input whose labels are doubtful, with label, suggestion and confidence."""
+    if labels is None:
+        return []
+    names = labels.class_names
+    return [
         (int(labels.rows[i]), names[labels.labels[i]], names[labels.suggested[i]], float(labels.confidence[i]))
-        for i in doubtful
+        for i in np.flatnonzero(labels.doubtful).tolist()
     ]
+
+
+def _url(picture: bytes | None) -> str | None:
+    return None if picture is None else data_url(picture)
+
+
+def _suspects(
+    found: Sequence[tuple[int, str, str, float]], images: Images, why: Mapping[int, bytes]
+) -> dict[str, Any] | None:
+    if not found:
+        return None
     cards = [
-        images.card(row, label=label, suggested=suggested, confidence=f"{100 * confidence:.0f}")
+        images.card(row, label=label, suggested=suggested, confidence=f"{100 * confidence:.0f}", why=_url(why.get(row)))
         for row, label, suggested, confidence in found[:_MOST_SUSPECTS]
     ]
     return {

@@ -30,7 +30,7 @@ from featx.service import schema
 from featx.service.docs import docs_page
 from featx.service.guard import Guard, Refusal
 from featx.service.telemetry import Metrics
-from featx.service.work import Service, do_work
+from featx.service.work import Service, do_work, explain as explained
 
 ROUTES = frozenset({"/", "/predict", "/embed", "/search", "/live", "/ready", "/info", "/metrics", "/openapi.json"})
 
@@ -86,18 +86,21 @@ def _add_work(app: FastAPI, service: Service, keyed: list[Any]) -> None:
     async def predict(
         request: Request,
         k: Annotated[int, Query(ge=0, le=100)] = 5,
+        explain: bool = False,
         coverage: Annotated[float | None, Query(gt=0, lt=1)] = None,
     ) -> Response:
         """Label, probabilities and abstention; with a store, the ``k`` nearest labelled images as evidence.
 
         ``reason`` says why an answer abstains: the model is *unsure* of the label, or the photo is *unknown*, unlike
         those that the model was fitted on. ``familiarity`` is the share of these that look at least as strange to it.
+        With ``explain`` each prediction has an ``explanation``: for the label and the runner-up, the evidence at each
+        place, exact, and an ``overlay`` to lay over the upright photo; or the ``reason`` why there is none.
         With a ``coverage`` such as 0.9, ``set`` is the smallest set of labels that holds the truth this often, on
         photos like the model's; it is empty where the photo is unknown.
         """
         if coverage is not None and not service.has_sets:
             raise Refusal(422, "no_sets", "This model gives no sets: it was made before featx 0.3.")
-        work = await do_work(service, request)
+        work = await do_work(service, request, keep=explain)
         answers = bundle.answer(work.matrix(service.layer), coverage) if work.names else []
         for each in answers:
             service.metrics.answers.labels(each.reason or "answered").inc()
@@ -106,6 +109,9 @@ def _add_work(app: FastAPI, service: Service, keyed: list[Any]) -> None:
             near = await asyncio.to_thread(service.evidence.nearest, work.matrix(service.evidence.layer), k)
             for prediction, neighbours in zip(predictions, near, strict=True):
                 prediction["neighbours"] = neighbours
+        if explain and work.names:
+            for prediction, explanation in zip(predictions, await explained(service, work), strict=True):
+                prediction["explanation"] = explanation
         return work.reply({"predictions": predictions})
 
     @work_route("/embed", responses={200: {"model": schema.EmbedReply}, **_WORK})

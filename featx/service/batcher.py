@@ -83,10 +83,14 @@ class OutOfResources(Exception):
 
 
 class Job:
-    """One image on its way; ``future`` gets its embeddings, or an exception that says why there are none."""
+    """One image on its way; ``future`` gets its embeddings, or an exception that says why there are none.
 
-    def __init__(self, data: bytes, deadline: float) -> None:
-        self.data = data
+    With ``keep``, ``pixels`` stay what the networks saw; ``size`` is (width, height) of the upright image.
+    """
+
+    def __init__(self, data: bytes, deadline: float, keep: bool = False) -> None:
+        self.data, self.keep = data, keep
+        self.size = (0, 0)
         self.deadline = deadline
         self.accepted_at = time.monotonic()
         self.future: Future[Embedded] = Future()
@@ -235,13 +239,14 @@ class Batcher:
         batches = self.waiting / self.embedder.engine.batch_size / self._lanes
         return max(1, round(batches * self._batch_seconds))
 
-    def submit(self, images: Sequence[bytes], deadline: float) -> list[Job]:
+    def submit(self, images: Sequence[bytes], deadline: float, *, keep: bool = False) -> list[Job]:
         """Accept images, all or none.
 
         Parameters
         ----------
         images : bytes of image files.
         deadline : of ``time.monotonic()``; what has not begun by then is not computed.
+        keep : whether the jobs keep their pixels.
 
         Raises
         ------
@@ -250,7 +255,7 @@ class Batcher:
         WorkerDied
             Nothing can be computed at all.
         """
-        jobs = [Job(data, deadline) for data in images]
+        jobs = [Job(data, deadline, keep) for data in images]
         with self._changed:
             refusing = self.refusing()
             if refusing:
@@ -301,7 +306,9 @@ class Batcher:
     def _finish(self, job: Job, found: Embedded | Exception) -> None:
         with self._changed:
             self._active.discard(job)
-        job.pixels, job.data = None, b""
+        job.data = b""
+        if not job.keep:
+            job.pixels = None
         job.answer(found)
 
     def _decode(self, number: int) -> None:
@@ -380,7 +387,7 @@ class Batcher:
             return WorkerDied("the service stops")
         if decoded is None:
             return TimeoutError()
-        job.pixels = self.embedder.seen(decoded)
+        job.pixels, job.size = self.embedder.seen(decoded), decoded.size
         return decoded.refusal
 
     def _gather(self) -> list[Job]:

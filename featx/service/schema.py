@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field
 
 IMAGE_TYPES = ("image/jpeg", "image/png", "image/webp", "image/gif", "image/bmp", "image/tiff", "image/avif")
 
@@ -26,6 +26,47 @@ class Refused(BaseModel):
     message: str
 
 
+class EvidenceMap(BaseModel):
+    """The evidence of one layer in one view: rows of numbers, whose mean it ``adds`` to the score.
+
+    ``box`` is the part of the upright photo that it lies on, (left, top, right, bottom) as shares of its sides.
+    """
+
+    layer: str
+    view: str
+    box: list[float]
+    adds: float
+    evidence: list[list[float]]
+
+
+class Unmapped(BaseModel):
+    """A layer that has no map, and what it adds to the score."""
+
+    layer: str
+    reason: str
+    adds: float
+
+
+class ClassEvidence(BaseModel):
+    """The evidence for one class; ``overlay`` is a PNG as a data URL, as wide and high as the photo for its size."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    name: str = Field(alias="class")
+    score: float
+    intercept: float
+    maps: list[EvidenceMap]
+    left_out: list[Unmapped]
+    overlay: str
+
+
+class Explanation(BaseModel):
+    """Evidence for the label and the runner-up; without ``classes``, ``reason`` says why there is none."""
+
+    reason: str | None
+    classes: list[ClassEvidence]
+
+
 class Prediction(BaseModel):
     """What the head says about one image."""
 
@@ -39,6 +80,7 @@ class Prediction(BaseModel):
     probabilities: dict[str, float]
     set: list[str] | None = None
     neighbours: list[Neighbour] | None = None
+    explanation: Explanation | None = None
 
 
 class PredictReply(BaseModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import time
 from dataclasses import dataclass, field
@@ -18,15 +19,19 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
 from featx.backbones import of_layer
-from featx.errors import ImageError, plural
-from featx.extraction import Embedder
-from featx.images import REASONS
-from featx.models import Bundle, layer_number
-from featx.service.batcher import Batcher, Embedded, OutOfResources, QueueFull, WorkerDied
+from featx.errors import ImageError, MismatchError, UsageError, plural
+from featx.extraction import Embedder, Seen
+from featx.images import REASONS, encode
+from featx.models import Bundle, Explainer, layer_number
+from featx.reports import overlays
+from featx.service.batcher import Batcher, Embedded, Job, OutOfResources, QueueFull, WorkerDied
 from featx.service.evidence import Evidence
 from featx.service.guard import Limits, Refusal
 from featx.service.telemetry import Metrics, request_id
 from featx.store import title_of
+
+OVERLAY_SIDE = 192
+"""Pixels of an overlay's longer side; a browser scales it up, as smooth as it is."""
 
 
 @dataclass
@@ -56,6 +61,8 @@ class Service:
             on_batch=self.metrics.batch,
         )
         self.layer = layer_number(self.bundle)
+        self.explainer = Explainer(self.bundle.scorer, self.bundle.class_names, self.embedder, self.layer)
+        self.explaining = asyncio.Lock()
 
     @property
     def has_sets(self) -> bool:
@@ -90,17 +97,20 @@ class Service:
             "precision": self.embedder.engine.precision,
             "metrics": told["metrics"],
             "store": None if evidence is None else {"images": len(evidence), "thumbnails": evidence.has_images},
+            "explains": self.bundle.scorer.coef is not None,
             "limits": vars(self.limits),
         }
 
 
 @dataclass
 class Work:
-    """The images of one request, after the network has seen them."""
+    """The images of one request, after the network has seen them; ``kept``: their pixels and sizes, if wanted."""
 
     names: list[str]
     found: list[Embedded]
     refused: list[dict[str, str]]
+    deadline: float = 0.0
+    kept: list[tuple[Seen, tuple[int, int]]] = field(default_factory=list)
 
     def matrix(self, layer: int | None) -> NDArray[np.float32]:
         """Embeddings (n, d) of one layer, or of all combined."""
@@ -114,8 +124,8 @@ class Work:
         return JSONResponse({**first.to_json(), "refused": self.refused}, 422)
 
 
-async def do_work(service: Service, request: Request) -> Work:
-    """Read the images of a request and embed them.
+async def do_work(service: Service, request: Request, *, keep: bool = False) -> Work:
+    """Read the images of a request and embed them; with ``keep``, what the networks saw is kept.
 
     Raises
     ------
@@ -137,17 +147,50 @@ async def do_work(service: Service, request: Request) -> Work:
         message = f"The body did not arrive within {service.limits.deadline:g} s."
         raise Refusal(408, "slow", message, {"Connection": "close"}) from None
     names, found, refused = [], [], []
-    for name, result in zip(
-        [name for name, _ in images], await _embed(service, request, images, deadline), strict=True
-    ):
+    kept: list[tuple[Seen, tuple[int, int]]] = []
+    results, jobs = await _embed(service, request, images, deadline, keep)
+    for (name, _), result, job in zip(images, results, jobs, strict=True):
         if isinstance(result, ImageError):
             refused.append({"id": name, "reason": result.reason, "message": _sentence(result)})
         else:
             names.append(name)
             found.append(result)
+            if job.pixels is not None:
+                kept.append((job.pixels, job.size))
     service.metrics.images.labels("embedded").inc(len(names))
     service.metrics.images.labels("refused").inc(len(refused))
-    return Work(names, found, refused)
+    return Work(names, found, refused, deadline, kept)
+
+
+async def explain(service: Service, work: Work) -> list[dict[str, Any]]:
+    """Where the evidence on each image of a request lies, one request at a time; Refusal when it takes too long."""
+
+    def run() -> list[dict[str, Any]]:
+        return [_explanation(service, seen, size) for seen, size in work.kept]
+
+    try:
+        async with asyncio.timeout(max(0.0, work.deadline - time.monotonic())), service.explaining:
+            return await asyncio.to_thread(run)
+    except TimeoutError:
+        raise _late(service) from None
+
+
+def _explanation(service: Service, seen: Seen, size: tuple[int, int]) -> dict[str, Any]:
+    try:
+        found = service.explainer.explain(seen, size)
+    except (UsageError, MismatchError) as error:
+        return {"reason": error.hint or f"{error.what[:1].upper()}{error.what[1:]}.", "classes": []}
+    scale = OVERLAY_SIDE / max(size)
+    width, height = (max(1, round(scale * length)) for length in size)
+    pair = found.ranked[:2]
+    shown = [
+        {
+            **found.to_json(place),
+            "overlay": f"data:image/png;base64,{base64.b64encode(encode(overlay)).decode()}",
+        }
+        for place, overlay in zip(pair, overlays(found, pair, width, height), strict=True)
+    ]
+    return {"reason": found.note or None, "classes": shown}
 
 
 def _sentence(error: ImageError) -> str:
@@ -202,12 +245,12 @@ async def _read_form(request: Request, limits: Limits) -> list[tuple[str, bytes]
 
 
 async def _embed(
-    service: Service, request: Request, images: list[tuple[str, bytes]], deadline: float
-) -> list[Embedded | ImageError]:
-    """What became of each image; whoever goes away or runs out of time leaves no work behind."""
+    service: Service, request: Request, images: list[tuple[str, bytes]], deadline: float, keep: bool
+) -> tuple[list[Embedded | ImageError], list[Job]]:
+    """What became of each image, and its job; whoever goes away or runs out of time leaves no work behind."""
     _check_able(service)
     try:
-        jobs = service.batcher.submit([data for _, data in images], deadline)
+        jobs = service.batcher.submit([data for _, data in images], deadline, keep=keep)
     except QueueFull as full:
         raise _busy(full.retry_after) from None
     except WorkerDied as died:
@@ -236,7 +279,7 @@ async def _embed(
             if isinstance(result, BaseException) and not isinstance(result, ImageError):
                 raise result
             results.append(result)
-        return results
+        return results, jobs
     finally:
         gone.cancel()
         everything.cancel()

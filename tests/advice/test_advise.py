@@ -102,7 +102,8 @@ def test_everything_without_images_is_there_and_the_rest_is_named(advice: Advice
     assert all(int(each.id[:3]) >= 90 for each in advice.next_images)  # only images without a label
     missing = {each.what: each.reason for each in advice.skipped}
     assert set(missing) == {
-        "nearness to the pretraining", "earlier layers", "other features", "random features", "fine-tuning", "scratch"
+        "nearness to the pretraining", "earlier layers", "shortcuts", "other features", "random features",
+        "fine-tuning", "scratch",
     }  # fmt: skip
     assert "there is no network" in missing["nearness to the pretraining"]
     assert "--source" in missing["scratch"]
@@ -378,6 +379,13 @@ def test_with_the_images_everything_is_measured(store: Path, featx: Featx) -> No
     named = " ".join(each["what"] for each in ran.json["not_measured"])
     for strategy in ("random features", "finetune:1", "finetune:2", "finetune:all", "scratch"):
         assert strategy in measured or strategy in named  # a busy machine measures less, and says so
+    looked = ran.json["shortcuts"]
+    if "shortcuts" not in named:
+        assert [each["region"] for each in looked["regions"]] == ["borders", "corners"]
+        assert looked["images"] == 18
+        assert f"whole: {100 * looked['whole']['mean']:.1f} %" in ran.json["sentences"]["shortcuts"]
+    else:
+        assert looked is None
     for each in ran.json["cells"]:
         apart = each["against_reference"]
         assert (apart is None) == (each["strategy"] == REFERENCE)

@@ -111,6 +111,48 @@ def test_photos_and_a_broken_file(server: Running, kept: Path, browser: Browser,
     browser.resize(1000, 900)
 
 
+@pytest.mark.slow
+def test_the_switch_shows_why(server: Running, kept: Path, browser: Browser, tmp_path: Path) -> None:
+    browser.open(server.url + "/")
+    browser.wait(READY)
+    first, second = kept / "photos/ants/000.png", kept / "photos/bees/008.png"
+    browser.choose("#files", first)
+    browser.wait(DONE.format(1))
+    why, images = "document.querySelectorAll('.why')", "[...document.querySelectorAll('.why img')]"
+    assert browser.run(f"return {why}.length") == 0  # nobody asked
+    browser.run("document.getElementById('why').click()")
+    browser.wait(f"{why}.length == 1")  # what is there already is explained, too
+    browser.choose("#files", second)
+    browser.wait(DONE.format(2))
+    browser.wait(f"{why}.length == 2")
+    browser.wait(f"{images}.length == 8 && {images}.every(i => i.complete && i.naturalWidth > 0)")
+    shown = browser.run(
+        "return [...document.querySelectorAll('.card')].map(c => [c.querySelector('.name').textContent, "
+        "[...c.querySelectorAll('.why figcaption')].map(f => f.textContent), c.querySelectorAll('.bars').length])"
+    )
+    for name, captions, bars in shown:
+        file = first if name == "000.png" else second
+        (expected,) = server.send("/predict?explain=true", file.read_bytes()).json["predictions"]
+        assert captions == [f"Evidence for {each['class']}" for each in expected["explanation"]["classes"]]
+        assert captions[0] == f"Evidence for {expected['label']}"
+        assert bars == 1
+    boxes = browser.run(
+        "return [...document.querySelectorAll('.why .layers')].map(box => [...box.children].map(i => "
+        "{ const r = i.getBoundingClientRect(); return [r.left, r.top, r.width, r.height]; }))"
+    )
+    for photo, overlay in boxes:
+        assert np.abs(np.subtract(photo, overlay)).max() < 1.5
+        assert photo[2] / photo[3] == pytest.approx(40 / 30, abs=0.02)
+    shots = Path(os.environ.get("FEATX_SCREENSHOTS") or tmp_path)
+    browser.screenshot(shots / "why.png")
+    browser.resize(360, 740)
+    assert browser.run("return document.documentElement.scrollWidth") <= 360
+    browser.resize(1000, 900)
+    browser.run("document.getElementById('why').click()")
+    assert browser.run("return getComputedStyle(document.querySelector('.why')).display") == "none"
+    assert browser.log() == []
+
+
 def test_dropping_and_pasting(server: Running, kept: Path, browser: Browser) -> None:
     browser.open(server.url + "/")
     browser.wait(READY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -101,6 +102,58 @@ def quantised_of(engine: Engine) -> str:
 def network_to_keep(engine: Engine) -> bytes:
     """The file of the quantised network that an engine runs; empty where every featx has it, or it is not quantised."""
     return bytes(getattr(engine, "network_to_keep", b""))
+
+
+FeatureMap = NDArray[np.float32] | str
+"""What a network saw at each place of images, (n, h, w, d), whose mean over h and w is the embedding; or why it has no
+such map, as a clause."""
+
+NOT_AVERAGED = "the network does not end this layer with a mean over the image"
+"""Why there is no map: tokens of which one stands for the whole image, or more that is computed after the mean."""
+
+
+def feature_maps(engine: Engine, batch: Batch) -> tuple[FeatureMap, ...]:
+    """The map behind each layer's embedding of one batch (n, h, w, 3) of single views, by the same network.
+
+    Every map that is returned was compared with the embedding that came out of the same run.
+    """
+    run = getattr(engine.engine if isinstance(engine, ViewsEngine) else engine, "maps", None)
+    if run is None:
+        return ("it is no network",)
+    tolerance = MAP_TOLERANCE["half" if engine.precision in ("bf16", "fp16") else "exact"]
+    found: list[FeatureMap] = []
+    for embedding, tried in run(batch):
+        fits = [each for each in tried if averages_to(each, embedding, tolerance)]
+        found.append(fits[-1] if fits else NOT_AVERAGED)
+    return tuple(found)
+
+
+def averages_to(found: NDArray[np.float32], embedding: NDArray[np.float32], tolerance: float) -> bool:
+    """Whether maps (n, h, w, d) have embeddings (n, d) as their means, to a share of the largest number."""
+    mean = found.mean(axis=(1, 2), dtype=np.float64)
+    return mean.shape == embedding.shape and bool(
+        np.abs(mean - embedding).max() <= tolerance * np.abs(embedding).max(initial=1e-12)
+    )
+
+
+def laid_out(found: NDArray[np.float32], place: str) -> NDArray[np.float32]:
+    """A map as (n, h, w, d), whose channels are "first" or "last", or which has "tokens"; those of no square in a row.
+
+    Tokens stand by rows of a square image; where their number is no square, one of them is no place, and a mean over
+    a row of them is shown as such.
+    """
+    if place == "first":
+        return np.moveaxis(found, 1, -1)
+    if place == "tokens":
+        side = math.isqrt(found.shape[1])
+        rows = side if side * side == found.shape[1] else 1
+        return found.reshape(len(found), rows, -1, found.shape[2])
+    return found
+
+
+MAP_TOLERANCE = {"exact": 1e-4, "half": 0.01}
+"""How far a map's mean may be from an embedding that was rounded to single or to half precision; bf16 rounds to 0.004.
+What maps add up to is judged on scores (:mod:`featx.models.explain`)."""
 
 
 def for_views(engine: Engine, views: int) -> Engine:

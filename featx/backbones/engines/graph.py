@@ -127,6 +127,52 @@ class Graph:
         return openvino.Model(results, model.get_parameters())
 
 
+def add_maps(model: Any) -> list[str]:
+    """Give a model of OpenVINO's further outputs, behind those that it has: what these may be the means of.
+
+    That is the input of the last average before each output. Whether what lies between changes more than the shape
+    (permutations become gathers and much else), the numbers show, which the caller compares.
+
+    Returns
+    -------
+    where the channels of each output's map are, "first" (n, d, h, w), "last" (n, h, w, d) or "tokens" (n, h * w, d);
+    "" where there is no average near, and so no further output.
+    """
+    places, results = [], []
+    for output in list(model.outputs):
+        node = output.get_node()
+        for _ in range(_BEHIND):
+            node = node.input_value(0).get_node()
+            place = _averaged(node)
+            if place or not node.get_input_size():
+                break
+        places.append(place)
+        if place:
+            results.append(import_openvino().opset13.result(node.input_value(0)))
+    model.add_results(results)
+    model.validate_nodes_and_infer_types()
+    return places
+
+
+_BEHIND = 6
+"""So many operations at most are between a mean over the image and an embedding that it is."""
+
+
+def _averaged(node: Any) -> str:
+    """Where the channels are of what an operation averages over the image; "" where it does something else."""
+    kind = node.get_type_name()
+    if kind not in ("ReduceMean", "AvgPool", "AdaptiveAvgPool"):
+        return ""
+    shape = node.input(0).get_partial_shape()
+    rank = len(shape)
+    if kind != "ReduceMean":
+        out = node.output(0).get_partial_shape()
+        whole = rank == 4 and all(size.is_static and size.get_length() == 1 for size in list(out)[2:])
+        return "first" if whole else ""
+    axes = {int(axis) % rank for axis in node.input_value(1).get_node().get_vector()}
+    return {(4, (2, 3)): "first", (4, (1, 2)): "last", (3, (1,)): "tokens"}.get((rank, tuple(sorted(axes))), "")
+
+
 def import_openvino() -> Any:
     """Import openvino without its telemetry.
 

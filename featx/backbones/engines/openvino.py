@@ -12,10 +12,11 @@ from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
+from numpy.typing import NDArray
 
 from featx.backbones.backbone import Backbone
-from featx.backbones.engines.base import EXACT_START, Batch, Embeddings, fill, sizes_of
-from featx.backbones.engines.graph import Graph, carried, converted, import_openvino, quantised
+from featx.backbones.engines.base import EXACT_START, Batch, Embeddings, fill, laid_out, sizes_of
+from featx.backbones.engines.graph import Graph, add_maps, carried, converted, import_openvino, quantised
 
 REQUESTS = 2
 """Batches in work at once: while one ends and the next is filled, the other keeps the cores busy."""
@@ -62,6 +63,8 @@ class OpenVINOEngine:
             self._graph = Graph.of(exact_start(self._graph.description), self._graph.constants)
         self._sizes = sizes_of(batch_size, pad=pad or not self._graph.takes_any_number)
         self._compiled: dict[int, Any] = {}
+        self._with_maps: tuple[Any, list[str]] | None = None
+        self._adding_maps = threading.Lock()
         self._compiling = threading.Lock()
         if pad:
             self._network(1)
@@ -87,6 +90,26 @@ class OpenVINOEngine:
             for request, _, _ in busy:  # the caller stopped early: leave nothing running on freed memory
                 request.wait()
 
+    def maps(self, batch: Batch) -> list[tuple[NDArray[np.float32], list[NDArray[np.float32]]]]:
+        """See :func:`featx.backbones.engines.base.feature_maps`: each layer's embeddings, and the map they are from."""
+        with self._adding_maps:  # another lock: whoever embeds does not wait for it
+            if self._with_maps is None:
+                model = self._graph.model(self._layers)
+                places = add_maps(model)
+                self._with_maps = self._compile(1, model), places
+        network, places = self._with_maps
+        request, runs = network.create_infer_request(), []
+        for picture in batch:
+            fill(request.get_input_tensor().data, picture[None])
+            request.infer()
+            runs.append([np.array(output.data, dtype=np.float32) for output in request.output_tensors])
+        outputs = [np.concatenate(each) for each in zip(*runs, strict=True)]
+        further = iter(outputs[len(places) :])
+        return [
+            (embedding, [laid_out(next(further), place)] if place else [])
+            for embedding, place in zip(outputs, places, strict=False)
+        ]
+
     def _network(self, n: int) -> tuple[int, Any]:
         """The smallest size of batches that ``n`` images fit into, and the network compiled for it."""
         size = next((size for size in self._sizes if size >= n), self.batch_size)
@@ -95,8 +118,8 @@ class OpenVINOEngine:
                 self._compiled[size] = self._compile(size)
             return size, self._compiled[size]
 
-    def _compile(self, size: int) -> Any:
-        model = self._graph.model(self._layers)
+    def _compile(self, size: int, model: Any = None) -> Any:
+        model = model or self._graph.model(self._layers)
         model.reshape([size, *list(model.inputs[0].partial_shape)[1:]])
         if self.precision != "bf16":
             _without_amx()

@@ -21,11 +21,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from featx._arrays import PIXELS
 from featx._system import available_cpus, has_int8
 from featx.backbones.backbone import Backbone
 from featx.backbones.catalogue import INT8, INT8_LOSS
-from featx.backbones.engines.base import EXACT_START, Batch, Embeddings, Engine, fill, sizes_of
+from featx.backbones.engines.base import EXACT_START, Batch, Embeddings, Engine, fill, laid_out, sizes_of
 from featx.errors import UsageError
 
 if TYPE_CHECKING:
@@ -199,6 +202,40 @@ class TorchEngine:
             busy.append(lane)
         while busy:
             yield busy.popleft().take()
+
+    def maps(self, batch: Batch) -> list[tuple[NDArray[np.float32], list[NDArray[np.float32]]]]:
+        """See :func:`featx.backbones.engines.base.feature_maps`: each layer's embeddings, and what they may be from.
+
+        Whatever torch was asked to average on the way; which of it became the embedding, the numbers show.
+        """
+        import torch
+        from torch.overrides import TorchFunctionMode
+
+        averaged: list[torch.Tensor] = []
+        averages = {
+            torch.Tensor.mean, torch.mean, torch.nn.functional.adaptive_avg_pool2d, torch.nn.functional.avg_pool2d,
+            torch.adaptive_avg_pool1d, torch.nn.functional.adaptive_avg_pool1d,
+        }  # fmt: skip
+
+        class Watch(TorchFunctionMode):
+            def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                if function in averages:
+                    averaged.append(args[0] if args else kwargs["input"])
+                return function(*args, **kwargs or {})
+
+        images = np.zeros((next(size for size in self._sizes if size >= len(batch)), *batch.shape[1:]), np.uint8)
+        n = fill(images, batch)
+        with Watch():
+            embeddings = self._run(torch.from_numpy(images).to(self.device))
+        found = []
+        for embedding in (each[:n].cpu().numpy() for each in embeddings):
+            tried = []
+            for each in averaged:
+                for place, rank, axis in (("first", 4, 1), ("last", 4, 3), ("tokens", 3, 2)):
+                    if each.ndim == rank and each.shape[axis] == embedding.shape[1]:
+                        tried.append(laid_out(each[:n].float().cpu().numpy(), place))
+            found.append((embedding, tried))
+        return found
 
     def _run(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Normalise uint8 (n, h, w, 3) on its device and run the network."""

@@ -132,7 +132,7 @@ def _graph(bundle: Bundle, embedder: Embedder, probe: Photo) -> bytes:
 def _add_embedding(graph: Builder, bundle: Bundle, embedder: Embedder) -> str:
     """From the photo to the embedding (1, d) that the head takes."""
     found = []
-    for each, made in zip(embedder.each, _several(bundle), strict=True):
+    for each, made in zip(embedder.members, _several(bundle), strict=True):
         pixels = add_pixels(graph, "photo", each.looks)
         brought = bundle.networks.get(str(made.get("quantised_sha256")))
         at_eight_bits = quantised(each.backbone, brought) if made.get("precision") == "int8" else None
