@@ -2,7 +2,7 @@ from . import splits as splits, stats as stats
 from .baseline import PixelExtractor as PixelExtractor, make_pixels_baseline as make_pixels_baseline
 from .duplicates import find_duplicates as find_duplicates
 from .journal import Journal as Journal, Task as Task, plan_hash as plan_hash
-from .labelled import LabelledRows as LabelledRows
+from .labelled import LabelledRows as LabelledRows, sites_of as sites_of
 from .results import (
     Comparison as Comparison,
     HeadResult as HeadResult,
@@ -12,7 +12,9 @@ from .results import (
     paired_difference as paired_difference,
 )
 from .splits import (
+    GroupKShotSplit as GroupKShotSplit,
     KShotSplit as KShotSplit,
+    drawable as drawable,
     Shots as Shots,
     plan_shots as plan_shots,
     reached as reached,

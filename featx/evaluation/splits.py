@@ -2,6 +2,8 @@
 
 Every draw depends on ``(random_state, episode)`` alone, so that all heads see the same rows and every
 comparison is paired. Draws are nested: the 1-shot support of an episode lies inside its 5-shot support.
+
+*Sites* are what belongs together besides copies: images of one patient, camera, place or burst.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import sparse
+from scipy.sparse.csgraph import connected_components
 
 from featx._arrays import Index
 from featx.errors import UsageError, plural
@@ -96,6 +100,140 @@ class KShotSplit:
         return support[own[support]], query[own[query]]
 
 
+class GroupKShotSplit(KShotSplit):
+    """Scikit-learn splitter: as :class:`KShotSplit`, and no group has rows in support and query.
+
+    Groups may hold rows of several classes. Of each episode, groups with a fifth of each class are held out. The
+    support takes its rows from as many of the other groups as there are; the query is every group that the support has
+    no row of. ``"all"`` takes all rows of the groups that are not held out.
+
+    Parameters
+    ----------
+    n_shots, n_episodes, random_state : as of :class:`KShotSplit`.
+
+    Notes
+    -----
+    A group with more than half of a class is never held out. A class that has rows in one group only is in no draw.
+    """
+
+    def __repr__(self) -> str:
+        return f"Group{super().__repr__()}"
+
+    def split(self, X: Any, y: ArrayLike, groups: ArrayLike | None = None) -> Iterator[tuple[Index, Index]]:
+        """Yield (support, query) row numbers of each episode.
+
+        Parameters
+        ----------
+        X : (n, d) rows, or None; equal rows are copies, which are drawn once.
+        y : (n,) labels.
+        groups : (n,) rows with the same value belong together; "" is a row by itself.
+
+        Raises
+        ------
+        UsageError
+            There are no groups, or they are too few or too unequal to hold any out.
+        """
+        if groups is None:
+            raise UsageError("GroupKShotSplit takes groups", where="groups", expected="(n,) values")
+        names, labels = np.unique(np.asarray(y), return_inverse=True)
+        copies = dense(_equal_rows(X), len(labels))
+        sites = joined_sites(np.asarray(groups), copies)
+        class_names = [str(name) for name in names]
+        plan_shots(labels, copies, class_names, shots=[self.n_shots], default=(), sites=sites)
+        for episode in range(self.n_episodes):
+            yield self.across(labels, copies, sites, episode)
+
+    def across(self, labels: NDArray[np.integer], copies: Index, sites: Index, episode: int) -> tuple[Index, Index]:
+        """The draw number ``episode`` of labels (n,) in 0 .. c-1, dense copies (n,) and sites (n,) that join them."""
+        rng = np.random.default_rng([self.random_state, episode])
+        keys = rng.random(len(labels))
+        table, own = _site_table(labels, copies, sites)
+        least = _always_left(table)
+        own &= (least > 0)[labels]
+        held = _held_out(table * (least > 0), least, rng.permutation(len(table)))
+        own &= (least >= (1 if self.n_shots == "all" else self.n_shots))[labels]
+        if self.n_shots == "all":
+            return np.flatnonzero(own & ~held[sites]), np.flatnonzero(own & held[sites])
+        order = np.argsort(keys, kind="stable")
+        order = order[own[order] & ~held[sites[order]]]
+        order = order[np.sort(np.unique(copies[order], return_index=True)[1])]  # of copies the first
+        # First one of each site, then a second of each: as many sites as there are.
+        pair = labels[order] * len(table) + sites[order]
+        by_pair = np.argsort(pair, kind="stable")
+        starts = np.flatnonzero(np.diff(pair[by_pair], prepend=-1))
+        place = np.empty(len(order), dtype=np.intp)
+        place[by_pair] = np.arange(len(order)) - np.repeat(starts, np.diff([*starts, len(order)]))
+        order = order[np.argsort(place, kind="stable")]
+        support = np.concatenate([order[labels[order] == c][: self.n_shots] for c in np.unique(labels[own])])
+        touched = np.zeros(len(table), dtype=np.bool_)
+        touched[sites[support]] = True
+        return np.sort(support), np.flatnonzero(own & ~touched[sites])
+
+
+def joined_sites(values: ArrayLike, copies: Index) -> Index:
+    """Dense numbers (n,) of what belongs together: rows with the same value, and copies, however they are connected.
+
+    Parameters
+    ----------
+    values : (n,) texts, of which "" is none, or numbers, of which negative ones are none.
+    copies : (n,) dense numbers of copies.
+    """
+    given = np.asarray(values)
+    if given.shape != copies.shape:
+        raise UsageError("groups and labels do not fit", expected=copies.shape, found=given.shape)
+    some = given >= 0 if given.dtype.kind in "iuf" else given.astype(np.str_) != ""
+    numbers = np.unique(given[some], return_inverse=True)[1].reshape(-1)
+    n, rows = len(copies), np.flatnonzero(some)
+    # Rows, copies and values are the points; each row is joined to its own.
+    ends = np.concatenate([n + copies, n + int(copies.max(initial=-1)) + 1 + numbers])
+    starts = np.concatenate([np.arange(n), rows])
+    size = int(max(ends.max(initial=0), n)) + 1
+    graph = sparse.coo_matrix((np.ones(len(ends), np.int8), (starts, ends)), shape=(size, size))
+    found = connected_components(graph, directed=False)[1][:n]
+    return np.unique(found, return_inverse=True)[1].reshape(-1)
+
+
+def _site_table(labels: NDArray[np.integer], copies: Index, sites: Index) -> tuple[Index, NDArray[np.bool_]]:
+    """Different images (s, c) that each site has of each class, and which rows (n,) show an image of one class."""
+    own = of_one_class(labels, copies)
+    first = np.unique(np.where(own, copies, -1), return_index=True)[1]
+    first = first[own[first]]
+    table = np.zeros((int(sites.max()) + 1, int(labels.max()) + 1), dtype=np.intp)
+    np.add.at(table, (sites[first], labels[first]), 1)
+    return table, own
+
+
+_LEAST_LEFT = 0.7
+"""Part of each class that is left to draw the support from, at the least."""
+
+
+def _always_left(table: Index) -> Index:
+    """Images (c,) of each class that are never held out, of a table (s, c) of sites; 0 where none can be held out."""
+    counts = table.sum(axis=0)
+    usual = np.where(2 * table <= counts, table, 0).max(axis=0)  # the largest site that is not the greater half
+    return np.where(usual > 0, np.minimum((_LEAST_LEFT * counts).astype(np.intp), counts - usual), 0)
+
+
+def _held_out(table: Index, least: Index, order: Index) -> NDArray[np.bool_]:
+    """Which sites (s,) are held out: in this order, until they have a fifth of each class."""
+    held = np.zeros(len(table), dtype=np.bool_)
+    there = table > 0
+    # Sites of the rarest classes first: others can be had elsewhere.
+    rarest = np.where(there, there.sum(axis=0), len(table) + 1).min(axis=1)
+    order = order[np.argsort(rarest[order], kind="stable")]
+    counts = table.sum(axis=0)
+    left, wanted = counts.copy(), (1 - HOLD_OUT) * counts
+    for site in order.tolist():
+        sizes = table[site]
+        lacking = left > wanted
+        if not lacking.any():
+            break
+        if (lacking & there[site]).any() and (left - sizes >= least)[there[site]].all():
+            held[site] = True
+            left -= sizes
+    return held
+
+
 def _take(queues: Sequence[Index], groups: Index, n_shots: int) -> tuple[Index, Index]:
     taken = np.zeros(int(groups.max()) + 1, dtype=np.bool_)
     support: list[int] = []
@@ -165,6 +303,72 @@ def least_images(n_shots: Shots) -> int:
     return 2 if n_shots == "all" else n_shots + 1
 
 
+def drawable(labels: NDArray[np.integer], groups: Index, sites: Index | None, n_classes: int) -> Index:
+    """Different images (n_classes,) of each class that draws are made from, with the one that the query needs.
+
+    With ``sites`` (n,), one more than are left in the worst case when sites are held out; 0 where none can be.
+    """
+    if sites is None:
+        return distinct_counts(labels, groups, n_classes)
+    least = np.zeros(n_classes, dtype=np.intp)
+    found = _always_left(_site_table(labels, groups, sites)[0])
+    least[: len(found)] = found
+    return np.where(least > 0, least + 1, 0)
+
+
+def _check_sites(
+    labels: NDArray[np.integer], copies: Index, sites: Index, class_names: Sequence[str], group_name: str
+) -> None:
+    """UsageError where no group can be held out of two classes, with the reason."""
+    table = _site_table(labels, copies, sites)[0]
+    if (_always_left(table) > 0).sum() >= 2:
+        return
+    many, there = plural(2, group_name).partition(" ")[2], table > 0
+    counts = table.sum(axis=0)
+    if there.any(axis=1).sum() < 3:
+        raise UsageError(
+            f"too few {many} to hold any out", expected=f"photos of each class from two {many} or more",
+            found=plural(int(there.any(axis=1).sum()), group_name), hint="Compare without --across groups.",
+        )  # fmt: skip
+    alone = [name for name, n in zip(class_names, there.sum(axis=0).tolist(), strict=True) if n == 1]
+    if len(alone) > len(class_names) - 2:
+        raise UsageError(
+            f"{many} coincide with classes, so what a new {group_name} would give cannot be told",
+            expected=f"photos of each class from two {many} or more",
+            found=f"one {group_name} of {', '.join(map(repr, alone[:_NAMED]))}",
+            hint="Group by something else, or compare without --across groups.",
+        )  # fmt: skip
+    largest = table[:, (table.max(axis=0) / np.maximum(counts, 1)).argmax()]
+    raise UsageError(
+        f"one {group_name} has more than half of the photos of most classes, so holding it out leaves too little",
+        found=f"{int(largest.max())} of {int(largest.sum())} of one class", hint=f"Add photos of other {many}.",
+    )  # fmt: skip
+
+
+def _site_notes(
+    labels: NDArray[np.integer], copies: Index, sites: Index, class_names: Sequence[str], group_name: str
+) -> list[str]:
+    """Sentences on classes that cannot be judged on other sites, and on sites that are never held out."""
+    table = _site_table(labels, copies, sites)[0]
+    least, counts = _always_left(table), table.sum(axis=0)
+    many = plural(2, group_name).partition(" ")[2]
+    notes = []
+    out = [name for name, n in zip(class_names, least.tolist(), strict=True) if n == 0]
+    if out:
+        more = f" and {len(out) - _NAMED} more" if len(out) > _NAMED else ""
+        notes.append(
+            f"Left out, as no {group_name} can be held out of them: {', '.join(map(repr, out[:_NAMED]))}{more}."
+        )
+    giants = (2 * table > counts) & (least > 0)
+    if giants.any():
+        site, c = np.argwhere(giants)[0].tolist()
+        notes.append(
+            f"One {group_name} has {table[site, c]} of the {plural(int(counts[c]), 'image')} of {class_names[c]!r}: it is "
+            f"always learnt from, and only the other {many} are judged."
+        )
+    return notes
+
+
 def reached(counts: NDArray[np.integer]) -> int:
     """Number of different images that half of the classes (c,) have, and two of them at the least."""
     return int(np.sort(counts)[::-1][max(2, (len(counts) + 1) // 2) - 1])
@@ -177,25 +381,34 @@ def plan_shots(
     *,
     shots: Sequence[Shots] | None,
     default: Sequence[Shots],
+    sites: Index | None = None,
+    group_name: str = "group",
 ) -> tuple[list[Shots], list[str]]:
     """Which n_shots to compare at, and sentences that name the classes that are too small for some of them.
 
     A class takes part where one of its images is left for the query. What is asked for needs two such classes; a size
-    of the ``default``, which people take for the whole set, half of them.
+    of the ``default``, which people take for the whole set, half of them. With ``sites`` (n,), of which one is called
+    ``group_name``, draws are those of :class:`GroupKShotSplit`.
 
     Raises
     ------
     UsageError
         Fewer than two classes have the images that it takes.
     """
-    counts = distinct_counts(labels, groups, len(class_names))
     if len(class_names) < 2:
         check_shots(labels, groups, 1, class_names)
+    if sites is not None:
+        _check_sites(labels, groups, sites, class_names, group_name)
+    counts = drawable(labels, groups, sites, len(class_names))
     wanted = list(dict.fromkeys(shots or [n for n in default if reached(counts) >= least_images(n)]))
     for n_shots in wanted or [1]:
         if (counts >= least_images(n_shots)).sum() < 2:
             check_shots(labels, groups, n_shots, class_names)
-    notes = []
+            raise UsageError(
+                f"too few images to draw {shots_label(n_shots)} and hold a {group_name} out",
+                found=f"{int(np.sort(counts)[-2]) - 1} of the second largest class", hint="Ask for fewer shots.",
+            )  # fmt: skip
+    notes = [] if sites is None else _site_notes(labels, groups, sites, class_names, group_name)
     missing = [n for n in default if n not in wanted] if shots is None else []
     if missing:
         name = class_names[int(np.flatnonzero(counts == reached(counts))[0])]

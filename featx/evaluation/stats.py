@@ -183,11 +183,13 @@ class _Spread:
 
     @classmethod
     def of(
-        cls, scores: Array, images: Array, n_support: float, n_query: float, taught: Array | None, level: float
-    ) -> _Spread:
+        cls, scores: Array, images: Array, n_support: float, n_query: float, taught: Array | None, level: float,
+        few: bool,
+    ) -> _Spread:  # fmt: skip
         n = int(np.isfinite(images).sum())
         variance = resampled_variance(scores, images, n_support, n_query, taught)
         freedom = max(len(scores) - 1, 1) if len(scores) > 1 else max(n - 1, 1)
+        freedom = max(min(freedom, n - 1), 1) if few else freedom
         return cls(variance, freedom, float(stats.t.ppf(0.5 + level / 2, freedom)) * math.sqrt(variance), n)
 
 
@@ -199,13 +201,15 @@ def mean_interval(
     taught: Array | None = None,
     *,
     level: float = 0.95,
+    few: bool = False,
 ) -> Interval:
     """Mean accuracy over episodes with its interval, within 0 and 1; arguments as in :func:`resampled_variance`.
 
     Where every image is always right (or wrong) the variance is zero and says nothing; then the limit is
-    the share that could still give that many in a row (Clopper and Pearson).
+    the share that could still give that many in a row (Clopper and Pearson). ``few``: there may be fewer of ``images``
+    than of draws (they are sites), and then they decide how sure the variance itself is.
     """
-    mean, spread = float(scores.mean()), _Spread.of(scores, images, n_support, n_query, taught, level)
+    mean, spread = float(scores.mean()), _Spread.of(scores, images, n_support, n_query, taught, level, few)
     blind = unseen_share(spread.n, level=level)
     low = min(mean - spread.margin, 1.0 - blind) if mean >= 1.0 else mean - spread.margin
     high = max(mean + spread.margin, blind) if mean <= 0.0 else mean + spread.margin
@@ -225,13 +229,14 @@ def paired_difference(
     taught: Array | None = None,
     *,
     level: float = 0.95,
+    few: bool = False,
 ) -> Difference:
     """Compare two heads on the same draws; the arguments are differences, as in :func:`resampled_variance`.
 
     Where all images differ alike (mostly: none does) the variance is zero and says nothing; then the limits are
     the share that could still differ otherwise and be seen in none of that many.
     """
-    mean, spread = float(scores.mean()), _Spread.of(scores, images, n_support, n_query, taught, level)
+    mean, spread = float(scores.mean()), _Spread.of(scores, images, n_support, n_query, taught, level, few)
     margin = spread.margin or unseen_share(spread.n, level=level)
     p = 1.0
     if spread.variance > 0:

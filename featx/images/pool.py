@@ -75,6 +75,7 @@ class Decoded:
     pixels : for the pool's own preprocessing and views.
     others : for each further look of the pool; None for those that were not wanted.
     phash : the perceptual hash, of a pool that makes them.
+    taken : when the photo was taken (:func:`featx.images.exif.taken_at`), of a pool that reads dates.
     """
 
     digest: bytes | None
@@ -83,6 +84,7 @@ class Decoded:
     seconds: Seconds = (0.0, 0.0, 0.0, 0.0)
     others: tuple[NDArray[np.uint8] | None, ...] = ()
     phash: bytes = b""
+    taken: str = ""
 
 
 class NoDecoder(FeatxError):
@@ -109,6 +111,7 @@ class DecoderPool:
     wanted : called with a digest, from several threads; the places of what is wanted of this content, 0 for the pool's
         own pixels and 1 and up for ``others``; where there are none, it is not decoded. By default all of them.
     hashed : make the perceptual hash of each image, too.
+    dated : read when each photo was taken, too.
     """
 
     def __init__(
@@ -124,6 +127,7 @@ class DecoderPool:
         others: Sequence[Looks] = (),
         wanted: Callable[[bytes], Sequence[int]] | None = None,
         hashed: bool = False,
+        dated: bool = False,
     ) -> None:
         self.preprocess, self.workers, self.timeout = preprocess, workers, timeout
         looks = (Looks(preprocess, views), *others)
@@ -132,7 +136,9 @@ class DecoderPool:
         self._children: list[_Child] = []
         try:
             for _ in range(workers):
-                child = _Child(looks, timeout, mode, max_pixels, wanted or (lambda digest: every), background, hashed)
+                child = _Child(
+                    looks, timeout, mode, max_pixels, wanted or (lambda digest: every), background, hashed, dated
+                )
                 self._children.append(child)
         except BaseException:
             for child in self._children:
@@ -297,6 +303,7 @@ class _Child(Child):
         places: Callable[[bytes], Sequence[int]],
         background: bool,
         hashed: bool,
+        dated: bool,
     ) -> None:
         self.timeout, self._shapes, self._places = timeout, [each.shape for each in looks], places
         settings = {
@@ -306,6 +313,7 @@ class _Child(Child):
             "max_pixels": max_pixels,
             "background": background,
             "hashed": hashed,
+            "dated": dated,
         }
         super().__init__(settings)
 
@@ -319,16 +327,17 @@ class _Child(Child):
         """What becomes of one image, weighed first if ``heaviest`` is given; _Lost when the process ends on it."""
         self.wait_until_ready()
         digest: bytes | None = None
-        seconds = 0.0
+        seconds, taken = 0.0, ""
         try:
             self._socket.send_bytes(request)
             answer = self._answer(digest, wanted)
             reading = (0.0, 0.0)
             if answer[:1] == b"D":
-                digest, reading = answer[1:33], TIMES.unpack(answer[33:])
+                digest, reading = answer[1:33], TIMES.unpack_from(answer, 33)
+                taken = answer[33 + TIMES.size :].decode()
                 places = () if known(digest) else self._places(digest)
                 if not places:
-                    return Decoded(digest, seconds=(*reading, 0.0, 0.0))
+                    return Decoded(digest, seconds=(*reading, 0.0, 0.0), taken=taken)
                 if heaviest is not None:
                     seconds = LIGHT_HEADER_SECONDS if heaviest < math.inf else HEADER_SECONDS
                     self._socket.send_bytes(WEIGH + SECONDS.pack(seconds))
@@ -357,7 +366,8 @@ class _Child(Child):
         except (EOFError, OSError) as error:
             raise _Lost("decoder_crash", digest) from error
         phash = answer[1 + TIMES.size :]
-        return Decoded(digest, pixels[0], seconds=(*reading, *decoding), others=tuple(pixels[1:]), phash=phash)
+        times = (*reading, *decoding)
+        return Decoded(digest, pixels[0], seconds=times, others=tuple(pixels[1:]), phash=phash, taken=taken)
 
     def _answer(self, digest: bytes | None, wanted: Callable[[], bool] | None) -> bytes:
         started = time.monotonic()
