@@ -244,6 +244,39 @@ def paired_difference(
     return Difference(Interval(mean, mean - margin, mean + margin), p)
 
 
+def mean_difference(values: Array, *, level: float = 0.95) -> Difference:
+    """The mean of independent differences (m,), one for each site, with Student's interval and p.
+
+    Where all are equal the variance is zero and says nothing; then the limits are the share that could still be
+    otherwise and be seen in none of that many.
+    """
+    m, mean = len(values), float(values.mean())
+    error = float(values.std(ddof=1)) / math.sqrt(m)
+    margin = float(stats.t.ppf(0.5 + level / 2, m - 1)) * error or unseen_share(m, level=level)
+    p = float(2 * stats.t.sf(abs(mean) / error, m - 1)) if error > 0 else 1.0
+    return Difference(Interval(mean, mean - margin, mean + margin), p)
+
+
+def prediction_interval(values: Array, *, level: float = 0.95) -> tuple[Interval, str]:
+    """Mean of shares (m,), one for each site, and the limits between which one more lies, within 0 and 1; and how.
+
+    Of few, Student's: mean -+ t(m - 1) s sqrt(1 + 1/m) (Hahn and Meeker, "Statistical Intervals", 1991, 4.7), which
+    takes sites to be normal. From ``2 / (1 - level) - 1`` on (39 for 95 %), order statistics, which take nothing but
+    that the new site is one like these (Wilks 1941; the conformal interval of Vovk, Gammerman and Shafer, 2005).
+    """
+    m, mean = len(values), float(values.mean())
+    rank = math.floor((m + 1) * (1 - level) / 2 + 1e-9)
+    if rank >= 1:
+        ranked = np.sort(values)
+        return Interval(
+            mean, min(float(ranked[rank - 1]), mean), max(float(ranked[m - rank]), mean)
+        ), "order statistics"
+    margin = float(stats.t.ppf(0.5 + level / 2, m - 1)) * float(values.std(ddof=1)) * math.sqrt(1 + 1 / m)
+    # Sites that all agree may yet be unlike the next one.
+    margin = margin or unseen_share(m, level=level)
+    return Interval(mean, max(mean - margin, 0.0), min(mean + margin, 1.0)), "Student's t"
+
+
 def holm(ps: Sequence[float]) -> list[float]:
     """P-values adjusted for all of them together (Holm's step-down), in the given order."""
     order = np.argsort(ps, kind="stable")

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 
 from featx._system import OutOfTime, confine, limited_memory, limited_time, stand_back
 from featx.errors import ImageError
-from featx.images.exif import taken_at
 from featx.images.child import READY, speak_to_nobody
+from featx.images.exif import taken_at
 from featx.images.origin import MAX_BYTES, too_many_bytes
 from featx.images.phash import perceptual_hash
 from featx.images.pixels import BYTES_PER_PIXEL, Preprocess, decode, weigh

@@ -30,7 +30,7 @@ def taken_at(data: bytes) -> str:
         return ""
     fraction = re.match(r"\d{1,6}", str(inside.get(_SUBSECOND, ""))[:32], re.ASCII)
     try:
-        taken = datetime(*map(int, date.groups()))  # type: ignore[arg-type]  # noqa: DTZ001 - the camera says no zone
+        taken = datetime(*map(int, date.groups()))  # type: ignore[arg-type]
     except ValueError:
         return ""  # such as 0000:00:00 00:00:00, which cameras write before their clock is set
     return taken.isoformat() + (f".{fraction[0]}" if fraction else "")

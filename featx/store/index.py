@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from urllib.parse import quote as quote_name
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ from featx._files import canonical_json, read_regular
 from featx.errors import StoreError, UsageError
 from featx.store import hdf5
 from featx.store.hdf5 import RESTORE
-from featx.store.manifest import Manifest, fingerprint, quote_name
+from featx.store.manifest import Manifest, fingerprint
 
 PARTS = ".parts"
 """Folder of a store in which an extraction in parts is under way: see :mod:`featx.extraction.parts`."""

@@ -141,7 +141,7 @@ class FeatureSet:
         return every.some(rows) if isinstance(every, Pictures) else every
 
     def to_numpy(self) -> dict[str, NDArray[Any]]:
-        """Plain arrays by name: embeddings, ids, labels, class_names, splits, digests; groups and ``meta/NAME`` if any."""
+        """Plain arrays by name: embeddings, ids, labels, class_names, splits, digests; if any, groups and meta/NAME."""
         return frames.to_numpy(self)
 
     def to_pandas(self) -> pandas.DataFrame:
