@@ -17,6 +17,7 @@ from .splits import (
     KShotSplit as KShotSplit,
     Shots as Shots,
     drawable as drawable,
+    joined_sites as joined_sites,
     plan_shots as plan_shots,
     reached as reached,
     shots_label as shots_label,

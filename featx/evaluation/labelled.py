@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from featx._arrays import NEAR, Index
 from featx.errors import UsageError, plural
 from featx.evaluation.duplicates import Duplicates, find_duplicates
-from featx.evaluation.splits import joined_sites
+from featx.evaluation.splits import drawable, joined_sites
 from featx.heads import distinct_counts, fold_numbers, site_folds, taken
 from featx.store import Alike, FeatureSet, Pictures
 
@@ -118,6 +118,11 @@ class LabelledRows:
     def counts(self) -> Index:
         """Different images (c,) that each class has for itself."""
         return distinct_counts(self.labels, self.groups, len(self.class_names))
+
+    @property
+    def drawable(self) -> Index:
+        """Different images (c,) of each class that draws are made from: ``counts``, or what sites leave of them."""
+        return drawable(self.labels, self.groups, self.sites, len(self.class_names))
 
     def folds(self, n_folds: int, random_state: int) -> tuple[Index, list[str]]:
         """Fold (n,) of each row, with whole sites where there are any, and a sentence where that cannot be."""

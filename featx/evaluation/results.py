@@ -205,14 +205,9 @@ def _by_site(
 ) -> tuple[NDArray[np.float64], float, float, NDArray[np.float64]]:
     """As :func:`_by_image`, of sites in the place of images.
 
-    A site counts for the mean of all images, and ``S / n`` times what its own have above it in sum: the variance of the
-    mean of these S numbers is the linearised one of a mean over clusters of unequal size (Cochran, "Sampling
-    Techniques", 1977, 6.3). Sites of a draw are in the support or in the query: what it does not query, it learnt from.
+    Sites of a draw are in the support or in the query: what it does not query, it learnt from.
     """
-    seen = np.isfinite(images)
-    places, inside = np.unique(sites[seen], return_inverse=True)
-    mean = float(images[seen].mean())
-    values = mean + len(places) / seen.sum() * np.bincount(inside.reshape(-1), weights=images[seen] - mean)
+    places, values = stats.site_values(images, sites)
     asked = [np.searchsorted(places, np.unique(sites[queries[t.n_shots, t.episode]])) for t in trials]
     n_query = float(np.mean([len(each) for each in asked]))
     return values, max(len(places) - n_query, 1.0), n_query, stats.lessons(values, asked)

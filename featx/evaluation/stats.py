@@ -244,6 +244,31 @@ def paired_difference(
     return Difference(Interval(mean, mean - margin, mean + margin), p)
 
 
+def site_values(images: Array, sites: NDArray[np.integer]) -> tuple[NDArray[np.integer], Array]:
+    """The sites (s,) of images (n,; nan is left out), and a number for each (s,) whose mean is that of all images.
+
+    A site counts for the mean, and ``s / n`` times what its own images have above it in sum: the variance of a mean of
+    these numbers is the linearised one of a mean over clusters of unequal size (Cochran, "Sampling Techniques", 1977,
+    6.3).
+    """
+    seen = np.isfinite(images)
+    places, inside = np.unique(sites[seen], return_inverse=True)
+    mean = float(images[seen].mean())
+    above = np.bincount(inside.reshape(-1), weights=images[seen] - mean)
+    return places, mean + len(places) / seen.sum() * above
+
+
+def mean_over_sites(images: Array, sites: NDArray[np.integer], *, level: float = 0.95) -> Interval:
+    """Mean of shares (n,), one for each image, with Student's interval over the sites (n,) that they are of.
+
+    A single site says nothing about others: then the interval is 0 to 1.
+    """
+    values = site_values(images, sites)[1]
+    if len(values) < 2:
+        return Interval(float(images.mean()), 0.0, 1.0)
+    return mean_interval(np.array([images.mean()]), values, 1.0, 1.0, level=level)
+
+
 def mean_difference(values: Array, *, level: float = 0.95) -> Difference:
     """The mean of independent differences (m,), one for each site, with Student's interval and p.
 
