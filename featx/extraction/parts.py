@@ -326,6 +326,12 @@ def finish_parts(
                     progress(through, len(images))
             digests, stamps, taken = _names(done)
             images = regrouped(images, done[0].index)
+            dated = images.grouping is not None and images.grouping.dated
+            if dated and any(TAKEN not in each.index.metadata for each in done):
+                raise UsageError(
+                    "the parts did not read when photos were taken", where="--group-by",
+                    hint="Give --group-by to every --part, and run them again: nothing is embedded twice.",
+                )  # fmt: skip
             index = index_of(images, digests, stamps, taken, writer.index)
             grouped = group_notes(images, index, writer.index)
             if not replace_images:
@@ -390,6 +396,8 @@ def _finished_before(images: ImageSet, store: Path, begun: Sequence[Part]) -> Ex
     manifest = read_manifest(store)
     index, refused = read_index(store, manifest), tuple(read_quarantine(store, manifest))
     if _other(images.refs, index, refused):
+        return None
+    if images.grouping is not None and images.grouping.rule != index.grouping:
         return None
     digests = dict(zip(index.ids, digest_keys(index.digests).tolist(), strict=True))
     for part in begun:

@@ -577,7 +577,7 @@ def group_notes(images: ImageSet, index: Index, before: Index | None) -> tuple[s
         return () if images.grouping.kind == "none" else (images.grouping.note(index.groups or [""] * len(index)),)
     if before is not None and before.groups:
         new = sum(not group for group in index.groups) if index.groups else len(index)
-        rest = f"; {plural(new, 'image')} have none" if new else ""
+        rest = f"; {plural(new, 'image')} without one" if new else ""
         return (f"groups by {before.grouping}, which this source does not have, were kept by content{rest}",)
     return ()
 

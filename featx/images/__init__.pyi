@@ -1,4 +1,4 @@
-from .grouping import MAX_TEXT as MAX_TEXT, RULES as RULES, TAKEN as TAKEN, Grouping as Grouping
+from .grouping import TAKEN as TAKEN
 from .origin import MAX_BYTES as MAX_BYTES, Origin as Origin, not_installed as not_installed
 from .phash import (
     HASH_BYTES as HASH_BYTES,

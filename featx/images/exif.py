@@ -7,8 +7,6 @@ import re
 from datetime import datetime
 from typing import Any
 
-from PIL import Image
-
 from featx.images.pixels import open_header
 
 _INSIDE, _TAKEN, _SUBSECOND = 0x8769, 0x9003, 0x9291
@@ -23,8 +21,7 @@ def taken_at(data: bytes) -> str:
     """
     inside: dict[int, Any] = {}
     with contextlib.suppress(Exception):  # Pillow raises whatever its parsers happen to; none of it is a date
-        exif: Image.Exif = open_header(data).getexif()
-        inside = exif.get_ifd(_INSIDE)
+        inside = open_header(data).getexif().get_ifd(_INSIDE)
     date = _DATE.match(str(inside.get(_TAKEN, ""))[:32])
     if date is None:
         return ""

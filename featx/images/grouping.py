@@ -30,7 +30,7 @@ MAX_TEXT = 200
 TAKEN = "exif_taken"
 """The column of metadata that keeps when photos were taken, for stores that are grouped by it."""
 
-_PATTERN_SECONDS = 10.0
+_PATTERN_SECONDS = 5.0
 """Of a processor, for a pattern on all paths: some patterns take longer than anybody lives."""
 
 _NAMES = {"exif-day": "day", "exif-burst": "burst", "folder": "folder"}
