@@ -150,9 +150,10 @@ def _story(bundle: Bundle, how: str = "") -> list[str]:
     counted = f"{images} of {plural(metrics['classes'], 'class')}"
     lines = [f"{bundle.head} ({params}) on {counted}{how and f': {how}'}."]
     rivals = len(metrics.get("chosen_among") or ())
-    unseen = f"On images that the fit, but not the choice among {rivals} heads, had not seen"
+    of_groups = f" of groups (of {metrics['groups']})" if "groups" in metrics else ""
+    unseen = f"On images{of_groups} that the fit, but not the choice among {rivals} heads, had not seen"
     for key, where in (
-        ("out_of_fold", unseen if rivals else "On images it had not seen"),
+        ("out_of_fold", unseen if rivals else f"On images{of_groups} it had not seen"),
         ("test", "On the split test"),
     ):
         found = metrics.get(key)

@@ -158,7 +158,9 @@ def sweep(
     apart = None
     if across is not None:
         apart = Apart.of(features, rows, group_name, wanted_shots, store)
-    elif group_name is not None:
+    elif (features.groups != "").any():
+        say("Note: the store has groups; --across groups compares on photos of groups never seen, too.", err=True)
+    if across is None and group_name is not None:
         raise UsageError("--group-name is for --across groups")
     copies = features.near_copies_of(rows)
     if not isinstance(copies, Pictures):
@@ -240,6 +242,8 @@ def sweep(
     except KeyboardInterrupt as error:
         for known in (ordinary, latest):
             if known is not None and not as_json:
+                if known.sites is not None:
+                    say(f"Photos of a new {known.group_name}:")
                 show(render(known), least=TABLE_WIDTH)
         raise Interrupted(
             "stopped; finished draws are kept", where=out, hint="Run the same command again to go on."
@@ -369,6 +373,7 @@ def _rank_labels(
     import numpy as np
 
     from featx.advice import REPEATS, rank_labels
+    from featx.evaluation import sites_of
     from featx.heads import distinct_counts, is_large, taken
 
     groups = result.duplicates.groups
@@ -386,6 +391,7 @@ def _rank_labels(
         random_state=result.random_state,
         n_jobs=n_jobs,
         progress=progress,
+        sites=sites_of(features, took_part),
     )
     return replace(ranking, rows=np.asarray(result.rows)[ranking.rows])
 

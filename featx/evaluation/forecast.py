@@ -78,6 +78,7 @@ class Forecast:
         None below :data:`LEAST_SITES`.
     method : how the limits were found, see :func:`featx.evaluation.stats.prediction_interval`.
     added : what labels from there add.
+    stopped : whether the time was up before all were left out.
     """
 
     head: str
@@ -87,13 +88,15 @@ class Forecast:
     expected: stats.Interval | None
     method: str
     added: tuple[Added, ...]
+    stopped: bool = False
 
     @property
     def sentence(self) -> str:
         """What to expect, in words."""
         count = plural(len(self.left_out), self.group_name)
         if self.expected is None:
-            return f"At a new {self.group_name}: cannot tell; {count} could be left out, and it takes {LEAST_SITES}."
+            why = "the time was up" if self.stopped else f"{count} could be left out, and it takes {LEAST_SITES}"
+            return f"At a new {self.group_name}: cannot tell; {why}."
         text = (
             f"At a new {self.group_name} expect {stats.percent(self.expected)}; in brackets where a single new one "
             f"lies in 95 of 100 cases, by leaving out each of {count}."
@@ -151,8 +154,10 @@ def forecast_site(
     rows = head.seen(data.embeddings)
     left_out: list[LeftOut] = []
     gains: dict[int, list[float]] = {labels: [] for labels in ADDED}
+    stopped = False
     for number, site in enumerate(drawn):
-        if keep_on is not None and not keep_on():
+        stopped = keep_on is not None and not keep_on()
+        if stopped:
             break
         if progress is not None:
             progress(number, len(drawn), f"leaving out each {group_name}")
@@ -181,7 +186,7 @@ def forecast_site(
     if len(left_out) >= LEAST_SITES:
         expected, method = stats.prediction_interval(np.array([each.accuracy for each in left_out]))
     added = _added(gains)
-    return Forecast(head.name, group_name, len(known), tuple(left_out), expected, method, added)
+    return Forecast(head.name, group_name, len(known), tuple(left_out), expected, method, added, stopped)
 
 
 def _right(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -20,7 +21,7 @@ from scipy.sparse.csgraph import connected_components
 from featx._arrays import Index
 from featx.errors import UsageError, plural
 from featx.evaluation.duplicates import dense
-from featx.heads import alone, distinct_counts, of_one_class
+from featx.heads import alone, distinct_counts, of_one_class, site_pairs
 
 Shots: TypeAlias = int | Literal["all"]
 
@@ -147,25 +148,24 @@ class GroupKShotSplit(KShotSplit):
         """The draw number ``episode`` of labels (n,) in 0 .. c-1, dense copies (n,) and sites (n,) that join them."""
         rng = np.random.default_rng([self.random_state, episode])
         keys = rng.random(len(labels))
-        table, own = _site_table(labels, copies, sites)
-        least = _always_left(table)
-        own &= (least > 0)[labels]
-        held = _held_out(table * (least > 0), least, rng.permutation(len(table)))
-        own &= (least >= (1 if self.n_shots == "all" else self.n_shots))[labels]
+        table, n_sites = _Sites.of(labels, copies, sites), int(sites.max()) + 1
+        held = table.held_out(rng.permutation(n_sites))
+        least = table.always_left
+        own = table.own & ((least > 0) & (least >= (1 if self.n_shots == "all" else self.n_shots)))[labels]
         if self.n_shots == "all":
             return np.flatnonzero(own & ~held[sites]), np.flatnonzero(own & held[sites])
         order = np.argsort(keys, kind="stable")
         order = order[own[order] & ~held[sites[order]]]
         order = order[np.sort(np.unique(copies[order], return_index=True)[1])]  # of copies the first
         # First one of each site, then a second of each: as many sites as there are.
-        pair = labels[order] * len(table) + sites[order]
+        pair = labels[order] * n_sites + sites[order]
         by_pair = np.argsort(pair, kind="stable")
         starts = np.flatnonzero(np.diff(pair[by_pair], prepend=-1))
         place = np.empty(len(order), dtype=np.intp)
         place[by_pair] = np.arange(len(order)) - np.repeat(starts, np.diff([*starts, len(order)]))
         order = order[np.argsort(place, kind="stable")]
         support = np.concatenate([order[labels[order] == c][: self.n_shots] for c in np.unique(labels[own])])
-        touched = np.zeros(len(table), dtype=np.bool_)
+        touched = np.zeros(n_sites, dtype=np.bool_)
         touched[sites[support]] = True
         return np.sort(support), np.flatnonzero(own & ~touched[sites])
 
@@ -193,45 +193,75 @@ def joined_sites(values: ArrayLike, copies: Index) -> Index:
     return np.unique(found, return_inverse=True)[1].reshape(-1)
 
 
-def _site_table(labels: NDArray[np.integer], copies: Index, sites: Index) -> tuple[Index, NDArray[np.bool_]]:
-    """Different images (s, c) that each site has of each class, and which rows (n,) show an image of one class."""
-    own = of_one_class(labels, copies)
-    first = np.unique(np.where(own, copies, -1), return_index=True)[1]
-    first = first[own[first]]
-    table = np.zeros((int(sites.max()) + 1, int(labels.max()) + 1), dtype=np.intp)
-    np.add.at(table, (sites[first], labels[first]), 1)
-    return table, own
+@dataclass(frozen=True)
+class _Sites:
+    """How many different images each site has of each class: pairs of both, those of one site together.
+
+    Attributes
+    ----------
+    own : (n,) which rows show an image of one class; the others are in no draw.
+    site, classes, counts : (p,) of each pair.
+    totals : (c,) different images of each class.
+    """
+
+    own: NDArray[np.bool_]
+    site: Index
+    classes: Index
+    counts: Index
+    totals: Index
+
+    @classmethod
+    def of(cls, labels: NDArray[np.integer], copies: Index, sites: Index, n_classes: int | None = None) -> _Sites:
+        """Those of labels (n,), dense copies (n,) and dense sites (n,)."""
+        own = of_one_class(labels, copies)
+        first = np.unique(copies[own], return_index=True)[1]
+        rows = np.flatnonzero(own)[first]
+        starts, classes, counts = site_pairs(labels[rows], sites[rows])
+        site = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+        n = int(labels.max()) + 1 if n_classes is None else n_classes
+        totals = np.bincount(classes, weights=counts, minlength=n).astype(np.intp)
+        return cls(own, site, classes, counts, totals)
+
+    @property
+    def of_class(self) -> Index:
+        """How many sites (c,) have each class."""
+        return np.bincount(self.classes, minlength=len(self.totals))
+
+    @property
+    def always_left(self) -> Index:
+        """Images (c,) of each class that are never held out; 0 where none can be."""
+        usual = np.zeros(len(self.totals), dtype=np.intp)  # the largest site that has not the greater half
+        fits = 2 * self.counts <= self.totals[self.classes]
+        np.maximum.at(usual, self.classes[fits], self.counts[fits])
+        return np.where(usual > 0, np.minimum((_LEAST_LEFT * self.totals).astype(np.intp), self.totals - usual), 0)
+
+    def held_out(self, order: Index) -> NDArray[np.bool_]:
+        """Which sites (s,) are held out: in this order, until they have a fifth of each class."""
+        least, of_class = self.always_left, self.of_class
+        held = np.zeros(len(order), dtype=np.bool_)
+        # Sites of the rarest classes first: others can be had elsewhere.
+        rarest = np.full(len(order), len(order) + 1)
+        np.minimum.at(rarest, self.site, of_class[self.classes])
+        order = order[np.argsort(rarest[order], kind="stable")]
+        starts = np.searchsorted(self.site, np.arange(len(held) + 1))
+        left, wanted = self.totals.copy(), (1 - HOLD_OUT) * self.totals
+        lacking = (least > 0) & (left > wanted)
+        for site in order.tolist():
+            there = slice(starts[site], starts[site + 1])
+            classes = self.classes[there]
+            judged = least[classes] > 0
+            after = left[classes] - self.counts[there]
+            if lacking[classes].any() and (after >= least[classes])[judged].all():
+                held[site] = True
+                left[classes] = after
+                lacking[classes] &= after > wanted[classes]
+                if not lacking.any():
+                    break
+        return held
 
 
 _LEAST_LEFT = 0.7
 """Part of each class that is left to draw the support from, at the least."""
-
-
-def _always_left(table: Index) -> Index:
-    """Images (c,) of each class that are never held out, of a table (s, c) of sites; 0 where none can be held out."""
-    counts = table.sum(axis=0)
-    usual = np.where(2 * table <= counts, table, 0).max(axis=0)  # the largest site that is not the greater half
-    return np.where(usual > 0, np.minimum((_LEAST_LEFT * counts).astype(np.intp), counts - usual), 0)
-
-
-def _held_out(table: Index, least: Index, order: Index) -> NDArray[np.bool_]:
-    """Which sites (s,) are held out: in this order, until they have a fifth of each class."""
-    held = np.zeros(len(table), dtype=np.bool_)
-    there = table > 0
-    # Sites of the rarest classes first: others can be had elsewhere.
-    rarest = np.where(there, there.sum(axis=0), len(table) + 1).min(axis=1)
-    order = order[np.argsort(rarest[order], kind="stable")]
-    counts = table.sum(axis=0)
-    left, wanted = counts.copy(), (1 - HOLD_OUT) * counts
-    for site in order.tolist():
-        sizes = table[site]
-        lacking = left > wanted
-        if not lacking.any():
-            break
-        if (lacking & there[site]).any() and (left - sizes >= least)[there[site]].all():
-            held[site] = True
-            left -= sizes
-    return held
 
 
 def _take(queues: Sequence[Index], groups: Index, n_shots: int) -> tuple[Index, Index]:
@@ -310,9 +340,7 @@ def drawable(labels: NDArray[np.integer], groups: Index, sites: Index | None, n_
     """
     if sites is None:
         return distinct_counts(labels, groups, n_classes)
-    least = np.zeros(n_classes, dtype=np.intp)
-    found = _always_left(_site_table(labels, groups, sites)[0])
-    least[: len(found)] = found
+    least = _Sites.of(labels, groups, sites, n_classes).always_left
     return np.where(least > 0, least + 1, 0)
 
 
@@ -320,16 +348,16 @@ def _check_sites(
     labels: NDArray[np.integer], copies: Index, sites: Index, class_names: Sequence[str], group_name: str
 ) -> None:
     """UsageError where no group can be held out of two classes, with the reason."""
-    table = _site_table(labels, copies, sites)[0]
-    if (_always_left(table) > 0).sum() >= 2:
+    table = _Sites.of(labels, copies, sites, len(class_names))
+    if (table.always_left > 0).sum() >= 2:
         return
-    many, there = plural(2, group_name).partition(" ")[2], table > 0
-    if there.any(axis=1).sum() < 2:
+    many, n_sites = plural(2, group_name).partition(" ")[2], len(np.unique(table.site))
+    if n_sites < 2:
         raise UsageError(
             f"too few {many} to hold any out", expected=f"photos of each class from two {many} or more",
-            found=plural(int(there.any(axis=1).sum()), group_name), hint="Compare without --across groups.",
+            found=plural(n_sites, group_name), hint="Compare without --across groups.",
         )  # fmt: skip
-    alone = [name for name, n in zip(class_names, there.sum(axis=0).tolist(), strict=True) if n == 1]
+    alone = [name for name, n in zip(class_names, table.of_class.tolist(), strict=True) if n == 1]
     raise UsageError(
         f"{many} coincide with classes, so what a new {group_name} would give cannot be told",
         expected=f"photos of each class from two {many} or more",
@@ -342,8 +370,8 @@ def _site_notes(
     labels: NDArray[np.integer], copies: Index, sites: Index, class_names: Sequence[str], group_name: str
 ) -> list[str]:
     """Sentences on classes that cannot be judged on other sites, and on sites that are never held out."""
-    table = _site_table(labels, copies, sites)[0]
-    least, counts = _always_left(table), table.sum(axis=0)
+    table = _Sites.of(labels, copies, sites, len(class_names))
+    least, counts = table.always_left, table.totals
     many = plural(2, group_name).partition(" ")[2]
     notes = []
     out = [name for name, n in zip(class_names, least.tolist(), strict=True) if n == 0]
@@ -352,11 +380,11 @@ def _site_notes(
         notes.append(
             f"Left out, as no {group_name} can be held out of them: {', '.join(map(repr, out[:_NAMED]))}{more}."
         )
-    giants = (2 * table > counts) & (least > 0)
-    if giants.any():
-        site, c = np.argwhere(giants)[0].tolist()
+    giants = np.flatnonzero((2 * table.counts > counts[table.classes]) & (least[table.classes] > 0))
+    if len(giants):
+        size, c = int(table.counts[giants[0]]), int(table.classes[giants[0]])
         notes.append(
-            f"One {group_name} has {table[site, c]} of the {plural(int(counts[c]), 'image')} of {class_names[c]!r}: "
+            f"One {group_name} has {size} of the {plural(int(counts[c]), 'image')} of {class_names[c]!r}: "
             f"it is always learnt from, and only the other {many} are judged."
         )
     return notes

@@ -523,7 +523,7 @@ def regrouped(images: ImageSet, index: Index | None) -> ImageSet:
     rule, name = index.grouping, index.group_name
     if rule.startswith("column:") and rule.removeprefix("column:").lower() not in map(str.lower, images.columns):
         return images
-    return images.grouped(rule, name)
+    return images.grouped(rule, name, some=False)  # a part of the images may well have none
 
 
 def index_of(

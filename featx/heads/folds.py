@@ -30,6 +30,24 @@ def distinct_counts(labels: NDArray[np.integer], groups: Index, n_classes: int) 
     return alone(labels, groups, n_classes)[1]
 
 
+def site_pairs(labels: NDArray[np.integer], sites: Index) -> tuple[Index, Index, Index]:
+    """Which classes each site has, and how many rows of each.
+
+    Parameters
+    ----------
+    labels, sites : (n,) numbers from 0 on; of sites there is each.
+
+    Returns
+    -------
+    starts (s + 1,), classes (p,), counts (p,) : those of site i are at ``starts[i]`` to ``starts[i + 1]``.
+    """
+    n_classes = int(labels.max(initial=0)) + 1
+    pairs, counts = np.unique(sites * n_classes + labels, return_counts=True)
+    site, classes = np.divmod(pairs, n_classes)
+    starts = np.searchsorted(site, np.arange(int(sites.max(initial=-1)) + 2))
+    return starts, classes, counts
+
+
 def site_folds(
     labels: NDArray[np.integer], sites: Index, n_folds: int, random_state: int | Sequence[int]
 ) -> Index | None:
@@ -48,27 +66,27 @@ def site_folds(
     None where a class would be in one fold alone, so that nothing could be learnt of it without that fold.
     """
     sites = np.unique(sites, return_inverse=True)[1].reshape(-1)
-    table = np.zeros((int(sites.max()) + 1, int(labels.max()) + 1))
-    np.add.at(table, (sites, labels), 1.0)
-    there = table > 0
-    n_folds = min(n_folds, int(there.sum(axis=0).min()))
+    starts, classes, counts = site_pairs(labels, sites)
+    n_sites, n_classes = len(starts) - 1, int(labels.max()) + 1
+    with_class = np.bincount(classes, minlength=n_classes)
+    n_folds = min(n_folds, int(with_class.min()))
     if n_folds < 2:
         return None
-    shares = table / table.sum(axis=0)
-    rarest = np.where(there, there.sum(axis=0), len(table)).min(axis=1)
-    order = np.random.default_rng(random_state).permutation(len(table))
-    order = order[np.lexsort((-shares.max(axis=1)[order], rarest[order]))]
-    load, fold_of = np.zeros((n_folds, table.shape[1])), np.zeros(len(table), dtype=np.intp)
+    shares = counts / np.bincount(classes, weights=counts, minlength=n_classes)[classes]
+    rarest = np.minimum.reduceat(with_class[classes], starts[:-1])
+    largest = np.maximum.reduceat(shares, starts[:-1])
+    order = np.random.default_rng(random_state).permutation(n_sites)
+    order = order[np.lexsort((-largest[order], rarest[order]))]
+    load, fold_of = np.zeros((n_folds, n_classes)), np.zeros(n_sites, dtype=np.intp)
     total = np.zeros(n_folds)
     for site in order.tolist():
-        classes = np.flatnonzero(there[site])
-        own = shares[site, classes]
+        there = slice(starts[site], starts[site + 1])
         # What the squares of the loads grow by; of equals, the fold that has least of all.
-        costs = load[:, classes] @ own
+        costs = load[:, classes[there]] @ shares[there]
         least = np.flatnonzero(costs <= costs.min() + 1e-12)
         fold = fold_of[site] = least[total[least].argmin()]
-        load[fold, classes] += own
-        total[fold] += own.sum()
+        load[fold, classes[there]] += shares[there]
+        total[fold] += shares[there].sum()
     if ((load > 0).sum(axis=0) < 2).any():
         return None
     return fold_of[sites]

@@ -87,8 +87,8 @@ class Grouping:
         """Whether it takes the dates of the photos."""
         return self.kind in ("exif-day", "exif-burst")
 
-    def of_paths(self, ids: Sequence[str]) -> list[str]:
-        """The group of each path by ``folder`` or ``regex``, "" for none.
+    def of_paths(self, ids: Sequence[str], *, some: bool = True) -> list[str]:
+        """The group of each path by ``folder`` or ``regex``, "" for none; ``some`` are to have one.
 
         Raises
         ------
@@ -112,7 +112,7 @@ class Grouping:
                     "the pattern takes too long", where="--group-by", found=self.value, hint=hint
                 ) from error
             what = "the pattern matches no image"
-        if not any(found):
+        if some and not any(found):
             raise UsageError(what, where="--group-by", expected=self.rule, found=f"images such as {ids[0]}")
         return [name[:MAX_TEXT] for name in found]
 

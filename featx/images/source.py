@@ -103,7 +103,7 @@ class ImageSet:
         """The names of the further columns that a list has."""
         return tuple(dict.fromkeys(name for ref in self.refs for name, _ in ref.metadata))
 
-    def grouped(self, rule: str, name: str | None = None) -> ImageSet:
+    def grouped(self, rule: str, name: str | None = None, *, some: bool = True) -> ImageSet:
         """The same images, of which those that belong together by a rule are one group.
 
         Parameters
@@ -111,6 +111,7 @@ class ImageSet:
         rule : of :mod:`featx.images.grouping`: ``folder:N``, ``exif-day``, ``exif-burst:SECONDS``, ``regex:(...)``,
             ``column:NAME`` or ``none``.
         name : what one group is, such as "camera"; by default as the rule says.
+        some : whether it is an error that no image has a group by the rule.
 
         Raises
         ------
@@ -126,7 +127,7 @@ class ImageSet:
         elif grouping.kind == "none" or grouping.dated:  # dates are in the files, which the extraction reads
             groups = [""] * len(self.refs)
         else:
-            groups = grouping.of_paths([ref.id for ref in self.refs])
+            groups = grouping.of_paths([ref.id for ref in self.refs], some=some)
         refs = tuple(replace(ref, group=group) for ref, group in zip(self.refs, groups, strict=True))
         return replace(self, refs=refs, grouping=grouping)
 

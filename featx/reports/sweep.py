@@ -95,8 +95,9 @@ def render_table(result: SweepResult) -> Table:
 
 def render_provisional(result: SweepResult) -> Table:
     """Heads by their mean accuracy so far, one column for each n_shots: few lines, to be drawn again and again."""
+    of = "" if result.sites is None else f"photos of a new {result.group_name}, "
     table = Table(
-        title=f"provisional: {len(result.queries)} of {plural(result.planned, 'draw')}, accuracy, %",
+        title=f"{of}provisional: {len(result.queries)} of {plural(result.planned, 'draw')}, accuracy, %",
         box=box.HORIZONTALS, show_edge=False, pad_edge=False, collapse_padding=True,
     )  # fmt: skip
     table.add_column("per class", no_wrap=True)
