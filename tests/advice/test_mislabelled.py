@@ -134,7 +134,7 @@ def test_a_burst_does_not_vouch_for_its_own_label() -> None:
     rng = np.random.default_rng(0)
     truth = np.arange(40) % 2
     wrong = np.isin(np.arange(40), (4, 17, 30))
-    rows = np.repeat(2.0 * np.eye(2, 16)[truth] + rng.normal(size=(40, 16)), 10, axis=0)
+    rows = np.repeat(4.0 * np.eye(2, 16)[truth] + rng.normal(size=(40, 16)), 10, axis=0)
     rows += 0.05 * rng.normal(size=rows.shape)
     labels, bursts = np.repeat(np.where(wrong, 1 - truth, truth), 10), np.repeat(np.arange(40), 10)
     found = {}
