@@ -67,7 +67,7 @@ def info(store: StoreArgument, as_json: Json = False) -> None:
 
     table = Table(show_header=False, box=None)
     for name in facts:
-        if name in ("images", "embedding_dim", "provenance"):
+        if name in ("images", "embedding_dim", "provenance") or (name == "groups" and "group_by" not in facts):
             continue
         value = facts[name]
         if name == "backbones":

@@ -103,12 +103,12 @@ class Forecast:
         )
         words = []
         for each in self.added:
-            labels = f"{plural(each.labels, 'label')} per class"
+            labels = f"{each.labels} per class"
             if each.difference is None:
-                words.append(f"{labels}: cannot tell, as {plural(each.sites, self.group_name)} with enough photos")
+                words.append(f"{labels}, cannot tell ({plural(each.sites, self.group_name)} with enough photos)")
             else:
-                words.append(f"{labels}: {stats.points(each.difference.interval)}, {each.verdict}")
-        return f"{text} From there, {'; '.join(words)}." if words else text
+                words.append(f"{labels}, {stats.points(each.difference.interval)}, {each.verdict}")
+        return f"{text} What labels from there add: {'; '.join(words)}."
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types."""

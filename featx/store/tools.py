@@ -73,8 +73,8 @@ _NAMED_GROUPS = 100
 
 
 def _groups(index: Index) -> dict[str, Any]:
-    """What there is to say of groups and metadata; nothing in stores that have none."""
-    out: dict[str, Any] = {}
+    """What there is to say of groups and metadata; no groups, and nothing else, in stores that have none."""
+    out: dict[str, Any] = {"groups": {}}
     if index.groups or index.grouping:
         counts = index.counts(index.groups)
         largest = sorted(counts, key=lambda name: -counts[name])[:_NAMED_GROUPS]

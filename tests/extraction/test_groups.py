@@ -78,7 +78,8 @@ def test_a_store_without_groups_has_no_further_columns(tmp_path: Path) -> None:
     with h5py.File(store / "index.h5") as file:
         assert set(file) == {"ids", "labels", "split", "digests", "class_names", "sizes", "mtimes_ns"}
         assert set(file.attrs) == {"fingerprint"}
-    assert "groups" not in info(store)
+    assert info(store)["groups"] == {}
+    assert "group_by" not in info(store)
     features = read_features(store)
     assert features.groups.tolist() == [""] * len(features)
     assert "groups" not in features.to_numpy()
