@@ -7,6 +7,7 @@ from .backbones import (
 )
 from .errors import FeatxError as FeatxError
 from .evaluation import (
+    GroupKShotSplit as GroupKShotSplit,
     KShotSplit as KShotSplit,
     PixelExtractor as PixelExtractor,
     make_pixels_baseline as make_pixels_baseline,

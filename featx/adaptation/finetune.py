@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from featx._arrays import Index
 from featx.adaptation import training
@@ -29,6 +29,7 @@ from featx.backbones import Backbone, Halves, Own, Trunk, Unfreeze, cut_network,
 from featx.errors import MismatchError, SourceError, UsageError, plural
 from featx.evaluation import (
     Comparison,
+    GroupKShotSplit,
     Journal,
     KShotSplit,
     LabelledRows,
@@ -170,11 +171,13 @@ def judge_episodes(
     n_jobs: int | None = None,
     journal: Path | None = None,
     progress: Progress | None = None,
+    sites: ArrayLike | None = None,
 ) -> FinetuneResult:
     """Judge fine-tuning and heads on the draws that a sweep of the same seed makes; see :func:`finetune_episodes`.
 
     The shots are those that :func:`plan_shots` allows. The journal stays, for whoever goes on to do something long; the
-    caller removes it.
+    caller removes it. With ``sites`` (m,) of all rows of the store, draws are across them, as those of a sweep with
+    sites.
     """
     started = time.perf_counter()
     tell: Progress = progress or (lambda done, total, what: None)
@@ -185,6 +188,7 @@ def judge_episodes(
         tuning.features.embeddings[use], tuning.features.labels[use], class_names=tuning.features.class_names,
         groups=tuning.features.copies[use], heads=heads, shots=shots, episodes=episodes, random_state=random_state,
         n_jobs=n_jobs, near_duplicates=tuning.features.near_copies_of(use), progress=progress,
+        sites=None if sites is None else np.asarray(sites)[use],
     )  # fmt: skip
     rows = use[swept.rows]
     tasks = [(n_shots, episode) for n_shots in swept.shots for episode in range(episodes)]
@@ -270,7 +274,11 @@ def _trial(
     tick: training.Tick,
 ) -> Trial:
     labels, groups = swept.labels, swept.duplicates.groups
-    support, query = KShotSplit(n_shots, random_state=random_state).episode(labels, groups, episode)
+    if swept.sites is None:
+        support, query = KShotSplit(n_shots, random_state=random_state).episode(labels, groups, episode)
+    else:
+        split = GroupKShotSplit(n_shots, random_state=random_state)
+        support, query = split.across(labels, groups, swept.sites, episode)
     if not np.array_equal(query, swept.queries[n_shots, episode]):
         raise RuntimeError("the draws of heads and of fine-tuning differ")
     classes, known = np.unique(labels[support], return_inverse=True)
@@ -279,6 +287,7 @@ def _trial(
         tuning.halves.tail, tuning.activations, rows[support], known,
         np.unique(groups[support], return_inverse=True)[1].reshape(-1),
         recipe=tuning.recipe, seeds=(random_state, episode), device=tuning.device, tick=tick,
+        sites=None if swept.sites is None else swept.sites[support],
     )  # fmt: skip
     seconds = time.perf_counter() - started
     scores = training.scores(trained.classifier, tuning.activations, rows[query], tick=tick)

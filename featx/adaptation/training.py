@@ -158,6 +158,7 @@ def train(
     seeds: tuple[int, ...] = (0,),
     device: str = "cpu",
     tick: Tick | None = None,
+    sites: Index | None = None,
 ) -> Trained:
     """Train a copy of ``tail`` with a head on it.
 
@@ -169,6 +170,7 @@ def train(
     labels, groups : (n,) classes in 0 .. c-1, and dense numbers of copies, which are held out together.
     seeds : of everything that is random; the same seeds give the same classifier on the same machine.
     tick : told after every epoch what is being done.
+    sites : (n,) what else is held out together, where there are enough of them (:mod:`featx.heads.folds`).
 
     Raises
     ------
@@ -187,7 +189,7 @@ def train(
     frozen = None if recipe.from_scratch else embed(tail, activations, rows, device=device)
     with _seeded(seeds, device):
         if recipe.early_stop:
-            losses = _held_out(tail, data, rows, labels, groups, frozen, recipe, seeds, tell)
+            losses = _held_out(tail, data, rows, labels, groups, frozen, recipe, seeds, tell, sites)
             epochs = int(losses.argmin())
         classifier = _start(tail, labels, frozen).to(device)
         for _ in _epochs(classifier, data, rows, labels, recipe, seeds, epochs):
@@ -239,6 +241,7 @@ def _held_out(
     recipe: Recipe,
     seeds: tuple[int, ...],
     tell: Tick,
+    sites: Index | None,
 ) -> Array:
     """Mean log-loss of held-out rows by epoch (epochs + 1,)."""
     smallest = int(distinct_counts(labels, groups, int(labels.max()) + 1).min())
@@ -249,7 +252,7 @@ def _held_out(
             found=smallest,
             hint="Ask for 2 shots or more, or for a fixed number of epochs with --no-early-stop.",
         )
-    folds = fold_numbers(labels, groups, N_FOLDS, list(seeds))
+    folds = fold_numbers(labels, groups, N_FOLDS, list(seeds), sites)
     total, counted = np.zeros(recipe.epochs + 1), 0
     for fold in range(int(folds.max()) + 1):
         held = folds == fold

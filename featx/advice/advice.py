@@ -13,7 +13,7 @@ from featx.advice.domain import DIFFERENT, LARGE, SIMILAR, Domain, Rule
 from featx.advice.labelling import Simulation
 from featx.advice.shortcuts import Shortcuts
 from featx.errors import plural
-from featx.evaluation import limits, percent, points, stats
+from featx.evaluation import Forecast, limits, percent, points, stats
 
 Family: TypeAlias = Literal["head", "earlier layers", "features", "fine-tuning", "control"]
 """What a strategy is; "control" is none to use, but shows what the pretraining gives."""
@@ -84,6 +84,7 @@ class Advice:
     batch : how many images to label next; ``unlabelled`` images the store has.
     minutes : allowed; ``seconds`` : spent.
     interrupted : whether the user stopped it; then the rest is among ``skipped``.
+    forecast : for a group never seen, in stores with groups.
     costs : milliseconds an image that features took which the store does not have, by their name.
     """
 
@@ -108,6 +109,7 @@ class Advice:
     random_state: int
     costs: Mapping[str, float] = field(default_factory=dict)
     shortcuts: Shortcuts | None = None
+    forecast: Forecast | None = None
 
     @property
     def n_now(self) -> float:
@@ -140,6 +142,7 @@ class Advice:
             "strategy": self._strategy(),
             "features": self._features(),
             "pretraining": self._pretraining(),
+            **({"new group": self.forecast.sentence} if self.forecast is not None else {}),
             "learning curve": self._learning_curve(),
             "fine-tuning": self._fine_tuning(),
             "domain": self._domain(),
@@ -351,6 +354,7 @@ class Advice:
                 "chosen": found.chosen, "random": found.at_random, "gain": found.gain.interval.to_json(),
                 "p": found.gain.p, "verdict": found.verdict,
             },
+            **({"forecast": self.forecast.to_json()} if self.forecast is not None else {}),
             "label_next": [{"id": e.id, "margin": e.margin, "likeliest": e.likeliest} for e in self.next_images],
             "not_measured": [{"what": each.what, "reason": each.reason} for each in self.skipped],
             "notes": list(self.notes),

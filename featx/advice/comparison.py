@@ -13,7 +13,16 @@ from numpy.typing import NDArray
 from featx._arrays import PIXELS, Index
 from featx.advice.advice import Cell, Family
 from featx.errors import UsageError
-from featx.evaluation import LabelledRows, Shots, SweepResult, Trial, mean_interval, paired_difference, stats
+from featx.evaluation import (
+    LabelledRows,
+    Shots,
+    SweepResult,
+    Trial,
+    mean_interval,
+    paired_difference,
+    plan_shots,
+    stats,
+)
 from featx.heads import Layers
 from featx.store import FeatureSet, fingerprint
 
@@ -72,6 +81,23 @@ class LabelledStore:
             raise UsageError("no labelled images outside the split test", hint="Advice takes labelled images.")
         return cls(features, LabelledRows.of_features(features, columns.columns(columns.reference)), columns)
 
+    def across_groups(self) -> tuple[LabelledStore, list[str]]:
+        """The same, without sites where none can be held out; and a sentence on what is judged, where there are any."""
+        data = self.data
+        if data.sites is None:
+            return self, []
+        name = self.features.group_name or "group"
+        try:
+            _, notes = plan_shots(
+                data.labels, data.groups, data.class_names, shots=(1,), default=(), sites=data.sites, group_name=name
+            )
+        except UsageError as error:
+            clause = str(error).partition(": expected")[0].partition(". ")[0].rstrip(".")
+            note = f"Not judged on photos of a new {name}: {clause}."
+            return replace(self, data=replace(data, sites=None)), [note]
+        what = f"All accuracies are those on photos of a new {name}: none that was learnt from is judged."
+        return self, [what, *notes]
+
     def of_classes(self, wanted: NDArray[np.bool_]) -> LabelledStore:
         """The images of some of the classes (c,) only."""
         return replace(self, data=self.data.of_classes(wanted))
@@ -96,10 +122,11 @@ class LabelledStore:
 
 @dataclass
 class Trials:
-    """Outcomes of all strategies on the same draws, each compared with ``reference``."""
+    """Outcomes of all strategies on the same draws, each compared with ``reference``; ``sites`` as of a sweep."""
 
     labels: NDArray[np.int64]
     reference: str
+    sites: Index | None = None
     trials: dict[tuple[str, Shots, int], Trial] = field(default_factory=dict)
     queries: dict[tuple[Shots, int], Index] = field(default_factory=dict)
     families: dict[str, Family] = field(default_factory=dict)
@@ -124,9 +151,9 @@ class Trials:
             difference = None
             if len(both) > 1:
                 pair = [own[e] for e in both], [base[e] for e in both]
-                difference = paired_difference(*pair, self.queries, self.labels)
+                difference = paired_difference(*pair, self.queries, self.labels, self.sites)
             trials = [own[e] for e in sorted(own)]
-            accuracy = mean_interval(trials, self.queries, self.labels)
+            accuracy = mean_interval(trials, self.queries, self.labels, sites=self.sites)
             seconds = float(np.mean([t.fit_seconds for t in trials]))
             found.append(Cell(name, self.families[name], int(n_shots), len(own), accuracy, difference, seconds))
         return _adjusted(found)

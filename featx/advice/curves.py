@@ -112,7 +112,12 @@ class Curve:
 
 
 def fit_curve(
-    shots: Sequence[int], hits: NDArray[np.floating], *, resamples: int = 1000, random_state: int = 0
+    shots: Sequence[int],
+    hits: NDArray[np.floating],
+    *,
+    resamples: int = 1000,
+    random_state: int = 0,
+    sites: NDArray[np.integer] | None = None,
 ) -> Curve:
     """Fit a learning curve to one head's hits on nested draws.
 
@@ -123,6 +128,7 @@ def fit_curve(
         To compare like with like, a draw should judge the same images at every number.
     resamples : draws and images are both resampled so often (the pigeonhole bootstrap of Owen, 2007, "The pigeonhole
         bootstrap": for crossed rows and columns it errs to the safe side).
+    sites : (m,) dense numbers of what images belong to: these are then resampled in the place of images.
 
     Raises
     ------
@@ -140,12 +146,14 @@ def fit_curve(
         raise UsageError("no image was judged at one of the numbers of shots", found=n.tolist())
     known = np.where(seen, hits, 0.0)
     rng = np.random.default_rng(random_state)
-    draws, _, images = hits.shape
+    draws = len(hits)
+    units = np.arange(hits.shape[2]) if sites is None else np.unique(sites, return_inverse=True)[1].reshape(-1)
+    images = int(units.max()) + 1
     parts = []
     for start in range(0, resamples, _BLOCK):
         some = min(_BLOCK, resamples - start)
         of_draws = rng.multinomial(draws, np.full(draws, 1 / draws), size=some).astype(float)
-        of_images = rng.multinomial(images, np.full(images, 1 / images), size=some).astype(float)
+        of_images = rng.multinomial(images, np.full(images, 1 / images), size=some).astype(float)[:, units]
         parts.append(np.stack([_mean(known[:, i], seen[:, i], of_draws, of_images) for i in range(len(n))], axis=1))
     resampled = np.concatenate(parts)
     resampled = resampled[np.isfinite(resampled).all(axis=1)]

@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits
 
 from featx._arrays import Index
 from featx.errors import UsageError, plural
-from featx.evaluation import KShotSplit, stats
+from featx.evaluation import GroupKShotSplit, KShotSplit, drawable, stats
 from featx.heads import HEADS, Head, distinct_counts, fit_chosen
 
 Array: TypeAlias = NDArray[np.float64]
@@ -103,7 +103,7 @@ class Simulation:
         return self.gain.verdict
 
 
-def plan_simulation(labels: NDArray[np.integer], groups: Index, batch: int) -> int:
+def plan_simulation(labels: NDArray[np.integer], groups: Index, batch: int, sites: Index | None = None) -> int:
     """With how many labelled images per class a simulation can start: as near to now as leaves a choice.
 
     What is not held out has to give the start, and at least four times the batch to choose from.
@@ -115,6 +115,8 @@ def plan_simulation(labels: NDArray[np.integer], groups: Index, batch: int) -> i
     """
     counts = distinct_counts(labels, groups, int(labels.max()) + 1)
     left = counts - np.maximum(1, np.rint(0.2 * counts)).astype(int)
+    if sites is not None:
+        left = np.maximum(drawable(labels, groups, sites, len(counts)) - 1, 0)
     for start in (20, 10, 5, 2, 1):
         if left.min() >= start and left.sum() - start * len(counts) >= 4 * batch:
             return start
@@ -136,6 +138,7 @@ def simulate(
     head: Head | None = None,
     episodes: int = 10,
     random_state: int = 0,
+    sites: Index | None = None,
     keep_on: Callable[[int], bool] = lambda done: True,
 ) -> Simulation:
     """Label a batch by choice and at random, and compare the heads that learn from them on held-out images.
@@ -146,6 +149,7 @@ def simulate(
     start : images per class whose labels are known at first; ``batch`` : images to label.
     head : one that gives probabilities; by default the recommended one.
     episodes : draws; a fifth of every class is held out in each.
+    sites : (n,) what else is held out whole, and what the interval is over.
     keep_on : asked before each draw with the number of finished ones; False ends the simulation.
 
     Raises
@@ -160,7 +164,10 @@ def simulate(
     for episode in range(episodes):
         if not keep_on(episode):
             break
-        pool, query = KShotSplit("all", random_state=random_state).episode(labels, groups, episode)
+        if sites is None:
+            pool, query = KShotSplit("all", random_state=random_state).episode(labels, groups, episode)
+        else:
+            pool, query = GroupKShotSplit("all", random_state=random_state).across(labels, groups, sites, episode)
         local = np.unique(groups[pool], return_inverse=True)[1].reshape(-1)
         begin, rest = KShotSplit(start, random_state=random_state).episode(labels[pool], local, episode)
         begin, rest = pool[begin], pool[rest]
@@ -180,8 +187,10 @@ def simulate(
     if len(gains) < 2:
         raise UsageError("labelling was not simulated often enough", expected="2 draws", found=len(gains))
     images = hits[rows > 0] / rows[rows > 0]
+    if sites is not None:
+        images = stats.site_values(images, sites[rows > 0])[1]
     support, asked = np.mean(sizes, axis=0)
-    found = stats.paired_difference(np.array(gains), images, float(support), float(asked))
+    found = stats.paired_difference(np.array(gains), images, float(support), float(asked), few=sites is not None)
     # A single comparison: nothing else to adjust for.
     gain = stats.Difference(found.interval, found.p, found.p)
     before, chosen_mean, random_mean = (float(value) for value in np.mean(accuracy, axis=0))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from featx.advice.labelling import Simulation, next_batch, plan_simulation, rank
 from featx.advice.shortcuts import MOST, Shortcuts, find_shortcuts, sample
 from featx.backbones import RECIPES, Backbone, load_backbone, make_engine
 from featx.errors import FeatxError, ImageError, MismatchError, SourceError, UsageError, WeightsError, plural
-from featx.evaluation import Shots, SweepResult, plan_shots, reached, sweep_heads
+from featx.evaluation import Forecast, Shots, SweepResult, forecast_site, plan_shots, reached, sweep_heads
 from featx.extraction import Embedder
 from featx.heads import HEADS, Layers
 from featx.images import CENTER, ImageSet, parse_views
@@ -65,24 +66,31 @@ class _Run:
     def __init__(
         self, store: LabelledStore, budget: Budget, episodes: int, random_state: int, n_jobs: int | None
     ) -> None:
+        store, about_groups = store.across_groups()
         self.store, self.budget, self.episodes = store, budget, episodes
         self.random_state, self.n_jobs = random_state, n_jobs
-        self.trials = Trials(store.data.labels, REFERENCE)
+        self.trials = Trials(store.data.labels, REFERENCE, store.data.sites)
         self.skipped: list[Skipped] = []
-        most = reached(store.data.counts)
+        counts = store.data.drawable
+        most = reached(counts)
         self.compared = [n for n in COMPARED if n < most] or [max(most - 1, 1)]
         groups = store.data.groups
-        _, self.notes = plan_shots(store.data.labels, groups, store.data.class_names, shots=self.compared, default=())
+        _, notes = plan_shots(
+            store.data.labels, groups, store.data.class_names, shots=self.compared, default=(), sites=store.data.sites,
+            group_name=store.features.group_name or "group",
+        )  # fmt: skip
+        self.notes = [*about_groups, *notes]
         # A curve is that of the same classes at every number of images.
         self.shots = curve_shots(most)
-        large = store.data.counts > self.shots[-1]
+        large = counts > self.shots[-1]
         self.curved = store if large.all() else store.of_classes(large)
-        self.curve = self.trials if large.all() else Trials(self.curved.data.labels, REFERENCE)
+        self.curve = self.trials if large.all() else Trials(self.curved.data.labels, REFERENCE, self.curved.data.sites)
         if not large.all():
             classes = plural(len(large), "class")
             self.notes.append(f"The learning curve is that of the {large.sum()} of {classes} with enough images.")
         self.domain: Domain | None = None
         self.simulation: Simulation | None = None
+        self.forecast: Forecast | None = None
         self.next_images: tuple[NextImage, ...] = ()
         self.costs: dict[str, float] = {}
         self.shortcuts: Shortcuts | None = None
@@ -159,7 +167,7 @@ class _Run:
 
     def labelling(self, count: int) -> None:
         store, groups = self.store, self.store.data.groups
-        start = plan_simulation(store.data.labels, groups, count)
+        start = plan_simulation(store.data.labels, groups, count, store.data.sites)
 
         def keep_on(done: int) -> bool:
             self.budget.show(f"labelling by choice and at random, draw {done + 1}")
@@ -167,8 +175,18 @@ class _Run:
 
         self.simulation = simulate(
             store.reference, store.data.labels, groups, start=start, batch=count, episodes=max(self.episodes // 2, 2),
-            random_state=self.random_state,
+            random_state=self.random_state, sites=store.data.sites,
             keep_on=keep_on,
+        )  # fmt: skip
+
+    def new_group(self) -> None:
+        """What to expect at a group never seen."""
+        data, features = self.store.data, self.store.features
+        name = features.group_name or "group"
+        self.forecast = forecast_site(
+            replace(data, embeddings=self.store.reference), features.groups[data.rows], HEADS["auto"], group_name=name,
+            random_state=self.random_state, keep_on=lambda: self.budget.left > 0,
+            progress=lambda done, total, what: self.budget.show(f"{what}: {done} of {total}"),
         )  # fmt: skip
 
     def rank(self, count: int) -> None:
@@ -256,6 +274,7 @@ class _Run:
                     found = judge_episodes(
                         tuning, shots=(n_shots,), episodes=TUNED_EPISODES, heads=("auto",),
                         random_state=self.random_state, n_jobs=self.n_jobs, progress=self.budget.under(what),
+                        sites=None if store.data.sites is None else store.features.groups,
                     )  # fmt: skip
                     family: Family = "control" if unfreeze is None else "fine-tuning"
                     self.trials.add(found.sweep, lambda head: family if head == what else "head")
@@ -285,7 +304,7 @@ class _Run:
             return sweep_heads(
                 rows, data.labels, class_names=data.class_names, groups=data.groups, heads=heads,
                 shots=shots, episodes=episodes, random_state=self.random_state, n_jobs=self.n_jobs,
-                progress=self.budget.under(what), near_duplicates=None, **options,
+                progress=self.budget.under(what), near_duplicates=None, sites=data.sites, **options,
             )  # fmt: skip
 
         probe = run(MIN_EPISODES)
@@ -409,6 +428,7 @@ def _stages(
     out: list[tuple[str, Callable[[], None]]] = [
         ("nearness to the pretraining", lambda: run.measure_domain(backbone)),
         ("images to label next", lambda: run.rank(count)),
+        *([("a new group", run.new_group)] if run.store.data.sites is not None else []),
         ("other heads", run.heads),
         ("labelling by choice", lambda: run.labelling(count)),
     ]
@@ -444,7 +464,7 @@ def _advice(run: _Run, count: int, minutes: float, interrupted: bool) -> Advice:
     data = run.store.data
     now = float(run.curved.data.counts.mean())
     curve = (
-        fit_curve(run.shots, run.curve.hits(REFERENCE, run.shots), random_state=run.random_state)
+        fit_curve(run.shots, run.curve.hits(REFERENCE, run.shots), random_state=run.random_state, sites=run.curve.sites)
         if len(run.shots) > 1
         else None
     )
@@ -459,6 +479,7 @@ def _advice(run: _Run, count: int, minutes: float, interrupted: bool) -> Advice:
         domain=run.domain,
         rule=None if run.domain is None else size_by_similarity(float(data.counts.mean()), run.domain.nearness),
         simulation=run.simulation,
+        forecast=run.forecast,
         batch=count,
         next_images=run.next_images,
         unlabelled=int((run.store.features.labels < 0).sum()),

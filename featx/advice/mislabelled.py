@@ -78,11 +78,12 @@ def rank_labels(
     random_state: int = 0,
     n_jobs: int | None = None,
     progress: Progress | None = None,
+    sites: ArrayLike | None = None,
 ) -> LabelRanking:
     """Rank images by how unlikely their labels are.
 
     The whole set is cross-validated several times, with everything chosen inside the part that is learnt from, and with
-    copies in one fold, so that no image vouches for its own label.
+    copies (and sites, where there are enough of them) in one fold, so that no image vouches for its own label.
 
     Parameters
     ----------
@@ -98,6 +99,7 @@ def rank_labels(
     random_state : seed of the folds.
     n_jobs : joblib workers, one BLAS thread each; by default one for each core.
     progress : called as ``progress(done, total, what)``.
+    sites : (n,) rows with the same value belong together, such as those of a burst, "" is a row by itself.
 
     Raises
     ------
@@ -107,14 +109,16 @@ def rank_labels(
     chosen = HEADS[head]
     if not chosen.probabilistic:
         raise UsageError("labels are ranked by probabilities, and this head gives none", where="head", found=head)
-    every = LabelledRows.of(embeddings, labels, class_names, groups=groups, near_duplicates=near_duplicates)
+    every = LabelledRows.of(
+        embeddings, labels, class_names, groups=groups, near_duplicates=near_duplicates, sites=sites
+    )
     enough = every.counts >= 2
     known = every.of_classes(enough)
     if enough.sum() < 2:
         raise UsageError(
             "labels can be judged where there are two classes of two different images", found=f"{enough.sum()}"
         )
-    data, y, group = known.embeddings, known.labels, known.groups
+    data, y, group, together = known.embeddings, known.labels, known.groups, known.sites
     large = is_large(data)
     n_workers = 1 if large else joblib.cpu_count() if n_jobs is None else joblib.effective_n_jobs(n_jobs)
     probabilities = np.zeros((len(y), len(known.class_names)))
@@ -122,9 +126,11 @@ def rank_labels(
         for repeat in range(repeats):
             if progress:
                 progress(repeat, repeats, "judging labels")
-            folds = fold_numbers(y, group, N_FOLDS, [random_state, repeat])
+            folds = fold_numbers(y, group, N_FOLDS, [random_state, repeat], together)
             held = [folds == fold for fold in range(int(folds.max()) + 1)]
-            judged = pool(joblib.delayed(_judge)(head, data, y, group, out, random_state, large) for out in held)
+            judged = pool(
+                joblib.delayed(_judge)(head, data, y, group, together, out, random_state, large) for out in held
+            )
             for out, found in zip(held, judged, strict=True):
                 probabilities[out] += found / repeats
     own = probabilities[np.arange(len(y)), y]
@@ -154,6 +160,7 @@ def _judge(
     rows: NDArray[np.floating],
     labels: NDArray[np.int64],
     groups: Index,
+    sites: Index | None,
     out: NDArray[np.bool_],
     random_state: int,
     large: bool,
@@ -167,6 +174,13 @@ def _judge(
         return probabilities
     inner = np.unique(groups[~out], return_inverse=True)[1].reshape(-1)
     with threadpool_limits(limits=None if large else 1, user_api="blas"):
-        _, pipeline = fit_chosen(HEADS[head], rows[~out], known.reshape(-1), inner, random_state=random_state)
+        _, pipeline = fit_chosen(
+            HEADS[head],
+            rows[~out],
+            known.reshape(-1),
+            inner,
+            random_state=random_state,
+            sites=None if sites is None else sites[~out],
+        )
         probabilities[:, present] = pipeline.predict_proba(rows[out])
     return probabilities

@@ -159,6 +159,18 @@ def extract(
             help="A folder (or label) that is not a class: its images count as unlabelled. May be repeated.",
         ),
     ] = None,
+    group_by: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RULE",
+            help="Which images belong together: folder:N is the N-th folder of the path (folder:2 of cat/anna/1.jpg is "
+            "anna); exif-day; exif-burst:SECONDS; regex:(...) on the path; column:NAME of a list; none. "
+            "(default: the list's column group, or the store's rule)",
+        ),
+    ] = None,
+    group_name: Annotated[
+        str | None, typer.Option(help="What one group is, such as camera or patient. (default: as the rule says)")
+    ] = None,
     replace: Annotated[
         bool, typer.Option("--replace", help="Let SOURCE replace most of the labelled images of the store.")
     ] = False,
@@ -192,6 +204,12 @@ def extract(
         if "://" in source:
             line.say(f"Listing {source} ...")
         images = ImageSet.from_source(source, progress=line.count).without_labels(unlabelled or ())
+    if group_by is not None:
+        images = images.grouped(group_by, group_name)
+    elif group_name is not None:
+        if images.grouping is None:
+            raise UsageError("--group-name names the groups of --group-by, or of a list with a column group")
+        images = images.grouped(images.grouping.rule, group_name)
 
     asked = Asked.of(out, backbone, recipe, weights, layer, views)
     if asked.views is not None and len(asked.views) > 1:

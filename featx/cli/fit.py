@@ -164,9 +164,10 @@ def _story(bundle: Bundle, how: str = "") -> list[str]:
     if bundle.prior is not None:
         lines.append(f"For photos among which the classes are met in other shares (--prior): {_shares(bundle.prior)}.")
     rivals = len(metrics.get("chosen_among") or ())
-    unseen = f"On images that the fit, but not the choice among {rivals} heads, had not seen"
+    of_groups = f" of groups (of {metrics['groups']})" if "groups" in metrics else ""
+    unseen = f"On images{of_groups} that the fit, but not the choice among {rivals} heads, had not seen"
     for key, where in (
-        ("out_of_fold", unseen if rivals else "On images it had not seen"),
+        ("out_of_fold", unseen if rivals else f"On images{of_groups} it had not seen"),
         ("test", "On the split test"),
     ):
         found = metrics.get(key)

@@ -52,8 +52,11 @@ def labels(
     Every labelled image is judged by heads that have not learnt from it; those whose label they find least likely come
     first, with the label that they would give.
     """
+    import numpy as np
+
     from featx._files import publish_bytes
     from featx.advice import MISSED, rank_labels
+    from featx.evaluation import sites_of
     from featx.heads import open_layers
     from featx.reports import MAX_GROUPS, image_finder, label_sheet
 
@@ -77,6 +80,7 @@ def labels(
             random_state=seed,
             n_jobs=n_jobs,
             progress=line.update,
+            sites=sites_of(features, np.arange(len(features))),
         )
     rows = [_row(ranking, i) for i in range(len(ranking))]
     doubtful = [row for row in rows if row["doubtful"]]

@@ -67,7 +67,7 @@ def info(store: StoreArgument, as_json: Json = False) -> None:
 
     table = Table(show_header=False, box=None)
     for name in facts:
-        if name in ("images", "embedding_dim", "provenance"):
+        if name in ("images", "embedding_dim", "provenance") or (name == "groups" and "group_by" not in facts):
             continue
         value = facts[name]
         if name == "backbones":
@@ -75,6 +75,7 @@ def info(store: StoreArgument, as_json: Json = False) -> None:
                 table.add_row("" if number else name, _backbone(backbone, made))
             continue
         text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+        text = ", ".join(value) if isinstance(value, list) else text
         table.add_row(name, text or "none")
     show(table)
 

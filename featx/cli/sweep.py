@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
@@ -22,9 +22,12 @@ from featx.cli.terminal import ProgressLine, check_writable, print_json, say, sh
 from featx.errors import Interrupted, UsageError, plural
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from featx._arrays import Index
     from featx.advice import LabelRanking
-    from featx.evaluation import Shots, SweepResult
+    from featx.evaluation import Forecast, Shots, SweepResult
     from featx.heads import Layers
     from featx.store import FeatureSet
 
@@ -41,6 +44,12 @@ class Split(StrEnum):
 
     val = "val"
     test = "test"
+
+
+class Across(StrEnum):
+    """What draws may keep apart besides copies."""
+
+    groups = "groups"
 
 
 class Where(StrEnum):
@@ -74,6 +83,15 @@ def sweep(
     episodes: Annotated[int, typer.Option(min=2, max=10_000, help="Random draws for each number of shots.")] = 20,
     test: Annotated[
         Split | None, typer.Option(help="Judge the winner once on this split, which takes no part in choosing.")
+    ] = None,
+    across: Annotated[
+        Across | None,
+        typer.Option(
+            help="Compare on photos of groups never seen, too: a new patient, camera or day (featx extract --group-by)."
+        ),
+    ] = None,
+    group_name: Annotated[
+        str | None, typer.Option(help="What one group is, such as camera. (default: as the store says)")
     ] = None,
     unlabelled: Unlabelled = False,
     unlabelled_from: UnlabelledFrom = None,
@@ -148,6 +166,13 @@ def sweep(
         pool = unlabelled_rows(features, rows if unlabelled else rows[:0], unlabelled_from)
         rows = rows[features.labels[rows] >= 0]
     centre = None if pool is None else unlabelled_centre(pool)
+    apart = None
+    if across is not None:
+        apart = Apart.of(features, rows, group_name, wanted_shots, store)
+    elif (features.groups != "").any():
+        say("Note: the store has groups; --across groups compares on photos of groups never seen, too.", err=True)
+    if across is None and group_name is not None:
+        raise UsageError("--group-name is for --across groups")
     copies = features.near_copies_of(rows)
     if not isinstance(copies, Pictures):
         by = (
@@ -156,6 +181,13 @@ def sweep(
         )  # fmt: skip
         say(f"Note: without perceptual hashes, {by}. To add the hashes, run featx extract again.", err=True)
     latest: SweepResult | None = None
+    ordinary: SweepResult | None = None
+    found: tuple[SweepResult, Forecast] | None = None
+
+    def left(part: float) -> float | None:
+        """Seconds for what comes next, of which there may be more after it."""
+        return None if seconds is None else max(0.0, seconds - (time.monotonic() - started)) * part
+
     try:
         with _workers(backend) as all_of_them, ProgressLine("comparing heads") as line:
 
@@ -165,30 +197,38 @@ def sweep(
                 if not as_json and known.missing:
                     line.table(lambda: render_provisional(known))
 
+            options: dict[str, Any] = {
+                "class_names": features.class_names,
+                "heads": wanted_heads,
+                "shots": wanted_shots,
+                "episodes": episodes,
+                "random_state": seed,
+                "n_jobs": n_jobs or all_of_them,
+                "centre": centre,
+                "pool": pool,
+                "layers": columns,
+                "on": on,
+                "device": None if device == Where.cpu else device.value,
+                "partial": keep,
+                "progress": line.update,
+            }
             result = sweep_heads(
                 taken(features.embeddings, rows),
                 features.labels[rows],
-                class_names=features.class_names,
                 groups=features.copies[rows],
-                heads=wanted_heads,
-                shots=wanted_shots,
-                episodes=episodes,
-                random_state=seed,
-                n_jobs=n_jobs or all_of_them,
                 near_duplicates=copies,
                 pixels=None if features.pixels is None else features.pixels[rows],
-                centre=centre,
-                pool=pool,
-                layers=columns,
-                on=on,
-                device=None if device == Where.cpu else device.value,
                 journal=out / "journal.jsonl",
-                seconds=None if seconds is None else max(0.0, seconds - (time.monotonic() - started)),
-                partial=keep,
-                progress=line.update,
+                seconds=left(1.0 if apart is None else 0.5),
+                **options,
             )
             line.clear()
             result = replace(result, features=_features(features))
+            if apart is not None:
+                ordinary = result
+                found = apart.compare(features, rows, result, out, left, columns, on, options)
+                line.clear()
+                latest = found[0]
             judged = None
             if test:
                 winner = columns.heads(heads_for(centre, pool), wanted_heads, on)[result.winner]
@@ -214,10 +254,14 @@ def sweep(
                     thumbnail=originals.thumbnail,
                     labels=labels,
                     evidence=why,
+                    across=found,
                 )
     except KeyboardInterrupt as error:
-        if latest is not None and not as_json:
-            show(render(latest), least=TABLE_WIDTH)
+        for known in (ordinary, latest):
+            if known is not None and not as_json:
+                if known.sites is not None:
+                    say(f"Photos of a new {known.group_name}:")
+                show(render(known), least=TABLE_WIDTH)
         raise Interrupted(
             "stopped; finished draws are kept", where=out, hint="Run the same command again to go on."
         ) from error
@@ -225,6 +269,7 @@ def sweep(
         print_json(
             {
                 **result.to_json(),
+                **({} if found is None else {"across": {**found[0].to_json(), "forecast": found[1].to_json()}}),
                 "unlabelled": 0 if pool is None else len(pool),
                 "test": judged.to_json() if judged else None,
                 "report": str(where),
@@ -232,9 +277,83 @@ def sweep(
         )
     if replaced:
         say(f"Note: {replaced}", err=True)
-    show(render(result), err=as_json, least=TABLE_WIDTH)
+    show(render(result, found), err=as_json, least=TABLE_WIDTH)
     say(f"Report: {where}", err=as_json)
     return result
+
+
+@dataclass(frozen=True)
+class Apart:
+    """The comparison across groups: the group of each row (n,) of the sweep, "" for none, and what one is called."""
+
+    groups: NDArray[np.str_]
+    name: str
+
+    @classmethod
+    def of(
+        cls, features: FeatureSet, rows: Index, name: str | None, shots: tuple[Shots, ...] | None, store: Path
+    ) -> Apart:
+        """The groups of a store, where enough of them can be held out; that is told before anything is computed."""
+        from featx.evaluation import DEFAULT_SHOTS, LabelledRows, plan_shots, sites_of
+
+        groups = sites_of(features, rows)
+        if groups is None:
+            raise UsageError(
+                "the store has no groups", where=store, expected="images that belong together",
+                hint="Say which do: featx extract SOURCE --out STORE --group-by RULE (nothing is embedded again).",
+            )  # fmt: skip
+        own = cls(groups, name or features.group_name or "group")
+        data = LabelledRows.of(
+            features.embeddings[rows, :1], features.labels[rows], features.class_names, groups=features.copies[rows],
+            near_duplicates=None, sites=groups,
+        )  # fmt: skip
+        plan_shots(
+            data.labels, data.groups, data.class_names, shots=shots, default=DEFAULT_SHOTS, sites=data.sites,
+            group_name=own.name,
+        )  # fmt: skip
+        alone = int((groups[features.labels[rows] >= 0] == "").sum())
+        if alone:
+            say(f"Note: {plural(alone, 'image')} without a {own.name} count as one each.", err=True)
+        return own
+
+    def compare(
+        self,
+        features: FeatureSet,
+        rows: Index,
+        ordinary: SweepResult,
+        out: Path,
+        left: Callable[[float], float | None],
+        columns: Layers,
+        on: list[str],
+        options: dict[str, Any],
+    ) -> tuple[SweepResult, Forecast]:
+        """The same sweep across groups, with the copies that the ordinary one found; and a forecast by its winner."""
+        from featx.evaluation import LabelledRows, forecast_site, sweep_heads
+        from featx.heads import heads_for, taken
+
+        rows = rows[ordinary.rows]
+        groups = self.groups[ordinary.rows]
+        embeddings = taken(features.embeddings, rows)
+        copies = ordinary.duplicates.groups
+        result = sweep_heads(
+            embeddings, features.labels[rows], groups=copies, near_duplicates=None, sites=groups,
+            pixels=None if features.pixels is None else features.pixels[rows], group_name=self.name,
+            journal=out / "journal.across.jsonl", seconds=left(0.7), **options,
+        )  # fmt: skip
+        heads = columns.heads(heads_for(options["centre"], options["pool"]), options["heads"], on)
+        data = LabelledRows.of(
+            embeddings, features.labels[rows], features.class_names, groups=copies, near_duplicates=None, sites=groups
+        )
+
+        def keep_on() -> bool:
+            seconds = left(1.0)
+            return seconds is None or seconds > 0
+
+        forecast = forecast_site(
+            data, groups, heads[result.winner], group_name=self.name, random_state=options["random_state"],
+            keep_on=keep_on, progress=options["progress"],
+        )  # fmt: skip
+        return replace(result, rows=ordinary.rows[result.rows], features=ordinary.features), forecast
 
 
 def _features(features: FeatureSet) -> str:
@@ -271,6 +390,7 @@ def _rank_labels(
     import numpy as np
 
     from featx.advice import REPEATS, rank_labels
+    from featx.evaluation import sites_of
     from featx.heads import distinct_counts, is_large, taken
 
     groups = result.duplicates.groups
@@ -288,6 +408,7 @@ def _rank_labels(
         random_state=result.random_state,
         n_jobs=n_jobs,
         progress=progress,
+        sites=sites_of(features, took_part),
     )
     return replace(ranking, rows=np.asarray(result.rows)[ranking.rows])
 

@@ -11,7 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 from featx._arrays import NEAR, Index
 from featx.errors import UsageError, plural
 from featx.evaluation.duplicates import Duplicates, find_duplicates
-from featx.heads import distinct_counts, taken
+from featx.evaluation.splits import drawable, joined_sites
+from featx.heads import distinct_counts, fold_numbers, site_folds, taken
 from featx.store import Alike, FeatureSet, Pictures
 
 
@@ -27,6 +28,8 @@ class LabelledRows:
     class_names : c names; every class has a row.
     duplicates : copies among the n rows.
     notes : sentences about what was left out.
+    sites : (n,) dense numbers; rows with the same number belong together (a patient, a camera, a burst), copies among
+        them; None where nothing says so.
     """
 
     embeddings: NDArray[np.floating]
@@ -35,6 +38,7 @@ class LabelledRows:
     class_names: tuple[str, ...]
     duplicates: Duplicates
     notes: tuple[str, ...] = ()
+    sites: Index | None = None
 
     @classmethod
     def of(
@@ -46,6 +50,7 @@ class LabelledRows:
         groups: ArrayLike | None = None,
         near_duplicates: Alike = NEAR,
         columns: tuple[int, int] | None = None,
+        sites: ArrayLike | None = None,
     ) -> LabelledRows:
         """Take the rows with a label, number their classes anew, and look for copies.
 
@@ -58,6 +63,7 @@ class LabelledRows:
         near_duplicates : what makes two images copies: their pictures (of the n rows), or a cosine from which on;
             None looks for exact copies only.
         columns : start and stop of the columns that near copies are looked for in; by default all.
+        sites : (n,) rows with the same value belong together; "" or a negative number is a row by itself.
 
         Raises
         ------
@@ -90,7 +96,8 @@ class LabelledRows:
             by=near_duplicates.some(rows) if isinstance(near_duplicates, Pictures) else near_duplicates,
         )
         names = tuple(str(class_names[int(i)]) for i in present)
-        return cls(kept, dense.reshape(-1).astype(np.int64), rows, names, duplicates, tuple(notes))
+        kinds = None if sites is None else joined_sites(np.asarray(sites)[rows], duplicates.groups)
+        return cls(kept, dense.reshape(-1).astype(np.int64), rows, names, duplicates, tuple(notes), kinds)
 
     @classmethod
     def of_features(cls, features: FeatureSet, columns: tuple[int, int] | None = None) -> LabelledRows:
@@ -98,7 +105,7 @@ class LabelledRows:
         use = np.flatnonzero((features.labels >= 0) & (features.splits != "test"))
         data = cls.of(
             taken(features.embeddings, use), features.labels[use], features.class_names, groups=features.copies[use],
-            near_duplicates=features.near_copies_of(use), columns=columns,
+            near_duplicates=features.near_copies_of(use), columns=columns, sites=sites_of(features, use),
         )  # fmt: skip
         return replace(data, rows=use)
 
@@ -112,9 +119,28 @@ class LabelledRows:
         """Different images (c,) that each class has for itself."""
         return distinct_counts(self.labels, self.groups, len(self.class_names))
 
+    @property
+    def drawable(self) -> Index:
+        """Different images (c,) of each class that draws are made from: ``counts``, or what sites leave of them."""
+        return drawable(self.labels, self.groups, self.sites, len(self.class_names))
+
+    def folds(self, n_folds: int, random_state: int) -> tuple[Index, list[str]]:
+        """Fold (n,) of each row, with whole sites where there are any, and a sentence where that cannot be."""
+        across = None if self.sites is None else site_folds(self.labels, self.sites, n_folds, random_state)
+        if across is not None:
+            return across, []
+        notes = []
+        if self.sites is not None:
+            notes.append(
+                "A class has photos of one group only, so groups could not be kept apart: the accuracy is that of new "
+                "photos of the same groups."
+            )
+        return fold_numbers(self.labels, self.groups, n_folds, random_state), notes
+
     def of_classes(self, wanted: NDArray[np.bool_]) -> LabelledRows:
         """The rows of some of the classes (c,) only."""
         kept = np.flatnonzero(wanted[self.labels])
+        sites = None if self.sites is None else np.unique(self.sites[kept], return_inverse=True)[1].reshape(-1)
         return replace(
             self, embeddings=taken(self.embeddings, kept), rows=self.rows[kept],
             labels=(np.cumsum(wanted) - 1)[self.labels[kept]],
@@ -122,4 +148,10 @@ class LabelledRows:
             duplicates=replace(
                 self.duplicates, groups=np.unique(self.groups[kept], return_inverse=True)[1].reshape(-1)
             ),
+            sites=sites,
         )  # fmt: skip
+
+
+def sites_of(features: FeatureSet, rows: Index) -> NDArray[np.str_] | None:
+    """The groups (n,) of some images, as :meth:`LabelledRows.of` takes them; None where no image has one."""
+    return features.groups[rows] if (features.groups != "").any() else None

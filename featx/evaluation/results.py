@@ -16,8 +16,7 @@ from featx._arrays import PENULTIMATE, PIXELS, Index
 from featx.errors import plural
 from featx.evaluation import stats
 from featx.evaluation.duplicates import Duplicates
-from featx.evaluation.splits import Shots, least_images, shots_label
-from featx.heads import distinct_counts
+from featx.evaluation.splits import Shots, drawable, least_images, shots_label
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,11 @@ Queries: TypeAlias = Mapping[tuple[Shots, int], Index]
 
 
 def mean_interval(
-    trials: Sequence[Trial], queries: Queries, labels: NDArray[np.int64], measure: str = "accuracy"
+    trials: Sequence[Trial],
+    queries: Queries,
+    labels: NDArray[np.int64],
+    measure: str = "accuracy",
+    sites: Index | None = None,
 ) -> stats.Interval:
     """Mean of a measure over the trials of one competitor at one n_shots, with its 95 % interval.
 
@@ -152,18 +155,31 @@ def mean_interval(
     queries : of all draws.
     labels : (n,) of all rows.
     measure : "accuracy" or "balanced_accuracy".
+    sites : (n,) of draws across sites: then these, and not images, are what another study would draw anew, and the
+        variance is that of a mean over them (:func:`_by_site`).
     """
     scores = np.array([getattr(trial, measure) for trial in trials])
-    return stats.mean_interval(scores, *_by_image(_hits(trials, queries, labels), trials, queries))
+    parts = _parts(_hits(trials, queries, labels), trials, queries, sites)
+    return stats.mean_interval(scores, *parts, few=sites is not None)
 
 
 def paired_difference(
-    a: Sequence[Trial], b: Sequence[Trial], queries: Queries, labels: NDArray[np.int64]
+    a: Sequence[Trial],
+    b: Sequence[Trial],
+    queries: Queries,
+    labels: NDArray[np.int64],
+    sites: Index | None = None,
 ) -> stats.Difference:
     """Accuracy of ``a`` less that of ``b`` on the same draws, with its 95 % interval and p; arguments as above."""
     scores = np.array([x.accuracy - y.accuracy for x, y in zip(a, b, strict=True)])
     images = _hits(a, queries, labels) - _hits(b, queries, labels)
-    return stats.paired_difference(scores, *_by_image(images, a, queries))
+    return stats.paired_difference(scores, *_parts(images, a, queries, sites), few=sites is not None)
+
+
+def _parts(
+    images: NDArray[np.float64], trials: Sequence[Trial], queries: Queries, sites: Index | None
+) -> tuple[NDArray[np.float64], float, float, NDArray[np.float64]]:
+    return _by_image(images, trials, queries) if sites is None else _by_site(images, trials, queries, sites)
 
 
 def _hits(trials: Sequence[Trial], queries: Queries, labels: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -184,6 +200,19 @@ def _by_image(
     return images, *sizes, stats.lessons(images, [queries[t.n_shots, t.episode] for t in trials])
 
 
+def _by_site(
+    images: NDArray[np.float64], trials: Sequence[Trial], queries: Queries, sites: Index
+) -> tuple[NDArray[np.float64], float, float, NDArray[np.float64]]:
+    """As :func:`_by_image`, of sites in the place of images.
+
+    Sites of a draw are in the support or in the query: what it does not query, it learnt from.
+    """
+    places, values = stats.site_values(images, sites)
+    asked = [np.searchsorted(places, np.unique(sites[queries[t.n_shots, t.episode]])) for t in trials]
+    n_query = float(np.mean([len(each) for each in asked]))
+    return values, max(len(places) - n_query, 1.0), n_query, stats.lessons(values, asked)
+
+
 @dataclass(frozen=True)
 class SweepResult:
     """Everything a sweep found; see :meth:`to_json` for the numbers and ``trials`` for the rows.
@@ -199,6 +228,8 @@ class SweepResult:
     features : what the embeddings of the usual layer are called.
     recommended : name of the head that the pixels baseline was judged with.
     missing : by n_shots, how many draws of the plan were not made; those with fewer than two are not in ``shots``.
+    sites : (n,) of draws in which support and query share no site; None for ordinary ones. Intervals are then over
+        sites. ``group_name`` is what one is, such as "camera".
     """
 
     heads: tuple[str, ...]
@@ -217,6 +248,8 @@ class SweepResult:
     features: str = "embeddings"
     recommended: str = "ridge"
     missing: Mapping[Shots, int] = field(default_factory=dict)
+    sites: Index | None = field(default=None, repr=False)
+    group_name: str = "group"
 
     @property
     def planned(self) -> int:
@@ -252,7 +285,7 @@ class SweepResult:
 
     @cached_property
     def _counts(self) -> Index:
-        return distinct_counts(self.labels, self.duplicates.groups, len(self.class_names))
+        return drawable(self.labels, self.duplicates.groups, self.sites, len(self.class_names))
 
     @cached_property
     def majority_baseline(self) -> float:
@@ -266,7 +299,8 @@ class SweepResult:
         for n_shots in self.shots:
             pairs = list(combinations(self.heads, 2))
             found = [
-                paired_difference(self.of(a, n_shots), self.of(b, n_shots), self.queries, self.labels) for a, b in pairs
+                paired_difference(self.of(a, n_shots), self.of(b, n_shots), self.queries, self.labels, self.sites)
+                for a, b in pairs
             ]
             adjusted = stats.holm([each.p for each in found])
             for (a, b), each, p in zip(pairs, found, adjusted, strict=True):
@@ -298,8 +332,8 @@ class SweepResult:
             head=head,
             n_shots=n_shots,
             episodes=len(trials),
-            accuracy=mean_interval(trials, self.queries, self.labels),
-            balanced_accuracy=mean_interval(trials, self.queries, self.labels, "balanced_accuracy"),
+            accuracy=mean_interval(trials, self.queries, self.labels, sites=self.sites),
+            balanced_accuracy=mean_interval(trials, self.queries, self.labels, "balanced_accuracy", self.sites),
             macro_f1=float(np.mean([t.macro_f1 for t in trials])),
             log_loss=_mean([t.log_loss for t in trials]),
             ece=_mean([t.ece for t in trials]),
@@ -351,7 +385,7 @@ class SweepResult:
         if not self.pixels:
             return ()
         found = [
-            paired_difference(self.of(self.winner, n), self.of(PIXELS, n), self.queries, self.labels)
+            paired_difference(self.of(self.winner, n), self.of(PIXELS, n), self.queries, self.labels, self.sites)
             for n in self.shots
         ]
         adjusted = stats.holm([each.p for each in found])
@@ -390,7 +424,7 @@ class SweepResult:
 
     def pixels_accuracy(self, n_shots: Shots) -> stats.Interval:
         """Mean accuracy of the pixels baseline at one n_shots."""
-        return mean_interval(self.of(PIXELS, n_shots), self.queries, self.labels)
+        return mean_interval(self.of(PIXELS, n_shots), self.queries, self.labels, sites=self.sites)
 
     def votes(self, head: str, n_shots: Shots) -> NDArray[np.int64]:
         """How often (n, c) each image was named as each class while it was in the query."""

@@ -25,7 +25,7 @@ from featx.errors import UsageError, plural
 from featx.evaluation.journal import Journal, plan_hash
 from featx.evaluation.labelled import LabelledRows
 from featx.evaluation.results import SweepResult, Trial
-from featx.evaluation.splits import KShotSplit, Shots, plan_shots, shots_label
+from featx.evaluation.splits import GroupKShotSplit, KShotSplit, Shots, plan_shots, shots_label
 from featx.evaluation.workers import worker_pool
 from featx.heads import (
     Centre,
@@ -76,6 +76,8 @@ def sweep_heads(
     seconds: float | None = None,
     partial: Callable[[SweepResult], None] | None = None,
     progress: Progress | None = None,
+    sites: ArrayLike | None = None,
+    group_name: str = "group",
 ) -> SweepResult:
     """Compare heads by repeated few-shot draws, all choices inside the support.
 
@@ -108,6 +110,11 @@ def sweep_heads(
         Two draws of the first n_shots are always made.
     partial : called with what is known so far, again and again from the second draw on.
     progress : called as ``progress(done, total, what)``.
+    sites : (n,) rows with the same value belong together, "" or a negative number is a row by itself: support and query
+        then share none (:class:`featx.evaluation.splits.GroupKShotSplit`), nor do the folds inside the support where it
+        has enough of them. Intervals are over sites and draws: where another study of as many sites would find the
+        mean, and not where a single new site would lie (:mod:`featx.evaluation.forecast`).
+    group_name : what one of them is, such as "camera".
 
     Raises
     ------
@@ -134,19 +141,22 @@ def sweep_heads(
     baseline = replace(recommended, name=PIXELS, layer=PIXELS)
     columns = None if layers is None else layers.columns(layers.reference)
     data = LabelledRows.of(
-        embeddings, labels, class_names, groups=groups, near_duplicates=near_duplicates, columns=columns
+        embeddings, labels, class_names, groups=groups, near_duplicates=near_duplicates, columns=columns, sites=sites
     )
     if shots is not None and not shots:
         raise UsageError("no n_shots to sweep", expected="numbers of images of each class, or all")
     wanted, notes = plan_shots(
-        data.labels, data.groups, data.class_names, shots=shots, default=DEFAULT_SHOTS
+        data.labels, data.groups, data.class_names, shots=shots, default=DEFAULT_SHOTS,
+        sites=data.sites, group_name=group_name,
     )  # fmt: skip
     tasks = [(n_shots, episode) for n_shots in wanted for episode in range(episodes)]
     done: dict[tuple[Shots, int], tuple[list[Trial], Index]] = {}
     kept = None
     if journal is not None:
         grids = [(head.grid, head.default, head.columns) for head in chosen.values()]
-        elsewhere = joblib.hash((centre and centre.mean, pool, device, *([] if pixels is None else [pixels])))
+        elsewhere = joblib.hash(
+            (centre and centre.mean, pool, device, *(each for each in (pixels, data.sites) if each is not None))
+        )
         plan = plan_hash(data.embeddings, data.labels, data.groups, names, [*grids, elsewhere], random_state)
         kept = Journal(Path(journal), plan)
         done = {task: outcome for task, outcome in kept.done.items() if task in set(tasks)}
@@ -191,6 +201,8 @@ def sweep_heads(
             random_state=random_state,
             seconds=time.perf_counter() - started,
             missing=missing,
+            sites=data.sites,
+            group_name=group_name,
         )
 
     every = _run(
@@ -244,7 +256,9 @@ def _run(
     n_workers, threads = (1, n_workers) if is_large(data.embeddings) else (n_workers, 1)
     each = 4 * n_workers if n_workers > 1 else 1
     chunks = _in_turn(tasks, each)
-    arguments = (data.embeddings, data.labels, data.groups, heads, baseline, random_state, threads, device)
+    arguments = (
+        data.embeddings, data.labels, data.groups, heads, baseline, random_state, threads, device, data.sites,
+    )  # fmt: skip
     count = already
 
     def tell(some: Sequence[tuple[Shots, int]]) -> None:
@@ -289,11 +303,16 @@ def _episode(
     random_state: int,
     threads: int,
     device: str | None,
+    sites: Index | None,
     n_shots: Shots,
     episode: int,
 ) -> tuple[list[Trial], Index]:
     """All heads on one draw."""
-    support, query = KShotSplit(n_shots, random_state=random_state).episode(labels, groups, episode)
+    if sites is None:
+        support, query = KShotSplit(n_shots, random_state=random_state).episode(labels, groups, episode)
+    else:
+        support, query = GroupKShotSplit(n_shots, random_state=random_state).across(labels, groups, sites, episode)
+    together = None if sites is None else sites[support]
     local = np.unique(groups[support], return_inverse=True)[1]
     classes, known = np.unique(labels[support], return_inverse=True)
     truth = np.searchsorted(classes, labels[query])
@@ -313,6 +332,7 @@ def _episode(
                 _trial(
                     head, views, known, local, asked, truth, classes,
                     n_shots=n_shots, episode=episode, random_state=random_state, device=device,
+                    sites=together,
                 )
             )  # fmt: skip
     return trials, query
@@ -348,9 +368,12 @@ def _trial(
     episode: int,
     random_state: int,
     device: str | None,
+    sites: Index | None,
 ) -> Trial:
     started = time.perf_counter()
-    choice, pipeline = fit_chosen(head, views, labels, groups, random_state=[random_state, episode], device=device)
+    choice, pipeline = fit_chosen(
+        head, views, labels, groups, random_state=[random_state, episode], device=device, sites=sites
+    )
     seconds = time.perf_counter() - started
     probabilities = query.judge(pipeline, "predict_proba") if head.probabilistic else None
     named = query.judge(pipeline, "predict") if probabilities is None else probabilities.argmax(axis=1)

@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits
 from featx._files import cannot_write
 from featx.errors import UsageError, plural
 from featx.evaluation import stats
-from featx.evaluation.labelled import LabelledRows
+from featx.evaluation.labelled import LabelledRows, sites_of
 from featx.heads import Head, fit_chosen, is_large
 from featx.store import FeatureSet
 
@@ -31,7 +31,8 @@ class Judgement:
     """Accuracy of one head, trained on everything else, on the images of one split.
 
     ``low`` and ``high`` are the exact 95 % interval (Clopper and Pearson, 1934) over images; ``copies`` test images
-    were left out because the training images have them too; ``used`` counts this use.
+    were left out because the training images have them too, and ``shared`` further ones because their groups are in
+    training; ``used`` counts this use. With groups, the interval is over these (Student's).
     """
 
     split: str
@@ -47,10 +48,13 @@ class Judgement:
     majority_baseline: float
     used: int
     converged: bool
+    shared: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        if not self.shared:
+            del fields["shared"]
         interval = {"mean": fields.pop("accuracy"), "low": fields.pop("low"), "high": fields.pop("high")}
         return {**fields, "params": dict(self.params), "accuracy": interval}
 
@@ -59,6 +63,9 @@ class Judgement:
         """The result in words, with the number of uses."""
         times = "the first use" if self.used == 1 else f"use number {self.used}"
         warning = "" if self.used == 1 else " What was chosen after an earlier look makes this too good."
+        if self.shared:
+            left_out = f"{plural(self.shared, 'image')} of it left out, as their groups were learnt from"
+            warning += f" {left_out}."
         warning += "" if self.converged else " A fit stopped before its optimum."
         return (
             f"On {plural(self.images, 'image')} of the split {self.split}, {self.head} has an accuracy of "
@@ -99,15 +106,20 @@ def judge(
             )
     both = np.flatnonzero(inside | outside)
     embeddings = head.seen(features.embeddings)
-    groups = LabelledRows.of(
+    data = LabelledRows.of(
         embeddings[both], features.labels[both], features.class_names, groups=features.copies[both],
-        near_duplicates=features.near_copies_of(both),
-    ).groups  # fmt: skip
+        near_duplicates=features.near_copies_of(both), sites=sites_of(features, both),
+    )  # fmt: skip
+    groups, sites = data.groups, data.sites
     here = outside[both]
     copied = inside[both] & np.isin(groups, groups[here])
-    train, test = both[here], both[~here & ~copied]
+    together = groups if sites is None else sites
+    shared = inside[both] & ~copied & np.isin(together, together[here])
+    judged = ~here & ~copied & ~shared
+    train, test = both[here], both[judged]
     if not len(test):
-        raise UsageError(f"every image of the split {split} is a copy of a training image")
+        what = "is a copy of a training image" if not shared.any() else "is of a group that training images are of"
+        raise UsageError(f"every image of the split {split} {what}")
     classes, labels = np.unique(features.labels[train], return_inverse=True)
     unknown = sorted(set(features.labels[test].tolist()) - set(classes.tolist()))
     if unknown:
@@ -119,11 +131,16 @@ def judge(
     dense = np.unique(groups[here], return_inverse=True)[1]
     support = embeddings[train]
     with threadpool_limits(limits=None if is_large(support) else 1, user_api="blas"):
-        choice, model = fit_chosen(head, support, labels, dense, random_state=[random_state, 0])
+        choice, model = fit_chosen(
+            head, support, labels, dense, random_state=[random_state, 0], sites=None if sites is None else sites[here]
+        )
         predicted = classes[model.predict(embeddings[test])]
     truth = features.labels[test]
     right = int((predicted == truth).sum())
-    interval = binomtest(right, len(test)).proportion_ci(method="exact")
+    exact = binomtest(right, len(test)).proportion_ci(method="exact")
+    interval = stats.Interval(right / len(test), float(exact.low), float(exact.high))
+    if sites is not None:
+        interval = stats.mean_over_sites((predicted == truth).astype(np.float64), sites[judged])
     digest = hashlib.sha256()
     for row in np.argsort(features.ids[inside]):
         digest.update(features.digests[inside][row].tobytes() + int(features.labels[inside][row]).to_bytes(8, "little"))
@@ -138,12 +155,13 @@ def judge(
         images=len(test),
         copies=int(copied.sum()),
         accuracy=accuracy,
-        low=float(interval.low),
-        high=float(interval.high),
+        low=interval.low,
+        high=interval.high,
         balanced_accuracy=stats.balanced_accuracy(truth, predicted),
         majority_baseline=stats.majority_baseline(truth),
         used=used,
         converged=choice.converged,
+        shared=int(shared.sum()),
     )
 
 

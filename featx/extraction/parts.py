@@ -38,10 +38,12 @@ from featx.extraction.run import (
     check_replaced,
     extract_lanes,
     format_notes,
+    group_notes,
     index_of,
     make_lanes,
+    regrouped,
 )
-from featx.images import ImageRef, ImageSet
+from featx.images import TAKEN, ImageRef, ImageSet
 from featx.store import (
     PARTS,
     Index,
@@ -322,8 +324,16 @@ def finish_parts(
                 through += len(each.index) + len(each.refused)
                 if progress is not None:
                     progress(through, len(images))
-            digests, stamps = _names(done)
-            index = index_of(images, digests, stamps)
+            digests, stamps, taken = _names(done)
+            images = regrouped(images, done[0].index)
+            dated = images.grouping is not None and images.grouping.dated
+            if dated and any(TAKEN not in each.index.metadata for each in done):
+                raise UsageError(
+                    "the parts did not read when photos were taken", where="--group-by",
+                    hint="Give --group-by to every --part, and run them again: nothing is embedded twice.",
+                )  # fmt: skip
+            index = index_of(images, digests, stamps, taken, writer.index)
+            grouped = group_notes(images, index, writer.index)
             if not replace_images:
                 check_replaced(index, writer)
             writer.finish(index, refused, source=images.source)
@@ -331,7 +341,7 @@ def finish_parts(
         except KeyboardInterrupt as error:
             raise Interrupted("stopped", where=store, hint="Run the same command again; parts are kept.") from error
         made, lacking = writer.manifest.backbones, writer.manifest.unfinished
-    notes = (*_differing(done), *format_notes(refused))
+    notes = (*_differing(done), *format_notes(refused), *grouped)
     if lacking:
         notes = (*notes, f"not all images have embeddings by {' and '.join(lacking)} yet: featx extract adds them")
     left = _delete_parts(store)
@@ -387,6 +397,8 @@ def _finished_before(images: ImageSet, store: Path, begun: Sequence[Part]) -> Ex
     index, refused = read_index(store, manifest), tuple(read_quarantine(store, manifest))
     if _other(images.refs, index, refused):
         return None
+    if images.grouping is not None and images.grouping.rule != index.grouping:
+        return None
     digests = dict(zip(index.ids, digest_keys(index.digests).tolist(), strict=True))
     for part in begun:
         found = _look(images, store, part)
@@ -415,15 +427,18 @@ def _take_over(writer: StoreWriter, done: _Done, again: str) -> int:
         raise StoreError(error.what, where=error.where, hint=hint) from error
 
 
-def _names(done: Sequence[_Done]) -> tuple[dict[str, bytes], dict[str, int]]:
-    """Digest and stamp of every image, by its id."""
+def _names(done: Sequence[_Done]) -> tuple[dict[str, bytes], dict[str, int], dict[bytes, str]]:
+    """Digest and stamp of every image, by its id; and when it was taken, by its content, where that was read."""
     digests: dict[str, bytes] = {}
     stamps: dict[str, int] = {}
+    taken: dict[bytes, str] = {}
     for each in done:
         flat = each.index.digests.tobytes()
         digests |= {name: flat[32 * row : 32 * row + 32] for row, name in enumerate(each.index.ids)}
         stamps |= dict(zip(each.index.ids, each.index.stamps.tolist(), strict=True))
-    return digests, stamps
+        dates = each.index.metadata.get(TAKEN, ())
+        taken |= {flat[32 * row : 32 * row + 32]: date for row, date in enumerate(dates)}
+    return digests, stamps, taken
 
 
 def _differing(done: Sequence[_Done]) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from featx.backbones import Backbone, Engine, load_backbone, make_engine
 from featx.errors import FeatxError, ImageError, Interrupted, MismatchError, TooManyBadImages, UsageError, plural
 from featx.extraction.embedder import network_like
 from featx.extraction.lanes import Embedded, Lane, Lanes
-from featx.images import CENTER, TIMEOUT, DecoderPool, ImageRef, ImageSet
+from featx.images import CENTER, TAKEN, TIMEOUT, DecoderPool, ImageRef, ImageSet
 from featx.store import (
     MAX_STRING,
     PARTS,
@@ -261,24 +261,27 @@ def extract_lanes(
     """:func:`extract_features` with what embeds the images; its own backbone first."""
     started = time.perf_counter()
     first = lanes[0]
+    run: _Run | None = None
     with StoreWriter(store, *(lane.provenance for lane in lanes)) as writer:
-        run = _Run(images, writer, lanes)
         try:
             if known is not None:
                 writer.take_over(known)
+            images = regrouped(images, writer.index)
+            run = _Run(images, writer, lanes)
             run.embed(workers or available_cpus(), decode_timeout, progress, total or len(images), rehash=rehash)
             refused = tuple(run.refused)
             check_refused(refused, total or len(images), max_bad, writer)
-            notes = (*_notes(images, writer), *format_notes(refused))
             index = run.index()
+            notes = (*_notes(images, writer), *format_notes(refused), *group_notes(images, index, writer.index))
             if not replace_images:
                 check_replaced(index, writer)
             writer.finish(index, refused, source=images.source)
             pruned = writer.prune() if prune else 0
         except KeyboardInterrupt as error:
             writer.flush()
+            done = run.done if run is not None else 0
             raise Interrupted(
-                f"stopped after {run.done} of {plural(len(images), 'image')}; {plural(writer.rows, 'embedding')} kept",
+                f"stopped after {done} of {plural(len(images), 'image')}; {plural(writer.rows, 'embedding')} kept",
                 where=store,
                 hint="Run the same command again to go on.",
             ) from error
@@ -397,6 +400,7 @@ class _Run:
         self.done = self.embedded = self.copies = 0
         self.seconds = 0.0
         self._digests: dict[str, bytes] = {}
+        self._taken: dict[bytes, str] = {}
         self._read_at: dict[str, int] = {}
 
     def embed(self, workers: int, timeout: float, progress: Progress | None, of: int, *, rehash: bool) -> None:
@@ -404,6 +408,11 @@ class _Run:
         total = len(self.images)
         longest = longest_id(of)
         remembered = {} if rehash else self._remembered()
+        dated = self.images.grouping is not None and self.images.grouping.dated
+        if dated and self.writer.index is not None:
+            known_dates = self.writer.index.metadata.get(TAKEN, ())
+            contents = digest_keys(self.writer.index.digests).tolist()
+            self._taken = dict(zip((key.ljust(32, b"\0") for key in contents), known_dates, strict=False))
         named, digests = [], []
         for ref in self.images.refs:
             problem = _name_problem(ref, longest)
@@ -414,6 +423,8 @@ class _Run:
             named.append(ref)
             digests.append(remembered.get((ref.id, ref.size, ref.stamp), b""))
         there = self.writer.has_all(digests)
+        if dated:  # an unchanged file is read once more where its date is not known
+            there = [known and digest in self._taken for known, digest in zip(there, digests, strict=True)]
         pending = [ref for ref, known in zip(named, there, strict=True) if not known]
         self._digests |= {ref.id: digest for ref, digest, known in zip(named, digests, there, strict=True) if known}
         self.done = total - len(pending)
@@ -436,6 +447,7 @@ class _Run:
                 others=others,
                 wanted=lambda digest: [place[name] for name in self.writer.lacks(digest)],
                 hashed=True,
+                dated=dated,
             ) as pool,
             Lanes(self.lanes, self._write) as running,
         ):
@@ -455,6 +467,7 @@ class _Run:
                     continue
                 assert decoded.digest is not None
                 self._digests[ref.id] = decoded.digest
+                self._taken[decoded.digest] = decoded.taken
                 self._read_at[ref.id] = time.time_ns()
                 if decoded.digest in claimed:
                     self.copies += 1
@@ -497,12 +510,50 @@ class _Run:
             ref.id: ref.stamp if ref.changed_ns + _SETTLED_NS <= self._read_at.get(ref.id, 2**63) else -1
             for ref in self.images.refs
         }
-        return index_of(self.images, self._digests, stamps)
+        return index_of(self.images, self._digests, stamps, self._taken, self.writer.index)
 
 
-def index_of(images: ImageSet, digests: Mapping[str, bytes], stamps: Mapping[str, int]) -> Index:
-    """What the images with a digest are called; ``stamps`` is -1 for files to be read again the next time."""
+def regrouped(images: ImageSet, index: Index | None) -> ImageSet:
+    """The images, grouped by the rule that the store had, unless they come with one of their own.
+
+    Groups from a column that the source does not have are carried over later (:func:`index_of`), by content.
+    """
+    if images.grouping is not None or index is None or not index.grouping:
+        return images
+    rule, name = index.grouping, index.group_name
+    if rule.startswith("column:") and rule.removeprefix("column:").lower() not in map(str.lower, images.columns):
+        return images
+    return images.grouped(rule, name, some=False)  # a part of the images may well have none
+
+
+def index_of(
+    images: ImageSet,
+    digests: Mapping[str, bytes],
+    stamps: Mapping[str, int],
+    taken: Mapping[bytes, str],
+    before: Index | None,
+) -> Index:
+    """What the images with a digest are called.
+
+    Parameters
+    ----------
+    stamps : -1 for files to be read again the next time.
+    taken : when photos were taken, by content, where they are grouped by that.
+    before : the index that this one is in the place of.
+    """
     refs = [ref for ref in images.refs if ref.id in digests]
+    grouping, groups = images.grouping, [ref.group for ref in refs]
+    told = [dict(ref.metadata) for ref in refs]
+    metadata = {name: [each.get(name, "") for each in told] for name in images.columns}
+    rule, group_name = ("", "") if grouping is None else (grouping.rule, grouping.name)
+    if grouping is not None and grouping.dated:
+        metadata[TAKEN] = [taken.get(digests[ref.id], "") for ref in refs]
+        groups = grouping.of_dates(metadata[TAKEN])
+    elif grouping is None and before is not None and before.grouping:
+        rule, group_name = before.grouping, before.group_name
+        flat = before.digests.tobytes()
+        had = {flat[32 * row : 32 * row + 32]: group for row, group in enumerate(before.groups)}
+        groups = [had.get(digests[ref.id], "") for ref in refs]
     names = tuple(name for name in images.class_names if not _text_problem(name))
     number = {name: i for i, name in enumerate(names)}
     return Index(
@@ -513,7 +564,22 @@ def index_of(images: ImageSet, digests: Mapping[str, bytes], stamps: Mapping[str
         class_names=names,
         sizes=np.array([ref.size for ref in refs], np.int64),
         stamps=np.array([stamps[ref.id] for ref in refs], np.int64),
+        groups=groups if any(groups) else (),
+        grouping=rule,
+        group_name=group_name,
+        metadata=metadata,
     )
+
+
+def group_notes(images: ImageSet, index: Index, before: Index | None) -> tuple[str, ...]:
+    """A note on the groups of the new index, where there is anything to say of them."""
+    if images.grouping is not None:
+        return () if images.grouping.kind == "none" else (images.grouping.note(index.groups or [""] * len(index)),)
+    if before is not None and before.groups:
+        new = sum(not group for group in index.groups) if index.groups else len(index)
+        rest = f"; {plural(new, 'image')} without one" if new else ""
+        return (f"groups by {before.grouping}, which this source does not have, were kept by content{rest}",)
+    return ()
 
 
 def _name_problem(ref: ImageRef, longest: int) -> str:

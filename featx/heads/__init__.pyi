@@ -4,6 +4,8 @@ from .folds import (
     distinct_counts as distinct_counts,
     fold_numbers as fold_numbers,
     of_one_class as of_one_class,
+    site_folds as site_folds,
+    site_pairs as site_pairs,
 )
 from .layers import Layers as Layers, left_out as left_out, open_layers as open_layers, read_layers as read_layers
 from .scorer import (

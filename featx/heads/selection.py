@@ -161,12 +161,13 @@ def fit_chosen(
     *,
     random_state: Any = 0,
     device: str | None = None,
+    sites: Index | None = None,
 ) -> tuple[Choice, Pipeline]:
     """Choose as :func:`choose` does, and fit the choice on all rows: what a sweep, a fit and a test set share.
 
     Parameters
     ----------
-    rows, labels, groups, random_state : as of :func:`choose`.
+    rows, labels, groups, random_state, sites : as of :func:`choose`.
     device : of torch, where logistic regression on large rows (:func:`featx.heads.solvers.blocks.is_large`) is to be
     solved.
 
@@ -178,7 +179,7 @@ def fit_chosen(
     views = rows if isinstance(rows, Views) else Views(rows, head.mean)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
-        choice = choose(head, views, labels, groups, random_state=random_state)
+        choice = choose(head, views, labels, groups, random_state=random_state, sites=sites)
         pipeline = _fit(head, choice.params, views, labels, device)
     stopped = False
     for each in caught:
@@ -207,6 +208,7 @@ def choose(
     groups: Index,
     *,
     random_state: Any = 0,
+    sites: Index | None = None,
 ) -> Choice:
     """Choose the parameters of ``head`` on a support.
 
@@ -216,6 +218,7 @@ def choose(
     labels : (n,) in 0 .. c-1, every class present.
     groups : (n,) dense numbers of duplicates, which stay in one fold.
     random_state : seed or seeds of the folds.
+    sites : (n,) what else stays in one fold, where there are enough of them (:mod:`featx.heads.folds`).
     """
     n_classes = int(labels.max()) + 1
     smallest = int(distinct_counts(labels, groups, n_classes).min())
@@ -226,7 +229,8 @@ def choose(
     if len(labels) > MAX_ROWS:
         some = _thin(labels, random_state)
         views, labels, groups = views.part(some), labels[some], np.unique(groups[some], return_inverse=True)[1]
-    validation = _Validation(head, views, labels, fold_numbers(labels, groups, N_FOLDS, random_state))
+        sites = None if sites is None else sites[some]
+    validation = _Validation(head, views, labels, fold_numbers(labels, groups, N_FOLDS, random_state, sites))
     kind, converged = _choose_kind(validation, kinds) if len(kinds) > 1 else (kinds[0], True)
     if not head.parameter:
         score = float(validation.losses(kind, (validation.start,))[0][0].mean())

@@ -1,8 +1,8 @@
-"""Images named by a list: a CSV file with a header, or JSON lines, with the columns ``path, label[, split]``.
+"""Images named by a list: a CSV file with a header, or JSON lines, with the columns ``path, label[, split][, group]``.
 
 Spreadsheets write lists in their own ways: columns are matched without case, separated by commas, semicolons or tabs,
-in UTF-8 or in cp1252. Columns that are not read are named in a note; one that looks like a misspelt ``label`` or
-``split`` is asked about, since without it images would silently have none.
+in UTF-8 or in cp1252. Further columns are kept as metadata, and a note names them; one that looks like a misspelt
+``label`` or ``split`` is asked about, since without it images would silently have none.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import difflib
 import json
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from featx._arrays import SPLITS
 from featx.errors import SourceError, plural
+from featx.images.grouping import MAX_TEXT, TAKEN
 from featx.images.origin import ImageRef, file_ref
 
 SUFFIXES = (".csv", ".jsonl", ".ndjson")
@@ -28,6 +30,15 @@ _OTHER_NAMES = {
     "split": ("splits", "set", "subset", "partition"),
 }
 """What others call the columns; near enough to ask, too far to guess."""
+
+GROUP = "group"
+"""The column that says which images belong together."""
+
+MAX_COLUMNS = 64
+"""Columns of metadata that are kept."""
+
+MAX_NAME = 60
+"""Characters that the name of such a column may have."""
 
 _SEPARATORS = ",;\t"
 _CHUNK = 2**20
@@ -45,6 +56,7 @@ def list_refs(path: Path) -> tuple[list[ImageRef], tuple[str, ...]]:
     rows = _csv_rows(path, notes) if path.suffix.lower() == ".csv" else _jsonl_rows(path)
     refs: dict[str, ImageRef] = {}
     columns: dict[str, str] = {}
+    further: dict[str, dict[str, Any]] = {}
     for number, row in rows:
         where = f"{path}, line {number}"
         named: dict[str, Any] = {}
@@ -59,13 +71,70 @@ def list_refs(path: Path) -> tuple[list[ImageRef], tuple[str, ...]]:
         earlier = refs.setdefault(ref.id, ref)
         if earlier is not ref:
             raise SourceError("the same path twice", where=where, found=ref.id)
+        for name, value in named.items():
+            if name and name not in _OTHER_NAMES and value not in (None, ""):
+                further.setdefault(name, {})[ref.id] = value
     if refs:
-        notes += _check_columns(path, columns)
-    return list(refs.values()), tuple(notes)
+        _check_columns(path, columns)
+    shown = {key: name.strip() for name, key in columns.items() if key and key not in _OTHER_NAMES}
+    return list(_with_columns(path, refs, shown, further, notes)), tuple(notes)
 
 
-def _check_columns(path: Path, names: Iterable[str]) -> list[str]:
-    """A note on the columns that are not read; SourceError where one of them looks like a missing one."""
+def _with_columns(
+    path: Path, refs: dict[str, ImageRef], shown: dict[str, str], further: dict[str, dict[str, Any]], notes: list[str]
+) -> Iterator[ImageRef]:
+    """The images with their groups and metadata; which columns are kept is noted."""
+    kept: dict[str, dict[str, str]] = {}
+    left: list[str] = []
+    for key, name in shown.items():
+        texts = {id: _text(value) for id, value in further.get(key, {}).items()}
+        sound = all(text is not None for text in texts.values())
+        if key == GROUP and not sound:
+            id = next(id for id, text in texts.items() if text is None)
+            raise SourceError(
+                "a group that is no short text", where=path, expected=f"at most {MAX_TEXT} characters", found=id
+            )
+        if key == TAKEN:
+            continue  # featx reads it from the photos
+        if key == GROUP or (sound and len(name) <= MAX_NAME and len(kept) - (GROUP in kept) < MAX_COLUMNS):
+            kept[key] = {id: text for id, text in texts.items() if text is not None}
+        else:
+            left.append(name)
+    named = [shown[key] for key in kept if key != GROUP]
+    if named:
+        notes.append(f"{_columns(named)} of {path.name} {'is' if len(named) == 1 else 'are'} kept as metadata")
+    if left:
+        notes.append(
+            f"{_columns(left)} of {path.name} {'is' if len(left) == 1 else 'are'} ignored: of each list {MAX_COLUMNS} "
+            f"columns of texts with at most {MAX_TEXT} characters are kept"
+        )
+    groups = kept.pop(GROUP, {})
+    for ref in refs.values():
+        metadata = tuple((shown[key], texts.get(ref.id, "")) for key, texts in kept.items())
+        yield replace(ref, group=groups.get(ref.id, ""), metadata=metadata) if metadata or groups else ref
+
+
+def _columns(names: list[str]) -> str:
+    """Columns by name, as the beginning of a clause."""
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return f"the {plural(len(names), 'column').split()[1]} {', '.join(name[:50] for name in names[:10])}{more}"
+
+
+def _text(value: Any) -> str | None:
+    """A value of metadata as text; None for what cannot be kept as such."""
+    if isinstance(value, int | float):
+        value = str(value)
+    if not isinstance(value, str) or len(value) > MAX_TEXT or "\0" in value:
+        return None
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return None
+    return value.strip()
+
+
+def _check_columns(path: Path, names: Iterable[str]) -> None:
+    """SourceError where a column looks like a missing one."""
     others = {name.strip().lower(): name.strip() for name in names}
     missing = [known for known in _OTHER_NAMES if others.pop(known, None) is None]
     for known in missing:
@@ -81,12 +150,6 @@ def _check_columns(path: Path, names: Iterable[str]) -> list[str]:
                 if near
                 else None,
             )
-    unread = [name for name in others.values() if name]
-    if not unread:
-        return []
-    said = ", ".join(unread[:10]) + (f" and {len(unread) - 10} more" if len(unread) > 10 else "")
-    columns = plural(len(unread), "column").split()[1]
-    return [f"the {columns} {said} of {path.name} {'is' if len(unread) == 1 else 'are'} ignored"]
 
 
 def _ref(manifest: Path, where: str, row: dict[str, Any]) -> ImageRef:

@@ -99,6 +99,8 @@ class ImageRef:
         that the image is read again each time.
     ctime_ns, inode : of the same file, where it is one of this machine. A program that sets the modification time back
         (``rsync --times``, ``cp -p``) cannot set the first, and a file that takes another's place has another inode.
+    group : images with the same one belong together (a patient, a site, a burst); "" where nothing is said.
+    metadata : further columns of a list, name and value.
     """
 
     id: str
@@ -109,6 +111,8 @@ class ImageRef:
     mtime_ns: int
     ctime_ns: int = -1
     inode: int = -1
+    group: str = ""
+    metadata: tuple[tuple[str, str], ...] = ()
 
     @property
     def stamp(self) -> int:

@@ -261,6 +261,11 @@ def _scans(data: bytes) -> int:
     return scans
 
 
+def open_header(data: bytes) -> Image.Image:
+    """The image, of which only the header was read; ImageError where it is refused."""
+    return _admit(data, MAX_PIXELS)[0]
+
+
 def is_image(value: object) -> bool:
     """Whether this is one of Pillow's images."""
     return isinstance(value, Image.Image)

@@ -76,6 +76,7 @@ class Decoded:
     others : for each further look of the pool; None for those that were not wanted.
     phash : the perceptual hash, of a pool that makes them.
     size : (width, height) of the upright image; (0, 0) where it was not decoded.
+    taken : when the photo was taken (:func:`featx.images.exif.taken_at`), of a pool that reads dates.
     """
 
     digest: bytes | None
@@ -85,6 +86,7 @@ class Decoded:
     others: tuple[NDArray[np.uint8] | None, ...] = ()
     phash: bytes = b""
     size: tuple[int, int] = (0, 0)
+    taken: str = ""
 
 
 class NoDecoder(FeatxError):
@@ -111,6 +113,7 @@ class DecoderPool:
     wanted : called with a digest, from several threads; the places of what is wanted of this content, 0 for the pool's
         own pixels and 1 and up for ``others``; where there are none, it is not decoded. By default all of them.
     hashed : make the perceptual hash of each image, too.
+    dated : read when each photo was taken, too.
     """
 
     def __init__(
@@ -126,6 +129,7 @@ class DecoderPool:
         others: Sequence[Looks] = (),
         wanted: Callable[[bytes], Sequence[int]] | None = None,
         hashed: bool = False,
+        dated: bool = False,
     ) -> None:
         self.preprocess, self.workers, self.timeout = preprocess, workers, timeout
         looks = (Looks(preprocess, views), *others)
@@ -134,7 +138,9 @@ class DecoderPool:
         self._children: list[_Child] = []
         try:
             for _ in range(workers):
-                child = _Child(looks, timeout, mode, max_pixels, wanted or (lambda digest: every), background, hashed)
+                child = _Child(
+                    looks, timeout, mode, max_pixels, wanted or (lambda digest: every), background, hashed, dated
+                )
                 self._children.append(child)
         except BaseException:
             for child in self._children:
@@ -299,6 +305,7 @@ class _Child(Child):
         places: Callable[[bytes], Sequence[int]],
         background: bool,
         hashed: bool,
+        dated: bool,
     ) -> None:
         self.timeout, self._shapes, self._places = timeout, [each.shape for each in looks], places
         settings = {
@@ -308,6 +315,7 @@ class _Child(Child):
             "max_pixels": max_pixels,
             "background": background,
             "hashed": hashed,
+            "dated": dated,
         }
         super().__init__(settings)
 
@@ -321,16 +329,17 @@ class _Child(Child):
         """What becomes of one image, weighed first if ``heaviest`` is given; _Lost when the process ends on it."""
         self.wait_until_ready()
         digest: bytes | None = None
-        seconds = 0.0
+        seconds, taken = 0.0, ""
         try:
             self._socket.send_bytes(request)
             answer = self._answer(digest, wanted)
             reading = (0.0, 0.0)
             if answer[:1] == b"D":
-                digest, reading = answer[1:33], TIMES.unpack(answer[33:])
+                digest, reading = answer[1:33], TIMES.unpack_from(answer, 33)
+                taken = answer[33 + TIMES.size :].decode()
                 places = () if known(digest) else self._places(digest)
                 if not places:
-                    return Decoded(digest, seconds=(*reading, 0.0, 0.0))
+                    return Decoded(digest, seconds=(*reading, 0.0, 0.0), taken=taken)
                 if heaviest is not None:
                     seconds = LIGHT_HEADER_SECONDS if heaviest < math.inf else HEADER_SECONDS
                     self._socket.send_bytes(WEIGH + SECONDS.pack(seconds))
@@ -362,7 +371,7 @@ class _Child(Child):
         phash = answer[1 + TIMES.size + SIZE.size :]
         return Decoded(
             digest, pixels[0], seconds=(*reading, *decoding), others=tuple(pixels[1:]), phash=phash,
-            size=(width, height),
+            size=(width, height), taken=taken,
         )  # fmt: skip
 
     def _answer(self, digest: bytes | None, wanted: Callable[[], bool] | None) -> bytes:

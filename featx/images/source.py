@@ -3,7 +3,7 @@
 A source is named by one text:
 
 - a folder of class folders (``train/ val/ test/`` above them are splits), or of images without labels;
-- a CSV or JSONL manifest with the columns ``path, label[, split]`` (:mod:`featx.images.listing`);
+- a CSV or JSONL manifest with the columns ``path, label[, split][, group]`` (:mod:`featx.images.listing`);
 - a tar, or a folder of tars: WebDataset shards, or class folders (:mod:`featx.images.tar`);
 - a Parquet file, a folder of them, or what ``datasets`` saves (:mod:`featx.images.table`);
 - ``torchvision:NAME:ROOT``, a data set of torchvision that is on this machine (:mod:`featx.images.torchvision`);
@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from featx.errors import SourceError, did_you_mean, plural
+from featx.images.grouping import Grouping, column_of
 from featx.images.origin import IMAGE_SUFFIXES, ImageRef, Origin, Unreadable, file_ref, labels_from_folders, no_images
 
 __all__ = ["IMAGE_SUFFIXES", "ImageRef", "ImageSet", "count_labels", "finder", "is_local"]
@@ -50,12 +51,14 @@ class ImageSet:
     root : the folder, file or address that they come from.
     ignored : names of the files that are no images by their names (``notes.txt``) and were skipped.
     notes : what people should know of how the source was read, as clauses.
+    grouping : the rule by which images belong together; None where nothing was said.
     """
 
     refs: tuple[ImageRef, ...]
     root: Path | str
     ignored: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    grouping: Grouping | None = None
 
     def __len__(self) -> int:
         return len(self.refs)
@@ -94,6 +97,39 @@ class ImageSet:
                 found=images.class_names[0],
             )  # fmt: skip
         return images
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of the further columns that a list has."""
+        return tuple(dict.fromkeys(name for ref in self.refs for name, _ in ref.metadata))
+
+    def grouped(self, rule: str, name: str | None = None, *, some: bool = True) -> ImageSet:
+        """The same images, of which those that belong together by a rule are one group.
+
+        Parameters
+        ----------
+        rule : of :mod:`featx.images.grouping`: ``folder:N``, ``exif-day``, ``exif-burst:SECONDS``, ``regex:(...)``,
+            ``column:NAME`` or ``none``.
+        name : what one group is, such as "camera"; by default as the rule says.
+        some : whether it is an error that no image has a group by the rule.
+
+        Raises
+        ------
+        UsageError
+            The rule cannot be read, or no image has a group by it.
+        """
+        grouping = Grouping.parse(rule, name)
+        if grouping.kind == "column":
+            if grouping.value.lower() == "group" and any(ref.group for ref in self.refs):
+                return replace(self, grouping=grouping)
+            column = column_of(grouping.value, dict.fromkeys(self.columns))
+            groups = [dict(ref.metadata).get(column, "") for ref in self.refs]
+        elif grouping.kind == "none" or grouping.dated:  # dates are in the files, which the extraction reads
+            groups = [""] * len(self.refs)
+        else:
+            groups = grouping.of_paths([ref.id for ref in self.refs], some=some)
+        refs = tuple(replace(ref, group=group) for ref, group in zip(self.refs, groups, strict=True))
+        return replace(self, refs=refs, grouping=grouping)
 
     @property
     def doubtful_classes(self) -> tuple[str, ...]:
@@ -212,7 +248,8 @@ class ImageSet:
                 found=path.suffix or "no suffix",
             )
         refs, notes = list_refs(path)
-        return cls._of(refs, path, "this manifest", notes=notes)
+        images = cls._of(refs, path, "this manifest", notes=notes)
+        return replace(images, grouping=Grouping.parse("column:group")) if any(ref.group for ref in refs) else images
 
     @classmethod
     def from_tars(cls, path: str | Path, *, progress: Progress | None = None) -> ImageSet:

@@ -13,7 +13,6 @@ from featx.backbones import make_engine, provenance_of, tail_bytes, tuned
 from featx.errors import UsageError
 from featx.evaluation import LabelledRows
 from featx.extraction import Embedder
-from featx.heads import fold_numbers
 from featx.models.bundle import Bundle
 from featx.models.calibrate import fit_sharpness
 from featx.models.fit import FittedHead, judge_scores, pack_bundle, warnings_of
@@ -42,7 +41,8 @@ def finetune_bundle(
     check_max_unknown(max_unknown)
     data = LabelledRows.of_features(tuning.features)
     use, y, names, copies = data.rows, data.labels, data.class_names, data.groups
-    folds = fold_numbers(y, copies, OUT_OF_FOLD, random_state)
+    folds, notes_on_groups = data.folds(OUT_OF_FOLD, random_state)
+    together = None if notes_on_groups else data.sites
     total = int(folds.max()) + 2
     tell: Progress = progress or (lambda done, total, what: None)
     if total == 2:
@@ -54,16 +54,26 @@ def finetune_bundle(
     scores, similarity = np.zeros((len(use), len(names))), np.zeros(len(use))
     for fold in range(total - 1):
         held = folds == fold
-        trained = _train(tuning, use[~held], y[~held], copies[~held], (random_state, fold), tell, fold, total)
+        trained = _train(
+            tuning,
+            use[~held],
+            y[~held],
+            copies[~held],
+            None if together is None else together[~held],
+            (random_state, fold),
+            tell,
+            fold,
+            total,
+        )
         scores[held] = training.scores(trained.classifier, tuning.activations, use[held])
         if max_unknown:
             seen = training.embed(trained.classifier.tail, tuning.activations, use, device=tuning.device)
             similarity[held] = similarity_to(seen[held], seen[~held], y[~held], random_state=random_state)
-    trained = _train(tuning, use, y, copies, (random_state, total), tell, total - 1, total)
+    trained = _train(tuning, use, y, copies, together, (random_state, total), tell, total - 1, total)
     tell(total, total, "packing")
     sharpness = fit_sharpness(scores, y)
     threshold, metrics, conformity = judge_scores(
-        scores, sharpness, y, copies, max_error, names, folds=folds, max_unknown=max_unknown
+        scores, sharpness, y, copies, max_error, names, folds=folds, max_unknown=max_unknown, sites=together
     )
     every = np.arange(len(tuning.features))
     embeddings = training.embed(trained.classifier.tail, tuning.activations, every, device=tuning.device)
@@ -89,8 +99,8 @@ def finetune_bundle(
         FittedHead(
             scorer=trained.classifier.scorer(), class_names=names, head=tuning.head,
             params={"epochs": trained.epochs}, sharpness=sharpness, threshold=threshold, max_error=max_error,
-            max_unknown=max_unknown, familiarity=familiarity, metrics=metrics, notes=(*tuning.notes, *notes),
-            conformity=conformity,
+            max_unknown=max_unknown, familiarity=familiarity, metrics=metrics, conformity=conformity,
+            notes=(*tuning.notes, *notes_on_groups, *notes),
         ),
         replace(
             tuning.features,
@@ -106,6 +116,7 @@ def _train(
     rows: Index,
     y: Index,
     copies: Index,
+    sites: Index | None,
     seeds: tuple[int, ...],
     tell: Progress,
     number: int,
@@ -113,6 +124,6 @@ def _train(
 ) -> training.Trained:
     return training.train(
         tuning.halves.tail, tuning.activations, rows, y, np.unique(copies, return_inverse=True)[1].reshape(-1),
-        recipe=tuning.recipe, seeds=seeds, device=tuning.device,
+        recipe=tuning.recipe, seeds=seeds, device=tuning.device, sites=sites,
         tick=lambda what: tell(number, total, f"the model to keep: {what}"),
     )  # fmt: skip

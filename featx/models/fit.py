@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from threadpoolctl import threadpool_limits
 
 from featx._arrays import NEAR, Index
 from featx.backbones import layer_place, of_layer
 from featx.errors import UsageError, plural
-from featx.evaluation import LabelledRows, stats, sweep_heads
+from featx.evaluation import LabelledRows, joined_sites, sites_of, stats, sweep_heads
 from featx.extraction import Embedder
 from featx.heads import (
     N_FOLDS,
@@ -31,7 +31,6 @@ from featx.heads import (
     Scorer,
     check_device,
     fit_chosen,
-    fold_numbers,
     heads_for,
     is_large,
     softmax,
@@ -93,6 +92,7 @@ def fit_head(
     layers: Layers | None = None,
     device: str | None = None,
     progress: Progress | None = None,
+    sites: ArrayLike | None = None,
 ) -> FittedHead:
     """Choose, calibrate and fit a head.
 
@@ -116,6 +116,8 @@ def fit_head(
         from them, and the others measure from their mean (:mod:`featx.heads.unlabelled`).
     device : of torch, such as "cuda", for logistic regression on large embeddings; everything else is the CPU's.
     progress : called as ``progress(done, total, what)``.
+    sites : (n,) rows with the same value belong together (a patient, a camera, a burst), "" is a row by itself: they
+        are in one fold, so that calibration, threshold and metrics are about groups never seen.
 
     Raises
     ------
@@ -131,14 +133,16 @@ def fit_head(
         check_device(device)
     data = LabelledRows.of(
         np.asarray(embeddings), labels, class_names, groups=groups, near_duplicates=near_duplicates,
-        columns=None if layers is None else layers.columns(layers.reference),
+        columns=None if layers is None else layers.columns(layers.reference), sites=sites,
     )  # fmt: skip
     names, rows, y, copies = data.class_names, data.embeddings, data.labels, data.groups
     if len(names) < 2:
         raise UsageError("a head needs images of at least two classes", found=f"{len(names)}")
     shares = prior_shares(prior, names)
     say: Progress = progress or (lambda done, total, what: None)
-    notes = list(data.notes)
+    folds, notes = data.folds(N_FOLDS, random_state)
+    together = None if notes else data.sites
+    notes = [*data.notes, *notes]
 
     centre = None if pool is None else unlabelled_centre(pool)
     catalogue = heads_for(centre, pool)
@@ -150,6 +154,7 @@ def fit_head(
             rows, y, class_names=names, groups=copies, heads=chosen, shots=("all",), episodes=10,
             random_state=random_state, n_jobs=n_jobs, near_duplicates=None, centre=centre, pool=pool,
             layers=layers, on=None if layers is None else [layers.whole], device=device, progress=progress,
+            sites=together,
         )  # fmt: skip
         notes.append(
             f"{swept.winner} had the highest accuracy of {', '.join(chosen)} over 10 draws. The choice has seen every "
@@ -157,7 +162,6 @@ def fit_head(
         )
         compared_heads, chosen = chosen, [swept.winner]
     head = catalogue[chosen[0]] if layers is None else layers.on(catalogue[chosen[0]], layers.whole)
-    folds = fold_numbers(y, copies, N_FOLDS, random_state)
     n_folds = int(folds.max()) + 1
     if shares is not None and n_folds < 2:
         raise UsageError(
@@ -166,7 +170,7 @@ def fit_head(
         )  # fmt: skip
     total = 1 + (n_folds if n_folds > 1 else 0)
     say(0, total, f"fitting {head.name}")
-    scorer, params, converged = _fit(head, rows, y, copies, random_state, device)
+    scorer, params, converged = _fit(head, rows, y, copies, random_state, device, together)
     say(1, total, f"fitting {head.name}")
     scores = None
     if n_folds > 1:
@@ -174,7 +178,8 @@ def fit_head(
         for fold in range(n_folds):
             held = folds == fold
             inner = np.unique(copies[~held], return_inverse=True)[1].reshape(-1)
-            part, _, fine = _fit(head, rows[~held], y[~held], inner, random_state, device)
+            kept = None if together is None else together[~held]
+            part, _, fine = _fit(head, rows[~held], y[~held], inner, random_state, device, kept)
             scores[held] = part.scores(rows[held])
             if part.kind != scorer.kind and not head.probabilistic:
                 scores[held] *= _spread(scorer, rows[~held]) / _spread(part, rows[~held])
@@ -196,11 +201,22 @@ def fit_head(
         scorer = scorer.shifted(added)
         scores = cross_shifted(scores, y, folds, np.isin(np.arange(len(y)), one), shares) / sharpness
     threshold, metrics, conformity = judge_scores(
-        scores, sharpness, y, copies, max_error, names, folds=folds, max_unknown=max_unknown, shares=shares
+        scores,
+        sharpness,
+        y,
+        copies,
+        max_error,
+        names,
+        folds=folds,
+        max_unknown=max_unknown,
+        shares=shares,
+        sites=together,
     )
     notes += warnings_of(metrics, threshold, max_error, weighted=shares is not None)
     say(total, total, "measuring what is unknown")
-    familiarity, measured = learn(rows, y, copies, kind=scorer.kind, max_unknown=max_unknown, random_state=random_state)
+    familiarity, measured = learn(
+        rows, y, copies, kind=scorer.kind, max_unknown=max_unknown, random_state=random_state, sites=together
+    )
     metrics["unknown"] = measured and metrics_of(measured, names)
     notes += warnings_of_unknown(metrics["unknown"], max_unknown)
     return FittedHead(
@@ -231,10 +247,11 @@ def _fit(
     groups: Index,
     random_state: int,
     device: str | None,
+    sites: Index | None,
 ) -> tuple[Scorer, dict[str, Any], bool]:
     """A head fitted as the sweep fits it: normaliser and parameters chosen on these rows alone."""
     with threadpool_limits(limits=None if is_large(rows) else 1, user_api="blas"):
-        choice, pipeline = fit_chosen(head, rows, labels, groups, random_state=random_state, device=device)
+        choice, pipeline = fit_chosen(head, rows, labels, groups, random_state=random_state, device=device, sites=sites)
     return Scorer.of(pipeline), choice.params, choice.converged
 
 
@@ -255,6 +272,7 @@ def judge_scores(
     folds: Index,
     max_unknown: float,
     shares: Array | None = None,
+    sites: Index | None = None,
 ) -> tuple[float | None, dict[str, Any], Conformity | None]:
     """The threshold, what is to be expected of new images, and what sets of labels go by, from scores out of fold.
 
@@ -264,9 +282,12 @@ def judge_scores(
     groups, folds : (n,) which rows are copies of each other, and which are judged by the same head.
     max_error, max_unknown, class_names : as of :func:`fit_head`.
     shares : (c,) in which the classes will be met, if not as here.
+    sites : (n,) groups that were whole in each fold: what is to be expected is of new groups, with intervals over them.
     """
     counts = {"images": len(labels), "duplicates": len(labels) - len(np.unique(groups))}
     counts["classes"] = int(labels.max()) + 1
+    if sites is not None:
+        counts["groups"] = len(np.unique(sites))
     if scores is None or sharpness is None:
         return None, {**counts, "out_of_fold": None, "smallest_max_error": None}, None
     # Copies of an image are not evidence of their own: one of each group counts.
@@ -282,7 +303,9 @@ def judge_scores(
     threshold = fit_threshold(confidence, correct, max_error, weights, heaviest)
     sets = cross_sets(probabilities, labels, folds, among_known(COVERAGE, max_unknown), weights, heaviest)
     measured = {
-        **measure(labels, scores, probabilities, threshold, class_names, weights),
+        **measure(
+            labels, scores, probabilities, threshold, class_names, weights, None if sites is None else sites[one]
+        ),
         "confusion": _confusion(labels, predicted, class_names),
         "sets": measure_sets(sets, labels, class_names, coverage=COVERAGE, weights=weights),
     }
@@ -345,6 +368,7 @@ def measure(
     threshold: float | None,
     class_names: Sequence[str],
     weights: Array | None = None,
+    sites: Index | None = None,
 ) -> dict[str, Any]:
     """Accuracy and recall of each class with their 95 % intervals, calibration and abstention.
 
@@ -354,12 +378,17 @@ def measure(
     threshold : below which an answer abstains; None where every one does.
     class_names : c names.
     weights : (m,) how much each image counts, where classes will be met in other shares.
+    sites : (m,) which the interval is then over.
     """
     predicted = scores.argmax(axis=1)
     correct = predicted == labels
     confidence = probabilities[np.arange(len(labels)), predicted]
     answered = np.zeros(len(labels), bool) if threshold is None else confidence >= threshold
     mean, low, high = weighted_interval(correct, weights)
+    if sites is not None:
+        counted = correct if weights is None else correct * weights / weights.mean()
+        over = stats.mean_over_sites(counted.astype(np.float64), sites)
+        low, high = over.low, over.high
     images = np.bincount(labels, minlength=len(class_names)).tolist()
     right = np.bincount(labels[correct], minlength=len(class_names)).tolist()
     recalled = {}
@@ -427,6 +456,7 @@ def fit_bundle(
         layers=layers,
         device=device,
         progress=progress,
+        sites=sites_of(features, use),
     )
     return pack_bundle(fitted, features, embedder)
 
@@ -469,15 +499,32 @@ def pack_bundle(fitted: FittedHead, features: FeatureSet, embedder: Embedder, *,
         tail=tail,
         networks=embedder.networks,
     )
-    return replace(bundle, metrics={**bundle.metrics, "test": _test(bundle, features, groups)})
+    judged = _test(bundle, features, groups)
+    notes = _notes_on_test(features, groups)
+    return replace(bundle, metrics={**bundle.metrics, "test": judged}, notes=(*bundle.notes, *notes))
+
+
+def _notes_on_test(features: FeatureSet, groups: Index) -> list[str]:
+    """A sentence on images of the split ``test`` whose groups were learnt from, or none."""
+    test = features.splits == "test"
+    if sites_of(features, groups) is None:
+        return []
+    copied = np.isin(groups, groups[~test])
+    sites = joined_sites(features.groups, groups)
+    shared = test & ~copied & np.isin(sites, sites[~test])
+    if not shared.any():
+        return []
+    name = features.group_name or "group"
+    return [f"Left out of the judgement: {plural(int(shared.sum()), 'test image')} of a {name} that was learnt from."]
 
 
 def _test(bundle: Bundle, features: FeatureSet, groups: Index) -> dict[str, Any] | None:
-    """How the finished head does on the split ``test``, less copies of what it was fitted on."""
+    """How the finished head does on the split ``test``, less copies and groups of what it was fitted on."""
     test = features.splits == "test"
     place = {name: i for i, name in enumerate(bundle.class_names)}
     known = np.array([name in place for name in features.class_names] + [False])  # label -1 is the last
-    use = np.flatnonzero(test & known[features.labels] & ~np.isin(groups, groups[~test]))
+    together = groups if sites_of(features, groups) is None else joined_sites(features.groups, groups)
+    use = np.flatnonzero(test & known[features.labels] & ~np.isin(together, together[~test]))
     if not len(use) or bundle.sharpness is None:
         return None
     labels = np.array([place[features.class_names[int(i)]] for i in features.labels[use]])

@@ -73,6 +73,7 @@ def learn(
     kind: str,
     max_unknown: float,
     random_state: int = 0,
+    sites: Index | None = None,
 ) -> tuple[Familiarity | None, Measured | None]:
     """Keep what it takes to know own images again, and measure what becomes of them.
 
@@ -86,6 +87,8 @@ def learn(
     kind : as of :class:`Familiarity`.
     max_unknown : share of own images that may be called unknown; with 0 there is nothing to learn.
     random_state : seed of the folds, and of the choice where there are very many images.
+    sites : (n,) dense numbers of what belongs together, with copies: nobody is then judged by images of its own site,
+        for photos of a new one find none; but where a site has nearly all images, only copies count.
 
     Returns
     -------
@@ -103,14 +106,20 @@ def learn(
         cosines = kept_rows(embeddings, judged, kind) @ rows.T
     # Nobody is evidence for itself.
     cosines[judged[:, None] == kept] = -np.inf
+    own_folds = np.arange(len(order))
+    if sites is not None:
+        near = sites[judged][:, None] == sites[kept]
+        if (~near).sum(axis=1).min() >= N_NEAREST:
+            cosines[near] = -np.inf
+            own_folds = np.unique(sites[order], return_inverse=True)[1].reshape(-1)
     own = np.sort(nearest_mean(cosines, min(N_NEAREST, len(kept) - 1)))
     judge = partial(_judge, cosines, max_unknown=max_unknown)
     refused = np.zeros(len(judged), bool)
     fold_of = np.full(len(embeddings), -1)
     n_folds = len(one) if len(one) <= _LEAVE_ONE_OUT else _N_FOLDS
     everyone = np.zeros(len(order), dtype=np.intp)
-    fold_of[order] = fold_numbers(everyone, np.arange(len(order)), n_folds, random_state)
-    for fold in range(n_folds):
+    fold_of[order] = fold_numbers(everyone, own_folds, n_folds, random_state)
+    for fold in range(int(fold_of.max()) + 1):
         refused[fold_of[judged] == fold] = judge(fold_of[judged] == fold, fold_of[kept] == fold)
     classes = np.unique(labels[judged])
     left_out = None

@@ -17,6 +17,7 @@ _HEADINGS = {
     "strategy": "Which strategy now",
     "features": "What other features are worth",
     "pretraining": "What the pretraining gives",
+    "new group": "What to expect of a group never seen",
     "learning curve": "What more images would give",
     "fine-tuning": "When fine-tuning starts to pay",
     "domain": "How far from the pretraining",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from rich import box
@@ -25,7 +25,7 @@ from featx._arrays import PIXELS
 from featx._files import publish, publish_bytes
 from featx.advice import MISSED, LabelRanking
 from featx.errors import StoreError, UsageError, plural
-from featx.evaluation import BRACKETS, HeadResult, Interval, Shots, SweepResult, limits, percent, shown_gap
+from featx.evaluation import BRACKETS, Forecast, HeadResult, Interval, Shots, SweepResult, limits, percent, shown_gap
 from featx.reports.chart import Series, accuracy_chart
 from featx.reports.heat import LEGEND
 from featx.reports.page import Evidence, Facts, Images, Thumbnail, data_url, render_template
@@ -96,8 +96,9 @@ def render_table(result: SweepResult) -> Table:
 
 def render_provisional(result: SweepResult) -> Table:
     """Heads by their mean accuracy so far, one column for each n_shots: few lines, to be drawn again and again."""
+    of = "" if result.sites is None else f"photos of a new {result.group_name}, "
     table = Table(
-        title=f"provisional: {len(result.queries)} of {plural(result.planned, 'draw')}, accuracy, %",
+        title=f"{of}provisional: {len(result.queries)} of {plural(result.planned, 'draw')}, accuracy, %",
         box=box.HORIZONTALS, show_edge=False, pad_edge=False, collapse_padding=True,
     )  # fmt: skip
     table.add_column("per class", no_wrap=True)
@@ -210,7 +211,58 @@ def _counts(result: SweepResult) -> str:
     )
 
 
-def render(result: SweepResult) -> Group:
+Across: TypeAlias = tuple[SweepResult, Forecast]
+"""What a sweep across groups found, beside the ordinary one."""
+
+
+def across_sentence(result: SweepResult, across: Across) -> str:
+    """How good the winner is on new photos, and on photos of a new group, in words."""
+    both = [n_shots for n_shots in result.shots if n_shots in across[0].shots]
+    if not both:
+        return f"Photos of a new {across[0].group_name}: at none of these numbers of images."
+    n_shots, name = both[-1], across[0].group_name
+    own, other = (
+        next(each for each in found.results if (each.head, each.n_shots) == (result.winner, n_shots))
+        for found in (result, across[0])
+    )
+    return (
+        f"{result.winner} with {images_per_class(n_shots)}: new photos: {percent(own.accuracy)}; "
+        f"photos of a new {name}: {percent(other.accuracy)}."
+    )
+
+
+def across_rows(result: SweepResult, across: Across) -> list[tuple[Shots, str, Interval, Interval]]:
+    """Accuracy of each head at each number of images on new photos, and on photos of a new group; best first there."""
+    ordinary = {(each.head, each.n_shots): each.accuracy for each in result.results}
+    return [
+        (n_shots, each.head, ordinary[each.head, n_shots], each.accuracy)
+        for n_shots in across[0].shots
+        for each in ranked(across[0], n_shots)
+        if (each.head, n_shots) in ordinary
+    ]
+
+
+def render_across(result: SweepResult, across: Across) -> Table:
+    """Both comparisons side by side."""
+    name = across[0].group_name
+    table = Table(
+        title=f"new photos, and photos of a new {name}: accuracy, %",
+        caption=f"Intervals on the right are over {plural(2, name).partition(' ')[2]}, not over photos.",
+        caption_justify="left", box=box.HORIZONTALS, show_edge=False, pad_edge=False, collapse_padding=True,
+    )  # fmt: skip
+    table.add_column("shots", no_wrap=True)
+    table.add_column("head", overflow="fold")
+    for column in ("new photos", "95 % interval", f"new {name}", "95 % interval"):
+        table.add_column(column, justify="right")
+    before: Shots | None = None
+    for n_shots, head, own, other in across_rows(result, across):
+        cells = [f"{100 * own.mean:.1f}", limits(own), f"{100 * other.mean:.1f}", limits(other)]
+        table.add_row("" if n_shots == before else str(n_shots), head.replace("@", " @"), *cells)
+        before = n_shots
+    return table
+
+
+def render(result: SweepResult, across: Across | None = None) -> Group:
     """The table, the conclusion and the notes, for a rich console."""
     baseline = f"Guessing the most common class: {100 * result.majority_baseline:.1f} %. {BRACKETS}"
     notes = [
@@ -222,6 +274,11 @@ def render(result: SweepResult) -> Group:
     parts: list[Table | Text] = [] if features is None else [features, Text("")]
     parts += [render_table(result), *([Text(lead, style="bold")] if lead else [])]
     parts += [Text(conclusion(result), style="bold"), Text(" ".join(filter(None, [worth_sentence(result), baseline])))]
+    if across is not None:
+        parts += [Text(""), render_across(result, across), Text(across_sentence(result, across), style="bold")]
+        parts += [Text(across[1].sentence)]
+        own = [note for note in (across[0].missing_sentence, *across[0].notes) if note and note not in result.notes]
+        notes += [Text(f"Across groups: {note}", style="yellow") for note in own]
     return Group(*parts, *notes)
 
 
@@ -285,6 +342,7 @@ def write_report(
     thumbnail: Thumbnail | None = None,
     labels: LabelRanking | None = None,
     evidence: Evidence | None = None,
+    across: Across | None = None,
 ) -> Path:
     """Write ``report.html``, ``trials.csv``, ``summary.json`` and ``accuracy_vs_shots.png`` into a folder.
 
@@ -301,6 +359,7 @@ def write_report(
     thumbnail : small JPEG or PNG of an input row, or None where the image is not at hand.
     labels : which labels to check, where they were ranked; its rows are those of the sweep's input.
     evidence : shows which places of photos speak for two classes; without it, confused photos are not shown.
+    across : the same comparison across groups, and the forecast for a new one, where they were asked for.
 
     Returns
     -------
@@ -314,6 +373,8 @@ def write_report(
     """
     folder = Path(out_dir)
     summary = {"title": title, "provenance": dict(provenance or {}), **result.to_json()}
+    if across is not None:
+        summary["across"] = {**across[0].to_json(), "forecast": across[1].to_json()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         texts = {
@@ -323,7 +384,7 @@ def write_report(
         }
         texts["report.html"] = render_page(
             result, title=title, provenance=provenance or {}, command=command, ids=ids, thumbnail=thumbnail,
-            labels=labels, evidence=evidence,
+            labels=labels, evidence=evidence, across=across,
         )  # fmt: skip
         for name, text in texts.items():
             publish_bytes(folder / name, text.encode("utf-8", errors="backslashreplace"))
@@ -381,6 +442,7 @@ def render_page(
     thumbnail: Thumbnail | None,
     labels: LabelRanking | None,
     evidence: Evidence | None = None,
+    across: Across | None = None,
 ) -> str:
     """The whole page as text; the arguments are those of :func:`write_report`."""
     images = Images(ids, thumbnail)
@@ -408,6 +470,7 @@ def render_page(
         shots=result.shots,
         worth=worth_sentence(result),
         notes=result.notes,
+        across=None if across is None else _across(result, across),
         suspects=_suspects(found, images, why),
         legend=LEGEND if why else "",
         confused=[images.card(row, label=label, named=named, why=_url(why.get(row))) for row, label, named in confused],
@@ -466,6 +529,19 @@ def _recognised(result: SweepResult) -> dict[str, Any]:
     own = next(each for each in result.results if (each.head, each.n_shots) == (result.winner, n_shots))
     rows = [(name, images[name], share) for name, share in found]
     return {"where": images_per_class(n_shots), "macro_f1": own.macro_f1, "rows": rows}
+
+
+def _across(result: SweepResult, across: Across) -> dict[str, Any]:
+    found, forecast = across
+    return {
+        "name": found.group_name,
+        "sentence": across_sentence(result, across),
+        "rows": across_rows(result, across),
+        "notes": [note for note in (found.missing_sentence, *found.notes) if note and note not in result.notes],
+        "forecast": forecast.sentence,
+        "left_out": sorted(forecast.left_out, key=lambda each: each.accuracy),
+        "method": forecast.method,
+    }
 
 
 def _confusion(result: SweepResult) -> dict[str, Any]:

@@ -26,6 +26,8 @@ def to_numpy(features: FeatureSet) -> dict[str, NDArray[Any]]:
         "class_names": np.array(features.class_names, dtype=np.str_),
         "splits": features.splits,
         "digests": features.digests,
+        **({"groups": features.groups} if (features.groups != "").any() else {}),
+        **{f"meta/{name}": values for name, values in features.metadata.items()},
     }
 
 
@@ -69,6 +71,8 @@ def _about(features: FeatureSet) -> pandas.DataFrame:
             "label": pandas.Categorical.from_codes(features.labels, categories=list(features.class_names)),
             "split": features.splits.astype(object),
             "digest": [row.tobytes().hex() for row in features.digests],
+            **({"group": features.groups.astype(object)} if (features.groups != "").any() else {}),
+            **{f"meta/{name}": values.astype(object) for name, values in features.metadata.items()},
         },
         index=_index(features),
     )

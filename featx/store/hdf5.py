@@ -181,6 +181,12 @@ def read_attributes(path: Path, names: Iterable[str]) -> dict[str, str]:
         return {name: _attribute(path, file, name) for name in names}
 
 
+def optional_attribute(path: Path, name: str) -> str | None:
+    """One text attribute of a file, or None where it has none of this name."""
+    with _reading(path), _open(path) as file:
+        return _attribute(path, file, name) if name in file.attrs else None
+
+
 def _attribute(path: Path, file: h5py.File, name: str) -> str:
     if name not in file.attrs:
         raise StoreError(f"no attribute {name!r}", where=path, hint="It is not a file that featx wrote.")

@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from urllib.parse import quote as quote_name
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featx._arrays import SPLITS
 from featx._files import canonical_json, read_regular
-from featx.errors import StoreError
+from featx.errors import StoreError, UsageError
 from featx.store import hdf5
 from featx.store.hdf5 import RESTORE
 from featx.store.manifest import Manifest, fingerprint
@@ -37,6 +38,15 @@ STAMPS = "mtimes_ns"
 """The column's name: featx 0.1.0 kept modification times there, and refuses a file with any other column. It takes a
 stamp for a time that has changed and reads the image again, as featx does with its times."""
 
+FURTHER = "further"
+"""The attribute that says which further columns there are, in stores with groups or metadata."""
+
+MAX_COLUMNS = 65
+"""Columns of metadata: those of a list, and when the photos were taken."""
+
+MAX_FURTHER = 2**26
+"""Bytes that groups and metadata may take; four times that in memory."""
+
 INDEX_COLUMNS = {**NAME_COLUMNS, "sizes": "int64", STAMPS: "int64"}
 
 
@@ -46,6 +56,9 @@ class Index:
 
     ``labels`` are rows of ``class_names`` or -1; ``digests`` is uint8 (n, 32); ``sizes`` (bytes) and ``stamps``
     (:attr:`featx.images.origin.ImageRef.stamp`, -1 for what is to be read again) recognise unchanged files.
+    ``groups`` has the group of each image, "" for none, and no values where no image has one; ``grouping`` is the rule
+    that made them (:mod:`featx.images.grouping`) and ``group_name`` what one is, such as "camera". ``metadata`` has
+    further columns by their names.
     """
 
     ids: Sequence[str]
@@ -55,6 +68,10 @@ class Index:
     class_names: tuple[str, ...]
     sizes: NDArray[np.int64]
     stamps: NDArray[np.int64]
+    groups: Sequence[str] = ()
+    grouping: str = ""
+    group_name: str = ""
+    metadata: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -95,13 +112,89 @@ def read_index(store: Path, manifest: Manifest) -> Index:
 
 def _read_index(path: Path, manifest: Manifest) -> Index:
     hdf5.check_seal(path)
-    with hdf5.open_checked(path, INDEX_COLUMNS) as file:
+    further = Further.read(path)
+    with hdf5.open_checked(path, {**INDEX_COLUMNS, **further.columns}) as file:
         if file.attribute("fingerprint") not in map(fingerprint, manifest.backbones):
             raise StoreError("the index of another store, made with other settings", where=path, hint=RESTORE)
-        return read_names(file, sizes=file.read("sizes"), stamps=file.read(STAMPS))
+        return read_names(file, further, sizes=file.read("sizes"), stamps=file.read(STAMPS))
 
 
-def read_names(file: hdf5.CheckedFile, *, sizes: NDArray[np.int64], stamps: NDArray[np.int64]) -> Index:
+@dataclass(frozen=True)
+class Further:
+    """What a file has beside the columns of every index: groups and metadata; the JSON of the attribute ``further``."""
+
+    grouped: bool = False
+    grouping: str = ""
+    group_name: str = ""
+    metadata: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, index: Index) -> Further:
+        """What an index has."""
+        return cls(bool(index.groups), index.grouping, index.group_name, tuple(index.metadata))
+
+    @classmethod
+    def read(cls, path: Path) -> Further:
+        """What a file says; StoreError where it says it in no way that featx does."""
+        text = hdf5.optional_attribute(path, FURTHER)
+        if text is None:
+            return cls()
+        try:
+            said = json.loads(text)
+            names = tuple(said["metadata"])
+            found = cls(said["grouped"], said["grouping"], said["group_name"], names)
+            sound = all(isinstance(name, str) for name in (found.grouping, found.group_name, *names))
+            sound = sound and isinstance(found.grouped, bool) and all(names)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise StoreError("what it says of groups is not JSON of featx", where=path, hint=RESTORE) from error
+        if not sound or len(set(names)) < len(names) or len(names) > MAX_COLUMNS:
+            raise StoreError("what it says of groups is not what the format allows", where=path, hint=RESTORE)
+        return found
+
+    @property
+    def attributes(self) -> dict[str, str]:
+        """The attribute that says so; none where there is nothing to say."""
+        if self == Further():
+            return {}
+        return {FURTHER: json.dumps({each.name: getattr(self, each.name) for each in fields(self)}, sort_keys=True)}
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The columns and their kinds."""
+        names = (["group"] if self.grouped else []) + [meta_column(name) for name in self.metadata]
+        return dict.fromkeys(names, "text")
+
+
+def meta_column(name: str) -> str:
+    """Name of the dataset with a column of metadata."""
+    return f"meta/{quote_name(name, safe=':,+@ ') if name != '.' else '%2E'}"  # HDF5 takes a dot for the group itself
+
+
+def further_columns(index: Index) -> list[hdf5.Column]:
+    """Groups and metadata, as an index and a packed file hold them.
+
+    Raises
+    ------
+    UsageError
+        They would make the file far larger than it is.
+    """
+    texts = {"group": index.groups} if index.groups else {}
+    texts |= {meta_column(name): values for name, values in index.metadata.items()}
+    arrays = {name: hdf5.strings(values) for name, values in texts.items()}
+    sizes = {name: array.nbytes for name, array in arrays.items()}
+    if sum(sizes.values()) > MAX_FURTHER or len(index.metadata) > MAX_COLUMNS:
+        largest = max(sizes, key=lambda name: sizes[name])
+        raise UsageError(
+            "groups and metadata take too much room", expected=f"at most {MAX_FURTHER:,} bytes",
+            found=f"{sum(sizes.values()):,}, of which {sizes[largest]:,} are {largest}",
+            hint="Every row is as wide as the longest value: leave out columns of long text.",
+        )  # fmt: skip
+    return [hdf5.Column.of(name, array) for name, array in arrays.items()]
+
+
+def read_names(
+    file: hdf5.CheckedFile, further: Further, *, sizes: NDArray[np.int64], stamps: NDArray[np.int64]
+) -> Index:
     """The columns that name images, of an index or a packed file, checked against each other."""
     class_names = tuple(file.text("class_names"))
     ids, labels, split, digests = file.text("ids"), file.read("labels"), file.text("split"), file.read("digests")
@@ -113,7 +206,11 @@ def read_names(file: hdf5.CheckedFile, *, sizes: NDArray[np.int64], stamps: NDAr
     # As bytes: a set of millions of strings would take half a gigabyte, and sorted ones need only their neighbours.
     if not (raw[1:] > raw[:-1]).all() and len(np.unique(raw)) < len(raw):
         raise StoreError("an id occurs twice", where=file.path, hint=RESTORE)
-    return Index(ids, labels, split, digests, class_names, sizes, stamps)
+    texts = {name: file.text(name) for name in further.columns}
+    groups = texts.pop("group", [])
+    metadata = dict(zip(further.metadata, texts.values(), strict=True))
+    rule, name = further.grouping, further.group_name
+    return Index(ids, labels, split, digests, class_names, sizes, stamps, groups, rule, name, metadata)
 
 
 def write_index(path: Path, index: Index, fingerprint: str) -> None:
@@ -123,7 +220,7 @@ def write_index(path: Path, index: Index, fingerprint: str) -> None:
         hdf5.Column.of("sizes", index.sizes.astype("<i8")),
         hdf5.Column.of(STAMPS, index.stamps.astype("<i8")),
     ]
-    hdf5.write(path, columns, {"fingerprint": fingerprint}, seal=True)
+    hdf5.write(path, columns, {"fingerprint": fingerprint, **Further.of(index).attributes}, seal=True)
 
 
 def check_index(path: Path, index: Index, manifest: Manifest) -> None:
@@ -131,6 +228,8 @@ def check_index(path: Path, index: Index, manifest: Manifest) -> None:
     found = _read_index(path, manifest)
     same = list(found.ids) == list(index.ids) and found.class_names == index.class_names
     same = same and list(found.split) == list(index.split)
+    same = same and list(found.groups) == list(index.groups) and Further.of(found) == Further.of(index)
+    same = same and all(list(found.metadata[name]) == list(values) for name, values in index.metadata.items())
     for name in ("labels", "digests", "sizes", "stamps"):
         same = same and np.array_equal(getattr(found, name), getattr(index, name))
     if not same:
@@ -145,6 +244,7 @@ def name_columns(index: Index) -> list[hdf5.Column]:
         hdf5.Column.of("split", hdf5.strings(index.split)),
         hdf5.Column.of("digests", index.digests),
         hdf5.Column.of("class_names", hdf5.strings(index.class_names)),
+        *further_columns(index),
     ]
 
 

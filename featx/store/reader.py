@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
@@ -21,7 +21,7 @@ from featx.errors import StoreError, UsageError, did_you_mean, plural
 from featx.images import HASH_BYTES, THUMBNAIL_SIDE
 from featx.store import frames, hdf5
 from featx.store.hdf5 import RESTORE
-from featx.store.index import NAME_COLUMNS, read_index, read_names
+from featx.store.index import NAME_COLUMNS, Further, read_index, read_names
 from featx.store.manifest import (
     Block,
     blocks_of,
@@ -86,6 +86,9 @@ class FeatureSet:
     fingerprint : hash of what of the provenance changes the numbers.
     hashes : uint8 (n, 32), perceptual hashes of the images; None where the store has none.
     pixels : uint8 (n, p), thumbnails of the images; None where the store has none.
+    groups : str (n,): images with the same one belong together (a patient, a site, a burst); "" for none.
+    group_name : what one group is, such as "camera".
+    metadata : str (n,) by name: further columns of the list that the images were named by.
     """
 
     embeddings: NDArray[np.float32]
@@ -99,6 +102,15 @@ class FeatureSet:
     fingerprint: str
     hashes: NDArray[np.uint8] | None = None
     pixels: NDArray[np.uint8] | None = None
+    groups: NDArray[np.str_] = field(default_factory=lambda: np.empty(0, dtype=np.str_))
+    group_name: str = ""
+    metadata: Mapping[str, NDArray[np.str_]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if len(self.groups) != len(self.ids):
+            if len(self.groups):
+                raise UsageError("groups and ids do not fit", expected=len(self.ids), found=len(self.groups))
+            object.__setattr__(self, "groups", np.full(len(self.ids), "", dtype=np.str_))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -129,7 +141,7 @@ class FeatureSet:
         return every.some(rows) if isinstance(every, Pictures) else every
 
     def to_numpy(self) -> dict[str, NDArray[Any]]:
-        """Plain arrays by name: embeddings, ids, labels, class_names, splits, digests."""
+        """Plain arrays by name: embeddings, ids, labels, class_names, splits, digests; if any, groups and meta/NAME."""
         return frames.to_numpy(self)
 
     def to_pandas(self) -> pandas.DataFrame:
@@ -294,12 +306,13 @@ class FeatureReader:
         held = [Block(name, layer) for name, each in self.backbones.items() for layer in each["layers"]]
         # The layers of version 1 go without the name of the one backbone that there is.
         self._columns = {block: f"embeddings/{block.layer}" if version == 1 else column_of(block) for block in held}
-        self._expected = {**NAME_COLUMNS, **dict.fromkeys(self._columns.values(), "float32 matrix")}
+        further = Further.read(self.path)
+        self._expected = {**NAME_COLUMNS, **further.columns, **dict.fromkeys(self._columns.values(), "float32 matrix")}
         if version > 1 and hdf5.read_attributes(self.path, ("phash",))["phash"] == "true":
             self._expected["phash"] = "uint8 matrix"
         with hdf5.open_checked(self.path, self._expected) as file:
             unknown = np.full(file.rows, -1, dtype=np.int64)
-            self.index = read_names(file, sizes=unknown, stamps=unknown)
+            self.index = read_names(file, further, sizes=unknown, stamps=unknown)
             if "phash" in file.columns and width_of(file, "phash") != HASH_BYTES:
                 raise StoreError(f"phash are not {HASH_BYTES} bytes", where=self.path)
 
@@ -454,6 +467,12 @@ class FeatureReader:
             fingerprint=fingerprint(provenance),
             hashes=self.read_hashes(rows),
             pixels=self.read_pixels(rows),
+            groups=np.array([index.groups[row] for row in picked] if index.groups else [""] * len(picked), np.str_),
+            group_name=index.group_name,
+            metadata={
+                name: np.array([values[row] for row in picked], dtype=np.str_)
+                for name, values in index.metadata.items()
+            },
         )
 
     def dims(self, layer: str) -> int:

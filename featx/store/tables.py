@@ -1,7 +1,8 @@
 """A store's embeddings as one table for other programs: Parquet, CSV or npz, a block of rows at a time.
 
 Every form has the same rows, one an image, in the order of the ids: ``id``, ``label`` (the class name; null or empty
-where there is none), ``split``, ``digest`` (hex sha256 of the image file) and the embedding. Memory holds the index and
+where there is none), ``split``, ``digest`` (hex sha256 of the image file), ``group`` and ``meta/NAME`` where the store
+has any, and the embedding. Memory holds the index and
 one block, however large the store is.
 
 Parquet has the embedding as a fixed-size list of float32, which Arrow, DuckDB, Polars, LanceDB and pandas read, and
@@ -14,7 +15,7 @@ from __future__ import annotations
 import csv
 import json
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,14 +107,20 @@ class _Rows:
     def digests(self, rows: slice) -> list[str]:
         return [row.tobytes().hex() for row in self.index.digests[rows]]
 
+    @property
+    def further(self) -> dict[str, Sequence[str]]:
+        """Groups and metadata by the names of their columns."""
+        groups = {"group": self.index.groups} if self.index.groups else {}
+        return {**groups, **{f"meta/{name}": values for name, values in self.index.metadata.items()}}
+
     def told(self) -> str:
         provenance = dict(self.reader.backbones[self.reader.block(self.layer).backbone])
         made = {"layer": self.layer, "fingerprint": fingerprint(provenance), "provenance": provenance}
         return json.dumps({**made, "class_names": list(self.index.class_names)}, sort_keys=True)
 
 
-def schema(dims: int, told: str = "{}") -> pyarrow.Schema:
-    """The columns of the Parquet file, for embeddings of length ``dims``."""
+def schema(dims: int, told: str = "{}", further: Sequence[str] = ()) -> pyarrow.Schema:
+    """The columns of the Parquet file, for embeddings of length ``dims``, with ``further`` columns of text."""
     try:
         import pyarrow
     except ModuleNotFoundError as error:
@@ -125,6 +132,7 @@ def schema(dims: int, told: str = "{}") -> pyarrow.Schema:
             pyarrow.field("label", text),
             pyarrow.field("split", text, nullable=False),
             pyarrow.field("digest", text, nullable=False),
+            *(pyarrow.field(name, text, nullable=False) for name in further),
             pyarrow.field("embedding", pyarrow.list_(pyarrow.float32(), dims), nullable=False),
         ],
         metadata={"featx": told},
@@ -134,7 +142,7 @@ def schema(dims: int, told: str = "{}") -> pyarrow.Schema:
 def record_batches(store: str | Path, *, layer: str = "penultimate") -> Iterator[pyarrow.RecordBatch]:
     """The rows of the Parquet file as Arrow record batches, for databases that take a stream of them."""
     table = _Rows(FeatureReader(store), layer, None)
-    yield from _batches(table, schema(table.dims, table.told()))
+    yield from _batches(table, schema(table.dims, table.told(), [*table.further]))
 
 
 def _batches(table: _Rows, columns: pyarrow.Schema) -> Iterator[pyarrow.RecordBatch]:
@@ -143,19 +151,22 @@ def _batches(table: _Rows, columns: pyarrow.Schema) -> Iterator[pyarrow.RecordBa
     for rows, block in table.blocks():
         flat = pyarrow.array(np.ascontiguousarray(block).reshape(-1))
         about = [list(table.index.ids[rows]), table.labels(rows), list(table.index.split[rows]), table.digests(rows)]
+        about += [list(values[rows]) for values in table.further.values()]
         arrays = [pyarrow.array(values, pyarrow.string()) for values in about]
         arrays.append(pyarrow.FixedSizeListArray.from_arrays(flat, table.dims))
         yield pyarrow.RecordBatch.from_arrays(arrays, schema=columns)
 
 
 def _parquet(table: _Rows, path: Path) -> None:
-    columns = schema(table.dims, table.told())
+    columns = schema(table.dims, table.told(), [*table.further])
     from pyarrow import parquet
 
     # Embeddings are noise to a compressor, and no value of theirs occurs twice.
-    small = ["id", "label", "split", "digest"]
+    small = ["id", "label", "split", "digest", *table.further]
     compression = {**dict.fromkeys(small, "zstd"), "embedding.list.element": "none"}
-    with parquet.ParquetWriter(path, columns, compression=compression, use_dictionary=["label", "split"]) as writer:
+    with parquet.ParquetWriter(
+        path, columns, compression=compression, use_dictionary=["label", "split", *table.further]
+    ) as writer:
         for batch in _batches(table, columns):
             writer.write_batch(batch)
 
@@ -164,12 +175,15 @@ def _csv(table: _Rows, path: Path) -> None:
     numbers = ",".join(["%.9g"] * table.dims)
     with path.open("w", newline="", encoding="utf-8") as file:
         names = csv.writer(file, lineterminator="")
-        names.writerow(["id", "label", "split", "digest", *(f"e{number}" for number in range(table.dims))])
+        names.writerow(
+            ["id", "label", "split", "digest", *table.further, *(f"e{number}" for number in range(table.dims))]
+        )
         file.write("\n")
         for rows, block in table.blocks():
             about = zip(
-                table.index.ids[rows], table.labels(rows), table.index.split[rows], table.digests(rows), strict=True
-            )
+                table.index.ids[rows], table.labels(rows), table.index.split[rows], table.digests(rows),
+                *(values[rows] for values in table.further.values()), strict=True,
+            )  # fmt: skip
             for said, row in zip(about, block, strict=True):
                 names.writerow(said)
                 file.write("," + numbers % tuple(row.tolist()) + "\n")
@@ -183,6 +197,8 @@ def _npz(table: _Rows, path: Path) -> None:
         "class_names": np.array(index.class_names, dtype=np.str_),
         "splits": np.array(index.split, dtype=np.str_),
         "digests": index.digests,
+        **({"groups": np.array(index.groups, dtype=np.str_)} if index.groups else {}),
+        **{f"meta/{name}": np.array(values, dtype=np.str_) for name, values in index.metadata.items()},
         "featx": np.array(table.told()),
     }
     with zipfile.ZipFile(path, "w", allowZip64=True) as archive:

@@ -17,7 +17,7 @@ from featx.errors import StoreError, UsageError, plural
 from featx.images import HASH_BYTES
 from featx.store import hdf5
 from featx.store.hdf5 import RESTORE
-from featx.store.index import Index, name_columns, read_index, read_quarantine
+from featx.store.index import Further, Index, name_columns, read_index, read_quarantine
 from featx.store.manifest import (
     FORMAT_VERSION,
     Block,
@@ -61,10 +61,28 @@ def info(path: str | Path) -> dict[str, Any]:
         "classes": _class_counts(index),
         "unlabelled": int((index.labels < 0).sum()),
         "splits": index.counts(index.split),
+        **_groups(index),
         "shards": shards,
         "quarantined": quarantined,
         "provenance": dict(provenance),
     }
+
+
+_NAMED_GROUPS = 100
+"""Groups that are counted by name at most: the largest."""
+
+
+def _groups(index: Index) -> dict[str, Any]:
+    """What there is to say of groups and metadata; no groups, and nothing else, in stores that have none."""
+    out: dict[str, Any] = {"groups": {}}
+    if index.groups or index.grouping:
+        counts = index.counts(index.groups)
+        largest = sorted(counts, key=lambda name: -counts[name])[:_NAMED_GROUPS]
+        out = {
+            "groups": {name: counts[name] for name in largest}, "group_count": len(counts),
+            "group_name": index.group_name, "group_by": index.grouping,
+        }  # fmt: skip
+    return {**out, **({"metadata": list(index.metadata)} if index.metadata else {})}
 
 
 def _backbone(provenance: Mapping[str, Any], unfinished: Sequence[str]) -> dict[str, Any]:
@@ -246,7 +264,8 @@ def _is_unnamed(path: Path, item: Path, manifest: Manifest) -> bool:
 def content_hash(path: str | Path) -> str:
     """Hash of what a store says, however its shards are cut: equal for two runs that came to the same.
 
-    Taken over the fingerprints, the index (ids, labels, splits, digests), and every embedding that it refers to.
+    Taken over the fingerprints, the index (ids, labels, splits, digests, groups, metadata), and every embedding that
+    it refers to.
     """
     reader = FeatureReader(path)
     index = reader.index
@@ -254,9 +273,9 @@ def content_hash(path: str | Path) -> str:
     order = np.argsort(np.array(index.ids, dtype=object))
     labels = index.labels_as_text
     for row in order.tolist():
-        total.update(
-            canonical_json([index.ids[row], labels[row], index.split[row], index.digests[row].tobytes().hex()])
-        )
+        said = [index.ids[row], labels[row], index.split[row], index.digests[row].tobytes().hex()]
+        further = [values[row] for values in (*([index.groups] if index.groups else []), *index.metadata.values())]
+        total.update(canonical_json([*said, *further]))
     for each in list(reader.backbones.values())[1:]:
         total.update(fingerprint(each).encode())
     for layer in reader.blocks:
@@ -307,6 +326,7 @@ def pack(store: str | Path, out: str | Path) -> Path:
         "fingerprint": fingerprint(reader.provenance),
         "more": json.dumps(more, sort_keys=True),
         "phash": json.dumps(hashed),
+        **Further.of(reader.index).attributes,
     }
 
     def write(temp: Path) -> None:

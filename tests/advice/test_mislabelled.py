@@ -127,3 +127,19 @@ def test_the_command_finds_swapped_photos(tmp_path: Path, featx: Featx) -> None:
     assert [line.split("\t")[0] for line in listed.splitlines()] == [
         row["id"] for row in answer["ranking"] if row["doubtful"]
     ]
+
+
+def test_a_burst_does_not_vouch_for_its_own_label() -> None:
+    """Ten copies of a photo with one wrong label agree with each other; photos of other bursts do not."""
+    rng = np.random.default_rng(0)
+    truth = np.arange(40) % 2
+    wrong = np.isin(np.arange(40), (4, 17, 30))
+    rows = np.repeat(5.0 * np.eye(2, 100)[truth] + rng.normal(size=(40, 100)), 10, axis=0)
+    rows += 0.05 * rng.normal(size=rows.shape)
+    labels, bursts = np.repeat(np.where(wrong, 1 - truth, truth), 10), np.repeat(np.arange(40), 10)
+    found = {}
+    for name, sites in (("with", bursts), ("without", None)):
+        ranking = rank_labels(rows, labels, class_names="ab", sites=sites, near_duplicates=None, n_jobs=1, repeats=1)
+        found[name] = np.mean(np.repeat(wrong, 10)[ranking.rows[:30]])
+    assert found["with"] >= 0.9
+    assert found["without"] < 0.3

@@ -43,11 +43,11 @@ def test_a_list_of_paths_alone(tmp_path: Path) -> None:
         ("a.jsonl", '{"path": "a.png", "label": "x", "group": 1}\n{"Path": "b.png", "Label": "y", "Site": 2}\n'),
     ],
 )
-def test_columns_that_are_not_read_are_named(name: str, text: str, tmp_path: Path) -> None:
+def test_further_columns_are_named(name: str, text: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text)
     images = ImageSet.from_source(tmp_path / name)
     assert named(images) == {"a.png": ("x", ""), "b.png": ("y", "")}
-    assert images.notes == (f"the columns group, Site of {name} are ignored",)
+    assert images.notes == (f"the column Site of {name} is kept as metadata",)
 
 
 @pytest.mark.parametrize(
