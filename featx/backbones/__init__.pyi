@@ -29,13 +29,23 @@ from .engines.base import (
     Engine as Engine,
     feature_maps as feature_maps,
     for_views as for_views,
+    graph_sha256 as graph_sha256,
     layer_place as layer_place,
     network_to_keep as network_to_keep,
     of_layer as of_layer,
     quantised_of as quantised_of,
 )
-from .engines.graph import Graph as Graph, check_network as check_network, quantised as quantised
-from .engines.torch import cuda_devices as cuda_devices, make_engine as make_engine
+from .engines.graph import (
+    Graph as Graph,
+    carried as carried,
+    check_network as check_network,
+    quantised as quantised,
+)
+from .engines.torch import (
+    cuda_devices as cuda_devices,
+    is_for_openvino as is_for_openvino,
+    make_engine as make_engine,
+)
 from .frozen import LayerInfo as LayerInfo, describe_layers as describe_layers
 from .provenance import provenance_of as provenance_of
 from .provider import (

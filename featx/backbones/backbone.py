@@ -10,7 +10,7 @@ download. A file that is meant to be a published one is checked by its sha256, w
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,6 +98,8 @@ class Backbone:
     random_state : seed of the initialisation for "none".
     provider : where the network comes from; by default what :func:`find` says about the name.
     code_sha256 : of the file with the code of a network of the user's own.
+    with_weights : loads the same with its weights, where this is only what a model recorded of a network whose graph it
+        brought along.
     """
 
     name: str
@@ -109,6 +111,7 @@ class Backbone:
     random_state: int = field(default=0, compare=False)
     provider: Provider | None = field(default=None, compare=False, repr=False)
     code_sha256: str = ""
+    with_weights: Callable[[], Backbone] | None = field(default=None, compare=False, repr=False)
     _built: list[FrozenNetwork] = field(init=False, default_factory=list, compare=False, repr=False)
 
     def network(self) -> FrozenNetwork:
@@ -125,8 +128,21 @@ class Backbone:
             If a layer does not exist or cannot be pooled.
         """
         if not self._built:
-            self._built.append(self._build())
+            self._built.append(self._build() if self.with_weights is None else self.with_weights().network())
         return self._built[0]
+
+    @classmethod
+    def recorded(cls, provenance: Mapping[str, Any], with_weights: Callable[[], Backbone]) -> Backbone:
+        """What a provenance says of a backbone, to run its graph; weights are loaded only if something needs them."""
+        return cls(
+            name=str(provenance["backbone"]),
+            weights=str(provenance["weights"]),
+            weights_sha256=str(provenance["weights_sha256"]),
+            preprocess=Preprocess.from_json(provenance["preprocess"]),
+            layers=tuple(provenance["layers"]),
+            code_sha256=str(provenance.get("code_sha256", "")),
+            with_weights=with_weights,
+        )
 
     def _build(self) -> FrozenNetwork:
         from featx.backbones.frozen import build

@@ -57,6 +57,13 @@ def fit(
             "of a file (CSV with class,share, or JSON). All that is promised is then about such photos.",
         ),
     ] = "as-is",
+    without_network: Annotated[
+        bool,
+        typer.Option(
+            "--without-network",
+            help="Leave the network out of the model, which is then small and needs the weights wherever it is used.",
+        ),
+    ] = False,
     unlabelled: Unlabelled = False,
     unlabelled_from: UnlabelledFrom = None,
     backbone: OwnBackbone = None,
@@ -114,7 +121,7 @@ def fit(
         bundle = fit_bundle(
             features, embedder, heads=heads, max_error=max_error, max_unknown=max_unknown, prior=wanted,
             random_state=seed, pool=pool, layers=columns if len(columns.names) > 1 else None,
-            device="cuda" if device == Device.cuda else None, progress=line.update,
+            device="cuda" if device == Device.cuda else None, with_network=not without_network, progress=line.update,
         )  # fmt: skip
     write_bundle(bundle, out)
     if as_json:
@@ -164,10 +171,10 @@ def _story(bundle: Bundle, how: str = "") -> list[str]:
     if bundle.prior is not None:
         lines.append(f"For photos among which the classes are met in other shares (--prior): {_shares(bundle.prior)}.")
     rivals = len(metrics.get("chosen_among") or ())
-    of_groups = f" of groups (of {metrics['groups']})" if "groups" in metrics else ""
-    unseen = f"On images{of_groups} that the fit, but not the choice among {rivals} heads, had not seen"
+    groups = f" ({plural(metrics['groups'], 'group')}, whole)" if "groups" in metrics else ""
+    unseen = f"On images that the fit, but not the choice among {rivals} heads, had not seen{groups}"
     for key, where in (
-        ("out_of_fold", unseen if rivals else f"On images{of_groups} it had not seen"),
+        ("out_of_fold", unseen if rivals else f"On images it had not seen{groups}"),
         ("test", "On the split test"),
     ):
         found = metrics.get(key)

@@ -39,6 +39,14 @@ from featx.cli.terminal import print_json, say
 from featx.errors import FeatxError, Interrupted, visible
 
 _INTERRUPTED = 130
+
+_LEFT_OUT = ("torch", "torchvision", "timm", "huggingface_hub", "joblib", "matplotlib")
+"""What those leave out who install featx for models that hold their network: see the guide, shipping."""
+
+_NOT_INSTALLED = (
+    "{} is not installed, which this needs. Install all of featx (pip install featx), or use a model that holds its "
+    "network, which featx fit makes."
+)
 _STDERR = 2
 
 # Typer has brought click along in two ways; wherever it lives, this is the base of its usage errors.
@@ -144,6 +152,8 @@ def main() -> None:
         if isinstance(error, Interrupted) or not _by_ctrl_c(error):
             if isinstance(error, FeatxError):
                 _fail(str(error), error.exit_code)
+            if isinstance(error, ModuleNotFoundError) and error.name in _LEFT_OUT:
+                _fail(_NOT_INSTALLED.format(error.name), 2)
             raise
         code = _INTERRUPTED
     if code == _INTERRUPTED:  # Typer makes an exit code, or an error, of Ctrl-C, as its version has it

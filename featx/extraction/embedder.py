@@ -7,6 +7,7 @@ here, or has changed, this is an error that names it, never a silent near miss.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +19,10 @@ from featx.backbones import (
     Backbone,
     Engine,
     Provider,
+    carried,
     for_views,
+    graph_sha256,
+    is_for_openvino,
     is_own,
     load_backbone,
     make_engine,
@@ -80,6 +84,22 @@ def network_like(
     return load_backbone(backbone or recorded, weights=weights or named, layers=tuple(provenance["layers"]))
 
 
+def _load(
+    provenance: Mapping[str, Any],
+    where: Path,
+    backbone: str | Provider | None,
+    weights: str | Path | None,
+    tail: bytes | None,
+) -> Backbone:
+    """The network of a provenance with its weights, and with the trained part of a fine-tuned one."""
+    network = network_like(provenance, where=where, backbone=backbone, weights=weights)
+    if tail is None:
+        return network
+    from featx.backbones import tuned
+
+    return tuned(network, tail)
+
+
 class Embedder:
     """A backbone on an engine, checked against the provenance of what its embeddings will be compared with.
 
@@ -118,6 +138,7 @@ class Embedder:
         engine: str = "auto",
         batch_size: int | Mapping[str, int] | None = None,
         networks: Mapping[str, bytes] | None = None,
+        graphs: Mapping[str, str] | None = None,
     ) -> Embedder:
         """What made the embeddings of ``where``, ready to make more.
 
@@ -128,7 +149,9 @@ class Embedder:
         backbone, weights : as of :func:`network_like`, for the one that needs them.
         tail : the trained part of a fine-tuned network, which a bundle brings along.
         device, engine, batch_size : as of :func:`featx.backbones.engines.torch.make_engine`.
-        networks : quantised ones that a bundle brings along, by their sha256.
+        networks : graphs that a bundle brings along, by their sha256. With one of these, or one that comes with featx,
+            OpenVINO needs neither weights nor torch.
+        graphs : the sha256 of the graph of each backbone that is not quantised, by its name.
 
         Raises
         ------
@@ -144,21 +167,25 @@ class Embedder:
                 cls.like(
                     each, where=where, backbone=backbone if is_own(str(each.get("backbone"))) else None,
                     weights=weights if each.get("weights") not in ("default", "none") else None,
-                    device=device, engine=engine, batch_size=batch_size, networks=networks,
+                    device=device, engine=engine, batch_size=batch_size, networks=networks, graphs=graphs,
                 )
                 for each in provenance["backbones"]
             )  # fmt: skip
             first.others = tuple(others)
             return first
-        network = network_like(provenance, where=where, backbone=backbone, weights=weights)
-        if tail is not None:
-            from featx.backbones import tuned
-
-            network = tuned(network, tail)
         precision = str(provenance.get("precision", "auto"))
+        load = partial(_load, provenance, where, backbone, weights, tail)
+        sha256 = provenance.get("quantised_sha256") or (graphs or {}).get(str(provenance.get("backbone")))
+        brought = (networks or {}).get(str(sha256))
+        network = None
+        if backbone is None and weights is None and is_for_openvino(engine, device):
+            recorded_only = Backbone.recorded(provenance, load)
+            if brought or (precision == "int8" and carried(recorded_only) is not None):
+                network = recorded_only
+        network = network or load()
         chosen = make_engine(
             network, engine=engine, device=device, precision=precision, batch_size=batch_size, pad=False,
-            network=(networks or {}).get(str(provenance.get("quantised_sha256"))),
+            network=brought,
         )  # fmt: skip
         recorded = provenance.get("decode")
         mode = str(recorded.get("mode", "full")) if isinstance(recorded, Mapping) else "full"
@@ -168,9 +195,18 @@ class Embedder:
 
     @property
     def networks(self) -> dict[str, bytes]:
-        """The quantised networks that have to travel with a model, by their sha256."""
-        found = {quantised_of(each.engine): network_to_keep(each.engine) for each in self.members}
+        """The graphs of networks that can travel with a model, by their sha256; those that featx has are left out."""
+        found = {graph_sha256(each.engine): network_to_keep(each.engine) for each in self.members}
         return {sha256: content for sha256, content in found.items() if content}
+
+    @property
+    def graphs(self) -> dict[str, str]:
+        """The sha256 of the graph of each backbone that runs as one and is not quantised, by its name."""
+        return {
+            each.backbone.name: graph_sha256(each.engine)
+            for each in self.members
+            if graph_sha256(each.engine) and not quantised_of(each.engine)
+        }
 
     @property
     def members(self) -> tuple[Embedder, ...]:

@@ -8,8 +8,9 @@ RFC 2119.
 
 - Members are stored, not compressed: ``bundle.json`` (UTF-8, at most 16 MiB), ``probe.png``, ``arrays.safetensors``
   and, where the network was fine-tuned, ``tail.safetensors`` with its trained part (:mod:`featx.backbones.cut`). A
-  network that was quantised on the machine of whoever made the model is ``network-<sha256>.ir``
-  (:mod:`featx.backbones.engines.graph`); the provenance has its sha256. There MUST be no other member.
+  network's graph is ``network-<sha256>.ir`` (:mod:`featx.backbones.engines.graph`): one that was quantised on the
+  machine of whoever made the model, whose sha256 is in the provenance, or one at full precision, whose sha256 is in
+  ``networks`` of ``bundle.json``, by the name of its backbone. There MUST be no other member.
 - The arrays are ``mean, scale``; ``coef, intercept`` of a linear head; ``rows, targets`` of a nearest-neighbour head;
   ``golden, golden_scores, probe_embedding``; ``own_rows, own_similarity`` where the model calls photos unknown;
   ``conformity``, and perhaps ``conformity_weights``, where it can answer with sets. A nearest-neighbour head MAY have
@@ -180,6 +181,7 @@ class Bundle:
     sha256: str = ""
     tail: bytes | None = field(default=None, repr=False)
     networks: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    graphs: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def score_kind(self) -> str:
@@ -290,6 +292,7 @@ class Bundle:
             "metrics": dict(self.metrics),
             "versions": dict(self.versions),
             "notes": list(self.notes),
+            **({"networks": dict(self.graphs)} if self.graphs else {}),
         }
 
 
@@ -419,10 +422,14 @@ def parse_bundle(raw: bytes, where: Path) -> Bundle:
 
 def _check_networks(bundle: Bundle) -> None:
     several = bundle.provenance.get("backbones", [bundle.provenance])
-    wanted = {each.get("quantised_sha256") for each in several}
+    wanted = {each.get("quantised_sha256") for each in several} | set(bundle.graphs.values())
+    if not set(bundle.graphs) <= {each.get("backbone") for each in several}:
+        raise ValueError("a network is of none of its backbones")
+    if not set(bundle.graphs.values()) <= set(bundle.networks):
+        raise ValueError("a network is missing")
     for sha256, content in bundle.networks.items():
         if sha256 not in wanted:
-            raise ValueError("a quantised network does not belong in it")
+            raise ValueError("a network does not belong in it")
         check_network(content, sha256)
 
 
@@ -568,6 +575,7 @@ def _assemble(fields: dict[str, Any], arrays: dict[str, NDArray[Any]], probe: by
         familiarity=_familiarity(arrays, scorer.kind) if "own_rows" in arrays else None,
         conformity=_conformity(arrays) if "conformity" in arrays else None,
         prior=_prior(fields.get("prior"), names),
+        graphs=_graphs(fields.get("networks", {})),
         golden=arrays["golden"],
         probe=probe,
         probe_embedding=arrays["probe_embedding"],
@@ -594,6 +602,12 @@ def _conformity(arrays: Mapping[str, NDArray[Any]]) -> Conformity:
     if weights is not None and not (weights > 0).all():
         raise ValueError("conformity_weights are not above 0")
     return Conformity(scores) if weights is None else Conformity(scores, weights[:-1], float(weights[-1]))
+
+
+def _graphs(graphs: Any) -> dict[str, str]:
+    if not isinstance(graphs, dict) or not all(isinstance(sha256, str) for sha256 in graphs.values()):
+        raise ValueError(f"networks is {graphs!r:.40}")
+    return graphs
 
 
 def _prior(prior: Any, names: list[str]) -> dict[str, float] | None:

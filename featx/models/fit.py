@@ -429,6 +429,7 @@ def fit_bundle(
     pool: NDArray[np.floating] | None = None,
     layers: Layers | None = None,
     device: str | None = None,
+    with_network: bool = True,
     progress: Progress | None = None,
 ) -> Bundle:
     """Fit a head on a store's images, but not on its split ``test``, and pack it with its backbone's provenance.
@@ -438,6 +439,7 @@ def fit_bundle(
     features : of the store.
     embedder : what made them (:meth:`Embedder.like`); it embeds the probe image.
     heads, max_error, max_unknown, prior, random_state, pool, layers, device, progress : as of :func:`fit_head`.
+    with_network : as of :func:`pack_bundle`.
     """
     use = np.flatnonzero((features.splits != "test") & ((features.labels >= 0) | (pool is None)))
     groups = features.copies
@@ -458,10 +460,21 @@ def fit_bundle(
         progress=progress,
         sites=sites_of(features, use),
     )
-    return pack_bundle(fitted, features, embedder)
+    return pack_bundle(fitted, features, embedder, with_network=with_network)
 
 
-def pack_bundle(fitted: FittedHead, features: FeatureSet, embedder: Embedder, *, tail: bytes | None = None) -> Bundle:
+MOST_NETWORK = 100 * 2**20
+"""Bytes that the networks in a model may have, unless they are quantised and exist nowhere else."""
+
+
+def pack_bundle(
+    fitted: FittedHead,
+    features: FeatureSet,
+    embedder: Embedder,
+    *,
+    tail: bytes | None = None,
+    with_network: bool = True,
+) -> Bundle:
     """A fitted head with what it takes to trust it; the split ``test``, where there is one, judges it once.
 
     Parameters
@@ -470,7 +483,12 @@ def pack_bundle(fitted: FittedHead, features: FeatureSet, embedder: Embedder, *,
     features : the embeddings that it was fitted on, and those of the split ``test``.
     embedder : what made them.
     tail : the trained part of a fine-tuned network, of :func:`featx.backbones.cut.tail_bytes`.
+    with_network : keep the network's graph in the bundle, so that who uses it needs neither weights nor torch.
     """
+    networks, graphs = embedder.networks, embedder.graphs
+    if not with_network or sum(map(len, networks.values())) > MOST_NETWORK:
+        networks = {sha256: content for sha256, content in networks.items() if sha256 not in graphs.values()}
+        graphs = {}
     use = np.flatnonzero(features.splits != "test")
     groups = features.copies
     probe = encode(probe_pixels())
@@ -497,7 +515,8 @@ def pack_bundle(fitted: FittedHead, features: FeatureSet, embedder: Embedder, *,
         versions={name: version(name) for name in ("featx", "numpy", "scikit-learn")},
         notes=fitted.notes,
         tail=tail,
-        networks=embedder.networks,
+        networks=networks,
+        graphs=graphs,
     )
     judged = _test(bundle, features, groups)
     notes = _notes_on_test(features, groups)

@@ -64,6 +64,7 @@ def open_embedder(
         weights=weights,
         tail=bundle.tail,
         networks=bundle.networks,
+        graphs=bundle.graphs,
         device=device,
         engine=engine,
         batch_size=batch_sizes,

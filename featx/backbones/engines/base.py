@@ -99,8 +99,13 @@ def quantised_of(engine: Engine) -> str:
     return str(getattr(engine, "quantised_sha256", ""))
 
 
+def graph_sha256(engine: Engine) -> str:
+    """The hash of the graph that an engine runs; empty where it has none, as with torch."""
+    return str(getattr(engine, "graph_sha256", ""))
+
+
 def network_to_keep(engine: Engine) -> bytes:
-    """The file of the quantised network that an engine runs; empty where every featx has it, or it is not quantised."""
+    """The file of the graph that an engine runs; empty where every featx has it, or the engine has none."""
     return bytes(getattr(engine, "network_to_keep", b""))
 
 
@@ -175,6 +180,7 @@ class ViewsEngine:
         self.name, self.device, self.precision = engine.name, engine.device, engine.precision
         self.batch_size = engine.batch_size
         self.quantised_sha256, self.network_to_keep = quantised_of(engine), network_to_keep(engine)
+        self.graph_sha256 = graph_sha256(engine)
 
     def embed(self, batches: Iterable[Batch]) -> Iterator[Embeddings]:
         """See :meth:`Engine.embed`."""

@@ -30,7 +30,7 @@ from featx._files import canonical_json, publish_bytes
 from featx.backbones.backbone import Backbone
 from featx.backbones.engines.base import without_telemetry
 from featx.backbones.hub import cache_folder
-from featx.errors import FeatxError, UsageError
+from featx.errors import FeatxError, UsageError, WeightsError
 
 CARRIED = Path(__file__).parent.parent / "quantised"
 """Folder of the graphs that come with featx."""
@@ -120,7 +120,14 @@ class Graph:
     def model(self, layers: Sequence[str] = ()) -> Any:
         """The graph as OpenVINO's model, with the outputs of ``layers`` in their order (all where none are named)."""
         openvino = import_openvino()
-        model = openvino.Core().read_model(self.description, self.constants)
+        try:
+            model = openvino.Core().read_model(self.description, self.constants)
+        except RuntimeError as error:  # OpenVINO's only one
+            raise WeightsError(
+                "the graph of a network cannot be read",
+                found=str(error).strip().splitlines()[-1][:200],
+                hint="Copy the file that it came in again, or make it again.",
+            ) from error
         if not layers:
             return model
         results = [model.output(layer).get_node() for layer in layers]

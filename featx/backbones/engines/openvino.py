@@ -50,15 +50,16 @@ class OpenVINOEngine:
     ) -> None:
         self.precision = precision
         self.batch_size = batch_size
-        self.quantised_sha256, self.network_to_keep = "", b""
+        self.quantised_sha256 = ""
         self._layers, self._threads = backbone.layers, threads
         if precision == "int8":
             self._graph = quantised(backbone, network)
             self.quantised_sha256 = self._graph.sha256
-            own = carried(backbone)
-            self.network_to_keep = b"" if own and own.sha256 == self._graph.sha256 else self._graph.content
         else:
-            self._graph = converted(backbone, batch_size)
+            self._graph = (Graph.parse(network) if network else None) or converted(backbone, batch_size)
+        own = carried(backbone) if precision == "int8" else None
+        self.graph_sha256 = self._graph.sha256
+        self.network_to_keep = b"" if own and own.sha256 == self._graph.sha256 else self._graph.content
         if precision == "bf16":
             self._graph = Graph.of(exact_start(self._graph.description), self._graph.constants)
         self._sizes = sizes_of(batch_size, pad=pad or not self._graph.takes_any_number)

@@ -69,7 +69,7 @@ def make_engine(
     threads : of the CPU; None takes as many as this process may use.
     pad : whether short batches are filled up to ``batch_size``. False computes them at the next power of two, which
         answers a lone image much sooner; an embedding may then differ in its last bits by the size of its batch.
-    network : the quantised network that a model brought along, for the precision int8.
+    network : the graph that a model brought along, for OpenVINO.
 
     Raises
     ------
@@ -126,6 +126,13 @@ def make_engine(
         threads=threads or available_cpus(),
         pad=pad,
         network=network,
+    )
+
+
+def is_for_openvino(engine: str, device: str) -> bool:
+    """Whether :func:`make_engine` takes OpenVINO for these."""
+    return _installed("openvino") and (
+        engine == "openvino" or (engine == "auto" and device != "cuda" and (device == "cpu" or not _cuda()))
     )
 
 
