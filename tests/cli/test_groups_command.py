@@ -105,7 +105,7 @@ def test_fit_and_advice_keep_groups_whole(featx: Featx, store: Path, tmp_path: P
     fitted = featx("fit", store, "--out", tmp_path / "m.model", "--json").json
     assert fitted["metrics"]["groups"] == 9
     text = featx("fit", store, "--out", tmp_path / "n.model").out
-    assert "On images of groups (of 9) it had not seen: accuracy" in " ".join(text.split())
+    assert "On images it had not seen (9 groups, whole): accuracy" in " ".join(text.split())
     advised = featx("advise", store, "--minutes", "0.5", "--out", tmp_path / "a.html", "--json")
     assert advised.code == 0
     found = advised.json
