@@ -16,7 +16,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from conftest import ROOT, Featx, bad_images, class_folders, picture
+from conftest import ROOT, Featx, bad_images, class_folders, no_heic, picture
 
 from featx.store.reader import read_features
 
@@ -179,7 +179,7 @@ def test_a_messy_folder_is_told_apart(tmp_path: Path, featx: Featx) -> None:
     for number in range(14):
         (photos / "ants" / f"IMG_{number}.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic%d" % number)
     (photos / "ants" / "bad.jpg").write_text("no image")
-    ran = featx("extract", photos, "--out", store, "--json")
+    ran = featx("extract", photos, "--out", store, "--json", env=no_heic(tmp_path))
     assert ran.code == 3, ran.err
     assert (ran.json["embedded"], ran.json["quarantined"], ran.json["unlabelled"]) == (12, 15, 0)
     assert ran.json["classes"] == {"_new": 3, "ants": 3, "bees": 3, "unsorted": 3}
@@ -192,7 +192,7 @@ def test_a_messy_folder_is_told_apart(tmp_path: Path, featx: Featx) -> None:
     lines = [json.loads(line) for line in (store / "quarantine.jsonl").read_text().splitlines()]
     assert sum(line["reason"] == "unsupported_format" for line in lines) == 14
     named = ("--unlabelled", "unsorted", "--unlabelled", "_new")
-    ran = featx("extract", photos, "--out", store, *named)
+    ran = featx("extract", photos, "--out", store, *named, env=no_heic(tmp_path))
     assert "2 classes: ants 3, bees 3; 6 without a label." in ran.out and "is taken for" not in ran.err
     told = featx("info", store, "--json").json
     assert (told["classes"], told["unlabelled"]) == ({"ants": 3, "bees": 3}, 6)
