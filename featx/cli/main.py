@@ -19,6 +19,7 @@ import typer
 from featx.cli import (
     advise,
     backbones,
+    card,
     count,
     demo,
     export,
@@ -86,6 +87,7 @@ for group in (
     finetune,
     fit,
     export,
+    card,
     predict,
     count,
     serve,

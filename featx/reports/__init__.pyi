@@ -1,4 +1,5 @@
 from .advice import render_advice as render_advice
+from .card import LIBRARY as LIBRARY, card_data as card_data, render_card as render_card
 from .page import render_template as render_template
 from .sheet import (
     MAX_GROUPS as MAX_GROUPS,
