@@ -55,7 +55,7 @@ def card(
     if out is not None:
         publish_bytes(out, text.encode())
     if as_json:
-        metadata = card_data(bundle, model.stem, licence=licence).to_dict()
+        metadata = card_data(bundle, model.stem, licence=licence).to_dict()  # type: ignore[no-untyped-call]
         print_json({"path": None if out is None else str(out), "metadata": metadata, "card": text})
     elif out is None:
         say(*text.splitlines())

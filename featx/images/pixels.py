@@ -460,6 +460,8 @@ def _refusal(error: Exception) -> ImageError:
 
 def _unsupported(data: bytes) -> str:
     """The format of an image that is sound for all that is known, and that no allowed decoder reads; or ""."""
+    if data[128:132] == b"DICM":
+        return "DICOM"
     if data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"avis"):
         return "AVIF (by this Pillow)"
     return next((name for name, starts in _UNSUPPORTED.items() if data.startswith(starts)), "")

@@ -64,7 +64,7 @@ def card_data(bundle: Bundle, name: str, *, licence: str | None = None) -> Model
         found = bundle.metrics.get(key)
         if found:
             on = f"{plural(found['images'], 'photo')} of {plural(len(bundle.class_names), 'class')}, {what}"
-            about = {
+            about: dict[str, Any] = {
                 "task_type": "image-classification", "dataset_type": "imagefolder", "dataset_name": on,
                 "dataset_split": "test" if key == "test" else "train",
             }  # fmt: skip
@@ -109,7 +109,7 @@ def _licences(bundle: Bundle) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _licence(bundle: Bundle) -> dict[str, str]:
+def _licence(bundle: Bundle) -> dict[str, Any]:
     """Fields of the front matter; none where a licence is not known."""
     found = set(_licences(bundle).values())
     if not found or UNKNOWN_LICENCE in found:

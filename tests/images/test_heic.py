@@ -59,6 +59,7 @@ def apart(data: bytes, image: Image.Image) -> float:
     return float(np.abs(np.asarray(found, dtype=int) - np.asarray(image, dtype=int)).mean())
 
 
+@pytest.mark.slow
 def test_a_photo_is_what_it_was(photos: Path) -> None:
     """Against the pixels that went in, and no worse than JPEG is; also in tiles, as iPhones write it."""
     paths = sorted((photos / "hymenoptera" / "val").rglob("*.jpg"))[::30]
@@ -122,7 +123,7 @@ def test_of_several_images_the_primary_one() -> None:
 
 
 def test_an_embedded_preview_is_never_taken_for_the_photo() -> None:
-    image = picture(3, (1600, 1200))
+    image = picture(3, (800, 600))
     data = heic(image, thumbnails=[320])
     small = Preprocess(64, (64, 64), "bilinear", (0.5,) * 3, (0.5,) * 3)
     assert decode(data, enough_for=small).tobytes() == decode(data).tobytes()

@@ -65,7 +65,7 @@ def text(cell: Token) -> str:
 def test_hugging_face_reads_the_front_matter() -> None:
     bundle = bundle_of(("ants", "bees", "wasps"))
     card = render_card(bundle, "insects")
-    data = ModelCard(card).data
+    data: Any = ModelCard(card).data
     found = bundle.metrics["out_of_fold"]
     assert (data.model_name, data.library_name, data.pipeline_tag) == ("insects", "featx", "image-classification")
     values = {each.metric_type: each.metric_value for each in data.eval_results}
@@ -149,7 +149,8 @@ def test_names_are_text_whatever_they_are() -> None:
         front = yaml.safe_load(card.split("---\n", 2)[1])
         assert front["model-index"][0]["name"] == visible(name)
         assert front["library_name"] == "featx" and "license" not in front
-        assert ModelCard(card).data.model_name == visible(name)
+        data: Any = ModelCard(card).data
+        assert data.model_name == visible(name)
     _, classes, networks = tables(card)
     assert [text(row[0]) for row in classes[1:]] == [visible(name) for name in HOSTILE]
     assert {len(row) for row in classes} == {4} and len(networks) == 2
