@@ -187,7 +187,10 @@ def _measured(bundle: Bundle) -> Iterator[str]:
     yield " ".join([*(text for text, found in zip(meanings, there, strict=True) if found), "Intervals are of 95 %."])
     if bundle.prior is not None:
         shares = ", ".join(f"{as_text(key)} {100 * share:.3g} %" for key, share in bundle.prior.items())
-        yield f"All numbers but those by class are for photos among which the classes have these shares: {shares}."
+        yield (
+            "All numbers but balanced accuracy and those by class are for photos among which the classes have these "
+            f"shares: {shares}."
+        )
     rows: Sequence[tuple[str, Any]] = (
         ("photos", lambda found: f"{found['images']:,}"),
         ("accuracy", lambda found: percent(Interval(**found["accuracy"]))),
