@@ -140,6 +140,14 @@ def picture(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
     return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
 
 
+def no_heic(folder: Path) -> dict[str, str]:
+    """The environment of a command whose decoding processes find no pillow-heif, by a file in ``folder``."""
+    site = folder / "no-heic"
+    site.mkdir(exist_ok=True)
+    (site / "sitecustomize.py").write_text("import sys\nsys.modules['pillow_heif'] = None\n")
+    return {"PYTHONPATH": str(site)}
+
+
 def class_folders(root: Path, names: Iterable[str] = ("ants", "bees"), each: int = 4, first: int = 0) -> Path:
     """Class folders of PNG pictures, all different."""
     number = first

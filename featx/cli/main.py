@@ -19,6 +19,7 @@ import typer
 from featx.cli import (
     advise,
     backbones,
+    card,
     count,
     demo,
     explain,
@@ -95,6 +96,7 @@ for group in (
     finetune,
     fit,
     export,
+    card,
     predict,
     count,
     explain,

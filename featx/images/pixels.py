@@ -1,12 +1,14 @@
-"""From the bytes of one image file to upright RGB pixels: Pillow's only door.
+"""From the bytes of one image file to upright RGB pixels: the only door of Pillow, and of pillow-heif.
 
 Extraction and the service decode through the same functions, so a photo gives the same numbers in
 both. What is decided here, once:
 
-- only the formats of ``FORMATS`` are tried (Pillow has some forty readers, most of them unaudited);
+- only the formats of ``FORMATS`` are tried (Pillow has some forty readers, most of them unaudited), and HEIC where
+  pillow-heif is installed: its reader is called by name, and Pillow's own list of readers stays as it is;
 - the size and a JPEG's scans are checked before anything is decoded;
-- EXIF orientation is applied; of an animation the first frame is taken;
-- 16-bit images are scaled to 8 bits (a plain ``convert("RGB")`` would clip them to white);
+- EXIF orientation is applied (of HEIC what the container says of turning, which libheif has applied already: what its
+  EXIF says is a copy of it); of an animation the first frame is taken, of several images in a HEIC the primary one;
+- 16-bit images are scaled to 8 bits (a plain ``convert("RGB")`` would clip them to white), 10 and 12 bits of HEIC too;
 - transparency is composited on white (hidden pixels under it often hold arbitrary colours);
 - colour profiles are ignored, as in the pipelines that the networks were trained with.
 
@@ -23,7 +25,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import PIL
@@ -48,6 +50,9 @@ from PIL import (
 from featx._files import publish
 from featx.errors import ImageError, in_words
 
+if TYPE_CHECKING:
+    from pillow_heif import HeifImageFile
+
 _READERS = (
     JpegImagePlugin.JpegImageFile,
     PngImagePlugin.PngImageFile,
@@ -61,6 +66,11 @@ _READERS = (
 )
 FORMATS = tuple(reader.format for reader in _READERS if reader.format in Image.OPEN)
 """Decoders that are allowed to see a file (those of the list that this Pillow was built with)."""
+
+HEIF = "HEIF"
+"""What Pillow calls HEIC and its relatives, which the extra ``heic`` reads."""
+
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 DECODE_MODES = ("full", "scaled")
 """How much of a JPEG is decoded: everything, or (for large photos) only as much as the resize needs."""
@@ -202,10 +212,11 @@ def decode(data: bytes, *, enough_for: Resized | None = None, max_pixels: int = 
     """
     image, _ = _admit(data, max_pixels)
     try:
-        if enough_for is not None:
+        # Of HEIC, draft would take an embedded preview, which need not be of the same picture.
+        if enough_for is not None and image.format != HEIF:
             image.draft("RGB", enough_for.resized(*image.size))
         image.load()
-        return _to_rgb(_upright(image))
+        return _to_rgb(image if image.format == HEIF else _upright(image))
     except ImageError:
         raise
     except MemoryError:
@@ -393,9 +404,27 @@ def _open(data: bytes) -> Image.Image:
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise _too_large(str(error)) from error
     except UnidentifiedImageError as error:
+        if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
+            return _open_heif(data)
         if found := _unsupported(data):
             raise ImageError("unsupported_format", f"{found} is not read; export it as JPEG") from error
         raise ImageError("not_an_image", f"not one of {', '.join(FORMATS)}{_what_it_is(data)}") from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise _refusal(error) from error
+
+
+def _open_heif(data: bytes) -> HeifImageFile:
+    try:
+        from pillow_heif import HeifImageFile, options
+    except ImportError as error:
+        hint = "pip install 'featx[heic]', or export it as JPEG"
+        raise ImageError("unsupported_format", f"HEIC, the iPhone's format, needs pillow-heif: {hint}") from error
+    # Photos are decoded side by side already, and the tiles of one on four threads take three times the memory.
+    options.DECODE_THREADS = 1
+    try:
+        return HeifImageFile(io.BytesIO(data))  # type: ignore[no-untyped-call]
     except MemoryError:
         raise
     except Exception as error:
@@ -449,14 +478,15 @@ def _too_large(found: str, most: int = MAX_PIXELS) -> ImageError:
 
 
 def _refusal(error: Exception) -> ImageError:
-    reason = "truncated" if "truncated" in str(error).lower() else "corrupt"
+    said = str(error).lower()
+    reason = "truncated" if "truncated" in said or "unexpected end of file" in said else "corrupt"
     return ImageError(reason, f"it cannot be decoded ({in_words(error)})")
 
 
 def _unsupported(data: bytes) -> str:
     """The format of an image that is sound for all that is known, and that no allowed decoder reads; or ""."""
-    if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"heim", b"heis"):
-        return "HEIC, the iPhone's format,"
+    if data[128:132] == b"DICM":
+        return "DICOM"
     if data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"avis"):
         return "AVIF (by this Pillow)"
     return next((name for name, starts in _UNSUPPORTED.items() if data.startswith(starts)), "")

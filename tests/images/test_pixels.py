@@ -58,13 +58,9 @@ def test_only_listed_decoders_see_a_file() -> None:
         (b"this is a text", "not_an_image", "not one of JPEG"),
         (b"<!DOCTYPE html><html></html>", "not_an_image", "HTML"),
         (b"%PDF-1.7 ...", "not_an_image", "PDF"),
-        (
-            b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",
-            "unsupported_format",
-            "HEIC, the iPhone's format, is not read; export it",
-        ),
         (b"\xff\x0a" + bytes(64), "unsupported_format", "JPEG XL"),
         (b"8BPS" + bytes(64), "unsupported_format", "PSD"),
+        (bytes(128) + b"DICM" + bytes(64), "unsupported_format", "DICOM is not read; export it"),
     ],
 )
 def test_what_is_no_image_is_named(data: bytes, reason: str, words: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import signal
@@ -52,6 +53,16 @@ def test_one_image_as_it_is(server: Running) -> None:
         (found,) = reply.json["predictions"]
         assert found == {"id": "image", **answer.to_json()}
         assert reply.json["request_id"] == reply.headers["x-request-id"]
+
+
+def test_a_photo_of_an_iphone(server: Running) -> None:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    out = io.BytesIO()
+    pillow_heif.encode("RGB", (64, 64), bytes(BLUE) * 64 * 64, out, quality=95)
+    (answer,) = tiny_bundle().answer(expected(out.getvalue()))
+    reply = server.send("/predict", out.getvalue(), **{"Content-Type": "image/heic"})
+    assert reply.status == 200
+    assert reply.json["predictions"] == [{"id": "image", **answer.to_json()}]
 
 
 def test_an_unknown_photo_is_called_so_and_counted(server: Running) -> None:
