@@ -126,7 +126,7 @@ def test_the_graph_answers_as_the_model(name: str, at_eight_bits: Path, featx: F
     compared = ran.json["compared"]
     exact = kind == "fp32"
     assert compared["photos"] == 49
-    assert compared["probability_gap"] < (1e-3 if exact else 0.05)
+    assert compared["probability_gap"] < (1e-3 if exact else 0.1)
     assert compared["cosine"] > (0.99999 if exact else 0.995)
     assert compared["share_gap"] <= (0.03 if exact else 0.2)  # of 48 photos one is 0.02
     bundle = read_bundle(model)

@@ -27,12 +27,12 @@ from featx.store import fingerprint, layers_of
 Photo: TypeAlias = Any
 """An upright RGB image, as :func:`featx.images.decode` gives it."""
 
-MOST_APART = {"fp32": 0.02, "int8": 0.05}
+MOST_APART = {"fp32": 0.02, "int8": 0.1}
 """How far a probability may be from featx's own. At eight bits two programs that compute the same network round
 differently, and each rounding is passed on: embeddings of OpenVINO and onnxruntime, and of either with and without its
 integer instructions, have cosines of 0.998 to 0.9999."""
 
-LEAST_SAME = 0.995
+LEAST_SAME = {"fp32": 0.995, "int8": 0.99}
 """Share of the photos that have the same answer as with featx."""
 
 
@@ -81,11 +81,12 @@ def model_onnx(bundle: Bundle, embedder: Embedder, photos: Iterable[Photo]) -> t
     content = _graph(bundle, embedder, probe)
     compared = compare(content, bundle, embedder, chain([probe], photos))
     precisions = {str(each.get("precision")) for each in _several(bundle)}
-    most = MOST_APART["int8" if "int8" in precisions else "fp32"]
-    if compared.probability_gap > most or compared.same_labels < LEAST_SAME:
+    kind = "int8" if "int8" in precisions else "fp32"
+    most, least = MOST_APART[kind], LEAST_SAME[kind]
+    if compared.probability_gap > most or compared.same_labels < least:
         raise UsageError(
             "the exported graph does not answer as the model does, so it is not written",
-            expected=f"probabilities within {most}, and {100 * LEAST_SAME:g} % of the answers the same",
+            expected=f"probabilities within {most}, and {100 * least:g} % of the answers the same",
             found=f"{compared.probability_gap:.3f} at most, and {100 * compared.same_labels:.1f} % of "
             f"{compared.photos} photos",
             hint="Fit a model on a store at --precision fp32, or export the head alone: --part head",
