@@ -76,7 +76,7 @@ def export(
         Path | None,
         typer.Option(
             metavar="PHOTOS",
-            help="Also compare the answers about these photos: 99.5 % have to be the same in onnxruntime, at int8 99 %.",
+            help="Also compare the answers about these photos: 99.5 % have to be the same, at int8 99 %.",
         ),
     ] = None,
     backbone: OwnBackbone = None,
