@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -89,6 +90,7 @@ def serve(
             embedder,
             evidence,
             Limits(pixels=max_pixels, images=max_images, queue=max(Limits.queue, max_images)),
+            name=re.sub(r"[^A-Za-z0-9_.-]", "-", model.name.removesuffix(".model")) or "model",
         ),
         host=host,
         port=port,

@@ -29,6 +29,7 @@ from starlette.requests import ClientDisconnect
 from featx.service import schema
 from featx.service.docs import docs_page
 from featx.service.guard import Guard, Refusal
+from featx.service.inference import add_inference, paths
 from featx.service.telemetry import Metrics
 from featx.service.work import Service, do_work, explain as explained
 
@@ -71,7 +72,9 @@ def create_app(service: Service, *, api_key: str = "", hosts: frozenset[str] | N
     keyed: list[Any] = [Security(scheme) for scheme in _KEYS] if api_key else []
     _add_work(app, service, keyed)
     _add_reading(app, service, keyed)
-    guard = Guard(app, metrics=service.metrics, routes=ROUTES, limits=service.limits, api_key=api_key, hosts=hosts)
+    add_inference(app, service, keyed)
+    routes = ROUTES | paths(service.name)
+    guard = Guard(app, metrics=service.metrics, routes=routes, limits=service.limits, api_key=api_key, hosts=hosts)
     return app, guard
 
 

@@ -22,10 +22,10 @@ from featx.service.telemetry import Metrics, request_id
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-OPEN_PATHS = frozenset({"/", "/live", "/ready"})
+OPEN_PATHS = frozenset({"/", "/live", "/ready", "/v2/health/live", "/v2/health/ready"})
 """What needs no API key: the page holds no data, and probes hold no secrets."""
 
-PROBES = frozenset({"/live", "/ready", "/metrics"})
+PROBES = frozenset({"/live", "/ready", "/metrics", "/v2/health/live", "/v2/health/ready"})
 """What is answered whatever the load."""
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})

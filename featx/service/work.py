@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -30,6 +31,9 @@ from featx.service.guard import Limits, Refusal
 from featx.service.telemetry import Metrics, request_id
 from featx.store import title_of
 
+ReadImages = Callable[[Request, Limits], Awaitable[list[tuple[str, bytes]]]]
+"""What takes images out of a request: a name and a file each."""
+
 OVERLAY_SIDE = 192
 """Pixels of an overlay's longer side; a browser scales it up, as smooth as it is."""
 
@@ -41,6 +45,7 @@ class Service:
     Parameters
     ----------
     bundle, embedder : the model and its network.
+    name : of the model, for clients that ask for one by its name.
     evidence : the store beside it, if there is one.
     limits : what may be asked for.
     """
@@ -49,6 +54,7 @@ class Service:
     embedder: Embedder
     evidence: Evidence | None = None
     limits: Limits = field(default_factory=Limits)
+    name: str = "model"
     stopping: bool = False
 
     def __post_init__(self) -> None:
@@ -124,8 +130,10 @@ class Work:
         return JSONResponse({**first.to_json(), "refused": self.refused}, 422)
 
 
-async def do_work(service: Service, request: Request, *, keep: bool = False) -> Work:
+async def do_work(service: Service, request: Request, *, keep: bool = False, read: ReadImages | None = None) -> Work:
     """Read the images of a request and embed them; with ``keep``, what the networks saw is kept.
+
+    ``read`` takes the images out of the request; by default they are its body, or the files of a form.
 
     Raises
     ------
@@ -142,7 +150,7 @@ async def do_work(service: Service, request: Request, *, keep: bool = False) -> 
         raise _busy(batcher.retry_after())
     try:
         async with asyncio.timeout(service.limits.deadline):
-            images = await _read_images(request, service.limits)
+            images = await (read or _read_images)(request, service.limits)
     except TimeoutError:
         message = f"The body did not arrive within {service.limits.deadline:g} s."
         raise Refusal(408, "slow", message, {"Connection": "close"}) from None
