@@ -8,6 +8,7 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 from servicekit import Running, png, start_tiny
@@ -26,6 +27,29 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         yield running
 
 
+TEXT, SHAPE = {"type": "string"}, {"type": "array", "items": {"type": "integer"}}
+TENSOR = {"name": TEXT, "datatype": TEXT, "shape": SHAPE}
+
+
+def thing(needed: list[str], **fields: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": fields, "required": needed}
+
+
+def several(of: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": of}
+
+
+# What open_inference_rest.yaml of the protocol asks of the answers.
+SERVER = thing(["name", "version", "extensions"], name=TEXT, version=TEXT, extensions=several(TEXT))
+TENSORS = several(thing([*TENSOR], **TENSOR))
+MODEL = thing(["name", "platform"], name=TEXT, platform=TEXT, versions=several(TEXT), inputs=TENSORS, outputs=TENSORS)
+VALUES = several({"anyOf": [{"type": "number"}, TEXT, {"type": "boolean"}]})
+RESPONSE = thing(
+    ["model_name", "outputs"], model_name=TEXT, model_version=TEXT, id=TEXT, parameters={"type": "object"},
+    outputs=several(thing([*TENSOR, "data"], **TENSOR, data=VALUES)),
+)  # fmt: skip
+
+
 def image_input(files: list[bytes] = IMAGES, **changes: Any) -> dict[str, Any]:
     data = [base64.b64encode(file).decode() for file in files]
     return {"name": "image", "shape": [len(files)], "datatype": "BYTES", "data": data, **changes}
@@ -33,6 +57,14 @@ def image_input(files: list[bytes] = IMAGES, **changes: Any) -> dict[str, Any]:
 
 def ask(server: Running, **said: Any) -> Any:
     return server.ask(INFER, json.dumps(said).encode(), {"Content-Type": "application/json"})
+
+
+def test_the_answers_are_of_the_protocols_form(server: Running) -> None:
+    for path in ("/v2", "/v2/"):
+        jsonschema.validate(server.get(path).json, SERVER)
+    jsonschema.validate(server.get("/v2/models/model/versions/1").json, MODEL)
+    reply = server.ask("/v2/models/model/versions/1/infer", json.dumps({"inputs": [image_input()]}).encode())
+    jsonschema.validate(reply.json, RESPONSE)
 
 
 def test_who_is_there(server: Running) -> None:
