@@ -55,5 +55,6 @@ def test_what_cannot_be_repeated_is_refused(source: Path, features: FeatureSet) 
     preprocess = {**features.provenance["preprocess"], "resize": 232}
     with pytest.raises(MismatchError, match=r"another preprocess\.resize: expected 232 \(the store's\), found 256"):
         Embedder.like({**features.provenance, "preprocess": preprocess}, where=source)
+    exact = {name: value for name, value in features.provenance.items() if name != "quantised_sha256"}
     with pytest.raises(WeightsError, match=r"expected mine\.pth\. Name the file with --weights"):
-        Embedder.like({**features.provenance, "weights": "mine.pth"}, where=source)
+        Embedder.like({**exact, "precision": "fp32", "weights": "mine.pth"}, where=source)

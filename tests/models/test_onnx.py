@@ -158,7 +158,7 @@ def test_a_fine_tuned_model(folder: Path, tmp_path: Path, featx: Featx) -> None:
         tmp_path / "photos", "--json",
     )  # fmt: skip
     assert ran.code == 0, ran.err
-    assert ran.json["compared"]["probability_gap"] < 1e-3
+    assert ran.json["compared"]["probability_gap"] < 0.01
     head = featx("export", tmp_path / "a.model", "--format", "onnx", "--part", "head", "--out", tmp_path / "h.onnx")
     assert head.code == 2 and "fine-tuned" in head.err
 
