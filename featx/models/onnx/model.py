@@ -137,7 +137,7 @@ def _add_embedding(graph: Builder, bundle: Bundle, embedder: Embedder) -> str:
         pixels = add_pixels(graph, "photo", each.looks)
         brought = bundle.networks.get(str(made.get("quantised_sha256")))
         at_eight_bits = quantised(each.backbone, brought) if made.get("precision") == "int8" else None
-        layers = add_network(graph, pixels, each.backbone, at_eight_bits)
+        layers = add_network(graph, pixels, len(each.looks.views), each.backbone, at_eight_bits)
         if len(each.looks.views) > 1:
             layers = [graph.add("ReduceMean", layer, graph.integers(0), keepdims=1) for layer in layers]
         found += layers

@@ -30,13 +30,14 @@ _SAME = {
 """Operators of OpenVINO that ONNX has under the same meaning, without attributes."""
 
 
-def add_network(graph: Builder, pixels: str, backbone: Backbone, quantised: Graph | None) -> list[str]:
+def add_network(graph: Builder, pixels: str, views: int, backbone: Backbone, quantised: Graph | None) -> list[str]:
     """From pixels float32 (v, 3, h, w), 0 to 255, to embeddings (v, d) of each layer.
 
     Parameters
     ----------
     graph : to add to.
     pixels : name of the pixels.
+    views : v.
     backbone : the network.
     quantised : its graph at eight bits, where that made the embeddings.
 
@@ -47,13 +48,13 @@ def add_network(graph: Builder, pixels: str, backbone: Backbone, quantised: Grap
     """
     if quantised is not None:
         return _Converted(graph, quantised, pixels).outputs(backbone.layers)
-    return graph.take(_from_torch(backbone), {"pixels": pixels}, "network/")
+    return graph.take(_from_torch(backbone, views), {"pixels": pixels}, "network/")
 
 
 # --- from torch ---------------------------------------------------------------------------------------------------
 
 
-def _from_torch(backbone: Backbone) -> Any:
+def _from_torch(backbone: Backbone, views: int) -> Any:
     try:
         import onnxscript  # noqa: F401 - what torch exports with
     except ModuleNotFoundError as error:
@@ -75,22 +76,13 @@ def _from_torch(backbone: Backbone) -> Any:
         def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
             return tuple(self.network((pixels / 255.0 - mean) / std))
 
-    example = torch.zeros(2, 3, *backbone.preprocess.crop)
-    images = torch.export.Dim("images", min=1, max=64)
     try:
         with torch.no_grad(), _quiet():
-            for shapes in (({0: images},), None):
-                try:
-                    program = torch.onnx.export(
-                        FromPixels().eval(), (example if shapes else example[:1],), dynamo=True, opset_version=OPSET,
-                        input_names=["pixels"], output_names=[f"layer_{i}" for i in range(len(backbone.layers))],
-                        dynamic_shapes=shapes, verbose=False, external_data=False,
-                    )  # fmt: skip
-                except Exception:
-                    if shapes is None:
-                        raise
-                else:
-                    break
+            program = torch.onnx.export(
+                FromPixels().eval(), (torch.zeros(views, 3, *backbone.preprocess.crop),), dynamo=True,
+                opset_version=OPSET, input_names=["pixels"],
+                output_names=[f"layer_{i}" for i in range(len(backbone.layers))], verbose=False, external_data=False,
+            )  # fmt: skip
     except Exception as error:  # whatever torch says of a network that it cannot export
         raise UsageError(
             "the network does not go into ONNX",
@@ -110,6 +102,7 @@ def _quiet() -> Iterator[None]:
         log.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            # Of its own parts that are deprecated, by changing words. What comes out is compared with featx's answers.
             warnings.simplefilter("ignore")
             yield
     finally:
