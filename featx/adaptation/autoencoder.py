@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from featx._files import publish_bytes
-from featx.backbones import CHANNELS, FORMAT, FORMAT_VERSION, SIDE, Encoder, check_shape, preprocess_of
+from featx.backbones import CHANNELS, FORMAT, FORMAT_VERSION, SIDE, Encoder, check_shape, preprocess_of, seeded
 from featx.errors import ImageError, UsageError
 from featx.images import DecoderPool, ImageSet
 
@@ -195,8 +195,7 @@ def train_autoencoder(
     learn, judge = np.flatnonzero(~held), np.flatnonzero(held)
     planned = max(MIN_EPOCHS, -(-IMAGE_PASSES // len(learn))) if epochs is None else epochs
     rng = np.random.default_rng([random_state, 1])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(random_state)
+    with seeded(random_state):
         encoder, decoder = Encoder(dim, size), Decoder(dim, size)
     network = nn.Sequential(encoder, decoder).to(device)
     optimiser = torch.optim.AdamW(network.parameters(), lr=_RATE, weight_decay=1e-4)

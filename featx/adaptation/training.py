@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +25,7 @@ from torch.nn import functional
 from torch.optim.swa_utils import update_bn
 
 from featx._arrays import Index
-from featx.backbones import Tail
+from featx.backbones import Tail, seeded
 from featx.errors import UsageError
 from featx.heads import Array, Scorer, distinct_counts, fold_numbers, make_head
 
@@ -187,7 +186,8 @@ def train(
     epochs = recipe.epochs
     data = _Data(activations, device)
     frozen = None if recipe.from_scratch else embed(tail, activations, rows, device=device)
-    with _seeded(seeds, device):
+    seed = int(np.random.SeedSequence(list(seeds)).generate_state(1)[0])
+    with seeded(seed, device=device):  # dropout, random heads
         if recipe.early_stop:
             losses = _held_out(tail, data, rows, labels, groups, frozen, recipe, seeds, tell, sites)
             epochs = int(losses.argmin())
@@ -341,12 +341,3 @@ def _augmented(pixels: Tensor, rng: np.random.Generator) -> Tensor:
         part = image[:, y : y + height, x : x + width]
         out.append(part.flip(2) if rng.random() < 0.5 else part)
     return torch.stack(out).permute(0, 2, 3, 1).to(torch.uint8)
-
-
-@contextmanager
-def _seeded(seeds: tuple[int, ...], device: str) -> Iterator[None]:
-    """Seed torch's own generators (dropout, random heads) for a while."""
-    devices = [torch.cuda.current_device()] if device == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(int(np.random.SeedSequence(list(seeds)).generate_state(1)[0]))
-        yield

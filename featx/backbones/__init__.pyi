@@ -46,7 +46,7 @@ from .engines.torch import (
     is_for_openvino as is_for_openvino,
     make_engine as make_engine,
 )
-from .frozen import LayerInfo as LayerInfo, describe_layers as describe_layers
+from .frozen import LayerInfo as LayerInfo, describe_layers as describe_layers, seeded as seeded
 from .provenance import provenance_of as provenance_of
 from .provider import (
     Own as Own,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import threading
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from featx.errors import UsageError, WeightsError, did_you_mean
 from featx.images import Preprocess
 
 Pooling = Literal["none", "tokens", "channels_first", "channels_last"]
+
+_drawing = threading.RLock()
 
 # What the hooks of one call of one network have taken so far. A context variable and not an attribute, so that
 # two threads that share a network cannot get each other's embeddings.
@@ -166,13 +169,20 @@ def state_sha256(body: nn.Module) -> str:
 
 
 @contextlib.contextmanager
-def seeded(random_state: int | None) -> Iterator[None]:
-    """Let torch draw from a seed, and then go on as if nothing had been drawn; None changes nothing."""
+def seeded(random_state: int | None, *, device: str = "cpu") -> Iterator[None]:
+    """Let torch draw from a seed, and then go on as if nothing had been drawn; None changes nothing.
+
+    One thread at a time: torch's generators belong to the process, so of two threads that draw from them at once,
+    neither gets the numbers of its seed.
+    """
     if random_state is None:
         yield
         return
-    with torch.random.fork_rng(devices=[]):
+    devices = [torch.cuda.current_device()] if device == "cuda" else []
+    with _drawing, torch.random.fork_rng(devices=devices):
         torch.default_generator.manual_seed(random_state)
+        if devices:
+            torch.cuda.manual_seed(random_state)
         yield
 
 
