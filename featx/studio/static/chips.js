@@ -14,7 +14,7 @@ export function chip(label) {
 
 export function suggestionChip({label, percent, unknown}) {
   return make("span", {class: "chip faint"}, swatch(label), make("span", {class: "chip-name", text: nameOf(label)}),
-    make("span", {class: "chip-number", text: unknown ? "?" : `${percent} %`}));
+    make("span", {class: "chip-number", text: unknown ? "?" : `${percent}\u00a0%`}));
 }
 
 /** What lies on a thumbnail, and what a screen reader says of it. */

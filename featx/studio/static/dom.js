@@ -27,9 +27,9 @@ export const button = (text, click, kind = "", attributes = {}) =>
 
 export const plural = (n, one = "photo", many = `${one}s`) => `${n.toLocaleString("en")} ${n === 1 ? one : many}`;
 
-export const percent = (part) => `${Math.round(100 * part)} %`;
+export const percent = (part) => `${Math.round(100 * part)}\u00a0%`;
 
-export const interval = ({mean, low, high}) => `${percent(mean)} (${percent(low).slice(0, -2)} to ${percent(high)})`;
+export const interval = ({mean, low, high}) => `${percent(mean)} (${Math.round(100 * low)} to ${percent(high)})`;
 
 export function bytes(n) {
   if (n < 1e6) return `${Math.max(1, Math.round(n / 1e3))} kB`;

@@ -158,7 +158,7 @@ export function build(section) {
     }
     for (const {class: each, rows, least, error} of found) {
       batches.append(make("div", {class: "batch"},
-        make("p", {}, swatch(each), make("strong", {text: nameOf(each)}), ` · ${plural(rows.length)} above ${least} %`),
+        make("p", {}, swatch(each), make("strong", {text: nameOf(each)}), ` · ${plural(rows.length)} above ${least}\u00a0%`),
         make("p", {class: "soft small", text: error ? error.text : "Cannot tell yet how often such a suggestion is wrong: look at them first."}),
         make("div", {class: "row"},
           button(`Accept all ${rows.length.toLocaleString("en")}`, () => {

@@ -73,7 +73,7 @@ export function build(section) {
   // --- an open folder ---
 
   const bar = make("progress", {max: "1", value: "0", "aria-label": "Photos read"}), doing = make("p", {class: "doing"});
-  const control = button("Stop", () => turn());
+  const control = button("Stop", () => turn()), meter = make("div", {class: "row"}, bar, control);
   const forward = make("a", {class: "button primary", href: "#label", text: "Start labelling"});
   const where = make("p", {class: "soft crumb"});
   const ask = make("div", {class: "ask", hidden: true});
@@ -84,7 +84,7 @@ export function build(section) {
   open.append(
     make("div", {class: "opened-head"}, make("div", {}, make("h2", {text: "Photos"}), where),
       make("div", {class: "row"}, button("Another folder", () => { choosing = true; show(); }, "quiet"), forward)),
-    make("div", {class: "card progress-card"}, doing, make("div", {class: "row"}, bar, control)),
+    make("div", {class: "card progress-card"}, doing, meter),
     ask, copies, refused, make("div", {class: "grid-box tall"}, grid.element));
 
   async function turn() {
@@ -104,7 +104,7 @@ export function build(section) {
     if (!state || !state.open) return;
     const {status, done, total, seconds_left: left, message} = state.embedding;
     where.textContent = state.folder;
-    bar.hidden = status === "done";
+    meter.hidden = status === "done";
     if (status === "listing" || status === "waiting") bar.removeAttribute("value");
     else bar.value = total ? done / total : 0;
     const n = allRows().length;
