@@ -2,7 +2,7 @@
 
 import {draw, make, percent} from "./dom.js";
 
-const W = 560, H = 260, LEFT = 46, RIGHT = 74, TOP = 14, BOTTOM = 44;
+const W = 560, H = 260, LEFT = 46, RIGHT = 84, TOP = 14, BOTTOM = 44;
 
 /** `points`: [{shots, mean, low, high, pixels}]; `chance`: accuracy of always naming the most frequent class. */
 export function learningCurve(points, chance) {
@@ -19,14 +19,15 @@ export function learningCurve(points, chance) {
     made.textContent = content;
     return made;
   };
-  for (let tenth = Math.round(10 * bottom); tenth <= 10; tenth += bottom < .5 ? 2 : 1) {
+  const by = bottom < .5 ? 2 : 1;
+  for (let tenth = 10; tenth >= Math.round(10 * bottom); tenth -= by) {
     svg.append(draw("line", {class: "rule", x1: LEFT, x2: W - RIGHT, y1: y(tenth / 10), y2: y(tenth / 10)}),
       text(`${10 * tenth} %`, {x: LEFT - 8, y: y(tenth / 10) + 4, "text-anchor": "end"}));
   }
   for (const {shots} of points) svg.append(text(shots, {x: x(shots), y: H - BOTTOM + 18, "text-anchor": "middle"}));
   svg.append(text("labelled photos of each class", {x: (LEFT + W - RIGHT) / 2, y: H - 6, "text-anchor": "middle"}));
   if (chance !== undefined && chance !== null && chance >= bottom) {
-    svg.append(draw("line", {class: "chance", x1: LEFT, x2: W - RIGHT, y1: y(chance), y2: y(chance)}), text("guessing", {x: W - RIGHT + 6, y: y(chance) + 4}));
+    svg.append(draw("line", {class: "chance", x1: LEFT, x2: W - RIGHT, y1: y(chance), y2: y(chance)}), text("guessing", {x: W - RIGHT + 8, y: y(chance) + 4}));
   }
   const band = [...points.map(({shots, high}) => `${x(shots)},${y(high)}`), ...[...points].reverse().map(({shots, low}) => `${x(shots)},${y(low)}`)];
   svg.append(draw("polygon", {class: "range", points: band.join(" ")}));

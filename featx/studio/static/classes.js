@@ -41,7 +41,7 @@ export function classPanel({selected, after = () => {}, filter = null}) {
   }
 
   function give(rows, what) {
-    after(rows);
+    if (rows.length) after(rows);
     label(rows, what);
   }
 

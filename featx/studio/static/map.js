@@ -15,6 +15,7 @@ const BY = [["label", "label"], ["suggestion", "suggestion"], ["unknown", "unlik
 const SPRITE = 24;
 
 export function build(section) {
+  let map = null, wanted = -1, selection = new Set(), clearing = false;
   const canvas = make("canvas", {tabindex: "0", role: "img"});
   const by = make("select", {"aria-label": "Colour"}, ...BY.map(([value, text]) => new Option(text, value)));
   const legend = make("ul", {class: "legend"}), note = make("p", {class: "soft small"});
@@ -36,7 +37,6 @@ export function build(section) {
   const first = make("div");
   section.append(first, work);
 
-  let map = null, wanted = -1, selection = new Set(), clearing = false;
   let view0 = {scale: 1, x: 0, y: 0};  // a point p of the map is drawn at (p - (x, y)) * scale * half + middle
   let width = 0, height = 0, ratio = 1, lasso = null, asked = 0, hovered = null;
   const pen = canvas.getContext("2d");

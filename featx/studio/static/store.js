@@ -231,12 +231,11 @@ async function loadPhotos() {
     if (store.state) store.state.photos = answer.ids.length;
     emit("photos");
   }
-  await pause(1000);  // while a folder is embedded, the server speaks of new photos all the time
-  photosAsked = false;
-  if (photosAgain) {
+  setTimeout(() => {  // while a folder is embedded, the server speaks of new photos all the time
+    photosAsked = false;
+    if (photosAgain) loadPhotos();
     photosAgain = false;
-    loadPhotos();
-  }
+  }, 1000);
 }
 
 async function loadSuggestions() {
