@@ -121,7 +121,7 @@ def measure(data: Labelled, stop: Stop, tell: Callable[[str], None] = lambda wha
             for i in np.flatnonzero(judged.doubtful)[:_DOUBTFUL].tolist()
         ],
         "groups": None,
-        "notes": _notes(judged),
+        "notes": _notes(judged, rows, codes, data.drawn),
     }  # fmt: skip
     tell("learning curve")
     swept = sweep_heads(
@@ -186,10 +186,16 @@ def _confusion(judged: LabelRanking, rows: Index) -> dict[str, Any]:
     return {"classes": codes.tolist(), "counts": counts.tolist(), "cells": cells}
 
 
-def _notes(judged: LabelRanking) -> list[str]:
-    if not judged.left_out:
-        return []
-    return [f"Not counted, for they have a single photo: {', '.join(judged.left_out)}."]
+def _notes(judged: LabelRanking, rows: Index, codes: Index, drawn: Sequence[int]) -> list[str]:
+    notes = []
+    if not np.isin(rows, sample_of(codes, drawn)).all():
+        notes.append(
+            "Curve, classes and confusions are about all labelled photos. Many of them were labelled because they were "
+            "in doubt, so they look worse than the folder as a whole."
+        )
+    if judged.left_out:
+        notes.append(f"Not counted, for they have a single photo: {', '.join(judged.left_out)}.")
+    return notes
 
 
 def _curve(swept: SweepResult) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import secrets
 import signal
 from collections.abc import Callable, Iterator
@@ -62,6 +63,7 @@ def run(studio: Studio, *, port: int, token: str | None = None, started: Callabl
     UsageError
         The port cannot be had.
     """
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     token = token or secrets.token_urlsafe(24)
     listener = listen(HOST, port)
     config = uvicorn.Config(

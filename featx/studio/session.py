@@ -348,14 +348,17 @@ class Session:
             return
         data = self.labelled(embedded)
         unlike = self._unlike if len(self._unlike) == len(data.codes) else np.zeros(len(data.codes), bool)
-        self.suggestions = suggest(embedded.unit, embedded.photos, data.codes, unlike, data.drawn)
+        sample = quality.sample_of(data.codes, data.drawn)
+        self.suggestions = suggest(embedded.unit, embedded.photos, data.codes, unlike, data.drawn, sample)
         self._next("suggestions", ready=not self.suggestions.reason, reason=self.suggestions.reason)
 
     def _compare(self) -> None:
         embedded = self.embedded
         if embedded is None:
             return
-        before, self._unlike = self._unlike, unlike_labelled(embedded.unit, embedded.photos, self.codes())
+        data = self.labelled(embedded)
+        sample = quality.sample_of(data.codes, data.drawn)
+        before, self._unlike = self._unlike, unlike_labelled(embedded.unit, embedded.photos, data.codes, sample)
         if not np.array_equal(before, self._unlike):
             self._suggesting.ask()
 

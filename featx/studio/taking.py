@@ -19,6 +19,7 @@ from featx._files import make_folder, publish_bytes
 from featx.backbones import of_layer
 from featx.errors import FeatxError, ImageError, MismatchError, UsageError
 from featx.extraction import Embedder
+from featx.heads import unit_rows
 from featx.images import DecoderPool, encode
 from featx.models import Bundle, Explainer, fit_bundle, layer_number, write_bundle
 from featx.reports import overlays
@@ -137,7 +138,7 @@ class Taking:
         if decoded.refusal is not None or seen is None:
             raise decoded.refusal or ImageError("corrupt", "it has no pixels")
         row = of_layer(embedder.embed_pixels([seen]), layer_number(bundle))
-        answer = bundle.answer(row[None])[0]
+        answer = bundle.answer(row)[0]
         overlay, why_not = None, ""
         try:
             explainer = Explainer(bundle.scorer, bundle.class_names, embedder, layer_number(bundle))
@@ -155,13 +156,11 @@ class Taking:
             self._tried.popitem(last=False)
         return {
             "id": name, **answer.to_json(), "overlay": overlay, "overlay_reason": why_not,
-            "neighbours": self._near(embedded, row),
+            "neighbours": self._near(embedded, row[0]),
         }  # fmt: skip
 
     def _near(self, embedded: Embedded, row: Any) -> list[dict[str, Any]]:
         """The labelled photos that are most like one, whose embedding is given."""
-        from featx.heads import unit_rows
-
         kind = "l2" if len(embedded.layers.names) == 1 else embedded.layers.kinds()[0]
         own = unit_rows(np.asarray(row, dtype=np.float64)[None], kind)[0].astype(np.float32)
         codes = self.session.codes()
