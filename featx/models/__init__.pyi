@@ -1,4 +1,5 @@
 from .bundle import Answer as Answer, Bundle as Bundle, read_bundle as read_bundle, write_bundle as write_bundle
+from .calibrate import clopper_pearson as clopper_pearson
 from .count import (
     LEAST_CHECKED as LEAST_CHECKED,
     ClassCount as ClassCount,
@@ -16,6 +17,11 @@ from .export import (
 )
 from .finetuned import finetune_bundle as finetune_bundle
 from .fit import by_recall as by_recall, fit_bundle as fit_bundle, summary as summary
+from .novelty import (
+    is_unknown as is_unknown,
+    nearest_mean as nearest_mean,
+    shares_among as shares_among,
+)
 from .onnx.model import Photo as Photo
 from .predictor import (
     layer_number as layer_number,

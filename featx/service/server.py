@@ -306,7 +306,7 @@ def serve(
     """
     check_address(host, api_key, insecure=insecure)
     local = is_loopback(host)
-    listener = _listen(host, port)
+    listener = listen(host, port)
     set_up_logging(as_json=log_json)
     hosts = LOOPBACK_NAMES | {host} if local and not api_key and not insecure else None
     _, guard = create_app(service, api_key=api_key, hosts=hosts)
@@ -349,7 +349,7 @@ def _limited_protocol(metrics: Metrics) -> type[Protocol]:
     return type("LimitedProtocol", (Protocol,), {"connections_at_most": number, "metrics": metrics})
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """A socket that listens; said before any network is loaded that it cannot be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # Named, since asyncio sets TCP_NODELAY for this protocol only; without it a second answer waits for 40 ms.

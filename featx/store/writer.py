@@ -33,7 +33,16 @@ from featx._files import (
 )
 from featx.errors import StoreError, UsageError
 from featx.store import hdf5
-from featx.store.index import Index, Refused, check_index, quarantine_bytes, read_index, spell_quarantine, write_index
+from featx.store.index import (
+    Index,
+    Refused,
+    check_index,
+    quarantine_bytes,
+    read_index,
+    read_quarantine,
+    spell_quarantine,
+    write_index,
+)
 from featx.store.manifest import (
     Block,
     Manifest,
@@ -385,6 +394,13 @@ class StoreWriter:
             check_index(temp, index, self.manifest)
 
         publish(self.path / "index.h5", write, verify)
+
+    def relabel(self, labels: Mapping[str, str | None]) -> None:
+        """Publish the index with the labels that ``labels`` has for ids, where that changes anything."""
+        assert self.index is not None
+        index = self.index.relabelled(labels)
+        if index.class_names != self.index.class_names or not np.array_equal(index.labels, self.index.labels):
+            self.finish(index, read_quarantine(self.path, self.manifest), source=self.manifest.source)
 
     def prune(self) -> int:
         """Drop the embeddings that the index does not refer to; returns of how many images. Other shards stay."""
