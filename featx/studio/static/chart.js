@@ -2,7 +2,7 @@
 
 import {draw, make, percent} from "./dom.js";
 
-const W = 560, H = 260, LEFT = 46, RIGHT = 84, TOP = 14, BOTTOM = 44;
+const W = 560, H = 260, LEFT = 52, RIGHT = 84, TOP = 14, BOTTOM = 44;
 
 /** `points`: [{shots, mean, low, high, pixels}]; `chance`: accuracy of always naming the most frequent class. */
 export function learningCurve(points, chance) {

@@ -156,10 +156,13 @@ export function build(section) {
     } else if (!found.length) {
       batches.append(make("p", {class: "soft small", text: "None now. They come as you label: go on with the first photos of the grid."}));
     }
+    const texts = new Set(found.map(({error}) => error?.text || ""));
+    const told = (error) => make("p", {class: "soft small", text: error ? error.text : "Cannot tell yet how often such a suggestion is wrong: look at them first."});
+    if (found.length && texts.size === 1) batches.append(told(found[0].error));  // the same for all: said once
     for (const {class: each, rows, least, error} of found) {
       batches.append(make("div", {class: "batch"},
-        make("p", {}, swatch(each), make("strong", {text: nameOf(each)}), ` · ${plural(rows.length)} above ${least}\u00a0%`),
-        make("p", {class: "soft small", text: error ? error.text : "Cannot tell yet how often such a suggestion is wrong: look at them first."}),
+        make("p", {}, swatch(each), make("strong", {text: nameOf(each)}), ` ${rows.length.toLocaleString("en")} above ${least}\u00a0%`),
+        texts.size > 1 ? told(error) : null,
         make("div", {class: "row"},
           button(`Accept all ${rows.length.toLocaleString("en")}`, () => {
             moveOn(grid.selected().length ? grid.selected() : rows);

@@ -12,7 +12,7 @@ import {view} from "./viewer.js";
 
 const METHODS = {pca: "A first, rough map; a better one is on its way.", tsne: "Photos that look alike lie close together."};
 const BY = [["label", "label"], ["suggestion", "suggestion"], ["unknown", "unlike the labelled"], ["folder", "folder"]];
-const SPRITE = 24;
+const SPRITE = 28;
 
 export function build(section) {
   let map = null, wanted = -1, selection = new Set(), clearing = false;
@@ -39,6 +39,7 @@ export function build(section) {
 
   let view0 = {scale: 1, x: 0, y: 0};  // a point p of the map is drawn at (p - (x, y)) * scale * half + middle
   let width = 0, height = 0, ratio = 1, lasso = null, asked = 0, hovered = null;
+  let fitted = true;  // the whole map is in view, and stays so when the window changes
   const pen = canvas.getContext("2d");
   const sprites = new Map();
 
@@ -78,12 +79,12 @@ export function build(section) {
 
   /** The mark of a class, drawn once. */
   function sprite(mark, faint) {
-    const key = `${mark} ${faint} ${ratio} ${dark.matches}`;
+    const key = `${mark} ${faint} ${ratio} ${grown()} ${dark.matches}`;
     if (!sprites.has(key)) {
       const made = document.createElement("canvas"), pencil = made.getContext("2d");
       made.width = made.height = SPRITE;
       pencil.translate(SPRITE / 2, SPRITE / 2);
-      const size = (mark === NO_LABEL ? 2.2 : 4.2) * ratio;
+      const size = (mark === NO_LABEL ? 2.2 : 4.2) * grown() * ratio;
       pencil.scale(size, size);
       trace(pencil, mark);
       pencil.fillStyle = colourOf(mark);
@@ -98,12 +99,13 @@ export function build(section) {
     }
     return sprites.get(key);
   }
+  const grown = () => groupOf.length < 2000 ? 1.35 : 1;  // few photos are drawn larger
   const dark = matchMedia("(prefers-color-scheme: dark)");
   dark.addEventListener("change", () => later());
 
   // --- drawing ---
 
-  const half = () => Math.min(width, height) / 2 * .94;
+  const half = () => Math.min(width, height) / 2;
   const toScreen = (row) => [(map.x[row] - view0.x) * view0.scale * half() + width / 2, (map.y[row] - view0.y) * view0.scale * half() + height / 2];
   const toMap = (sx, sy) => [(sx - width / 2) / half() / view0.scale + view0.x, (sy - height / 2) / half() / view0.scale + view0.y];
 
@@ -162,6 +164,7 @@ export function build(section) {
     height = stage.clientHeight;
     canvas.width = Math.round(width * ratio);
     canvas.height = Math.round(height * ratio);
+    if (fitted && map) fit();
     later();
   }).observe(stage);
 
@@ -169,7 +172,8 @@ export function build(section) {
 
   function zoom(by, sx = width / 2, sy = height / 2) {
     const [mx, my] = toMap(sx, sy);
-    view0.scale = Math.min(60, Math.max(.7, view0.scale * by));
+    view0.scale = Math.min(60, Math.max(.3, view0.scale * by));
+    fitted = false;
     const [nx, ny] = toMap(sx, sy);
     view0.x += mx - nx;
     view0.y += my - ny;
@@ -179,11 +183,20 @@ export function build(section) {
   function shift(dx, dy) {
     view0.x -= dx / half() / view0.scale;
     view0.y -= dy / half() / view0.scale;
+    fitted = false;
     later();
   }
 
   function fit() {
-    view0 = {scale: 1, x: 0, y: 0};
+    let [left, right, top, bottom] = [1, -1, 1, -1];
+    for (let row = 0; row < groupOf.length; row++) {
+      if (groupOf[row] < 0) continue;
+      [left, right] = [Math.min(left, map.x[row]), Math.max(right, map.x[row])];
+      [top, bottom] = [Math.min(top, map.y[row]), Math.max(bottom, map.y[row])];
+    }
+    const scale = Math.min((width - 60) / Math.max(right - left, .01), (height - 60) / Math.max(bottom - top, .01)) / half();
+    view0 = {scale: Math.max(.1, scale), x: (left + right) / 2, y: (top + bottom) / 2};
+    fitted = true;
     later();
   }
 
@@ -336,12 +349,13 @@ export function build(section) {
   by.addEventListener("change", paint);
 
   async function loadMap() {
-    const {version, status} = store.state.map;
+    const {version} = store.state.map;
     if (version === wanted && map) return;
     wanted = version;
     const answer = await read("/api/map");
     if (answer && answer.x && answer.x.length) map = answer;
-    draw(status);
+    draw();
+    if (map) fit();
   }
 
   function draw() {

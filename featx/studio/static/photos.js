@@ -112,13 +112,14 @@ export function build(section) {
       waiting: "Waiting to begin …", listing: "Looking for photos …",
       running: `Reading photos: ${done.toLocaleString("en")} of ${total.toLocaleString("en")}${left === null ? "" : `, about ${duration(left)} left`}. You can start labelling meanwhile.`,
       stopped: `Stopped at ${done.toLocaleString("en")} of ${total.toLocaleString("en")}. It goes on where it was.`,
-      done: n ? `${plural(n)} read. Next: tell what a few of them show.` : "There is no photo in this folder that can be read.",
+      done: n ? `${plural(n)} read. ${state.labelled ? "Go on labelling, or see how good the classifier is." : "Next: say what a few of them show."}` : "There is no photo in this folder that can be read.",
       failed: `It did not work: ${message}`,
     }[status];
     doing.classList.toggle("bad", status === "failed");
     control.hidden = status === "done" || status === "waiting";
     control.textContent = {running: "Stop", listing: "Stop", stopped: "Go on", failed: "Try again"}[status] || "";
     forward.classList.toggle("off", !n);
+    forward.textContent = state.labelled ? "Go on labelling" : "Start labelling";
     ask.hidden = !state.folder_classes;
     if (state.folder_classes && !ask.firstChild) {
       ask.append(make("p", {text: `The photos lie in ${plural(state.folder_classes, "class folder")}. Take the names of the folders as labels?`}),

@@ -21,7 +21,7 @@ export function build(section) {
     return make("section", {class: "card headline", "aria-label": "Accuracy"},
       make("p", {class: "big"}, make("strong", {text: percent(accuracy.mean)}), make("span", {class: "soft", text: ` right, most likely between ${Math.round(100 * accuracy.low)} and ${percent(accuracy.high)}`})),
       bar(accuracy, "Accuracy"),
-      make("p", {text: `Each photo was named by a classifier that did not know its label. Measured on ${accuracy.on}.`}),
+      make("p", {text: `Each photo was named by a classifier that did not know its label. Measured on ${accuracy.on.replace(/\.+$/, "")}.`}),
       make("dl", {class: "compare"},
         make("dt", {text: "Always naming the most frequent class"}), make("dd", {text: percent(majority)}),
         ...(pixels ? [make("dt", {text: "Looking at bare pixels only, without a network"}), make("dd", {text: interval(pixels)})] : [])),
