@@ -2,7 +2,7 @@
 
 import {button, make, percent, plural} from "./dom.js";
 import {help, typing} from "./keys.js";
-import {allRows, labelled, listen, load, on, store, turn} from "./store.js";
+import {howMany, labelled, listen, load, on, store, turn} from "./store.js";
 
 const STEPS = [
   ["photos", "Photos"], ["label", "Label"], ["map", "Map"], ["quality", "How good?"], ["try", "Try"], ["take", "Take it along"],
@@ -15,7 +15,7 @@ const at = (id) => document.getElementById(id);
 function progress(name) {
   const {state, quality} = store;
   if (!state || !state.open) return "";
-  if (name === "photos") return ["done", "failed"].includes(state.embedding.status) ? plural(allRows().length)
+  if (name === "photos") return ["done", "failed"].includes(state.embedding.status) ? plural(howMany())
     : `${state.embedding.done} of ${state.embedding.total}`;
   if (name === "label") return `${labelled()} labelled`;
   if (name === "quality") return quality && quality.accuracy ? percent(quality.accuracy.mean) : "";

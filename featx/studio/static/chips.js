@@ -13,7 +13,7 @@ export function chip(label) {
 }
 
 export function suggestionChip({label, percent, unknown}) {
-  return make("span", {class: "chip faint"}, swatch(label), make("span", {class: "chip-name", text: nameOf(label)}),
+  return make("span", {class: "chip faint"}, swatch(label), make("span", {class: "chip-name", text: nameOf(label)}), " ",
     make("span", {class: "chip-number", text: unknown ? "?" : `${percent}\u00a0%`}));
 }
 
@@ -25,7 +25,7 @@ export function signs(row) {
   if (!suggested) return {text: `${name}, not labelled`};
   const {percent, unknown} = suggested;
   return {
-    text: `${name}, perhaps ${nameOf(suggested.label)}, ${percent} %${unknown ? ", unlike the labelled photos" : ""}`,
+    text: `${name}, perhaps ${nameOf(suggested.label)} ${unknown ? "?, unlike the labelled photos" : `${percent}\u00a0%`}`,
     parts: [suggestionChip(suggested)],
   };
 }

@@ -65,9 +65,10 @@ export function classPanel({selected, after = () => {}, filter = null}) {
   function line(number, found) {
     const n = found.get(number) || 0, key = number >= 0 ? keyOf(number) : {[NONE]: "0", [UNSURE]: "-", [LEFT_OUT]: ""}[number];
     const press = make("button", {type: "button", class: "class-line", on: {click: () => give(selected(), number)},
-      "aria-label": `${nameOf(number)}: ${plural(n)}${key ? `, key ${key}` : ""}. Label the selection.`},
-      make("kbd", {text: key, class: key ? "" : "blank"}), swatch(number), make("span", {class: "class-name", text: nameOf(number)}),
-      make("span", {class: "class-count", text: n.toLocaleString("en")}));
+      "aria-keyshortcuts": key || null, title: `Label the selection ${nameOf(number)}`},
+      make("kbd", {text: key, class: key ? "" : "blank", "aria-hidden": "true"}), swatch(number),
+      make("span", {class: "class-name", text: nameOf(number)}),
+      make("span", {class: "class-count", text: n.toLocaleString("en")}, make("span", {class: "unseen", text: n === 1 ? " photo" : " photos"})));
     const more = number >= 0 || (filter && n)
       ? button("⋯", () => number >= 0 ? edit(number) : filter(number), "quiet more", {"aria-label": number >= 0 ? `Change ${nameOf(number)}` : `Show ${nameOf(number)}`})
       : make("span", {class: "more"});

@@ -7,7 +7,7 @@ import {button, empty, make, plural} from "./dom.js";
 import {Grid} from "./grid.js";
 import {labelOfKey, typing} from "./keys.js";
 import {swatch} from "./palette.js";
-import {allRows, classNumbers, counts, label, labelled, LEFT_OUT, nameOf, NO_LABEL, NONE, on, say, store, suggestionOf, UNSURE} from "./store.js";
+import {allRows, classNumbers, counts, howMany, label, labelled, LEFT_OUT, nameOf, NO_LABEL, NONE, on, say, store, suggestionOf, UNSURE} from "./store.js";
 import {view} from "./viewer.js";
 
 const ORDERS = [["worth", "most worth labelling"], ["suggested", "suggested class"], ["similar", "similar to the selected"],
@@ -171,15 +171,15 @@ export function build(section) {
             label(rows, each, "batch");
             next();
           }, error ? "primary" : "", {"aria-label": `Accept all ${rows.length} suggestions of ${nameOf(each)} above ${least} %`}),
-          button("Look first", () => filter(`batch${each}`), "", {"aria-label": `Look at the ${rows.length} suggestions of ${nameOf(each)} first`}))));
+          button("Look first", () => filter(`batch${each}`), "", {"aria-label": `Look first at the ${rows.length} suggestions of ${nameOf(each)}`}))));
     }
   }
 
   // --- what is said around the grid ---
 
   function drawFilter() {
-    const found = counts(), before = shown.value || "todo", total = allRows().length;
-    const unknown = allRows().filter((row) => store.labels[row] === NO_LABEL && suggestionOf(row)?.unknown).length;
+    const found = counts(), before = shown.value || "todo", total = howMany();
+    const unknown = store.suggestions.unknown.reduce((n, yes, row) => n + (yes && store.labels[row] === NO_LABEL), 0);
     const option = (value, text, n) => new Option(`${text} (${n.toLocaleString("en")})`, value);
     const out = found.get(LEFT_OUT) || 0, todo = found.get(NO_LABEL) || 0;
     const options = [option("todo", "to label", todo), option("all", "all", total - out), option("labelled", "labelled", total - out - todo)];
@@ -206,7 +206,7 @@ export function build(section) {
     note.hidden = !note.textContent;
     nothing.hidden = grid.rows.length > 0;
     if (!grid.rows.length) {
-      nothing.replaceChildren(shown.value === "todo" && allRows().length
+      nothing.replaceChildren(shown.value === "todo" && howMany()
         ? empty("All photos are labelled", "See how good the classifier is now, or take it along.", make("a", {class: "button primary", href: "#quality", text: "How good?"}))
         : empty("No photo here", "No photo fits what is to be shown.", button("Show those to label", () => filter("todo"))));
     }

@@ -29,7 +29,7 @@ export function build(section) {
   const work = make("div", {class: "map-work"},
     make("div", {class: "grid-side"},
       make("div", {class: "toolbar"}, make("label", {}, "Colour ", by), make("div", {class: "row"}, button("+", () => zoom(1.4), "", {"aria-label": "Zoom in"}),
-        button("−", () => zoom(1 / 1.4), "", {"aria-label": "Zoom out"}), button("All", fit, "", {"aria-label": "Show the whole map"}), pan,
+        button("−", () => zoom(1 / 1.4), "", {"aria-label": "Zoom out"}), button("All", fit, "", {"aria-label": "All: the whole map"}), pan,
         button("Select what is in view", inView)), note),
       stage, legend),
     make("aside", {class: "side"}, panel.element, make("section", {class: "class-panel picked", "aria-label": "Selection"},

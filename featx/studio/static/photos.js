@@ -3,7 +3,7 @@
 import {post, send, thumb} from "./api.js";
 import {button, duration, make, plural} from "./dom.js";
 import {Grid} from "./grid.js";
-import {allRows, label, LEFT_OUT, load, on, read, say, store, takeFolderClasses} from "./store.js";
+import {allRows, howMany, label, LEFT_OUT, load, on, read, say, store, takeFolderClasses} from "./store.js";
 import {signs} from "./chips.js";
 import {view} from "./viewer.js";
 
@@ -107,7 +107,7 @@ export function build(section) {
     meter.hidden = status === "done";
     if (status === "listing" || status === "waiting") bar.removeAttribute("value");
     else bar.value = total ? done / total : 0;
-    const n = allRows().length;
+    const n = howMany();
     doing.textContent = {
       waiting: "Waiting to begin …", listing: "Looking for photos …",
       running: `Reading photos: ${done.toLocaleString("en")} of ${total.toLocaleString("en")}${left === null ? "" : `, about ${duration(left)} left`}. You can start labelling meanwhile.`,
@@ -163,7 +163,7 @@ export function build(section) {
         make("p", {class: "small", text: KINDS[kind]}),
         make("div", {class: "copy-row"}, ...rows.slice(0, 12).map((row) => make("figure", {},
           make("img", {src: thumb(row), alt: store.ids[row], loading: "lazy"}),
-          button("Keep this one", () => keep(rows, row), "", {"aria-label": `Keep ${store.ids[row]} and leave the others out`})))),
+          button("Keep this one", () => keep(rows, row), "", {"aria-label": `Keep this one: ${store.ids[row]}; the others are left out`})))),
         button("Keep all", () => { groups = groups.filter((group) => !rows.every((row) => group.rows.includes(row))); drawCopies(); }, "quiet"))));
     if (open.length > 1) {
       copies.append(button(`Keep the first of each of the ${open.length}`, () => label(open.flatMap(({rows}) => rows.slice(1)), LEFT_OUT, "copies")));

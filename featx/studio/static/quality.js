@@ -68,8 +68,8 @@ export function build(section) {
         make("button", {type: "button", class: "picture", "aria-label": `Open ${store.ids[row]}`, on: {click: () => view(row, left.map((each) => each.row))}},
           make("img", {src: thumb(row), alt: "", loading: "lazy"})),
         make("figcaption", {class: "small"}, make("span", {text: `Labelled ${nameOf(was)}; ${percent(confidence)} sure it is ${nameOf(suggested)}.`})),
-        make("div", {class: "row"}, button(nameOf(suggested), () => label([row], suggested, "quality"), "", {"aria-label": `${store.ids[row]}: change the label to ${nameOf(suggested)}`}),
-          button(`Keep ${nameOf(was)}`, () => { settled.add(row); draw(); }, "quiet", {"aria-label": `${store.ids[row]}: keep ${nameOf(was)}`}))))),
+        make("div", {class: "row"}, button(nameOf(suggested), () => label([row], suggested, "quality"), "", {"aria-label": `${nameOf(suggested)}: new label of ${store.ids[row]}`}),
+          button(`Keep ${nameOf(was)}`, () => { settled.add(row); draw(); }, "quiet", {"aria-label": `Keep ${nameOf(was)} for ${store.ids[row]}`}))))),
       left.length > 12 ? make("p", {class: "soft small", text: `and ${left.length - 12} more.`}) : null);
   }
 

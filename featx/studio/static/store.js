@@ -46,19 +46,27 @@ export const nameOf = (label) => label >= 0 ? store.classes[label] ?? "a removed
 /** Numbers of the classes that were not removed. */
 export const classNumbers = () => store.classes.flatMap((name, number) => name === null ? [] : [number]);
 
+let counted = null, shown = null;  // kept until labels or photos change: views ask often
+
 /** How many photos have each label, by label. */
 export function counts() {
-  const found = new Map();
-  store.labels.forEach((label, row) => {
-    if (!store.refused.has(row)) found.set(label, (found.get(label) || 0) + 1);
-  });
-  return found;
+  if (counted) return counted;
+  counted = new Map();
+  for (const row of rowsShown()) counted.set(store.labels[row], (counted.get(store.labels[row]) || 0) + 1);
+  return counted;
+}
+
+function rowsShown() {
+  shown ||= store.ids.flatMap((_, row) => store.refused.has(row) ? [] : [row]);
+  return shown;
 }
 
 /** Photos that can be shown, in their order. */
-export const allRows = () => store.ids.flatMap((_, row) => store.refused.has(row) ? [] : [row]);
+export const allRows = () => [...rowsShown()];
 
-export const labelled = () => store.labels.reduce((n, label, row) => n + (label !== NO_LABEL && !store.refused.has(row)), 0);
+export const howMany = () => rowsShown().length;
+
+export const labelled = () => howMany() - (counts().get(NO_LABEL) || 0);
 
 export const suggestionOf = (row) => {
   const {ready, suggested, probability, unknown} = store.suggestions;
@@ -77,6 +85,7 @@ function overlay(rows) {
     const shown = name ? store.classes.indexOf(name) : label;
     for (const row of changed) store.labels[row] = shown;
   }
+  counted = null;
   emit("labels", rows);
 }
 
@@ -157,7 +166,7 @@ export async function label(rows, what, from = "key") {
   if (name === "") return;
   if (name === null && what >= server.classes.length) name = store.classes[what];  // a class that is still on its way
   const sent = enqueue({path: "/api/label", rows: [...rows], name, label: name ? undefined : what, from});
-  say(`${plural(rows.length)}: ${name || nameOf(what)}. ${labelled()} of ${allRows().length} labelled.`, {undo: true});
+  say(`${plural(rows.length)}: ${name || nameOf(what)}. ${labelled()} of ${howMany()} labelled.`, {undo: true});
   try {
     await sent;
   } catch (error) {
@@ -228,7 +237,7 @@ async function loadPhotos() {
   if (answer) {
     Object.assign(store, {ids: answer.ids, times: answer.times, embedded: answer.embedded, refused: new Set(answer.refused)});
     while (store.labels.length < store.ids.length) store.labels.push(server.labels[store.labels.length] ?? NO_LABEL);
-    if (store.state) store.state.photos = answer.ids.length;
+    counted = shown = null;
     emit("photos");
   }
   setTimeout(() => {  // while a folder is embedded, the server speaks of new photos all the time

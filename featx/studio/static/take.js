@@ -34,13 +34,13 @@ export function build(section) {
   function card([what, title, text]) {
     const job = store.state.jobs.filter((each) => each.what === what).at(-1);
     const made = make("section", {class: "card take", "aria-label": title}, make("h2", {text: title}), make("p", {class: "soft", text}));
-    if (!job) made.append(button("Make it", () => produce(what), "", {"aria-label": `Make: ${title}`}));
+    if (!job) made.append(button("Make it", () => produce(what), "", {"aria-label": `Make it: ${title}`}));
     else if (job.status === "running") made.append(make("div", {class: "row"}, make("progress", {"aria-label": `${title} is being made`}), make("span", {class: "small soft", text: job.message || "Working …"})));
     else if (job.status === "failed") made.append(make("p", {class: "bad", text: job.message || "It could not be made."}), button("Try again", () => produce(what), "", {"aria-label": `Try again: ${title}`}));
     else {
       made.append(make("div", {class: "row"},
         make("a", {class: "button primary", href: `/api/take/${encodeURIComponent(job.file)}`, download: job.file, text: "Download", "aria-label": `Download ${job.file}`}),
-        button("Make it anew", () => produce(what), "quiet", {"aria-label": `Make anew: ${title}`})),
+        button("Make it anew", () => produce(what), "quiet", {"aria-label": `Make it anew: ${title}`})),
       make("p", {class: "small soft", text: [job.file, job.bytes && bytes(job.bytes), job.seconds && `made in ${duration(job.seconds)}`].filter(Boolean).join(" · ")}));
     }
     return made;
