@@ -58,6 +58,7 @@ async function go() {
     views.get(name).view = build(section);
   }
   if (name !== here()) return;
+  at("steps").querySelector(`[href="#${name}"]`).scrollIntoView({block: "nearest", inline: "nearest"});
   for (const [each, {section}] of views) section.hidden = each !== name;
   steps();
   views.get(name).view?.show();

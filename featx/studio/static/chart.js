@@ -2,10 +2,11 @@
 
 import {draw, make, percent} from "./dom.js";
 
-const W = 560, H = 260, LEFT = 52, RIGHT = 84, TOP = 14, BOTTOM = 44;
+const H = 260, LEFT = 52, RIGHT = 84, TOP = 14, BOTTOM = 44;
 
 /** `points`: [{shots, mean, low, high, pixels}]; `chance`: accuracy of always naming the most frequent class. */
 export function learningCurve(points, chance) {
+  const W = matchMedia("(max-width: 40rem)").matches ? 390 : 560;  // so that its words can be read on a phone
   const most = Math.max(...points.map(({shots}) => shots)), least = Math.min(...points.map(({shots}) => shots));
   const bottom = Math.max(0, Math.floor(10 * Math.min(chance ?? 1, ...points.map(({low, pixels}) => Math.min(low, pixels ?? 1))) - .01) / 10);
   const wide = Math.log2(most / least) || 1;

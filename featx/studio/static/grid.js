@@ -3,7 +3,7 @@
 import {thumb} from "./api.js";
 import {make} from "./dom.js";
 
-const GAP = 6, PAD = 8, KEPT = 400;
+const GAP = 6, PAD = 8, KEPT = 400, AHEAD = 3;
 let made = 0;
 
 export class Grid {
@@ -126,8 +126,10 @@ export class Grid {
       for (let place = Math.max(0, start); place < Math.min(end, this.rows.length); place++) wanted.set(this.rows[place], place);
     };
     want(from, to);  // what is in sight first: its thumbnails are asked for first
-    want(to, to + more);
-    want(from - more, from);
+    const down = scrollTop >= (this.before ?? 0);
+    this.before = scrollTop;
+    want(down ? to : from - AHEAD * more, down ? to + AHEAD * more : from);  // then where it goes
+    want(down ? from - more : to, down ? from : to + more);
     for (const [row, cell] of this.cells) {
       if (wanted.has(row)) continue;
       cell.remove();
@@ -153,8 +155,11 @@ export class Grid {
         cell.style.width = cell.style.height = `${this.side}px`;
         Object.assign(cell, {x, y, side: this.side});
       }
-      cell.setAttribute("aria-posinset", place + 1);
-      cell.setAttribute("aria-setsize", this.rows.length);
+      if (cell.place !== place || cell.total !== this.rows.length) {
+        cell.setAttribute("aria-posinset", place + 1);
+        cell.setAttribute("aria-setsize", this.rows.length);
+        Object.assign(cell, {place, total: this.rows.length});
+      }
     }
     this.#mark(false);
   }
@@ -184,8 +189,11 @@ export class Grid {
   /** Show which photos are selected, and where the cursor is. */
   #mark(tell = true) {
     for (const [row, cell] of this.cells) {
-      cell.setAttribute("aria-selected", this.selection.has(row));
-      cell.classList.toggle("cursor", row === this.cursor);
+      const selected = this.selection.has(row), cursor = row === this.cursor;
+      if (cell.selected === selected && cell.cursor === cursor) continue;
+      cell.setAttribute("aria-selected", selected);
+      cell.classList.toggle("cursor", cursor);
+      Object.assign(cell, {selected, cursor});
     }
     if (this.cells.has(this.cursor)) this.element.setAttribute("aria-activedescendant", `${this.name}-${this.cursor}`);
     else this.element.removeAttribute("aria-activedescendant");
