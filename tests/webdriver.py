@@ -80,6 +80,16 @@ class Browser:
         steps = [{"type": "keyDown", "value": key}, {"type": "keyUp", "value": key}]
         self._do("POST", "/actions", {"actions": [{"type": "key", "id": "keys", "actions": steps}]})
 
+    def drag(self, *points: tuple[float, float]) -> None:
+        """Press the mouse at the first point of the window, go through the others, and let go at the last."""
+        moves = [
+            {"type": "pointerMove", "duration": 20, "x": round(x), "y": round(y), "origin": "viewport"}
+            for x, y in points
+        ]
+        steps = [moves[0], {"type": "pointerDown", "button": 0}, *moves[1:], {"type": "pointerUp", "button": 0}]
+        mouse = {"type": "pointer", "id": "mouse", "parameters": {"pointerType": "mouse"}, "actions": steps}
+        self._do("POST", "/actions", {"actions": [mouse]})
+
     def wait(self, condition: str, seconds: float = 60.0) -> Any:
         """Wait until a JavaScript expression is true, and give its value."""
         until = time.monotonic() + seconds

@@ -1,6 +1,6 @@
 // The shell: steps, one view at a time by the hash of the address, messages, and the keys that work everywhere.
 
-import {button, make, percent, plural} from "./dom.js";
+import {button, make, onceAFrame, percent, plural} from "./dom.js";
 import {help, typing} from "./keys.js";
 import {howMany, labelled, listen, load, on, store, turn} from "./store.js";
 
@@ -112,10 +112,7 @@ at("redo").addEventListener("click", () => turn("redo"));
 at("keys").addEventListener("click", help);
 on("said", said);
 on("trouble", trouble);
-let asked = 0;
-on("state labels photos quality jobs loaded", () => {  // many come at once: once a frame is enough
-  asked ||= requestAnimationFrame(() => { asked = 0; steps(); });
-});
+on("state labels photos quality jobs loaded", onceAFrame(steps));
 addEventListener("hashchange", go);
 
 await load();

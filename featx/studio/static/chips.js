@@ -14,7 +14,7 @@ export function chip(label) {
 
 export function suggestionChip({label, percent, unknown}) {
   return make("span", {class: "chip faint"}, swatch(label), make("span", {class: "chip-name", text: nameOf(label)}), " ",
-    make("span", {class: "chip-number", text: unknown ? "?" : `${percent}\u00a0%`}));
+    make("span", unknown ? {class: "chip-number", "aria-hidden": "true", text: "?"} : {class: "chip-number", text: `${percent}\u00a0%`}));
 }
 
 /** What lies on a thumbnail, and what a screen reader says of it. */
@@ -25,7 +25,7 @@ export function signs(row) {
   if (!suggested) return {text: `${name}, not labelled`};
   const {percent, unknown} = suggested;
   return {
-    text: `${name}, perhaps ${nameOf(suggested.label)} ${unknown ? "?, unlike the labelled photos" : `${percent}\u00a0%`}`,
+    text: `${name}, perhaps ${nameOf(suggested.label)} ${unknown ? "but unlike the labelled photos" : `${percent}\u00a0%`}`,
     parts: [suggestionChip(suggested)],
   };
 }

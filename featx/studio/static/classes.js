@@ -1,6 +1,6 @@
 // The panel of classes: names, counts and keys; a click labels the selection. Used beside the grid and beside the map.
 
-import {button, dialog, make, plural} from "./dom.js";
+import {button, dialog, make, onceAFrame, plural} from "./dom.js";
 import {keyOf} from "./keys.js";
 import {swatch} from "./palette.js";
 import {changeClass, classNumbers, counts, label, LEFT_OUT, nameOf, NONE, on, say, store, UNSURE} from "./store.js";
@@ -77,8 +77,8 @@ export function classPanel({selected, after = () => {}, filter = null}) {
 
   function edit(number) {
     const name = nameOf(number), others = classNumbers().filter((each) => each !== number), n = counts().get(number) || 0;
-    const called = make("input", {type: "text", value: name, "aria-label": "Name", maxlength: "100", required: true, autocomplete: "off"});
-    const into = make("select", {"aria-label": "Merge into"}, ...others.map((each) => new Option(nameOf(each), each)));
+    const called = make("input", {type: "text", value: name, "aria-label": "Name", maxlength: "100", required: true, autofocus: true, autocomplete: "off"});
+    const into = make("select", {}, ...others.map((each) => new Option(nameOf(each), each)));
     const wrong = make("p", {class: "bad", role: "alert"});
     const box = dialog(name,
       make("form", {class: "row", on: {submit: (event) => {
@@ -90,7 +90,7 @@ export function classPanel({selected, after = () => {}, filter = null}) {
         else act({op: "rename", class: number, name: wanted}, `${name} is now called ${wanted}.`);
       }}}, called, make("button", {class: "primary", text: "Rename"})),
       wrong,
-      others.length ? make("div", {class: "row"}, into, button("Merge", () => act({op: "merge", class: number, into: Number(into.value)}, `${name} is now part of ${nameOf(Number(into.value))}.`))) : null,
+      others.length ? make("div", {class: "row"}, make("label", {}, "Merge it into ", into), button("Merge", () => act({op: "merge", class: number, into: Number(into.value)}, `${name} is now part of ${nameOf(Number(into.value))}.`))) : null,
       make("div", {class: "row"},
         filter ? button(`Show its ${plural(n)}`, () => { box.close(); filter(number); }) : null,
         button("Remove", () => act({op: "remove", class: number}, `${name} is removed; ${n === 1 ? "its photo has" : `its ${plural(n)} have`} no label now.`), "bad")),
@@ -120,7 +120,7 @@ export function classPanel({selected, after = () => {}, filter = null}) {
     tell();
   }
 
-  on("labels loaded", render);
+  on("labels loaded", onceAFrame(render));
   render();
 
   return {

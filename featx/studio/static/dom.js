@@ -45,6 +45,17 @@ export function duration(seconds) {
 export const empty = (title, text, ...actions) =>
   make("div", {class: "empty"}, make("h2", {text: title}), make("p", {text}), ...actions);
 
+/** Do something once a frame, however often it is asked for. */
+export function onceAFrame(work) {
+  let asked = 0;
+  return () => {
+    asked ||= requestAnimationFrame(() => {
+      asked = 0;
+      work();
+    });
+  };
+}
+
 /** A dialog that takes itself away when it is closed, and gives the focus back. */
 export function dialog(title, ...children) {
   const box = make("dialog", {"aria-label": title},

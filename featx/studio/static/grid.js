@@ -28,7 +28,7 @@ export class Grid {
       this.space);
     this.space.append(this.band);
     this.element.addEventListener("scroll", () => this.#later(), {passive: true});
-    this.element.addEventListener("keydown", (event) => this.#key(event));
+    this.element.addEventListener("keydown", (event) => this.press(event));
     this.element.addEventListener("focus", () => {
       if (this.cursor === null && this.rows.length) this.#point(this.rows[Math.min(this.#first(), this.rows.length - 1)]);
     });
@@ -209,7 +209,8 @@ export class Grid {
 
   // --- keys ---
 
-  #key(event) {
+  /** What a key does to the grid: moving, selecting. */
+  press(event) {
     if (event.altKey || !this.rows.length) return;
     const jumps = {ArrowLeft: -1, ArrowRight: 1, ArrowUp: -this.columns, ArrowDown: this.columns,
       PageUp: -this.columns * Math.max(1, Math.floor(this.element.clientHeight / this.step)),

@@ -33,7 +33,7 @@ export function help() {
   if (document.querySelector("dialog[open]")) return;
   const box = dialog("All keys", make("div", {class: "help"}, ...HELP.map(([title, keys]) => make("section", {}, make("h3", {text: title}),
     make("dl", {}, ...keys.flatMap(([key, does]) => [make("dt", {}, make("kbd", {text: key})), make("dd", {text: does})]))))),
-    make("p", {class: "soft", text: "A class whose name begins with u or o: press / first. " +
+    make("p", {class: "soft", text: "A class whose name begins with u or o (on the map also f or v): press / first. " +
       (store.classes.length > 9 ? "Classes after the ninth are labelled by their names." : "")}));
   box.append(button("Back to work", () => box.close(), "primary"));
 }

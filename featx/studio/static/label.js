@@ -3,11 +3,11 @@
 import {get} from "./api.js";
 import {signs} from "./chips.js";
 import {classPanel} from "./classes.js";
-import {button, empty, make, plural} from "./dom.js";
+import {button, empty, make, onceAFrame, plural} from "./dom.js";
 import {Grid} from "./grid.js";
 import {labelOfKey, typing} from "./keys.js";
 import {swatch} from "./palette.js";
-import {allRows, classNumbers, counts, howMany, label, labelled, LEFT_OUT, nameOf, NO_LABEL, NONE, on, say, store, suggestionOf, UNSURE} from "./store.js";
+import {allRows, bySuggestion, classNumbers, counts, howMany, label, labelled, LEFT_OUT, nameOf, NO_LABEL, NONE, on, say, store, suggestionOf, UNSURE} from "./store.js";
 import {view} from "./viewer.js";
 
 const ORDERS = [["worth", "most worth labelling"], ["suggested", "suggested class"], ["similar", "similar to the selected"],
@@ -125,11 +125,7 @@ export function build(section) {
   }
 
   function accept(rows) {
-    const groups = new Map();
-    for (const row of rows) {
-      const suggested = suggestionOf(row);
-      if (suggested) groups.set(suggested.label, [...(groups.get(suggested.label) || []), row]);
-    }
+    const groups = bySuggestion(rows);
     if (!groups.size) {
       say(store.suggestions.ready ? "Nothing is suggested for the selection." : store.suggestions.reason || "No suggestions yet: label a photo of each of two classes first.");
       return;
@@ -217,12 +213,19 @@ export function build(section) {
     panel.tell();
   }
 
-  function ready() {
+  function hasPhotos() {
     const photos = store.state?.open && store.ids.length;
     work.hidden = !photos;
     first.replaceChildren(...(photos ? [] : [empty("No photos yet", "Choose a folder of photos first.", make("a", {class: "button primary", href: "#photos", text: "Choose a folder"}))]));
     return photos;
   }
+
+  const around = onceAFrame(() => {
+    if (section.hidden) return;
+    drawFilter();
+    drawBatches();
+    tell();
+  });
 
   // --- keys ---
 
@@ -237,11 +240,20 @@ export function build(section) {
     else if (key === "o") {
       if (grid.cursor !== null) view(grid.cursor, grid.rows);
     } else if (key === "/") panel.type(grid.element);
+    else if (/^(Arrow|Page|Home|End)/.test(key) && !grid.element.contains(event.target)) {
+      grid.element.focus();  // the arrows always move among the photos
+      grid.press(event);
+    }
     else if (/^\p{L}$/u.test(key) && key !== "u") {
       panel.type(grid.element);  // the letter goes into the field, which has the focus now
       return;
     } else return;
     event.preventDefault();
+  });
+
+  // After a click on a class the keys are the grid's again; whoever came by Tab stays where he is.
+  panel.element.addEventListener("click", (event) => {
+    if (event.detail && event.target.closest(".class-line")) grid.element.focus({preventScroll: true});
   });
 
   // --- what happens ---
@@ -250,11 +262,9 @@ export function build(section) {
     const next = after;
     after = null;
     grid.refresh(rows);
-    drawFilter();
-    drawBatches();
+    around();
     if (next) next();
     else if (!section.hidden && ordered !== -1) leaveOrReturn(rows);
-    tell();
   });
 
   /** Labels that came from elsewhere, or back by undo: photos leave the queue, or come back to their place. */
@@ -267,28 +277,26 @@ export function build(section) {
   }
 
   on("suggestions", () => {
-    drawFilter();
-    drawBatches();
-    grid.refresh();
     if (section.hidden) return;
+    around();
+    grid.refresh();
     if (!grid.selection.size && grid.element.scrollTop === 0 && ["worth", "suggested"].includes(order.value)) arrange();
     else anew.hidden = !["worth", "suggested"].includes(order.value) || ordered === store.suggestions.version;
-    tell();
   });
 
   on("photos loaded", () => {
-    if (section.hidden || !ready()) return;
+    if (section.hidden || !hasPhotos()) return;
     drawFilter();
     arrange();
   });
 
   return {
     show() {
-      if (!ready()) return;
+      if (!hasPhotos()) return;
       drawFilter();
       drawBatches();
       arrange();
-      if (document.activeElement === document.body) grid.element.focus();
+      if (document.activeElement === document.body || document.activeElement.closest("[hidden]")) grid.element.focus();
     },
   };
 }

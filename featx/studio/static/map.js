@@ -3,11 +3,11 @@
 import {thumb} from "./api.js";
 import {signs} from "./chips.js";
 import {classPanel} from "./classes.js";
-import {button, empty, make, plural} from "./dom.js";
+import {button, empty, make, onceAFrame, plural} from "./dom.js";
 import {Grid} from "./grid.js";
 import {labelOfKey, typing} from "./keys.js";
 import {colourOf, swatch, trace} from "./palette.js";
-import {label, LEFT_OUT, nameOf, NO_LABEL, on, read, say, store, suggestionOf} from "./store.js";
+import {bySuggestion, label, LEFT_OUT, nameOf, NO_LABEL, on, read, say, store, suggestionOf} from "./store.js";
 import {view} from "./viewer.js";
 
 const METHODS = {pca: "A first, rough map; a better one is on its way.", tsne: "Photos that look alike lie close together."};
@@ -37,7 +37,7 @@ export function build(section) {
   const first = make("div");
   section.append(first, work);
 
-  let view0 = {scale: 1, x: 0, y: 0};  // a point p of the map is drawn at (p - (x, y)) * scale * half + middle
+  let camera = {scale: 1, x: 0, y: 0};  // a point p of the map is drawn at (p - (x, y)) * scale * half + middle
   let width = 0, height = 0, ratio = 1, lasso = null, asked = 0, hovered = null;
   let fitted = true;  // the whole map is in view, and stays so when the window changes
   const pen = canvas.getContext("2d");
@@ -106,8 +106,8 @@ export function build(section) {
   // --- drawing ---
 
   const half = () => Math.min(width, height) / 2;
-  const toScreen = (row) => [(map.x[row] - view0.x) * view0.scale * half() + width / 2, (map.y[row] - view0.y) * view0.scale * half() + height / 2];
-  const toMap = (sx, sy) => [(sx - width / 2) / half() / view0.scale + view0.x, (sy - height / 2) / half() / view0.scale + view0.y];
+  const toScreen = (row) => [(map.x[row] - camera.x) * camera.scale * half() + width / 2, (map.y[row] - camera.y) * camera.scale * half() + height / 2];
+  const toMap = (sx, sy) => [(sx - width / 2) / half() / camera.scale + camera.x, (sy - height / 2) / half() / camera.scale + camera.y];
 
   function later() {
     if (!asked && !section.hidden) asked = requestAnimationFrame(render);
@@ -118,7 +118,7 @@ export function build(section) {
     if (!map || !width) return;
     pen.setTransform(1, 0, 0, 1, 0, 0);
     pen.clearRect(0, 0, canvas.width, canvas.height);
-    const zoomed = view0.scale * half() * ratio, left = canvas.width / 2 - view0.x * zoomed, top = canvas.height / 2 - view0.y * zoomed;
+    const zoomed = camera.scale * half() * ratio, left = canvas.width / 2 - camera.x * zoomed, top = canvas.height / 2 - camera.y * zoomed;
     const faint = selection.size > 0;
     // What is not labelled lies below, what is selected on top.
     const order = groups.map((_, i) => i).sort((a, b) => groups[a].mark - groups[b].mark);
@@ -170,19 +170,19 @@ export function build(section) {
 
   // --- moving about ---
 
-  function zoom(by, sx = width / 2, sy = height / 2) {
+  function zoom(times, sx = width / 2, sy = height / 2) {
     const [mx, my] = toMap(sx, sy);
-    view0.scale = Math.min(60, Math.max(.3, view0.scale * by));
+    camera.scale = Math.min(60, Math.max(.3, camera.scale * times));
     fitted = false;
     const [nx, ny] = toMap(sx, sy);
-    view0.x += mx - nx;
-    view0.y += my - ny;
+    camera.x += mx - nx;
+    camera.y += my - ny;
     later();
   }
 
   function shift(dx, dy) {
-    view0.x -= dx / half() / view0.scale;
-    view0.y -= dy / half() / view0.scale;
+    camera.x -= dx / half() / camera.scale;
+    camera.y -= dy / half() / camera.scale;
     fitted = false;
     later();
   }
@@ -195,7 +195,7 @@ export function build(section) {
       [top, bottom] = [Math.min(top, map.y[row]), Math.max(bottom, map.y[row])];
     }
     const scale = Math.min((width - 60) / Math.max(right - left, .01), (height - 60) / Math.max(bottom - top, .01)) / half();
-    view0 = {scale: Math.max(.1, scale), x: (left + right) / 2, y: (top + bottom) / 2};
+    camera = {scale: Math.max(.1, scale), x: (left + right) / 2, y: (top + bottom) / 2};
     fitted = true;
     later();
   }
@@ -248,7 +248,7 @@ export function build(section) {
 
   function nearest(sx, sy) {
     if (!map) return null;
-    const [mx, my] = toMap(sx, sy), reach = 10 / half() / view0.scale;
+    const [mx, my] = toMap(sx, sy), reach = 10 / half() / camera.scale;
     let best = null, least = reach * reach;
     for (let row = 0; row < groupOf.length; row++) {
       if (groupOf[row] < 0) continue;
@@ -335,18 +335,16 @@ export function build(section) {
   });
 
   function accept() {
-    const groups = new Map();
-    for (const row of selection) {
-      const suggested = suggestionOf(row);
-      if (suggested) groups.set(suggested.label, [...(groups.get(suggested.label) || []), row]);
-    }
-    clearing = true;
-    for (const [suggested, rows] of groups) label(rows, suggested, "map");
+    const suggested = bySuggestion(selection);
+    clearing = suggested.size > 0;
+    if (!clearing) say("Nothing is suggested for the selection.");
+    for (const [number, rows] of suggested) label(rows, number, "map");
   }
 
   // --- what happens ---
 
   by.addEventListener("change", paint);
+  const repaint = onceAFrame(paint);
 
   async function loadMap() {
     const {version} = store.state.map;
@@ -385,12 +383,12 @@ export function build(section) {
       if (!section.hidden) picked();
     }
     if (section.hidden || !map) return;
-    paint();
+    repaint();
     grid.refresh(rows);
   });
   on("suggestions", () => {
     if (section.hidden || !map) return;
-    paint();
+    repaint();
     grid.refresh();
   });
 
@@ -399,7 +397,5 @@ export function build(section) {
       draw();
       if (store.state?.open) loadMap();
     },
-    /** For measuring: draw now, as often as is asked. */
-    render, zoom,
   };
 }

@@ -22,7 +22,7 @@ export function build(section) {
   const openThis = make("button", {class: "primary", text: "Open this folder"});
   chooser.append(
     make("h2", {text: "Which photos?"}),
-    make("p", {text: "Choose the folder with your photos. They stay where they are, on this machine; nothing is changed in the folder."}),
+    make("p", {text: "Choose the folder with your photos, or type the path of a list of them (.csv). They stay where they are, on this machine; nothing is changed in the folder."}),
     make("form", {class: "row", on: {submit: (event) => { event.preventDefault(); openFolder(path.value.trim()); }}}, path, openThis),
     wrong, crumb, folders, make("p", {class: "soft small", text: "You can also drop photos or a whole folder anywhere on this page."}));
 
@@ -32,9 +32,9 @@ export function build(section) {
     path.value = answer.path;
     openThis.disabled = false;
     crumb.textContent = answer.images ? `${plural(answer.images)} in this folder itself.` : "No photo in this folder itself.";
-    const line = (to) => make("li", {}, button("", () => browse(to), "folder"));
-    const lines = answer.folders.map(({name, path: to, images}) => {
-      const item = line(to);
+    const line = (there) => make("li", {}, button("", () => browse(there), "folder"));
+    const lines = answer.folders.map(({name, path: there, images}) => {
+      const item = line(there);
       item.firstChild.append(make("span", {class: "folder-name", text: name}),
         make("span", {class: "soft", text: images === null ? "" : images ? plural(images) : "no photos"}));
       return item;
@@ -152,23 +152,23 @@ export function build(section) {
   }
 
   function drawCopies() {
-    const open = groups.map((group) => ({...group, rows: group.rows.filter((row) => store.labels[row] !== LEFT_OUT)})).filter(({rows}) => rows.length > 1);
+    const left = groups.map((group) => ({...group, rows: group.rows.filter((row) => store.labels[row] !== LEFT_OUT)})).filter(({rows}) => rows.length > 1);
     const focused = copies.contains(document.activeElement);
     copies.hidden = !groups.length;
     if (!groups.length) return;
-    copies.replaceChildren(make("h3", {text: open.length ? `${plural(open.length, "set")} of copies: keep one of each?` : "No copies left"}));
-    if (!open.length) return;
+    copies.replaceChildren(make("h3", {text: left.length ? `${plural(left.length, "set")} of copies: keep one of each?` : "No copies left"}));
+    if (!left.length) return;
     copies.append(make("p", {class: "soft", text: "Copies make a classifier look better than it is. The others are left out, not deleted."}),
-      ...open.slice(0, AT_ONCE).map(({rows, kind}) => make("div", {class: "card copy"},
+      ...left.slice(0, AT_ONCE).map(({rows, kind}) => make("div", {class: "card copy"},
         make("p", {class: "small", text: KINDS[kind]}),
         make("div", {class: "copy-row"}, ...rows.slice(0, 12).map((row) => make("figure", {},
           make("img", {src: thumb(row), alt: store.ids[row], loading: "lazy"}),
           button("Keep this one", () => keep(rows, row), "", {"aria-label": `Keep this one: ${store.ids[row]}; the others are left out`})))),
         button("Keep all", () => { groups = groups.filter((group) => !rows.every((row) => group.rows.includes(row))); drawCopies(); }, "quiet"))));
-    if (open.length > 1) {
-      copies.append(button(`Keep the first of each of the ${open.length}`, () => label(open.flatMap(({rows}) => rows.slice(1)), LEFT_OUT, "copies")));
+    if (left.length > 1) {
+      copies.append(button(`Keep the first of each of the ${left.length}`, () => label(left.flatMap(({rows}) => rows.slice(1)), LEFT_OUT, "copies")));
     }
-    if (open.length > AT_ONCE) copies.append(make("p", {class: "soft", text: `and ${plural(open.length - AT_ONCE, "more set")}.`}));
+    if (left.length > AT_ONCE) copies.append(make("p", {class: "soft", text: `and ${plural(left.length - AT_ONCE, "more set")}.`}));
     if (focused) copies.querySelector("button").focus();
   }
 

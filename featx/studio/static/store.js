@@ -46,7 +46,7 @@ export const nameOf = (label) => label >= 0 ? store.classes[label] ?? "a removed
 /** Numbers of the classes that were not removed. */
 export const classNumbers = () => store.classes.flatMap((name, number) => name === null ? [] : [number]);
 
-let counted = null, shown = null;  // kept until labels or photos change: views ask often
+let counted = null, listed = null;  // kept until labels or photos change: views ask often
 
 /** How many photos have each label, by label. */
 export function counts() {
@@ -57,8 +57,8 @@ export function counts() {
 }
 
 function rowsShown() {
-  shown ||= store.ids.flatMap((_, row) => store.refused.has(row) ? [] : [row]);
-  return shown;
+  listed ||= store.ids.flatMap((_, row) => store.refused.has(row) ? [] : [row]);
+  return listed;
 }
 
 /** Photos that can be shown, in their order. */
@@ -73,6 +73,16 @@ export const suggestionOf = (row) => {
   const label = ready ? suggested[row] ?? -1 : -1;
   return label < 0 || store.classes[label] === null ? null : {label, percent: probability[row], unknown: Boolean(unknown[row])};
 };
+
+/** Photos by what is suggested for them: a map from the number of a class to rows. */
+export function bySuggestion(rows) {
+  const found = new Map();
+  for (const row of rows) {
+    const suggested = suggestionOf(row);
+    if (suggested) found.set(suggested.label, [...(found.get(suggested.label) || []), row]);
+  }
+  return found;
+}
 
 // --- labels: what the server has, overlaid by what is on its way ---
 
@@ -237,7 +247,7 @@ async function loadPhotos() {
   if (answer) {
     Object.assign(store, {ids: answer.ids, times: answer.times, embedded: answer.embedded, refused: new Set(answer.refused)});
     while (store.labels.length < store.ids.length) store.labels.push(server.labels[store.labels.length] ?? NO_LABEL);
-    counted = shown = null;
+    counted = listed = null;
     emit("photos");
   }
   setTimeout(() => {  // while a folder is embedded, the server speaks of new photos all the time

@@ -1,0 +1,326 @@
+"""The studio's page in a real browser, with the real server and real photos, as a person uses it.
+
+The tests are the steps of one session and run in their order.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+pytest.importorskip("fastapi", reason="the extra serve is not installed")
+
+from studiokit import Window, open_studio
+from webdriver import Browser, driver, missing
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing() or "there is a browser")]
+
+HOSTILE = "<img src=x onerror=document.title='owned'>.jpg"
+ENTER, RIGHT, HOME, END = "\ue007", "\ue014", "\ue011", "\ue010"
+VIEWS = ("photos", "label", "map", "quality", "try", "take")
+STEPS = "document.getElementById('steps').innerText"
+FIRST = (
+    "(document.querySelector('.label .cell[aria-selected=true]') || "
+    "document.querySelector('.label .cell[aria-posinset=\"1\"]')).getAttribute('aria-label').split(',')[0]"
+)
+CHOOSE = (
+    "const field = document.querySelector(`.label select[aria-label=${arguments[0]}]`);"
+    "field.value = arguments[1]; field.dispatchEvent(new Event('change'))"
+)
+
+
+class Scene(NamedTuple):
+    """A browser, the server, what each photo really shows, and photos that are not in the folder."""
+
+    page: Browser
+    window: Window
+    truth: dict[str, str]
+    fresh: list[Path]
+
+    def go(self, view: str) -> None:
+        self.page.run("location.hash = arguments[0]", view)
+        self.page.wait(f"document.querySelector('.view.{view}:not([hidden])')?.innerText")
+
+    def type(self, text: str) -> None:
+        for letter in text:
+            self.page.press(letter)
+
+    def labels(self) -> dict[str, str | int]:
+        """What the server has, by the name of the photo."""
+        found, ids = self.window.get("/api/labels"), self.window.get("/api/photos")["ids"]
+        names = [found["classes"][label] if label >= 0 else label for label in found["labels"]]
+        return dict(zip(ids, names, strict=True))
+
+    def key_of(self, kind: str) -> str:
+        names = self.page.run("return [...document.querySelectorAll('.label .class-name')].map(e => e.textContent)")
+        return str(names.index(kind) + 1)
+
+
+@pytest.fixture(scope="module")
+def scene(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    """A hundred unsorted photos below a root, one with a hostile name, and a broken one; nothing is open yet."""
+    folder = tmp_path_factory.mktemp("studio")
+    truth, fresh, unsorted = {}, [], folder / "root" / "unsorted"
+    unsorted.mkdir(parents=True)
+    kinds = {name: sorted((photos / "hymenoptera" / "train" / name).glob("*.jpg"))[:52] for name in ("ants", "bees")}
+    for kind, files in kinds.items():
+        fresh += files[50:]
+        for i, file in enumerate(files[:50]):
+            name = HOSTILE if (i, kind) == (0, "bees") else f"{i:03}{kind[0]}.jpg"
+            shutil.copy(file, unsorted / name)
+            truth[name] = kind
+    (unsorted / "broken.jpg").write_bytes(kinds["ants"][0].read_bytes()[:2000])
+    with driver(folder) as url, open_studio(folder, "--root", folder / "root") as window:
+        page = Browser(url, folder / "profile", (1280, 800))
+        page.resize(1280, 800)
+        page.open(f"{window.server.url}/?token={window.token}")
+        yield Scene(page, window, truth, fresh)
+        complaints = page.log()
+        page.close()
+    assert complaints == []
+
+
+def test_a_folder_is_chosen_and_read(scene: Scene) -> None:
+    page = scene.page
+    page.wait("[...document.querySelectorAll('.folder')].some(b => b.innerText.includes('unsorted'))")
+    page.run("[...document.querySelectorAll('.folder')].find(b => b.innerText.includes('unsorted')).click()")
+    page.wait("document.querySelector('.chooser input').value.endsWith('unsorted')")
+    page.run("document.querySelector('.chooser .primary').click()")
+    page.wait("document.querySelector('.doing')?.textContent.startsWith('100 photos read')")
+    page.wait("document.querySelector('.refused').textContent.includes('1 file could not be used')")
+    assert "broken.jpg" in page.run("return document.querySelector('.refused').textContent")
+    page.wait("document.querySelectorAll('.photos .cell[data-state=shown]').length >= 30")
+
+
+def test_labelling_by_keys_until_suggestions_come(scene: Scene) -> None:
+    page, names = scene.page, list[str]()
+    page.run("[...document.querySelectorAll('.photos a')].find(a => a.textContent === 'Start labelling').click()")
+    page.wait("document.querySelectorAll('.label .cell[data-state=shown]').length >= 20")
+    page.press(RIGHT)
+    for _ in range(20):
+        name = page.run(f"return {FIRST}")
+        kind = scene.truth[name]
+        if kind in names:
+            page.press(str(names.index(kind) + 1))
+        else:
+            names.append(kind)
+            scene.type(kind)
+            page.press(ENTER)
+        assert page.run(f"return {FIRST}") != name, "the selection did not move on"
+    page.wait(f"{STEPS}.includes('20 labelled')")
+    page.wait("document.querySelectorAll('.label .chip.faint').length > 10")
+    assert page.run("return document.getElementById('said').textContent").startswith("1 photo: ")
+    labelled = {name: label for name, label in scene.labels().items() if label != -1}
+    assert labelled == {name: scene.truth[name] for name in labelled}
+    assert len(labelled) == 20
+
+
+def test_undo_redo_unsure_and_reload(scene: Scene) -> None:
+    page = scene.page
+    before, name = scene.labels(), page.run(f"return {FIRST}")
+    page.press("-")
+    page.wait(f"{STEPS}.includes('21 labelled') && document.getElementById('undo').title == '1 photo: unsure'")
+    page.press("u")
+    page.wait(f"{STEPS}.includes('20 labelled')")
+    assert scene.labels() == before
+    assert page.run(f"return {FIRST}") == name, "what came back by undo is selected"
+    page.run("document.getElementById('redo').click()")
+    page.wait(f"{STEPS}.includes('21 labelled')")
+    page.run("location.reload()")  # in the middle of it all
+    page.wait(f"{STEPS}.includes('21 labelled') && !document.getElementById('undo').disabled")
+    assert scene.labels() == {**before, name: -3}
+    page.run("document.getElementById('undo').click()")
+    page.wait(f"{STEPS}.includes('20 labelled')")
+
+
+def test_a_lost_connection_keeps_labels_and_sends_them(scene: Scene) -> None:
+    page = scene.page
+    page.wait("document.querySelectorAll('.label .cell').length > 0")
+    before = scene.labels()
+    network: dict[str, Any] = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+    page.devtools("Network.enable")
+    page.devtools("Network.emulateNetworkConditions", offline=True, **network)
+    page.run("document.querySelector('.label .grid').focus()")
+    page.press(RIGHT)
+    name = page.run(f"return {FIRST}")
+    page.press(scene.key_of(scene.truth[name]))
+    page.wait(f"{STEPS}.includes('21 labelled')")  # shown at once
+    page.wait("document.getElementById('trouble').textContent.includes('connection')")
+    assert scene.labels() == before
+    page.devtools("Network.emulateNetworkConditions", offline=False, **network)
+    page.wait("!document.getElementById('trouble').textContent")
+    scene.window.wait(lambda: scene.labels() == {**before, name: scene.truth[name]})
+    page.log()  # forget the requests that could not go out
+
+
+def test_hostile_names_stay_text(scene: Scene) -> None:
+    page = scene.page
+    before = scene.labels()
+    page.press("/")
+    scene.type("<b>x</b>")
+    page.press(ENTER)
+    scene.window.wait(lambda: "<b>x</b>" in scene.labels().values())
+    assert "<b>x</b>" in page.run("return document.querySelector('.label .classes').innerText")
+    assert page.run("return document.querySelectorAll('.classes b').length") == 0
+    page.press("u")
+    scene.window.wait(lambda: scene.labels() == before)
+    page.run(CHOOSE, "Show", "all")
+    page.run(CHOOSE, "Order", "name")
+    page.run("document.querySelector('.label .grid').focus()")
+    page.press(HOME)
+    labels = "[...document.querySelectorAll('.label .cell')].map(c => c.getAttribute('aria-label'))"
+    page.wait(f"{labels}.some(name => name.startsWith({HOSTILE!r}))")
+    assert page.run("return document.title") == "Label · unsorted"
+    assert page.run("return document.querySelectorAll('img[src=x]').length") == 0
+    page.run(CHOOSE, "Order", "worth")
+    page.run(CHOOSE, "Show", "todo")
+
+
+def test_a_class_name_that_is_refused_is_rolled_back(scene: Scene) -> None:
+    page = scene.page
+    before = scene.labels()
+    page.run("document.querySelector('.label .grid').focus()")
+    page.press(RIGHT)
+    page.run("document.querySelector('.label .class-add input').removeAttribute('maxlength')")
+    page.run(
+        "const f = document.querySelector('.label .class-add input');"
+        "f.value = 'long'.repeat(200); f.form.requestSubmit()"
+    )
+    page.wait("document.getElementById('said').classList.contains('bad')")
+    page.wait(f"{STEPS}.includes('21 labelled')")
+    assert scene.labels() == before
+    page.log()  # forget the refusal
+
+
+def test_a_batch_is_accepted_with_its_measured_error(scene: Scene) -> None:
+    page = scene.page
+    page.wait("document.querySelector('.batch')")
+    text = page.run("return document.querySelector('.batches').innerText")
+    assert "labelled photos" in text or "Cannot tell yet" in text
+    before = scene.labels()
+    accept = "document.querySelector('.batch button[aria-label^=\"Accept all\"]')"
+    told = page.run(f"return {accept}.getAttribute('aria-label')").split()  # Accept all 34 suggestions of bees ...
+    number, kind = int(told[2]), told[5]
+    page.run(f"{accept}.click()")
+    scene.window.wait(lambda: scene.labels() != before)
+    changed = {name: label for name, label in scene.labels().items() if label != before[name]}
+    assert len(changed) == number
+    assert set(changed.values()) == {kind}
+    right = sum(scene.truth[name] == kind for name in changed)
+    assert right >= 0.8 * number, f"{right} of {number} suggestions above 95 % were right"
+
+
+def test_a_lasso_on_the_map_selects_and_labels(scene: Scene) -> None:
+    page = scene.page
+    scene.go("map")
+    page.wait("!document.querySelector('.map-work').hidden && document.querySelectorAll('.legend li').length > 1")
+    box = page.run(
+        "const r = document.querySelector('.stage canvas').getBoundingClientRect();"
+        "return [r.left + 3, r.top + 3, r.right - 3, r.bottom - 3]"
+    )
+    left, top, right, bottom = box
+    chosen = "document.querySelector('.picked p').textContent"
+    page.drag((left, top), (right, top), (right, bottom), (left, bottom), (left, top + 2))
+    page.wait(f"{chosen}.startsWith('100 photos selected')")
+    middle = (left + right) / 2
+    page.drag((left, top), (middle, top), (middle, bottom), (left, bottom), (left, top + 2))
+    page.wait(f"!{chosen}.startsWith('100')")
+    number = int(page.run(f"return {chosen}").split()[0])
+    assert 0 < number < 100
+    before = scene.labels()
+    page.press("0")
+    scene.window.wait(lambda: sum(label == -2 for label in scene.labels().values()) == number)
+    page.press("u")
+    scene.window.wait(lambda: scene.labels() == before)
+
+
+def test_how_good_it_is_and_the_photos_behind_it(scene: Scene) -> None:
+    page = scene.page
+    scene.go("quality")
+    page.wait("document.querySelector('.big') && document.querySelector('.confusion td.right button')")
+    scene.window.wait(lambda: scene.window.get("/api/quality")["status"] == "done")
+    mean = scene.window.get("/api/quality")["accuracy"]["mean"]
+    page.wait(f"document.querySelector('.big strong')?.textContent == '{100 * mean:.0f}\\u00a0%'")
+    page.wait(f"{STEPS}.includes('{100 * mean:.0f}\\u00a0%')")
+    page.run("document.querySelector('.confusion td.right button').click()")
+    page.wait("document.querySelectorAll('.gallery .cell[data-state=shown]').length > 0")
+    assert "labelled " in page.run("return document.querySelector('.gallery h2').textContent")
+    page.run("document.querySelector('.gallery').close()")
+    page.wait("!document.querySelector('dialog')")
+
+
+def test_a_new_photo_is_tried_and_added(scene: Scene) -> None:
+    page = scene.page
+    page.resize(390, 780)
+    scene.go("try")
+    page.choose(".try input[type=file]", scene.fresh[-1])
+    page.wait("document.querySelector('.try .bars')")
+    assert page.run("return document.querySelectorAll('.try .near img').length") > 0
+    assert page.run("const m = document.getElementById('main'); return m.scrollWidth <= m.clientWidth"), "too wide"
+    page.run("[...document.querySelectorAll('.correct button')].find(b => b.textContent === 'bees').click()")
+    page.wait("document.querySelector('.correct .good')")
+    page.wait(f"{STEPS}.includes('101 photos')")
+    assert len(scene.labels()) == 102, "a hundred, the broken one, and this one"
+    assert list(scene.labels().values())[-1] == "bees"
+    page.resize(1280, 800)
+
+
+def test_labels_and_model_are_taken_along(scene: Scene) -> None:
+    page = scene.page
+    scene.go("take")
+    for title in ("Model file", "Labels"):
+        page.run("document.querySelector(`.take[aria-label='${arguments[0]}'] button`).click()", title)
+    for title in ("Model file", "Labels"):
+        link = page.wait(f"document.querySelector(\".take[aria-label='{title}'] a\")?.getAttribute('href')")
+        reply = scene.window.raw(link)
+        assert reply.status == 200
+        if title == "Labels":
+            rows = list(csv.reader(io.StringIO(reply.body.decode())))
+            assert {"ants", "bees"} <= set(itertools.chain(*rows[1:]))
+    assert page.wait("document.querySelector('.sheet pre')?.textContent").count("featx ") >= 3
+
+
+def test_no_serious_fault_for_screen_readers(scene: Scene) -> None:
+    axe = os.environ.get("FEATX_AXE")
+    if not axe:
+        pytest.skip("FEATX_AXE does not name axe.min.js of the npm package axe-core")
+    page, faults = scene.page, []
+    page.run(Path(axe).read_text() + "; window.axe = axe")
+    for dark in ("light", "dark"):
+        page.devtools("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": dark}])
+        for view in VIEWS:
+            scene.go(view)
+            found = page.run(
+                "return axe.run().then(r => r.violations.filter(v => ['serious', 'critical'].includes(v.impact))"
+                ".map(v => [v.id, v.nodes[0].html]))"
+            )
+            faults += [(dark, view, *each) for each in found]
+    assert faults == []
+
+
+def test_ten_thousand_photos_hold_few_elements(scene: Scene) -> None:
+    page = scene.page
+    page.run(
+        "import('/static/grid.js').then(({Grid}) => {"
+        "  const box = document.createElement('div'); box.id = 'many';"
+        "  Object.assign(box.style, {position: 'fixed', inset: '0'});"
+        "  window.many = new Grid({label: 'many', decorate: (row) => ({text: `photo ${row}`}), pending: () => true});"
+        "  box.append(many.element); document.body.append(box);"
+        "  many.show([...Array(10000).keys()]); many.element.focus(); })"
+    )
+    page.wait("document.querySelectorAll('#many .cell').length > 0")
+    page.press(END)
+    page.wait("document.querySelector('#many .cell.cursor')?.getAttribute('aria-posinset') === '10000'")
+    assert page.run("return document.querySelectorAll('#many .cell').length") < 400
+    active = "document.getElementById(document.querySelector('#many .grid').getAttribute('aria-activedescendant'))"
+    assert page.run(f"return {active}.getAttribute('aria-label')") == "photo 9999"
+    assert page.run("return many.selected()") == [9999]
+    page.run("document.getElementById('many').remove()")
