@@ -97,8 +97,9 @@ def _how(
 
 def _tell(made: Studio, url: str, *, browser: bool) -> None:
     session = made.session
+    say(f"Open {url}")
     if session is not None:
-        say(f"{session.project.source}: its labels and models go to {session.project.folder}")
-    say(f"Open {url}", "Ctrl-C ends it; what was labelled is kept.")
+        say(f"Labels, embeddings and models go to {session.project.folder}")
+    say("Ctrl-C ends it; what was labelled is kept.")
     if browser:
         webbrowser.open(url)

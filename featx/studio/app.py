@@ -342,7 +342,8 @@ def _add_reading(app: FastAPI, studio: Studio) -> None:
         found = session.suggestions
         return JSONResponse(
             {
-                "version": session.versions["suggestions"], "ready": not found.reason, "reason": found.reason,
+                "version": session.versions["suggestions"], "seq": session.suggested,
+                "ready": not found.reason, "reason": found.reason,
                 "suggested": found.suggested.tolist(),
                 "probability": np.floor(100 * found.probability).astype(int).tolist(),
                 "unknown": session.unlike.astype(int).tolist(), "worth": list(found.worth),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,11 +54,11 @@ def maps(unit: NDArray[np.float32], kept: Path) -> Iterator[tuple[str, NDArray[n
 def _read(path: Path, key: str, n: int) -> NDArray[np.float32] | None:
     """What was kept of the same embeddings; a file that cannot be read is made anew."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             places = np.asarray(file["places"], np.float32)
             same = str(file["key"]) == key and places.shape == (n, 2) and bool(np.isfinite(places).all())
             return places if same else None
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,8 @@ WHOLE = 1200
 
 _WORKERS = 2
 _HALF = (0.5, 0.5, 0.5)
+_SMALL = Preprocess(resize=SIDE, crop=(SIDE, SIDE), interpolation="bilinear", mean=_HALF, std=_HALF)
+_LARGE = Preprocess(resize=(WHOLE, WHOLE), crop=(WHOLE, WHOLE), interpolation="bilinear", mean=_HALF, std=_HALF)
 
 
 class _Picture(NamedTuple):
@@ -57,7 +60,7 @@ class Pictures:
         ImageError
             The photo cannot be read.
         """
-        path = self.folder / f"{hashlib.sha256(f'{ref.id} {ref.size} {ref.stamp}'.encode()).hexdigest()[:32]}.jpg"
+        path = self._kept(ref)
         try:
             return path.read_bytes()
         except FileNotFoundError:
@@ -66,6 +69,23 @@ class Pictures:
         if ref.stamp >= 0:
             publish_bytes(path, picture)
         return picture
+
+    def make_ahead(self, refs: Sequence[ImageRef], stop: Callable[[], bool]) -> None:
+        """Make the small pictures that are not there yet, while nothing else wants the processors, until ``stop()``."""
+        missing = [ref for ref in refs if ref.stamp >= 0 and not self._kept(ref).exists()]
+        if not missing:
+            return
+        with DecoderPool(_SMALL, workers=1, mode="scaled", background=True) as pool:
+            stream = pool.run((ref.path for ref in missing), lambda digest: False, ahead=4)
+            for ref, found in zip(missing, stream, strict=False):
+                if found.pixels is not None:
+                    publish_bytes(self._kept(ref), encode(found.pixels, form="JPEG"))
+                if stop():
+                    return
+
+    def _kept(self, ref: ImageRef) -> Path:
+        named = f"{ref.id} {ref.size} {ref.stamp}".encode("utf-8", "surrogatepass")
+        return self.folder / f"{hashlib.sha256(named).hexdigest()[:32]}.jpg"
 
     def whole(self, ref: ImageRef) -> bytes:
         """All of it, the longer side :data:`WHOLE` pixels; errors as of :meth:`small`."""
@@ -82,9 +102,6 @@ class Pictures:
     def _pool(self, side: int) -> DecoderPool:
         with self._lock:
             if side not in self._pools:
-                crop = (side, side)
-                look = Preprocess(
-                    resize=side if side == SIDE else crop, crop=crop, interpolation="bilinear", mean=_HALF, std=_HALF
-                )
-                self._pools[side] = DecoderPool(look, workers=_WORKERS if side == SIDE else 1, mode="scaled")
+                look, workers = (_SMALL, _WORKERS) if side == SIDE else (_LARGE, 1)
+                self._pools[side] = DecoderPool(look, workers=workers, mode="scaled")
             return self._pools[side]

@@ -155,8 +155,8 @@ def _accuracy(rows: Index, right: NDArray[np.bool_], codes: Index, drawn: Sequen
     else:
         on = (
             f"all {len(rows)} labelled photos, which were not drawn at random: the whole folder may be easier or "
-            f"harder. {plural(LEAST - int(sample.sum()), 'photo')} more in the order of 'worth labelling', and it is "
-            "counted on a random sample."
+            f"harder; {plural(LEAST - int(sample.sum()), 'photo')} more in the order of 'worth labelling', and it is "
+            "counted on a random sample"
         )
     counted = right[sample] if enough else right
     share = _interval(int(counted.sum()), len(counted))

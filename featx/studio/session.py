@@ -87,6 +87,7 @@ class Session:
         self.pictures = Pictures(self.project.thumbnails)
         self.embedded: Embedded | None = None
         self.suggestions = Suggestions(np.full(0, -1), np.zeros(0, np.float32), (), reason="Photos are being read.")
+        self.suggested = -1  # the action that suggestions were made after
         self.quality: dict[str, Any] = {"status": "waiting", "reason": "Cannot tell yet."}
         self.map: dict[str, Any] = {"status": "waiting", "method": "", "places": None}
         self.embedding: dict[str, Any] = {
@@ -105,6 +106,7 @@ class Session:
         self._comparing = Again("unlike", self._compare, self._failed("suggestions"), 0.3)
         self._measuring = Again("measure", self._measure, self._failed("quality"), _MEASURE_SECONDS)
         self._mapping = Again("map", self._make_map, self._failed("map"))
+        self._shrinking = Again("thumbnails", self._shrink, self._failed("thumbnails"))
         if (self.project.store / "index.h5").exists():
             self._read_store()
         self.start_embedding()
@@ -117,9 +119,10 @@ class Session:
     def close(self) -> None:
         """End all work, write what is left to write, and let others open the project."""
         self.stop_embedding(wait=True)
-        work = (self._suggesting, self._comparing, self._measuring, self._mapping)
+        work = (self._suggesting, self._comparing, self._measuring, self._mapping, self._shrinking)
         for each in work:
             each.end()
+        self._shrinking.finish(10.0)
         self._writing.finish(10.0)
         self._writing.end()
         self.taking.close()
@@ -264,6 +267,7 @@ class Session:
         self._comparing.ask()
         self._mapping.ask()
         self._measuring.ask()
+        self._shrinking.ask()
 
     def refused(self) -> list[dict[str, str]]:
         """Photos that could not be read, and why."""
@@ -346,11 +350,12 @@ class Session:
         embedded = self.embedded
         if embedded is None:
             return
-        data = self.labelled(embedded)
+        seq, data = self.journal.n, self.labelled(embedded)
         unlike = self._unlike if len(self._unlike) == len(data.codes) else np.zeros(len(data.codes), bool)
         sample = quality.sample_of(data.codes, data.drawn)
         self.suggestions = suggest(embedded.unit, embedded.photos, data.codes, unlike, data.drawn, sample)
-        self._next("suggestions", ready=not self.suggestions.reason, reason=self.suggestions.reason)
+        self.suggested = seq
+        self._next("suggestions", seq=seq, ready=not self.suggestions.reason, reason=self.suggestions.reason)
 
     def _compare(self) -> None:
         embedded = self.embedded
@@ -367,6 +372,10 @@ class Session:
         """Photos (n,) that are unlike all labelled ones."""
         n = len(self.project.photos)
         return self._unlike if len(self._unlike) == n else np.zeros(n, bool)
+
+    def _shrink(self) -> None:
+        refs = [photo.ref for photo in list(self.project.photos)]
+        self.pictures.make_ahead(refs, lambda: self._shrinking.asked_again)
 
     def _make_map(self) -> None:
         embedded = self.embedded
