@@ -27,13 +27,23 @@ export class Grid {
     this.element = make("div", {class: "grid", role: "listbox", tabindex: "0", "aria-label": label, "aria-multiselectable": "true"},
       this.space);
     this.space.append(this.band);
-    this.element.addEventListener("scroll", () => this.#later(), {passive: true});
+    this.element.addEventListener("scroll", () => {
+      this.top = this.element.scrollTop;
+      this.#later();
+    }, {passive: true});
     this.element.addEventListener("keydown", (event) => this.press(event));
     this.element.addEventListener("focus", () => {
       if (this.cursor === null && this.rows.length) this.#point(this.rows[Math.min(this.#first(), this.rows.length - 1)]);
     });
     this.#mouse();
-    new ResizeObserver(() => this.#measure()).observe(this.element);
+    // Asking the page for lengths makes it lay itself out: they are kept, so that a key costs no layout.
+    this.width = this.height = this.top = 0;
+    new ResizeObserver(() => {
+      this.width = this.element.clientWidth;
+      this.height = this.element.clientHeight;
+      this.top = this.element.scrollTop;
+      this.#measure();
+    }).observe(this.element);
   }
 
   /** Show these photos in this order. The selection stays with its photos; those that are gone leave it. */
@@ -44,7 +54,7 @@ export class Grid {
     for (const row of this.selection) if (!this.places.has(row)) this.selection.delete(row);
     if (!this.places.has(this.cursor)) this.cursor = null;
     if (!this.places.has(this.anchor)) this.anchor = this.cursor;
-    if (top) this.element.scrollTop = 0;
+    if (top) this.#scroll(0);
     this.#measure();
     if (before !== this.selection.size) this.changed();
   }
@@ -88,25 +98,30 @@ export class Grid {
     const place = this.places.get(row);
     if (place === undefined || !this.columns) return;
     const top = PAD + Math.floor(place / this.columns) * this.step, bottom = top + this.step;
-    const {scrollTop, clientHeight} = this.element;
-    if (top - PAD < scrollTop) this.element.scrollTop = top - PAD;
-    else if (bottom > scrollTop + clientHeight) this.element.scrollTop = bottom - clientHeight + PAD;
+    if (top - PAD < this.top) this.#scroll(top - PAD);
+    else if (bottom > this.top + this.height) this.#scroll(bottom - this.height + PAD);
+  }
+
+  #scroll(top) {
+    this.element.scrollTop = this.top = top;
   }
 
   // --- where things are ---
 
   #measure() {
-    const width = this.element.clientWidth - 2 * PAD;
+    const width = this.width - 2 * PAD;
     if (width <= 0) return;
     this.columns = Math.max(1, Math.floor((width + GAP) / (this.size + GAP)));
     this.side = Math.floor((width - GAP * (this.columns - 1)) / this.columns);
     this.step = this.side + GAP;
-    this.space.style.height = `${2 * PAD + Math.ceil(this.rows.length / this.columns) * this.step}px`;
+    const height = 2 * PAD + Math.ceil(this.rows.length / this.columns) * this.step;
+    this.space.style.height = `${height}px`;
+    this.top = Math.max(0, Math.min(this.top, height - this.height));  // as the browser does when there are fewer photos
     this.#render();
   }
 
   #first() {
-    return Math.max(0, Math.floor((this.element.scrollTop - PAD) / this.step)) * this.columns;
+    return Math.max(0, Math.floor((this.top - PAD) / this.step)) * this.columns;
   }
 
   #later() {
@@ -117,17 +132,16 @@ export class Grid {
   #render() {
     this.asked = 0;
     if (!this.columns) return;
-    const {scrollTop, clientHeight} = this.element;
     const from = this.#first();
-    const to = Math.ceil((scrollTop + clientHeight) / this.step) * this.columns;
-    const more = Math.ceil(clientHeight / this.step) * this.columns;
+    const to = Math.ceil((this.top + this.height) / this.step) * this.columns;
+    const more = Math.ceil(this.height / this.step) * this.columns;
     const wanted = new Map();
     const want = (start, end) => {
       for (let place = Math.max(0, start); place < Math.min(end, this.rows.length); place++) wanted.set(this.rows[place], place);
     };
     want(from, to);  // what is in sight first: its thumbnails are asked for first
-    const down = scrollTop >= (this.before ?? 0);
-    this.before = scrollTop;
+    const down = this.top >= (this.before ?? 0);
+    this.before = this.top;
     want(down ? to : from - AHEAD * more, down ? to + AHEAD * more : from);  // then where it goes
     want(down ? from - more : to, down ? from : to + more);
     for (const [row, cell] of this.cells) {
@@ -213,8 +227,8 @@ export class Grid {
   press(event) {
     if (event.altKey || !this.rows.length) return;
     const jumps = {ArrowLeft: -1, ArrowRight: 1, ArrowUp: -this.columns, ArrowDown: this.columns,
-      PageUp: -this.columns * Math.max(1, Math.floor(this.element.clientHeight / this.step)),
-      PageDown: this.columns * Math.max(1, Math.floor(this.element.clientHeight / this.step))};
+      PageUp: -this.columns * Math.max(1, Math.floor(this.height / this.step)),
+      PageDown: this.columns * Math.max(1, Math.floor(this.height / this.step))};
     const last = this.rows.length - 1;
     const here = this.places.get(this.cursor) ?? -1;
     if (event.key in jumps || event.key === "Home" || event.key === "End") {

@@ -103,7 +103,7 @@ export function build(section) {
     const going = new Set(rows);
     const from = Math.max(...rows.map((row) => grid.places.get(row) ?? -1));
     const next = grid.rows.slice(from + 1).find((row) => !going.has(row)) ?? grid.rows.findLast((row) => !going.has(row));
-    const atTop = grid.element.scrollTop < grid.step;
+    const atTop = grid.top < grid.step;
     after = () => {
       // With a new order, what is worth most now comes first; further down, nothing moves under the eyes.
       if (order.value === "worth" && shown.value === "todo" && ordered !== store.suggestions.version && atTop) {
@@ -280,7 +280,7 @@ export function build(section) {
     if (section.hidden) return;
     around();
     grid.refresh();
-    if (!grid.selection.size && grid.element.scrollTop === 0 && ["worth", "suggested"].includes(order.value)) arrange();
+    if (!grid.selection.size && grid.top === 0 && ["worth", "suggested"].includes(order.value)) arrange();
     else anew.hidden = !["worth", "suggested"].includes(order.value) || ordered === store.suggestions.version;
   });
 
