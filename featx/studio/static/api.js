@@ -39,6 +39,3 @@ export const post = (path, body = {}) =>
 /** Send one image as it is. What is no image by its type is sent all the same: the server knows better. */
 export const send = (path, file) =>
   ask(path, {method: "POST", headers: {"Content-Type": file.type.startsWith("image/") ? file.type : "image/x-unknown"}, body: file});
-
-export const thumb = (row) => `/thumb/${row}`;
-export const photo = (row) => `/photo/${row}`;

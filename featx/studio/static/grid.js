@@ -1,7 +1,7 @@
 // A grid of thumbnails that holds only what is on the screen: 10,000 photos scroll like 100. A listbox to screen readers.
 
-import {thumb} from "./api.js";
 import {make} from "./dom.js";
+import {thumb} from "./store.js";
 
 const GAP = 6, PAD = 8, KEPT = 400, AHEAD = 3;
 let made = 0;
@@ -191,7 +191,8 @@ export class Grid {
     const image = cell.firstChild;
     if (this.pending(row)) {
       cell.dataset.state = "pending";
-    } else if (!image.hasAttribute("src")) {
+      image.removeAttribute("src");
+    } else if (image.getAttribute("src") !== thumb(row)) {
       cell.dataset.state = "loading";
       image.src = thumb(row);
     }

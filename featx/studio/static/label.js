@@ -150,7 +150,7 @@ export function build(section) {
     if (!ready) {
       batches.append(make("p", {class: "soft small", text: reason || store.state?.suggestions.reason || "Label a photo of each of two classes first: then each other photo gets a suggestion."}));
     } else if (!found.length) {
-      batches.append(make("p", {class: "soft small", text: "None now. They come as you label: go on with the first photos of the grid."}));
+      batches.append(make("p", {class: "soft small", text: counts().get(NO_LABEL) ? "None now. They come as you label: go on with the first photos of the grid." : "None: every photo has a label."}));
     }
     const texts = new Set(found.map(({error}) => error?.text || ""));
     const told = (error) => make("p", {class: "soft small", text: error ? error.text : "Cannot tell yet how often such a suggestion is wrong: look at them first."});
@@ -284,10 +284,16 @@ export function build(section) {
     else anew.hidden = !["worth", "suggested"].includes(order.value) || ordered === store.suggestions.version;
   });
 
+  on("opened", () => {
+    similar = similarTo = null;
+    shown.replaceChildren();
+    order.value = "worth";
+  });
   on("photos loaded", () => {
     if (section.hidden || !hasPhotos()) return;
     drawFilter();
     arrange();
+    grid.refresh();
   });
 
   return {

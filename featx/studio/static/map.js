@@ -1,13 +1,12 @@
 // Map: all photos in two dimensions, on a canvas. Zoom, hover, lasso, label.
 
-import {thumb} from "./api.js";
 import {signs} from "./chips.js";
 import {classPanel} from "./classes.js";
 import {button, empty, make, onceAFrame, plural} from "./dom.js";
 import {Grid} from "./grid.js";
 import {labelOfKey, typing} from "./keys.js";
 import {colourOf, swatch, trace} from "./palette.js";
-import {bySuggestion, label, LEFT_OUT, nameOf, NO_LABEL, on, read, say, store, suggestionOf} from "./store.js";
+import {bySuggestion, label, LEFT_OUT, nameOf, NO_LABEL, on, read, say, store, suggestionOf, thumb} from "./store.js";
 import {view} from "./viewer.js";
 
 const METHODS = {pca: "A first, rough map; a better one is on its way.", tsne: "Photos that look alike lie close together."};
@@ -373,6 +372,11 @@ export function build(section) {
         : empty("The map is on its way", about.message || "It is drawn when the photos have been read. You can label meanwhile.", make("a", {class: "button primary", href: "#label", text: "Label"})));
   }
 
+  on("opened", () => {
+    map = null;
+    wanted = -1;
+    selection = new Set();
+  });
   on("map loaded", () => {
     if (!section.hidden && store.state?.open) loadMap();
   });

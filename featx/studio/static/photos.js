@@ -1,9 +1,9 @@
 // Photos: choose a folder, watch it being read, see what was refused, keep one of each set of copies.
 
-import {post, send, thumb} from "./api.js";
+import {post, send} from "./api.js";
 import {button, duration, make, plural} from "./dom.js";
 import {Grid} from "./grid.js";
-import {allRows, howMany, label, LEFT_OUT, load, on, read, say, store, takeFolderClasses} from "./store.js";
+import {allRows, howMany, label, LEFT_OUT, load, on, read, say, store, takeFolderClasses, thumb} from "./store.js";
 import {signs} from "./chips.js";
 import {view} from "./viewer.js";
 
@@ -18,25 +18,26 @@ export function build(section) {
   // --- choosing a folder ---
 
   const path = make("input", {type: "text", "aria-label": "Path of the folder", placeholder: "/home/me/photos/bees", autocomplete: "off", spellcheck: "false"});
+  const back = button("Back", () => { choosing = false; show(); }, "quiet");
   const folders = make("ul", {class: "folders"}), crumb = make("p", {class: "soft crumb"}), wrong = make("p", {class: "bad", role: "alert"});
   const openThis = make("button", {class: "primary", text: "Open this folder"});
   chooser.append(
     make("h2", {text: "Which photos?"}),
     make("p", {text: "Choose the folder with your photos, or type the path of a list of them (.csv). They stay where they are, on this machine; nothing is changed in the folder."}),
     make("form", {class: "row", on: {submit: (event) => { event.preventDefault(); openFolder(path.value.trim()); }}}, path, openThis),
-    wrong, crumb, folders, make("p", {class: "soft small", text: "You can also drop photos or a whole folder anywhere on this page."}));
+    wrong, crumb, folders, make("p", {class: "soft small", text: "You can also drop photos or a whole folder anywhere on this page."}), back);
 
   async function browse(to = "") {
     const answer = await read(`/api/folders?path=${encodeURIComponent(to)}`);
     if (!answer) return;
     path.value = answer.path;
     openThis.disabled = false;
-    crumb.textContent = answer.images ? `${plural(answer.images)} in this folder itself.` : "No photo in this folder itself.";
+    crumb.textContent = answer.images ? `${plural(answer.images)} in this folder itself.` : "No photo lies directly in this folder; folders inside it are read, too.";
     const line = (there) => make("li", {}, button("", () => browse(there), "folder"));
     const lines = answer.folders.map(({name, path: there, images}) => {
       const item = line(there);
       item.firstChild.append(make("span", {class: "folder-name", text: name}),
-        make("span", {class: "soft", text: images === null ? "" : images ? plural(images) : "no photos"}));
+        make("span", {class: "soft", text: images === null ? "" : images ? plural(images) : "none directly in it"}));
       return item;
     });
     if (answer.parent !== null) {
@@ -123,11 +124,18 @@ export function build(section) {
     ask.hidden = !state.folder_classes;
     if (state.folder_classes && !ask.firstChild) {
       ask.append(make("p", {text: `The photos lie in ${plural(state.folder_classes, "class folder")}. Take the names of the folders as labels?`}),
-        make("div", {class: "row"}, button("Take them as labels", () => takeFolderClasses(true), "primary"),
-          button("No, I label them myself", () => takeFolderClasses(false))));
+        make("div", {class: "row"}, button("Take them as labels", () => decide(true), "primary"),
+          button("No, I label them myself", () => decide(false))));
     }
     if (state.embedding.refused && state.embedding.refused !== listed) listRefused(state.embedding.refused);
     refused.hidden = !state.embedding.refused;
+  }
+
+  async function decide(take) {
+    for (const each of ask.querySelectorAll("button")) each.disabled = true;
+    await takeFolderClasses(take);
+    ask.replaceChildren();
+    tell();
   }
 
   let listed = 0;
@@ -212,6 +220,8 @@ export function build(section) {
     chooser.hidden = opened;
     open.hidden = !opened;
     if (!opened) {
+      back.hidden = !choosing;
+      back.textContent = `Back to ${store.state?.name}`;
       if (!folders.firstChild) browse();
       return;
     }
@@ -232,6 +242,12 @@ export function build(section) {
     if (section.hidden) return;
     show();
     grid.refresh();
+  });
+  on("opened", () => {
+    groups = [];
+    listed = 0;
+    ask.replaceChildren();
+    drawCopies();
   });
   on("labels", (rows) => {
     if (section.hidden) return;

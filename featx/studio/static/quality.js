@@ -1,13 +1,13 @@
 // How good? Accuracy with its interval, what more labels are worth, per class, the confusions and their photos.
 
-import {post, thumb} from "./api.js";
+import {post} from "./api.js";
 import {signs} from "./chips.js";
 import {bar, learningCurve} from "./chart.js";
 import {button, dialog, empty, interval, make, percent, plural} from "./dom.js";
 import {Grid} from "./grid.js";
 import {labelOfKey} from "./keys.js";
 import {swatch} from "./palette.js";
-import {label, labelled, nameOf, on, say, store} from "./store.js";
+import {label, labelled, nameOf, on, say, store, thumb} from "./store.js";
 import {view} from "./viewer.js";
 
 export function build(section) {
@@ -115,7 +115,7 @@ export function build(section) {
     }
     if (!quality || !quality.accuracy) {
       const why = quality?.reason || "";
-      page.replaceChildren(running ? empty("Measuring …", `${labelled()} labels are being looked at. This takes a few seconds.`)
+      page.replaceChildren(running ? empty("Measuring …", `${labelled()} labels are being looked at. This takes a little while.`)
         : empty("Cannot tell yet", why.replace(/^Cannot tell yet:\s*(.)/, (_, letter) => letter.toUpperCase()) || "It takes a few labelled photos of each class.",
           make("a", {class: "button primary", href: "#label", text: "Label more photos"})));
       return;
@@ -130,6 +130,7 @@ export function build(section) {
     if (focused) [...page.querySelectorAll("[aria-label]")].find((each) => each.getAttribute("aria-label") === focused)?.focus();
   }
 
+  on("opened", () => settled.clear());
   on("quality loaded", () => { if (!section.hidden) draw(); });
   on("labels", (rows) => {
     for (const listener of watching) listener(rows);

@@ -6,11 +6,13 @@ import {plural} from "./dom.js";
 export const NO_LABEL = -1, NONE = -2, UNSURE = -3, LEFT_OUT = -4;
 const ASIDE = {[NO_LABEL]: "no label", [NONE]: "none of these", [UNSURE]: "unsure", [LEFT_OUT]: "left out"};
 
+const NOTHING_SUGGESTED = {version: -1, ready: false, suggested: [], probability: [], unknown: [], worth: [], batches: []};
+
 export const store = {
   state: null,  // the answer of /api/state, kept up to date by the events
   ids: [], times: [], embedded: [], refused: new Set(),
   classes: [], labels: [],  // as shown: what the server has, and what is on its way to it
-  suggestions: {version: -1, ready: false, suggested: [], probability: [], unknown: [], worth: [], batches: []},
+  suggestions: NOTHING_SUGGESTED,
   quality: null,
   trouble: "",
 };
@@ -83,6 +85,19 @@ export function bySuggestion(rows) {
   }
   return found;
 }
+
+// The browser keeps pictures by their addresses, but rows are other photos in another folder, or next year: so the address
+// says which photo is meant, by a hash (FNV-1a) of its name, its time and its project.
+function stamp(row) {
+  let hash = 0x811c9dc5;
+  for (const letter of `${store.state?.project} ${store.ids[row]} ${store.times[row]}`) {
+    hash = Math.imul(hash ^ letter.codePointAt(0), 0x01000193);
+  }
+  return (hash >>> 0).toString(36);
+}
+
+export const thumb = (row) => `/thumb/${row}?${stamp(row)}`;
+export const photo = (row) => `/photo/${row}?${stamp(row)}`;
 
 // --- labels: what the server has, overlaid by what is on its way ---
 
@@ -228,9 +243,13 @@ export async function read(path) {
 async function loadState() {
   const answer = await read("/api/state");
   if (!answer) return null;
-  const other = !store.state || store.state.project !== answer.project;
+  const other = Boolean(store.state) && store.state.project !== answer.project;
+  if (!store.state || other) server.seq = -1;
   store.state = answer;
-  if (other) server.seq = -1;
+  if (other) {
+    Object.assign(store, {labels: [], quality: null, suggestions: NOTHING_SUGGESTED});
+    emit("opened");
+  }
   emit("state");
   return answer;
 }
@@ -277,8 +296,7 @@ export async function load() {
   const state = await loadState();
   if (!state) return false;
   if (state.open) {
-    store.labels = [];
-    store.suggestions = {...store.suggestions, version: -1};
+    store.suggestions = {...store.suggestions, version: -1};  // a server that was started anew counts anew
     await Promise.all([loadPhotos(), loadLabels(), loadSuggestions(), loadQuality()]);
   }
   if (!store.trouble.startsWith("This window")) trouble("");

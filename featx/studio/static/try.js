@@ -1,9 +1,9 @@
 // Try: a new photo, from a file or the camera: its label, why, its neighbours; one click corrects it and adds it.
 
-import {post, send, thumb} from "./api.js";
+import {post, send} from "./api.js";
 import {button, empty, make, percent} from "./dom.js";
 import {swatch} from "./palette.js";
-import {classNumbers, nameOf, on, say, store} from "./store.js";
+import {classNumbers, nameOf, on, say, store, thumb} from "./store.js";
 
 export function build(section) {
   const files = make("input", {type: "file", accept: "image/*", multiple: true, hidden: true, on: {change: () => { take([...files.files]); files.value = ""; }}});
@@ -153,6 +153,7 @@ export function build(section) {
   }
 
   addEventListener("hashchange", () => { if (location.hash !== "#try") close(); });  // the camera is on only where it is seen
+  on("opened", () => tries.replaceChildren());
   on("suggestions loaded state", () => { if (!section.hidden) settle(); });
 
   return {show: settle};

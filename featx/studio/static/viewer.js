@@ -1,10 +1,9 @@
 // One photo, whole: what it is called, its label, and what is suggested. Arrows go on; the keys of Label work here, too.
 
-import {photo} from "./api.js";
 import {chip, suggestionChip} from "./chips.js";
 import {dialog, make} from "./dom.js";
 import {labelOfKey} from "./keys.js";
-import {label, NO_LABEL, on, store, suggestionOf, turn} from "./store.js";
+import {label, NO_LABEL, on, photo, store, suggestionOf, turn} from "./store.js";
 
 let open = null;
 
@@ -21,7 +20,7 @@ export function view(row, rows = [row]) {
   function draw() {
     const name = store.ids[open.row];
     box.querySelector("h2").textContent = name;
-    if (!image.src.endsWith(photo(open.row))) image.src = photo(open.row);
+    if (image.getAttribute("src") !== photo(open.row)) image.src = photo(open.row);
     image.alt = name;
     const suggested = suggestionOf(open.row);
     told.replaceChildren(...[
