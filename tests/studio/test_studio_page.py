@@ -118,9 +118,10 @@ def test_labelling_by_keys_until_suggestions_come(scene: Scene) -> None:
     page.wait(f"{STEPS}.includes('20 labelled')")
     page.wait("document.querySelectorAll('.label .chip.faint').length > 10")
     assert page.run("return document.getElementById('said').textContent").startswith("1 photo: ")
+    # The page shows labels before the server has them all.
+    scene.window.wait(lambda: sum(label != -1 for label in scene.labels().values()) == 20)
     labelled = {name: label for name, label in scene.labels().items() if label != -1}
     assert labelled == {name: scene.truth[name] for name in labelled}
-    assert len(labelled) == 20
 
 
 def test_undo_redo_unsure_and_reload(scene: Scene) -> None:
@@ -294,15 +295,18 @@ def test_no_serious_fault_for_screen_readers(scene: Scene) -> None:
         pytest.skip("FEATX_AXE does not name axe.min.js of the npm package axe-core")
     page, faults = scene.page, []
     page.run(Path(axe).read_text() + "; window.axe = axe")
-    for dark in ("light", "dark"):
-        page.devtools("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": dark}])
+    check = (
+        "return axe.run().then(r => r.violations.filter(v => ['serious', 'critical'].includes(v.impact))"
+        ".map(v => [v.id, v.nodes[0].html]))"
+    )
+    still = {"name": "prefers-reduced-motion", "value": "reduce"}  # what fades has no contrast meanwhile
+    for shade in ("light", "dark"):
+        page.devtools("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": shade}, still])
         for view in VIEWS:
             scene.go(view)
-            found = page.run(
-                "return axe.run().then(r => r.violations.filter(v => ['serious', 'critical'].includes(v.impact))"
-                ".map(v => [v.id, v.nodes[0].html]))"
-            )
-            faults += [(dark, view, *each) for each in found]
+            # New suggestions may redraw a photo while axe reads it; what is really wrong is wrong again.
+            found = page.run(check) and page.run(check)
+            faults += [(shade, view, *each) for each in found]
     assert faults == []
 
 
