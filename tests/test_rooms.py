@@ -42,14 +42,14 @@ DOORS = {
     "skops": {"models.export"},
     "matplotlib": {"reports.sweep"},
     "jinja2": {"reports.page"},
-    "fastapi": {"service"},
-    "starlette": {"service"},
-    "uvicorn": {"service.server"},
+    "fastapi": {"service", "studio.app"},
+    "starlette": {"service", "studio.app"},
+    "uvicorn": {"service.server", "studio.server"},
     "prometheus_client": {"service.telemetry"},
     "typer": {"cli"},
     "rich": {"cli", "reports.sweep"},
     "sklearn": {"heads", "evaluation", "retrieval", "models", "extraction.transformer", "advice.labelling"}
-    | {"cli.demo_images"},
+    | {"cli.demo_images", "studio.layout"},
 }
 """Who may import what, as modules or whole rooms; a library that is not named is free."""
 

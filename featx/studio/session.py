@@ -88,7 +88,7 @@ class Session:
         self.embedded: Embedded | None = None
         self.suggestions = Suggestions(np.full(0, -1), np.zeros(0, np.float32), (), reason="Photos are being read.")
         self.suggested = -1  # the action that suggestions were made after
-        self.quality: dict[str, Any] = {"status": "waiting", "reason": "Cannot tell yet."}
+        self.quality: dict[str, Any] = {"status": "waiting", "reason": quality.too_early(np.full(0, -1))}
         self.map: dict[str, Any] = {"status": "waiting", "method": "", "places": None}
         self.embedding: dict[str, Any] = {
             "status": "waiting", "done": 0, "total": len(self.project.photos), "seconds_left": None, "message": "",
