@@ -1,4 +1,4 @@
 from .batcher import BATCH_SIZES as BATCH_SIZES
 from .evidence import Evidence as Evidence
 from .guard import Limits as Limits
-from .work import Service as Service
+from .work import Model as Model, Repository as Repository
