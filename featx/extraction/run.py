@@ -521,7 +521,7 @@ def regrouped(images: ImageSet, index: Index | None) -> ImageSet:
     if images.grouping is not None or index is None or not index.grouping:
         return images
     rule, name = index.grouping, index.group_name
-    if rule.startswith("column:") and rule.removeprefix("column:").lower() not in map(str.lower, images.columns):
+    if rule.startswith("column:") and not images.has_column(rule.removeprefix("column:")):
         return images
     return images.grouped(rule, name, some=False)  # a part of the images may well have none
 

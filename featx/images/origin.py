@@ -100,7 +100,7 @@ class ImageRef:
     ctime_ns, inode : of the same file, where it is one of this machine. A program that sets the modification time back
         (``rsync --times``, ``cp -p``) cannot set the first, and a file that takes another's place has another inode.
     group : images with the same one belong together (a patient, a site, a burst); "" where nothing is said.
-    metadata : further columns of a list, name and value.
+    metadata : further columns of a list, or the one of a table that images are grouped by, name and value.
     """
 
     id: str
