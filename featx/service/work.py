@@ -313,7 +313,7 @@ async def _read_images(request: Request, limits: Limits) -> list[tuple[str, byte
     kind = request.headers.get("content-type", "application/octet-stream").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
         return await _read_form(request, limits)
-    if kind != "application/octet-stream" and not kind.startswith("image/"):
+    if kind not in ("application/octet-stream", "application/dicom") and not kind.startswith("image/"):
         message = "Send an image as it is (Content-Type: image/jpeg), or a form (multipart/form-data) with images."
         raise Refusal(415, "content_type", message)
     return [("image", b"".join([chunk async for chunk in request.stream()]))]
