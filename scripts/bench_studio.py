@@ -2,7 +2,8 @@
 """How many key presses the studio's order of labelling saves, and how fast its suggestions come.
 
 A person is simulated who presses one key for each photo, in the order that the page shows ("worth labelling next") or
-at random, until a model of the labels names 90 % of all photos rightly: those that are labelled, and those that are not.
+at random, until a model of the labels names 90 % of all photos rightly: those that are labelled and those that are
+not.
 
 usage: scripts/bench_studio.py FOLDER... [--draws 5] [--photos 600]
 
@@ -22,7 +23,8 @@ from numpy.typing import NDArray
 
 from featx import ImageSet, extract_features, load_backbone, read_features
 from featx.heads import InstantRidge, unit_rows
-from featx.studio import sample_of, suggest
+from featx.studio.quality import sample_of
+from featx.studio.suggest import suggest
 
 TARGET = 0.9
 STEP = 2

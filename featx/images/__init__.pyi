@@ -1,3 +1,4 @@
+from .dicom import rules_of as rules_of
 from .grouping import TAKEN as TAKEN
 from .listing import list_refs as list_refs
 from .origin import (

@@ -368,10 +368,17 @@ class StoreWriter:
         self._write_manifest(quarantine=tuple(dict.fromkeys(sums)))
         publish_bytes(self.path / "quarantine.jsonl", raw)
 
-    def finish(self, index: Index, refused: Sequence[Refused], *, source: str) -> None:
-        """Publish the rest, the quarantine and the index; from here on the store says what ``index`` says."""
+    def finish(
+        self, index: Index, refused: Sequence[Refused], *, source: str, rules: Mapping[str, str] | None = None
+    ) -> None:
+        """Publish the rest, the quarantine and the index; from here on the store says what ``index`` says.
+
+        ``rules`` of how its images were read, beside what all images share, are added to the provenances; fields of
+        the fingerprint are none of them.
+        """
         self.flush()
         changes: dict[str, Any] = {
+            "backbones": tuple({**each, **(rules or {})} for each in self.manifest.backbones),
             "class_names": index.class_names,
             "splits": index.counts(index.split),
             "counts": {"images": len(index), "embeddings": self.rows, "quarantined": len(refused)},

@@ -31,6 +31,10 @@ from featx.store import StoreWriter, stored_backbones
 from featx.studio.journal import Journal
 
 LISTS = (".csv", ".jsonl")
+
+BURSTS = "exif-burst:5"
+"""What belongs together unless a list has a column ``group``: photos taken within five seconds of the one before."""
+
 _WEIRD = re.compile(r"[^\w.() -]+")
 
 
@@ -141,13 +145,14 @@ class Project:
         return {photo.ref.id: photo.folder_label for photo in self.photos if photo.folder_label is not None}
 
     def images(self) -> ImageSet:
-        """The photos with their labels, as an extraction takes them."""
+        """The photos with their labels and groups, as an extraction takes them."""
         journal = self.journal
         refs = []
         for photo in self.photos:
             code = journal.code(photo.ref.id)
             refs.append(replace(photo.ref, label=journal.classes[code] if code >= 0 else None))
-        return ImageSet(tuple(sorted(refs, key=lambda ref: ref.id)), self.labels)
+        rule = "column:group" if any(ref.group for ref in refs) else BURSTS
+        return ImageSet(tuple(sorted(refs, key=lambda ref: ref.id)), self.labels).grouped(rule)
 
     def write_labels(self) -> None:
         """Write ``labels.csv``, and into the store what photos are called, so that every command finds it there."""
@@ -176,8 +181,8 @@ class Project:
             refs, _ = list_refs(self.source)
             found = []
             for ref in sorted(refs, key=lambda ref: ref.id):
-                path = self.source.parent / ref.id
-                found.append(replace(self._photo(path, ref.id), folder_label=ref.label))
+                photo = self._photo(self.source.parent / ref.id, ref.id)
+                found.append(replace(photo, ref=replace(photo.ref, group=ref.group), folder_label=ref.label))
             return found
         names = sorted(
             relative for relative, _ in walk_folder(self.source) if Path(relative).suffix.lower() in IMAGE_SUFFIXES

@@ -120,8 +120,7 @@ def measure(data: Labelled, stop: Stop, tell: Callable[[str], None] = lambda wha
             }
             for i in np.flatnonzero(judged.doubtful)[:_DOUBTFUL].tolist()
         ],
-        "groups": None,
-        "notes": _notes(judged, rows, codes, data.drawn),
+        "notes": _notes(judged, rows, data),
     }  # fmt: skip
     tell("learning curve")
     swept = sweep_heads(
@@ -186,9 +185,14 @@ def _confusion(judged: LabelRanking, rows: Index) -> dict[str, Any]:
     return {"classes": codes.tolist(), "counts": counts.tolist(), "cells": cells}
 
 
-def _notes(judged: LabelRanking, rows: Index, codes: Index, drawn: Sequence[int]) -> list[str]:
+def _notes(judged: LabelRanking, rows: Index, data: Labelled) -> list[str]:
     notes = []
-    if not np.isin(rows, sample_of(codes, drawn)).all():
+    groups = data.features.groups[data.features.labels >= 0]
+    together = len(np.unique(groups[groups != ""]))
+    if together < int((groups != "").sum()):
+        name = data.features.group_name or "group"
+        notes.append(f"No photo was judged by a classifier that knew others of its {name}: {plural(together, name)}.")
+    if not np.isin(rows, sample_of(data.codes, data.drawn)).all():
         notes.append(
             "Curve, classes and confusions are about all labelled photos. Many of them were labelled because they were "
             "in doubt, so they look worse than the folder as a whole."

@@ -88,7 +88,7 @@ class Session:
         self.embedded: Embedded | None = None
         self.suggestions = Suggestions(np.full(0, -1), np.zeros(0, np.float32), (), reason="Photos are being read.")
         self.suggested = -1  # the action that suggestions were made after
-        self.quality: dict[str, Any] = {"status": "waiting", "reason": "Cannot tell yet."}
+        self.quality: dict[str, Any] = {"status": "waiting", "reason": quality.too_early(np.full(0, -1))}
         self.map: dict[str, Any] = {"status": "waiting", "method": "", "places": None}
         self.embedding: dict[str, Any] = {
             "status": "waiting", "done": 0, "total": len(self.project.photos), "seconds_left": None, "message": "",
@@ -283,21 +283,23 @@ class Session:
         ]
 
     def copies(self) -> list[dict[str, Any]]:
-        """Photos that show the same: equal files, or one that was scaled, cut or saved anew."""
+        """Photos that show the same: equal files, one that was scaled, cut or saved anew, or those of a burst."""
         embedded = self.embedded
         if embedded is None:
             return []
         features = embedded.features
         exact = features.copies
         near = find_duplicates(features.embeddings, exact, by=features.near_copies).groups
-        order = np.argsort(near, kind="stable")
+        has_group = np.flatnonzero(features.groups != "")
+        numbers = np.unique(features.groups[has_group], return_inverse=True)[1].reshape(-1)
+        bursts = [has_group[places] for places in _equal(numbers)]
+        codes = self.codes()[embedded.photos]
         out = []
-        for places in np.split(order, np.flatnonzero(np.diff(near[order])) + 1):
-            rows = [int(row) for row in embedded.photos[places]]
-            codes = [self.journal.code(self.project.photos[row].ref.id) for row in rows]
-            if sum(code != LEFT_OUT for code in codes) > 1:
-                kind = "equal" if len(set(exact[places].tolist())) == 1 else "near"
-                out.append({"rows": sorted(rows), "kind": kind})
+        for kind, places in [*(("near", places) for places in _equal(near)), *(("burst", places) for places in bursts)]:
+            if (codes[places] != LEFT_OUT).sum() > 1 and (kind == "near" or len(set(near[places].tolist())) > 1):
+                same = kind == "near" and len(set(exact[places].tolist())) == 1
+                rows = sorted(embedded.photos[places].tolist())
+                out.append({"rows": rows, "kind": "equal" if same else kind})
         return out
 
     def similar(self, row: int) -> list[int]:
@@ -416,6 +418,12 @@ class Session:
     def _next(self, what: str, **data: Any) -> None:
         self.versions[what] += 1
         self.events.publish(what, {"version": self.versions[what], **data})
+
+
+def _equal(numbers: Index) -> list[Index]:
+    """The places of each number that is there."""
+    order = np.argsort(numbers, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1) if len(order) else []
 
 
 def _some(features: FeatureSet, rows: Index) -> FeatureSet:

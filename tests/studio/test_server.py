@@ -288,3 +288,37 @@ def test_what_cannot_be_opened_is_said(tmp_path: Path, featx: Featx, arguments: 
     ran = featx("studio", *arguments, "--no-browser", cwd=tmp_path)
     assert ran.code == 2
     assert said in ran.err, json.dumps(ran.err)
+
+
+def test_photos_of_a_burst_are_shown_side_by_side_and_kept_on_one_side(tmp_path: Path) -> None:
+    folder = tmp_path / "trap"
+    folder.mkdir()
+    for number in range(8):
+        exif = Image.Exif()
+        exif.get_ifd(0x8769)[0x9003] = f"2024:05:01 10:{number // 4:02d}:{2 * (number % 4):02d}"
+        picture(number).save(folder / f"{number}.jpg", exif=exif)
+    with open_studio(tmp_path, folder) as window:
+        window.wait_until_embedded()
+        groups = window.get("/api/duplicates")["groups"]
+        assert groups == [{"rows": [0, 1, 2, 3], "kind": "burst"}, {"rows": [4, 5, 6, 7], "kind": "burst"}]
+        window.post("/api/label", rows=[1, 2, 3], label=-4, from_="copies")
+        assert window.get("/api/duplicates")["groups"] == groups[1:]
+    assert set(read_features(tmp_path / "trap.studio" / "photos.featx").groups[:4]) == {"2024-05-01T10:00:00"}
+
+
+def test_a_list_is_opened_with_its_labels_and_groups(tmp_path: Path) -> None:
+    class_folders(tmp_path / "insects", each=3)
+    (tmp_path / "insects" / "list.csv").write_text(
+        "path,label,group\n"
+        + "".join(f"ants/00{n}.png,ant,nest {n % 2}\n" for n in range(3))
+        + "bees/003.png,bee,\nbees/004.png,,\nbees/gone.png,,\n"
+    )
+    with open_studio(tmp_path, tmp_path / "insects" / "list.csv", "--project", tmp_path / "project") as window:
+        window.wait_until_embedded()
+        assert window.get("/api/state")["folder_classes"] == 2
+        assert window.post("/api/folder-classes", take=True)["labelled"] == 4
+        assert [each["id"] for each in window.get("/api/refused")["refused"]] == ["bees/gone.png"]
+        written = tmp_path / "project" / "labels.csv"
+        window.wait(lambda: written.exists() and "the list" in written.read_text())
+    features = read_features(tmp_path / "project" / "photos.featx")
+    assert sorted(features.groups.tolist()) == ["", "", "nest 0", "nest 0", "nest 1"]
