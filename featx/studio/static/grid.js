@@ -197,8 +197,10 @@ export class Grid {
       image.src = thumb(row);
     }
     const {text, parts = []} = this.decorate(row);
-    cell.setAttribute("aria-label", text);
-    cell.replaceChildren(image, ...parts);
+    if (cell.dataset.text === text) return;  // it says all that is drawn
+    cell.dataset.text = text;
+    for (const part of parts) part.setAttribute("aria-hidden", "true");  // said already, in words
+    cell.replaceChildren(image, make("span", {class: "unseen", text}), ...parts);
   }
 
   /** Show which photos are selected, and where the cursor is. */
