@@ -29,4 +29,4 @@ from .predictor import (
     open_embedder as open_embedder,
     predict_files as predict_files,
 )
-from .prior import read_prior as read_prior
+from .prior import prior_shares as prior_shares, read_prior as read_prior
