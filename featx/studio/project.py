@@ -26,7 +26,16 @@ from pathlib import Path
 
 from featx._files import make_folder, publish_bytes, remove_leftovers, writer_lock
 from featx.errors import SourceError, StoreBusy, UsageError
-from featx.images import IMAGE_SUFFIXES, ImageRef, ImageSet, file_ref, labels_from_folders, list_refs, walk_folder
+from featx.images import (
+    IMAGE_SUFFIXES,
+    ImageRef,
+    ImageSet,
+    Unreadable,
+    file_ref,
+    labels_from_folders,
+    list_refs,
+    walk_folder,
+)
 from featx.store import StoreWriter, stored_backbones
 from featx.studio.journal import Journal
 
@@ -61,6 +70,7 @@ class Project:
     ----------
     source : a folder of photos, or a list of them (``.csv``, ``.jsonl``).
     folder : where the studio's own files are; by default beside ``source``.
+    root : photos are read from below ``source`` and this folder only, whatever links there are.
     empty : whether there may be no photos yet.
 
     Raises
@@ -71,9 +81,13 @@ class Project:
         Another process has this project open.
     """
 
-    def __init__(self, source: Path, folder: Path | None = None, *, empty: bool = False) -> None:
+    def __init__(
+        self, source: Path, folder: Path | None = None, *, root: Path | None = None, empty: bool = False
+    ) -> None:
         self.check(source)
         self.source = source.absolute()
+        inside = self.source if self.source.is_dir() else self.source.parent
+        self._roots = [each.resolve() for each in (inside, *([root] if root is not None else []))]
         self.name = self.source.stem if self.source.is_file() else self.source.name
         self.folder = (folder or self.source.with_name(f"{self.name}.studio")).absolute()
         if self.folder.is_relative_to(self.source):
@@ -201,11 +215,14 @@ class Project:
         return [self._photo(self.added / name, f"added/{name}") for name in names]
 
     def _photo(self, path: Path, name: str) -> Photo:
+        id = self._id(path)
         try:
-            stat = path.stat()
-        except (OSError, UnicodeEncodeError):
-            stat = None  # the extraction says why it is refused
-        return Photo(file_ref(self._id(path), path, None, "", stat), name)
+            stat, real = path.stat(), path.resolve()
+        except (OSError, UnicodeEncodeError):  # the extraction says why it is refused
+            return Photo(file_ref(id, path, None, "", None), name)
+        if not any(real.is_relative_to(each) for each in (*self._roots, self.folder.resolve())):
+            return Photo(file_ref(id, Unreadable("a link that leads out of the folder"), None, "", None), name)
+        return Photo(file_ref(id, path, None, "", stat), name)
 
     def _id(self, path: Path) -> str:
         return Path(os.path.relpath(path, self.folder)).as_posix()

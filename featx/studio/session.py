@@ -82,7 +82,7 @@ class Session:
     """
 
     def __init__(self, source: Path, folder: Path | None, setup: Setup, events: Events, *, empty: bool = False) -> None:
-        self.project = Project(source, folder, empty=empty)
+        self.project = Project(source, folder, root=setup.root, empty=empty)
         self.setup, self.events = setup, events
         self.pictures = Pictures(self.project.thumbnails)
         self.embedded: Embedded | None = None
@@ -108,7 +108,11 @@ class Session:
         self._mapping = Again("map", self._make_map, self._failed("map"))
         self._shrinking = Again("thumbnails", self._shrink, self._failed("thumbnails"))
         if (self.project.store / "index.h5").exists():
-            self._read_store()
+            try:
+                self._read_store()
+            except FeatxError:
+                self.close()
+                raise
         self.start_embedding()
 
     @property

@@ -322,3 +322,22 @@ def test_a_list_is_opened_with_its_labels_and_groups(tmp_path: Path) -> None:
         window.wait(lambda: written.exists() and "the list" in written.read_text())
     features = read_features(tmp_path / "project" / "photos.featx")
     assert sorted(features.groups.tolist()) == ["", "", "nest 0", "nest 0", "nest 1"]
+
+
+def test_a_link_that_leads_out_is_not_followed(tmp_path: Path) -> None:
+    folder = class_folders(tmp_path / "home" / "photos", ["."], each=2)
+    secret = class_folders(tmp_path / "secret", ["."], each=1, first=9) / "009.png"
+    (folder / "linked.png").symlink_to(secret)
+    (folder / "inside.png").symlink_to(folder / "000.png")
+    (folder / "up").symlink_to(tmp_path / "secret")
+    with open_studio(tmp_path, folder, "--root", tmp_path / "home") as window:
+        window.wait_until_embedded()
+        refused = {each["id"]: each["message"] for each in window.get("/api/refused")["refused"]}
+        assert refused["linked.png"] == "a link that leads out of the folder"
+        ids = window.get("/api/photos")["ids"]
+        assert {row for row, has in enumerate(window.get("/api/photos")["embedded"]) if has} == {
+            ids.index(name) for name in ("000.png", "001.png", "inside.png")
+        }
+        for name in refused:
+            assert window.raw(f"/thumb/{ids.index(name)}").status == 404
+            assert window.raw(f"/photo/{ids.index(name)}").status == 404
