@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from featx.errors import UsageError
 from featx.models import Bundle, Exported, WebRuntime
 from featx.reports.page import hash_source, render_template
 
-_FINER = 2
+_FINER = 3
 """A photo is made smaller before the network's own resize only as long as it stays so many times larger than that."""
 
 _LEAST_COSINE = {"fp32": 0.999, "int8": 0.99}
@@ -93,7 +94,7 @@ def render_offline(
         style=Markup(style),
         script=Markup(script),
         loader=Markup(loader),
-        model=_model(bundle, exported, least_side, examples),
+        model=_packed(json.dumps(_model(bundle, exported, least_side, examples)).encode()),
         wasm=_packed(runtime.wasm),
         graph=_packed(exported.content),
         vectors=_packed(vectors),
@@ -136,6 +137,7 @@ def _model(bundle: Bundle, exported: Exported, least_side: int, examples: Exampl
         "class_names": list(bundle.class_names),
         "calibrated": bundle.sharpness is not None,
         "least_side": least_side,
+        "resizes": [each["preprocess"]["resize"] for each in _several(bundle) if _keeps_aspect(each)],
         "most_apart": exported.most_apart,
         "least_cosine": _LEAST_COSINE["int8" if "int8" in precisions else "fp32"],
         "proof": {
@@ -153,6 +155,11 @@ def _model(bundle: Bundle, exported: Exported, least_side: int, examples: Exampl
 def _several(bundle: Bundle) -> list[dict[str, Any]]:
     """The provenance of each backbone."""
     return list(bundle.provenance.get("backbones", [bundle.provenance]))
+
+
+def _keeps_aspect(provenance: dict[str, Any]) -> bool:
+    """Whether the network's own resize does."""
+    return isinstance(provenance["preprocess"]["resize"], int)
 
 
 def _shorter_side(provenance: dict[str, Any]) -> int:

@@ -1,6 +1,7 @@
 // What both pages that show a model's answers have: the service's, and the one that is a file. A page says how many
-// photos are asked about AT_ONCE, and has three functions: predict(file, note) promises an answer as the service's, and may
-// put a sentence below the photo's name by note(sentence); answered(entry, prediction) and failed(entry, error) show it.
+// photos are asked about AT_ONCE, and has four functions: preview(image, file) shows a photo before its answer,
+// predict(entry, note) promises an answer as the service's, and may put a sentence below the photo's name by note(sentence);
+// answered(entry, prediction) and failed(entry, error) show what came.
 "use strict";
 const at = (id) => document.getElementById(id);
 const make = (tag, kind, text) => {
@@ -62,6 +63,10 @@ function tell(entry, prediction) {
     told.append(make("p", "note", `One of these nine times out of ten: ${prediction.set.join(", ")}.`));
   }
   told.append(...bars(prediction));
+  if (typeof prediction.familiarity === "number") {
+    const share = `${(100 * prediction.familiarity).toFixed(0)} %`;
+    told.append(make("p", "note", `Familiarity ${share}: so many of the model's own photos look at least as strange to it.`));
+  }
   entry.prediction = prediction;
   card.dataset.state = "done";
 }
@@ -132,8 +137,8 @@ function take(files) {
     const card = make("li", "card"), picture = make("img"), told = make("div", "told");
     picture.alt = "";
     picture.loading = "lazy";
-    picture.src = URL.createObjectURL(file);
     picture.addEventListener("error", () => card.classList.add("bare"));
+    preview(picture, file);
     told.append(make("h2", "", "…"), make("p", "name", file.name));
     card.append(picture, told);
     card.dataset.state = "waiting";
@@ -150,7 +155,7 @@ function work() {
   while (queue.length && busy < AT_ONCE) {
     const entry = queue.shift();
     busy++;
-    predict(entry.file, (text) => entry.card.querySelector(".name").after(make("p", "note", text)))
+    predict(entry, (text) => entry.card.querySelector(".name").after(make("p", "note", text)))
       .then((prediction) => answered(entry, prediction))
       .catch((error) => failed(entry, error))
       .finally(() => { busy--; summarise(); work(); });

@@ -1,6 +1,6 @@
 {% include "classifier.js" %}
-const AT_ONCE = 1, NEAREST = 5, STRIP = 2 ** 21, MOST = 2 ** 23;
-const MODEL = JSON.parse(at("model").textContent);
+const AT_ONCE = 1, NEAREST = 5, PREVIEW = 400, STRIP = 2 ** 21, MOST = 2 ** 23;
+let MODEL;  // what the page says of it, once it is unpacked
 
 // --- the photo's pixels ---
 
@@ -17,16 +17,45 @@ async function decoded(file) {
   }
 }
 
+// What of a photo is looked at, in pixels that are as many of its own a side as `by`. The network's resize rounds its longer
+// side to whole pixels: a column or row less, where it would otherwise round another way than for the whole photo.
+function smaller(photo, by) {
+  let width = Math.max(1, Math.floor(photo.width / by)), height = Math.max(1, Math.floor(photo.height / by));
+  if (by === 1) return {width, height};
+  const longer = (w, h) => MODEL.resizes.map((side) => Math.floor(side * Math.max(w, h) / Math.min(w, h)));
+  const wanted = longer(photo.width, photo.height);
+  for (let tries = 0; tries < 9; tries++) {
+    const more = longer(width, height).map((side, i) => side - wanted[i]).find((gap) => gap !== 0);
+    if (!more) break;
+    if ((more > 0) === (width > height)) width--;
+    else height--;
+  }
+  return {width, height};
+}
+
+// The picture of a card, small: a phone could not hold twenty photos as they are.
+async function shrink(bitmap, image) {
+  const scale = Math.min(1, PREVIEW / Math.min(bitmap.width, bitmap.height)), canvas = make("canvas");
+  canvas.width = Math.max(1, Math.round(scale * bitmap.width));
+  canvas.height = Math.max(1, Math.round(scale * bitmap.height));
+  const drawing = canvas.getContext("2d");
+  drawing.imageSmoothingQuality = "high";
+  drawing.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  const blob = await new Promise((done) => canvas.toBlob(done, "image/jpeg", .9));
+  if (blob) image.src = URL.createObjectURL(blob);
+}
+
 // Red, green and blue of each pixel. A large photo becomes smaller by a whole number, each pixel the mean of a square of
 // the photo's: the graph would look at all of them, and a phone's memory is small. The same in every browser, which
 // their own scaling is not. It is read in strips, as the canvas of a phone does not hold a large photo.
-async function pixels(file) {
+async function pixels(file, preview = null) {
   const bitmap = await decoded(file);
   try {
+    if (preview) await shrink(bitmap, preview);
     if (Math.min(bitmap.width, bitmap.height) < 2) throw new Error("The photo has less than 2 pixels a side.");
     const by = Math.max(1, Math.floor(Math.min(bitmap.width, bitmap.height) / MODEL.least_side),
       Math.ceil(Math.sqrt(bitmap.width * bitmap.height / MOST)));
-    const width = Math.max(1, Math.floor(bitmap.width / by)), height = Math.max(1, Math.floor(bitmap.height / by));
+    const {width, height} = smaller(bitmap, by);
     const left = (bitmap.width - width * by) >> 1, top = (bitmap.height - height * by) >> 1;
     const data = new Uint8Array(3 * width * height), sums = new Uint32Array(3 * width), half = (by * by) >> 1;
     const rows = Math.max(1, Math.floor(STRIP / (width * by * by)));
@@ -84,8 +113,8 @@ function cosine(a, b) {
   return product / (Math.sqrt(one * other) || 1);
 }
 
-async function look(session, file) {
-  const {data, width, height} = await pixels(file);
+async function look(session, file, preview) {
+  const {data, width, height} = await pixels(file, preview);
   const out = await session.run({photo: new ort.Tensor("uint8", data, [height, width, 3])});
   const names = MODEL.class_names, shares = Array.from(out.probabilities.data), label = Number(out.label.data[0]);
   const [first, second] = [...shares].sort((a, b) => b - a);
@@ -127,6 +156,7 @@ async function opened() {
   }
   let session, now;
   try {
+    MODEL = JSON.parse(new TextDecoder().decode(await unpacked("model")));
     ort.env.wasm.numThreads = 1;
     ort.env.wasm.proxy = false;
     ort.env.wasm.wasmBinary = await unpacked("wasm");  // as bytes, so that nothing is fetched
@@ -168,13 +198,15 @@ ready.then(() => {
   at("drop").disabled = at("camera").disabled = true;
 });
 
-async function predict(file) {
+async function predict({file, card}) {
   const session = await ready;
   await new Promise((done) => setTimeout(done));  // lets the page be drawn between two photos
-  return look(session, file);
+  return look(session, file, card.querySelector("img"));
 }
 
 // --- showing ---
+
+function preview() {}  // it comes when the photo is looked at
 
 function picture(example) {
   const image = make("img");
@@ -193,6 +225,7 @@ function answered(entry, prediction) {
 }
 
 function failed(entry, error) {
+  if (!entry.card.querySelector("img").src) entry.card.classList.add("bare");
   refuse(entry, error instanceof Refuses ? "Not looked at: see above." : error.message);
 }
 
