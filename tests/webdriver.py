@@ -30,7 +30,14 @@ class Browser:
     """One session with one window."""
 
     def __init__(
-        self, driver: str, profile: Path, size: tuple[int, int], *, dark: bool = False, more: tuple[str, ...] = ()
+        self,
+        driver: str,
+        profile: Path,
+        size: tuple[int, int],
+        *,
+        dark: bool = False,
+        network: bool = False,
+        more: tuple[str, ...] = (),
     ) -> None:
         self._driver = driver
         arguments = [
@@ -41,7 +48,10 @@ class Browser:
         if dark:
             arguments.append("--force-dark-mode")
         options = {"args": arguments, "binary": shutil.which("chromium")}
-        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}}
+        wanted = {
+            "goog:chromeOptions": options,
+            "goog:loggingPrefs": {"browser": "ALL", **({"performance": "ALL"} if network else {})},
+        }
         made = self._call("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})
         self._session = f"/session/{made['sessionId']}"
 
@@ -102,12 +112,14 @@ class Browser:
         return [line["message"] for line in self._do("POST", "/se/log", {"type": "browser"})]
 
     def requests(self) -> list[str]:
-        """What was asked for over a network since this was asked last: not what a page has in itself, nor files."""
-        lines = [json.loads(line["message"])["message"] for line in self._do("POST", "/se/log", {"type": "performance"})]
+        """What was fetched since the last time, but for what a page has in itself; of a browser with ``network``."""
+        lines = [
+            json.loads(line["message"])["message"] for line in self._do("POST", "/se/log", {"type": "performance"})
+        ]
         kinds = ("Network.requestWillBeSent", "Network.webSocketCreated", "Network.webTransportCreated")
         sent = [line["params"] for line in lines if line["method"] in kinds]
         urls = [each["request"]["url"] if "request" in each else each["url"] for each in sent]
-        return [url for url in urls if not url.startswith(("data:", "blob:", "file:"))]
+        return [url for url in urls if not url.startswith(("data:", "blob:"))]
 
     def close(self) -> None:
         """End the browser."""
