@@ -176,7 +176,8 @@ def export(
                     line.say("choosing examples")
                     shown = _shown(labelled, find, examples, bundle, embedder)
                 title = model.name.removesuffix(".model") or "model"
-                content = render_offline(bundle, exported, running, title=title, examples=shown).encode()
+                page_text = render_offline(bundle, exported, running, title=title, examples=shown)
+                content = page_text.encode("utf-8", errors="backslashreplace")
             publish_bytes(out, content)
         compared = exported.compared
         report = {"compared": compared.to_json(), "refused": [str(file) for file in refused]}
