@@ -140,11 +140,11 @@ def picture(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
     return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
 
 
-def no_heic(folder: Path) -> dict[str, str]:
-    """The environment of a command whose decoding processes find no pillow-heif, by a file in ``folder``."""
-    site = folder / "no-heic"
+def without(library: str, folder: Path) -> dict[str, str]:
+    """The environment of a command whose decoding processes do not find a library, by a file in ``folder``."""
+    site = folder / f"no-{library}"
     site.mkdir(exist_ok=True)
-    (site / "sitecustomize.py").write_text("import sys\nsys.modules['pillow_heif'] = None\n")
+    (site / "sitecustomize.py").write_text(f"import sys\nsys.modules[{library!r}] = None\n")
     return {"PYTHONPATH": str(site)}
 
 

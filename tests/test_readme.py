@@ -35,6 +35,7 @@ SERVING = GUIDE / "serving.md"
 ELSEWHERE = {
     "scripts/demo": "test_demo.test_the_demo runs what it runs, and CI runs scripts/test",
     "scripts/test": "is what runs this test",
+    "featx studio photos": "ends with Ctrl-C; tests/studio runs it",
     "pip install .": "is how featx came here",
     "pip install 'featx[serve]'": "needs a package index",
     "featx export photos.model --format html --out photos.html --store photos.featx --runtime npm": "fetches a "

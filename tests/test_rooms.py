@@ -24,6 +24,7 @@ DOORS = {
     "ctypes": {"_system", "backbones.engines.torch"},
     "PIL": {"images.pixels"},
     "pillow_heif": {"images.pixels"},
+    "pydicom": {"images.dicom"},
     "fsspec": {"images.remote"},
     "pyarrow": {"images.table_reader", "store.tables"},
     "torch": {"backbones", "adaptation", "heads.solvers.device", "models.onnx.network"},
@@ -42,14 +43,14 @@ DOORS = {
     "skops": {"models.export"},
     "matplotlib": {"reports.sweep"},
     "jinja2": {"reports.page"},
-    "fastapi": {"service"},
-    "starlette": {"service"},
-    "uvicorn": {"service.server"},
+    "fastapi": {"service", "studio.app"},
+    "starlette": {"service", "studio.app"},
+    "uvicorn": {"service.server", "studio.server"},
     "prometheus_client": {"service.telemetry"},
     "typer": {"cli"},
     "rich": {"cli", "reports.sweep"},
     "sklearn": {"heads", "evaluation", "retrieval", "models", "extraction.transformer", "advice.labelling"}
-    | {"cli.demo_images"},
+    | {"cli.demo_images", "studio.layout"},
 }
 """Who may import what, as modules or whole rooms; a library that is not named is free."""
 
@@ -155,7 +156,7 @@ def test_each_library_has_its_doors(library: str) -> None:
     ],
 )
 def test_torch_is_not_imported_before_it_is_needed(statement: str) -> None:
-    heavy = ("torch", "torchvision", "timm", "openvino", "matplotlib", "pillow_heif")
+    heavy = ("torch", "torchvision", "timm", "openvino", "matplotlib", "pillow_heif", "pydicom")
     code = f"{statement}\nimport sys\nprint([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

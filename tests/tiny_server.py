@@ -2,6 +2,8 @@
 
 python tiny_server.py PORT '{"seconds": 0.1, "limits": {...}, "api_key": "", "host": "127.0.0.1"}'
 
+With "models", as in [["a", 0], ["b", 0], ["c", 1]], it serves several: each a name, and the number of its engine.
+
 What an image does is written in its colour: red ones fail the batch that they are in, blue ones end the engine's
 thread.
 """
@@ -31,7 +33,7 @@ from featx.models.unknown import learn
 from featx.service import batcher as service_batch
 from featx.service.guard import Limits
 from featx.service.server import serve
-from featx.service.work import Service
+from featx.service.work import Model, Repository
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -74,16 +76,23 @@ def tiny_bundle() -> Bundle:
     )  # fmt: skip
 
 
+def _for(bundle: Bundle, name: str, models: int) -> Bundle:
+    """The bundle of one of several models: its classes tell which."""
+    return replace(bundle, class_names=(f"ants of {name}", f"bees of {name}")) if models > 1 else bundle
+
+
 def main() -> None:
     port, wanted = int(sys.argv[1]), json.loads(sys.argv[2])
     settings: dict[str, Any] = {"host": "127.0.0.1", "log_json": True, **wanted}
-    engine = MoodyEngine(settings.pop("seconds", 0.0))
+    seconds, names = settings.pop("seconds", 0.0), settings.pop("models", [["model", 0]])
+    embedders = {number: Embedder(tiny_backbone(), MoodyEngine(seconds)) for _, number in names}
     service_batch.STUCK, service_batch.LOST = settings.pop("patience", (service_batch.STUCK, service_batch.LOST))
     limits = Limits(**settings.pop("limits", {}))
     bundle = tiny_bundle() if settings.pop("sets", True) else replace(tiny_bundle(), conformity=None)
-    service = Service(bundle, Embedder(tiny_backbone(), engine), None, limits)
+    models = [Model(_for(bundle, name, len(names)), embedders[number], None, name) for name, number in names]
+    repository = Repository(models, limits)
     try:
-        serve(service, port=port, started=lambda url: print(f"Serving at {url} ", flush=True), **settings)
+        serve(repository, port=port, started=lambda url: print(f"Serving at {url} ", flush=True), **settings)
     except FeatxError as error:  # as the command does
         print(f"Error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None

@@ -18,6 +18,7 @@ from featx.errors import UsageError, did_you_mean
 TOPICS: Mapping[str, str] = MappingProxyType(
     {
         "getting-started": "From a folder of photos to a classifier that answers, and what a source may be.",
+        "studio": "Label photos in a browser, see how good a classifier is, and take it along; without programming.",
         "honest-numbers": "What the accuracy means: labels, groups, duplicates, intervals, and what is promised.",
         "heads": "The classifiers, how they are compared, and how good the recommended one is.",
         "features": "Other networks, weights, layers and views, a network of your own, working offline.",

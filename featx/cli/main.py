@@ -33,6 +33,7 @@ from featx.cli import (
     search,
     serve,
     store,
+    studio,
     sweep,
     weights,
 )
@@ -86,6 +87,7 @@ def _options(
 
 for group in (
     demo,
+    studio,
     extract,
     store,
     backbones,

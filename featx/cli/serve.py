@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +15,6 @@ from featx.cli.options import (
     DeviceOption,
     EngineName,
     EngineOption,
-    ModelArgument,
     OwnBackbone,
     Weights,
     own_network,
@@ -23,7 +23,10 @@ from featx.cli.terminal import say
 from featx.errors import UsageError, plural
 
 if TYPE_CHECKING:
+    from featx.extraction import Embedder
     from featx.models import Bundle
+
+_NAMED = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]{0,99})=(.+)", re.DOTALL)
 
 
 def register(app: typer.Typer) -> None:
@@ -32,13 +35,27 @@ def register(app: typer.Typer) -> None:
 
 
 def serve(
-    model: ModelArgument,
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[NAME=]MODEL...",
+            help="Files made by featx fit. Of several, each answers to its NAME; by default that of the file.",
+        ),
+    ],
     store: Annotated[
-        Path | None,
-        typer.Option(help="The store that the model was fitted on: answers then show the nearest labelled images."),
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]STORE",
+            help="The store that the model was fitted on: answers then show the nearest labelled images. "
+            "With several models: of which one, by its NAME; may be given for each.",
+        ),
     ] = None,
     images: Annotated[
-        Path | None, typer.Option(help="The folder of the store's images, for the page. (default: what the store says)")
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]FOLDER",
+            help="The folder of the store's images, for the page. (default: what the store says)",
+        ),
     ] = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; any other than this machine's own needs an API key.")
@@ -56,7 +73,10 @@ def serve(
     engine: EngineOption = EngineName.auto,
     device: DeviceOption = Device.auto,
 ) -> None:
-    """Serve a model over HTTP, with a page to drop photos on. Ctrl-C or SIGTERM ends it in order."""
+    """Serve models over HTTP, with a page to drop photos on. Ctrl-C or SIGTERM ends it in order.
+
+    Several models get a queue each and take turns; those that were fitted on the same features share their network.
+    """
     try:
         import featx.service.server
     except ModuleNotFoundError as error:
@@ -67,49 +87,110 @@ def serve(
             hint="Install them with: pip install 'featx[serve]'",
         ) from error
     from featx.models import open_embedder, read_bundle
-    from featx.service import BATCH_SIZES, Evidence, Limits, Service
+    from featx.service import BATCH_SIZES, Evidence, Limits, Model, Repository
 
     key = _api_key(api_key_file)
     featx.service.server.check_address(host, key, insecure=insecure)
-    bundle = read_bundle(model)
-    evidence = None if store is None else Evidence(store, bundle, images)
-    for note in [*bundle.cautions, *(evidence.notes if evidence else [])]:
-        say(f"Note: {note}", err=True)
-    embedder = open_embedder(
-        bundle,
-        model,
-        backbone=own_network(backbone),
-        weights=weights,
-        engine=engine.value,
-        device=device.value,
-        batch_sizes=BATCH_SIZES,
-    )
-    featx.service.server.serve(
-        Service(
+    files = _by_name(models)
+    stores, folders = (_belonging(each, files, option) for each, option in ((store, "--store"), (images, "--images")))
+    bundles = {name: read_bundle(path) for name, path in files.items()}
+    evidence = {name: Evidence(path, bundles[name], folders.get(name)) for name, path in stores.items()}
+    for name, bundle in bundles.items():
+        of = f"{name}: " if len(files) > 1 else ""
+        for note in [*bundle.cautions, *(evidence[name].notes if name in evidence else [])]:
+            say(f"Note: {of}{note}", err=True)
+    opened: dict[str, Embedder] = {}
+    served = []
+    for name, bundle in bundles.items():
+        alone = len(files) == 1
+        embedder = open_embedder(
             bundle,
-            embedder,
-            evidence,
-            Limits(pixels=max_pixels, images=max_images, queue=max(Limits.queue, max_images)),
-            name=re.sub(r"[^A-Za-z0-9_.-]", "-", model.name.removesuffix(".model")) or "model",
-        ),
+            files[name],
+            # What one of several models needs is not for the others.
+            backbone=own_network(backbone) if alone or _has_own_network(bundle) else None,
+            weights=weights if alone or _has_own_weights(bundle) else None,
+            engine=engine.value,
+            device=device.value,
+            batch_sizes=BATCH_SIZES,
+            opened=opened,
+        )
+        served.append(Model(bundle, embedder, evidence.get(name), name))
+    featx.service.server.serve(
+        Repository(served, Limits(pixels=max_pixels, images=max_images, queue=max(Limits.queue, max_images))),
         host=host,
         port=port,
         api_key=key,
         insecure=insecure,
         log_json=log_json,
-        started=lambda url: say(*_serving(url, model, bundle, store, api_key_file, key=bool(key), insecure=insecure)),
+        started=lambda url: say(*_serving(url, files, bundles, stores, api_key_file, key=bool(key), insecure=insecure)),
     )
 
 
+def _named(text: str) -> tuple[str, Path]:
+    """The name and the path of NAME=PATH; "" where there is no name. What exists as it is written, is a path."""
+    match = _NAMED.fullmatch(text)
+    return ("", Path(text)) if match is None or Path(text).exists() else (match[1], Path(match[2]))
+
+
+def _by_name(models: Sequence[str]) -> dict[str, Path]:
+    """The files of the models, by the names that they answer to."""
+    found: dict[str, Path] = {}
+    for name, path in map(_named, models):
+        name = name or re.sub(r"[^A-Za-z0-9_.-]", "-", path.name.removesuffix(".model")) or "model"
+        if name in found:
+            raise UsageError(
+                "two models have the same name",
+                expected="a name for each",
+                found=f"{name}, of {found[name]} and of {path}",
+                hint=f"Give one of them another: NAME={path}",
+            )
+        found[name] = path
+    return found
+
+
+def _belonging(given: Sequence[str] | None, models: Mapping[str, Path], option: str) -> dict[str, Path]:
+    """What an option gives to models, by their names; where there is only one, it need not be named."""
+    found: dict[str, Path] = {}
+    for name, path in map(_named, given or ()):
+        name = name or (next(iter(models)) if len(models) == 1 else "")
+        if name not in models or name in found:
+            raise UsageError(
+                "the models have one each" if name in found else "this is of none of the models",
+                where=option,
+                expected=f"NAME={path}, with a NAME of {', '.join(models)}",
+                found=f"{name}={path}" if name else str(path),
+            )
+        found[name] = path
+    return found
+
+
+def _has_own_network(bundle: Bundle) -> bool:
+    from featx.backbones import is_own
+
+    return any(is_own(str(each.get("backbone"))) for each in bundle.provenance.get("backbones", [bundle.provenance]))
+
+
+def _has_own_weights(bundle: Bundle) -> bool:
+    networks = bundle.provenance.get("backbones", [bundle.provenance])
+    return any(each.get("weights") not in ("default", "none") for each in networks)
+
+
 def _serving(
-    url: str, model: Path, bundle: Bundle, store: Path | None, key_file: Path | None, *, key: bool, insecure: bool
+    url: str,
+    files: Mapping[str, Path],
+    bundles: Mapping[str, Bundle],
+    stores: Mapping[str, Path],
+    key_file: Path | None,
+    *,
+    key: bool,
+    insecure: bool,
 ) -> list[str]:
     """What to know of a service that has just begun, a line each."""
-    alike = "" if store is None else f", and what looks alike in {store}"
-    lines = [
-        f"Open {url} in a browser; {url}/docs is for programs.",
-        f"It serves {model} ({plural(len(bundle.class_names), 'class')}){alike}.",
-    ]
+    lines = [f"Open {url} in a browser; {url}/docs is for programs."]
+    for name, path in files.items():
+        alike = f", and what looks alike in {stores[name]}" if name in stores else ""
+        at = f" at {url}/predict?model={name}" if len(files) > 1 else ""
+        lines.append(f"It serves {path} ({plural(len(bundles[name].class_names), 'class')}){alike}{at}.")
     if key:
         lines.append(f"Who asks must show the API key that is in {key_file or 'FEATX_API_KEY'}.")
     elif insecure:

@@ -43,7 +43,7 @@ from featx.extraction.run import (
     make_lanes,
     regrouped,
 )
-from featx.images import TAKEN, ImageRef, ImageSet
+from featx.images import TAKEN, ImageRef, ImageSet, rules_of
 from featx.store import (
     PARTS,
     Index,
@@ -336,7 +336,7 @@ def finish_parts(
             grouped = group_notes(images, index, writer.index)
             if not replace_images:
                 check_replaced(index, writer)
-            writer.finish(index, refused, source=images.source)
+            writer.finish(index, refused, source=images.source, rules=rules_of(map(str, index.ids)))
             pruned = writer.prune() if prune else 0
         except KeyboardInterrupt as error:
             raise Interrupted("stopped", where=store, hint="Run the same command again; parts are kept.") from error

@@ -23,7 +23,7 @@ from featx.backbones import Backbone, Engine, load_backbone, make_engine
 from featx.errors import FeatxError, ImageError, Interrupted, MismatchError, TooManyBadImages, UsageError, plural
 from featx.extraction.embedder import network_like
 from featx.extraction.lanes import Embedded, Lane, Lanes
-from featx.images import CENTER, TAKEN, TIMEOUT, DecoderPool, ImageRef, ImageSet
+from featx.images import CENTER, TAKEN, TIMEOUT, DecoderPool, ImageRef, ImageSet, rules_of
 from featx.store import (
     MAX_STRING,
     PARTS,
@@ -275,7 +275,7 @@ def extract_lanes(
             notes = (*_notes(images, writer), *format_notes(refused), *group_notes(images, index, writer.index))
             if not replace_images:
                 check_replaced(index, writer)
-            writer.finish(index, refused, source=images.source)
+            writer.finish(index, refused, source=images.source, rules=rules_of(map(str, index.ids)))
             pruned = writer.prune() if prune else 0
         except KeyboardInterrupt as error:
             writer.flush()
@@ -521,7 +521,7 @@ def regrouped(images: ImageSet, index: Index | None) -> ImageSet:
     if images.grouping is not None or index is None or not index.grouping:
         return images
     rule, name = index.grouping, index.group_name
-    if rule.startswith("column:") and rule.removeprefix("column:").lower() not in map(str.lower, images.columns):
+    if rule.startswith("column:") and not images.has_column(rule.removeprefix("column:")):
         return images
     return images.grouped(rule, name, some=False)  # a part of the images may well have none
 

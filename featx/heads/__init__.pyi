@@ -7,6 +7,7 @@ from .folds import (
     site_folds as site_folds,
     site_pairs as site_pairs,
 )
+from .instant import InstantRidge as InstantRidge
 from .layers import Layers as Layers, left_out as left_out, open_layers as open_layers, read_layers as read_layers
 from .scorer import (
     Array as Array,

@@ -1,6 +1,13 @@
+from .dicom import rules_of as rules_of
 from .grouping import TAKEN as TAKEN
 from .listing import list_refs as list_refs
-from .origin import MAX_BYTES as MAX_BYTES, Origin as Origin, not_installed as not_installed
+from .origin import (
+    MAX_BYTES as MAX_BYTES,
+    Origin as Origin,
+    file_ref as file_ref,
+    labels_from_folders as labels_from_folders,
+    not_installed as not_installed,
+)
 from .phash import (
     HASH_BYTES as HASH_BYTES,
     THUMBNAIL_SIDE as THUMBNAIL_SIDE,
@@ -18,6 +25,7 @@ from .pixels import (
     encode as encode,
     is_image as is_image,
     resize_crop as resize_crop,
+    resized as resized,
     save_png as save_png,
     written as written,
 )

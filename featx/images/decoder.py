@@ -28,7 +28,7 @@ from featx.images.child import READY, speak_to_nobody
 from featx.images.exif import taken_at
 from featx.images.origin import MAX_BYTES, too_many_bytes
 from featx.images.phash import perceptual_hash
-from featx.images.pixels import BYTES_PER_PIXEL, Preprocess, decode, weigh
+from featx.images.pixels import BYTES_PER_PIXEL, Preprocess, decode, prepare, weigh
 from featx.images.views import Looks, Together
 
 READ, PART, HERE, WEIGH, DECODE = b"R", b"P", b"H", b"W", b"G"
@@ -86,6 +86,7 @@ def serve(socket_handle: int) -> None:
                     read = time.perf_counter()
                     digest = hashlib.sha256(data).digest()
                     answer = b"D" + digest + TIMES.pack(read - started, time.perf_counter() - read)
+                    prepare(data)
                     if settings["dated"]:
                         answer += _taken(data, settings["max_pixels"]).encode()
             except ImageError as error:

@@ -2,7 +2,7 @@
 
 A rule is one text, which the index of a store keeps, so that the next extraction groups by it again:
 
-- ``column:NAME``: a column of the list; the column ``group`` needs no rule;
+- ``column:NAME``: a column of the list or table; the column ``group`` of a list needs no rule;
 - ``folder:N``: the N-th folder of the path, from the left: ``folder:2`` of ``cat/anna/1.jpg`` is ``anna``;
 - ``regex:PATTERN``: what the first parentheses of the pattern match in the path;
 - ``exif-day``: the day on which the photo was taken;
@@ -148,8 +148,9 @@ def column_of(name: str, columns: Mapping[str, object]) -> str:
     known = {column.lower(): column for column in columns}
     if name.lower() not in known:
         raise UsageError(
-            f"no column {name!r} to group by", where="--group-by", expected="a column of the list",
-            found=", ".join(columns) or "none beside path, label and split", hint=did_you_mean(name, columns) or None,
+            f"no column {name!r} to group by", where="--group-by", expected="a column of the list or table",
+            found=", ".join(columns)[:500] or "none beside path, label and split",
+            hint=did_you_mean(name, columns) or None,
         )  # fmt: skip
     return known[name.lower()]
 

@@ -22,10 +22,10 @@ from featx.errors import ImageError, SourceError, UsageError, plural
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm"}
-    | {".pbm", ".pnm", ".avif", ".mpo", ".heic", ".heif", ".hif"}
+    | {".pbm", ".pnm", ".avif", ".mpo", ".heic", ".heif", ".hif", ".dcm", ".dicom"}
 )
-"""Names that promise an image. What does not keep the promise is quarantined with a reason; HEIC is always among
-them so that where it is not read, an iPhone's photos are refused by name instead of being passed over."""
+"""Names that promise an image. What does not keep the promise is quarantined with a reason; HEIC and DICOM are always
+among them so that where they are not read, photos and scans are refused by name instead of being passed over."""
 
 MAX_BYTES = 2**30
 """A larger file is refused unread: no honest image has that many bytes, and a decoding process would keep them."""
@@ -100,7 +100,7 @@ class ImageRef:
     ctime_ns, inode : of the same file, where it is one of this machine. A program that sets the modification time back
         (``rsync --times``, ``cp -p``) cannot set the first, and a file that takes another's place has another inode.
     group : images with the same one belong together (a patient, a site, a burst); "" where nothing is said.
-    metadata : further columns of a list, name and value.
+    metadata : further columns of a list, or the one of a table that images are grouped by, name and value.
     """
 
     id: str

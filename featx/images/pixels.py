@@ -4,7 +4,8 @@ Extraction and the service decode through the same functions, so a photo gives t
 both. What is decided here, once:
 
 - only the formats of ``FORMATS`` are tried (Pillow has some forty readers, most of them unaudited), and HEIC where
-  pillow-heif is installed: its reader is called by name, and Pillow's own list of readers stays as it is;
+  pillow-heif is installed: its reader is called by name, and Pillow's own list of readers stays as it is; DICOM where
+  pydicom is, with its own rule of what is black and white (:mod:`featx.images.dicom`);
 - the size and a JPEG's scans are checked before anything is decoded;
 - EXIF orientation is applied (of HEIC what the container says of turning, which libheif has applied already: what its
   EXIF says is a copy of it); of an animation the first frame is taken, of several images in a HEIC the primary one;
@@ -17,6 +18,7 @@ A file that cannot be decoded raises :class:`featx.errors.ImageError` with one o
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import re
@@ -49,6 +51,7 @@ from PIL import (
 
 from featx._files import publish
 from featx.errors import ImageError, in_words
+from featx.images.dicom import DicomFile, is_dicom, load as load_pydicom
 
 if TYPE_CHECKING:
     from pillow_heif import HeifImageFile
@@ -66,6 +69,9 @@ _READERS = (
 )
 FORMATS = tuple(reader.format for reader in _READERS if reader.format in Image.OPEN)
 """Decoders that are allowed to see a file (those of the list that this Pillow was built with)."""
+
+DICOM = "DICOM"
+"""What the extra ``dicom`` reads; no format of Pillow's."""
 
 HEIF = "HEIF"
 """What Pillow calls HEIC and its relatives, which the extra ``heic`` reads."""
@@ -188,6 +194,24 @@ def decoder_version() -> str:
     return f"Pillow {PIL.__version__}"
 
 
+class _DicomImage(Image.Image):
+    """A DICOM file as one of Pillow's images, in RGB once it is loaded."""
+
+    format = DICOM
+
+    def __init__(self, file: DicomFile) -> None:
+        super().__init__()
+        self._file: DicomFile | None = file
+        self._size, self._mode = file.size, "RGB"
+
+    def load(self) -> Any:
+        """Decode it, once."""
+        if self._file is not None:
+            self.im = Image.fromarray(self._file.pixels()).convert("RGB").im
+            self._file = None
+        return super().load()
+
+
 class Resized(Protocol):
     """What says how large an image has to be: a :class:`Preprocess`, or several views of one."""
 
@@ -235,6 +259,15 @@ def weigh(data: bytes, *, max_pixels: int = MAX_PIXELS) -> int:
     """
     image, scans = _admit(data, max_pixels)
     return image.width * image.height * max(_USUAL_SCANS, scans) // _USUAL_SCANS
+
+
+def prepare(data: bytes) -> None:
+    """Import what reads this file, so that nobody counts its time as the file's, or ends it half done."""
+    with contextlib.suppress(ImageError, ImportError):
+        if is_dicom(data):
+            load_pydicom()
+        elif _is_heif(data):
+            import pillow_heif  # noqa: F401 - for its import's sake
 
 
 def _admit(data: bytes, max_pixels: int) -> tuple[Image.Image, int]:
@@ -399,12 +432,15 @@ def resize_box(image: Image.Image, preprocess: Preprocess, box: tuple[float, flo
 
 
 def _open(data: bytes) -> Image.Image:
+    # Before the others: in the 128 bytes before its mark, many programs write the start of a TIFF.
+    if is_dicom(data):
+        return _DicomImage(DicomFile(data))
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise _too_large(str(error)) from error
     except UnidentifiedImageError as error:
-        if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
+        if _is_heif(data):
             return _open_heif(data)
         if found := _unsupported(data):
             raise ImageError("unsupported_format", f"{found} is not read; export it as JPEG") from error
@@ -413,6 +449,10 @@ def _open(data: bytes) -> Image.Image:
         raise
     except Exception as error:
         raise _refusal(error) from error
+
+
+def _is_heif(data: bytes) -> bool:
+    return data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS
 
 
 def _open_heif(data: bytes) -> HeifImageFile:
@@ -485,8 +525,6 @@ def _refusal(error: Exception) -> ImageError:
 
 def _unsupported(data: bytes) -> str:
     """The format of an image that is sound for all that is known, and that no allowed decoder reads; or ""."""
-    if data[128:132] == b"DICM":
-        return "DICOM"
     if data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"avis"):
         return "AVIF (by this Pillow)"
     return next((name for name, starts in _UNSUPPORTED.items() if data.startswith(starts)), "")

@@ -100,7 +100,7 @@ class ImageSet:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The names of the further columns that a list has."""
+        """The names of the further columns that a list has, or of the one of a table that its images are grouped by."""
         return tuple(dict.fromkeys(name for ref in self.refs for name, _ in ref.metadata))
 
     def grouped(self, rule: str, name: str | None = None, *, some: bool = True) -> ImageSet:
@@ -122,14 +122,40 @@ class ImageSet:
         if grouping.kind == "column":
             if grouping.value.lower() == "group" and any(ref.group for ref in self.refs):
                 return replace(self, grouping=grouping)
-            column = column_of(grouping.value, dict.fromkeys(self.columns))
-            groups = [dict(ref.metadata).get(column, "") for ref in self.refs]
-        elif grouping.kind == "none" or grouping.dated:  # dates are in the files, which the extraction reads
+            images = self._with_column(grouping.value)
+            column = column_of(grouping.value, dict.fromkeys(images.columns))
+            groups = [dict(ref.metadata).get(column, "") for ref in images.refs]
+            refs = tuple(replace(ref, group=group) for ref, group in zip(images.refs, groups, strict=True))
+            return replace(self, refs=refs, grouping=grouping)
+        if grouping.kind == "none" or grouping.dated:  # dates are in the files, which the extraction reads
             groups = [""] * len(self.refs)
         else:
             groups = grouping.of_paths([ref.id for ref in self.refs], some=some)
         refs = tuple(replace(ref, group=group) for ref, group in zip(self.refs, groups, strict=True))
         return replace(self, refs=refs, grouping=grouping)
+
+    def has_column(self, name: str) -> bool:
+        """Whether images can be grouped by a column of this name, without regard to case."""
+        columns = self.columns
+        if self._in_tables:
+            from featx.images.table import table_columns
+
+            columns = (*columns, *table_columns(self.refs))
+        return name.lower() in map(str.lower, columns)
+
+    def _with_column(self, name: str) -> ImageSet:
+        """The same images with a column of their tables as metadata; as they are, where they are in none."""
+        if not self._in_tables or name.lower() in map(str.lower, self.columns):
+            return self
+        from featx.images.table import with_column
+
+        return replace(self, refs=tuple(with_column(self.refs, name)))
+
+    @property
+    def _in_tables(self) -> bool:
+        from featx.images.table import Row
+
+        return any(isinstance(ref.path, Row) for ref in self.refs[:1])
 
     @property
     def doubtful_classes(self) -> tuple[str, ...]:

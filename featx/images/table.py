@@ -19,7 +19,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -53,6 +53,32 @@ def table_refs(files: Sequence[tuple[str, Path]]) -> list[ImageRef]:
         for row, label in enumerate(_reader(path).labels(path)):
             refs.append(file_ref(f"{name}/{row:06d}", Row(path, row), label, split, status))
     return refs
+
+
+def table_columns(refs: Sequence[ImageRef]) -> list[str]:
+    """The names of the columns beside image and label of the tables that hold these images; those that all have."""
+    names = [_reader(path).columns(path) for path in _tables(refs)]
+    return [name for name in (names[0] if names else []) if all(name in others for others in names)]
+
+
+def with_column(refs: Sequence[ImageRef], column: str) -> list[ImageRef]:
+    """The images, which are rows of tables, with a column of these as metadata.
+
+    Raises
+    ------
+    SourceError
+        A table has no such column, or one whose values are no short texts, numbers or dates.
+    """
+    found = {path: _reader(path).texts(path, column) for path in _tables(refs)}
+    name = next((name for name, _ in found.values()), column)
+    return [
+        replace(ref, metadata=((name, found[ref.path.path][1][ref.path.row]),)) if isinstance(ref.path, Row) else ref
+        for ref in refs
+    ]
+
+
+def _tables(refs: Sequence[ImageRef]) -> list[Path]:
+    return list(dict.fromkeys(ref.path.path for ref in refs if isinstance(ref.path, Row)))
 
 
 def row_origin(path: Path, row: str) -> Row:
@@ -104,6 +130,26 @@ class _Reader(Child):
 
         return self._ask(take, path)
 
+    def columns(self, path: Path) -> list[str]:
+        """The names of the columns beside image and label."""
+
+        def take() -> list[str]:
+            return list(json.loads(self._answer(path)))
+
+        return self._ask(take, path, column="")
+
+    def texts(self, path: Path, column: str) -> tuple[str, list[str]]:
+        """The name of a column, as the table spells it, and its value in each row."""
+
+        def take() -> tuple[str, list[str]]:
+            rows, name = json.loads(self._answer(path))
+            found: list[str] = []
+            while len(found) < rows:
+                found += json.loads(self._answer(path))
+            return name, found
+
+        return self._ask(take, path, column=column)
+
     def image(self, path: Path, row: int) -> bytes | None:
         """The bytes of one row's image, or None where it has none."""
 
@@ -113,12 +159,13 @@ class _Reader(Child):
 
         return self._ask(take, path, row)
 
-    def _ask(self, take: Callable[[], T], path: Path, row: int | None = None) -> T:
+    def _ask(self, take: Callable[[], T], path: Path, row: int | None = None, column: str | None = None) -> T:
         with self._turn:
             for _ in range(ATTEMPTS):
                 self.wait_until_ready()
                 try:
-                    self._socket.send_bytes(json.dumps({"path": str(path.absolute()), "row": row}).encode())
+                    question = {"path": str(path.absolute()), "row": row, "column": column}
+                    self._socket.send_bytes(json.dumps(question).encode())
                     return take()
                 except FeatxError:
                     raise

@@ -11,6 +11,7 @@ names in :data:`LABEL_COLUMNS`. Where that leaves more than one, the columns are
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 import json
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from featx._files import signature
 from featx._system import confine, limited_memory
 from featx.errors import FeatxError, ImageError, SourceError
 from featx.images.child import READY, speak_to_nobody
+from featx.images.grouping import MAX_TEXT, column_of
 from featx.images.origin import MAX_FETCHED, too_many_bytes
 
 if TYPE_CHECKING:
@@ -62,8 +64,12 @@ def serve(handle: int) -> None:
             _answer(parent, **json.loads(parent.recv_bytes()))
 
 
-def _answer(parent: Connection, path: str, row: int | None) -> None:
-    """What is in a table (number of rows; then, where there are any, their labels), or the image of one row."""
+def _answer(parent: Connection, path: str, row: int | None, column: str | None = None) -> None:
+    """What is in a table, or the image of one row.
+
+    That is the number of rows, and then, where there are any, their labels; of a ``column``, the number of rows, its
+    name and then its values; of the column "", the names of all.
+    """
     state = signature(Path(path))
     try:
         with limited_memory((state[1] if state else 0) + _SPARE):
@@ -73,6 +79,15 @@ def _answer(parent: Connection, path: str, row: int | None) -> None:
                 if data is not None and len(data) > MAX_FETCHED:
                     raise too_many_bytes(len(data), MAX_FETCHED)
                 parent.send_bytes(NONE if data is None else IMAGE + data)
+                return
+            if column == "":
+                parent.send_bytes(json.dumps(table.columns).encode())
+                return
+            if column is not None:
+                name = column_of(column, dict.fromkeys(table.columns))
+                parent.send_bytes(json.dumps([table.rows, name]).encode())
+                for texts in table.texts(name):
+                    parent.send_bytes(json.dumps(texts).encode())
                 return
             parent.send_bytes(json.dumps([table.rows, table.labelled]).encode())
             for labels in table.labels():
@@ -137,6 +152,45 @@ class Table:
             raise self._damaged(error) from error
         if row != self.rows:
             raise self._damaged(f"{row:,} labels for {self.rows:,} rows")
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of those beside the image and the label."""
+        return [name for name in self._file.schema.names if name not in (self._image, self._label)]
+
+    def texts(self, column: str) -> Iterator[list[str]]:
+        """The value of each row in a column, some at a time, "" where there is none.
+
+        Raises
+        ------
+        SourceError
+            One is no short text, number or date.
+        """
+        names = self._features.get(column, {}).get("names")
+        row = 0
+        try:
+            for group in range(len(self._file.starts) - 1):
+                for batch in self._file.batches(group, column, _LABELS_AT_A_TIME):
+                    values: list[Any] = _sound(batch).column(0).to_pylist()
+                    yield [self._text_of(column, row + i, value, names) for i, value in enumerate(values)]
+                    row += len(values)
+        except self._errors as error:
+            raise self._damaged(error) from error
+        if row != self.rows:
+            raise self._damaged(f"{row:,} values for {self.rows:,} rows")
+
+    def _text_of(self, column: str, row: int, value: Any, names: list[str] | None) -> str:
+        if value is None:
+            return ""
+        if names and type(value) is int and 0 <= value < len(names):
+            value = names[value]
+        text = str(value) if isinstance(value, str | int | float | datetime.date) else None
+        if text is None or len(text) > MAX_TEXT or "\0" in text:
+            raise SourceError(
+                "a value that is no short text, number or date", where=f"{self.path}, row {row}, column {column}",
+                expected=f"at most {MAX_TEXT} characters", found=f"{type(value).__name__} {str(value)[:40]!r}",
+            )  # fmt: skip
+        return text
 
     def _class_of(self, row: int, value: Any, names: list[str] | None) -> str | None:
         if value is None or value == "" or (names and value == -1):  # -1: how datasets marks unlabelled rows

@@ -1,4 +1,5 @@
 from .bundle import Answer as Answer, Bundle as Bundle, read_bundle as read_bundle, write_bundle as write_bundle
+from .calibrate import clopper_pearson as clopper_pearson
 from .count import (
     LEAST_CHECKED as LEAST_CHECKED,
     ClassCount as ClassCount,
@@ -13,6 +14,11 @@ from .export import Pickled as Pickled, export_bundle as export_bundle
 from .finetuned import finetune_bundle as finetune_bundle
 from .fit import by_recall as by_recall, fit_bundle as fit_bundle, summary as summary
 from .labelled import Labelled as Labelled, labelled_images as labelled_images
+from .novelty import (
+    is_unknown as is_unknown,
+    nearest_mean as nearest_mean,
+    shares_among as shares_among,
+)
 from .onnx.model import Exported as Exported, Photo as Photo, model_onnx as model_onnx
 from .onnx.web import WebRuntime as WebRuntime, web_runtime as web_runtime
 from .predictor import (
@@ -21,4 +27,4 @@ from .predictor import (
     open_embedder as open_embedder,
     predict_files as predict_files,
 )
-from .prior import read_prior as read_prior
+from .prior import prior_shares as prior_shares, read_prior as read_prior

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from featx._files import canonical_json
 from featx.backbones import Provider, layer_place, of_layer
 from featx.errors import ImageError, MismatchError, SourceError, UsageError
 from featx.extraction import Embedder
 from featx.images import IMAGE_SUFFIXES, Origin, walk_folder
 from featx.models.bundle import Answer, Bundle
-from featx.store import layers_of
+from featx.store import fingerprint, layers_of
 
 Somewhere = TypeVar("Somewhere", bound=Origin)
 
@@ -39,6 +41,7 @@ def open_embedder(
     device: str = "auto",
     engine: str = "auto",
     batch_sizes: Mapping[str, int] | None = None,
+    opened: MutableMapping[str, Embedder] | None = None,
 ) -> Embedder:
     """The network that a bundle's embeddings come from, proved on its probe image.
 
@@ -49,6 +52,8 @@ def open_embedder(
     weights : the weights file, where the bundle names one of the user's own.
     device, engine : as of :func:`featx.backbones.engines.torch.make_engine`.
     batch_sizes : images per batch by device ("cpu", "cuda"); by default what suits many images at once.
+    opened : networks that were opened before, with the same options. One that is there is taken, and one that is not
+        is added: models that were fitted on the same features share it.
 
     Raises
     ------
@@ -57,7 +62,9 @@ def open_embedder(
     WeightsError
         The weights are a file of the user's that has to be given.
     """
-    embedder = Embedder.like(
+    opened = {} if opened is None else opened
+    key = _network_key(bundle)
+    embedder = opened.get(key) or Embedder.like(
         bundle.provenance,
         where=path,
         backbone=backbone,
@@ -84,7 +91,16 @@ def open_embedder(
             found=f"{cosine:.6f}",
             hint="Another version of a library may be the reason; the model keeps those it was made with.",
         )
+    opened[key] = embedder
     return embedder
+
+
+def _network_key(bundle: Bundle) -> str:
+    """Says which network a bundle needs: two of the same key give the same embeddings of all layers."""
+    trained = hashlib.sha256(bundle.tail or b"").hexdigest()
+    return canonical_json(
+        {"fingerprint": fingerprint(bundle.provenance), "tail": trained, "graphs": dict(bundle.graphs)}
+    ).hex()
 
 
 def layer_number(bundle: Bundle) -> int | None:

@@ -1,4 +1,4 @@
-"""The service: a model over HTTP, on the loopback interface unless told otherwise.
+"""The service: models over HTTP, on the loopback interface unless told otherwise.
 
 FastAPI, uvicorn and prometheus_client are imported here only.
 """

@@ -1,6 +1,6 @@
-"""A kept head over HTTP: images in, labels with probabilities, abstention and the nearest labelled images out.
+"""Kept heads over HTTP: images in, labels with probabilities, abstention and the nearest labelled images out.
 
-:func:`create_app` puts the parts together. :mod:`featx.service.work` does the work of a request,
+:func:`create_app` puts the parts together. :mod:`featx.service.work` keeps the models and does the work of a request,
 :mod:`featx.service.batcher` computes for all of them, :mod:`featx.service.guard` limits, :mod:`featx.service.evidence`
 searches the store, :mod:`featx.service.telemetry` tells what happens, :mod:`featx.service.server` runs it all.
 """
@@ -29,7 +29,7 @@ from featx.service.docs import docs_page
 from featx.service.guard import Guard, Refusal
 from featx.service.inference import add_inference, paths
 from featx.service.telemetry import Metrics
-from featx.service.work import Service, do_work, explain as explained
+from featx.service.work import Repository, do_work, explain as explained
 
 ROUTES = frozenset({"/", "/predict", "/embed", "/search", "/live", "/ready", "/info", "/metrics", "/openapi.json"})
 
@@ -42,50 +42,56 @@ _KEYS = (
 )
 
 
-def create_app(service: Service, *, api_key: str = "", hosts: frozenset[str] | None = None) -> tuple[FastAPI, Guard]:
+def create_app(
+    repository: Repository, *, api_key: str = "", hosts: frozenset[str] | None = None
+) -> tuple[FastAPI, Guard]:
     """The application, and the guard around it, which is what a server runs.
 
     Parameters
     ----------
-    service : what answers.
+    repository : the models that answer.
     api_key, hosts : as of :class:`featx.service.guard.Guard`.
     """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await asyncio.to_thread(service.batcher.start)
         try:
+            await asyncio.to_thread(repository.start)
             yield
         finally:
-            await asyncio.to_thread(service.batcher.stop)
-            if service.evidence is not None:
-                service.evidence.close()
+            await asyncio.to_thread(repository.stop)
 
     app = FastAPI(
         title="featx", version=version("featx"), lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None,
         description="A classifier on frozen CNN features. Send an image as it is, or several in a form.",
     )  # fmt: skip
-    _add_errors(app, service.metrics)
+    _add_errors(app, repository.metrics)
     # For the OpenAPI document only: the guard checks the key before there is a route.
     keyed: list[Any] = [Security(scheme) for scheme in _KEYS] if api_key else []
-    _add_work(app, service, keyed)
-    _add_reading(app, service, keyed)
-    add_inference(app, service, keyed)
-    routes = ROUTES | paths(service.name)
-    guard = Guard(app, metrics=service.metrics, routes=routes, limits=service.limits, api_key=api_key, hosts=hosts)
+    _add_work(app, repository, keyed)
+    _add_reading(app, repository, keyed)
+    add_inference(app, repository, keyed)
+    guard = Guard(
+        app, metrics=repository.metrics, routes=ROUTES.union(*map(paths, repository.services)),
+        limits=repository.limits, models=list(repository.services) if repository.several else (),
+        api_key=api_key, hosts=hosts,
+    )  # fmt: skip
     return app, guard
 
 
 # --- routes -------------------------------------------------------------------------------------------------------
 
 
-def _add_work(app: FastAPI, service: Service, keyed: list[Any]) -> None:
-    bundle = service.bundle
+_Named = Annotated[str | None, Query(description="The name of the model; it may be left out where there is one only.")]
+
+
+def _add_work(app: FastAPI, repository: Repository, keyed: list[Any]) -> None:
     work_route = partial(app.post, openapi_extra=schema.image_body(), dependencies=keyed)
 
-    @work_route("/predict", responses={200: {"model": schema.PredictReply}, **_WORK})
+    @work_route("/predict", responses={200: {"model": schema.PredictReply}, **_WORK, **schema.errors(404)})
     async def predict(
         request: Request,
+        model: _Named = None,
         k: Annotated[int, Query(ge=0, le=100)] = 5,
         explain: bool = False,
         coverage: Annotated[float | None, Query(gt=0, lt=1)] = None,
@@ -99,12 +105,13 @@ def _add_work(app: FastAPI, service: Service, keyed: list[Any]) -> None:
         With a ``coverage`` such as 0.9, ``set`` is the smallest set of labels that holds the truth this often, on
         photos like the model's; it is empty where the photo is unknown.
         """
+        service = repository.named(model)
         if coverage is not None and not service.has_sets:
             raise Refusal(422, "no_sets", "This model gives no sets: it was made before featx 0.3.")
         work = await do_work(service, request, keep=explain)
-        answers = bundle.answer(work.matrix(service.layer), coverage) if work.names else []
+        answers = service.bundle.answer(work.matrix(service.layer), coverage) if work.names else []
         for each in answers:
-            service.metrics.answers.labels(each.reason or "answered").inc()
+            service.metrics.answers[each.reason or "answered"].inc()
         predictions = [{"id": name, **each.to_json()} for name, each in zip(work.names, answers, strict=True)]
         if service.evidence is not None and k and work.names:
             near = await asyncio.to_thread(service.evidence.nearest, work.matrix(service.evidence.layer), k)
@@ -115,9 +122,11 @@ def _add_work(app: FastAPI, service: Service, keyed: list[Any]) -> None:
                 prediction["explanation"] = explanation
         return work.reply({"predictions": predictions})
 
-    @work_route("/embed", responses={200: {"model": schema.EmbedReply}, **_WORK})
-    async def embed(request: Request) -> Response:
+    @work_route("/embed", responses={200: {"model": schema.EmbedReply}, **_WORK, **schema.errors(404)})
+    async def embed(request: Request, model: _Named = None) -> Response:
         """The embeddings themselves, the same as a store's."""
+        service = repository.named(model)
+        bundle = service.bundle
         work = await do_work(service, request)
         rows = work.matrix(service.layer).tolist() if work.names else []
         said = {
@@ -129,8 +138,9 @@ def _add_work(app: FastAPI, service: Service, keyed: list[Any]) -> None:
         return work.reply(said)
 
     @work_route("/search", responses={200: {"model": schema.SearchReply}, **_WORK, **schema.errors(404)})
-    async def search(request: Request, k: Annotated[int, Query(ge=1, le=1000)] = 10) -> Response:
+    async def search(request: Request, model: _Named = None, k: Annotated[int, Query(ge=1, le=1000)] = 10) -> Response:
         """The ``k`` most similar labelled images of the store, by cosine."""
+        service = repository.named(model)
         if service.evidence is None:
             raise Refusal(404, "no_store", "Nothing to search: the service was started without --store.")
         work = await do_work(service, request)
@@ -142,7 +152,7 @@ def _add_work(app: FastAPI, service: Service, keyed: list[Any]) -> None:
         return work.reply({"results": results})
 
 
-def _add_reading(app: FastAPI, service: Service, keyed: list[Any]) -> None:
+def _add_reading(app: FastAPI, repository: Repository, keyed: list[Any]) -> None:
     page, policy = load_page()
 
     @cache
@@ -179,23 +189,29 @@ def _add_reading(app: FastAPI, service: Service, keyed: list[Any]) -> None:
         503: {"model": schema.Ready, "description": "Not able to compute now"},
     }
 
-    @app.get("/ready", responses={**unable, **schema.errors(403)})
-    async def ready() -> Response:
-        """Requests will be answered."""
-        problem = service.problem()
+    @app.get("/ready", responses={**unable, **schema.errors(403, 404)})
+    async def ready(model: _Named = None) -> Response:
+        """Requests will be answered: those for this model, or, where none is named, for each of them."""
+        problem = repository.problem() if model is None else repository.named(model).problem()
         return JSONResponse({"ready": not problem, "reason": problem}, 503 if problem else 200)
 
-    @app.get("/info", responses=_READ, dependencies=keyed)
-    async def info() -> Response:
-        """What is served: classes, head, network, how good it was, limits."""
-        return JSONResponse(service.info())
+    @app.get("/info", responses={**_READ, **schema.errors(404)}, dependencies=keyed)
+    async def info(model: _Named = None) -> Response:
+        """What is served: classes, head, network, how good it was, limits.
+
+        Where there are several models and none is named, ``models`` has all of this for each, with its ``name``.
+        """
+        if model is None and repository.several:
+            models = [{"name": name, **each.info()} for name, each in repository.services.items()]
+            return JSONResponse({"featx": version("featx"), "models": models})
+        return JSONResponse(repository.named(model).info())
 
     exposition: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}}}}
 
     @app.get("/metrics", responses={**exposition, **_READ}, response_class=Response, dependencies=keyed)
     async def metrics() -> Response:
         """Counters for Prometheus."""
-        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(repository.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     pictures: dict[int | str, dict[str, Any]] = {200: {"content": {"image/jpeg": {}}}}
 
@@ -205,8 +221,9 @@ def _add_reading(app: FastAPI, service: Service, keyed: list[Any]) -> None:
         responses={**pictures, **_READ, **schema.errors(404, 422)},
         dependencies=keyed,
     )
-    async def thumbnail(row: int) -> Response:
+    async def thumbnail(row: int, model: _Named = None) -> Response:
         """A small picture of an image of the store, by the ``row`` that neighbours carry."""
+        service = repository.named(model)
         found = None if service.evidence is None else await asyncio.to_thread(service.evidence.thumbnail, row)
         if found is None:
             raise Refusal(404, "no_image", "There is no such image, or it is not where the store knew it.")

@@ -1,9 +1,13 @@
 """From single images to full batches: a bounded queue, decoding processes, and the engine's own threads.
 
-Many requests bring an image each, and the engine wants sixteen at a time. Images wait in one queue of fixed length;
+Many requests bring an image each, and the engine wants sixteen at a time. Images wait in a line of fixed length;
 decoding processes (the same that extraction uses) take them from there; each of the engine's threads gathers what is
 decoded into a batch. A batch starts when it is full, or when nothing more is about to join it. Whoever stops waiting
 for an answer says so, and the work is skipped, or ended, wherever it has got to.
+
+Models that share a network share its batcher, and have a line each. Lines take turns: at the decoding processes image
+by image, at the engine batch by batch. A batch is of one line, so that whoever asks for little does not wait until the
+images of those who ask for much are computed beside his.
 
 Some files are small and cost much: 34 bytes of WebP may declare fifty megapixels, and to read a header may take
 seconds. What is that heavy waits for a process of its own, which stands back for all others, so that it slows nobody
@@ -88,8 +92,8 @@ class Job:
     With ``keep``, ``pixels`` stay what the networks saw; ``size`` is (width, height) of the upright image.
     """
 
-    def __init__(self, data: bytes, deadline: float, keep: bool = False) -> None:
-        self.data, self.keep = data, keep
+    def __init__(self, line: Line, data: bytes, deadline: float, keep: bool = False) -> None:
+        self.line, self.data, self.keep = line, data, keep
         self.size = (0, 0)
         self.deadline = deadline
         self.accepted_at = time.monotonic()
@@ -113,6 +117,54 @@ class Job:
                 self.future.set_result(found)
 
 
+class Line:
+    """Where the images of one model wait, and what is told of them; made by :meth:`Batcher.line`."""
+
+    def __init__(self, batcher: Batcher, queue_size: int, on_batch: Callable[[Sequence[float]], None]) -> None:
+        self.batcher, self.queue_size, self.on_batch = batcher, queue_size, on_batch
+        self.queue: deque[Job] = deque()
+        self.heavy: deque[Job] = deque()
+        self.ready: deque[Job] = deque()
+
+    @property
+    def queues(self) -> tuple[deque[Job], ...]:
+        """All that images wait in: for decoding, for decoding apart, and for a batch."""
+        return self.queue, self.heavy, self.ready
+
+    @property
+    def waiting(self) -> int:
+        """Images that are accepted and not yet in a batch."""
+        return sum(map(len, self.queues)) + self.batcher.decoding(self)
+
+    def retry_after(self) -> int:
+        """Seconds until there should be room again."""
+        return self.batcher.seconds_for(self)
+
+    def submit(self, images: Sequence[bytes], deadline: float, *, keep: bool = False) -> list[Job]:
+        """Accept images, all or none.
+
+        Parameters
+        ----------
+        images : bytes of image files.
+        deadline : of ``time.monotonic()``; what has not begun by then is not computed.
+        keep : whether the jobs keep their pixels.
+
+        Raises
+        ------
+        QueueFull
+            There is no room for all of them.
+        WorkerDied
+            Nothing can be computed at all.
+        """
+        jobs = [Job(self, data, deadline, keep) for data in images]
+        self.batcher.accept(self, jobs)
+        return jobs
+
+    def drop(self, jobs: Sequence[Job]) -> None:
+        """Nobody waits for these any more: their places are free, and what has begun is ended."""
+        self.batcher.drop(self, jobs)
+
+
 class Batcher:
     """Embeds images for many callers at once.
 
@@ -120,11 +172,9 @@ class Batcher:
     ----------
     embedder : what embeds them.
     known_good : pixels of an image that the engine must be able to embed: it tells a poisoned image from a dead engine.
-    queue_size : images that may wait at a time.
     max_pixels : a larger image is refused by its header.
     workers : decoding processes beside the one for heavy images; by default one a core.
     lanes : batches in the engine at once.
-    on_batch : called for every batch that begins, with the seconds for which each of its images has waited.
     """
 
     def __init__(
@@ -132,25 +182,21 @@ class Batcher:
         embedder: Embedder,
         known_good: Seen,
         *,
-        queue_size: int = 64,
         max_pixels: int = 50_000_000,
         workers: int | None = None,
         lanes: int | None = None,
-        on_batch: Callable[[Sequence[float]], None] = lambda waits: None,
     ) -> None:
         self.embedder, self.known_good = embedder, known_good
-        self.queue_size, self.max_pixels = queue_size, max_pixels
-        self._on_batch = on_batch
+        self.max_pixels = max_pixels
         self._workers = workers or available_cpus()
         # Torch on a CPU computes one batch with all cores; OpenVINO and CUDA overlap two.
         self._lanes = lanes or (1 if (embedder.engine.name, embedder.engine.device) == ("torch", "cpu") else 2)
         self._changed = threading.Condition()
-        self._queue: deque[Job] = deque()
-        self._heavy: deque[Job] = deque()
-        self._ready: deque[Job] = deque()
-        self._decoding: set[int] = set()  # numbers of threads
+        self._lines: list[Line] = []
+        self._turns = dict.fromkeys(("queue", "heavy", "ready"), 0)
+        self._decoding: dict[int, Line] = {}  # by numbers of threads
         self._shortage: dict[int, str] = {}
-        self._running: dict[int, float] = {}
+        self._running: dict[int, tuple[Line, float]] = {}
         self._batch_seconds = 0.1
         self._dead = ""
         self._stopping = False
@@ -160,6 +206,17 @@ class Batcher:
         self._stack = contextlib.ExitStack()
 
     # --- from outside ---------------------------------------------------------------------------------------------
+
+    def line(self, *, queue_size: int = 64, on_batch: Callable[[Sequence[float]], None] = lambda waits: None) -> Line:
+        """A line for one model's images; all are made before the start.
+
+        Parameters
+        ----------
+        queue_size : images that may wait in it.
+        on_batch : called for every batch that begins, with the seconds for which each of its images has waited.
+        """
+        self._lines.append(Line(self, queue_size, on_batch))
+        return self._lines[-1]
 
     def start(self) -> None:
         """Start the processes and threads, and embed one batch, so that the first request finds all warm."""
@@ -227,57 +284,41 @@ class Batcher:
 
     def _longest(self) -> float:
         """Seconds for which the oldest batch has been running."""
-        return max((time.monotonic() - since for since in list(self._running.values())), default=0.0)
+        return max((time.monotonic() - since for _, since in list(self._running.values())), default=0.0)
 
-    @property
-    def waiting(self) -> int:
-        """Images that are accepted and not yet in a batch."""
-        return len(self._queue) + len(self._heavy) + len(self._decoding) + len(self._ready)
-
-    def retry_after(self) -> int:
-        """Seconds until there should be room again."""
-        batches = self.waiting / self.embedder.engine.batch_size / self._lanes
-        return max(1, round(batches * self._batch_seconds))
-
-    def submit(self, images: Sequence[bytes], deadline: float, *, keep: bool = False) -> list[Job]:
-        """Accept images, all or none.
-
-        Parameters
-        ----------
-        images : bytes of image files.
-        deadline : of ``time.monotonic()``; what has not begun by then is not computed.
-        keep : whether the jobs keep their pixels.
-
-        Raises
-        ------
-        QueueFull
-            There is no room for all of them.
-        WorkerDied
-            Nothing can be computed at all.
-        """
-        jobs = [Job(data, deadline, keep) for data in images]
+    def accept(self, line: Line, jobs: Sequence[Job]) -> None:
+        """Let jobs wait in their line, all or none; see :meth:`Line.submit`."""
         with self._changed:
             refusing = self.refusing()
             if refusing:
                 raise WorkerDied(refusing)
-            if self.waiting + len(jobs) > self.queue_size:
-                raise QueueFull(self.retry_after())
-            self._queue.extend(jobs)
+            if line.waiting + len(jobs) > line.queue_size:
+                raise QueueFull(self.seconds_for(line))
+            line.queue.extend(jobs)
             self._active.update(jobs)
             self._changed.notify_all()
-        return jobs
 
-    def drop(self, jobs: Sequence[Job]) -> None:
-        """Nobody waits for these any more: their places are free, and what has begun is ended."""
+    def drop(self, line: Line, jobs: Sequence[Job]) -> None:
+        """See :meth:`Line.drop`."""
         with self._changed:
             for job in jobs:
                 job.dropped = True
-            for queue in (self._queue, self._heavy, self._ready):
+            for queue in line.queues:
                 unwanted = [job for job in queue if job.dropped]
                 for job in unwanted:
                     queue.remove(job)
                     self._skip(job)
             self._changed.notify_all()
+
+    def decoding(self, line: Line, *, heavy: bool = True) -> int:
+        """Images of a line that are being decoded; without ``heavy``, those that a batch waits for."""
+        return sum(each is line and (heavy or number < self._workers) for number, each in [*self._decoding.items()])
+
+    def seconds_for(self, line: Line) -> int:
+        """Seconds until there should be room in a line; all that have something waiting take turns."""
+        batches = line.waiting / self.embedder.engine.batch_size / self._lanes
+        busy = sum(each is line or bool(each.waiting) for each in self._lines)
+        return max(1, round(busy * batches * self._batch_seconds))
 
     # --- threads --------------------------------------------------------------------------------------------------
 
@@ -298,8 +339,9 @@ class Batcher:
         with self._changed:
             jobs = list(self._active)
             self._active.clear()
-            for queue in (self._queue, self._heavy, self._ready):
-                queue.clear()
+            for line in self._lines:
+                for queue in line.queues:
+                    queue.clear()
         for job in jobs:
             job.answer(WorkerDied(why))
 
@@ -313,39 +355,53 @@ class Batcher:
 
     def _decode(self, number: int) -> None:
         heavy = number == self._workers
-        pool, queue = self._pools[number], self._heavy if heavy else self._queue
+        pool, name = self._pools[number], "heavy" if heavy else "queue"
         while not self._stopping:
-            self._prepare(number, queue)
+            self._prepare(number, name)
             with self._changed:
                 lacking = self._shortage[number]
-                if (lacking or not queue) and not self._stopping:
+                if (lacking or not self._any(name)) and not self._stopping:
                     self._changed.wait(_RETRY if lacking else None)
-                if lacking or not queue or self._stopping:
+                line = None if lacking or self._stopping else self._next(name)
+                if line is None:
                     continue
-                job = queue.popleft()
+                job = getattr(line, name).popleft()
                 job.tries += 1
-                self._decoding.add(number)
+                self._decoding[number] = line
             try:
                 found = self._decode_one(pool, job, heavy)
             finally:
                 with self._changed:
-                    self._decoding.remove(number)
+                    del self._decoding[number]
             if found is None:
                 with self._changed:
                     job.data = b""
                     job.ready_at = time.monotonic()
-                    self._ready.append(job)
+                    line.ready.append(job)
                     self._changed.notify_all()
             elif isinstance(found, OutOfResources) and not heavy and job.tries <= self._workers:
                 # Another process may be able. If none is, every thread notes what it lacks, and then the image is
                 # refused: so /ready never calls a service able that has just refused one.
                 with self._changed:
-                    self._queue.appendleft(job)
+                    line.queue.appendleft(job)
                     self._changed.notify_all()
             elif not isinstance(found, TooHeavy):
                 self._finish(job, found)
 
-    def _prepare(self, number: int, queue: deque[Job]) -> None:
+    def _any(self, name: str) -> bool:
+        """Whether any line has images in its queue of this name."""
+        return any(getattr(line, name) for line in self._lines)
+
+    def _next(self, name: str, able: Callable[[Line], bool] = lambda line: True) -> Line | None:
+        """The line whose turn it is, of those that have images in their queue of this name and are able."""
+        for step in range(len(self._lines)):
+            place = (self._turns[name] + step) % len(self._lines)
+            if getattr(self._lines[place], name) and able(self._lines[place]):
+                self._turns[name] = place + 1
+                return self._lines[place]
+        return None
+
+    def _prepare(self, number: int, name: str) -> None:
         """Have a process ready; where that fails and no other thread has one, whoever waits is told."""
         try:
             self._pools[number].prepare()
@@ -356,10 +412,11 @@ class Batcher:
                 log.warning("short of resources: %s", lacking)
         with self._changed:
             self._shortage[number] = lacking
-            hopeless = bool(lacking) and (queue is self._heavy or bool(self._short()))
-            jobs = list(queue) if hopeless else []
-            if hopeless:
-                queue.clear()
+            jobs: list[Job] = []
+            if lacking and (name == "heavy" or self._short()):
+                for line in self._lines:
+                    jobs += getattr(line, name)
+                    getattr(line, name).clear()
         for job in jobs:
             self._finish(job, OutOfResources(lacking))
 
@@ -372,9 +429,9 @@ class Batcher:
             decoded = pool.decode(job.data, wanted=lambda: job.wanted, heaviest=np.inf if heavy else heaviest)
         except TooHeavy as error:
             with self._changed:
-                if len(self._heavy) >= HEAVY_QUEUE:
-                    return QueueFull(self.retry_after())
-                self._heavy.append(job)
+                if len(job.line.heavy) >= HEAVY_QUEUE:
+                    return QueueFull(self.seconds_for(job.line))
+                job.line.heavy.append(job)
                 self._changed.notify_all()
             return error
         except NoDecoder as error:
@@ -391,41 +448,45 @@ class Batcher:
         return decoded.refusal
 
     def _gather(self) -> list[Job]:
-        """The next batch: full, or all there is when nothing is about to join it."""
+        """The next batch, of the line whose turn it is: full, or all there is when nothing is about to join it."""
         size = self.embedder.engine.batch_size
         with self._changed:
             while True:
                 if self._stopping:
                     return []
-                while self._ready and not self._ready[0].wanted:
-                    self._skip(self._ready.popleft())
-                wait = self._patience() if self._ready else None
-                if len(self._ready) >= size or (wait is not None and wait <= 0):
-                    some = [self._ready.popleft() for _ in range(min(size, len(self._ready)))]
+                for line in self._lines:
+                    while line.ready and not line.ready[0].wanted:
+                        self._skip(line.ready.popleft())
+                waits = {line: self._patience(line) for line in self._lines if line.ready}
+                due = {line for line, wait in waits.items() if wait <= 0 or len(line.ready) >= size}
+                chosen = self._next("ready", due.__contains__)
+                if chosen is not None:
+                    some = [chosen.ready.popleft() for _ in range(min(size, len(chosen.ready)))]
                     return [job for job in some if job.wanted or self._skip(job)]
-                self._changed.wait(wait)
+                self._changed.wait(min(waits.values(), default=None))
 
     def _skip(self, job: Job) -> bool:
         self._active.discard(job)
         job.answer(TimeoutError())
         return False
 
-    def _patience(self) -> float:
-        """Seconds for which the oldest image should wait for company."""
+    def _patience(self, line: Line) -> float:
+        """Seconds for which the oldest image of a line should wait for company."""
+        running = any(each is line for each, _ in list(self._running.values()))
         # A heavy image may take seconds: nobody waits for it.
-        if not self._running and not self._queue and not self._decoding - {self._workers}:
+        if not running and not line.queue and not self.decoding(line, heavy=False):
             return 0.0
         # Another batch is running, or images are being decoded: half a batch's time costs nobody much.
-        return self._ready[0].ready_at + self._batch_seconds / 2 - time.monotonic()
+        return line.ready[0].ready_at + self._batch_seconds / 2 - time.monotonic()
 
     def _compute(self, number: int) -> None:
         while not self._stopping:
             jobs = self._gather()
             if not jobs:
                 continue
-            started = time.monotonic()
-            self._on_batch([started - job.accepted_at for job in jobs])
-            self._running[number] = started
+            started, line = time.monotonic(), jobs[0].line
+            line.on_batch([started - job.accepted_at for job in jobs])
+            self._running[number] = line, started
             try:
                 found = self._embed(jobs)
             finally:

@@ -13,11 +13,13 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs
 
-from featx.service.telemetry import Metrics, request_id
+from featx.service.telemetry import Metrics, model_name, request_id
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -49,10 +51,10 @@ class Limits:
     Parameters
     ----------
     body : bytes of a request.
-    buffered : bytes of all requests' bodies at a time.
+    buffered : bytes of all requests' bodies at a time; several models have equal shares of it.
     pixels : of an image.
     images : of a request, and no more than the queue takes.
-    queue : images that wait.
+    queue : images that wait, for each model.
     deadline : seconds for a request, from its headers to its answer.
     """
 
@@ -94,6 +96,7 @@ class Guard:
     metrics : where requests are counted.
     routes : paths that are counted by name; all others are "other".
     limits : sizes.
+    models : names of the models, where there are several: each has a share of what may be buffered.
     api_key : what a client must show, or "" for none.
     hosts : names that may be in the header Host, or None for any. For a service without a key on the loopback
         address, this keeps web pages out that resolve their own name to it.
@@ -106,6 +109,7 @@ class Guard:
         metrics: Metrics,
         routes: frozenset[str],
         limits: Limits,
+        models: Collection[str] = (),
         api_key: str = "",
         hosts: frozenset[str] | None = None,
     ) -> None:
@@ -113,7 +117,9 @@ class Guard:
         self._key = api_key.encode()
         self._hosts = hosts
         self.in_flight = 0
-        self._buffered = 0
+        self._models = frozenset(models)
+        self._share = limits.buffered // max(1, len(self._models))
+        self._buffered: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or pass on what is not HTTP."""
@@ -125,6 +131,7 @@ class Guard:
         given = headers.get(b"x-request-id", b"")
         own = given if _ID.fullmatch(given) else uuid.uuid4().hex.encode()
         token = request_id.set(own.decode())
+        model_token = model_name.set(self._model_of(scope))
         request = _Counted(self, receive, self.limits.body)
         status, patience, seconds = 0, LINGER_SECONDS, 0.0
 
@@ -163,6 +170,15 @@ class Guard:
             self.metrics.in_flight.dec()
             self._note(scope, status, seconds or time.perf_counter() - started, request.size)
             request_id.reset(token)
+            model_name.reset(model_token)
+
+    def _model_of(self, scope: Scope) -> str:
+        """The model that a request is for, or "": of several, one that its query or its path names."""
+        if not self._models:
+            return ""
+        _, _, name = scope["path"].partition("/v2/models/")
+        asked = name.partition("/")[0] or parse_qs(scope["query_string"].decode("latin-1")).get("model", [""])[-1]
+        return asked if asked in self._models else ""
 
     def _check(self, scope: Scope, headers: Mapping[bytes, bytes]) -> Refusal | None:
         given = [value.decode("latin-1").lower() for name, value in scope["headers"] if name == b"host"] or [""]
@@ -181,7 +197,7 @@ class Guard:
         length = headers.get(b"content-length", b"")
         if length.isdigit() and int(length) > self.limits.body:
             return self._too_large()
-        if self._buffered > self.limits.buffered and scope["path"] not in PROBES:
+        if self._buffered[model_name.get()] > self._share and scope["path"] not in PROBES:
             return self._too_many()
         return None
 
@@ -192,15 +208,14 @@ class Guard:
         return Refusal(413, "body", f"The request is larger than {self.limits.body:,} bytes.")
 
     def took(self, size: int) -> bool:
-        """Count bytes that a request now holds (or, below 0, no longer); whether all of them are not too many."""
-        self._buffered += size
-        return self._buffered <= self.limits.buffered
+        """Count bytes that a request now holds (or, below 0, no longer); whether all of its model are not too many."""
+        self._buffered[model_name.get()] += size
+        return self._buffered[model_name.get()] <= self._share
 
     def _note(self, scope: Scope, status: int, seconds: float, size: int) -> None:
         path = scope["path"]
         route = path if path in self.routes else "/thumbnail" if path.startswith("/thumbnail/") else "other"
-        self.metrics.requests.labels(route, str(status)).inc()
-        self.metrics.seconds.labels(route).observe(seconds)
+        self.metrics.request(route, status, seconds)
         # A probe every second would drown the rest.
         level = logging.DEBUG if path in PROBES else logging.INFO
         extra = {
@@ -210,6 +225,8 @@ class Guard:
             "ms": round(1000 * seconds, 1),
             "bytes": size,
         }
+        if self._models:
+            extra["model"] = model_name.get()
         log.log(level, "request" if status else "disconnected", extra=extra)
 
 

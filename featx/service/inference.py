@@ -13,7 +13,7 @@ import base64
 import binascii
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from featx.images import encode
 from featx.models import Answer
 from featx.service.guard import Limits, Refusal
-from featx.service.work import Service, Work, do_work
+from featx.service.work import Repository, Service, Work, do_work
 
 HEADER = "inference-header-content-length"
 _LENGTH = struct.Struct("<I")
@@ -49,11 +49,66 @@ def paths(name: str) -> frozenset[str]:
     whole = [
         each for base in (model, f"{model}/versions/{_VERSION}") for each in (base, f"{base}/ready", f"{base}/infer")
     ]
-    return frozenset({"/v2", "/v2/health/live", "/v2/health/ready", *whole})
+    return frozenset({"/v2", "/v2/health/live", "/v2/health/ready", "/v2/repository/index", *whole})
 
 
-def add_inference(app: FastAPI, service: Service, keyed: list[Any]) -> None:
+Answering = Callable[[str, Callable[[], tuple[int, dict[str, Any]]]], None]
+"""What adds a route that answers with a status and a body."""
+
+
+def add_inference(app: FastAPI, repository: Repository, keyed: list[Any]) -> None:
     """Add the routes of the protocol; they are in the protocol's own documents, not in featx's."""
+    get = partial(app.get, include_in_schema=False, dependencies=keyed)
+
+    def plain(path: str, answer: Callable[[], tuple[int, dict[str, Any]]]) -> None:
+        @get(path)
+        async def route() -> Response:
+            status, body = answer()
+            return JSONResponse(body, status)
+
+    def ready() -> int:
+        return 503 if repository.problem() else 200
+
+    plain("/v2", lambda: (200, {"name": "featx", "version": version("featx"), "extensions": ["binary_tensor_data"]}))
+    plain("/v2/health/live", lambda: (200, {"live": True}))
+    plain("/v2/health/ready", lambda: (ready(), {"ready": ready() == 200}))
+
+    # Of Triton's extension for repositories, what its clients list models with; none is loaded or unloaded here.
+    @app.post("/v2/repository/index", include_in_schema=False, dependencies=keyed)
+    async def index(request: Request) -> Response:
+        return await _protocols(repository, _index(repository, request))
+
+    for service in repository.services.values():
+        _add_model(app, repository, service, plain, keyed)
+
+
+async def _protocols(repository: Repository, answer: Awaitable[Response]) -> Response:
+    """An answer; refusals are counted as any other, but the protocol's errors are one sentence."""
+    try:
+        return await answer
+    except Refusal as refusal:
+        repository.metrics.rejected(refusal.status, refusal.reason)
+        return JSONResponse({"error": refusal.message}, refusal.status, headers=refusal.headers)
+
+
+async def _index(repository: Repository, request: Request) -> Response:
+    """Every model with its state; where the body asks for it, those that are ready only."""
+    try:
+        said = json.loads(b"".join([chunk async for chunk in request.stream()]) or b"{}")
+    except (ValueError, RecursionError) as error:
+        raise _wrong("The request is not JSON.") from error
+    problems = {name: service.problem() for name, service in repository.services.items()}
+    only_ready = isinstance(said, dict) and said.get("ready") is True
+    return JSONResponse(
+        [
+            {"name": name, "version": _VERSION, "state": "UNAVAILABLE" if problem else "READY", "reason": problem}
+            for name, problem in problems.items()
+            if not (problem and only_ready)
+        ]
+    )
+
+
+def _add_model(app: FastAPI, repository: Repository, service: Service, plain: Answering, keyed: list[Any]) -> None:
     outputs = _outputs(service)
     about = {
         "name": service.name,
@@ -67,31 +122,17 @@ def add_inference(app: FastAPI, service: Service, keyed: list[Any]) -> None:
             {"name": name, "datatype": each.datatype, "shape": [-1, *each.shape]} for name, each in outputs.items()
         ],
     }
-    get = partial(app.get, include_in_schema=False, dependencies=keyed)
-
-    def plain(path: str, answer: Callable[[], tuple[int, dict[str, Any]]]) -> None:
-        @get(path)
-        async def route() -> Response:
-            status, body = answer()
-            return JSONResponse(body, status)
 
     def ready() -> int:
         return 503 if service.problem() else 200
 
-    plain("/v2", lambda: (200, {"name": "featx", "version": version("featx"), "extensions": ["binary_tensor_data"]}))
-    plain("/v2/health/live", lambda: (200, {"live": True}))
-    plain("/v2/health/ready", lambda: (ready(), {"ready": ready() == 200}))
     for base in (f"/v2/models/{service.name}", f"/v2/models/{service.name}/versions/{_VERSION}"):
         plain(base, lambda: (200, about))
         plain(f"{base}/ready", lambda: (ready(), {"name": service.name, "ready": ready() == 200}))
 
         @app.post(f"{base}/infer", include_in_schema=False, dependencies=keyed)
         async def infer(request: Request) -> Response:
-            try:
-                return await _infer(service, outputs, request)
-            except Refusal as refusal:  # counted as any other; the protocol's errors are one sentence
-                service.metrics.rejected(refusal.status, refusal.reason)
-                return JSONResponse({"error": refusal.message}, refusal.status, headers=refusal.headers)
+            return await _protocols(repository, _infer(service, outputs, request))
 
 
 def _outputs(service: Service) -> dict[str, _Output]:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 IMAGE_TYPES = (
     "image/jpeg", "image/png", "image/webp", "image/gif", "image/bmp", "image/tiff", "image/avif", "image/heic",
+    "application/dicom",
 )  # fmt: skip
 
 

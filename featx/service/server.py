@@ -22,7 +22,7 @@ from featx.errors import FeatxError, UsageError
 from featx.service.app import create_app
 from featx.service.guard import LOOPBACK_NAMES, Guard
 from featx.service.telemetry import Metrics, set_up_logging
-from featx.service.work import Service
+from featx.service.work import Repository
 
 HEADER_SECONDS = 10.0
 """A connection that has begun a request, or nothing at all, gets this long until its headers are complete."""
@@ -206,9 +206,9 @@ class Protocol(HttpToolsProtocol):
 class Server(uvicorn.Server):
     """uvicorn's server, which ends in steps: not ready, requests done, closed."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, guard: Guard) -> None:
+    def __init__(self, config: uvicorn.Config, repository: Repository, guard: Guard) -> None:
         super().__init__(config)
-        self._service, self._guard = service, guard
+        self._repository, self._guard = repository, guard
         self._ending: asyncio.Task[None] | None = None
         self.lost = ""
 
@@ -225,10 +225,10 @@ class Server(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
     def _stop(self) -> None:
-        if self._service.stopping:
+        if self._repository.stopping:
             self.should_exit = True
             return
-        self._service.stopping = True
+        self._repository.refuse_more()
         log.info("stopping: requests in flight are finished, new ones are refused")
         self._ending = asyncio.get_running_loop().create_task(self._end())
 
@@ -240,9 +240,9 @@ class Server(uvicorn.Server):
         while not self.started:
             await asyncio.sleep(0.02)
         say()
-        while not (self.lost or self._service.stopping):
+        while not (self.lost or self._repository.stopping):
             await asyncio.sleep(0.1)
-            self.lost = self._service.batcher.lost()
+            self.lost = self._repository.lost()
         if self.lost:
             log.error("ending, since nothing can be computed any more: %s", self.lost)
             self._stop()
@@ -278,7 +278,7 @@ def check_address(host: str, api_key: str, *, insecure: bool) -> None:
 
 
 def serve(
-    service: Service,
+    repository: Repository,
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
@@ -291,7 +291,7 @@ def serve(
 
     Parameters
     ----------
-    service : what answers.
+    repository : the models that answer.
     host, port : the address; port 0 takes a free one.
     api_key : what clients must show; needed for any address but the loopback, unless ``insecure``.
     log_json : log lines as JSON.
@@ -306,11 +306,11 @@ def serve(
     """
     check_address(host, api_key, insecure=insecure)
     local = is_loopback(host)
-    listener = _listen(host, port)
+    listener = listen(host, port)
     set_up_logging(as_json=log_json)
     hosts = LOOPBACK_NAMES | {host} if local and not api_key and not insecure else None
-    _, guard = create_app(service, api_key=api_key, hosts=hosts)
-    protocol = _limited_protocol(service.metrics)
+    _, guard = create_app(repository, api_key=api_key, hosts=hosts)
+    protocol = _limited_protocol(repository.metrics)
     config = uvicorn.Config(
         guard,
         http=protocol,
@@ -324,7 +324,7 @@ def serve(
         # As many are accepted in one go, before any is counted; those that make room are closed two steps later.
         backlog=max(1, protocol.connections_at_most // 8),
     )
-    server = Server(config, service, guard)
+    server = Server(config, repository, guard)
     bound, number = listener.getsockname()[:2]
     url = f"http://[{bound}]:{number}" if ":" in bound else f"http://{bound}:{number}"
 
@@ -349,7 +349,7 @@ def _limited_protocol(metrics: Metrics) -> type[Protocol]:
     return type("LimitedProtocol", (Protocol,), {"connections_at_most": number, "metrics": metrics})
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """A socket that listens; said before any network is loaded that it cannot be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # Named, since asyncio sets TCP_NODELAY for this protocol only; without it a second answer waits for 40 ms.

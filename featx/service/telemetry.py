@@ -8,6 +8,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -16,6 +17,9 @@ from featx.errors import one_line
 
 request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
 """Of the request that the current task answers."""
+
+model_name: contextvars.ContextVar[str] = contextvars.ContextVar("model_name", default="")
+"""Of the model that the current task's request is for, where there are several; "" where it is for none."""
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _PLAIN = frozenset(vars(logging.makeLogRecord({})))
@@ -65,55 +69,79 @@ def set_up_logging(*, as_json: bool) -> None:
 
 
 class Metrics:
-    """Counters of one service, in a registry of their own.
+    """Counters of one service, in a registry of their own; of several models, each has a label.
 
     Parameters
     ----------
-    waiting : images in the queue now.
-    ready : whether the service can compute.
+    several : whether there are several models.
     """
 
-    def __init__(self, waiting: Callable[[], int], ready: Callable[[], bool]) -> None:
+    def __init__(self, *, several: bool = False) -> None:
+        self.several = several
         self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "featx_requests", "Requests by route and status", ["route", "status"], registry=self.registry
+        own = ("model",) if several else ()
+        counter, gauge = partial(Counter, registry=self.registry), partial(Gauge, registry=self.registry)
+        histogram = partial(Histogram, registry=self.registry)
+        self._requests = counter("featx_requests", "Requests by route and status", [*own, "route", "status"])
+        self._seconds = histogram("featx_request_seconds", "Time to answer", [*own, "route"], buckets=_SECONDS)
+        self._rejected = counter(
+            "featx_rejected", "Requests that were answered with no result", [*own, "status", "reason"]
         )
-        self.seconds = Histogram(
-            "featx_request_seconds", "Time to answer", ["route"], buckets=_SECONDS, registry=self.registry
+        self.in_flight = gauge("featx_requests_in_flight", "Requests being answered")
+        self._images = counter("featx_images", "Images by what became of them", [*own, "outcome"])
+        self._answers = counter("featx_predictions", "Images by answer: answered, unsure or unknown", [*own, "answer"])
+        self._batches = histogram(
+            "featx_batch_images", "Images in a batch", own, buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256)
         )
-        self.images = Counter("featx_images", "Images by what became of them", ["outcome"], registry=self.registry)
-        self.answers = Counter(
-            "featx_predictions", "Images by answer: answered, unsure or unknown", ["answer"], registry=self.registry
-        )
-        self.batches = Histogram(
-            "featx_batch_images",
-            "Images in a batch",
-            buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256),
-            registry=self.registry,
-        )
-        self.waits = Histogram(
-            "featx_queue_wait_seconds",
-            "Time from the acceptance of an image to the start of its batch",
+        self._waits = histogram(
+            "featx_queue_wait_seconds", "Time from the acceptance of an image to the start of its batch", own,
             buckets=_SECONDS,
-            registry=self.registry,
-        )
-        self._rejected = Counter(
-            "featx_rejected", "Requests that were answered with no result", ["status", "reason"], registry=self.registry
-        )
-        self.in_flight = Gauge("featx_requests_in_flight", "Requests being answered", registry=self.registry)
-        Gauge("featx_queue_images", "Images that wait", registry=self.registry).set_function(waiting)
-        Gauge("featx_ready", "1 where images can be computed", registry=self.registry).set_function(ready)
+        )  # fmt: skip
+        self._queue = gauge("featx_queue_images", "Images that wait", own)
+        self._ready = gauge("featx_ready", "1 where images can be computed", own)
 
-    def batch(self, waits: Sequence[float]) -> None:
-        """Count a batch that begins, by the seconds that each of its images has waited."""
-        self.batches.observe(len(waits))
-        for seconds in waits:
-            self.waits.observe(seconds)
+    def _own(self) -> tuple[str, ...]:
+        return (model_name.get(),) if self.several else ()
+
+    def request(self, route: str, status: int, seconds: float) -> None:
+        """Count a request that was answered, and the time it took."""
+        self._requests.labels(*self._own(), route, str(status)).inc()
+        self._seconds.labels(*self._own(), route).observe(seconds)
 
     def rejected(self, status: int, reason: str) -> None:
         """Count a request that is refused; ``reason`` is the word that its client reads."""
-        self._rejected.labels(str(status), reason).inc()
+        self._rejected.labels(*self._own(), str(status), reason).inc()
+
+    def of(self, name: str) -> ModelMetrics:
+        """The counters of one model."""
+        return ModelMetrics(self, name)
 
     def text(self) -> bytes:
         """The exposition format of Prometheus."""
         return generate_latest(self.registry)
+
+
+class ModelMetrics:
+    """What is counted of one model; as of :meth:`Metrics.of`."""
+
+    def __init__(self, metrics: Metrics, name: str) -> None:
+        own = (name,) if metrics.several else ()
+
+        def of(metric: Any) -> Any:
+            return metric.labels(*own) if own else metric
+
+        self.images = {word: metrics._images.labels(*own, word) for word in ("embedded", "refused")}
+        self.answers = {word: metrics._answers.labels(*own, word) for word in ("answered", "unsure", "unknown")}
+        self._batches, self._waits = of(metrics._batches), of(metrics._waits)
+        self._queue, self._ready = of(metrics._queue), of(metrics._ready)
+
+    def watch(self, waiting: Callable[[], int], ready: Callable[[], bool]) -> None:
+        """Ask these whenever the metrics are read: how many images wait, and whether they can be computed."""
+        self._queue.set_function(waiting)
+        self._ready.set_function(ready)
+
+    def batch(self, waits: Sequence[float]) -> None:
+        """Count a batch that begins, by the seconds that each of its images has waited."""
+        self._batches.observe(len(waits))
+        for seconds in waits:
+            self._waits.observe(seconds)

@@ -1,12 +1,13 @@
-"""The work of one request: its images read, waited for, and brought into one answer."""
+"""The models of the service, and the work of one request: its images read, waited for, and brought into one answer."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
 import contextlib
+import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -19,16 +20,17 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
+from featx._system import available_cpus
 from featx.backbones import of_layer
 from featx.errors import ImageError, MismatchError, UsageError, plural
 from featx.extraction import Embedder, Seen
 from featx.images import REASONS, encode
 from featx.models import Bundle, Explainer, layer_number
 from featx.reports import overlays
-from featx.service.batcher import Batcher, Embedded, Job, OutOfResources, QueueFull, WorkerDied
+from featx.service.batcher import Batcher, Embedded, Job, Line, OutOfResources, QueueFull, WorkerDied
 from featx.service.evidence import Evidence
 from featx.service.guard import Limits, Refusal
-from featx.service.telemetry import Metrics, request_id
+from featx.service.telemetry import Metrics, ModelMetrics, request_id
 from featx.store import title_of
 
 ReadImages = Callable[[Request, Limits], Awaitable[list[tuple[str, bytes]]]]
@@ -38,34 +40,123 @@ OVERLAY_SIDE = 192
 """Pixels of an overlay's longer side; a browser scales it up, as smooth as it is."""
 
 
-@dataclass
-class Service:
-    """What the application's routes share.
+@dataclass(frozen=True)
+class Model:
+    """A model that is to be served.
 
     Parameters
     ----------
-    bundle, embedder : the model and its network.
-    name : of the model, for clients that ask for one by its name.
+    bundle, embedder : the model and its network. Models with the very same embedder share its engine and decoders.
     evidence : the store beside it, if there is one.
-    limits : what may be asked for.
+    name : for clients that ask for one by its name.
     """
 
     bundle: Bundle
     embedder: Embedder
     evidence: Evidence | None = None
-    limits: Limits = field(default_factory=Limits)
     name: str = "model"
-    stopping: bool = False
 
-    def __post_init__(self) -> None:
-        self.metrics = Metrics(lambda: self.batcher.waiting, lambda: not self.problem())
-        self.batcher = Batcher(
-            self.embedder,
-            self.embedder.pixels(self.bundle.probe),
-            queue_size=self.limits.queue,
-            max_pixels=self.limits.pixels,
-            on_batch=self.metrics.batch,
-        )
+
+class Repository:
+    """All models of a process, by name, each with a line of its own for its images.
+
+    Parameters
+    ----------
+    models : with different names.
+    limits : what may be asked for, of each model.
+    """
+
+    def __init__(self, models: Sequence[Model], limits: Limits | None = None) -> None:
+        self.limits = limits or Limits()
+        self.metrics = Metrics(several=len(models) > 1)
+        embedders = list({id(model.embedder): model.embedder for model in models}.values())
+        # Of several networks each has a part of the cores to decode with, and two at least.
+        cores = available_cpus()
+        workers = max(min(2, cores), math.ceil(cores / len(embedders)))
+        probes = {id(model.embedder): model.bundle.probe for model in models}
+        batchers = {
+            id(each): Batcher(each, each.pixels(probes[id(each)]), max_pixels=self.limits.pixels, workers=workers)
+            for each in embedders
+        }
+        self.batchers = list(batchers.values())
+        self.services: dict[str, Service] = {}
+        for model in models:
+            counted = self.metrics.of(model.name)
+            line = batchers[id(model.embedder)].line(queue_size=self.limits.queue, on_batch=counted.batch)
+            self.services[model.name] = Service(model, line, self.limits, counted)
+
+    @property
+    def several(self) -> bool:
+        """Whether a request has to say which model it is for."""
+        return len(self.services) > 1
+
+    def named(self, name: str | None) -> Service:
+        """The model of this name; without one, the only model there is.
+
+        Raises
+        ------
+        Refusal
+            There are several, or none of this name.
+        """
+        if name is None and not self.several:
+            return next(iter(self.services.values()))
+        names = ", ".join(self.services)
+        if name is None:
+            message = f"There are several models: {names}. Say which one, as in ?model={next(iter(self.services))}."
+            raise Refusal(422, "which_model", message)
+        if name not in self.services:
+            raise Refusal(404, "no_model", f"There is no model {name[:40]!r}; there is {names}.")
+        return self.services[name]
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the service has been told to end."""
+        return any(service.stopping for service in self.services.values())
+
+    def refuse_more(self) -> None:
+        """Accept no further requests."""
+        for service in self.services.values():
+            service.stopping = True
+
+    def start(self) -> None:
+        """Start what computes; when this returns, all networks are warm."""
+        for batcher in self.batchers:
+            batcher.start()
+
+    def stop(self) -> None:
+        """End everything."""
+        for batcher in self.batchers:
+            batcher.stop()
+        for service in self.services.values():
+            if service.evidence is not None:
+                service.evidence.close()
+
+    def problem(self) -> str:
+        """Why requests for some model cannot be answered just now, or ""."""
+        problems = {name: service.problem() for name, service in self.services.items()}
+        return next((f"{name}: {each}" if self.several else each for name, each in problems.items() if each), "")
+
+    def lost(self) -> str:
+        """Why nothing will ever be computed again by some network, or ""."""
+        return next(filter(None, (batcher.lost() for batcher in self.batchers)), "")
+
+
+class Service:
+    """One model, as the application's routes see it.
+
+    Parameters
+    ----------
+    model : which one.
+    line : where its images wait.
+    limits : what may be asked for.
+    metrics : what is counted.
+    """
+
+    def __init__(self, model: Model, line: Line, limits: Limits, metrics: ModelMetrics) -> None:
+        self.bundle, self.embedder, self.evidence, self.name = model.bundle, model.embedder, model.evidence, model.name
+        self.line, self.limits, self.metrics = line, limits, metrics
+        self.stopping = False
+        metrics.watch(lambda: line.waiting, lambda: not self.problem())
         self.layer = layer_number(self.bundle)
         self.explainer = Explainer(self.bundle.scorer, self.bundle.class_names, self.embedder, self.layer)
         self.explaining = asyncio.Lock()
@@ -77,11 +168,11 @@ class Service:
 
     def problem(self) -> str:
         """Why requests cannot be answered just now, or ""."""
-        return self.batcher.problem() or self.refusing()
+        return self.line.batcher.problem() or self.refusing()
 
     def refusing(self) -> str:
         """Why no request is accepted, or ""."""
-        return self.batcher.refusing() or ("the service stops" if self.stopping else "")
+        return self.line.batcher.refusing() or ("the service stops" if self.stopping else "")
 
     def info(self) -> dict[str, Any]:
         """What is served."""
@@ -143,11 +234,10 @@ async def do_work(service: Service, request: Request, *, keep: bool = False, rea
         There is no client any more; its work is dropped.
     """
     deadline = time.monotonic() + service.limits.deadline
-    batcher = service.batcher
     _check_able(service)
     # Before anything is read: who cannot be served should not have to send it all.
-    if batcher.waiting >= service.limits.queue:
-        raise _busy(batcher.retry_after())
+    if service.line.waiting >= service.limits.queue:
+        raise _busy(service.line.retry_after())
     try:
         async with asyncio.timeout(service.limits.deadline):
             images = await (read or _read_images)(request, service.limits)
@@ -165,8 +255,8 @@ async def do_work(service: Service, request: Request, *, keep: bool = False, rea
             found.append(result)
             if job.pixels is not None:
                 kept.append((job.pixels, job.size))
-    service.metrics.images.labels("embedded").inc(len(names))
-    service.metrics.images.labels("refused").inc(len(refused))
+    service.metrics.images["embedded"].inc(len(names))
+    service.metrics.images["refused"].inc(len(refused))
     return Work(names, found, refused, deadline, kept)
 
 
@@ -223,7 +313,7 @@ async def _read_images(request: Request, limits: Limits) -> list[tuple[str, byte
     kind = request.headers.get("content-type", "application/octet-stream").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
         return await _read_form(request, limits)
-    if kind != "application/octet-stream" and not kind.startswith("image/"):
+    if kind not in ("application/octet-stream", "application/dicom") and not kind.startswith("image/"):
         message = "Send an image as it is (Content-Type: image/jpeg), or a form (multipart/form-data) with images."
         raise Refusal(415, "content_type", message)
     return [("image", b"".join([chunk async for chunk in request.stream()]))]
@@ -258,7 +348,7 @@ async def _embed(
     """What became of each image, and its job; whoever goes away or runs out of time leaves no work behind."""
     _check_able(service)
     try:
-        jobs = service.batcher.submit([data for _, data in images], deadline, keep=keep)
+        jobs = service.line.submit([data for _, data in images], deadline, keep=keep)
     except QueueFull as full:
         raise _busy(full.retry_after) from None
     except WorkerDied as died:
@@ -291,7 +381,7 @@ async def _embed(
     finally:
         gone.cancel()
         everything.cancel()
-        service.batcher.drop(jobs)
+        service.line.drop(jobs)
 
 
 def _late(service: Service) -> Refusal:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from urllib.parse import quote as quote_name
 
@@ -84,6 +84,14 @@ class Index:
     def labels_as_text(self) -> list[str]:
         """The class name of each image, "" where there is none."""
         return [self.class_names[label] if label >= 0 else "" for label in self.labels.tolist()]
+
+    def relabelled(self, labels: Mapping[str, str | None]) -> Index:
+        """The same images with the labels that ``labels`` has for their ids; those it lacks keep theirs."""
+        names = [labels.get(id, text or None) for id, text in zip(self.ids, self.labels_as_text, strict=True)]
+        classes = tuple(sorted({name for name in names if name is not None}))
+        number = {name: place for place, name in enumerate(classes)}
+        codes = [-1 if name is None else number[name] for name in names]
+        return replace(self, labels=np.array(codes, np.int64), class_names=classes)
 
 
 def longest_id(images: int) -> int:

@@ -33,7 +33,16 @@ from featx._files import (
 )
 from featx.errors import StoreError, UsageError
 from featx.store import hdf5
-from featx.store.index import Index, Refused, check_index, quarantine_bytes, read_index, spell_quarantine, write_index
+from featx.store.index import (
+    Index,
+    Refused,
+    check_index,
+    quarantine_bytes,
+    read_index,
+    read_quarantine,
+    spell_quarantine,
+    write_index,
+)
 from featx.store.manifest import (
     Block,
     Manifest,
@@ -359,10 +368,17 @@ class StoreWriter:
         self._write_manifest(quarantine=tuple(dict.fromkeys(sums)))
         publish_bytes(self.path / "quarantine.jsonl", raw)
 
-    def finish(self, index: Index, refused: Sequence[Refused], *, source: str) -> None:
-        """Publish the rest, the quarantine and the index; from here on the store says what ``index`` says."""
+    def finish(
+        self, index: Index, refused: Sequence[Refused], *, source: str, rules: Mapping[str, str] | None = None
+    ) -> None:
+        """Publish the rest, the quarantine and the index; from here on the store says what ``index`` says.
+
+        ``rules`` of how its images were read, beside what all images share, are added to the provenances; fields of
+        the fingerprint are none of them.
+        """
         self.flush()
         changes: dict[str, Any] = {
+            "backbones": tuple({**each, **(rules or {})} for each in self.manifest.backbones),
             "class_names": index.class_names,
             "splits": index.counts(index.split),
             "counts": {"images": len(index), "embeddings": self.rows, "quarantined": len(refused)},
@@ -385,6 +401,13 @@ class StoreWriter:
             check_index(temp, index, self.manifest)
 
         publish(self.path / "index.h5", write, verify)
+
+    def relabel(self, labels: Mapping[str, str | None]) -> None:
+        """Publish the index with the labels that ``labels`` has for ids, where that changes anything."""
+        assert self.index is not None
+        index = self.index.relabelled(labels)
+        if index.class_names != self.index.class_names or not np.array_equal(index.labels, self.index.labels):
+            self.finish(index, read_quarantine(self.path, self.manifest), source=self.manifest.source)
 
     def prune(self) -> int:
         """Drop the embeddings that the index does not refer to; returns of how many images. Other shards stay."""

@@ -16,7 +16,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from conftest import ROOT, Featx, bad_images, class_folders, no_heic, picture
+from conftest import ROOT, Featx, bad_images, class_folders, picture, without
 
 from featx.store.reader import read_features
 
@@ -170,7 +170,7 @@ def test_awkward_images_end_with_exit_code_3(source: Path, tmp_path: Path, featx
 @pytest.mark.slow
 def test_a_messy_folder_is_told_apart(tmp_path: Path, featx: Featx, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unsorted photos, other files, and an iPhone's format, not read here, for more than half of the images."""
-    for name, value in no_heic(tmp_path).items():
+    for name, value in without("pillow_heif", tmp_path).items():
         monkeypatch.setenv(name, value)
     photos, store = (
         class_folders(tmp_path / "photos", ("ants", "bees", "unsorted", "_new"), each=3),

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Featx, no_heic, picture
+from conftest import Featx, picture, without
 from PIL import Image
 from storekit import PREPROCESS
 
@@ -222,7 +222,7 @@ def test_a_folder_of_phone_photos(tmp_path: Path, featx: Featx) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         picture(number, SIZE).save(folder / f"{number}.png")
         (folder / f"IMG_{number}.HEIC").write_bytes(heic(picture(100 + number, SIZE)))
-    hidden = no_heic(tmp_path)
+    hidden = without("pillow_heif", tmp_path)
     ran = featx("extract", photos, "--out", store, "--json", env=hidden)
     assert (ran.code, ran.json["embedded"], ran.json["quarantined"]) == (3, 16, 16)
     assert any("16 images left out for the format" in note and "featx[heic]" in note for note in ran.json["notes"])

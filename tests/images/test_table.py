@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import io
 import json
 import os
@@ -325,3 +326,80 @@ def test_a_reader_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.Monkey
         ref.path.read_bytes()
     monkeypatch.undo()
     assert ref.path.read_bytes() == png(0)
+
+
+# --- groups -------------------------------------------------------------------------------------------------------
+
+SITES = ["north", "south", None, "north"]
+
+
+def with_sites(path: Path, first: int, **columns: Any) -> Path:
+    found = {**rows(first, 4), "Site": SITES, "visit": [1, 2, 3, 2], **columns}
+    if path.suffix == ".parquet":
+        return write(path, found, row_group_size=3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.table(found).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": FEATURES}})})
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+        stream.write_table(table)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_rows_are_grouped_by_a_column(tmp_path: Path, suffix: str) -> None:
+    for number in range(2):
+        with_sites(tmp_path / f"{number}{suffix}", 4 * number)
+    images = ImageSet.from_source(tmp_path)
+    assert images.columns == ()
+    assert images.has_column("SITE") and images.has_column("visit") and not images.has_column("label")
+    grouped = images.grouped("column:site")
+    assert [ref.group for ref in grouped.refs] == ["north", "south", "", "north"] * 2
+    assert (grouped.columns, grouped.refs[1].metadata) == (("Site",), (("Site", "south"),))
+    assert [ref.id for ref in grouped.refs] == [ref.id for ref in images.refs]
+    assert [ref.group for ref in images.grouped("column:visit").refs] == ["1", "2", "3", "2"] * 2
+    with pytest.raises(FeatxError, match=r"no column 'sites' to group by.*Site, visit. Did you mean Site or visit\?"):
+        images.grouped("column:sites")
+
+
+def test_values_of_other_kinds(tmp_path: Path) -> None:
+    day = datetime.date(2026, 5, 1)
+    columns = {
+        "day": [day, None, day, day], "coded": pa.array(["a", "b", "a", None]).dictionary_encode(),
+        "long": ["x" * 201, "y", "z", "z"], "list": [[1], [2], [3], [4]],
+    }  # fmt: skip
+    images = ImageSet.from_source(with_sites(tmp_path / "a.parquet", 0, **columns))
+    assert [ref.group for ref in images.grouped("column:day").refs] == ["2026-05-01", "", "2026-05-01", "2026-05-01"]
+    assert [ref.group for ref in images.grouped("column:coded").refs] == ["a", "b", "a", ""]
+    for name in ("long", "list"):
+        with pytest.raises(
+            FeatxError, match=f"a.parquet, row 0, column {name}: a value that is no short text, number or date"
+        ):
+            images.grouped(f"column:{name}")
+
+
+def test_classes_group_by_their_names_and_tables_without_the_column_are_named(tmp_path: Path) -> None:
+    features = {**FEATURES, "camera": {"names": ["left", "right"], "_type": "Value"}}
+    write(tmp_path / "a.parquet", {**rows(0, 2), "camera": [1, 0]}, features)
+    images = ImageSet.from_source(tmp_path)
+    assert [ref.group for ref in images.grouped("column:camera").refs] == ["right", "left"]
+    write(tmp_path / "b.parquet", rows(2, 2))
+    both = ImageSet.from_source(tmp_path)
+    assert not both.has_column("camera")
+    with pytest.raises(FeatxError, match="no column 'camera' to group by"):
+        both.grouped("column:camera")
+
+
+@pytest.mark.slow
+def test_a_store_of_tables_keeps_its_groups(tmp_path: Path, featx: Featx) -> None:
+    source, store = tmp_path / "t", tmp_path / "s.featx"
+    with_sites(source / "a.parquet", 0)
+    made = ("extract", source, "--out", store, "--json")
+    assert featx(*made, "--group-by", "column:site", "--weights", "none").code == 0
+    told = featx("info", store, "--json").json
+    assert (told["group_count"], told["group_by"], told["metadata"]) == (2, "column:site", ["Site"])
+    with_sites(source / "b.parquet", 4)
+    ran = featx(*made, "--weights", "none")
+    assert (ran.code, ran.json["embedded"]) == (0, 4), ran.err
+    features = read_features(store)
+    assert features.metadata["Site"].tolist() == ["north", "south", "", "north"] * 2
+    assert len(set(features.groups[[0, 3, 4, 7]])) == 1
+    assert featx("info", store, "--json").json["group_count"] == 2

@@ -295,17 +295,23 @@ def test_predict_files_folders_and_standard_input(kept: Path, featx: Featx, tmp_
 
 
 def test_serve_says_what_to_open_what_is_served_and_where_the_key_is(kept: Path) -> None:
-    bundle, model = read_bundle(kept / "photos.model"), Path("p.model")
-    plain = _serving("http://127.0.0.1:8000", model, bundle, None, None, key=False, insecure=False)
+    bundles, models = {"p": read_bundle(kept / "photos.model")}, {"p": Path("p.model")}
+    plain = _serving("http://127.0.0.1:8000", models, bundles, {}, None, key=False, insecure=False)
     assert plain == [
         "Open http://127.0.0.1:8000 in a browser; http://127.0.0.1:8000/docs is for programs.",
         "It serves p.model (2 classes).",
         "Ctrl-C stops it.",
     ]
     for file, words in ((None, "FEATX_API_KEY."), (Path("key.txt"), "key.txt.")):
-        keyed = _serving("http://x:1", model, bundle, Path("p.featx"), file, key=True, insecure=False)
+        keyed = _serving("http://x:1", models, bundles, {"p": Path("p.featx")}, file, key=True, insecure=False)
         assert keyed[1].endswith("and what looks alike in p.featx.") and keyed[2].endswith(words)
-    assert "without a key" in _serving("http://x:1", model, bundle, None, None, key=False, insecure=True)[2]
+    assert "without a key" in _serving("http://x:1", models, bundles, {}, None, key=False, insecure=True)[2]
+    two = {"p": bundles["p"], "q": bundles["p"]}
+    several = _serving("http://x:1", {**models, "q": Path("q.model")}, two, {}, None, key=False, insecure=False)
+    assert several[1:3] == [
+        "It serves p.model (2 classes) at http://x:1/predict?model=p.",
+        "It serves q.model (2 classes) at http://x:1/predict?model=q.",
+    ]
 
 
 def test_copies_are_told_and_no_note_is_said_twice(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:

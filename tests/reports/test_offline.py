@@ -10,6 +10,7 @@ import json
 import os
 import re
 import statistics
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -231,8 +232,13 @@ def test_a_page_that_answers_otherwise_answers_nothing(
         assert rows(browser)[photo.name]["error"] == "Not looked at: see above."
     changed = tmp_path / "script.html"
     changed.write_text(text.replace("async function predict(", "async  function predict("))
+    browser.log()
     browser.open(changed.as_uri())
-    assert any("Content Security Policy" in line for line in browser.log())
+    complaints, until = browser.log(), time.monotonic() + 20
+    while not complaints and time.monotonic() < until:
+        time.sleep(0.1)
+        complaints = browser.log()
+    assert any("Content Security Policy" in line for line in complaints), complaints
     assert "what was changed does not run" in browser.run(PROOF)
     assert not browser.run(f"return {READY}")
 

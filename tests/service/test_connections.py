@@ -18,7 +18,7 @@ pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
 from servicekit import Running, asking, png, start_through, start_tiny
 
-from featx.service.server import HEAD_BYTES, HEAD_LINES, HEADER_SECONDS, KEEP_ALIVE_SECONDS, _listen
+from featx.service.server import HEAD_BYTES, HEAD_LINES, HEADER_SECONDS, KEEP_ALIVE_SECONDS, listen
 
 pytestmark = pytest.mark.slow
 
@@ -214,7 +214,7 @@ def test_answers_do_not_wait_for_acknowledgements() -> None:
             seen.set_result(own.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
             writer.close()
 
-        with _listen("127.0.0.1", 0) as listener:
+        with listen("127.0.0.1", 0) as listener:
             async with await asyncio.start_server(accepted, sock=listener):
                 _, writer = await asyncio.open_connection(*listener.getsockname())
                 answer = await seen

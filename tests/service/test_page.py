@@ -307,3 +307,53 @@ def test_a_sheet_of_duplicates_uses_the_width_and_fits_a_phone(
             assert all(w == h <= natural for w, h, natural in browser.run(sizes))
     finally:
         browser.resize(1000, 900)
+
+
+@pytest.mark.slow
+def test_of_several_models_one_is_chosen(chrome: tuple[str, Path], browser: Browser) -> None:
+    first, second = photos(chrome[1] / "chosen", 2)
+    choose = (
+        "const box = document.getElementById('model'); box.value = 'dogs'; box.dispatchEvent(new Event('change')); "
+        "return [...box.options].map(option => option.value)"
+    )
+    with start_tiny(chrome[1], models=[["cats", 0], ["dogs", 0]]) as server:
+        browser.log()  # what other tests left there
+        browser.open(server.url + "/")
+        browser.wait("document.getElementById('about').textContent == 'ants of cats, bees of cats'")
+        browser.choose("#files", first)
+        browser.wait(DONE.format(1))
+        assert browser.run(choose) == ["cats", "dogs"]
+        assert browser.run("return document.getElementById('about').textContent") == "ants of dogs, bees of dogs"
+        browser.choose("#files", second)
+        browser.wait(DONE.format(2))
+        rows = {row["file"]: row for row in csv.DictReader(browser.run("return table()").splitlines())}
+        for file, name in ((first, "cats"), (second, "dogs")):
+            (expected,) = server.send(f"/predict?model={name}", file.read_bytes()).json["predictions"]
+            assert (rows[file.name]["label"], rows[file.name]["model"]) == (expected["label"], name)
+        notes = browser.run("return [...document.querySelectorAll('.note.model')].map(each => each.textContent)")
+        assert notes == ["Model: dogs", "Model: cats"]
+        browser.resize(360, 740)
+        assert browser.run("return document.documentElement.scrollWidth") <= 360
+        browser.screenshot(Path(os.environ.get("FEATX_SCREENSHOTS") or chrome[1]) / "several.png")
+        browser.resize(1000, 900)
+        assert browser.log() == []
+    with start_tiny(chrome[1]) as server:
+        browser.open(server.url + "/")
+        browser.wait("document.getElementById('about').textContent == 'ants, bees'")
+        assert browser.run("return getComputedStyle(document.getElementById('models')).display") == "none"
+        assert browser.run("return getComputedStyle(document.getElementById('model')).width") == "auto"
+
+
+@pytest.mark.slow
+def test_photos_that_came_before_the_key_go_to_the_chosen_model(chrome: tuple[str, Path], browser: Browser) -> None:
+    (photo,) = photos(chrome[1] / "early", 1)
+    with start_tiny(chrome[1], api_key="sesame", models=[["cats", 0], ["dogs", 0]]) as server:
+        browser.open(server.url + "/")
+        browser.wait("!document.getElementById('key').hidden")
+        browser.choose("#files", photo)
+        browser.wait("document.querySelectorAll('.card[data-state=locked]').length == 1")
+        browser.run(
+            "document.getElementById('secret').value = 'sesame'; document.getElementById('key').requestSubmit()"
+        )
+        browser.wait("document.querySelectorAll('.card[data-state=done]').length == 1")
+        assert browser.run("return document.querySelector('.note.model').textContent") == "Model: cats"

@@ -1,7 +1,7 @@
 // What both pages that show a model's answers have: the service's, and the one that is a file. A page says how many
-// photos are asked about AT_ONCE, and has four functions: preview(image, file) shows a photo before its answer,
+// photos are asked about AT_ONCE, and has five functions: taken(entry) gets a photo with its card before its answer;
 // predict(entry, note) promises an answer as the service's, and may put a sentence below the photo's name by note(sentence);
-// answered(entry, prediction) and failed(entry, error) show what came.
+// answered(entry, prediction) and failed(entry, error) show what came; further(entry) gives further columns of the table.
 "use strict";
 const at = (id) => document.getElementById(id);
 const make = (tag, kind, text) => {
@@ -118,12 +118,14 @@ function summarise() {
 function table() {
   // A cell that begins with one of these is a formula to a spreadsheet, and a file may have any name.
   const cell = (value) => `"${String(value).replace(/^[=+\-@\t\r]/, "'$&").replaceAll('"', '""')}"`;
-  const rows = [["file", "label", "score", "score_kind", "abstain", "error", "reason", "familiarity"]];
-  for (const {file, prediction, message} of entries) {
-    rows.push(prediction
+  const extra = entries.length ? Object.keys(further(entries[0])) : [];
+  const rows = [["file", "label", "score", "score_kind", "abstain", "error", "reason", "familiarity", ...extra]];
+  for (const entry of entries) {
+    const {file, prediction, message} = entry;
+    rows.push([...(prediction
       ? [file.name, prediction.label, prediction.score, prediction.score_kind, prediction.abstain, "", prediction.reason ?? "",
         prediction.familiarity ?? ""]
-      : [file.name, "", "", "", "", message || "not done", "", ""]);
+      : [file.name, "", "", "", "", message || "not done", "", ""]), ...Object.values(further(entry))]);
   }
   return rows.map((row) => row.map((value) => typeof value === "number" ? value : cell(value)).join(",")).join("\r\n") + "\r\n";
 }
@@ -138,11 +140,12 @@ function take(files) {
     picture.alt = "";
     picture.loading = "lazy";
     picture.addEventListener("error", () => card.classList.add("bare"));
-    preview(picture, file);
     told.append(make("h2", "", "…"), make("p", "name", file.name));
     card.append(picture, told);
     card.dataset.state = "waiting";
-    return {card, file};
+    const entry = {card, file};
+    taken(entry);
+    return entry;
   });
   at("results").prepend(...made.map((entry) => entry.card));  // what came last on top, in the order it was given
   entries = [...made, ...entries];

@@ -206,7 +206,9 @@ async function predict({file, card}) {
 
 // --- showing ---
 
-function preview() {}  // it comes when the photo is looked at
+function taken() {}  // its picture comes when the photo is looked at
+
+const further = () => ({});
 
 function picture(example) {
   const image = make("img");
@@ -234,7 +236,7 @@ function failed(entry, error) {
 // Where there is a touch screen, the device's own camera program makes the better photo, and needs no permission.
 const touch = matchMedia("(pointer: coarse)").matches;
 const camera = navigator.mediaDevices && navigator.mediaDevices.getUserMedia;
-let stream = null, taken = 0;
+let stream = null, shots = 0;
 
 function stop() {
   if (stream) for (const track of stream.getTracks()) track.stop();
@@ -272,7 +274,7 @@ at("take").addEventListener("click", () => {
   canvas.width = view.videoWidth;
   canvas.height = view.videoHeight;
   canvas.getContext("2d").drawImage(view, 0, 0);
-  canvas.toBlob((blob) => take([new File([blob], `camera-${++taken}.png`, {type: "image/png"})]), "image/png");
+  canvas.toBlob((blob) => take([new File([blob], `camera-${++shots}.png`, {type: "image/png"})]), "image/png");
 });
 at("stop").addEventListener("click", () => { stop(); at("camera").focus(); });
 at("viewer").addEventListener("keydown", (event) => { if (event.key === "Escape") at("stop").click(); });

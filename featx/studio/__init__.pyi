@@ -1,0 +1,3 @@
+from .app import Studio as Studio
+from .server import run as run
+from .session import Setup as Setup

@@ -1,0 +1,87 @@
+"""Running the studio: one window's server on this machine, ended by Ctrl-C or SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import uvicorn
+
+from featx.service import listen
+from featx.studio.app import Studio, create_app
+
+HOST = "127.0.0.1"
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which lets windows go before it waits for their connections."""
+
+    def __init__(self, config: uvicorn.Config, studio: Studio) -> None:
+        super().__init__(config)
+        self._studio = studio
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """SIGTERM and Ctrl-C end it in order; both are how it is meant to end."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._end)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+    def _end(self) -> None:
+        self._studio.events.close()
+        self.should_exit = True
+
+    async def tell(self, say: Callable[[], Any]) -> None:
+        """Tell when requests are answered."""
+        while not self.started:
+            await asyncio.sleep(0.02)
+        await asyncio.to_thread(say)
+
+
+def run(studio: Studio, *, port: int, token: str | None = None, started: Callable[[str], Any]) -> None:
+    """Serve until SIGTERM or Ctrl-C.
+
+    Parameters
+    ----------
+    studio : what answers; it is closed in the end.
+    port : 0 takes a free one.
+    token : of the address; by default a new one.
+    started : called with the address once requests are answered.
+
+    Raises
+    ------
+    UsageError
+        The port cannot be had.
+    """
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    token = token or secrets.token_urlsafe(24)
+    listener = listen(HOST, port)
+    config = uvicorn.Config(
+        create_app(studio, token), ws="none", lifespan="on", log_config=None, access_log=False, server_header=False,
+        timeout_graceful_shutdown=3,
+    )  # fmt: skip
+    server = Server(config, studio)
+    url = f"http://{HOST}:{listener.getsockname()[1]}/?token={token}"
+
+    async def serve() -> None:
+        telling = asyncio.get_running_loop().create_task(server.tell(lambda: started(url)))
+        await server.serve(sockets=[listener])
+        telling.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await telling
+
+    try:
+        with listener:
+            asyncio.run(serve())
+    finally:
+        studio.close()

@@ -1,0 +1,321 @@
+// What the page knows: photos, labels, suggestions. Labels are shown at once, sent in order, and taken back when refused.
+
+import {get, post, Gone, Refused} from "./api.js";
+import {plural} from "./dom.js";
+
+export const NO_LABEL = -1, NONE = -2, UNSURE = -3, LEFT_OUT = -4;
+const ASIDE = {[NO_LABEL]: "no label", [NONE]: "none of these", [UNSURE]: "unsure", [LEFT_OUT]: "left out"};
+
+export const store = {
+  state: null,  // the answer of /api/state, kept up to date by the events
+  ids: [], times: [], embedded: [], refused: new Set(),
+  classes: [], labels: [],  // as shown: what the server has, and what is on its way to it
+  suggestions: {version: -1, ready: false, suggested: [], probability: [], unknown: [], worth: [], batches: []},
+  quality: null,
+  trouble: "",
+};
+const server = {seq: -1, classes: [], labels: []};
+let waiting = [];  // actions on their way; those with `seq` are taken, and wait for their event
+let working = false;
+
+// --- who wants to know ---
+
+const listeners = new Map();
+
+export function on(names, listener) {
+  for (const name of names.split(" ")) listeners.set(name, [...(listeners.get(name) || []), listener]);
+}
+
+function emit(name, detail) {
+  for (const listener of listeners.get(name) || []) listener(detail);
+}
+
+/** Tell the user what was done or went wrong; `bad` stays longer. */
+export const say = (text, {bad = false, undo = false} = {}) => emit("said", {text, bad, undo});
+
+function trouble(text) {
+  if (store.trouble === text) return;
+  store.trouble = text;
+  emit("trouble");
+}
+
+// --- reading ---
+
+export const nameOf = (label) => label >= 0 ? store.classes[label] ?? "a removed class" : ASIDE[label];
+
+/** Numbers of the classes that were not removed. */
+export const classNumbers = () => store.classes.flatMap((name, number) => name === null ? [] : [number]);
+
+let counted = null, shown = null;  // kept until labels or photos change: views ask often
+
+/** How many photos have each label, by label. */
+export function counts() {
+  if (counted) return counted;
+  counted = new Map();
+  for (const row of rowsShown()) counted.set(store.labels[row], (counted.get(store.labels[row]) || 0) + 1);
+  return counted;
+}
+
+function rowsShown() {
+  shown ||= store.ids.flatMap((_, row) => store.refused.has(row) ? [] : [row]);
+  return shown;
+}
+
+/** Photos that can be shown, in their order. */
+export const allRows = () => [...rowsShown()];
+
+export const howMany = () => rowsShown().length;
+
+export const labelled = () => howMany() - (counts().get(NO_LABEL) || 0);
+
+export const suggestionOf = (row) => {
+  const {ready, suggested, probability, unknown} = store.suggestions;
+  const label = ready ? suggested[row] ?? -1 : -1;
+  return label < 0 || store.classes[label] === null ? null : {label, percent: probability[row], unknown: Boolean(unknown[row])};
+};
+
+// --- labels: what the server has, overlaid by what is on its way ---
+
+function overlay(rows) {
+  const actions = waiting.filter((each) => each.rows);
+  store.classes = [...server.classes];
+  for (const {name} of actions) if (name && !store.classes.includes(name)) store.classes.push(name);
+  for (const row of rows) store.labels[row] = server.labels[row] ?? NO_LABEL;
+  for (const {rows: changed, name, label} of actions) {
+    const shown = name ? store.classes.indexOf(name) : label;
+    for (const row of changed) store.labels[row] = shown;
+  }
+  counted = null;
+  emit("labels", rows);
+}
+
+function taken(event) {
+  if (event.seq <= server.seq) return;
+  if (event.seq > server.seq + 1) {
+    loadLabels();
+    return;
+  }
+  server.seq = event.seq;
+  server.classes = event.classes;
+  event.rows.forEach((row, i) => { server.labels[row] = event.labels[i]; });
+  known(event);
+  waiting = waiting.filter((each) => !(each.seq <= server.seq));
+  overlay(event.rows);
+}
+
+function known({undo, redo, labelled: number}) {
+  if (!store.state) return;
+  Object.assign(store.state, {undo, redo, labelled: number});
+  emit("state");
+}
+
+async function loadLabels() {
+  const answer = await read("/api/labels");
+  if (!answer || answer.seq < server.seq) return;
+  Object.assign(server, answer);
+  waiting = waiting.filter((each) => !(each.seq <= server.seq));
+  store.labels.length = Math.max(answer.labels.length, store.ids.length);
+  overlay([...store.labels.keys()]);
+}
+
+const pause = (ms) => new Promise((done) => setTimeout(done, ms));
+
+async function work() {
+  if (working) return;
+  working = true;
+  for (let action; (action = waiting.find((each) => each.seq === undefined));) {
+    try {
+      const {path, body, rows, name, label, from} = action;
+      const answer = await post(path, body || (name ? {rows, name, from} : {rows, label, from}));
+      action.seq = answer.seq;
+      if (!action.rows || answer.seq <= server.seq) waiting = waiting.filter((each) => each !== action);
+      action.done(answer);
+      // The event that confirms it comes by itself; should it be lost, ask.
+      setTimeout(() => { if (waiting.includes(action)) loadLabels(); }, 2000);
+    } catch (error) {
+      if (error instanceof Gone) {
+        trouble("The connection to featx studio is lost. Your labels are kept here and sent as soon as it is back.");
+        await pause(1000);
+        continue;
+      }
+      signedOut(error);
+      waiting = waiting.filter((each) => each !== action);
+      if (action.rows) overlay(action.rows);
+      action.failed(error);
+    }
+    if (store.trouble.startsWith("The connection")) trouble("");
+  }
+  working = false;
+}
+
+function enqueue(action) {
+  return new Promise((done, failed) => {
+    waiting.push({...action, done, failed});
+    if (action.rows) overlay(action.rows);
+    work();
+  });
+}
+
+/** Give photos a label: a number, or the name of a class, which is made if it is new. Shown at once. */
+export async function label(rows, what, from = "key") {
+  if (!rows.length) {
+    say("Select photos first: click one, or move with the arrow keys.");
+    return;
+  }
+  let name = typeof what === "string" ? what.trim() : null;
+  if (name === "") return;
+  if (name === null && what >= server.classes.length) name = store.classes[what];  // a class that is still on its way
+  const sent = enqueue({path: "/api/label", rows: [...rows], name, label: name ? undefined : what, from});
+  say(`${plural(rows.length)}: ${name || nameOf(what)}. ${labelled()} of ${howMany()} labelled.`, {undo: true});
+  try {
+    await sent;
+  } catch (error) {
+    say(`${plural(rows.length)} not labelled: ${error.message}`, {bad: true});
+  }
+}
+
+/** Add, rename, merge or remove a class: {op, class, name, into}. Throws what the server refuses. */
+export const changeClass = (body) => enqueue({path: "/api/classes", body});
+
+export async function turn(which) {
+  try {
+    const {done} = await enqueue({path: `/api/${which}`, body: {}});
+    say(`${which === "undo" ? "Undone" : "Done again"}: ${done}.`);
+  } catch (error) {
+    say(error.message, {bad: error.reason !== "nothing"});
+  }
+}
+
+export async function takeFolderClasses(take) {
+  try {
+    await enqueue({path: "/api/folder-classes", body: {take}});
+    await loadState();
+  } catch (error) {
+    say(error.message, {bad: true});
+  }
+}
+
+// --- loading, and staying in step ---
+
+function signedOut(error) {
+  if (error instanceof Refused && error.status === 401) {
+    trouble("This window is not signed in: open the address that featx studio printed.");
+  }
+}
+
+/** Read, or say what is wrong and give null. */
+export async function read(path) {
+  try {
+    return await get(path);
+  } catch (error) {
+    if (error instanceof Gone) trouble("The connection to featx studio is lost. This page goes on as soon as it is back.");
+    else if (error.status === 401) signedOut(error);
+    else say(error.message, {bad: true});
+    return null;
+  }
+}
+
+async function loadState() {
+  const answer = await read("/api/state");
+  if (!answer) return null;
+  const other = !store.state || store.state.project !== answer.project;
+  store.state = answer;
+  if (other) server.seq = -1;
+  emit("state");
+  return answer;
+}
+
+let photosAgain = false, photosAsked = false;
+
+async function loadPhotos() {
+  if (photosAsked) {
+    photosAgain = true;
+    return;
+  }
+  photosAsked = true;
+  const answer = await read("/api/photos");
+  if (answer) {
+    Object.assign(store, {ids: answer.ids, times: answer.times, embedded: answer.embedded, refused: new Set(answer.refused)});
+    while (store.labels.length < store.ids.length) store.labels.push(server.labels[store.labels.length] ?? NO_LABEL);
+    counted = shown = null;
+    emit("photos");
+  }
+  setTimeout(() => {  // while a folder is embedded, the server speaks of new photos all the time
+    photosAsked = false;
+    if (photosAgain) loadPhotos();
+    photosAgain = false;
+  }, 1000);
+}
+
+async function loadSuggestions() {
+  const answer = await read("/api/suggestions");
+  if (!answer || answer.version < store.suggestions.version) return;
+  const rank = new Map(answer.worth.map((row, i) => [row, i]));
+  store.suggestions = {...answer, rank};
+  emit("suggestions");
+}
+
+async function loadQuality() {
+  const answer = await read("/api/quality");
+  if (!answer) return;
+  store.quality = answer;
+  emit("quality");
+}
+
+/** Everything anew: at the start, after a lost connection, after another folder was opened. */
+export async function load() {
+  const state = await loadState();
+  if (!state) return false;
+  if (state.open) {
+    store.labels = [];
+    store.suggestions = {...store.suggestions, version: -1};
+    await Promise.all([loadPhotos(), loadLabels(), loadSuggestions(), loadQuality()]);
+  }
+  if (!store.trouble.startsWith("This window")) trouble("");
+  emit("loaded");
+  return true;
+}
+
+export function listen() {
+  const events = new EventSource("/api/events");
+  let lost = false;
+  const hear = (name, listener) => events.addEventListener(name, (event) => listener(JSON.parse(event.data)));
+  hear("labels", taken);
+  hear("embedding", (data) => { store.state.embedding = data; emit("state"); });
+  hear("photos", loadPhotos);
+  hear("suggestions", (data) => { store.state.suggestions = data; emit("state"); loadSuggestions(); });
+  hear("map", (data) => { store.state.map = data; emit("map"); });
+  hear("quality", (data) => {
+    store.state.quality = data;
+    emit("state");
+    if (data.status === "running") emit("quality");
+    else loadQuality();
+  });
+  hear("job", (data) => {
+    store.state.jobs = [...store.state.jobs.filter((each) => each.id !== data.id), data];
+    emit("jobs");
+  });
+  hear("closed", () => trouble("featx studio was ended. Start it again with the same command, and open the address that it prints."));
+  events.addEventListener("open", () => {
+    if (lost) load();
+    lost = false;
+  });
+  events.addEventListener("error", async () => {
+    lost = true;
+    if (!store.trouble) await read("/api/state");  // says whether the connection is lost, or this window signed out
+    if (events.readyState === EventSource.CLOSED) {
+      await pause(2000);
+      if (await load()) listen();
+      else if (!store.trouble.startsWith("This window")) retry();
+    }
+  });
+}
+
+/** Ask until the server is back. */
+async function retry() {
+  for (;;) {
+    await pause(2000);
+    if (await load()) return listen();
+    if (store.trouble.startsWith("This window")) return undefined;
+  }
+}
