@@ -64,10 +64,12 @@ class Setup:
     ----------
     root : folders above it are not shown, and nothing above it is opened.
     how : the options of :func:`featx.extraction.extract_features` for a store.
+    runtime : where ``featx export --format html`` finds what runs a model in a browser; None where it kept it.
     """
 
     root: Path
     how: Callable[[Path], dict[str, Any]]
+    runtime: str | None = None
 
 
 class Session:
