@@ -37,7 +37,7 @@ from featx.images import (
     walk_folder,
 )
 from featx.store import StoreWriter, stored_backbones
-from featx.studio.journal import Journal
+from featx.studio.journal import MARKS, NOTHING, Journal
 
 LISTS = (".csv", ".jsonl")
 
@@ -120,6 +120,11 @@ class Project:
             self._stack.close()
             raise
         self.rows = {photo.ref.id: row for row, photo in enumerate(self.photos)}
+        try:
+            self.take_edits()
+        except BaseException:
+            self._stack.close()
+            raise
 
     @staticmethod
     def check(source: Path) -> None:
@@ -174,6 +179,24 @@ class Project:
         if (self.store / "index.h5").exists():
             with StoreWriter(self.store, *stored_backbones(self.store).values()) as writer:
                 writer.relabel({ref.id: ref.label for ref in self.images().refs})
+
+    def take_edits(self) -> None:
+        """Take over what was changed in ``labels.csv`` by another program, as an action that can be taken back.
+
+        It is newer than the journal then: the studio writes it after each action, and a crash leaves an older one.
+        """
+        journal = self.folder / "journal.jsonl"
+        if not self.labels.exists() or self.labels.stat().st_mtime_ns < journal.stat().st_mtime_ns:
+            return
+        marks = {mark: code for code, mark in MARKS.items()}
+        labels: dict[str, str | int] = {}
+        for ref in list_refs(self.labels)[0]:
+            code: str | int = ref.label or marks.get(dict(ref.metadata).get("mark", ""), NOTHING)
+            known = self.journal.code(ref.id)
+            if ref.id in self.rows and code not in (known, self.journal.classes[known] if known >= 0 else known):
+                labels[ref.id] = code
+        if labels:
+            self.journal.label_each(labels, how="labels.csv", by="labels.csv")
 
     def add(self, name: str, data: bytes) -> int:
         """Keep a photo that came through the page; its row."""
