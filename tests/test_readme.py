@@ -38,6 +38,8 @@ ELSEWHERE = {
     "featx studio photos": "ends with Ctrl-C; tests/studio runs it",
     "pip install .": "is how featx came here",
     "pip install 'featx[serve]'": "needs a package index",
+    "featx export photos.model --format html --out photos.html --store photos.featx --runtime npm": "fetches a "
+    "package; test_offline runs it with a folder",
     "python scripts/bench_sweep.py photos.featx": "takes minutes",
     "python scripts/bench_extract.py --images 480": "takes minutes",
     "python scripts/bench_extract.py --large 24": "takes minutes",

@@ -29,17 +29,29 @@ def missing() -> str:
 class Browser:
     """One session with one window."""
 
-    def __init__(self, driver: str, profile: Path, size: tuple[int, int], *, dark: bool = False) -> None:
+    def __init__(
+        self,
+        driver: str,
+        profile: Path,
+        size: tuple[int, int],
+        *,
+        dark: bool = False,
+        network: bool = False,
+        more: tuple[str, ...] = (),
+    ) -> None:
         self._driver = driver
         arguments = [
             "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
             "--disable-background-networking", "--disable-component-update", "--disable-sync",
-            "--disable-dev-shm-usage", f"--user-data-dir={profile}", f"--window-size={size[0]},{size[1]}",
+            "--disable-dev-shm-usage", f"--user-data-dir={profile}", f"--window-size={size[0]},{size[1]}", *more,
         ]  # fmt: skip
         if dark:
             arguments.append("--force-dark-mode")
         options = {"args": arguments, "binary": shutil.which("chromium")}
-        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+        wanted = {
+            "goog:chromeOptions": options,
+            "goog:loggingPrefs": {"browser": "ALL", **({"performance": "ALL"} if network else {})},
+        }
         made = self._call("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})
         self._session = f"/session/{made['sessionId']}"
 
@@ -108,6 +120,16 @@ class Browser:
     def log(self) -> list[str]:
         """What the page complained about in the console."""
         return [line["message"] for line in self._do("POST", "/se/log", {"type": "browser"})]
+
+    def requests(self) -> list[str]:
+        """What was fetched since the last time, but for what a page has in itself; of a browser with ``network``."""
+        lines = [
+            json.loads(line["message"])["message"] for line in self._do("POST", "/se/log", {"type": "performance"})
+        ]
+        kinds = ("Network.requestWillBeSent", "Network.webSocketCreated", "Network.webTransportCreated")
+        sent = [line["params"] for line in lines if line["method"] in kinds]
+        urls = [each["request"]["url"] if "request" in each else each["url"] for each in sent]
+        return [url for url in urls if not url.startswith(("data:", "blob:"))]
 
     def close(self) -> None:
         """End the browser."""

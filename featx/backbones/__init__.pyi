@@ -47,6 +47,7 @@ from .engines.torch import (
     make_engine as make_engine,
 )
 from .frozen import LayerInfo as LayerInfo, describe_layers as describe_layers, seeded as seeded
+from .hub import cache_folder as cache_folder
 from .provenance import provenance_of as provenance_of
 from .provider import (
     Own as Own,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,11 +20,14 @@ from featx.cli.options import (
     Weights,
     own_network,
 )
-from featx.cli.terminal import ProgressLine, check_file, print_json, say
+from featx.cli.terminal import PAGE_MARK, ProgressLine, check_file, print_json, say
 from featx.errors import UsageError, plural
 
 if TYPE_CHECKING:
-    from featx.models import Photo
+    from featx.extraction import Embedder
+    from featx.images import Origin
+    from featx.models import Bundle, Labelled, Photo
+    from featx.reports import Examples
 
 
 class ExportFormat(StrEnum):
@@ -33,6 +36,7 @@ class ExportFormat(StrEnum):
     joblib = "joblib"
     skops = "skops"
     onnx = "onnx"
+    html = "html"
 
 
 class Part(StrEnum):
@@ -42,9 +46,15 @@ class Part(StrEnum):
     head = "head"
 
 
-_MARKS = {"joblib": b"sklearn", "skops": b"schema.json", "onnx": b"featx"}
+_MARKS = {"joblib": b"sklearn", "skops": b"schema.json", "onnx": b"featx", "html": PAGE_MARK}
 _MOST_PHOTOS = 1000
 """Photos that an export is compared on at most."""
+
+_EXAMPLES = 5
+"""Example photos of each class in a page."""
+
+_WORKERS = 2
+"""Processes that make small pictures."""
 
 _SIDE = 640
 """Pixels of the longer side of the pictures of them that both are shown."""
@@ -54,6 +64,7 @@ def register(app: typer.Typer) -> None:
     """Add the command of this module."""
     app.command(
         epilog="Examples:  featx export photos.model --format onnx --out photos.onnx  |  "
+        "featx export photos.model --format html --out photos.html --store photos.featx --runtime npm  |  "
         "featx export photos.model --format joblib --out photos.joblib"
     )(export)
 
@@ -63,12 +74,17 @@ def export(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The file to make.")],
     form: Annotated[
         ExportFormat,
-        typer.Option("--format", help="onnx is a graph for any runtime; joblib is a pickle, skops is not."),
+        typer.Option(
+            "--format",
+            help="onnx is a graph for any runtime, html a page that runs it in a browser; joblib is a pickle, skops "
+            "is not.",
+        ),
     ],
     part: Annotated[
         Part | None,
         typer.Option(
-            help="model takes photos, head takes embeddings. (default: model for onnx; joblib and skops hold a head)",
+            help="model takes photos, head takes embeddings. (default: model for onnx and html; joblib and skops hold "
+            "a head)",
             show_default=False,
         ),
     ] = None,
@@ -79,38 +95,94 @@ def export(
             help="Also compare the answers about these photos: 99.5 % have to be the same, at int8 99 %.",
         ),
     ] = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR|npm|URL",
+            help="For html: where onnxruntime-web is. A folder or .tgz of the package; npm or an https address fetches "
+            "it once. (default: what was fetched)",
+        ),
+    ] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(
+            help="For html: the store that the model was fitted on; answers then show the most similar examples."
+        ),
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option(help="For html: where the images of the store are. (default: as at extraction)")
+    ] = None,
+    examples: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=100,
+            help="For html with --store: example photos of each class, which travel in the file as small pictures, "
+            "without their names; 0: none.",
+        ),
+    ] = _EXAMPLES,
     backbone: OwnBackbone = None,
     weights: Weights = None,
     engine: EngineOption = EngineName.auto,
     device: DeviceOption = Device.auto,
     as_json: Json = False,
 ) -> None:
-    """Write a model for other software: as an ONNX graph from photo to answer, or its head alone.
+    """Write a model for other software: as an ONNX graph or a web page from photo to answer, or its head alone.
 
-    An ONNX graph of the whole model is run in onnxruntime before it is written, and refused if it does not answer as
-    featx does. The head alone takes embeddings and knows no unknown: it names a class for photos of anything.
+    The graph of a whole model is run in onnxruntime before it is written, and refused if it does not answer as featx
+    does. A web page is one file that runs the graph in a browser, without a server and without a connection; it needs
+    onnxruntime-web (--runtime). The head alone takes embeddings and knows no unknown: it names a class for photos of
+    anything.
     """
-    from featx.models import export_bundle, export_model, open_embedder, read_bundle
+    from featx._files import publish_bytes
+    from featx.models import export_bundle, labelled_images, model_onnx, open_embedder, read_bundle, web_runtime
+    from featx.reports import image_finder, render_offline
 
     check_file(out, _MARKS[form.value], example=f"photos.{form.value}")
-    whole = form is ExportFormat.onnx if part is None else part is Part.model
-    if whole and form is not ExportFormat.onnx:
+    page = form is ExportFormat.html
+    takes_photos = page or form is ExportFormat.onnx
+    whole = takes_photos if part is None else part is Part.model
+    if whole and not takes_photos:
         raise UsageError("joblib and skops hold a head", where="--part", expected="head", found="model")
+    if page and not whole:
+        raise UsageError("a page holds the whole model", where="--part", expected="model", found="head")
     if check is not None and not whole:
         raise UsageError("a head is not compared on photos", where="--check", hint="Leave it out, or --part model.")
+    for name, value in (("--runtime", runtime), ("--store", store), ("--source", source)):
+        if value is not None and not page:
+            raise UsageError("only a page needs it", where=name, hint="Leave it out, or --format html.")
+    if source is not None and store is None:
+        raise UsageError("of which store?", where="--source", hint="Name it with --store.")
     bundle = read_bundle(model)
     report: dict[str, object] = {}
     if whole:
         files = _files(check)
         refused: list[Path] = []
+        labelled = find = running = None
+        if store is not None and examples:
+            labelled, find = labelled_images(store, bundle), image_finder(store, source)
         with ProgressLine("exporting") as line:
+            if page:
+                running = web_runtime(runtime, line.say)
             line.say("opening the network")
             embedder = open_embedder(
                 bundle, model, backbone=own_network(backbone), weights=weights, engine=engine.value, device=device.value
             )
             line.say("writing the graph")
-            compared = export_model(bundle, embedder, out, _photos(files, refused, line))
+            exported = model_onnx(bundle, embedder, _photos(files, refused, line))
+            content, shown = exported.content, None
+            if running is not None:
+                if labelled is not None and find is not None:
+                    line.say("choosing examples")
+                    shown = _shown(labelled, find, examples, bundle, embedder)
+                title = model.name.removesuffix(".model") or "model"
+                page_text = render_offline(bundle, exported, running, title=title, examples=shown)
+                content = page_text.encode("utf-8", errors="backslashreplace")
+            publish_bytes(out, content)
+        compared = exported.compared
         report = {"compared": compared.to_json(), "refused": [str(file) for file in refused]}
+        if running is not None:
+            report |= {"runtime": running.version, "examples": 0 if shown is None else len(shown.labels)}
         if refused:
             say(f"Note: {plural(len(refused), 'photo')} of {check} cannot be read and were left out.", err=True)
     else:
@@ -127,8 +199,45 @@ def export(
         )
         if check is None:
             say("Note: Compared on its own probe photo only. More: --check FOLDER", err=True)
+        if page:
+            _say_examples(labelled, shown, examples)
     else:
         say("Note: The head alone knows no unknown: it names a class for photos of anything.", err=True)
+
+
+def _shown(
+    labelled: Labelled, find: Callable[[str], Origin], each: int, bundle: Bundle, embedder: Embedder
+) -> Examples:
+    """Small pictures of examples of every class; those whose files have gone or changed are left out."""
+    from featx.images import Thumbnails
+    from featx.models import layer_number
+    from featx.reports import Examples
+
+    rows = labelled.examples(each, bundle.class_names)
+    with Thumbnails(workers=_WORKERS) as thumbnails:
+        made = thumbnails.make([(find(str(labelled.ids[row])), labelled.digests[row].tobytes()) for row in rows])
+    kept = [(row, picture) for row, picture in zip(rows, made, strict=True) if isinstance(picture, bytes)]
+    start = 0
+    if layer_number(bundle) is None:  # the graph gives all layers, one after the other
+        start = sum(layer.shape[1] for layer in embedder.embed_bytes(bundle.probe)[: labelled.place])
+    return Examples(
+        [labelled.labels[row] for row, _ in kept],
+        [picture for _, picture in kept],
+        labelled.embeddings[[row for row, _ in kept]],
+        (start, start + labelled.embeddings.shape[1]),
+        missing=len(rows) - len(kept),
+    )
+
+
+def _say_examples(labelled: Labelled | None, shown: Examples | None, each: int) -> None:
+    if labelled is None or shown is None:
+        if each:
+            say("Note: The page shows no examples. With them: --store STORE", err=True)
+        return
+    gone = f" {plural(shown.missing, 'picture')} of the store are gone or have changed." if shown.missing else ""
+    say(f"Note: {plural(len(shown.labels), 'example photo')} in the file.{gone} Without: --examples 0", err=True)
+    for note in labelled.notes:
+        say(f"Note: {note}", err=True)
 
 
 def _files(check: Path | None) -> list[Path]:

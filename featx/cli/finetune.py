@@ -19,6 +19,7 @@ from featx.cli.options import (
     MaxError,
     MaxUnknown,
     OwnBackbone,
+    PriorOption,
     Seed,
     StoreArgument,
     Weights,
@@ -79,6 +80,7 @@ def finetune(
     ] = None,
     max_error: MaxError = 0.05,
     max_unknown: MaxUnknown = 0.05,
+    prior: PriorOption = "as-is",
     backbone: OwnBackbone = None,
     weights: Weights = None,
     engine: EngineOption = EngineName.auto,
@@ -100,17 +102,21 @@ def finetune(
         raise UsageError(
             "activations cannot be mirrored or shifted, images can", where="--augment", hint="Use --unfreeze all."
         )
+    if prior != "as-is" and out is None:
+        raise UsageError("it is about the model that is kept", where="--prior", hint="Keep one with --out.")
     from featx.adaptation import judge_episodes, open_tuning, plan_shots, recipe_for
+    from featx.evaluation import LabelledRows
     from featx.extraction import network_like
     from featx.images import ImageSet
-    from featx.models import finetune_bundle
+    from featx.models import finetune_bundle, prior_shares, read_prior
     from featx.store import check_same, read_features
 
     recipe = recipe_for(
         from_scratch=from_scratch, whole=blocks == "all", epochs=epochs, learning_rate=learning_rate,
         early_stop=early_stop, augment=augment,
     )  # fmt: skip
-    features = read_features(store, layer=layer)
+    features, in_shares = read_features(store, layer=layer), read_prior(prior)
+    prior_shares(in_shares, LabelledRows.of_features(features).class_names)  # a class without one is said at once
     wanted = plan_shots(features, wanted_shots, early_stop=recipe.early_stop)
     images = ImageSet.from_source(source)
     network = network_like(features.provenance, where=store, backbone=own_network(backbone), weights=weights)
@@ -136,6 +142,7 @@ def finetune(
                     tuning,
                     max_error=max_error,
                     max_unknown=max_unknown,
+                    prior=in_shares,
                     random_state=seed,
                     engine=engine.value,
                     progress=line.update,

@@ -17,6 +17,7 @@ from featx.cli.options import (
     MaxError,
     MaxUnknown,
     OwnBackbone,
+    PriorOption,
     Seed,
     StoreArgument,
     Unlabelled,
@@ -49,14 +50,7 @@ def fit(
     ] = None,
     max_error: MaxError = 0.05,
     max_unknown: MaxUnknown = 0.05,
-    prior: Annotated[
-        str,
-        typer.Option(
-            metavar="as-is|equal|FILE",
-            help="How often classes will be met: as often as they were labelled, all equally often, or by the shares "
-            "of a file (CSV with class,share, or JSON). All that is promised is then about such photos.",
-        ),
-    ] = "as-is",
+    prior: PriorOption = "as-is",
     without_network: Annotated[
         bool,
         typer.Option(

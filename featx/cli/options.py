@@ -70,6 +70,17 @@ UnlabelledFrom = Annotated[
 ]
 
 
+PriorOption = Annotated[
+    str,
+    typer.Option(
+        "--prior",
+        metavar="as-is|equal|FILE",
+        help="How often classes will be met: as often as they were labelled, all equally often, or by the shares "
+        "of a file (CSV with class,share, or JSON). All that is promised is then about such photos.",
+    ),
+]
+
+
 MaxError = Annotated[
     float,
     typer.Option(help="Share of answers that may be wrong, on photos like the model's; it abstains to keep it."),

@@ -51,6 +51,14 @@ def studio(
         typer.Option(help="A network by name, instead of a recipe; more than once joins several.", show_default=False),
     ] = None,
     weights: Annotated[list[str] | None, typer.Option(help="Its weights, as of featx extract.")] = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            metavar="npm|URL|DIR",
+            help="What runs a model in a page to take along, as of featx export. (default: the one it kept)",
+            show_default=False,
+        ),
+    ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free port.")] = 0,
     no_browser: Annotated[bool, typer.Option("--no-browser", help="Print the address only.")] = False,
 ) -> None:
@@ -77,7 +85,7 @@ def studio(
     # What the options say is looked at now, and not when the first folder is opened.
     how = partial(_how, backbone, recipe, weights)
     how(Path("photos.featx"))
-    made = Studio(Setup((root or Path.home()).resolve(), how), project)
+    made = Studio(Setup((root or Path.home()).resolve(), how, runtime), project)
     if source is not None:
         made.open(source)
     run(made, port=port, started=partial(_tell, made, browser=not no_browser))

@@ -4,6 +4,7 @@ from .listing import list_refs as list_refs
 from .origin import (
     MAX_BYTES as MAX_BYTES,
     Origin as Origin,
+    Unreadable as Unreadable,
     file_ref as file_ref,
     labels_from_folders as labels_from_folders,
     not_installed as not_installed,

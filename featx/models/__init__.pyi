@@ -10,23 +10,21 @@ from .count import (
     draw_to_check as draw_to_check,
 )
 from .explain import Explainer as Explainer, Explanation as Explanation
-from .export import (
-    Pickled as Pickled,
-    export_bundle as export_bundle,
-    export_model as export_model,
-)
+from .export import Pickled as Pickled, export_bundle as export_bundle
 from .finetuned import finetune_bundle as finetune_bundle
 from .fit import by_recall as by_recall, fit_bundle as fit_bundle, summary as summary
+from .labelled import Labelled as Labelled, labelled_images as labelled_images
 from .novelty import (
     is_unknown as is_unknown,
     nearest_mean as nearest_mean,
     shares_among as shares_among,
 )
-from .onnx.model import Photo as Photo
+from .onnx.model import Exported as Exported, Photo as Photo, model_onnx as model_onnx
+from .onnx.web import WebRuntime as WebRuntime, web_runtime as web_runtime
 from .predictor import (
     layer_number as layer_number,
     named_files as named_files,
     open_embedder as open_embedder,
     predict_files as predict_files,
 )
-from .prior import read_prior as read_prior
+from .prior import prior_shares as prior_shares, read_prior as read_prior

@@ -8,7 +8,7 @@ Nor does it know which photos are unknown to it: no class of scikit-learn says s
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,10 @@ from sklearn.preprocessing import FunctionTransformer, Normalizer, StandardScale
 from featx._files import publish_bytes
 from featx.backbones import layer_place
 from featx.errors import BundleError, UsageError
-from featx.extraction import Embedder
 from featx.heads import blocks_of
 from featx.models.bundle import Answer, Bundle, silence
 from featx.models.onnx.builder import Builder, missing
 from featx.models.onnx.head import add_scores
-from featx.models.onnx.model import Compared, Photo, model_onnx
 
 FORMATS = ("joblib", "skops", "onnx")
 _ATTRIBUTE = "featx_bundle_"
@@ -225,22 +223,3 @@ def _onnx(bundle: Bundle) -> bytes:
         opset=13,  # understood everywhere
         ir_version=8,
     )
-
-
-def export_model(bundle: Bundle, embedder: Embedder, path: Path, photos: Iterable[Photo]) -> Compared:
-    """Write a whole model as one ONNX graph, from photo to answer, and say how it compares with featx.
-
-    Parameters
-    ----------
-    bundle, embedder : the model, and its network.
-    path : the file to make.
-    photos : upright RGB images that both are to agree on, beside the model's own probe image.
-
-    Raises
-    ------
-    UsageError
-        As of :func:`featx.models.onnx.model.model_onnx`; nothing is written then.
-    """
-    content, compared = model_onnx(bundle, embedder, photos)
-    publish_bytes(path, content)
-    return compared

@@ -16,6 +16,7 @@ from featx.extraction import Embedder
 from featx.models.bundle import Bundle
 from featx.models.calibrate import fit_sharpness
 from featx.models.fit import FittedHead, judge_scores, pack_bundle, warnings_of
+from featx.models.prior import Prior, moved, prior_shares
 from featx.models.unknown import check_max_unknown, learn_from_folds, metrics_of, similarity_to, warnings_of_unknown
 from featx.store import fingerprint
 
@@ -28,19 +29,22 @@ def finetune_bundle(
     *,
     max_error: float = 0.05,
     max_unknown: float = 0.05,
+    prior: Prior = None,
     random_state: int = 0,
     engine: str = "auto",
     progress: Progress | None = None,
 ) -> Bundle:
     """Train on all images but those of the split ``test``, and pack network and head as ``featx fit`` does.
 
-    Calibration and the accuracy to be expected come from models that have not seen the images they judge.
+    Calibration and the accuracy to be expected come from models that have not seen the images they judge. With a
+    ``prior``, in the shares of which classes will be met, all of it is about such photos, as of :func:`fit_head`.
     """
     if not 0 < max_error < 1:
         raise UsageError("--max-error is a share of the answers", expected="between 0 and 1", found=max_error)
     check_max_unknown(max_unknown)
     data = LabelledRows.of_features(tuning.features)
     use, y, names, copies = data.rows, data.labels, data.class_names, data.groups
+    shares = prior_shares(prior, names)
     folds, notes_on_groups = data.folds(OUT_OF_FOLD, random_state)
     together = None if notes_on_groups else data.sites
     total = int(folds.max()) + 2
@@ -71,9 +75,21 @@ def finetune_bundle(
             similarity[held] = similarity_to(seen[held], seen[~held], y[~held], random_state=random_state)
     trained = _train(tuning, use, y, copies, together, (random_state, total), tell, total - 1, total)
     tell(total, total, "packing")
-    sharpness = fit_sharpness(scores, y)
+    sharpness, scorer = fit_sharpness(scores, y), trained.classifier.scorer()
+    if shares is not None:
+        sharpness, added, scores = moved(scores, y, folds, copies, shares)
+        scorer = scorer.shifted(added)
     threshold, metrics, conformity = judge_scores(
-        scores, sharpness, y, copies, max_error, names, folds=folds, max_unknown=max_unknown, sites=together
+        scores,
+        sharpness,
+        y,
+        copies,
+        max_error,
+        names,
+        folds=folds,
+        max_unknown=max_unknown,
+        shares=shares,
+        sites=together,
     )
     every = np.arange(len(tuning.features))
     embeddings = training.embed(trained.classifier.tail, tuning.activations, every, device=tuning.device)
@@ -81,7 +97,10 @@ def finetune_bundle(
         embeddings[use], y, copies, similarity, folds, max_unknown=max_unknown, random_state=random_state
     )
     metrics["unknown"] = measured and metrics_of(measured, names)
-    notes = (*warnings_of(metrics, threshold, max_error), *warnings_of_unknown(metrics["unknown"], max_unknown))
+    notes = (
+        *warnings_of(metrics, threshold, max_error, weighted=shares is not None),
+        *warnings_of_unknown(metrics["unknown"], max_unknown),
+    )
     tail = tail_bytes(trained.classifier.tail, tuning.halves.cut)
     network = tuned(tuning.backbone, tail)
     runner = make_engine(network, engine=engine, device=tuning.device, precision="fp32")
@@ -97,9 +116,10 @@ def finetune_bundle(
     }
     return pack_bundle(
         FittedHead(
-            scorer=trained.classifier.scorer(), class_names=names, head=tuning.head,
+            scorer=scorer, class_names=names, head=tuning.head,
             params={"epochs": trained.epochs}, sharpness=sharpness, threshold=threshold, max_error=max_error,
             max_unknown=max_unknown, familiarity=familiarity, metrics=metrics, conformity=conformity,
+            prior=None if shares is None else dict(zip(names, shares.tolist(), strict=True)),
             notes=(*tuning.notes, *notes_on_groups, *notes),
         ),
         replace(

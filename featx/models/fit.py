@@ -41,7 +41,7 @@ from featx.images import encode
 from featx.models.bundle import Bundle
 from featx.models.calibrate import clopper_pearson, fit_sharpness, fit_threshold, smallest_error, weighted_interval
 from featx.models.novelty import Familiarity
-from featx.models.prior import Prior, class_weights, cross_shifted, prior_shares, shift
+from featx.models.prior import Prior, class_weights, moved, prior_shares
 from featx.models.sets import COVERAGE, Conformity, among_known, cross_sets, label_sets, measure_sets, true_scores
 from featx.models.unknown import check_max_unknown, learn, metrics_of, warnings_of_unknown
 from featx.store import Alike, FeatureSet, layers_of, title_of
@@ -196,10 +196,8 @@ def fit_head(
     sharpness = None if scores is None else fit_sharpness(scores, y)
     if scores is not None and shares is not None:
         say(total, total, "moving to other shares of the classes")
-        one = np.unique(copies, return_index=True)[1]
-        sharpness, added = shift(scores[one], y[one], shares)
+        sharpness, added, scores = moved(scores, y, folds, copies, shares)
         scorer = scorer.shifted(added)
-        scores = cross_shifted(scores, y, folds, np.isin(np.arange(len(y)), one), shares) / sharpness
     threshold, metrics, conformity = judge_scores(
         scores,
         sharpness,

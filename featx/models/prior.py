@@ -173,6 +173,19 @@ def shift(scores: Array, labels: NDArray[np.integer], shares: Array) -> tuple[fl
     return sharpness, np.asarray((offsets + np.log(shares / had)) / sharpness)
 
 
+def moved(
+    scores: Array, labels: NDArray[np.integer], folds: Index, copies: Index, shares: Array
+) -> tuple[float, Array, Array]:
+    """:func:`shift` for the head that is kept, and out-of-fold scores (n, c) by shifts that their folds had no part in.
+
+    ``copies`` (n,) are equal for images that are copies of each other, of which one counts.
+    """
+    one = np.unique(copies, return_index=True)[1]
+    sharpness, added = shift(scores[one], labels[one], shares)
+    counted = np.isin(np.arange(len(labels)), one)
+    return sharpness, added, cross_shifted(scores, labels, folds, counted, shares) / sharpness
+
+
 def cross_shifted(
     scores: Array, labels: NDArray[np.integer], folds: Index, counted: NDArray[np.bool_], shares: Array
 ) -> Array:

@@ -8,15 +8,12 @@ searches the store, :mod:`featx.service.telemetry` tells what happens, :mod:`fea
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
 import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import cache, lru_cache, partial
 from importlib.metadata import version
-from importlib.resources import files
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request, Security
@@ -26,6 +23,7 @@ from fastapi.security import APIKeyHeader, HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from featx.reports import hash_source, render_template
 from featx.service import schema
 from featx.service.docs import docs_page
 from featx.service.guard import Guard, Refusal
@@ -269,15 +267,10 @@ def _add_errors(app: FastAPI, metrics: Metrics) -> None:
 
 def load_page() -> tuple[str, str]:
     """The page, and the policy that lets a browser run this page's own script and nothing else."""
-    page = files("featx.service").joinpath("page.html").read_text(encoding="utf-8")
-    script, style = (_hash(page, tag) for tag in ("script", "style"))
+    page = render_template("service.html")
+    script, style = (hash_source(*re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)) for tag in ("script", "style"))
     policy = (
         f"default-src 'none'; script-src {script}; style-src {style}; img-src 'self' blob: data:; "
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     return page, policy
-
-
-def _hash(page: str, tag: str) -> str:
-    (inside,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page, flags=re.DOTALL)
-    return f"'sha256-{base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()}'"

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featx.errors import MismatchError, UsageError
+from featx.errors import UsageError
 from featx.images import NoDecoder, Thumbnails
-from featx.models import Bundle
+from featx.models import Bundle, labelled_images
 from featx.retrieval import GalleryIndex
 from featx.service.guard import Refusal
-from featx.store import check_same, is_packed, layers_of, read_features, read_manifest
+from featx.store import is_packed, read_manifest
 
 SIDE = 160
 """Pixels of a thumbnail's side: twice what the page shows, for fine screens."""
@@ -44,33 +43,11 @@ class Evidence:
     """
 
     def __init__(self, store: Path, bundle: Bundle, images: Path | None = None) -> None:
-        layers = layers_of(bundle.provenance)
-        of, *others = bundle.provenance.get("backbones", [bundle.provenance])
-        # Of a head on several layers, the one that search is best on; of several networks, the first one's.
-        name = bundle.layer if bundle.layer in layers else layers[0]
-        if name != bundle.layer and not others and "penultimate" in layers:
-            name = "penultimate"
-        self.layer = layers.index(name)
-        features = read_features(store, layer=name if others else f"{of.get('backbone')}/{name}")
-        try:
-            check_same(features.provenance, of, store)
-        except MismatchError as error:
-            raise MismatchError(
-                f"store and model do not belong together: {error.what}",
-                where=store,
-                expected=str(error.expected),
-                found=str(error.found).replace("this run's", "the model's"),
-                hint="Serve the model with the store that it was fitted on, or fit it again.",
-            ) from error
-        rows = np.flatnonzero(features.labels >= 0)
-        if not len(rows):
-            raise UsageError("the store has no labelled image", where=store)
+        found = labelled_images(store, bundle)
+        self.layer, self.notes = found.place, found.notes
         self.path = store
-        self.ids = features.ids[rows]
-        self.labels = [features.class_names[int(label)] for label in features.labels[rows]]
-        self.notes = _class_differences(store, set(self.labels), bundle.class_names)
-        self._digests = features.digests[rows]
-        self._index = GalleryIndex().fit(features.embeddings[rows])
+        self.ids, self.labels, self._digests = found.ids, found.labels, found.digests
+        self._index = GalleryIndex().fit(found.embeddings)
         self._folder = images or _said_folder(store)
         if images is not None and not images.is_dir():
             raise UsageError("no such folder of images", where=images)
@@ -124,24 +101,6 @@ class Evidence:
     def close(self) -> None:
         """End the decoding process."""
         self._thumbnails.close()
-
-
-def _class_differences(store: Path, stored: set[str], known: tuple[str, ...]) -> list[str]:
-    strange, gone = sorted(stored - set(known)), [name for name in known if name not in stored]
-    if len(gone) == len(known):
-        raise MismatchError(
-            "store and model have no class in common",
-            where=store,
-            expected=_some(known),
-            found=_some(strange),
-            hint="Serve the model with the store that it was fitted on, or without --store.",
-        )
-    notes = [f"{store} has classes that the model can never answer: {_some(strange)}. Fit it again."] if strange else []
-    return [*notes, f"{store} has no images of classes that the model can answer: {_some(gone)}."] if gone else notes
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def _said_folder(store: Path) -> Path | None:

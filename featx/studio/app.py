@@ -28,7 +28,7 @@ from starlette.exceptions import HTTPException
 from featx.errors import FeatxError, ImageError, SourceError, StoreBusy, UsageError
 from featx.service import LOOPBACK_NAMES, Refusal
 from featx.studio.events import Events
-from featx.studio.journal import NOTHING, Change, Journal
+from featx.studio.journal import Change, Journal
 from featx.studio.project import Project, folders
 from featx.studio.session import Session, Setup, make_source
 
@@ -56,7 +56,7 @@ class Studio:
     Parameters
     ----------
     setup : what it was started with.
-    folder : of the project, where it is not to be beside the photos.
+    folder : of the first project, where it is not to be beside the photos.
     """
 
     def __init__(self, setup: Setup, folder: Path | None = None) -> None:
@@ -70,10 +70,15 @@ class Studio:
         Raises
         ------
         SourceError, StoreBusy, UsageError
-            As of :class:`featx.studio.project.Project`. What was open is closed all the same.
+            As of :class:`featx.studio.project.Project`; what was open stays open then.
         """
-        self.close()
-        self.session = Session(source, self.folder, self.setup, self.events, empty=empty)
+        before = self.session
+        if before is not None and before.project.source == source.absolute():
+            return
+        folder, self.folder = self.folder, None
+        self.session = Session(source, folder, self.setup, self.events, empty=empty)
+        if before is not None:
+            before.close()
 
     def close(self) -> None:
         """Close what is open."""
@@ -266,44 +271,42 @@ def _add_page(app: FastAPI) -> None:
 # --- reading ------------------------------------------------------------------------------------------------------
 
 
+def _state(studio: Studio) -> dict[str, Any]:
+    """What is open, and how far everything is."""
+    session = studio.session
+    if session is None:
+        return {"open": False, "version": version("featx"), "root": _short(studio.setup.root)}
+    project, told = session.project, session.tell_labels()
+    return {
+        "open": True, "name": project.name, "folder": _short(project.source), "project": _short(project.folder),
+        "version": version("featx"), "photos": len(project.photos),
+        **{name: told[name] for name in ("seq", "labelled", "undo", "redo")},
+        "folder_classes": 0 if session.journal.n else len(set(project.folder_labels.values())),
+        "embedding": session.embedding,
+        "suggestions": {
+            "version": session.versions["suggestions"], "ready": not session.suggestions.reason,
+            "reason": session.suggestions.reason,
+        },
+        "map": {"version": session.versions["map"], "status": session.map["status"], "message": ""},
+        "quality": {
+            "version": session.versions["quality"], "status": session.quality["status"],
+            "message": session.quality.get("reason", ""),
+        },
+        "jobs": [job.to_json() for job in session.taking.jobs.values()],
+    }  # fmt: skip
+
+
+def _short(folder: Path) -> str:
+    """A folder as people know it, from their home."""
+    home = Path.home()
+    return f"~/{folder.relative_to(home)}" if folder.is_relative_to(home) and folder != home else str(folder)
+
+
 def _add_reading(app: FastAPI, studio: Studio) -> None:
-    def small(folder: Path) -> str:
-        home = Path.home()
-        return f"~/{folder.relative_to(home)}" if folder.is_relative_to(home) and folder != home else str(folder)
-
-    def state() -> dict[str, Any]:
-        session = studio.session
-        if session is None:
-            return {"open": False, "version": version("featx"), "root": small(studio.setup.root)}
-        project = session.project
-        found = session.tell_labels()
-        taken = {each[1] for each in session.journal.who.values()}
-        labels = project.folder_labels
-        waiting = {labels[id] for id in labels if session.journal.code(id) == NOTHING} if not taken else set()
-        return {
-            "open": True, "name": project.name, "folder": small(project.source), "project": small(project.folder),
-            "version": version("featx"), "photos": len(project.photos),
-            **{name: found[name] for name in ("seq", "labelled", "undo", "redo")},
-            "folder_classes": len(waiting) if not session.journal.n else 0,
-            "embedding": session.embedding,
-            "suggestions": {
-                "version": session.versions["suggestions"], "ready": not session.suggestions.reason,
-                "reason": session.suggestions.reason,
-            },
-            "map": {"version": session.versions["map"], "status": session.map["status"], "message": ""},
-            "quality": {
-                "version": session.versions["quality"], "status": session.quality["status"],
-                "message": session.quality.get("reason", ""),
-            },
-            "jobs": [job.to_json() for job in session.taking.jobs.values()],
-        }  # fmt: skip
-
-    app.state.of = state
-
     @app.get("/api/state")
-    def get_state() -> Response:
+    def state() -> Response:
         """What is open, and how far everything is."""
-        return JSONResponse(state())
+        return JSONResponse(_state(studio))
 
     @app.get("/api/folders")
     def get_folders(path: str = "") -> Response:
@@ -575,7 +578,7 @@ def _add_work(app: FastAPI, studio: Studio) -> None:
                 raise Refusal(409, "exists", str(error)) from error
         Project.check(path)
         studio.open(path, empty=asked.make)
-        return JSONResponse(app.state.of())
+        return JSONResponse(_state(studio))
 
     @app.post("/api/embedding")
     def embedding(asked: Op) -> Response:

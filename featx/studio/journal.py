@@ -85,7 +85,8 @@ class Journal:
         self._size = 0
         self._read()
         self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-        os.truncate(self._handle, self._size)  # what a crash cut short
+        if os.fstat(self._handle).st_size > self._size:
+            os.truncate(self._handle, self._size)  # what a crash cut short
 
     def close(self) -> None:
         """Write no more."""
@@ -179,14 +180,17 @@ class Journal:
             said = f"{plural(len(photos), 'photo')}: {name or 'no label'}"
             return self._act(changed, made, said, how, by)
 
-    def label_each(self, labels: Mapping[str, str], *, how: str, by: str = "") -> Change:
-        """Call each photo what ``labels`` says, as one action: the names of class folders, or those of a list."""
+    def label_each(self, labels: Mapping[str, str | int], *, how: str, by: str = "") -> Change:
+        """Call each photo what ``labels`` says (a name or a mark), as one action: names of folders, or a list's."""
         with self._lock:
-            names = list(dict.fromkeys(checked_name(name) for name in labels.values()))
-            new = [name for name in names if name not in self.classes]
+            wanted = {photo: checked_name(name) if isinstance(name, str) else name for photo, name in labels.items()}
+            new = [
+                name for name in dict.fromkeys(wanted.values()) if isinstance(name, str) and name not in self.classes
+            ]
             made = [[len(self.classes) + place, None, name] for place, name in enumerate(new)]
-            number = {name: place for place, name in enumerate([*self.classes, *new])}
-            changed = [[photo, self.code(photo), number[checked_name(name)]] for photo, name in labels.items()]
+            number = {name: place for place, name in enumerate([*self.classes, *new]) if name is not None}
+            codes = {photo: number[name] if isinstance(name, str) else name for photo, name in wanted.items()}
+            changed = [[photo, self.code(photo), code] for photo, code in codes.items() if self.code(photo) != code]
             return self._act(changed, made, f"{plural(len(changed), 'photo')}: labels of {how}", how, by)
 
     def add_class(self, name: str) -> Change:

@@ -26,9 +26,18 @@ from pathlib import Path
 
 from featx._files import make_folder, publish_bytes, remove_leftovers, writer_lock
 from featx.errors import SourceError, StoreBusy, UsageError
-from featx.images import IMAGE_SUFFIXES, ImageRef, ImageSet, file_ref, labels_from_folders, list_refs, walk_folder
+from featx.images import (
+    IMAGE_SUFFIXES,
+    ImageRef,
+    ImageSet,
+    Unreadable,
+    file_ref,
+    labels_from_folders,
+    list_refs,
+    walk_folder,
+)
 from featx.store import StoreWriter, stored_backbones
-from featx.studio.journal import Journal
+from featx.studio.journal import MARKS, NOTHING, Journal
 
 LISTS = (".csv", ".jsonl")
 
@@ -61,6 +70,7 @@ class Project:
     ----------
     source : a folder of photos, or a list of them (``.csv``, ``.jsonl``).
     folder : where the studio's own files are; by default beside ``source``.
+    root : photos are read from below ``source`` and this folder only, whatever links there are.
     empty : whether there may be no photos yet.
 
     Raises
@@ -71,9 +81,13 @@ class Project:
         Another process has this project open.
     """
 
-    def __init__(self, source: Path, folder: Path | None = None, *, empty: bool = False) -> None:
+    def __init__(
+        self, source: Path, folder: Path | None = None, *, root: Path | None = None, empty: bool = False
+    ) -> None:
         self.check(source)
         self.source = source.absolute()
+        inside = self.source if self.source.is_dir() else self.source.parent
+        self._roots = [each.resolve() for each in (inside, *([root] if root is not None else []))]
         self.name = self.source.stem if self.source.is_file() else self.source.name
         self.folder = (folder or self.source.with_name(f"{self.name}.studio")).absolute()
         if self.folder.is_relative_to(self.source):
@@ -106,6 +120,11 @@ class Project:
             self._stack.close()
             raise
         self.rows = {photo.ref.id: row for row, photo in enumerate(self.photos)}
+        try:
+            self.take_edits()
+        except BaseException:
+            self._stack.close()
+            raise
 
     @staticmethod
     def check(source: Path) -> None:
@@ -161,6 +180,24 @@ class Project:
             with StoreWriter(self.store, *stored_backbones(self.store).values()) as writer:
                 writer.relabel({ref.id: ref.label for ref in self.images().refs})
 
+    def take_edits(self) -> None:
+        """Take over what was changed in ``labels.csv`` by another program, as an action that can be taken back.
+
+        It is newer than the journal then: the studio writes it after each action, and a crash leaves an older one.
+        """
+        journal = self.folder / "journal.jsonl"
+        if not self.labels.exists() or self.labels.stat().st_mtime_ns < journal.stat().st_mtime_ns:
+            return
+        marks = {mark: code for code, mark in MARKS.items()}
+        labels: dict[str, str | int] = {}
+        for ref in list_refs(self.labels)[0]:
+            code: str | int = ref.label or marks.get(dict(ref.metadata).get("mark", ""), NOTHING)
+            known = self.journal.code(ref.id)
+            if ref.id in self.rows and code not in (known, self.journal.classes[known] if known >= 0 else known):
+                labels[ref.id] = code
+        if labels:
+            self.journal.label_each(labels, how="labels.csv", by="labels.csv")
+
     def add(self, name: str, data: bytes) -> int:
         """Keep a photo that came through the page; its row."""
         given = Path(name.replace("\\", "/"))
@@ -201,11 +238,14 @@ class Project:
         return [self._photo(self.added / name, f"added/{name}") for name in names]
 
     def _photo(self, path: Path, name: str) -> Photo:
+        id = self._id(path)
         try:
-            stat = path.stat()
-        except (OSError, UnicodeEncodeError):
-            stat = None  # the extraction says why it is refused
-        return Photo(file_ref(self._id(path), path, None, "", stat), name)
+            stat, real = path.stat(), path.resolve()
+        except (OSError, UnicodeEncodeError):  # the extraction says why it is refused
+            return Photo(file_ref(id, path, None, "", None), name)
+        if not any(real.is_relative_to(each) for each in (*self._roots, self.folder.resolve())):
+            return Photo(file_ref(id, Unreadable("a link that leads out of the folder"), None, "", None), name)
+        return Photo(file_ref(id, path, None, "", stat), name)
 
     def _id(self, path: Path) -> str:
         return Path(os.path.relpath(path, self.folder)).as_posix()

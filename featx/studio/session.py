@@ -64,10 +64,12 @@ class Setup:
     ----------
     root : folders above it are not shown, and nothing above it is opened.
     how : the options of :func:`featx.extraction.extract_features` for a store.
+    runtime : where ``featx export --format html`` finds what runs a model in a browser; None where it kept it.
     """
 
     root: Path
     how: Callable[[Path], dict[str, Any]]
+    runtime: str | None = None
 
 
 class Session:
@@ -82,7 +84,7 @@ class Session:
     """
 
     def __init__(self, source: Path, folder: Path | None, setup: Setup, events: Events, *, empty: bool = False) -> None:
-        self.project = Project(source, folder, empty=empty)
+        self.project = Project(source, folder, root=setup.root, empty=empty)
         self.setup, self.events = setup, events
         self.pictures = Pictures(self.project.thumbnails)
         self.embedded: Embedded | None = None
@@ -108,7 +110,11 @@ class Session:
         self._mapping = Again("map", self._make_map, self._failed("map"))
         self._shrinking = Again("thumbnails", self._shrink, self._failed("thumbnails"))
         if (self.project.store / "index.h5").exists():
-            self._read_store()
+            try:
+                self._read_store()
+            except FeatxError:
+                self.close()
+                raise
         self.start_embedding()
 
     @property

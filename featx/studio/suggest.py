@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx._arrays import Index
-from featx.advice import choose_next, margins
+from featx.advice import PRESELECT, choose_next, margins
 from featx.evaluation import Interval, percent
 from featx.heads import InstantRidge
 from featx.models import clopper_pearson, is_unknown, nearest_mean, shares_among
@@ -164,7 +164,8 @@ def _worth(
     places = np.flatnonzero(codes[photos] == NOTHING)
     order = places[np.argsort(margin[places], kind="stable")]
     if len(places) > _DIVERSE:
-        first = places[choose_next(unit[places], margin[places], _DIVERSE)]
+        doubtful = order[: PRESELECT * _DIVERSE]
+        first = doubtful[choose_next(unit[doubtful], margin[doubtful], _DIVERSE)]
         order = np.concatenate([first, order[~np.isin(order, first)]])
     out: dict[int, None] = {}
     sample = iter(drawn)

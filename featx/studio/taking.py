@@ -245,8 +245,13 @@ class Taking:
                 write_bundle(bundle, model)
                 if job.what == "card":
                     self._run("card", str(model), "--out", str(out))
-                elif job.what != "model":
-                    self._run("export", str(model), "--format", job.what, "--out", str(out))
+                elif job.what == "html":
+                    runtime = self.session.setup.runtime
+                    given = [] if runtime is None else ["--runtime", runtime]
+                    store = str(self.session.project.store)
+                    self._run("export", str(model), "--format", "html", "--out", str(out), "--store", store, *given)
+                elif job.what == "onnx":
+                    self._run("export", str(model), "--format", "onnx", "--out", str(out))
             job.bytes, job.status = out.stat().st_size, "done"
         except FeatxError as error:
             job.status, job.message = "failed", str(error)

@@ -299,6 +299,31 @@ def test_the_kept_model_is_the_trained_one(
 
 
 @pytest.mark.slow
+def test_a_kept_model_for_other_shares_of_the_classes(
+    features: FeatureSet, images: ImageSet, backbone: Backbone, tmp_path: Path
+) -> None:
+    """The same network and head, whose scores move by one number a class, towards the one that is met more often."""
+    first, *others = features.class_names
+    prior = {first: 0.9, **{name: 0.1 / len(others) for name in others}}
+    with open_tuning(features, images, backbone, tmp_path / "t", unfreeze=2, recipe=QUICK, device="cpu") as tuning:
+        plain, moved = (finetune_bundle(tuning, engine="torch", prior=each) for each in (None, prior))
+        with pytest.raises(UsageError, match="a class without a share"):
+            finetune_bundle(tuning, engine="torch", prior={first: 1.0})
+    assert plain.prior is None
+    assert moved.prior == pytest.approx(prior)
+    assert moved.tail == plain.tail
+    assert plain.scorer.coef is not None and moved.scorer.coef is not None
+    np.testing.assert_array_equal(moved.scorer.coef, plain.scorer.coef)
+    before, after = plain.scorer.scores(plain.golden), moved.scorer.scores(plain.golden)
+    np.testing.assert_allclose(after - before, np.broadcast_to((after - before)[0], before.shape), atol=1e-9)
+    added = (after - before)[0]
+    assert added.argmax() == 0 and added[0] > added[1:].max()
+    assert moved.probabilities(plain.golden)[:, 0].mean() > plain.probabilities(plain.golden)[:, 0].mean()
+    write_bundle(moved, tmp_path / "m.model")
+    assert read_bundle(tmp_path / "m.model").prior == pytest.approx(prior)
+
+
+@pytest.mark.slow
 def test_finetune_from_the_command_line(featx: Featx, tmp_path: Path) -> None:
     """Compare, keep, predict; the model's probabilities are those of plain torch with the tail put in by hand."""
     import safetensors.torch
@@ -340,6 +365,8 @@ def test_finetune_from_the_command_line(featx: Featx, tmp_path: Path) -> None:
         (["--shots", "99"], "class 'ants' has too few images"),
         (["--augment"], "activations cannot be mirrored or shifted"),
         (["--weights", "other.pt"], "no such weights file"),
+        (["--prior", "equal"], "it is about the model that is kept"),
+        (["--prior", "none.csv", "--out", "m.model"], "no such file"),
     ],
 )
 def test_usage_errors_exit_with_2(featx: Featx, store_of_photos: Path, options: list[str], message: str) -> None:

@@ -317,6 +317,7 @@ def test_of_several_models_one_is_chosen(chrome: tuple[str, Path], browser: Brow
         "return [...box.options].map(option => option.value)"
     )
     with start_tiny(chrome[1], models=[["cats", 0], ["dogs", 0]]) as server:
+        browser.log()  # what other tests left there
         browser.open(server.url + "/")
         browser.wait("document.getElementById('about').textContent == 'ants of cats, bees of cats'")
         browser.choose("#files", first)

@@ -322,3 +322,47 @@ def test_a_list_is_opened_with_its_labels_and_groups(tmp_path: Path) -> None:
         window.wait(lambda: written.exists() and "the list" in written.read_text())
     features = read_features(tmp_path / "project" / "photos.featx")
     assert sorted(features.groups.tolist()) == ["", "", "nest 0", "nest 0", "nest 1"]
+
+
+def test_a_link_that_leads_out_is_not_followed(tmp_path: Path) -> None:
+    folder = class_folders(tmp_path / "home" / "photos", ["."], each=2)
+    secret = class_folders(tmp_path / "secret", ["."], each=1, first=9) / "009.png"
+    (folder / "linked.png").symlink_to(secret)
+    (folder / "inside.png").symlink_to(folder / "000.png")
+    (folder / "up").symlink_to(tmp_path / "secret")
+    with open_studio(tmp_path, folder, "--root", tmp_path / "home") as window:
+        window.wait_until_embedded()
+        refused = {each["id"]: each["message"] for each in window.get("/api/refused")["refused"]}
+        assert refused["linked.png"] == "a link that leads out of the folder"
+        ids = window.get("/api/photos")["ids"]
+        assert {row for row, has in enumerate(window.get("/api/photos")["embedded"]) if has} == {
+            ids.index(name) for name in ("000.png", "001.png", "inside.png")
+        }
+        for name in refused:
+            assert window.raw(f"/thumb/{ids.index(name)}").status == 404
+            assert window.raw(f"/photo/{ids.index(name)}").status == 404
+
+
+def test_labels_that_a_spreadsheet_changed_are_taken_over_and_can_be_taken_back(tmp_path: Path) -> None:
+    folder = class_folders(tmp_path / "insects", ["."], each=4)
+    labels = tmp_path / "insects.studio" / "labels.csv"
+    with open_studio(tmp_path, folder) as window:
+        window.wait_until_embedded()
+        window.post("/api/label", rows=[0, 1], name="ant", from_="key")
+        assert window.server.end() == 0
+    text = labels.read_text()
+    assert text.count("ant") == 2
+    # As a spreadsheet in Europe writes it: another separator, another order, one label changed, one added, one marked.
+    rows = [line.split(",") for line in text.splitlines()]
+    rows[2][1], rows[3][1], rows[4][2] = "bee", "bee", "unsure"
+    labels.write_text("\n".join(";".join(row) for row in [rows[0], *rows[:0:-1]]) + "\n")
+    with open_studio(tmp_path, folder) as window:
+        found = window.get("/api/labels")
+        names = [found["classes"][code] if code >= 0 else code for code in found["labels"]]
+        assert names == ["ant", "bee", "bee", -3]
+        assert found["undo"] == "3 photos: labels of labels.csv"
+        window.post("/api/undo")
+        assert window.get("/api/labels")["labels"] == [0, 0, -1, -1]
+        window.server.process.send_signal(signal.SIGKILL)  # before it has written the list
+    with open_studio(tmp_path, folder) as window:
+        assert window.get("/api/labels")["labels"] == [0, 0, -1, -1]

@@ -61,8 +61,24 @@ class Compared:
         return asdict(self)
 
 
-def model_onnx(bundle: Bundle, embedder: Embedder, photos: Iterable[Photo]) -> tuple[bytes, Compared]:
-    """The file's content, and how it compares.
+@dataclass(frozen=True)
+class Exported:
+    """A graph with what is known of it.
+
+    Parameters
+    ----------
+    content : the file's.
+    compared : with featx, in onnxruntime.
+    most_apart : how far a probability may be from featx's own, in any runtime.
+    """
+
+    content: bytes
+    compared: Compared
+    most_apart: float
+
+
+def model_onnx(bundle: Bundle, embedder: Embedder, photos: Iterable[Photo]) -> Exported:
+    """A whole model as one ONNX graph, from photo to answer, and how it compares with featx.
 
     Inputs and outputs are in ``featx/guide/shipping.md``.
 
@@ -91,7 +107,7 @@ def model_onnx(bundle: Bundle, embedder: Embedder, photos: Iterable[Photo]) -> t
             f"{compared.photos} photos",
             hint="Fit a model on a store at --precision fp32, or export the head alone: --part head",
         )
-    return content, compared
+    return Exported(content, compared, most)
 
 
 def _graph(bundle: Bundle, embedder: Embedder, probe: Photo) -> bytes:
