@@ -32,6 +32,9 @@ from featx.studio.taking import Taking
 TELL_SECONDS = 0.4
 """Between two events about the same progress."""
 
+_SUGGEST_SECONDS = 0.03
+"""Without another label: several that are sent one after the other are answered before any of it is computed."""
+
 _WRITE_SECONDS = 1.0
 _MEASURE_SECONDS = 3.0
 
@@ -104,7 +107,7 @@ class Session:
         self._lock = threading.RLock()
         self._embedder: threading.Thread | None = None
         self._writing = Again("write labels", self._write, self._failed("labels.csv"), _WRITE_SECONDS)
-        self._suggesting = Again("suggest", self._suggest, self._failed("suggestions"))
+        self._suggesting = Again("suggest", self._suggest, self._failed("suggestions"), _SUGGEST_SECONDS)
         self._comparing = Again("unlike", self._compare, self._failed("suggestions"), 0.3)
         self._measuring = Again("measure", self._measure, self._failed("quality"), _MEASURE_SECONDS)
         self._mapping = Again("map", self._make_map, self._failed("map"))

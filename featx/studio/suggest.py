@@ -21,7 +21,7 @@ from featx.advice import PRESELECT, choose_next, margins
 from featx.evaluation import Interval, percent
 from featx.heads import InstantRidge
 from featx.models import clopper_pearson, is_unknown, nearest_mean, shares_among
-from featx.studio.journal import NOTHING
+from featx.studio.journal import NONE_OF_THESE, NOTHING
 
 SURE = 0.95
 """The probability from which a suggestion may be accepted with others."""
@@ -33,6 +33,9 @@ _DIVERSE = 24
 
 _EVERY = 3
 """One labelled photo in so many is to be of the random sample, which accuracy is measured on."""
+
+_OTHERS = 3
+"""From so many photos on that are called "none of these", others are suggested to be."""
 
 _NEAREST = 5
 _COMPARED = 300
@@ -80,7 +83,7 @@ class Suggestions:
 
     Attributes
     ----------
-    suggested : (n,) classes, -1 for photos without an embedding.
+    suggested : (n,) classes, or "none of these"; -1 for photos without an embedding.
     probability : (n,) 0 to 1.
     worth : rows without a label, most worth labelling first.
     batches : by class.
@@ -116,12 +119,15 @@ def suggest(
     total = len(codes)
     nothing = np.full(total, -1), np.zeros(total, np.float32)
     mine = codes[photos]
-    labelled = np.flatnonzero(mine >= 0)
+    taught = mine >= 0
+    if (mine == NONE_OF_THESE).sum() >= _OTHERS:
+        taught |= mine == NONE_OF_THESE  # what else there is in the folder is suggested, too
+    labelled = np.flatnonzero(taught)
     classes, y = np.unique(mine[labelled], return_inverse=True)
     has_embedding = np.zeros(total, bool)
     has_embedding[photos] = True
     waiting = [row for row in drawn if codes[row] == NOTHING and has_embedding[row]]
-    if len(classes) < 2:
+    if (classes >= 0).sum() < 2:
         reason = "Label a few photos of each of two classes, and suggestions appear."
         return Suggestions(*nothing, tuple(waiting), reason=reason)
     head = InstantRidge.fit(unit[labelled], y, len(classes))

@@ -111,6 +111,18 @@ def test_photos_unlike_the_labelled_ones_are_named_and_about_five_in_a_hundred_o
     assert not unlike_labelled(unit, np.arange(N), codes, sample_of(codes, order)[:10]).any()
 
 
+def test_none_of_these_is_suggested_for_what_looks_like_it(unit: NDArray[np.float32]) -> None:
+    order = drawn()
+    codes = np.where(np.isin(np.arange(N), order[:100]), np.where(TRUTH == 2, NONE_OF_THESE, TRUTH), NOTHING)
+    found = asked(unit, codes, order)
+    rest = (codes == NOTHING) & (np.arange(N) < N - 10)
+    wanted = np.where(TRUTH == 2, NONE_OF_THESE, TRUTH)
+    assert (found.suggested[rest] == wanted[rest]).mean() > 0.9
+    assert {batch.code for batch in found.batches} == {0, 1, NONE_OF_THESE}
+    alone = asked(unit, np.where(codes == 1, NONE_OF_THESE, codes), order)
+    assert alone.reason  # a single class has nothing to be told from
+
+
 def test_photos_without_an_embedding_are_left_alone(unit: NDArray[np.float32]) -> None:
     photos = np.arange(0, N, 2)
     codes = np.full(N, NOTHING)

@@ -73,7 +73,7 @@ export const labelled = () => howMany() - (counts().get(NO_LABEL) || 0);
 export const suggestionOf = (row) => {
   const {ready, suggested, probability, unknown} = store.suggestions;
   const label = ready ? suggested[row] ?? -1 : -1;
-  return label < 0 || store.classes[label] === null ? null : {label, percent: probability[row], unknown: Boolean(unknown[row])};
+  return label === -1 || store.classes[label] === null ? null : {label, percent: probability[row], unknown: Boolean(unknown[row])};
 };
 
 /** Photos by what is suggested for them: a map from the number of a class to rows. */
