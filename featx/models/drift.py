@@ -14,9 +14,10 @@ model's own: uniform, but for two things that a plain test of uniformity gets wr
   from days, that holds of days only: then the unit must be a day.
 
 The stakes are spread over several shares, several c, and a new bet each day, of which the d-th gets 1 / (d (d + 1)): a
-change may begin late (Vovk, "Testing randomness online", Statistical Science 2021). Their sum is a martingale, or falls,
-while nothing has changed: that it ever reaches 40 times the first stake has a probability of at most 1/40 (Ville's
-inequality), however often one looks. With the limits, a false alarm in all the life of a model has at most 5 %.
+change may begin late (Vovk, "Testing randomness online", Statistical Science 2021). Their sum is a martingale, or
+falls, while nothing has changed: that it ever reaches 40 times the first stake has a probability of at most 1/40
+(Ville's inequality), however often one looks. With the limits, that of a false alarm in all the life of a model is at
+most 5 %.
 
 Pure, NumPy and SciPy alone: arrays in, numbers out.
 """
@@ -67,7 +68,8 @@ class Drift:
     verdict : the answer.
     evidence : how many times the first stake was held at most; photos have changed from ``needed`` on.
     side : whether they have become unlike the model's own photos, or more alike than these are among each other.
-    seen, since : the numbers of the unit at which the evidence sufficed, and of the one where the change may have begun.
+    seen, since : the numbers of the unit at which the evidence sufficed, and of the one where the change may have
+        begun.
     least_seen : the smallest of some shares of unknown photos in every unit that would have been seen by now; None
         where none would.
     """
@@ -115,10 +117,12 @@ def find_drift(
     numbers = np.flatnonzero(used)
     photos = familiarity[used].sum(axis=1)
     questions = list(_questions(own, max_unknown, both_sides))
+    needed = 2 / FALSE_ALARM
+    if not questions:
+        return Drift("cannot tell yet", 1.0, needed)
     limits, sides = np.array([limit for _, _, limit in questions]), [side for side, _, _ in questions]
     counts = np.stack([_inside(familiarity[used], unknown[used], side, end) for side, end, _ in questions], axis=-1)
     begins = np.diff(days[used], prepend=-1) != 0
-    needed = 2 / FALSE_ALARM
     wealth, richest = _bet(counts[None] / photos[:, None], limits, begins)
     highest = float(wealth.max(initial=1.0))
     if highest >= needed:
@@ -132,7 +136,7 @@ def find_drift(
 
 
 def _questions(own: int, max_unknown: float, both_sides: bool) -> Iterator[tuple[Side, float | None, float]]:
-    """What is asked of each unit: a side, up to (from) which familiarity, None for unknown; and a limit of its share."""
+    """What is asked of each unit: a side, up to (from) which familiarity (None: unknown), and the share's limit."""
     asked: list[tuple[Side, float | None]] = [("unlike", None), *(("unlike", end) for end in _UNLIKE)]
     asked += [("alike", end) for end in _ALIKE] if both_sides else []
     level = FALSE_ALARM / 2 / len(asked)
@@ -147,7 +151,7 @@ def _inside(familiarity: Counts, unknown: Counts, side: Side, end: float | None)
     if end is None:
         return unknown
     place = round(end * N_BINS)
-    return familiarity[:, :place].sum(axis=1) if side == "unlike" else familiarity[:, place:].sum(axis=1)
+    return np.asarray((familiarity[:, :place] if side == "unlike" else familiarity[:, place:]).sum(axis=1))
 
 
 def _bet(shares: Array, limits: Array, begins: NDArray[np.bool_]) -> tuple[Array, NDArray[np.intp]]:
@@ -162,8 +166,6 @@ def _bet(shares: Array, limits: Array, begins: NDArray[np.bool_]) -> tuple[Array
     repetitions, units, questions = shares.shape
     wealth, richest = np.ones((repetitions, units)), np.zeros((repetitions, units), dtype=np.intp)
     now, day, waiting = np.zeros((repetitions, questions, len(_STAKES))), 0, 1.0
-    if not questions:
-        return wealth, richest
     for unit in range(units):
         if begins[unit]:
             day += 1

@@ -1,7 +1,7 @@
 """What the service answered, by the hour: numbers alone, no photo, no name of one, no address.
 
 A folder has two files. ``counts.jsonl`` has a line for each hour that is over and each model that answered in it, and a
-line about each model before its first; it is replaced once an hour, whole or not at all. ``counts-now.json`` has the
+line about each model before its first; it is replaced once an hour, whole or not at all. ``counts-now.jsonl`` has the
 lines of the hour that is not over yet, and is replaced once a minute where something was counted, and at the end: a
 process that is killed loses a minute at most. A line of an hour that ``counts.jsonl`` has already counts there only.
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 SECONDS = 60.0
 """Between two times that what was counted is written."""
 
-_DONE, _NOW, _LOCK = "counts.jsonl", "counts-now.json", ".counts-lock"
+_DONE, _NOW, _LOCK = "counts.jsonl", "counts-now.jsonl", ".counts-lock"
 _MOST_BYTES = 2**30
 
 log = logging.getLogger("featx.service")

@@ -98,7 +98,9 @@ class Metrics:
         self._images = counter("featx_images", "Images by what became of them", [*own, "outcome"])
         self._answers = counter("featx_predictions", "Images by answer: answered, unsure or unknown", [*own, "answer"])
         self._labels = counter(
-            "featx_labels", f"Images that were answered, by label; of many, {MOST_LABELS - 1} and other", [*own, "label"]
+            "featx_labels",
+            f"Images that were answered, by label; of many, {MOST_LABELS - 1} and other",
+            [*own, "label"],
         )
         self._familiarity = histogram(
             "featx_familiarity", "Images by familiarity: even where they are like the model's own", own,
@@ -150,7 +152,7 @@ class ModelMetrics:
         self._queue, self._ready = of(metrics._queue), of(metrics._ready)
         self._familiarity = of(metrics._familiarity)
         self._labels: dict[str, Counter] = {}
-        self._label = lambda label: metrics._labels.labels(*own, label)
+        self._all_labels, self._own = metrics._labels, own
         for label in class_names:
             self._counter(label)
 
@@ -171,8 +173,8 @@ class ModelMetrics:
     def _counter(self, label: str) -> Counter:
         if label not in self._labels:
             if len(self._labels) >= MOST_LABELS - 1:
-                return self._label("other")
-            self._labels[label] = self._label(label)
+                return self._all_labels.labels(*self._own, "other")
+            self._labels[label] = self._all_labels.labels(*self._own, label)
         return self._labels[label]
 
     def batch(self, waits: Sequence[float]) -> None:
