@@ -94,7 +94,7 @@ def _judge(counted: Counted, since: datetime | None, unit: Unit) -> dict[str, An
     """What is to be said of one model, in plain types."""
     import numpy as np
 
-    from featx.models import find_drift, share_over_units
+    from featx.models import BET_HOURS, find_drift, share_over_units
 
     about = counted.about
     use = np.ones(len(counted.hours), bool) if since is None else counted.hours >= np.datetime64(since, "h")
@@ -107,7 +107,7 @@ def _judge(counted: Counted, since: datetime | None, unit: Unit) -> dict[str, An
     over = begins < np.datetime64(datetime.now(UTC).replace(tzinfo=None), "D" if unit == Unit.day else "h")
     begins, tested = begins[over], tested[over]
     found = find_drift(
-        tested[:, bins:], tested[:, 2], begins.astype("datetime64[D]").astype(np.int64),
+        tested[:, bins:], tested[:, 2], begins.astype(np.int64) // (1 if unit == Unit.day else BET_HOURS),
         own=about["own"], max_unknown=about["max_unknown"], both_sides=not about["groups"],
     )  # fmt: skip
     if len(np.unique(days)) > _ROWS:

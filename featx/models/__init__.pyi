@@ -10,9 +10,8 @@ from .count import (
     draw_to_check as draw_to_check,
 )
 from .drift import (
-    FALSE_ALARM as FALSE_ALARM,
+    BET_HOURS as BET_HOURS,
     N_BINS as N_BINS,
-    Drift as Drift,
     bins_of as bins_of,
     find_drift as find_drift,
     quantiles_of as quantiles_of,

@@ -13,11 +13,11 @@ model's own: uniform, but for two things that a plain test of uniformity gets wr
   means of bounded random variables by betting", Journal of the Royal Statistical Society B, 2024). Where nights differ
   from days, that holds of days only: then the unit must be a day.
 
-The stakes are spread over several shares, several c, and a new bet each day, of which the d-th gets 1 / (d (d + 1)): a
-change may begin late (Vovk, "Testing randomness online", Statistical Science 2021). Their sum is a martingale, or
-falls, while nothing has changed: that it ever reaches 40 times the first stake has a probability of at most 1/40
-(Ville's inequality), however often one looks. With the limits, that of a false alarm in all the life of a model is at
-most 5 %.
+The stakes are spread over several shares, several c, and a new bet every six hours, of which the n-th gets
+``n ** -0.5 - (n + 1) ** -0.5``: a change may begin late (Vovk, "Testing randomness online", Statistical Science 2021).
+Their sum is a martingale, or falls, while nothing has changed: that it ever reaches 40 times the first stake has a
+probability of at most 1/40 (Ville's inequality), however often one looks. With the limits, that of a false alarm in all
+the life of a model is at most 5 %.
 
 Pure, NumPy and SciPy alone: arrays in, numbers out.
 """
@@ -38,6 +38,9 @@ from featx.heads import Array
 
 N_BINS = 20
 """Bins of familiarity, of equal width; each has its upper end, and not its lower one."""
+
+BET_HOURS = 6
+"""A new bet begins every so many hours; with days as the unit, every day."""
 
 FALSE_ALARM = 0.05
 """The most that the probability of ever calling photos changed may be while they have not."""
@@ -93,7 +96,7 @@ def bins_of(familiarity: Sequence[float] | Array) -> Counts:
 def find_drift(
     familiarity: Counts,
     unknown: Counts,
-    days: Counts,
+    periods: Counts,
     *,
     own: int,
     max_unknown: float,
@@ -106,7 +109,7 @@ def find_drift(
     ----------
     familiarity : (u, 20) photos of each unit by their familiarity, as of :func:`bins_of`; in the order of time.
     unknown : (u,) photos of each that were called unknown.
-    days : (u,) the number of the day that each is of; ascending.
+    periods : (u,) the number of the six hours (or of the day) that each is of, with which a new bet begins; ascending.
     own : own photos among which familiarity is a rank.
     max_unknown : up to which familiarity a photo is unknown.
     both_sides : whether photos that are too alike count as changed. Not where a model's own photos were judged by those
@@ -122,7 +125,7 @@ def find_drift(
         return Drift("cannot tell yet", 1.0, needed)
     limits, sides = np.array([limit for _, _, limit in questions]), [side for side, _, _ in questions]
     counts = np.stack([_inside(familiarity[used], unknown[used], side, end) for side, end, _ in questions], axis=-1)
-    begins = np.diff(days[used], prepend=-1) != 0
+    begins = np.diff(periods[used], prepend=-1) != 0
     wealth, richest = _bet(counts[None] / photos[:, None], limits, begins)
     highest = float(wealth.max(initial=1.0))
     if highest >= needed:
@@ -161,15 +164,15 @@ def _bet(shares: Array, limits: Array, begins: NDArray[np.bool_]) -> tuple[Array
     ----------
     shares : (r, u, q) of the photos of each unit, in r repetitions.
     limits : (q,) what they are at most in the long run, while nothing has changed.
-    begins : (u,) whether a day begins.
+    begins : (u,) whether a new bet begins.
     """
     repetitions, units, questions = shares.shape
     wealth, richest = np.ones((repetitions, units)), np.zeros((repetitions, units), dtype=np.intp)
-    now, day, waiting = np.zeros((repetitions, questions, len(_STAKES))), 0, 1.0
+    now, bet, waiting = np.zeros((repetitions, questions, len(_STAKES))), 0, 1.0
     for unit in range(units):
         if begins[unit]:
-            day += 1
-            stake = 1 / (day * (day + 1))
+            bet += 1
+            stake = bet**-0.5 - (bet + 1) ** -0.5
             now, waiting = now + stake / now[0].size, waiting - stake
         now = np.minimum(now * (1 - _STAKES + _STAKES * (shares[:, unit] / limits)[..., None]), _RICH)
         wealth[:, unit] = now.sum(axis=(1, 2)) + max(waiting, 0.0)
@@ -178,7 +181,7 @@ def _bet(shares: Array, limits: Array, begins: NDArray[np.bool_]) -> tuple[Array
 
 
 def _began(shares: Array, limits: Array, begins: NDArray[np.bool_], side: Side, sides: Sequence[Side]) -> int:
-    """The unit whose bet has won most by the last one, of the questions of one side, before stakes shrink with days."""
+    """The unit whose bet has grown most by the last one, of the questions of one side."""
     which = [place for place, each in enumerate(sides) if each == side]
     growth = np.log(1 - _STAKES + _STAKES * (shares[:, which] / limits[which])[..., None])
     won = growth[::-1].cumsum(axis=0)[::-1].reshape(len(shares), -1).max(axis=1)

@@ -70,20 +70,24 @@ def test_what_it_says(featx: Featx, kept: Kept) -> None:
     assert "The model was to call 5 % of photos like its own so." in ran.out
     for title in ("ants", "bees", "unsure", "unknown", "familiarity"):
         assert title in ran.out
-    assert " 75." in ran.out or " 74." in ran.out
+    periods = featx("drift", kept.folder, "--json").json["models"][0]["periods"]
+    for each in periods:
+        assert f"{100 * each['unknown'] / each['photos']:.1f} %" in ran.out
 
 
 def test_the_same_for_programs(featx: Featx, kept: Kept) -> None:
     (found,) = featx("drift", kept.folder, "--json").json["models"]
-    assert (found["verdict"], found["side"], found["units"], found["photos"]) == ("changed", "unlike", 72, 1441)
+    assert (found["verdict"], found["side"], found["photos"]) == ("changed", "unlike", 1441)
+    assert found["units"] - 72 in (0, 1)  # an hour may have ended since
     began = datetime.fromisoformat(found["since"].replace("Z", "+00:00")).timestamp() / 3600
     seen = datetime.fromisoformat(found["seen"].replace("Z", "+00:00")).timestamp() / 3600
     assert NOW - 50 < began < seen < NOW
-    assert NOW - 24 < seen < NOW - 10
+    assert NOW - 24 < seen < NOW - 4
     assert sum(found["familiarity"]) == sum(each["photos"] for each in found["periods"]) == 1441
     assert sum(found["labels"].values()) + found["unknown"] + found["unsure"] == 1441
     share = found["unknown_share"]
-    assert share["low"] < found["unknown"] / 1441 == pytest.approx(share["mean"]) < share["high"]
+    assert share["mean"] == pytest.approx(found["unknown"] / 1441)
+    assert share["low"] < share["mean"] < share["high"]
 
 
 def test_what_was_before_a_date_can_be_left_out(featx: Featx, kept: Kept, tmp_path: Path) -> None:
@@ -91,7 +95,8 @@ def test_what_was_before_a_date_can_be_left_out(featx: Featx, kept: Kept, tmp_pa
     assert long_ago["photos"] == 1441
     hour = datetime.fromtimestamp(3600 * (NOW - 6), UTC).strftime("%Y-%m-%dT%H:00")
     late = featx("drift", kept.folder, "--since", hour, "--json").json["models"][0]
-    assert (late["units"], late["photos"]) == (6, 121)
+    assert late["photos"] == 121
+    assert late["units"] - 6 in (0, 1)
     none = featx("drift", kept.folder, "--since", "2200-01-01")
     assert (none.code, none.out.count("cannot tell yet")) == (0, 1)
     quiet = Kept(tmp_path / "quiet")
@@ -102,9 +107,9 @@ def test_what_was_before_a_date_can_be_left_out(featx: Featx, kept: Kept, tmp_pa
 
 def test_days_as_the_unit(featx: Featx, kept: Kept) -> None:
     (found,) = featx("drift", kept.folder, "--unit", "day", "--json").json["models"]
-    assert found["units"] == 3  # of the four or so that there are, one is not over
+    assert found["units"] - 3 in (0, 1)  # the last is not over, unless it is midnight
     assert found["verdict"] == "cannot tell yet"
-    assert "Of 3 days that are over, " in featx("drift", kept.folder, "--unit", "day").out
+    assert " days that are over, " in featx("drift", kept.folder, "--unit", "day").out
 
 
 def test_one_model_of_several(featx: Featx, tmp_path: Path) -> None:
