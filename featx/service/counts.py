@@ -250,7 +250,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
         try:
             line = json.loads(text)
             _check(line)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             missing = isinstance(error, KeyError)
             raise StoreError(
                 "these are not the counts of a service, or were altered", where=f"{path}, line {number}",
@@ -266,11 +266,13 @@ def _check(line: Any) -> None:
         names, own, refused = line["class_names"], line["own"], line["own_refused"]
         if not isinstance(line["name"], str) or not all(isinstance(name, str) for name in names):
             raise ValueError("a name is no text")
-        if type(own) is not int or own < 0 or not 0 <= float(line["max_unknown"]) < 1:
+        if type(own) is not int or not 0 <= own < 2**53 or not 0 <= float(line["max_unknown"]) < 1:
             raise ValueError(f"own is {own!r:.40}, max_unknown {line['max_unknown']!r:.40}")
-        if refused is not None and not 0 <= refused["low"] <= refused["mean"] <= refused["high"] <= 1:
-            raise ValueError("own_refused is no share")
-        line["groups"] = bool(line["groups"])
+        if refused is not None:
+            if not 0 <= refused["low"] <= refused["mean"] <= refused["high"] <= 1:
+                raise ValueError("own_refused is no share")
+            line["own_refused"] = {name: float(refused[name]) for name in ("mean", "low", "high")}
+        line["groups"], line["max_unknown"] = bool(line["groups"]), float(line["max_unknown"])
         return
     if datetime.fromisoformat(line["hour"]).utcoffset() is None:
         raise ValueError("hour has no time zone")
@@ -278,7 +280,12 @@ def _check(line: Any) -> None:
     counts = [line["photos"], *answered, *bins]
     if not all(type(n) is int and 0 <= n < 2**53 for n in counts):
         raise ValueError("a count is no whole number")
-    if sum(answered) != line["photos"] or len(bins) not in (0, N_BINS) or (bins and sum(bins) != line["photos"]):
+    if (
+        not line["photos"]
+        or sum(answered) != line["photos"]
+        or len(bins) not in (0, N_BINS)
+        or (bins and sum(bins) != line["photos"])
+    ):
         raise ValueError("counts do not add up")
 
 
@@ -294,9 +301,16 @@ def read_counts(folder: Path) -> list[Counted]:
         raise StoreError(
             "no counts here", where=folder, expected=_DONE, hint="Keep them with: featx serve MODEL --counts DIR"
         )
+    now = list(_lines(folder / _NOW))  # first: an hour that ends meanwhile is in both then, not in neither
     done = list(_lines(folder / _DONE))
     about = {line["model"]: line for line in done if "hour" not in line}
-    hours = {_key(line): line for line in [*_lines(folder / _NOW), *(line for line in done if "hour" in line)]}
+    hours = {_key(line): line for line in [*now, *(line for line in done if "hour" in line)]}
+    strange = {model for _, model in hours} - set(about)
+    if strange:
+        raise StoreError(
+            "counts of a model without the line about it", where=folder / _DONE, found=f"sha256 {min(strange)[:8]}",
+            hint="Put back a copy of the file.",
+        )  # fmt: skip
     return [_counted(each, [hours[key] for key in sorted(hours) if key[1] == model]) for model, each in about.items()]
 
 

@@ -212,6 +212,7 @@ def test_a_full_disk_stops_no_answer_and_loses_no_count(
         ({"hour": "yesterday"}, "Invalid isoformat string"),
         ({"hour": "2026-11-01T00:00:00"}, "hour has no time zone"),
         ({"model": None}, "model is no text"),
+        ({"photos": 0, "labels": {}, "familiarity": []}, "counts do not add up"),
     ],
 )
 def test_what_was_altered_is_refused(tmp_path: Path, change: dict[str, Any], text: str) -> None:
@@ -238,6 +239,15 @@ def test_a_folder_without_counts_says_where_they_come_from(tmp_path: Path) -> No
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="cannot write"):
         Counts(tmp_path / "file" / "counts").open()
+
+
+def test_hours_of_a_model_that_nobody_described_are_refused(tmp_path: Path) -> None:
+    counts = Counts(tmp_path, Clock(5.0)).open()
+    counts.describe(bundle_of("a"), "first")
+    counts.add(bundle_of("b"), answers(0.5))
+    counts.stop()
+    with pytest.raises(StoreError, match=r"counts of a model without the line about it.*sha256 bbbbbbbb"):
+        read_counts(tmp_path)
 
 
 def test_a_model_without_unknown_is_counted_too(tmp_path: Path) -> None:
