@@ -2,6 +2,8 @@
 
 python tiny_server.py PORT '{"seconds": 0.1, "limits": {...}, "api_key": "", "host": "127.0.0.1"}'
 
+With "counts" it counts answers in this folder, and writes every "count_seconds".
+
 With "models", as in [["a", 0], ["b", 0], ["c", 1]], it serves several: each a name, and the number of its engine.
 
 What an image does is written in its colour: red ones fail the batch that they are in, blue ones end the engine's
@@ -15,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,7 +33,7 @@ from featx.models.bundle import Bundle
 from featx.models.fit import probe_pixels
 from featx.models.sets import Conformity
 from featx.models.unknown import learn
-from featx.service import batcher as service_batch
+from featx.service import batcher as service_batch, counts as service_counts
 from featx.service.guard import Limits
 from featx.service.server import serve
 from featx.service.work import Model, Repository
@@ -90,8 +93,11 @@ def main() -> None:
     limits = Limits(**settings.pop("limits", {}))
     bundle = tiny_bundle() if settings.pop("sets", True) else replace(tiny_bundle(), conformity=None)
     models = [Model(_for(bundle, name, len(names)), embedders[number], None, name) for name, number in names]
-    repository = Repository(models, limits)
+    service_counts.SECONDS = settings.pop("count_seconds", service_counts.SECONDS)
+    folder = settings.pop("counts", None)
     try:
+        counts = None if folder is None else service_counts.Counts(Path(folder)).open()
+        repository = Repository(models, limits, counts)
         serve(repository, port=port, started=lambda url: print(f"Serving at {url} ", flush=True), **settings)
     except FeatxError as error:  # as the command does
         print(f"Error: {error}", file=sys.stderr)

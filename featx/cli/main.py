@@ -22,6 +22,7 @@ from featx.cli import (
     card,
     count,
     demo,
+    drift,
     explain,
     export,
     extract,
@@ -103,6 +104,7 @@ for group in (
     count,
     explain,
     serve,
+    drift,
     search,
     guide,
 ):

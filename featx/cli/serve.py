@@ -31,7 +31,9 @@ _NAMED = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]{0,99})=(.+)", re.DOTALL)
 
 def register(app: typer.Typer) -> None:
     """Add the command of this module."""
-    app.command(epilog="Example:  featx serve photos.model --store photos.featx")(serve)
+    app.command(
+        epilog="Examples:  featx serve photos.model --store photos.featx  |  featx serve photos.model --counts counts"
+    )(serve)
 
 
 def serve(
@@ -68,6 +70,15 @@ def serve(
     max_images: Annotated[int, typer.Option(min=1, max=10_000, help="Images that one request may have.")] = 64,
     max_pixels: Annotated[int, typer.Option(min=4, help="Larger images are refused by their header.")] = 50_000_000,
     log_json: Annotated[bool, typer.Option("--log-json", help="Log lines as JSON.")] = False,
+    counts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Count answers by the hour in this folder: labels, abstentions, familiarity; no photo and no name. "
+            "featx drift DIR then says whether photos have changed.",
+            show_default=False,
+        ),
+    ] = None,
     backbone: OwnBackbone = None,
     weights: Weights = None,
     engine: EngineOption = EngineName.auto,
@@ -87,7 +98,7 @@ def serve(
             hint="Install them with: pip install 'featx[serve]'",
         ) from error
     from featx.models import open_embedder, read_bundle
-    from featx.service import BATCH_SIZES, Evidence, Limits, Model, Repository
+    from featx.service import BATCH_SIZES, Counts, Evidence, Limits, Model, Repository
 
     key = _api_key(api_key_file)
     featx.service.server.check_address(host, key, insecure=insecure)
@@ -99,6 +110,7 @@ def serve(
         of = f"{name}: " if len(files) > 1 else ""
         for note in [*bundle.cautions, *(evidence[name].notes if name in evidence else [])]:
             say(f"Note: {of}{note}", err=True)
+    counting = None if counts is None else Counts(counts).open()
     opened: dict[str, Embedder] = {}
     served = []
     for name, bundle in bundles.items():
@@ -116,13 +128,15 @@ def serve(
         )
         served.append(Model(bundle, embedder, evidence.get(name), name))
     featx.service.server.serve(
-        Repository(served, Limits(pixels=max_pixels, images=max_images, queue=max(Limits.queue, max_images))),
+        Repository(served, Limits(pixels=max_pixels, images=max_images, queue=max(Limits.queue, max_images)), counting),
         host=host,
         port=port,
         api_key=key,
         insecure=insecure,
         log_json=log_json,
-        started=lambda url: say(*_serving(url, files, bundles, stores, api_key_file, key=bool(key), insecure=insecure)),
+        started=lambda url: say(
+            *_serving(url, files, bundles, stores, api_key_file, key=bool(key), insecure=insecure, counts=counts)
+        ),
     )
 
 
@@ -184,6 +198,7 @@ def _serving(
     *,
     key: bool,
     insecure: bool,
+    counts: Path | None = None,
 ) -> list[str]:
     """What to know of a service that has just begun, a line each."""
     lines = [f"Open {url} in a browser; {url}/docs is for programs."]
@@ -195,6 +210,8 @@ def _serving(
         lines.append(f"Who asks must show the API key that is in {key_file or 'FEATX_API_KEY'}.")
     elif insecure:
         lines.append("Everybody who can reach this address may ask, without a key (--insecure).")
+    if counts is not None:
+        lines.append(f"It counts its answers in {counts}; whether photos have changed: featx drift {counts}")
     return [*lines, "Ctrl-C stops it."]
 
 

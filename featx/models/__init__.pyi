@@ -9,6 +9,14 @@ from .count import (
     count_checked as count_checked,
     draw_to_check as draw_to_check,
 )
+from .drift import (
+    BET_HOURS as BET_HOURS,
+    N_BINS as N_BINS,
+    bins_of as bins_of,
+    find_drift as find_drift,
+    quantiles_of as quantiles_of,
+    share_over_units as share_over_units,
+)
 from .explain import Explainer as Explainer, Explanation as Explanation
 from .export import Pickled as Pickled, export_bundle as export_bundle
 from .finetuned import finetune_bundle as finetune_bundle

@@ -109,9 +109,7 @@ def _add_work(app: FastAPI, repository: Repository, keyed: list[Any]) -> None:
         if coverage is not None and not service.has_sets:
             raise Refusal(422, "no_sets", "This model gives no sets: it was made before featx 0.3.")
         work = await do_work(service, request, keep=explain)
-        answers = service.bundle.answer(work.matrix(service.layer), coverage) if work.names else []
-        for each in answers:
-            service.metrics.answers[each.reason or "answered"].inc()
+        answers = service.answer(work.matrix(service.layer), coverage) if work.names else []
         predictions = [{"id": name, **each.to_json()} for name, each in zip(work.names, answers, strict=True)]
         if service.evidence is not None and k and work.names:
             near = await asyncio.to_thread(service.evidence.nearest, work.matrix(service.evidence.layer), k)

@@ -182,7 +182,7 @@ async def _infer(service: Service, outputs: dict[str, _Output], request: Request
     if work.refused:
         first = work.refused[0]
         raise Refusal(422, first["reason"], f"Image {int(first['id']) + 1}: {first['message']}")
-    answers = service.bundle.answer(work.matrix(service.layer))
+    answers = service.answer(work.matrix(service.layer))
     wanted = asked.outputs or [(name, asked.binary) for name in outputs if name != "embedding"]
     described, tensors = [], []
     for name, binary in wanted:

@@ -9,17 +9,24 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from featx.errors import one_line
+from featx.models import N_BINS
+
+if TYPE_CHECKING:
+    from featx.models import Answer
 
 request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
 """Of the request that the current task answers."""
 
 model_name: contextvars.ContextVar[str] = contextvars.ContextVar("model_name", default="")
 """Of the model that the current task's request is for, where there are several; "" where it is for none."""
+
+MOST_LABELS = 100
+"""Labels that are counted for each model; from there on the rest count as "other": each is a time series to keep."""
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _PLAIN = frozenset(vars(logging.makeLogRecord({})))
@@ -90,6 +97,15 @@ class Metrics:
         self.in_flight = gauge("featx_requests_in_flight", "Requests being answered")
         self._images = counter("featx_images", "Images by what became of them", [*own, "outcome"])
         self._answers = counter("featx_predictions", "Images by answer: answered, unsure or unknown", [*own, "answer"])
+        self._labels = counter(
+            "featx_labels",
+            f"Images that were answered, by label; of many, {MOST_LABELS - 1} and other",
+            [*own, "label"],
+        )
+        self._familiarity = histogram(
+            "featx_familiarity", "Images by familiarity: even where they are like the model's own", own,
+            buckets=[place / N_BINS for place in range(1, N_BINS + 1)],
+        )  # fmt: skip
         self._batches = histogram(
             "featx_batch_images", "Images in a batch", own, buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256)
         )
@@ -112,9 +128,9 @@ class Metrics:
         """Count a request that is refused; ``reason`` is the word that its client reads."""
         self._rejected.labels(*self._own(), str(status), reason).inc()
 
-    def of(self, name: str) -> ModelMetrics:
+    def of(self, name: str, class_names: Sequence[str] = ()) -> ModelMetrics:
         """The counters of one model."""
-        return ModelMetrics(self, name)
+        return ModelMetrics(self, name, class_names)
 
     def text(self) -> bytes:
         """The exposition format of Prometheus."""
@@ -124,7 +140,7 @@ class Metrics:
 class ModelMetrics:
     """What is counted of one model; as of :meth:`Metrics.of`."""
 
-    def __init__(self, metrics: Metrics, name: str) -> None:
+    def __init__(self, metrics: Metrics, name: str, class_names: Sequence[str]) -> None:
         own = (name,) if metrics.several else ()
 
         def of(metric: Any) -> Any:
@@ -134,11 +150,32 @@ class ModelMetrics:
         self.answers = {word: metrics._answers.labels(*own, word) for word in ("answered", "unsure", "unknown")}
         self._batches, self._waits = of(metrics._batches), of(metrics._waits)
         self._queue, self._ready = of(metrics._queue), of(metrics._ready)
+        self._familiarity = of(metrics._familiarity)
+        self._labels: dict[str, Counter] = {}
+        self._all_labels, self._own = metrics._labels, own
+        for label in class_names:
+            self._counter(label)
 
     def watch(self, waiting: Callable[[], int], ready: Callable[[], bool]) -> None:
         """Ask these whenever the metrics are read: how many images wait, and whether they can be computed."""
         self._queue.set_function(waiting)
         self._ready.set_function(ready)
+
+    def answered(self, answers: Sequence[Answer]) -> None:
+        """Count what images were answered with: a label, or why none."""
+        for each in answers:
+            self.answers[each.reason or "answered"].inc()
+            if each.reason is None:
+                self._counter(each.label).inc()
+            if each.familiarity is not None:
+                self._familiarity.observe(each.familiarity)
+
+    def _counter(self, label: str) -> Counter:
+        if label not in self._labels:
+            if len(self._labels) >= MOST_LABELS - 1:
+                return self._all_labels.labels(*self._own, "other")
+            self._labels[label] = self._all_labels.labels(*self._own, label)
+        return self._labels[label]
 
     def batch(self, waits: Sequence[float]) -> None:
         """Count a batch that begins, by the seconds that each of its images has waited."""

@@ -25,9 +25,10 @@ from featx.backbones import of_layer
 from featx.errors import ImageError, MismatchError, UsageError, plural
 from featx.extraction import Embedder, Seen
 from featx.images import REASONS, encode
-from featx.models import Bundle, Explainer, layer_number
+from featx.models import Answer, Bundle, Explainer, layer_number
 from featx.reports import overlays
 from featx.service.batcher import Batcher, Embedded, Job, Line, OutOfResources, QueueFull, WorkerDied
+from featx.service.counts import Counts
 from featx.service.evidence import Evidence
 from featx.service.guard import Limits, Refusal
 from featx.service.telemetry import Metrics, ModelMetrics, request_id
@@ -64,10 +65,11 @@ class Repository:
     ----------
     models : with different names.
     limits : what may be asked for, of each model.
+    counts : where answers are counted, open; None where they are counted for the metrics only.
     """
 
-    def __init__(self, models: Sequence[Model], limits: Limits | None = None) -> None:
-        self.limits = limits or Limits()
+    def __init__(self, models: Sequence[Model], limits: Limits | None = None, counts: Counts | None = None) -> None:
+        self.limits, self.counts = limits or Limits(), counts
         self.metrics = Metrics(several=len(models) > 1)
         embedders = list({id(model.embedder): model.embedder for model in models}.values())
         # Of several networks each has a part of the cores to decode with, and two at least.
@@ -81,9 +83,11 @@ class Repository:
         self.batchers = list(batchers.values())
         self.services: dict[str, Service] = {}
         for model in models:
-            counted = self.metrics.of(model.name)
+            counted = self.metrics.of(model.name, model.bundle.class_names)
+            if counts is not None:
+                counts.describe(model.bundle, model.name)
             line = batchers[id(model.embedder)].line(queue_size=self.limits.queue, on_batch=counted.batch)
-            self.services[model.name] = Service(model, line, self.limits, counted)
+            self.services[model.name] = Service(model, line, self.limits, counted, counts)
 
     @property
     def several(self) -> bool:
@@ -120,6 +124,8 @@ class Repository:
 
     def start(self) -> None:
         """Start what computes; when this returns, all networks are warm."""
+        if self.counts is not None:
+            self.counts.start()
         for batcher in self.batchers:
             batcher.start()
 
@@ -127,6 +133,8 @@ class Repository:
         """End everything."""
         for batcher in self.batchers:
             batcher.stop()
+        if self.counts is not None:
+            self.counts.stop()
         for service in self.services.values():
             if service.evidence is not None:
                 service.evidence.close()
@@ -149,12 +157,14 @@ class Service:
     model : which one.
     line : where its images wait.
     limits : what may be asked for.
-    metrics : what is counted.
+    metrics, counts : where it is counted what is done.
     """
 
-    def __init__(self, model: Model, line: Line, limits: Limits, metrics: ModelMetrics) -> None:
+    def __init__(
+        self, model: Model, line: Line, limits: Limits, metrics: ModelMetrics, counts: Counts | None = None
+    ) -> None:
         self.bundle, self.embedder, self.evidence, self.name = model.bundle, model.embedder, model.evidence, model.name
-        self.line, self.limits, self.metrics = line, limits, metrics
+        self.line, self.limits, self.metrics, self.counts = line, limits, metrics, counts
         self.stopping = False
         metrics.watch(lambda: line.waiting, lambda: not self.problem())
         self.layer = layer_number(self.bundle)
@@ -165,6 +175,14 @@ class Service:
     def has_sets(self) -> bool:
         """Whether the model can answer with sets of labels."""
         return self.bundle.conformity is not None or self.bundle.sharpness is None
+
+    def answer(self, embeddings: NDArray[np.floating], coverage: float | None = None) -> list[Answer]:
+        """What the model says of embeddings (n, d), as of :meth:`featx.models.Bundle.answer`; it is counted."""
+        answers = self.bundle.answer(embeddings, coverage)
+        self.metrics.answered(answers)
+        if self.counts is not None:
+            self.counts.add(self.bundle, answers)
+        return answers
 
     def problem(self) -> str:
         """Why requests cannot be answered just now, or ""."""
