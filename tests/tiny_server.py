@@ -2,6 +2,8 @@
 
 python tiny_server.py PORT '{"seconds": 0.1, "limits": {...}, "api_key": "", "host": "127.0.0.1"}'
 
+With "feedback", it keeps corrections in this folder.
+
 With "models", as in [["a", 0], ["b", 0], ["c", 1]], it serves several: each a name, and the number of its engine.
 
 What an image does is written in its colour: red ones fail the batch that they are in, blue ones end the engine's
@@ -15,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,10 +30,12 @@ from featx.heads.catalogue import make_head
 from featx.heads.scorer import Scorer
 from featx.images.pixels import encode, pixels
 from featx.models.bundle import Bundle
+from featx.models.corrections import Corrections
 from featx.models.fit import probe_pixels
 from featx.models.sets import Conformity
 from featx.models.unknown import learn
 from featx.service import batcher as service_batch
+from featx.service.feedback import Feedback
 from featx.service.guard import Limits
 from featx.service.server import serve
 from featx.service.work import Model, Repository
@@ -89,7 +94,13 @@ def main() -> None:
     service_batch.STUCK, service_batch.LOST = settings.pop("patience", (service_batch.STUCK, service_batch.LOST))
     limits = Limits(**settings.pop("limits", {}))
     bundle = tiny_bundle() if settings.pop("sets", True) else replace(tiny_bundle(), conformity=None)
-    models = [Model(_for(bundle, name, len(names)), embedders[number], None, name) for name, number in names]
+    folder, new_classes = settings.pop("feedback", ""), settings.pop("new_classes", False)
+    feedback = None
+    if folder:
+        corrections = Corrections(Path(folder))
+        corrections.open()
+        feedback = Feedback(corrections, new_classes=new_classes)
+    models = [Model(_for(bundle, name, len(names)), embedders[number], None, name, feedback) for name, number in names]
     repository = Repository(models, limits)
     try:
         serve(repository, port=port, started=lambda url: print(f"Serving at {url} ", flush=True), **settings)

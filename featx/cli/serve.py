@@ -57,6 +57,17 @@ def serve(
             help="The folder of the store's images, for the page. (default: what the store says)",
         ),
     ] = None,
+    feedback: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]DIR",
+            help="Keep corrections of answers in this folder, and answer with the current version of the model in it "
+            "(featx refit, featx models). With several models: of which one, by its NAME.",
+        ),
+    ] = None,
+    new_classes: Annotated[
+        bool, typer.Option("--new-classes", help="Let corrections name classes that the model does not know.")
+    ] = False,
     host: Annotated[
         str, typer.Option(help="Address to listen on; any other than this machine's own needs an API key.")
     ] = "127.0.0.1",
@@ -86,13 +97,21 @@ def serve(
             f"the service needs packages that are not installed ({error.name})",
             hint="Install them with: pip install 'featx[serve]'",
         ) from error
-    from featx.models import open_embedder, read_bundle
-    from featx.service import BATCH_SIZES, Evidence, Limits, Model, Repository
+    from featx.models import Corrections, open_embedder, read_bundle
+    from featx.service import BATCH_SIZES, Evidence, Feedback, Limits, Model, Repository
 
     key = _api_key(api_key_file)
     featx.service.server.check_address(host, key, insecure=insecure)
     files = _by_name(models)
     stores, folders = (_belonging(each, files, option) for each, option in ((store, "--store"), (images, "--images")))
+    kept = _belonging(feedback, files, "--feedback")
+    if new_classes and not kept:
+        raise UsageError("corrections are not kept", where="--new-classes", hint="Say where with --feedback DIR.")
+    if len({path.resolve() for path in kept.values()}) < len(kept):
+        raise UsageError("two models cannot share a feedback folder", where="--feedback")
+    corrections = {name: Corrections(path) for name, path in kept.items()}
+    for each in corrections.values():
+        each.open()
     bundles = {name: read_bundle(path) for name, path in files.items()}
     evidence = {name: Evidence(path, bundles[name], folders.get(name)) for name, path in stores.items()}
     for name, bundle in bundles.items():
@@ -114,7 +133,8 @@ def serve(
             batch_sizes=BATCH_SIZES,
             opened=opened,
         )
-        served.append(Model(bundle, embedder, evidence.get(name), name))
+        own = Feedback(corrections[name], new_classes=new_classes) if name in corrections else None
+        served.append(Model(bundle, embedder, evidence.get(name), name, own))
     featx.service.server.serve(
         Repository(served, Limits(pixels=max_pixels, images=max_images, queue=max(Limits.queue, max_images))),
         host=host,

@@ -1,5 +1,14 @@
+from .agreement import Agreement as Agreement, Rule as Rule, Voted as Voted, agreements as agreements, vote as vote
 from .bundle import Answer as Answer, Bundle as Bundle, read_bundle as read_bundle, write_bundle as write_bundle
 from .calibrate import clopper_pearson as clopper_pearson
+from .corrections import (
+    MAX_NAME as MAX_NAME,
+    Correction as Correction,
+    Corrections as Corrections,
+    Said as Said,
+    checked_name as checked_name,
+    export_csv as export_csv,
+)
 from .count import (
     LEAST_CHECKED as LEAST_CHECKED,
     ClassCount as ClassCount,

@@ -10,7 +10,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from fastapi import Request
@@ -33,11 +33,18 @@ from featx.service.guard import Limits, Refusal
 from featx.service.telemetry import Metrics, ModelMetrics, request_id
 from featx.store import title_of
 
+if TYPE_CHECKING:
+    from featx.service.feedback import Feedback
+
 ReadImages = Callable[[Request, Limits], Awaitable[list[tuple[str, bytes]]]]
 """What takes images out of a request: a name and a file each."""
 
 OVERLAY_SIDE = 192
 """Pixels of an overlay's longer side; a browser scales it up, as smooth as it is."""
+
+
+VERSION_DIGITS = 8
+"""Of a model's sha256, by which its versions are told apart."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +56,14 @@ class Model:
     bundle, embedder : the model and its network. Models with the very same embedder share its engine and decoders.
     evidence : the store beside it, if there is one.
     name : for clients that ask for one by its name.
+    feedback : where corrections of its answers are kept, if they are.
     """
 
     bundle: Bundle
     embedder: Embedder
     evidence: Evidence | None = None
     name: str = "model"
+    feedback: Feedback | None = None
 
 
 class Repository:
@@ -130,6 +139,8 @@ class Repository:
         for service in self.services.values():
             if service.evidence is not None:
                 service.evidence.close()
+            if service.feedback is not None:
+                service.feedback.corrections.close()
 
     def problem(self) -> str:
         """Why requests for some model cannot be answered just now, or ""."""
@@ -154,12 +165,18 @@ class Service:
 
     def __init__(self, model: Model, line: Line, limits: Limits, metrics: ModelMetrics) -> None:
         self.bundle, self.embedder, self.evidence, self.name = model.bundle, model.embedder, model.evidence, model.name
+        self.feedback = model.feedback
         self.line, self.limits, self.metrics = line, limits, metrics
         self.stopping = False
         metrics.watch(lambda: line.waiting, lambda: not self.problem())
         self.layer = layer_number(self.bundle)
         self.explainer = Explainer(self.bundle.scorer, self.bundle.class_names, self.embedder, self.layer)
         self.explaining = asyncio.Lock()
+
+    @property
+    def version(self) -> str:
+        """What every answer carries: the beginning of the model's sha256."""
+        return self.bundle.sha256[:VERSION_DIGITS]
 
     @property
     def has_sets(self) -> bool:
@@ -188,6 +205,7 @@ class Service:
             "backbone": title_of(self.bundle.provenance),
             "fingerprint": self.bundle.provenance.get("fingerprint"),
             "model_sha256": self.bundle.sha256,
+            "version": self.version,
             "embedding_dim": self.bundle.scorer.dims,
             "engine": self.embedder.engine.name,
             "device": self.embedder.engine.device,
@@ -195,15 +213,22 @@ class Service:
             "metrics": told["metrics"],
             "store": None if evidence is None else {"images": len(evidence), "thumbnails": evidence.has_images},
             "explains": self.bundle.scorer.coef is not None,
+            "feedback": None
+            if self.feedback is None
+            else {"corrections": len(self.feedback.corrections), "new_classes": self.feedback.new_classes},
             "limits": vars(self.limits),
         }
 
 
 @dataclass
 class Work:
-    """The images of one request, after the network has seen them; ``kept``: their pixels and sizes, if wanted."""
+    """The images of one request, after the network has seen them.
+
+    ``files`` are those of ``names``; ``kept`` their pixels and sizes, if wanted.
+    """
 
     names: list[str]
+    files: list[bytes]
     found: list[Embedded]
     refused: list[dict[str, str]]
     deadline: float = 0.0
@@ -244,20 +269,21 @@ async def do_work(service: Service, request: Request, *, keep: bool = False, rea
     except TimeoutError:
         message = f"The body did not arrive within {service.limits.deadline:g} s."
         raise Refusal(408, "slow", message, {"Connection": "close"}) from None
-    names, found, refused = [], [], []
+    names, files, found, refused = [], [], [], []
     kept: list[tuple[Seen, tuple[int, int]]] = []
     results, jobs = await _embed(service, request, images, deadline, keep)
-    for (name, _), result, job in zip(images, results, jobs, strict=True):
+    for (name, data), result, job in zip(images, results, jobs, strict=True):
         if isinstance(result, ImageError):
             refused.append({"id": name, "reason": result.reason, "message": _sentence(result)})
         else:
             names.append(name)
+            files.append(data)
             found.append(result)
             if job.pixels is not None:
                 kept.append((job.pixels, job.size))
     service.metrics.images["embedded"].inc(len(names))
     service.metrics.images["refused"].inc(len(refused))
-    return Work(names, found, refused, deadline, kept)
+    return Work(names, files, found, refused, deadline, kept)
 
 
 async def explain(service: Service, work: Work) -> list[dict[str, Any]]:
