@@ -25,6 +25,7 @@ from featx.cli import (
     explain,
     export,
     extract,
+    feedback,
     finetune,
     fit,
     guide,
@@ -103,6 +104,7 @@ for group in (
     count,
     explain,
     serve,
+    feedback,
     search,
     guide,
 ):

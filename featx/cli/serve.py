@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from featx.cli.feedback import login, read_model
 from featx.cli.options import (
     Device,
     DeviceOption,
@@ -24,7 +26,8 @@ from featx.errors import UsageError, plural
 
 if TYPE_CHECKING:
     from featx.extraction import Embedder
-    from featx.models import Bundle
+    from featx.models import Bundle, Corrections
+    from featx.service import Refitter
 
 _NAMED = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]{0,99})=(.+)", re.DOTALL)
 
@@ -65,6 +68,14 @@ def serve(
             "(featx refit, featx models). With several models: of which one, by its NAME.",
         ),
     ] = None,
+    every: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Run featx refit after every N corrections, with the store of --store. (default: never)",
+        ),
+    ] = None,
     new_classes: Annotated[
         bool, typer.Option("--new-classes", help="Let corrections name classes that the model does not know.")
     ] = False,
@@ -97,7 +108,7 @@ def serve(
             f"the service needs packages that are not installed ({error.name})",
             hint="Install them with: pip install 'featx[serve]'",
         ) from error
-    from featx.models import Corrections, open_embedder, read_bundle
+    from featx.models import Corrections, Versions, open_embedder, read_bundle
     from featx.service import BATCH_SIZES, Evidence, Feedback, Limits, Model, Repository
 
     key = _api_key(api_key_file)
@@ -105,13 +116,24 @@ def serve(
     files = _by_name(models)
     stores, folders = (_belonging(each, files, option) for each, option in ((store, "--store"), (images, "--images")))
     kept = _belonging(feedback, files, "--feedback")
-    if new_classes and not kept:
-        raise UsageError("corrections are not kept", where="--new-classes", hint="Say where with --feedback DIR.")
+    for option, given in (("--new-classes", new_classes), ("--every", every is not None)):
+        if given and not kept:
+            raise UsageError("corrections are not kept", where=option, hint="Say where with --feedback DIR.")
     if len({path.resolve() for path in kept.values()}) < len(kept):
         raise UsageError("two models cannot share a feedback folder", where="--feedback")
     corrections = {name: Corrections(path) for name, path in kept.items()}
+    without_store = [name for name in kept if name not in stores]
+    if every is not None and without_store:
+        raise UsageError(
+            "a refit needs the store that the model was fitted on", where="--every", expected="--store STORE",
+            found=f"none for {', '.join(without_store)}",
+        )  # fmt: skip
     for each in corrections.values():
         each.open()
+    named = dict(files)
+    for name, folder in kept.items():
+        versions = Versions(folder)
+        files[name] = versions.path(versions.begin(read_model(files[name]), files[name], login()))
     bundles = {name: read_bundle(path) for name, path in files.items()}
     evidence = {name: Evidence(path, bundles[name], folders.get(name)) for name, path in stores.items()}
     for name, bundle in bundles.items():
@@ -133,7 +155,10 @@ def serve(
             batch_sizes=BATCH_SIZES,
             opened=opened,
         )
-        own = Feedback(corrections[name], new_classes=new_classes) if name in corrections else None
+        own = None
+        if name in kept:
+            refitter = None if every is None else _refitter(named[name], corrections[name], stores[name], every)
+            own = Feedback(corrections[name], new_classes=new_classes, refitter=refitter)
         served.append(Model(bundle, embedder, evidence.get(name), name, own))
     featx.service.server.serve(
         Repository(served, Limits(pixels=max_pixels, images=max_images, queue=max(Limits.queue, max_images))),
@@ -142,8 +167,23 @@ def serve(
         api_key=key,
         insecure=insecure,
         log_json=log_json,
-        started=lambda url: say(*_serving(url, files, bundles, stores, api_key_file, key=bool(key), insecure=insecure)),
+        started=lambda url: say(
+            *_serving(
+                url, named, bundles, stores, api_key_file, key=bool(key), insecure=insecure, feedback=[*kept.values()]
+            )
+        ),
     )
+
+
+def _refitter(model: Path, corrections: Corrections, store: Path, every: int) -> Refitter:
+    """What runs ``featx refit`` after so many corrections, those before the start among them."""
+    from featx.models import Versions
+    from featx.service import Refitter
+
+    command = [sys.executable, "-m", "featx", "refit", str(model), "--feedback", str(corrections.folder)]
+    command += ["--store", str(store), "--who", "featx serve --every"]
+    considered = Versions(corrections.folder).considered
+    return Refitter(command, every, max(0, len(corrections) - considered))
 
 
 def _named(text: str) -> tuple[str, Path]:
@@ -204,6 +244,7 @@ def _serving(
     *,
     key: bool,
     insecure: bool,
+    feedback: Sequence[Path] = (),
 ) -> list[str]:
     """What to know of a service that has just begun, a line each."""
     lines = [f"Open {url} in a browser; {url}/docs is for programs."]
@@ -215,6 +256,7 @@ def _serving(
         lines.append(f"Who asks must show the API key that is in {key_file or 'FEATX_API_KEY'}.")
     elif insecure:
         lines.append("Everybody who can reach this address may ask, without a key (--insecure).")
+    lines += [f"Corrections are kept in {path}; next: featx feedback {path}" for path in feedback]
     return [*lines, "Ctrl-C stops it."]
 
 

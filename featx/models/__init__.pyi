@@ -39,3 +39,11 @@ from .predictor import (
     predict_files as predict_files,
 )
 from .prior import read_prior as read_prior
+from .refit import Compared as Compared, Refit as Refit, refit as refit
+from .versions import (
+    Version as Version,
+    Versions as Versions,
+    held_words as held_words,
+    read_current as read_current,
+    version_of as version_of,
+)

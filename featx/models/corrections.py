@@ -201,6 +201,12 @@ class Corrections:
         self._last[made.sha256, made.by] = made
 
 
+def last_words(corrections: Iterable[Correction]) -> list[Correction]:
+    """The last word of each person on each photo, in order."""
+    last = {(each.sha256, each.by): each for each in corrections}
+    return sorted(last.values(), key=lambda each: each.n)
+
+
 def _checked(fields: Any, number: int) -> Correction:
     made = Correction(**fields)
     if made.n != number:

@@ -62,7 +62,9 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         try:
             await asyncio.to_thread(repository.start)
+            following = asyncio.create_task(repository.follow())
             yield
+            following.cancel()
         finally:
             await asyncio.to_thread(repository.stop)
 

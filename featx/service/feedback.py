@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
+import subprocess
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Query, Request
@@ -21,9 +25,62 @@ from featx.service.work import Repository, Service, do_work
 REMEMBERED = 64 * 2**20
 """Bytes of the photos that were answered last, which can be corrected by the ids of their answers."""
 
+log = logging.getLogger("featx.service")
+
 # Of the module, where FastAPI finds what annotations name.
 _Named = Annotated[str | None, Query(description="The name of the model; it may be left out where there is one only.")]
 _Text = Annotated[str, Query(max_length=MAX_NAME)]
+
+
+class Refitter:
+    """Runs a command whenever so many corrections have come since it last began; one run at a time.
+
+    Parameters
+    ----------
+    command : what fits the model again, in a process of its own: it takes cores and memory, and may fail.
+    every : corrections.
+    waiting : corrections that no run has considered yet.
+    """
+
+    def __init__(self, command: Sequence[str], every: int, waiting: int = 0) -> None:
+        self.command, self.every, self.waiting = command, every, waiting
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+        self._busy = self._closed = False
+
+    def added(self) -> None:
+        """A correction has come."""
+        with self._lock:
+            self.waiting += 1
+            if self._closed or self._busy or self.waiting < self.every:
+                return
+            self._busy = True
+        threading.Thread(target=self._run, name="refit", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                if self._closed or self.waiting < self.every:
+                    self._busy = False
+                    return
+                self.waiting = 0
+                pipe = subprocess.PIPE
+                try:
+                    self._process = subprocess.Popen(self.command, stdout=pipe, stderr=pipe, text=True)
+                except OSError as error:  # no memory for a process, say
+                    log.error("a refit could not begin: %s", error)
+                    self._busy = False
+                    return
+            out, err = self._process.communicate()
+            log.info("refit ended with %d: %s", self._process.returncode, (out + err).strip()[-2000:])
+
+    def close(self) -> None:
+        """Begin no other, and end the one that runs; what it has not promoted stays as it was."""
+        with self._lock:
+            self._closed = True
+            process = self._process
+        if process is not None and process.poll() is None:
+            process.terminate()
 
 
 class Feedback:
@@ -33,13 +90,27 @@ class Feedback:
     ----------
     corrections : of its feedback folder, open.
     new_classes : whether a label may be one that the model does not know.
+    refitter : what fits the model again after so many corrections, if something is to.
     """
 
-    def __init__(self, corrections: Corrections, *, new_classes: bool = False) -> None:
-        self.corrections, self.new_classes = corrections, new_classes
+    def __init__(
+        self, corrections: Corrections, *, new_classes: bool = False, refitter: Refitter | None = None
+    ) -> None:
+        self.corrections, self.new_classes, self.refitter = corrections, new_classes, refitter
         self._answered: OrderedDict[str, tuple[bytes, Said]] = OrderedDict()
         self._size = 0
         self._lock = threading.Lock()
+
+    @property
+    def folder(self) -> Path:
+        """The feedback folder."""
+        return self.corrections.folder
+
+    def close(self) -> None:
+        """Keep no more."""
+        self.corrections.close()
+        if self.refitter is not None:
+            self.refitter.close()
 
     def remember(self, image: bytes, answer: Answer, version: str) -> str:
         """Keep a photo that was answered for a while; the id that a correction may name is its sha256."""
@@ -130,6 +201,8 @@ def add_feedback(app: FastAPI, repository: Repository, keyed: list[Any], *, trus
             raise Refusal(422, "label", f"{error}") from error
         except StoreError as error:
             raise Refusal(503, "resources", f"The correction was not kept: {error}", {"Retry-After": "5"}) from error
+        if new and feedback.refitter is not None:
+            feedback.refitter.added()
         body = {"correction": kept.to_json(), "new": new, "request_id": request_id.get()}
         return JSONResponse(body)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -22,10 +23,10 @@ from starlette.requests import ClientDisconnect
 
 from featx._system import available_cpus
 from featx.backbones import of_layer
-from featx.errors import ImageError, MismatchError, UsageError, plural
+from featx.errors import FeatxError, ImageError, MismatchError, UsageError, plural
 from featx.extraction import Embedder, Seen
 from featx.images import REASONS, encode
-from featx.models import Bundle, Explainer, layer_number
+from featx.models import Bundle, Explainer, Versions, layer_number, read_current, version_of
 from featx.reports import overlays
 from featx.service.batcher import Batcher, Embedded, Job, Line, OutOfResources, QueueFull, WorkerDied
 from featx.service.evidence import Evidence
@@ -43,8 +44,10 @@ OVERLAY_SIDE = 192
 """Pixels of an overlay's longer side; a browser scales it up, as smooth as it is."""
 
 
-VERSION_DIGITS = 8
-"""Of a model's sha256, by which its versions are told apart."""
+FOLLOW_SECONDS = 0.5
+"""Between two looks at which version of a model is current."""
+
+log = logging.getLogger("featx.service")
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,51 @@ class Repository:
         """Whether the service has been told to end."""
         return any(service.stopping for service in self.services.values())
 
+    async def follow(self, seconds: float = FOLLOW_SECONDS) -> None:
+        """Switch to the current version of each model that has a feedback folder, as long as this runs.
+
+        A request that has begun is answered by the version that it began with: none waits, and none is lost. A version
+        that cannot be read, or is of another network, is logged once, and what is served stays.
+        """
+        failed: dict[str, str] = {}
+        while True:
+            await asyncio.sleep(seconds)
+            for name, service in list(self.services.items()):
+                if service.feedback is None:
+                    continue
+                wanted = ""
+                try:
+                    current = await asyncio.to_thread(read_current, service.feedback.folder)
+                    wanted = current or ""
+                    if wanted in ("", service.version, failed.get(name)):
+                        continue
+                    bundle = await asyncio.to_thread(Versions(service.feedback.folder).read, wanted)
+                    self.switch(name, bundle)
+                except FeatxError as error:
+                    failed[name] = wanted
+                    log.error("version %s of %s is not served: %s", wanted, name, error)
+                else:
+                    log.info("%s: version %s is served now", name, wanted)
+
+    def switch(self, name: str, bundle: Bundle) -> None:
+        """Answer with another version of a model from now on.
+
+        Raises
+        ------
+        MismatchError
+            It is of another network than the one that runs.
+        """
+        before = self.services[name]
+        if before.fingerprint != bundle.provenance.get("fingerprint") or bundle.tail != before.bundle.tail:
+            raise MismatchError(
+                "the new version is of another network", where=name, expected=before.fingerprint,
+                found=bundle.provenance.get("fingerprint"), hint="Start the service again to serve it.",
+            )  # fmt: skip
+        model = Model(bundle, before.embedder, before.evidence, name, before.feedback)
+        after = Service(model, before.line, self.limits, before.metrics)
+        after.stopping = before.stopping
+        self.services[name] = after
+
     def refuse_more(self) -> None:
         """Accept no further requests."""
         for service in self.services.values():
@@ -140,7 +188,7 @@ class Repository:
             if service.evidence is not None:
                 service.evidence.close()
             if service.feedback is not None:
-                service.feedback.corrections.close()
+                service.feedback.close()
 
     def problem(self) -> str:
         """Why requests for some model cannot be answered just now, or ""."""
@@ -174,9 +222,14 @@ class Service:
         self.explaining = asyncio.Lock()
 
     @property
+    def fingerprint(self) -> Any:
+        """Of the network and of how it is run."""
+        return self.bundle.provenance.get("fingerprint")
+
+    @property
     def version(self) -> str:
         """What every answer carries: the beginning of the model's sha256."""
-        return self.bundle.sha256[:VERSION_DIGITS]
+        return version_of(self.bundle)
 
     @property
     def has_sets(self) -> bool:
@@ -203,7 +256,7 @@ class Service:
             "sets": self.has_sets,
             "score_kind": self.bundle.score_kind,
             "backbone": title_of(self.bundle.provenance),
-            "fingerprint": self.bundle.provenance.get("fingerprint"),
+            "fingerprint": self.fingerprint,
             "model_sha256": self.bundle.sha256,
             "version": self.version,
             "embedding_dim": self.bundle.scorer.dims,
