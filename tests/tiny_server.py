@@ -29,11 +29,12 @@ from featx.extraction.embedder import Embedder
 from featx.heads.catalogue import make_head
 from featx.heads.scorer import Scorer
 from featx.images.pixels import encode, pixels
-from featx.models.bundle import Bundle
+from featx.models.bundle import Bundle, bundle_bytes
 from featx.models.corrections import Corrections
 from featx.models.fit import probe_pixels
 from featx.models.sets import Conformity
 from featx.models.unknown import learn
+from featx.models.versions import Versions
 from featx.service import batcher as service_batch
 from featx.service.feedback import Feedback
 from featx.service.guard import Limits
@@ -99,6 +100,8 @@ def main() -> None:
     if folder:
         corrections = Corrections(Path(folder))
         corrections.open()
+        versions = Versions(Path(folder))
+        bundle = versions.read(versions.begin(bundle_bytes(bundle), Path("tiny.model"), "test"))
         feedback = Feedback(corrections, new_classes=new_classes)
     models = [Model(_for(bundle, name, len(names)), embedders[number], None, name, feedback) for name, number in names]
     repository = Repository(models, limits)

@@ -266,7 +266,7 @@ def _refit(
         prior=None if bundle.prior is None else dict(bundle.prior), random_state=random_state, layers=columns,
         progress=progress,
     )  # fmt: skip
-    use = np.flatnonzero((joined.splits != "test") & (joined.labels >= 0))
+    use = np.flatnonzero(joined.splits != "test")  # as fit_features does
     compared = compare(fitted.held_out, is_new[use], fitted.head, columns, random_state)
     evidence = compared.to_json()
     numbers = [word.n for each in voted if each.label not in waiting for word in each.said]
