@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from featx.cli.options import Device, DeviceOption, EngineName, EngineOption, Json, ModelArgument, Seed
+from featx.cli.options import (
+    Device,
+    DeviceOption,
+    EngineName,
+    EngineOption,
+    Json,
+    ModelArgument,
+    OwnBackbone,
+    Seed,
+    Weights,
+    own_network,
+)
 from featx.cli.terminal import ProgressLine, print_json, say
 from featx.errors import StoreError, UsageError, plural
 
@@ -119,6 +130,8 @@ def refit(
         str | None, typer.Option(metavar="BATCH", help="Its labels are wrong: never learn from a batch that is held.")
     ] = None,
     who: Who = None,
+    backbone: OwnBackbone = None,
+    weights: Weights = None,
     engine: EngineOption = EngineName.auto,
     device: DeviceOption = Device.auto,
     seed: Seed = 0,
@@ -151,7 +164,8 @@ def refit(
     bundle = versions.read(str(versions.current))
     with ProgressLine("fitting") as line:
         embedder = open_embedder(
-            bundle, versions.path(str(versions.current)), engine=engine.value, device=device.value
+            bundle, versions.path(str(versions.current)), backbone=own_network(backbone), weights=weights,
+            engine=engine.value, device=device.value,
         )  # fmt: skip
         done = refitted(
             versions, store, embedder, who=person, rule=disagreements.value, force=force, random_state=seed,

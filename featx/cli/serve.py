@@ -157,7 +157,10 @@ def serve(
         )
         own = None
         if name in kept:
-            refitter = None if every is None else _refitter(named[name], corrections[name], stores[name], every)
+            refitter = None
+            if every is not None:
+                more = [("--backbone", backbone), ("--weights", weights)]
+                refitter = _refitter(named[name], corrections[name], stores[name], every, more)
             own = Feedback(corrections[name], new_classes=new_classes, refitter=refitter)
         served.append(Model(bundle, embedder, evidence.get(name), name, own))
     featx.service.server.serve(
@@ -175,13 +178,16 @@ def serve(
     )
 
 
-def _refitter(model: Path, corrections: Corrections, store: Path, every: int) -> Refitter:
+def _refitter(
+    model: Path, corrections: Corrections, store: Path, every: int, more: Sequence[tuple[str, object]]
+) -> Refitter:
     """What runs ``featx refit`` after so many corrections, those before the start among them."""
     from featx.models import Versions
     from featx.service import Refitter
 
     command = [sys.executable, "-m", "featx", "refit", str(model), "--feedback", str(corrections.folder)]
     command += ["--store", str(store), "--who", "featx serve --every"]
+    command += [str(each) for pair in more if pair[1] is not None for each in pair]
     considered = Versions(corrections.folder).considered
     return Refitter(command, every, max(0, len(corrections) - considered))
 
