@@ -1,9 +1,8 @@
-from .agreement import Agreement as Agreement, Rule as Rule, Voted as Voted, agreements as agreements, vote as vote
+from .agreement import Voted as Voted, agreements as agreements, vote as vote
 from .bundle import Answer as Answer, Bundle as Bundle, read_bundle as read_bundle, write_bundle as write_bundle
 from .calibrate import clopper_pearson as clopper_pearson
 from .corrections import (
     MAX_NAME as MAX_NAME,
-    Correction as Correction,
     Corrections as Corrections,
     Said as Said,
     checked_name as checked_name,
@@ -39,9 +38,8 @@ from .predictor import (
     predict_files as predict_files,
 )
 from .prior import read_prior as read_prior
-from .refit import Compared as Compared, Refit as Refit, refit as refit
+from .refit import Refit as Refit, refit as refit
 from .versions import (
-    Version as Version,
     Versions as Versions,
     held_words as held_words,
     read_current as read_current,

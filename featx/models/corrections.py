@@ -45,6 +45,9 @@ _KINDS = (
 )  # fmt: skip
 """Place, bytes and ending of the kinds of files; what is none of them is found by its content as well."""
 
+_OURS = frozenset({"images", "models", "current", "audit.jsonl", "held", "store.featx", ".lock", ".versions.lock"})
+"""What a feedback folder may have before its first correction."""
+
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -117,9 +120,18 @@ class Corrections:
         ------
         StoreBusy
             Another service adds to it.
+        UsageError
+            The folder is of something else: photos, or a store.
         StoreError
             It cannot be written.
         """
+        if self.folder.is_dir() and not self.path.exists():
+            strange = sorted(path.name for path in self.folder.iterdir() if path.name not in _OURS)
+            if strange:
+                raise UsageError(
+                    "not a feedback folder, and not empty", where=self.folder, found=strange[0],
+                    hint="Name a new one; it is made.",
+                )  # fmt: skip
         make_folder(self.folder / "images")
         self._held.enter_context(writer_lock(self.folder / ".lock"))
         before = len(self._file.lines)

@@ -6,23 +6,28 @@ learnt). Only photos that the feedback folder's store does not have are embedded
 
 *Evidence.* All images, old and new, are divided into folds once, with copies and groups whole. In each fold a head that
 learnt from old and new images of the other folds is compared with one that learnt from the old ones alone, on the same
-held-out images: a difference for each image, and Student's interval of their mean over copies (or groups). "Worse" is
-said if that holds of all images, or of the old ones. Better is promoted; worse is refused; where the data cannot tell,
-the batch is promoted unless the difference points down, for what keeps a mistaken batch out is the test below, and a
-few sound labels are seldom enough for a significant gain. ``force`` overrules.
+held-out images. People correct errors, so a batch is no sample: counted as it is, it would always promise much, and
+errors alone, rightly labelled, were promoted in 18 of 20 tries while they took 17 points off. So what is gained on
+images that the former named wrong, and what is lost on those that it named right, are weighted as among the old images
+(:func:`stratified_difference`). "Worse" is said if that holds of this difference, or of the old images; it is refused.
+"Better" is promoted. Where the data cannot tell, as of a few sound labels, the batch is promoted if the difference does
+not point down and the labels can be predicted (below); otherwise it waits. ``force`` overrules all.
 
-*A mistaken batch.* People correct what a model got wrong, so that a batch disagrees with the model says nothing. But
-a calibrated model also says how its errors will look: it will be wrong mostly where it was unsure, and the truth is
-mostly its second choice. From probabilities of old images, each by a head that had not seen it, labels are drawn as the
-model itself expects its errors, and their mean surprise (minus the log of the probability of a label) is compared with
-that of the batch's disagreeing labels. A batch that is more surprising than all but 1 % of 2,000 such draws either has
-wrong labels, or its photos are of a kind that the model does not know (another camera). These two are told apart by
-whether the labels can be predicted: by heads that learnt from the old images and the rest of the batch, more often than
-1 % of 2,000 permutations of the batch's labels are. A batch that is surprising and not predictable is held for
-somebody to look at. Labels that are wrong in a consistent way can be predicted; they make the old images worse.
+*A mistaken batch.* That a batch disagrees with the model says nothing. But a calibrated model also says how its errors
+will look: it will be wrong mostly where it was unsure, and the truth is mostly its second choice. From probabilities of
+old images, each by a head that had not seen it, labels are drawn as the model itself expects its errors, and their mean
+surprise (minus the log of the probability of a label) is compared with that of the batch's disagreeing labels. A batch
+that is more surprising than all but 1 % of 2,000 such draws either has wrong labels, or its photos are of a kind that
+the model does not know (another camera). These two are told apart by whether the labels can be predicted: by heads that
+learnt from the old images and the rest of the batch, more often than all but 1 % of 2,000 permutations of the batch's
+labels are. A batch that is surprising and not predictable is held for somebody to look at. Labels that are wrong in a
+consistent way can be predicted; they make the old images worse.
+
+Of 60 batches with shuffled labels on three image sets none was promoted, of 60 with right ones 54 (the others wait);
+``scripts/bench_refit.py`` measures it, and ``featx guide benchmarks`` has the table.
 
 Permutation tests of classifiers: Ojala and Garriga, "Permutation Tests for Studying Classifier Performance", JMLR 11
-(2010). ``scripts/bench_refit.py`` measures how often batches with shuffled and with right labels are promoted.
+(2010).
 """
 
 from __future__ import annotations

@@ -77,6 +77,13 @@ def test_what_is_no_name_is_not_written(kept: Corrections) -> None:
     assert kept.path.read_bytes() == b""
 
 
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "photo.jpg").write_bytes(png(1))
+    with pytest.raises(UsageError, match="not a feedback folder"):
+        Corrections(tmp_path).open()
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
+
+
 def test_a_second_service_is_kept_out(kept: Corrections) -> None:
     with pytest.raises(StoreBusy):
         Corrections(kept.folder).open()
