@@ -14,7 +14,7 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -179,6 +179,75 @@ def read_regular(path: Path, limit: int | None = None) -> bytes:
         raise
     except OSError as error:
         raise StoreError(f"cannot be read ({error.strerror})", where=path) from error
+
+
+class LineFile:
+    """A file of lines that only grows: what was appended is on the disk before it counts, whatever happens then.
+
+    A line that a crash cut short is the last one, has no line break, and is dropped. Who appends must be the only one.
+
+    Parameters
+    ----------
+    path : of the file; it is made by the first :meth:`open`.
+
+    Attributes
+    ----------
+    lines : those that were there, whole, when this was made.
+
+    Raises
+    ------
+    StoreError
+        It cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._handle = -1
+        try:
+            raw = read_regular(path)
+        except FileNotFoundError:
+            raw = b""
+        whole, _, _ = raw.rpartition(b"\n")
+        self.lines: Sequence[bytes] = whole.split(b"\n") if whole else []
+        self._size = len(whole) + 1 if whole else 0
+
+    def open(self) -> None:
+        """Take away what a crash cut short, and be ready to append."""
+        try:
+            # Never through a link: another file would be cut.
+            self._handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+            if os.fstat(self._handle).st_size > self._size:  # else its time stays that of the last line
+                os.truncate(self._handle, self._size)
+            fsync_path(self.path.parent)
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+
+    def append(self, line: bytes) -> None:
+        """Add a line, given without its break; when this returns it is on the disk, and when it raises it is not there.
+
+        Raises
+        ------
+        StoreError
+            It cannot be written.
+        """
+        data = line + b"\n"
+        try:
+            view, at = memoryview(data), self._size
+            while view:
+                written = os.pwrite(self._handle, view, at)
+                view, at = view[written:], at + written
+            os.fsync(self._handle)
+        except OSError as error:
+            with contextlib.suppress(OSError):  # what is left of it is dropped when the file is next opened
+                os.truncate(self._handle, self._size)
+            raise cannot_write(self.path, error) from error
+        self._size += len(data)
+
+    def close(self) -> None:
+        """Append no more."""
+        if self._handle >= 0:
+            os.close(self._handle)
+        self._handle = -1
 
 
 class LatchedFile:

@@ -4,6 +4,8 @@ python tiny_server.py PORT '{"seconds": 0.1, "limits": {...}, "api_key": "", "ho
 
 With "counts" it counts answers in this folder, and writes every "count_seconds".
 
+With "feedback", it keeps corrections in this folder.
+
 With "models", as in [["a", 0], ["b", 0], ["c", 1]], it serves several: each a name, and the number of its engine.
 
 What an image does is written in its colour: red ones fail the batch that they are in, blue ones end the engine's
@@ -29,11 +31,14 @@ from featx.extraction.embedder import Embedder
 from featx.heads.catalogue import make_head
 from featx.heads.scorer import Scorer
 from featx.images.pixels import encode, pixels
-from featx.models.bundle import Bundle
+from featx.models.bundle import Bundle, bundle_bytes
+from featx.models.corrections import Corrections
 from featx.models.fit import probe_pixels
 from featx.models.sets import Conformity
 from featx.models.unknown import learn
+from featx.models.versions import Versions
 from featx.service import batcher as service_batch, counts as service_counts
+from featx.service.feedback import Feedback
 from featx.service.guard import Limits
 from featx.service.server import serve
 from featx.service.work import Model, Repository
@@ -92,11 +97,19 @@ def main() -> None:
     service_batch.STUCK, service_batch.LOST = settings.pop("patience", (service_batch.STUCK, service_batch.LOST))
     limits = Limits(**settings.pop("limits", {}))
     bundle = tiny_bundle() if settings.pop("sets", True) else replace(tiny_bundle(), conformity=None)
-    models = [Model(_for(bundle, name, len(names)), embedders[number], None, name) for name, number in names]
     service_counts.SECONDS = settings.pop("count_seconds", service_counts.SECONDS)
-    folder = settings.pop("counts", None)
+    counted = settings.pop("counts", None)
+    folder, new_classes = settings.pop("feedback", ""), settings.pop("new_classes", False)
+    feedback = None
+    if folder:
+        corrections = Corrections(Path(folder))
+        corrections.open()
+        versions = Versions(Path(folder))
+        bundle = versions.read(versions.begin(bundle_bytes(bundle), Path("tiny.model"), "test"))
+        feedback = Feedback(corrections, new_classes=new_classes)
+    models = [Model(_for(bundle, name, len(names)), embedders[number], None, name, feedback) for name, number in names]
     try:
-        counts = None if folder is None else service_counts.Counts(Path(folder)).open()
+        counts = None if counted is None else service_counts.Counts(Path(counted)).open()
         repository = Repository(models, limits, counts)
         serve(repository, port=port, started=lambda url: print(f"Serving at {url} ", flush=True), **settings)
     except FeatxError as error:  # as the command does

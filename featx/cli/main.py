@@ -26,6 +26,7 @@ from featx.cli import (
     explain,
     export,
     extract,
+    feedback,
     finetune,
     fit,
     guide,
@@ -105,6 +106,7 @@ for group in (
     explain,
     serve,
     drift,
+    feedback,
     search,
     guide,
 ):

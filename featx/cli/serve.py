@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from featx.cli.feedback import login, read_model
 from featx.cli.options import (
     Device,
     DeviceOption,
@@ -24,7 +26,8 @@ from featx.errors import UsageError, plural
 
 if TYPE_CHECKING:
     from featx.extraction import Embedder
-    from featx.models import Bundle
+    from featx.models import Bundle, Corrections
+    from featx.service import Refitter
 
 _NAMED = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]{0,99})=(.+)", re.DOTALL)
 
@@ -59,6 +62,25 @@ def serve(
             help="The folder of the store's images, for the page. (default: what the store says)",
         ),
     ] = None,
+    feedback: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]DIR",
+            help="Keep corrections of answers in this folder, and answer with the current version of the model in it "
+            "(featx refit, featx models). With several models: of which one, by its NAME.",
+        ),
+    ] = None,
+    every: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Run featx refit after every N corrections, with the store of --store. (default: never)",
+        ),
+    ] = None,
+    new_classes: Annotated[
+        bool, typer.Option("--new-classes", help="Let corrections name classes that the model does not know.")
+    ] = False,
     host: Annotated[
         str, typer.Option(help="Address to listen on; any other than this machine's own needs an API key.")
     ] = "127.0.0.1",
@@ -97,13 +119,32 @@ def serve(
             f"the service needs packages that are not installed ({error.name})",
             hint="Install them with: pip install 'featx[serve]'",
         ) from error
-    from featx.models import open_embedder, read_bundle
-    from featx.service import BATCH_SIZES, Counts, Evidence, Limits, Model, Repository
+    from featx.models import Corrections, Versions, open_embedder, read_bundle
+    from featx.service import BATCH_SIZES, Counts, Evidence, Feedback, Limits, Model, Repository
 
     key = _api_key(api_key_file)
     featx.service.server.check_address(host, key, insecure=insecure)
     files = _by_name(models)
     stores, folders = (_belonging(each, files, option) for each, option in ((store, "--store"), (images, "--images")))
+    kept = _belonging(feedback, files, "--feedback")
+    for option, given in (("--new-classes", new_classes), ("--every", every is not None)):
+        if given and not kept:
+            raise UsageError("corrections are not kept", where=option, hint="Say where with --feedback DIR.")
+    if len({path.resolve() for path in kept.values()}) < len(kept):
+        raise UsageError("two models cannot share a feedback folder", where="--feedback")
+    corrections = {name: Corrections(path) for name, path in kept.items()}
+    without_store = [name for name in kept if name not in stores]
+    if every is not None and without_store:
+        raise UsageError(
+            "a refit needs the store that the model was fitted on", where="--every", expected="--store STORE",
+            found=f"none for {', '.join(without_store)}",
+        )  # fmt: skip
+    for each in corrections.values():
+        each.open()
+    named = dict(files)
+    for name, folder in kept.items():
+        versions = Versions(folder)
+        files[name] = versions.path(versions.begin(read_model(files[name]), files[name], login()))
     bundles = {name: read_bundle(path) for name, path in files.items()}
     evidence = {name: Evidence(path, bundles[name], folders.get(name)) for name, path in stores.items()}
     for name, bundle in bundles.items():
@@ -126,7 +167,14 @@ def serve(
             batch_sizes=BATCH_SIZES,
             opened=opened,
         )
-        served.append(Model(bundle, embedder, evidence.get(name), name))
+        own = None
+        if name in kept:
+            refitter = None
+            if every is not None:
+                more = [("--backbone", backbone), ("--weights", weights)]
+                refitter = _refitter(named[name], corrections[name], stores[name], every, more)
+            own = Feedback(corrections[name], new_classes=new_classes, refitter=refitter)
+        served.append(Model(bundle, embedder, evidence.get(name), name, own))
     featx.service.server.serve(
         Repository(served, Limits(pixels=max_pixels, images=max_images, queue=max(Limits.queue, max_images)), counting),
         host=host,
@@ -135,9 +183,33 @@ def serve(
         insecure=insecure,
         log_json=log_json,
         started=lambda url: say(
-            *_serving(url, files, bundles, stores, api_key_file, key=bool(key), insecure=insecure, counts=counts)
+            *_serving(
+                url,
+                named,
+                bundles,
+                stores,
+                api_key_file,
+                key=bool(key),
+                insecure=insecure,
+                feedback=[*kept.values()],
+                counts=counts,
+            )
         ),
     )
+
+
+def _refitter(
+    model: Path, corrections: Corrections, store: Path, every: int, more: Sequence[tuple[str, object]]
+) -> Refitter:
+    """What runs ``featx refit`` after so many corrections, those before the start among them."""
+    from featx.models import Versions
+    from featx.service import Refitter
+
+    command = [sys.executable, "-m", "featx", "refit", str(model), "--feedback", str(corrections.folder)]
+    command += ["--store", str(store), "--who", "featx serve --every"]
+    command += [str(each) for pair in more if pair[1] is not None for each in pair]
+    considered = Versions(corrections.folder).considered
+    return Refitter(command, every, max(0, len(corrections) - considered))
 
 
 def _named(text: str) -> tuple[str, Path]:
@@ -199,6 +271,7 @@ def _serving(
     key: bool,
     insecure: bool,
     counts: Path | None = None,
+    feedback: Sequence[Path] = (),
 ) -> list[str]:
     """What to know of a service that has just begun, a line each."""
     lines = [f"Open {url} in a browser; {url}/docs is for programs."]
@@ -212,6 +285,7 @@ def _serving(
         lines.append("Everybody who can reach this address may ask, without a key (--insecure).")
     if counts is not None:
         lines.append(f"It counts its answers in {counts}; whether photos have changed: featx drift {counts}")
+    lines += [f"Corrections are kept in {path}; next: featx feedback {path}" for path in feedback]
     return [*lines, "Ctrl-C stops it."]
 
 

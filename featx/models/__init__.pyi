@@ -1,5 +1,13 @@
+from .agreement import Voted as Voted, agreements as agreements, vote as vote
 from .bundle import Answer as Answer, Bundle as Bundle, read_bundle as read_bundle, write_bundle as write_bundle
 from .calibrate import clopper_pearson as clopper_pearson
+from .corrections import (
+    MAX_NAME as MAX_NAME,
+    Corrections as Corrections,
+    Said as Said,
+    checked_name as checked_name,
+    export_csv as export_csv,
+)
 from .count import (
     LEAST_CHECKED as LEAST_CHECKED,
     ClassCount as ClassCount,
@@ -36,3 +44,10 @@ from .predictor import (
     predict_files as predict_files,
 )
 from .prior import prior_shares as prior_shares, read_prior as read_prior
+from .refit import Refit as Refit, refit as refit
+from .versions import (
+    Versions as Versions,
+    held_words as held_words,
+    read_current as read_current,
+    version_of as version_of,
+)

@@ -8,22 +8,27 @@ no part in any of it; where there is one, it judges the finished head once.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 
 from featx._arrays import NEAR, Index
+from featx._system import available_cpus
 from featx.backbones import layer_place, of_layer
 from featx.errors import UsageError, plural
 from featx.evaluation import LabelledRows, joined_sites, sites_of, stats, sweep_heads
 from featx.extraction import Embedder
 from featx.heads import (
+    HEADS,
     N_FOLDS,
     Array,
     Head,
@@ -57,6 +62,24 @@ Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
+class HeldOut:
+    """What heads said of images that they had not seen, and how the images were divided.
+
+    Attributes
+    ----------
+    data : the images with a label.
+    folds : (n,) the images of one fold were judged by the same head.
+    scores : (n, c), before they were moved to other shares of the classes.
+    apart : (n,) groups that are whole in each fold; None where there are none, or they could not be kept apart.
+    """
+
+    data: LabelledRows
+    folds: Index
+    scores: Array
+    apart: Index | None
+
+
+@dataclass(frozen=True)
 class FittedHead:
     """What :func:`fit_head` finds; fields as of :class:`featx.models.bundle.Bundle`."""
 
@@ -73,6 +96,7 @@ class FittedHead:
     notes: tuple[str, ...]
     conformity: Conformity | None = None
     prior: dict[str, float] | None = None
+    held_out: HeldOut | None = field(default=None, repr=False)
 
 
 def fit_head(
@@ -193,6 +217,7 @@ def fit_head(
         )
     if not converged:
         notes.append("A fit stopped before its optimum.")
+    held_out = None if scores is None else HeldOut(data, folds, scores, together)
     sharpness = None if scores is None else fit_sharpness(scores, y)
     if scores is not None and shares is not None:
         say(total, total, "moving to other shares of the classes")
@@ -235,6 +260,7 @@ def fit_head(
         notes=(*notes, *data.duplicates.notes),
         conformity=conformity,
         prior=None if shares is None else dict(zip(names, shares.tolist(), strict=True)),
+        held_out=held_out,
     )
 
 
@@ -251,6 +277,44 @@ def _fit(
     with threadpool_limits(limits=None if is_large(rows) else 1, user_api="blas"):
         choice, pipeline = fit_chosen(head, rows, labels, groups, random_state=random_state, device=device, sites=sites)
     return Scorer.of(pipeline), choice.params, choice.converged
+
+
+def scores_without(
+    held_out: HeldOut, without: NDArray[np.bool_], head: str, layers: Layers | None, random_state: int
+) -> Array:
+    """What heads of the same recipe say of the same images in the same folds, had they not learnt from some of them.
+
+    Parameters
+    ----------
+    held_out : of :func:`fit_head`.
+    without : (n,) which images take no part in any fit; they are judged all the same.
+    head, layers, random_state : as they were there, of a head that learnt from no pool.
+
+    Returns
+    -------
+    (n, c) scores, -inf for classes that no other image of the other folds has.
+    """
+    data, folds, sites = held_out.data, held_out.folds, held_out.apart
+    recipe = HEADS[head] if layers is None else layers.on(HEADS[head], layers.whole)
+    scores = np.full(held_out.scores.shape, -np.inf)
+    large = is_large(data.embeddings)
+
+    def judge(fold: int) -> None:
+        part = np.flatnonzero((folds != fold) & ~without)
+        names, labels = np.unique(data.labels[part], return_inverse=True)
+        groups = np.unique(data.groups[part], return_inverse=True)[1].reshape(-1)
+        kept = None if sites is None else np.unique(sites[part], return_inverse=True)[1].reshape(-1)
+        scorer, _, _ = _fit(recipe, data.embeddings[part], labels.reshape(-1), groups, random_state, None, kept)
+        held = np.flatnonzero(folds == fold)
+        scores[np.ix_(held, names)] = scorer.scores(data.embeddings[held])
+
+    # The fits limit BLAS and catch warnings for the whole process, each for itself: what they leave behind when they
+    # overlap is put right here. Whether they converged is not asked.
+    with threadpool_limits(limits=None if large else 1, user_api="blas"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        with ThreadPoolExecutor(1 if large else min(4, available_cpus())) as pool:
+            list(pool.map(judge, range(int(folds.max()) + 1)))
+    return scores
 
 
 def _spread(scorer: Scorer, rows: NDArray[np.floating]) -> float:
@@ -439,26 +503,27 @@ def fit_bundle(
     heads, max_error, max_unknown, prior, random_state, pool, layers, device, progress : as of :func:`fit_head`.
     with_network : as of :func:`pack_bundle`.
     """
+    fitted = fit_features(
+        features, heads=heads, max_error=max_error, max_unknown=max_unknown, prior=prior, random_state=random_state,
+        pool=pool, layers=layers, device=device, progress=progress,
+    )  # fmt: skip
+    return pack_bundle(fitted, features, embedder, with_network=with_network)
+
+
+def fit_features(features: FeatureSet, *, pool: NDArray[np.floating] | None = None, **options: Any) -> FittedHead:
+    """:func:`fit_head` on a store's images, but not on its split ``test``; options as there."""
     use = np.flatnonzero((features.splits != "test") & ((features.labels >= 0) | (pool is None)))
     groups = features.copies
-    fitted = fit_head(
+    return fit_head(
         taken(features.embeddings, use),
         features.labels[use],
         class_names=features.class_names,
         groups=groups[use],
         near_duplicates=features.near_copies_of(use),
-        heads=heads,
-        max_error=max_error,
-        max_unknown=max_unknown,
-        prior=prior,
-        random_state=random_state,
         pool=pool,
-        layers=layers,
-        device=device,
-        progress=progress,
         sites=sites_of(features, use),
+        **options,
     )
-    return pack_bundle(fitted, features, embedder, with_network=with_network)
 
 
 MOST_NETWORK = 100 * 2**20

@@ -7,6 +7,7 @@ from .page import hash_source as hash_source, render_template as render_template
 from .sheet import (
     MAX_GROUPS as MAX_GROUPS,
     Found as Found,
+    batch_sheet as batch_sheet,
     duplicate_sheet as duplicate_sheet,
     image_finder as image_finder,
     label_sheet as label_sheet,

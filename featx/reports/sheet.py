@@ -159,6 +159,12 @@ def duplicate_sheet(
     return write_sheet(path, title=f"Duplicates in {store.name}", facts=facts, sections=sections)
 
 
+def batch_sheet(path: Path, batch: str, facts: Sequence[str], photos: Sequence[tuple[Path, str, bytes]]) -> int:
+    """The sheet of a batch of corrections that is held: each photo's file, what people say of it, and its sha256."""
+    cards = [Card(file.name[:12], file, said, digest=digest) for file, said, digest in photos]
+    return write_sheet(path, title=f"Corrections to look at: {batch}", facts=facts, sections=[Section(batch, cards)])
+
+
 def label_sheet(path: Path, store: Path, find: Finder, features: FeatureSet, ranking: LabelRanking) -> int:
     """The sheet of ``featx labels``: the first ``MAX_GROUPS`` images whose labels are doubtful, in one section."""
     names = ranking.class_names

@@ -1,6 +1,7 @@
 from .batcher import BATCH_SIZES as BATCH_SIZES
 from .counts import Counted as Counted, Counts as Counts, read_counts as read_counts
 from .evidence import Evidence as Evidence
+from .feedback import Feedback as Feedback, Refitter as Refitter
 from .guard import LOOPBACK_NAMES as LOOPBACK_NAMES, Limits as Limits, Refusal as Refusal
 from .server import listen as listen
 from .work import Model as Model, Repository as Repository

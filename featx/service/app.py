@@ -26,12 +26,15 @@ from starlette.requests import ClientDisconnect
 from featx.reports import hash_source, render_template
 from featx.service import schema
 from featx.service.docs import docs_page
+from featx.service.feedback import add_feedback
 from featx.service.guard import Guard, Refusal
 from featx.service.inference import add_inference, paths
 from featx.service.telemetry import Metrics
 from featx.service.work import Repository, do_work, explain as explained
 
-ROUTES = frozenset({"/", "/predict", "/embed", "/search", "/live", "/ready", "/info", "/metrics", "/openapi.json"})
+ROUTES = frozenset(
+    {"/", "/predict", "/embed", "/search", "/feedback", "/live", "/ready", "/info", "/metrics", "/openapi.json"}
+)
 
 _WORK = schema.errors(400, 401, 403, 408, 413, 415, 422, 429, 500, 503, 504)
 _READ = schema.errors(401, 403)
@@ -57,7 +60,9 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         try:
             await asyncio.to_thread(repository.start)
+            following = asyncio.create_task(repository.follow())
             yield
+            following.cancel()
         finally:
             await asyncio.to_thread(repository.stop)
 
@@ -69,6 +74,7 @@ def create_app(
     # For the OpenAPI document only: the guard checks the key before there is a route.
     keyed: list[Any] = [Security(scheme) for scheme in _KEYS] if api_key else []
     _add_work(app, repository, keyed)
+    add_feedback(app, repository, keyed, trusted=bool(api_key))
     _add_reading(app, repository, keyed)
     add_inference(app, repository, keyed)
     guard = Guard(
@@ -102,6 +108,8 @@ def _add_work(app: FastAPI, repository: Repository, keyed: list[Any]) -> None:
         those that the model was fitted on. ``familiarity`` is the share of these that look at least as strange to it.
         With ``explain`` each prediction has an ``explanation``: for the label and the runner-up, the evidence at each
         place, exact, and an ``overlay`` to lay over the upright photo; or the ``reason`` why there is none.
+        ``version`` is that of the model that answers; ``answer``, where corrections are kept, is what ``/feedback``
+        knows a photo by.
         With a ``coverage`` such as 0.9, ``set`` is the smallest set of labels that holds the truth this often, on
         photos like the model's; it is empty where the photo is unknown.
         """
@@ -118,7 +126,10 @@ def _add_work(app: FastAPI, repository: Repository, keyed: list[Any]) -> None:
         if explain and work.names:
             for prediction, explanation in zip(predictions, await explained(service, work), strict=True):
                 prediction["explanation"] = explanation
-        return work.reply({"predictions": predictions})
+        if service.feedback is not None:
+            for prediction, image, answer in zip(predictions, work.files, answers, strict=True):
+                prediction["answer"] = service.feedback.remember(image, answer, service.version)
+        return work.reply({"predictions": predictions, "version": service.version})
 
     @work_route("/embed", responses={200: {"model": schema.EmbedReply}, **_WORK, **schema.errors(404)})
     async def embed(request: Request, model: _Named = None) -> Response:

@@ -78,8 +78,8 @@ def add_inference(app: FastAPI, repository: Repository, keyed: list[Any]) -> Non
     async def index(request: Request) -> Response:
         return await _protocols(repository, _index(repository, request))
 
-    for service in repository.services.values():
-        _add_model(app, repository, service, plain, keyed)
+    for name in repository.services:
+        _add_model(app, repository, name, plain, keyed)
 
 
 async def _protocols(repository: Repository, answer: Awaitable[Response]) -> Response:
@@ -108,31 +108,35 @@ async def _index(repository: Repository, request: Request) -> Response:
     )
 
 
-def _add_model(app: FastAPI, repository: Repository, service: Service, plain: Answering, keyed: list[Any]) -> None:
-    outputs = _outputs(service)
-    about = {
-        "name": service.name,
-        "versions": [_VERSION],
-        "platform": "featx",
-        "inputs": [
-            {"name": "image", "datatype": "BYTES", "shape": [-1]},
-            {"name": "pixels", "datatype": "UINT8", "shape": [-1, -1, -1, 3]},
-        ],
-        "outputs": [
-            {"name": name, "datatype": each.datatype, "shape": [-1, *each.shape]} for name, each in outputs.items()
-        ],
-    }
+def _add_model(app: FastAPI, repository: Repository, name: str, plain: Answering, keyed: list[Any]) -> None:
+    def about() -> dict[str, Any]:
+        outputs = _outputs(repository.named(name))
+        return {
+            "name": name,
+            "versions": [_VERSION],
+            "platform": "featx",
+            "inputs": [
+                {"name": "image", "datatype": "BYTES", "shape": [-1]},
+                {"name": "pixels", "datatype": "UINT8", "shape": [-1, -1, -1, 3]},
+            ],
+            "outputs": [
+                {"name": each, "datatype": output.datatype, "shape": [-1, *output.shape]}
+                for each, output in outputs.items()
+            ],
+        }
 
     def ready() -> int:
-        return 503 if service.problem() else 200
+        return 503 if repository.named(name).problem() else 200
 
-    for base in (f"/v2/models/{service.name}", f"/v2/models/{service.name}/versions/{_VERSION}"):
-        plain(base, lambda: (200, about))
-        plain(f"{base}/ready", lambda: (ready(), {"name": service.name, "ready": ready() == 200}))
+    for base in (f"/v2/models/{name}", f"/v2/models/{name}/versions/{_VERSION}"):
+        plain(base, lambda: (200, about()))
+        plain(f"{base}/ready", lambda: (ready(), {"name": name, "ready": ready() == 200}))
 
         @app.post(f"{base}/infer", include_in_schema=False, dependencies=keyed)
         async def infer(request: Request) -> Response:
-            return await _protocols(repository, _infer(service, outputs, request))
+            # Another version of the model may have other classes.
+            service = repository.named(name)
+            return await _protocols(repository, _infer(service, _outputs(service), request))
 
 
 def _outputs(service: Service) -> dict[str, _Output]:
@@ -196,7 +200,9 @@ async def _infer(service: Service, outputs: dict[str, _Output], request: Request
         else:
             about["data"] = values.reshape(-1).tolist()
         described.append(about)
-    said = {"model_name": service.name, "model_version": _VERSION, "outputs": described}
+    said: dict[str, Any] = {"model_name": service.name, "model_version": _VERSION, "outputs": described}
+    if service.version:
+        said["parameters"] = {"version": service.version}
     if asked.id:
         said["id"] = asked.id
     if not tensors:

@@ -84,12 +84,14 @@ class Prediction(BaseModel):
     set: list[str] | None = None
     neighbours: list[Neighbour] | None = None
     explanation: Explanation | None = None
+    answer: str | None = None
 
 
 class PredictReply(BaseModel):
     """Of /predict."""
 
     predictions: list[Prediction]
+    version: str
     refused: list[Refused]
     request_id: str
 
@@ -125,6 +127,74 @@ class SearchReply(BaseModel):
     results: list[Result]
     refused: list[Refused]
     request_id: str
+
+
+class CorrectionRecord(BaseModel):
+    """What somebody says of a photo, and what the model had said."""
+
+    n: int
+    when: str
+    by: str
+    sha256: str
+    file: str
+    label: str
+    said: str | None
+    score: float | None
+    version: str | None
+
+
+class Corrected(BaseModel):
+    """Of a correction that is on the disk."""
+
+    correction: CorrectionRecord
+    new: bool
+    request_id: str
+
+
+class Vote(BaseModel):
+    """What one person says of a photo."""
+
+    by: str
+    label: str
+    when: str
+
+
+class Disputed(BaseModel):
+    """A photo that people disagree on, and the label that most of them give, if one has most."""
+
+    image: str
+    file: str
+    label: str | None
+    said: list[Vote]
+
+
+class Limits(BaseModel):
+    """A number with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class Agreed(BaseModel):
+    """How well two people agree: Cohen's kappa over the photos that both have labelled."""
+
+    a: str
+    b: str
+    images: int
+    agreed: int
+    kappa: Limits
+
+
+class FeedbackReply(BaseModel):
+    """Of the corrections; ``next`` is what to ask ``after`` for more."""
+
+    corrections: list[CorrectionRecord]
+    total: int
+    next: int | None
+    images: int
+    disagreements: list[Disputed]
+    agreement: list[Agreed]
 
 
 class Problem(BaseModel):
@@ -176,7 +246,7 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorReply, "description": _ERRORS[status]} for status in statuses}
 
 
-def image_body() -> dict[str, Any]:
+def image_body(*, required: bool = True) -> dict[str, Any]:
     """The body of the routes that take images."""
     raw = {"schema": {"type": "string", "format": "binary"}}
     several = {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1}
@@ -184,4 +254,4 @@ def image_body() -> dict[str, Any]:
     content: dict[str, Any] = dict.fromkeys((*IMAGE_TYPES, "application/octet-stream"), raw)
     content["multipart/form-data"] = {"schema": form}
     described = "One image as it is, or a form with several (any field names)."
-    return {"requestBody": {"required": True, "description": described, "content": content}}
+    return {"requestBody": {"required": required, "description": described, "content": content}}

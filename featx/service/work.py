@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from fastapi import Request
@@ -22,10 +23,10 @@ from starlette.requests import ClientDisconnect
 
 from featx._system import available_cpus
 from featx.backbones import of_layer
-from featx.errors import ImageError, MismatchError, UsageError, plural
+from featx.errors import FeatxError, ImageError, MismatchError, UsageError, plural
 from featx.extraction import Embedder, Seen
 from featx.images import REASONS, encode
-from featx.models import Answer, Bundle, Explainer, layer_number
+from featx.models import Answer, Bundle, Explainer, Versions, layer_number, read_current, version_of
 from featx.reports import overlays
 from featx.service.batcher import Batcher, Embedded, Job, Line, OutOfResources, QueueFull, WorkerDied
 from featx.service.counts import Counts
@@ -34,11 +35,20 @@ from featx.service.guard import Limits, Refusal
 from featx.service.telemetry import Metrics, ModelMetrics, request_id
 from featx.store import title_of
 
+if TYPE_CHECKING:
+    from featx.service.feedback import Feedback
+
 ReadImages = Callable[[Request, Limits], Awaitable[list[tuple[str, bytes]]]]
 """What takes images out of a request: a name and a file each."""
 
 OVERLAY_SIDE = 192
 """Pixels of an overlay's longer side; a browser scales it up, as smooth as it is."""
+
+
+FOLLOW_SECONDS = 0.5
+"""Between two looks at which version of a model is current."""
+
+log = logging.getLogger("featx.service")
 
 
 @dataclass(frozen=True)
@@ -50,12 +60,14 @@ class Model:
     bundle, embedder : the model and its network. Models with the very same embedder share its engine and decoders.
     evidence : the store beside it, if there is one.
     name : for clients that ask for one by its name.
+    feedback : where corrections of its answers are kept, if they are.
     """
 
     bundle: Bundle
     embedder: Embedder
     evidence: Evidence | None = None
     name: str = "model"
+    feedback: Feedback | None = None
 
 
 class Repository:
@@ -117,6 +129,53 @@ class Repository:
         """Whether the service has been told to end."""
         return any(service.stopping for service in self.services.values())
 
+    async def follow(self, seconds: float = FOLLOW_SECONDS) -> None:
+        """Switch to the current version of each model that has a feedback folder, as long as this runs.
+
+        A request that has begun is answered by the version that it began with: none waits, and none is lost. A version
+        that cannot be read, or is of another network, is logged once, and what is served stays.
+        """
+        failed: dict[str, str] = {}
+        while True:
+            await asyncio.sleep(seconds)
+            for name, service in list(self.services.items()):
+                if service.feedback is None:
+                    continue
+                wanted = ""
+                try:
+                    current = await asyncio.to_thread(read_current, service.feedback.folder)
+                    wanted = current or ""
+                    if wanted in ("", service.version, failed.get(name)):
+                        continue
+                    bundle = await asyncio.to_thread(Versions(service.feedback.folder).read, wanted)
+                    self.switch(name, bundle)
+                except FeatxError as error:
+                    failed[name] = wanted
+                    log.error("version %s of %s is not served: %s", wanted, name, error)
+                else:
+                    log.info("%s: version %s is served now", name, wanted)
+
+    def switch(self, name: str, bundle: Bundle) -> None:
+        """Answer with another version of a model from now on.
+
+        Raises
+        ------
+        MismatchError
+            It is of another network than the one that runs.
+        """
+        before = self.services[name]
+        if before.fingerprint != bundle.provenance.get("fingerprint") or bundle.tail != before.bundle.tail:
+            raise MismatchError(
+                "the new version is of another network", where=name, expected=before.fingerprint,
+                found=bundle.provenance.get("fingerprint"), hint="Start the service again to serve it.",
+            )  # fmt: skip
+        model = Model(bundle, before.embedder, before.evidence, name, before.feedback)
+        if self.counts is not None:
+            self.counts.describe(bundle, name)
+        after = Service(model, before.line, self.limits, before.metrics, self.counts)
+        after.stopping = before.stopping
+        self.services[name] = after
+
     def refuse_more(self) -> None:
         """Accept no further requests."""
         for service in self.services.values():
@@ -138,6 +197,8 @@ class Repository:
         for service in self.services.values():
             if service.evidence is not None:
                 service.evidence.close()
+            if service.feedback is not None:
+                service.feedback.close()
 
     def problem(self) -> str:
         """Why requests for some model cannot be answered just now, or ""."""
@@ -164,12 +225,23 @@ class Service:
         self, model: Model, line: Line, limits: Limits, metrics: ModelMetrics, counts: Counts | None = None
     ) -> None:
         self.bundle, self.embedder, self.evidence, self.name = model.bundle, model.embedder, model.evidence, model.name
+        self.feedback = model.feedback
         self.line, self.limits, self.metrics, self.counts = line, limits, metrics, counts
         self.stopping = False
         metrics.watch(lambda: line.waiting, lambda: not self.problem())
         self.layer = layer_number(self.bundle)
         self.explainer = Explainer(self.bundle.scorer, self.bundle.class_names, self.embedder, self.layer)
         self.explaining = asyncio.Lock()
+
+    @property
+    def fingerprint(self) -> Any:
+        """Of the network and of how it is run."""
+        return self.bundle.provenance.get("fingerprint")
+
+    @property
+    def version(self) -> str:
+        """What every answer carries: the beginning of the model's sha256."""
+        return version_of(self.bundle)
 
     @property
     def has_sets(self) -> bool:
@@ -204,8 +276,9 @@ class Service:
             "sets": self.has_sets,
             "score_kind": self.bundle.score_kind,
             "backbone": title_of(self.bundle.provenance),
-            "fingerprint": self.bundle.provenance.get("fingerprint"),
+            "fingerprint": self.fingerprint,
             "model_sha256": self.bundle.sha256,
+            "version": self.version,
             "embedding_dim": self.bundle.scorer.dims,
             "engine": self.embedder.engine.name,
             "device": self.embedder.engine.device,
@@ -213,15 +286,22 @@ class Service:
             "metrics": told["metrics"],
             "store": None if evidence is None else {"images": len(evidence), "thumbnails": evidence.has_images},
             "explains": self.bundle.scorer.coef is not None,
+            "feedback": None
+            if self.feedback is None
+            else {"corrections": len(self.feedback.corrections), "new_classes": self.feedback.new_classes},
             "limits": vars(self.limits),
         }
 
 
 @dataclass
 class Work:
-    """The images of one request, after the network has seen them; ``kept``: their pixels and sizes, if wanted."""
+    """The images of one request, after the network has seen them.
+
+    ``files`` are those of ``names``; ``kept`` their pixels and sizes, if wanted.
+    """
 
     names: list[str]
+    files: list[bytes]
     found: list[Embedded]
     refused: list[dict[str, str]]
     deadline: float = 0.0
@@ -262,20 +342,21 @@ async def do_work(service: Service, request: Request, *, keep: bool = False, rea
     except TimeoutError:
         message = f"The body did not arrive within {service.limits.deadline:g} s."
         raise Refusal(408, "slow", message, {"Connection": "close"}) from None
-    names, found, refused = [], [], []
+    names, files, found, refused = [], [], [], []
     kept: list[tuple[Seen, tuple[int, int]]] = []
     results, jobs = await _embed(service, request, images, deadline, keep)
-    for (name, _), result, job in zip(images, results, jobs, strict=True):
+    for (name, data), result, job in zip(images, results, jobs, strict=True):
         if isinstance(result, ImageError):
             refused.append({"id": name, "reason": result.reason, "message": _sentence(result)})
         else:
             names.append(name)
+            files.append(data)
             found.append(result)
             if job.pixels is not None:
                 kept.append((job.pixels, job.size))
     service.metrics.images["embedded"].inc(len(names))
     service.metrics.images["refused"].inc(len(refused))
-    return Work(names, found, refused, deadline, kept)
+    return Work(names, files, found, refused, deadline, kept)
 
 
 async def explain(service: Service, work: Work) -> list[dict[str, Any]]:

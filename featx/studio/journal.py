@@ -18,7 +18,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,8 +25,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from featx._files import cannot_write, publish_bytes
+from featx._files import LineFile, publish_bytes
 from featx.errors import StoreError, UsageError, plural
+from featx.models import checked_name
 
 NOTHING, NONE_OF_THESE, UNSURE, LEFT_OUT = -1, -2, -3, -4
 
@@ -37,9 +37,6 @@ MARKS: Mapping[int, str] = {NOTHING: "", NONE_OF_THESE: "none of these", UNSURE:
 COLUMNS = ("path", "label", "mark", "by", "when")
 
 MAX_CLASSES = 1000
-MAX_NAME = 200
-"""Characters of the name of a class."""
-
 _LISTED = 3
 
 
@@ -82,29 +79,17 @@ class Journal:
         self._lock = threading.RLock()
         self._done: list[dict[str, Any]] = []
         self._undone: list[dict[str, Any]] = []
-        self._size = 0
+        self._file = LineFile(path)
         self._read()
-        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-        if os.fstat(self._handle).st_size > self._size:
-            os.truncate(self._handle, self._size)  # what a crash cut short
+        self._file.open()
 
     def close(self) -> None:
         """Write no more."""
         with self._lock:
-            if self._handle >= 0:
-                os.close(self._handle)
-            self._handle = -1
+            self._file.close()
 
     def _read(self) -> None:
-        try:
-            raw = self.path.read_bytes()
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise StoreError(f"cannot be read ({error.strerror})", where=self.path) from error
-        whole, _, _ = raw.rpartition(b"\n")
-        self._size = len(whole) + 1 if whole else 0
-        for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
+        for number, line in enumerate(self._file.lines, start=1):
             try:
                 record = json.loads(line)
                 if record["n"] != self.n + 1:
@@ -252,17 +237,7 @@ class Journal:
         """Write a record, and only then do what it says."""
         when = datetime.now(UTC).isoformat(timespec="seconds")
         record = {"n": self.n + 1, "when": when, **fields}
-        line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
-        try:
-            view, at = memoryview(line), self._size
-            while view:
-                written = os.pwrite(self._handle, view, at)
-                view, at = view[written:], at + written
-            os.fsync(self._handle)
-        except OSError as error:
-            os.truncate(self._handle, self._size)
-            raise cannot_write(self.path, error) from error
-        self._size += len(line)
+        self._file.append(json.dumps(record, separators=(",", ":")).encode())
         self._take(record)
 
     def _take(self, record: dict[str, Any]) -> None:
@@ -317,19 +292,3 @@ class Journal:
         if name in self.classes:
             raise UsageError("there is a class of this name", found=name)
         return name
-
-
-def checked_name(name: str) -> str:
-    """The name of a class, without spaces around it.
-
-    Raises
-    ------
-    UsageError
-        It is empty, too long, or has characters that cannot be kept.
-    """
-    name = name.strip()
-    if not name or len(name) > MAX_NAME or not name.isprintable():
-        raise UsageError(
-            "not a name for a class", expected=f"1 to {MAX_NAME} printable characters", found=repr(name[:40])
-        )
-    return name

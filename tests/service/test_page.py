@@ -18,6 +18,7 @@ from servicekit import Running, plain, png, start, start_tiny
 from webdriver import Browser, driver, missing
 
 from featx.images.pixels import encode
+from featx.models.corrections import Corrections
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing() or "there is a browser")]
 
@@ -357,3 +358,37 @@ def test_photos_that_came_before_the_key_go_to_the_chosen_model(chrome: tuple[st
         )
         browser.wait("document.querySelectorAll('.card[data-state=done]').length == 1")
         assert browser.run("return document.querySelector('.note.model').textContent") == "Model: cats"
+
+
+@pytest.mark.parametrize("new_classes", [False, True])
+def test_a_wrong_answer_is_corrected_on_its_card(
+    chrome: tuple[str, Path], browser: Browser, tmp_path: Path, new_classes: bool
+) -> None:
+    kept = tmp_path / "kept"
+    submit = (
+        "const form = document.querySelector('.wrong form'); document.querySelector('.wrong').open = true;"
+        "const [label, by] = form.querySelectorAll('select, input'); label.value = {}; by.value = {};"
+        "form.querySelector('button').click()"
+    )
+    with start_tiny(tmp_path, feedback=str(kept), new_classes=new_classes) as server:
+        browser.open(server.url + "/")
+        browser.wait(READY)
+        browser.wait("document.getElementById('how').textContent.includes('Those that you correct are kept there')")
+        browser.choose("#files", *photos(tmp_path / "photos", 2))
+        browser.wait(DONE.format(2))
+        assert browser.run("return document.querySelectorAll('.wrong').length") == 2
+        label = "wasps" if new_classes else "bees"
+        browser.run(submit.format(repr(label), "'Mía'"))
+        browser.wait("document.querySelector('.wrong .kept')")
+        assert browser.run("return document.querySelector('.wrong .kept').textContent") == f"Kept: {label}."
+        (correction,) = Corrections(kept).all
+        assert (correction.label, correction.by) == (label, "Mía")
+        assert (kept / "images" / correction.file).read_bytes() in {png(0), png(1)}
+        browser.run(submit.format(repr(label), "'Mía'"))
+        browser.wait("document.querySelector('.wrong .kept')?.textContent.startsWith('That was kept already')")
+        browser.resize(360, 740)
+        assert browser.run("return document.documentElement.scrollWidth") <= 360
+        browser.screenshot(Path(os.environ.get("FEATX_SCREENSHOTS") or chrome[1]) / f"wrong-{new_classes}.png")
+        browser.resize(1000, 900)
+        browser.screenshot(Path(os.environ.get("FEATX_SCREENSHOTS") or chrome[1]) / f"wrong-wide-{new_classes}.png")
+        browser.log()

@@ -1,0 +1,315 @@
+"""The commands around a served model's corrections: feedback, refit, models."""
+
+from __future__ import annotations
+
+import getpass
+import shlex
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from featx.cli.options import (
+    Device,
+    DeviceOption,
+    EngineName,
+    EngineOption,
+    Json,
+    ModelArgument,
+    OwnBackbone,
+    Seed,
+    Weights,
+    own_network,
+)
+from featx.cli.terminal import ProgressLine, print_json, say
+from featx.errors import StoreError, UsageError, plural
+
+if TYPE_CHECKING:
+    from featx.models import Refit, Versions, Voted
+
+_SHOWN = 200
+"""Photos on the sheet of a batch, at most."""
+
+_LISTED = 10
+
+
+class RuleName(StrEnum):
+    """Which label a photo has that several people have labelled."""
+
+    majority = "majority"
+    unanimous = "unanimous"
+
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The feedback folder of a served model.")]
+FolderOption = Annotated[
+    Path, typer.Option("--feedback", metavar="DIR", help="The feedback folder of featx serve --feedback.")
+]
+Who = Annotated[str | None, typer.Option(help="Who does this, for the audit log. (default: your login)")]
+RuleOption = Annotated[
+    RuleName,
+    typer.Option(
+        "--disagreements",
+        help="Of photos that people label differently: learn the majority's label, or leave them out (unanimous). "
+        "Without a majority a photo is left out, too.",
+    ),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    app.command(epilog="Example:  featx feedback feedback/ --csv corrected.csv")(feedback)
+    app.command(epilog="Example:  featx refit photos.model --feedback feedback/ --store photos.featx")(refit)
+    app.command(epilog="Examples:  featx models feedback/  |  featx models feedback/ --rollback")(models)
+
+
+def feedback(
+    folder: Folder,
+    disagreements: RuleOption = RuleName.majority,
+    csv: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.csv", help="Write a list of the photos with their labels, for featx extract."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the corrections of a served model: how many, by whom, where people disagree, and how well they agree."""
+    from featx._files import publish_bytes
+    from featx.models import Corrections, Versions, agreements, export_csv, held_words, vote
+
+    check_folder(folder)
+    corrections, versions = Corrections(folder), Versions(folder)
+    voted = vote(corrections.latest, disagreements.value)
+    agreed = agreements(voted)
+    disputed = [each for each in voted if each.disputed]
+    people: dict[str, int] = {}
+    for each in corrections.latest:
+        people[each.by] = people.get(each.by, 0) + 1
+    if csv is not None:
+        rows = [(each.file, each.label or "", each.said) for each in voted]
+        publish_bytes(csv, export_csv(folder, rows))
+    if as_json:
+        print_json(
+            {
+                "corrections": len(corrections), "images": len(voted), "people": people, "held": versions.held,
+                "disagreements": [each.to_json() for each in disputed],
+                "agreement": [each.to_json() for each in agreed], "csv": None if csv is None else str(csv),
+            }
+        )  # fmt: skip
+        return
+    said = ", ".join(f"{name or 'nobody named'} {count}" for name, count in sorted(people.items()))
+    say(f"{plural(len(corrections), 'correction')} of {plural(len(voted), 'photo')}" + (f": {said}." if said else "."))
+    for pair in agreed:
+        kappa = pair.kappa
+        say(
+            f"{pair.a or 'nobody named'} and {pair.b or 'nobody named'} agree on {pair.agreed} of "
+            f"{plural(pair.images, 'photo')}: Cohen's kappa {kappa.mean:.2f} ({kappa.low:.2f} to {kappa.high:.2f})."
+        )
+    for photo in disputed[:_LISTED]:
+        say(f"Disagreement: {photo.file}: {words_of(photo)}; taken: {photo.label or 'none'}.")
+    if len(disputed) > _LISTED:
+        say(f"And {len(disputed) - _LISTED} more (--json lists all).")
+    if versions.held:
+        say(f"Held: {held_words(versions.held)}.")
+    if csv is not None:
+        say(f"List: {csv}")
+
+
+def refit(
+    model: ModelArgument,
+    feedback: FolderOption,
+    store: Annotated[
+        Path | None,
+        typer.Option(metavar="STORE", help="The store that the model was fitted on; its embeddings are used again."),
+    ] = None,
+    disagreements: RuleOption = RuleName.majority,
+    force: Annotated[bool, typer.Option("--force", help="Promote the new model whatever the evidence says.")] = False,
+    release: Annotated[
+        str | None, typer.Option(metavar="BATCH", help="Its labels are right: learn from a batch that is held.")
+    ] = None,
+    discard: Annotated[
+        str | None, typer.Option(metavar="BATCH", help="Its labels are wrong: never learn from a batch that is held.")
+    ] = None,
+    who: Who = None,
+    backbone: OwnBackbone = None,
+    weights: Weights = None,
+    engine: EngineOption = EngineName.auto,
+    device: DeviceOption = Device.auto,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Fit a model again with the corrections that it has not learnt, and switch to the new one only on evidence.
+
+    Only new photos are embedded. On photos that neither had seen, the new model is better, worse, or one cannot tell:
+    worse is refused, and so is what cannot be told where the labels do not seem to have to do with the photos. A batch
+    that contradicts the model as its errors do not is held, with a sheet of its photos to look at. A server with
+    --feedback switches to the new version by itself.
+    """
+    from featx.models import Versions, open_embedder, refit as refitted
+
+    check_folder(feedback)
+    person = who or login()
+    if release and discard:
+        raise UsageError("a batch is released or discarded", where="--release and --discard")
+    versions = Versions(feedback)
+    versions.begin(read_model(model), model, person)
+    for batch, what in ((release, "released"), (discard, "discarded")):
+        if batch is not None:
+            count = versions.settle_batch(batch, what, person)
+            say(f"{batch}: {plural(count, 'correction')} {what}.", err=True)
+    if store is None:
+        raise UsageError(
+            "a model holds no photos, so the store that it was fitted on is needed", where="--store",
+            hint=shlex.join(["featx", "refit", str(model), "--feedback", str(feedback), "--store", "photos.featx"]),
+        )  # fmt: skip
+    bundle = versions.read(str(versions.current))
+    with ProgressLine("fitting") as line:
+        embedder = open_embedder(
+            bundle, versions.path(str(versions.current)), backbone=own_network(backbone), weights=weights,
+            engine=engine.value, device=device.value,
+        )  # fmt: skip
+        done = refitted(
+            versions, store, embedder, who=person, rule=disagreements.value, force=force, random_state=seed,
+            progress=line.update,
+        )  # fmt: skip
+    sheet = None if done.batch is None else write_batch(versions, done)
+    if as_json:
+        print_json({**done.to_json(), "sheet": None if sheet is None else str(sheet)})
+    for note in done.notes:
+        say(f"Note: {note}", err=True)
+    say(*story(done, model, feedback, store, sheet), err=as_json)
+
+
+def models(
+    folder: Folder,
+    rollback: Annotated[
+        bool, typer.Option("--rollback", help="Go back to the version before the current one, or to that of --to.")
+    ] = False,
+    to: Annotated[str | None, typer.Option(metavar="VERSION", help="The version to go back to.")] = None,
+    add: Annotated[
+        Path | None, typer.Option(metavar="MODEL", help="Make a model of your own the current version.")
+    ] = None,
+    log: Annotated[bool, typer.Option("--log", help="Show the audit log: who changed what.")] = False,
+    who: Who = None,
+    as_json: Json = False,
+) -> None:
+    """List the versions of a served model with the evidence for each, and go back to an earlier one.
+
+    A server with --feedback switches by itself, and loses no request. What the abandoned version had learnt is held
+    until somebody releases it (featx refit --release).
+    """
+    from featx.models import Versions
+
+    check_folder(folder)
+    versions = Versions(folder)
+    person = who or login()
+    if to is not None and not rollback:
+        raise UsageError("a version to go back to", where="--to", hint="Add --rollback.")
+    if rollback and add is not None:
+        raise UsageError("one at a time", where="--rollback and --add")
+    if add is not None:
+        versions.add(read_model(add), add, person)
+    if rollback:
+        name, batch = versions.roll_back(person, to)
+        say(f"Current is {name} again.", err=as_json)
+        if batch is not None:
+            say(f"Held is what only the other had learnt: {plural(len(versions.held[batch]), 'correction')} ({batch}).")
+    if as_json:
+        listed = [each.to_json() for each in versions.all()]
+        print_json(
+            {"current": versions.current, "versions": listed, "held": versions.held, "log": versions.records}
+        )  # fmt: skip
+        return
+    for each in versions.all():
+        mark = "*" if each.current else " "
+        learnt = f", {plural(len(each.corrections), 'correction')}" if each.corrections else ""
+        say(f"{mark} {each.name}  {each.what} {each.when} by {each.who}{learnt}{evidence_words(each.evidence)}")
+    if not versions.all():
+        say("There is no version yet; featx serve MODEL --feedback DIR makes the first.")
+    if log:
+        for record in versions.records:
+            rest = {name: record[name] for name in ("version", "before", "batch") if record.get(name)}
+            about = " ".join(f"{name} {value}" for name, value in rest.items())
+            say(f"{record['when']} {record['who']}: {record['what']} {about}{evidence_words(record.get('evidence'))}")
+
+
+def check_folder(folder: Path) -> None:
+    """UsageError where there is no feedback folder."""
+    if not (folder / "journal.jsonl").exists() and not (folder / "audit.jsonl").exists():
+        raise UsageError(
+            "no feedback folder",
+            where=folder,
+            hint="featx serve MODEL --feedback DIR makes one, and keeps corrections.",
+        )
+
+
+def read_model(path: Path) -> bytes:
+    """The content of a model's file; whether it is a model, is looked at later."""
+    from featx._files import read_regular
+
+    try:
+        return read_regular(path)
+    except FileNotFoundError as error:
+        raise StoreError("no such model", where=path, hint="featx fit STORE --out MODEL makes one.") from error
+
+
+def login() -> str:
+    """Who runs this."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        return "unknown"  # a number without a name, as in containers
+
+
+def words_of(photo: Voted) -> str:
+    """What people say of a photo."""
+    return ", ".join(f"{each.by}: {each.label}" if each.by else each.label for each in photo.said)
+
+
+def write_batch(versions: Versions, done: Refit) -> Path:
+    """The sheet of the batch that is held."""
+    from featx._files import make_folder
+    from featx.reports import batch_sheet
+
+    sheet = versions.folder / "held" / f"{done.batch}.html"
+    make_folder(sheet.parent)
+    photos = [
+        (versions.folder / "images" / each.file, words_of(each), bytes.fromhex(each.sha256))
+        for each in done.photos[:_SHOWN]
+    ]
+    facts = [
+        f"{plural(len(done.photos), 'photo')} with the label that people gave. The labels contradict the model as its "
+        "errors do not, and could not be predicted from the photos either. If they are right, release the batch; if "
+        "they are wrong, discard it.",
+        *([f"The first {_SHOWN} are shown."] if len(done.photos) > _SHOWN else []),
+    ]
+    batch_sheet(sheet, str(done.batch), facts, photos)
+    return sheet
+
+
+def story(done: Refit, model: Path, folder: Path, store: Path, sheet: Path | None) -> list[str]:
+    """What a refit came to, and what next."""
+    if done.outcome == "nothing":
+        return [f"Nothing new to learn; current is {done.version}."]
+    lines = [f"{plural(len(done.photos), 'new photo')}, {done.embedded} embedded. {done.sentence()}."]
+    again = ["featx", "refit", str(model), "--feedback", str(folder), "--store", str(store)]
+    if done.outcome == "promoted":
+        forced = " (--force, against the evidence)" if done.forced else ""
+        return [*lines, f"Promoted{forced}: current is {done.version}."]
+    if done.outcome == "held":
+        return [
+            *lines, f"Held: the labels of {done.batch} contradict the model as its errors do not. Look at {sheet}",
+            f"Right: {shlex.join([*again, '--release', str(done.batch)])}",
+            f"Wrong: {shlex.join([*again, '--discard', str(done.batch)])}",
+        ]  # fmt: skip
+    why = "there is evidence against it" if done.outcome == "refused" else "there is no evidence for it yet"
+    return [*lines, f"Not promoted, since {why}: current is still {done.version}. --force overrules."]
+
+
+def evidence_words(evidence: Any) -> str:
+    """The verdict of a comparison, or nothing."""
+    if not evidence or not evidence.get("all"):
+        return ""
+    from featx.evaluation import Interval, points
+
+    found = evidence["all"]
+    return f"; {evidence['verdict']}: {points(Interval(found['mean'], found['low'], found['high']))}"

@@ -1,0 +1,268 @@
+"""What people say that a model got wrong: photos with the right labels, in a folder, from which it is fitted again.
+
+The feedback folder of a model, of which this module has the first two::
+
+    images/<sha256>.jpg   each photo once, named by its content, with the ending of its kind
+    journal.jsonl         one JSON object a line: who said of which photo that it shows what
+    store.featx           embeddings of the photos (:mod:`featx.models.refit`)
+    models/<sha8>.model   versions of the model, current, audit.jsonl (:mod:`featx.models.versions`)
+    held/                 batches that wait for somebody to look at them
+
+A correction is written before it is answered: its photo first, then its line, each with fsync. A crash in between
+leaves a photo without a line, which harms nobody. Who was not answered sends the correction again: the same label by
+the same person for the same photo is written once. A person who says something else later is taken at the last word;
+what several people say of one photo is all kept (:mod:`featx.models.agreement`).
+
+A record has ``n`` (1, 2, ...), ``when`` (UTC), ``by`` ("" if nobody said), ``sha256`` and ``file`` of the photo,
+``label``, and what the model had ``said``, with its ``score`` and ``version`` (null where it was not asked).
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import re
+import threading
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from featx._files import LineFile, canonical_json, fsync_path, make_folder, publish_bytes, writer_lock
+from featx.errors import StoreError, UsageError
+
+MAX_NAME = 200
+"""Characters of the name of a class, or of a person."""
+
+_KINDS = (
+    (0, b"\xff\xd8\xff", ".jpg"), (0, b"\x89PNG", ".png"), (0, b"GIF8", ".gif"), (8, b"WEBP", ".webp"),
+    (0, b"BM", ".bmp"), (0, b"II*\0", ".tif"), (0, b"MM\0*", ".tif"), (128, b"DICM", ".dcm"),
+    (8, b"avif", ".avif"), (4, b"ftyp", ".heic"),
+)  # fmt: skip
+"""Place, bytes and ending of the kinds of files; what is none of them is found by its content as well."""
+
+_OURS = frozenset({"images", "models", "current", "audit.jsonl", "held", "store.featx", ".lock", ".versions.lock"})
+"""What a feedback folder may have before its first correction."""
+
+_SHA256 = re.compile("[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a model said of a photo: its label, how sure it was, and which version it was."""
+
+    label: str
+    score: float
+    version: str
+
+
+@dataclass(frozen=True)
+class Correction:
+    """A line of the journal; fields as above."""
+
+    n: int
+    when: str
+    by: str
+    sha256: str
+    file: str
+    label: str
+    said: str | None = None
+    score: float | None = None
+    version: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return asdict(self)
+
+
+class Corrections:
+    """The corrections of a feedback folder; every method is safe to call from any thread.
+
+    Parameters
+    ----------
+    folder : the feedback folder.
+
+    Raises
+    ------
+    StoreError
+        The journal was altered.
+
+    Attributes
+    ----------
+    all : every correction, in the order in which they came.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = folder / "journal.jsonl"
+        self._lock = threading.Lock()
+        self._held = ExitStack()
+        self._file = LineFile(self.path)
+        self._last: dict[tuple[str, str], Correction] = {}
+        self.all: list[Correction] = []
+        for number, line in enumerate(self._file.lines, start=1):
+            try:
+                self._take(_checked(json.loads(line), number))
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise StoreError(
+                    "the journal of corrections was altered", where=f"{self.path}, line {number}", found=str(error),
+                    hint="Put back a copy of it, or move the folder away and begin with another.",
+                ) from error  # fmt: skip
+
+    def open(self) -> None:
+        """Be the one that adds, and make the folder where there is none.
+
+        Raises
+        ------
+        StoreBusy
+            Another service adds to it.
+        UsageError
+            The folder is of something else: photos, or a store.
+        StoreError
+            It cannot be written.
+        """
+        if self.folder.is_dir() and not self.path.exists():
+            strange = sorted(path.name for path in self.folder.iterdir() if path.name not in _OURS)
+            if strange:
+                raise UsageError(
+                    "not a feedback folder, and not empty", where=self.folder, found=strange[0],
+                    hint="Name a new one; it is made.",
+                )  # fmt: skip
+        make_folder(self.folder / "images")
+        self._held.enter_context(writer_lock(self.folder / ".lock"))
+        before = len(self._file.lines)
+        self._file = LineFile(self.path)
+        if len(self._file.lines) != before:  # another service has added since it was read
+            raise StoreError("the journal of corrections has just changed", where=self.path, hint="Start again.")
+        self._file.open()
+
+    def close(self) -> None:
+        """Add no more."""
+        with self._lock:
+            self._file.close()
+            self._held.close()
+
+    @property
+    def latest(self) -> list[Correction]:
+        """The last word of each person on each photo, in the order of the journal."""
+        with self._lock:
+            return sorted(self._last.values(), key=lambda each: each.n)
+
+    @property
+    def labels(self) -> set[str]:
+        """The names of all classes that were ever said."""
+        with self._lock:
+            return {each.label for each in self.all}
+
+    def since(self, n: int, limit: int) -> list[Correction]:
+        """The next ``limit`` corrections behind number ``n``."""
+        with self._lock:
+            return self.all[n : n + limit]
+
+    def __len__(self) -> int:
+        return len(self.all)
+
+    def add(self, image: bytes, label: str, by: str = "", said: Said | None = None) -> tuple[Correction, bool]:
+        """Write a correction; when this returns it is on the disk.
+
+        Parameters
+        ----------
+        image : the photo's file.
+        label : what it shows.
+        by : who says so.
+        said : what the model had said.
+
+        Returns
+        -------
+        The correction, and whether it is new: nobody can say the same of a photo twice.
+
+        Raises
+        ------
+        UsageError
+            The label or the name is none.
+        StoreError
+            It cannot be written.
+        """
+        label, by = checked_name(label), checked_name(by, "a person") if by else ""
+        digest = hashlib.sha256(image).hexdigest()
+        with self._lock:
+            known = self._last.get((digest, by))
+            if known is not None and known.label == label:
+                return known, False
+            file = self.folder / "images" / f"{digest}{_ending(image)}"
+            if not file.exists():
+                publish_bytes(file, image)
+            fsync_path(file.parent)  # of one that a crash left behind
+            fields: dict[str, Any] = {} if said is None else {
+                "said": said.label, "score": said.score, "version": said.version,
+            }  # fmt: skip
+            made = Correction(
+                n=len(self.all) + 1, when=datetime.now(UTC).isoformat(timespec="seconds"), by=by, sha256=digest,
+                file=file.name, label=label, **fields,
+            )  # fmt: skip
+            self._file.append(canonical_json(made.to_json()))
+            self._take(made)
+            return made, True
+
+    def _take(self, made: Correction) -> None:
+        self.all.append(made)
+        self._last[made.sha256, made.by] = made
+
+
+def last_words(corrections: Iterable[Correction]) -> list[Correction]:
+    """The last word of each person on each photo, in order."""
+    last = {(each.sha256, each.by): each for each in corrections}
+    return sorted(last.values(), key=lambda each: each.n)
+
+
+def _checked(fields: Any, number: int) -> Correction:
+    made = Correction(**fields)
+    if made.n != number:
+        raise ValueError("its number is not the next")
+    if not _SHA256.fullmatch(made.sha256) or not re.fullmatch(rf"{made.sha256}\.[a-z]{{3,4}}", made.file):
+        raise ValueError("its photo has no name that featx gives")
+    if not all(isinstance(each, str) for each in (made.when, made.by)):
+        raise ValueError("a field is no text")
+    checked_name(made.label)
+    return made
+
+
+def _ending(image: bytes) -> str:
+    return next((end for place, mark, end in _KINDS if image[place : place + len(mark)] == mark), ".img")
+
+
+def export_csv(folder: Path, labels: Iterable[tuple[str, str, Sequence[Correction]]]) -> bytes:
+    """A list that ``featx extract`` takes: ``path`` (below the folder), ``label``, ``by``, ``when``, a line a photo.
+
+    Parameters
+    ----------
+    folder : the paths are relative to it.
+    labels : of each photo its file, its label ("" where people disagree), and what was said of it.
+    """
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(("path", "label", "by", "when"))
+    for file, label, said in labels:
+        people = ", ".join(dict.fromkeys(each.by for each in said if each.by))
+        writer.writerow((f"images/{file}", label, people, max(each.when for each in said)))
+    return out.getvalue().encode()
+
+
+def checked_name(name: str, what: str = "a class") -> str:
+    """The name of a class, or of ``what`` else, without spaces around it.
+
+    Raises
+    ------
+    UsageError
+        It is empty, too long, or has characters that cannot be kept.
+    """
+    name = name.strip()
+    if not name or len(name) > MAX_NAME or not name.isprintable():
+        raise UsageError(
+            f"not a name for {what}", expected=f"1 to {MAX_NAME} printable characters", found=repr(name[:40])
+        )
+    return name
