@@ -251,12 +251,10 @@ class Session:
                         self._embedder = None
                         break
         except Interrupted:
-            ended = {"status": "stopped"}
+            ended, self._embedder = {"status": "stopped"}, None
         except Exception as error:
-            message = str(error) if isinstance(error, FeatxError) else f"{type(error).__name__}: {error}"
-            ended = {"status": "failed", "message": message}
+            ended, self._embedder = {"status": "failed", "message": _said(error)}, None
             log.exception("embedding failed")
-        self._embedder = None
         self._tell_embedding(seconds_left=None, **ended)
         self._writing.ask()
 
@@ -342,7 +340,7 @@ class Session:
 
     def _failed(self, what: str) -> Callable[[Exception], None]:
         def told(error: Exception) -> None:
-            message = str(error) if isinstance(error, FeatxError) else f"{type(error).__name__}: {error}"
+            message = _said(error)
             if what in self.versions:
                 self.events.publish(what, {"status": "failed", "version": self.versions[what], "message": message})
             else:
@@ -354,8 +352,8 @@ class Session:
         try:
             self.project.write_labels()
         except StoreBusy:
-            # The extraction is at work; what it ends with is written by its own end.
-            log.info("labels go into the store later: it is being written")
+            if self._embedder is None:
+                self._writing.ask()  # some other command is at work; an extraction of our own asks when it ends
 
     def _suggest(self) -> None:
         embedded = self.embedded
@@ -427,6 +425,11 @@ class Session:
     def _next(self, what: str, **data: Any) -> None:
         self.versions[what] += 1
         self.events.publish(what, {"version": self.versions[what], **data})
+
+
+def _said(error: Exception) -> str:
+    """What went wrong, for people."""
+    return str(error) if isinstance(error, FeatxError) else f"{type(error).__name__}: {error}"
 
 
 def _equal(numbers: Index) -> list[Index]:
