@@ -36,7 +36,7 @@ ELSEWHERE = {
     "scripts/demo": "test_demo.test_the_demo runs what it runs, and CI runs scripts/test",
     "scripts/test": "is what runs this test",
     "featx studio photos": "ends with Ctrl-C; tests/studio runs it",
-    "pip install .": "is how featx came here",
+    "pip install '.[serve,export]'": "is how featx came here, but for the extras of the development",
     "pip install 'featx[serve]'": "needs a package index",
     "featx export photos.model --format html --out photos.html --store photos.featx --runtime npm": "fetches a "
     "package; test_offline runs it with a folder",

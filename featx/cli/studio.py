@@ -74,7 +74,7 @@ def studio(
             raise
         raise UsageError(
             f"the studio needs packages that are not installed ({error.name})",
-            hint="Install them with: pip install 'featx[serve]'",
+            hint="Install them with: pip install 'featx[serve,export]'",
         ) from error
     from featx.studio import run
 

@@ -99,7 +99,8 @@ def load() -> Any:
     ImageError
         It is not installed.
     """
-    # Each time: whoever sets filters of their own may have put them before this one.
+    # What it warns of quotes elements of the file, which may be names of patients where numbers should be. What is
+    # wrong with a file is told in words of featx's own. Each time: other filters may have been put before this one.
     warnings.filterwarnings("ignore", module=r"pydicom\b|featx\.images\.dicom\b")
     logging.getLogger("pydicom").disabled = True
     try:

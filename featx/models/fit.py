@@ -8,9 +8,7 @@ no part in any of it; where there is one, it judges the finished head once.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,11 +16,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 
 from featx._arrays import NEAR, Index
-from featx._system import available_cpus
 from featx.backbones import layer_place, of_layer
 from featx.errors import UsageError, plural
 from featx.evaluation import LabelledRows, joined_sites, sites_of, stats, sweep_heads
@@ -281,7 +277,7 @@ def _fit(
 
 def scores_without(
     held_out: HeldOut, without: NDArray[np.bool_], head: str, layers: Layers | None, random_state: int
-) -> Array:
+) -> tuple[Array, bool]:
     """What heads of the same recipe say of the same images in the same folds, had they not learnt from some of them.
 
     Parameters
@@ -292,29 +288,24 @@ def scores_without(
 
     Returns
     -------
-    (n, c) scores, -inf for classes that no other image of the other folds has.
+    (n, c) scores, -inf for classes that no other image of the other folds has; and whether every fit reached its
+    optimum.
     """
     data, folds, sites = held_out.data, held_out.folds, held_out.apart
     recipe = HEADS[head] if layers is None else layers.on(HEADS[head], layers.whole)
     scores = np.full(held_out.scores.shape, -np.inf)
-    large = is_large(data.embeddings)
-
-    def judge(fold: int) -> None:
+    converged = True
+    # One after the other: each fit catches warnings, to know whether it converged, for the whole process.
+    for fold in range(int(folds.max()) + 1):
         part = np.flatnonzero((folds != fold) & ~without)
         names, labels = np.unique(data.labels[part], return_inverse=True)
         groups = np.unique(data.groups[part], return_inverse=True)[1].reshape(-1)
         kept = None if sites is None else np.unique(sites[part], return_inverse=True)[1].reshape(-1)
-        scorer, _, _ = _fit(recipe, data.embeddings[part], labels.reshape(-1), groups, random_state, None, kept)
+        scorer, _, fine = _fit(recipe, data.embeddings[part], labels.reshape(-1), groups, random_state, None, kept)
         held = np.flatnonzero(folds == fold)
         scores[np.ix_(held, names)] = scorer.scores(data.embeddings[held])
-
-    # The fits limit BLAS and catch warnings for the whole process, each for itself: what they leave behind when they
-    # overlap is put right here. Whether they converged is not asked.
-    with threadpool_limits(limits=None if large else 1, user_api="blas"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        with ThreadPoolExecutor(1 if large else min(4, available_cpus())) as pool:
-            list(pool.map(judge, range(int(folds.max()) + 1)))
-    return scores
+        converged &= fine
+    return scores, converged
 
 
 def _spread(scorer: Scorer, rows: NDArray[np.floating]) -> float:

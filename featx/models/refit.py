@@ -83,6 +83,7 @@ class Compared:
     surprise, predictable : p of a batch at least as surprising, and of labels at least as predictable if they had
         nothing to do with the photos; None where it could not be tested.
     disagreeing, tested : labels of the batch that are not what the old images say, and all that were looked at.
+    converged : whether every fit on the old images reached its optimum.
     """
 
     everything: stats.Difference | None
@@ -92,6 +93,7 @@ class Compared:
     predictable: float | None
     disagreeing: int
     tested: int
+    converged: bool = True
 
     @property
     def verdict(self) -> Verdict:
@@ -273,6 +275,8 @@ def _refit(
     )  # fmt: skip
     use = np.flatnonzero(joined.splits != "test")  # as fit_features does
     compared = compare(fitted.held_out, is_new[use], fitted.head, columns, random_state)
+    if not compared.converged:
+        notes.append("A fit on the old photos, for the comparison, stopped before its optimum.")
     evidence = compared.to_json()
     numbers = [word.n for each in voted if each.label not in waiting for word in each.said]
     batch = sorted(word.n for each in fresh if each.label not in waiting for word in each.said if word.n not in learnt)
@@ -406,7 +410,7 @@ def compare(
         return Compared(None, None, None, None, None, 0, 0)
     data = held_out.data
     is_new = is_new[data.rows]
-    before = scores_without(held_out, is_new, head, layers, random_state)
+    before, converged = scores_without(held_out, is_new, head, layers, random_state)
     now, was = held_out.scores.argmax(axis=1) == data.labels, before.argmax(axis=1) == data.labels
     gained = now.astype(np.float64) - was.astype(np.float64)
     apart = data.groups if held_out.apart is None else held_out.apart
@@ -418,7 +422,7 @@ def compare(
     surprise, disagreeing = _surprise(before, data.labels, is_new, rows, rng)
     named = held_out.scores.argmax(axis=1)
     predictable = _predictable(named[rows], data.labels[rows], named[~is_new], rng)
-    return Compared(everything, old, new, surprise, predictable, disagreeing, len(rows))
+    return Compared(everything, old, new, surprise, predictable, disagreeing, len(rows), converged)
 
 
 def stratified_difference(

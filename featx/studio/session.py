@@ -360,9 +360,8 @@ class Session:
         if embedded is None:
             return
         seq, data = self.journal.n, self.labelled(embedded)
-        unlike = self._unlike if len(self._unlike) == len(data.codes) else np.zeros(len(data.codes), bool)
         sample = quality.sample_of(data.codes, data.drawn)
-        self.suggestions = suggest(embedded.unit, embedded.photos, data.codes, unlike, data.drawn, sample)
+        self.suggestions = suggest(embedded.unit, embedded.photos, data.codes, self.unlike, data.drawn, sample)
         self.suggested = seq
         self._next("suggestions", seq=seq, ready=not self.suggestions.reason, reason=self.suggestions.reason)
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+from sklearn.exceptions import ConvergenceWarning
 
 from featx.evaluation import stats
+from featx.heads import catalogue
 from featx.models.fit import fit_head, scores_without
 from featx.models.refit import Compared, compare, join, stratified_difference
 from featx.store import FeatureSet
@@ -45,7 +49,8 @@ def test_heads_without_a_batch_are_those_that_never_saw_it() -> None:
     is_new = np.arange(60) >= 30
     fitted = fit_head(rows, labels, class_names=list("abc"), heads=["ridge"], near_duplicates=None)
     assert fitted.held_out is not None
-    found = scores_without(fitted.held_out, is_new, "ridge", None, 0)
+    found, converged = scores_without(fitted.held_out, is_new, "ridge", None, 0)
+    assert converged
     # Other rows and labels of the batch change nothing, as long as the folds are the same.
     changed = np.where(is_new[:, None], rng.normal(size=rows.shape), rows).astype(np.float32)
     held = fitted.held_out
@@ -53,9 +58,32 @@ def test_heads_without_a_batch_are_those_that_never_saw_it() -> None:
         type(held.data)(changed, held.data.labels, held.data.rows, held.data.class_names, held.data.duplicates),
         held.folds, held.scores, held.apart,
     )  # fmt: skip
-    again = scores_without(other, is_new, "ridge", None, 0)
+    again, _ = scores_without(other, is_new, "ridge", None, 0)
     np.testing.assert_array_equal(found[~is_new], again[~is_new])
     assert not np.allclose(found[is_new], again[is_new])
+
+
+def test_a_fit_that_stops_before_its_optimum_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = np.tile(np.arange(2), 20)
+    rows = np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32)
+    is_new = np.arange(40) >= 30
+    fitted = fit_head(rows, labels, class_names=["a", "b"], heads=["logreg"], near_duplicates=None)
+    assert fitted.held_out is not None
+    assert scores_without(fitted.held_out, is_new, "logreg", None, 0)[1]
+    with monkeypatch.context() as patch:
+        patch.setattr(catalogue.Logistic, "fit", stopped(catalogue.Logistic.fit))
+        assert not scores_without(fitted.held_out, is_new, "logreg", None, 0)[1]
+        assert not compare(fitted.held_out, is_new, "logreg", None, 0).converged
+
+
+def stopped(fit: Callable[..., Any]) -> Callable[..., Any]:
+    """A fit that warns as one that did not reach its optimum."""
+
+    def fitting(*arguments: Any, **options: Any) -> Any:
+        warnings.warn("stopped early", ConvergenceWarning, stacklevel=1)
+        return fit(*arguments, **options)
+
+    return fitting
 
 
 def test_accuracy_of_a_batch_that_was_chosen_is_weighted_back() -> None:
