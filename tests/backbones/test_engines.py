@@ -367,6 +367,26 @@ class _Counting(Provider):
         return _CountsImages()
 
 
+class _AddsWhatWasWrittenOver(torch.nn.Module):
+    """Not x + relu(x): the activation has written over x when it is added."""
+
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        self.act = torch.nn.ReLU6(inplace=inplace)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * 2
+        return torch.mean(self.act(x) + x, (2, 3))
+
+
+class _InPlace(_Counting):
+    def __init__(self, inplace: bool) -> None:
+        self.inplace = inplace
+
+    def build(self) -> torch.nn.Module:
+        return _AddsWhatWasWrittenOver(self.inplace)
+
+
 @pytest.mark.skipif(not engines._installed("openvino"), reason="no openvino")
 def test_a_network_that_counts_its_images_is_converted_for_one_number(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("FEATX_CACHE", str(tmp_path))
@@ -377,3 +397,16 @@ def test_a_network_that_counts_its_images_is_converted_for_one_number(tmp_path: 
         for batch, found in zip(batches, engine.embed(batches), strict=True):
             expected = (batch / 255.0 - 0.5).mean((1, 2)) / 0.5
             np.testing.assert_allclose(found[0], expected, atol=1e-5)
+
+
+@pytest.mark.skipif(not engines._installed("openvino"), reason="no openvino")
+@pytest.mark.parametrize("inplace", [True, False])
+def test_what_a_network_writes_over_stays_written_over(tmp_path: Path, monkeypatch: Any, inplace: bool) -> None:
+    monkeypatch.setenv("FEATX_CACHE", str(tmp_path))
+    backbone = load_backbone(_InPlace(inplace))
+    (batch,) = random_batches(backbone, 3)
+    (found,) = next(on_cpu(backbone, "openvino").embed([batch]))
+    x = (batch / 255.0 - 0.5) / 0.5 * 2
+    expected = (np.clip(x, 0, 6) + (np.clip(x, 0, 6) if inplace else x)).mean((1, 2))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert backbone.network().get_submodule("body.act").inplace == inplace

@@ -19,6 +19,7 @@ import threading
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -362,7 +363,7 @@ def _exported(backbone: Backbone, batch_size: int | None) -> Graph:
     any_size = None if batch_size else ({0: torch.export.Dim("n", min=1, max=1 << 16)},)
     # Exported rather than traced: torch deprecates tracing, and warns of every shape that Python looks at.
     network = backbone.network()
-    with torch.no_grad():
+    with torch.no_grad(), _not_in_place(network, example):
         model = openvino.convert_model(torch.export.export(network, (example,), dynamic_shapes=any_size))
     model.reshape([batch_size or -1, *example.shape[1:]])  # the input comes out without a shape
     if any(len(output.partial_shape) == 0 for output in model.outputs):
@@ -377,3 +378,27 @@ def _exported(backbone: Backbone, batch_size: int | None) -> Graph:
     for output, layer in zip(model.outputs, backbone.layers, strict=True):
         output.get_tensor().set_names({layer})
     return saved(model)
+
+
+@contextmanager
+def _not_in_place(network: Any, example: Any) -> Iterator[None]:
+    """Let activations make new tensors, if the network then computes the same.
+
+    What writes into its input is taken apart into a dozen operations each, which takes half of the time of a
+    conversion. A network may count on it, though: a sum may add what an activation has written over.
+    """
+    import torch
+
+    modules = [module for module in network.modules() if getattr(module, "inplace", None) is True]
+    images = torch.rand(example.shape, generator=torch.Generator().manual_seed(0)) - 0.5
+    before = network(images)
+    try:
+        for module in modules:
+            module.inplace = False
+        if not all(map(torch.equal, before, network(images))):
+            for module in modules:
+                module.inplace = True
+        yield
+    finally:
+        for module in modules:
+            module.inplace = True
