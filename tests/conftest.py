@@ -6,7 +6,6 @@ import io
 import json
 import os
 import signal
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from warm import Warm, let_children_be_counted
+from warm import Warm, end_shared, let_children_be_counted, shared
 
 from featx.backbones.backbone import Backbone
 from featx.images.pixels import Preprocess
@@ -32,6 +31,11 @@ def pytest_configure() -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     let_children_be_counted()
+
+
+def pytest_sessionfinish() -> None:
+    """Nothing that tests have started goes on."""
+    end_shared()
 
 
 LONG = ("test_readme.py", "test_cli.py")
@@ -115,10 +119,9 @@ Featx = Callable[..., Ran]
 
 
 @pytest.fixture(scope="session")
-def warm() -> Iterator[Warm]:
+def warm() -> Warm:
     """The process that commands are forked from."""
-    with tempfile.TemporaryDirectory(prefix="featx-") as folder, Warm(Path(folder)) as process:
-        yield process
+    return shared()
 
 
 @pytest.fixture(scope="session")

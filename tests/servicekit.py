@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 from conftest import TESTS, picture
+from warm import Started, shared
 
 from featx.images.pixels import encode
 
@@ -45,7 +46,7 @@ class Reply:
 class Running:
     """A server under test."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Started
     url: str
     log_path: Path
     ended: bool = field(default=False)
@@ -104,29 +105,32 @@ class Running:
         return self.process.wait(timeout=40)
 
 
+def _started(command: list[str], out: int, err: int) -> subprocess.Popen[bytes] | Started:
+    """A command of featx, or a script, in a process that is forked; whatever else in a new one."""
+    env = {**os.environ, "PYTHONPATH": str(TESTS)}
+    if command[:2] == ["-m", "featx"]:
+        return shared().start(command[2:], out, err, env=env)
+    if command[0].endswith(".py"):
+        return shared().start(command[1:], out, err, env=env, script=command[0])
+    return subprocess.Popen([sys.executable, "-W", "error", *command], stdout=out, stderr=err, env=env)
+
+
 @contextmanager
 def start(folder: Path, *command: object) -> Iterator[Running]:
     """Run a command that prints "... at http://ADDRESS ..." or "Open http://ADDRESS ..." once it serves."""
     log = folder / f"server-{time.monotonic_ns()}.log"
-    with log.open("wb") as sink:
-        process = subprocess.Popen(
-            [sys.executable, "-W", "error", *map(str, command)],
-            stdout=subprocess.PIPE,
-            stderr=sink,
-            env={**os.environ, "PYTHONPATH": str(TESTS)},
-        )
+    with log.open("wb") as sink, contextlib.ExitStack() as stack:
+        reading, writing = os.pipe()
+        out = stack.enter_context(os.fdopen(reading))
         try:
-            assert process.stdout is not None
-            line = process.stdout.readline().decode()
-            found = re.search(r"(?:at|Open) (http://\S+)", line)
-            assert found, f"{line}\n{log.read_text()}"
-            yield Running(process, found[1], log)
+            process = stack.enter_context(_started([*map(str, command)], writing, sink.fileno()))
         finally:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
-            if process.stdout is not None:
-                process.stdout.close()
+            os.close(writing)
+        stack.callback(process.kill)
+        line = out.readline()
+        found = re.search(r"(?:at|Open) (http://\S+)", line)
+        assert found, f"{line}\n{log.read_text()}"
+        yield Running(process, found[1], log)
     assert "Traceback" not in log.read_text() or "traceback" in log.read_text(), log.read_text()
 
 

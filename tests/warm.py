@@ -2,7 +2,7 @@
 
 Starting Python and importing scikit-learn, torch and matplotlib takes most of the time of a short command, and the
 suite runs hundreds. What a command does, prints and exits with is that of ``python -W error -m featx``, in an
-environment of its own, too; tests about the start itself start Python anew.
+environment of its own, too; tests about the start itself start Python anew. Servers are started in the same way.
 """
 
 from __future__ import annotations
@@ -12,14 +12,20 @@ import contextlib
 import gc
 import json
 import os
+import runpy
 import select
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 SOCKET = "FEATX_WARM_SOCKET"
 """Variable that names the server's socket for the program ``featx`` of :meth:`Warm.program`."""
@@ -58,19 +64,34 @@ class Warm:
         self, arguments: list[str], cwd: Path | None, env: Mapping[str, str], timeout: float, first: str = ""
     ) -> tuple[int, str, str]:
         """Exit code, stdout and stderr of one command; ``first`` is Python that its process runs before it."""
-        with (
-            contextlib.ExitStack() as stack,
-            open(os.devnull) as nothing,  # noqa: PTH123
-        ):
-            out, err = (stack.enter_context((self.folder / f"{id(stack)}.{n}").open("w+b")) for n in (1, 2))
-            handles = [nothing.fileno(), out.fileno(), err.fileno()]
-            code = ask(str(self.socket), arguments, str(cwd or Path.cwd()), dict(env), handles, timeout, first)
-            texts = []
-            for file in (out, err):
-                file.seek(0)
-                texts.append(file.read().decode().replace("\r\n", "\n"))
-                Path(file.name).unlink()
-        return code, texts[0], texts[1]
+        with self.begin(arguments, cwd, env, first) as process:
+            out, err = process.communicate(timeout)
+        return process.wait(), out, err
+
+    def begin(
+        self, arguments: list[str], cwd: Path | None = None, env: Mapping[str, str] | None = None, first: str = ""
+    ) -> Started:
+        """Begin a command; ``communicate`` gives what it printed."""
+        out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 (closed when they are read)
+        process = self.start(arguments, out.fileno(), err.fileno(), cwd=cwd, env=env, first=first)
+        process.printed = out, err
+        return process
+
+    def start(
+        self,
+        arguments: list[str],
+        out: int,
+        err: int,
+        *,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        first: str = "",
+        script: str = "",
+    ) -> Started:
+        """Begin a command, or a script of Python, that writes to these descriptors."""
+        job = {"arguments": arguments, "cwd": str(cwd or Path.cwd()), "env": dict(env or os.environ)}
+        with open(os.devnull) as nothing:  # noqa: PTH123
+            return Started(str(self.socket), {**job, "first": first, "script": script}, [nothing.fileno(), out, err])
 
     def program(self) -> Path:
         """A folder with a program ``featx`` that lets this process do it."""
@@ -82,31 +103,100 @@ class Warm:
         return folder
 
 
-def ask(
-    path: str,
-    arguments: list[str],
-    cwd: str,
-    env: dict[str, str],
-    handles: list[int],
-    timeout: float | None = None,
-    first: str = "",
-) -> int:
-    """Have one command run; its exit code, or minus the signal."""
-    request = json.dumps({"arguments": arguments, "cwd": cwd, "env": env, "first": first}).encode()
-    with socket.socket(socket.AF_UNIX) as client:
-        client.settimeout(timeout)
-        client.connect(path)
-        socket.send_fds(client, [len(request).to_bytes(4, "big")], handles)
-        client.sendall(request)
-        answer = client.recv(16)
-    if not answer:
-        raise RuntimeError("the process that runs commands has ended")
-    return int(answer)
+@cache
+def shared() -> Warm:
+    """The one of this process, for all tests; it is told to end by :func:`end_shared`, or when this process ends."""
+    return Warm(Path(tempfile.mkdtemp(prefix="featx-"))).__enter__()
+
+
+def end_shared() -> None:
+    """End it, if there is one."""
+    if shared.cache_info().currsize:
+        shared().__exit__()
+        shutil.rmtree(shared().folder)
+        shared.cache_clear()
+
+
+class Started:
+    """A process that was forked for a command, to be used as one of :mod:`subprocess`.
+
+    Parameters
+    ----------
+    path : the server's socket.
+    job : arguments, cwd, env, first and script.
+    handles : its stdin, stdout and stderr.
+    """
+
+    def __init__(self, path: str, job: dict[str, object], handles: list[int]) -> None:
+        request = json.dumps(job).encode()
+        self.returncode: int | None = None
+        self.printed: tuple[BinaryIO, ...] = ()
+        self._line = socket.socket(socket.AF_UNIX)
+        self._line.connect(path)
+        socket.send_fds(self._line, [len(request).to_bytes(4, "big")], handles)
+        self._line.sendall(request)
+        self.pid = self._number()
+
+    def __enter__(self) -> Started:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self.wait()
+        self._line.close()
+        for file in self.printed:
+            file.close()
+
+    def _number(self) -> int:
+        text = b""
+        while not text.endswith(b"\n"):
+            more = self._line.recv(1)
+            if not more:
+                raise RuntimeError("the process that runs commands has ended")
+            text += more
+        return int(text)
+
+    def poll(self) -> int | None:
+        """The exit code, or minus the signal, once it has ended."""
+        if self.returncode is None and select.select([self._line], [], [], 0)[0]:
+            self.returncode = self._number()
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit code, once it has ended; TimeoutExpired if it does not in time."""
+        if self.returncode is None and not select.select([self._line], [], [], timeout)[0]:
+            raise subprocess.TimeoutExpired("a forked command", timeout or 0.0)
+        code = self.poll()
+        assert code is not None
+        return code
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """What it has printed to stdout and stderr, once it has ended."""
+        self.wait(timeout)
+        for file in self.printed:
+            file.seek(0)
+        out, err = (file.read().decode().replace("\r\n", "\n") for file in self.printed)
+        return out, err
+
+    def send_signal(self, number: int) -> None:
+        """Unless it has ended."""
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):  # since
+                os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        """SIGTERM."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.send_signal(signal.SIGKILL)
 
 
 def pass_on() -> None:
     """What the program ``featx`` does."""
-    raise SystemExit(ask(os.environ[SOCKET], sys.argv[1:], os.getcwd(), dict(os.environ), [0, 1, 2]) % 256)  # noqa: PTH109
+    job = {"arguments": sys.argv[1:], "cwd": os.getcwd(), "env": dict(os.environ), "first": "", "script": ""}  # noqa: PTH109
+    raise SystemExit(Started(os.environ[SOCKET], job, [0, 1, 2]).wait() % 256)
 
 
 def let_children_be_counted() -> None:
@@ -165,13 +255,14 @@ def serve(path: str) -> None:
                     break
                 for handle in handles:
                     os.close(handle)
+                client.sendall(f"{pid}\n".encode())
                 running[pid] = client
             while running:
                 pid, status = os.waitpid(-1, os.WNOHANG)
                 if pid == 0:
                     break
                 with running.pop(pid) as client, contextlib.suppress(OSError):
-                    client.sendall(str(os.waitstatus_to_exitcode(status)).encode())
+                    client.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
     client.close()
     for other in running.values():
         other.close()
@@ -183,13 +274,17 @@ def serve(path: str) -> None:
     os.environ.update(request["env"])
     sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     importlib.reload(huggingface_hub.constants)  # it reads its variables when it is imported
-    sys.argv = ["featx", *request["arguments"]]
+    script = request["script"]
+    sys.argv = [script or "featx", *request["arguments"]]
     from featx.cli.main import main
 
     code: object = 0
     try:
         exec(request["first"], {})
-        main()
+        if script:
+            runpy.run_path(script, run_name="__main__")
+        else:
+            main()
     except SystemExit as end:
         code = end.code
     except BaseException:  # noqa: BLE001 - as the interpreter does

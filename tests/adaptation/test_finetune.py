@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +13,7 @@ import pytest
 import torch
 from conftest import Featx, class_folders
 from tuningkit import small, striped_folders
+from warm import Warm
 
 from featx.adaptation import training
 from featx.adaptation.activations import Wanted, activations
@@ -397,12 +395,9 @@ def store_of_photos(featx: Featx, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.mark.slow
-def test_ctrl_c_keeps_draws_and_activations(featx: Featx, store_of_photos: Path) -> None:
+def test_ctrl_c_keeps_draws_and_activations(featx: Featx, warm: Warm, store_of_photos: Path) -> None:
     command = ["finetune", "s.featx", "photos", "--heads", "logreg", "--shots", "2", "--episodes", "40"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "featx", *command], cwd=store_of_photos, stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL, text=True, env=dict(os.environ),
-    )  # fmt: skip
+    process = warm.begin(command, store_of_photos)
     journal = store_of_photos / "s.tuning" / "journal.jsonl"
     deadline = time.monotonic() + 120
     while not (journal.exists() and journal.read_bytes().count(b"\n") >= 2):

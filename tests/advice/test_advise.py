@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import Featx, class_folders
 from pagekit import Page
+from warm import Warm
 
 from featx.advice.advice import Advice, Cell, Family, Skipped
 from featx.advice.comparison import Budget, OutOfTime, Trials
@@ -392,12 +390,9 @@ def test_with_the_images_everything_is_measured(store: Path, featx: Featx) -> No
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_with_130_and_leaves_no_folder_behind(store: Path) -> None:
-    command = [sys.executable, "-m", "featx", "advise", "photos.featx", "--minutes", "2", "--n-jobs", "1", "--json"]
-    going = subprocess.Popen(
-        [*command, "--out", "stopped.html"], cwd=store, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )  # fmt: skip
+def test_ctrl_c_ends_with_130_and_leaves_no_folder_behind(store: Path, warm: Warm) -> None:
+    command = ["advise", "photos.featx", "--minutes", "2", "--n-jobs", "1", "--json", "--out", "stopped.html"]
+    going = warm.begin(command, store)
     deadline = time.monotonic() + 60
     while not list(store.glob(".tmp-*-stopped.html")):
         assert going.poll() is None

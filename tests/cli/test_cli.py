@@ -17,6 +17,7 @@ import h5py
 import numpy as np
 import pytest
 from conftest import ROOT, Featx, bad_images, class_folders, picture, without
+from warm import Warm
 
 from featx.store.reader import read_features
 
@@ -377,14 +378,12 @@ def test_backbones_lists_the_offline_default(featx: Featx) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_extraction_says_how_to_go_on(tmp_path: Path, number: signal.Signals, featx: Featx) -> None:
+def test_a_stopped_extraction_says_how_to_go_on(
+    tmp_path: Path, number: signal.Signals, warm: Warm, featx: Featx
+) -> None:
     source = class_folders(tmp_path / "photos", each=150)
     store = tmp_path / "s.featx"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "featx", "extract", str(source), "--out", str(store)],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = warm.begin(["extract", str(source), "--out", str(store)])
     deadline = time.monotonic() + 60
     while not (store / "manifest.json").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -399,12 +398,9 @@ def test_a_stopped_extraction_says_how_to_go_on(tmp_path: Path, number: signal.S
     assert done["embedded"] + done["reused"] == 300
 
 
-def test_a_stopped_sweep_prints_what_is_known(store: Path, tmp_path: Path) -> None:
+def test_a_stopped_sweep_prints_what_is_known(store: Path, tmp_path: Path, warm: Warm) -> None:
     out = tmp_path / "report"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "featx", "sweep", str(store), "--episodes", "10000", "--out", str(out), "--n-jobs", "1"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    process = warm.begin(["sweep", str(store), "--episodes", "10000", "--out", str(out), "--n-jobs", "1"])
     deadline = time.monotonic() + 60
     while not (out / "journal.jsonl").exists() or len((out / "journal.jsonl").read_bytes().splitlines()) < 20:
         assert time.monotonic() < deadline
@@ -412,7 +408,7 @@ def test_a_stopped_sweep_prints_what_is_known(store: Path, tmp_path: Path) -> No
     process.send_signal(signal.SIGINT)
     text, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert re.search(r"Provisional: [\d,]+ of [\d,]+\s+draws\s+are\s+made", text)
+    assert re.search(r"Provisional: [\d,]+ of [\d,]+ draws are made", " ".join(text.split()))
     assert "provisional: 2 of" in " ".join(err.split())
     assert "finished draws are kept" in err
     assert "Traceback" not in err

@@ -23,6 +23,7 @@ import pytest
 import storekit
 from conftest import TESTS, Featx
 from storekit import Zygote, check_published, digests_of, index_of, names_of, provenance, rows_of
+from warm import Started, shared
 
 from featx import _files
 from featx.extraction.lanes import _AHEAD
@@ -109,18 +110,17 @@ def uninterrupted_run(photos_to_extract: Path, featx: Featx) -> tuple[str, float
     return content_hash(store), time.perf_counter() - started
 
 
-def launch(source: Path, store: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "featx", "extract", str(source), "--out", str(store), "--json"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def launch(source: Path, store: Path) -> Started:
+    return shared().begin(["extract", str(source), "--out", str(store), "--json"])
 
 
-def has_taken(store: Path, process: subprocess.Popen[str]) -> bool:
+def has_taken(store: Path, process: Started) -> bool:
     """Whether the process has the store's lock: then that has its number in it."""
     lock = store / ".lock"
     return lock.exists() and str(process.pid) in lock.read_text()
 
 
-def wait_for(condition: Callable[[], object], process: subprocess.Popen[str], seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], object], process: Started, seconds: float = 60) -> None:
     """Until the condition holds or the process has ended."""
     until = time.monotonic() + seconds
     while not condition() and process.poll() is None and time.monotonic() < until:
