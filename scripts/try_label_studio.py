@@ -155,7 +155,7 @@ def run(folder: Path, studio: Path, work: Path, stack: contextlib.ExitStack) -> 
         second = project.wait_for_order(first)
         project.judge(second, "twelve labels")
     listed_csv = work / "labels.csv"
-    subprocess.run([*FEATX, "feedback", work / "fresh", "--csv", listed_csv], check=True, capture_output=True)
+    featx("feedback", work / "fresh", "--csv", listed_csv)
     see(len(lines(listed_csv)) == 13, "featx feedback --csv lists the twelve photos, for featx extract")
 
 
@@ -233,9 +233,10 @@ def install(work: Path) -> Path:
     """Label Studio in an environment of its own."""
     print("Installing label-studio (minutes) ...", flush=True)
     subprocess.run([sys.executable, "-m", "venv", work / "venv"], check=True)
-    pip = [work / "venv" / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    python = str(work / "venv" / "bin" / "python")
+    command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "label-studio"]
     with (work / "install.log").open("w") as log:
-        if subprocess.run([*pip, "label-studio"], stdout=log, stderr=log).returncode:
+        if subprocess.run(command, stdout=log, stderr=log).returncode:
             raise Different("label-studio could be installed")
     return work / "venv" / "bin" / "label-studio"
 
@@ -318,11 +319,11 @@ class Project:
         )
         found = self.api.call("GET", f"/api/tasks?project={self.number}&page_size=1000&fields=task_only")["tasks"]
         for task in found:
-            name = re.fullmatch(r".*/[0-9a-f]+-(.+)--\d+\.\w+", task["data"]["image"])
-            if name is None:
+            parts = re.fullmatch(r".*/[0-9a-f]+-(.+)--\d+\.\w+", task["data"]["image"])
+            if parts is None:
                 raise Different(f"an image is called as it was uploaded: {task['data']['image']}")
             self.tasks.append(task["id"])
-            self.truth[task["id"]] = name[1]
+            self.truth[task["id"]] = parts[1]
 
     def connect(self, url: str, key: str) -> None:
         """Connect a backend, with its key, and give the webhook that Label Studio makes for it the key, too."""
@@ -391,6 +392,11 @@ def chosen(label: str) -> list[dict[str, Any]]:
 # --- processes ------------------------------------------------------------------------------------------------------
 
 
+def featx(*command: object) -> None:
+    """Run a command of featx."""
+    subprocess.run([*FEATX, *map(str, command)], check=True, capture_output=True)
+
+
 def free_port() -> str:
     """Of the loopback address."""
     with socket.socket() as found:
@@ -429,7 +435,7 @@ def backend(
         def address() -> str:
             if process.poll() is not None:
                 raise Different(f"featx label-studio runs; it ended with {process.returncode}")
-            found = re.search(r"suggestions at (http://\S+),", log.read_text())
+            found = re.search(r"suggestions at (http://\S+) ", log.read_text())
             return found[1] if found else ""
 
         yield wait("featx label-studio", address), key_file.read_text()

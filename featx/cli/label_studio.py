@@ -199,7 +199,7 @@ def _serving(own: str, source: Path, folder: Path, studio: str, *, token: bool, 
     """What to know of a backend that has just begun, a line each."""
     what = f"the labels so far, on {source}" if is_store else str(source)
     lines = [
-        f"Label Studio can ask for suggestions at {own}, by {what}.",
+        f"Label Studio gets suggestions at {own} by {what}.",
         f"Connect it at {studio}: the project's Settings, Model, Connect Model.",
     ]
     if not token:

@@ -417,18 +417,22 @@ class LabelStudio:
         NotFetched
             They cannot be had.
         """
+        corrections, beginning = self.feedback.corrections, f"{project.uid}/"
+        before = corrections.standing(beginning)
         tasks = await asyncio.to_thread(self.host.annotated, project.number)
+        kept: list[bool | str] = []
         async with self._writing:
-            standing = self.feedback.corrections.standing(f"{project.uid}/")
-            kept: list[bool | str] = []
+            now = corrections.standing(beginning)
             seen = set()
             for task in tasks:
                 for each in map(_mapping, _list(task.get("annotations"))):
-                    source = f"{project.uid}/{_number(each)}"
+                    source = f"{beginning}{_number(each)}"
                     seen.add(source)
-                    known = standing.get(source)
-                    kept.append(await self._keep(project, each, task, None if known is None else known.label))
-            kept += [await self._withdraw(source) for source in standing if source not in seen]
+                    known = now.get(source)
+                    if known == before.get(source):  # else Label Studio has told of it since, and knows better
+                        kept.append(await self._keep(project, each, task, None if known is None else known.label))
+            gone = [source for source in before if source not in seen and now.get(source) == before[source]]
+            kept += [await self._withdraw(source) for source in gone]
         project.complete = True
         count = sum(each is True for each in kept)
         if count:
