@@ -131,9 +131,9 @@ def label_studio(
     options = {"backbone": backbone, "weights": weights, "engine": engine.value, "device": device.value}
     instant = None
     if is_store:
-        model, instant = _of_store(source, corrections, options)
+        model, instant = of_store(source, corrections, options)
     else:
-        model = _of_model(source, corrections, store, every, options)
+        model = of_model(source, corrections, store, every, options)
     repository = Repository([model], Limits(body=32 * 2**20, pixels=max_pixels))
     backend = LabelStudio(repository, studio, instant=instant, every=every or EVERY, order=order)
     featx.service.server.serve(
@@ -150,7 +150,7 @@ def label_studio(
     )
 
 
-def _of_model(
+def of_model(
     path: Path, corrections: Corrections, store: Path | None, every: int | None, options: dict[str, Any]
 ) -> Model:
     """The current version of a model, with its labels."""
@@ -172,7 +172,7 @@ def _of_model(
     return Model(bundle, embedder, None, "model", Feedback(corrections, new_classes=True, refitter=refitter))
 
 
-def _of_store(path: Path, corrections: Corrections, options: dict[str, Any]) -> tuple[Model, InstantModels]:
+def of_store(path: Path, corrections: Corrections, options: dict[str, Any]) -> tuple[Model, InstantModels]:
     """A model by the labels so far, and what makes the next ones."""
     from featx.backbones import of_layer
     from featx.models import InstantModels, vote

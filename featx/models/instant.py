@@ -64,7 +64,8 @@ class InstantModels:
 
         Photos that people disagree on are left out, and those whose embeddings are not known.
         """
-        voted = [(bytes.fromhex(each.sha256), each.label) for each in photos if each.label is not None]
+        # In an order of their own, so that the same labels make the same model.
+        voted = sorted((bytes.fromhex(each.sha256), each.label) for each in photos if each.label is not None)
         known = [(self._rows[digest], label) for digest, label in voted if digest in self._rows]
         names = tuple(sorted({label for _, label in known}))
         width = self._features.embeddings.shape[1]

@@ -12,17 +12,19 @@ that answered; Label Studio asks again for tasks that have no prediction of the 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import logging
 import re
+import threading
 import time
 import xml.etree.ElementTree as ElementTree
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 from fastapi import FastAPI, Request
@@ -49,17 +51,24 @@ PREDICT_SECONDS = 90.0
 REMEMBERED_ROWS = 20_000
 """Embeddings of images that were fetched last: an image is asked for again whenever there is a new version."""
 
-FOLLOW_SECONDS, RETRY_SECONDS = 0.5, 20.0
-"""Between two looks at what a project lacks, and after one that failed."""
+FOLLOW_SECONDS, RETRY_SECONDS, LONGEST_RETRY = 0.5, 20.0, 640.0
+"""Between two looks at what a project lacks, and after one that failed: twice as long each time, up to the last."""
+
+MOST_PROJECTS = 1000
+"""That are known at a time; the one that was heard of first is forgotten for another."""
 
 _CHUNK = 16
-"""Images that are fetched and embedded at a time."""
+"""Images that are fetched and embedded at a time, of one request."""
+
+_THREADS = 32
+"""Questions to Label Studio at a time."""
 
 _MAX_CONFIG = 2**20
 _PROJECT = re.compile(r"(\d{1,18})\.\d{1,18}")
 
 log = logging.getLogger("featx.service")
 
+T = TypeVar("T")
 Row: TypeAlias = NDArray[np.float32]
 
 
@@ -150,6 +159,7 @@ class Project:
     complete : whether all labels that it has are here.
     ordered : the version by which it orders its tasks.
     again : when to look at it again; of ``time.monotonic()``.
+    failed : how often that was in vain.
     """
 
     number: int
@@ -158,6 +168,7 @@ class Project:
     complete: bool = False
     ordered: str = ""
     again: float = 0.0
+    failed: int = 0
 
 
 @dataclass(frozen=True)
@@ -195,7 +206,7 @@ class LabelStudio:
         self.projects: dict[str, Project] = {}
         self._rows: OrderedDict[tuple[str, int | None], Photo] = OrderedDict()
         self._learnt = len(self.feedback.corrections)
-        self._writing = asyncio.Lock()
+        self._writing, self._fitting, self._asking = asyncio.Lock(), asyncio.Lock(), asyncio.Semaphore(_THREADS)
 
     @property
     def service(self) -> Service:
@@ -232,6 +243,8 @@ class LabelStudio:
                 if names and differing:
                     log.warning("project %s has %s: %s", match[1], what, ", ".join(differing[:20]))
         if known is None:
+            if len(self.projects) >= MOST_PROJECTS:
+                del self.projects[next(iter(self.projects))]
             known = self.projects[match[0]] = Project(int(match[1]), match[0], choices)
         known.choices = choices
         return known
@@ -295,10 +308,36 @@ class LabelStudio:
             self._rows.popitem(last=False)
         return found
 
+    async def _ask(self, question: Callable[..., T], *about: Any) -> T:
+        """Ask Label Studio, in a thread that nobody waits for when the service ends: it may take minutes."""
+        async with self._asking:
+            loop = asyncio.get_running_loop()
+            answer: asyncio.Future[T] = loop.create_future()
+
+            def give(found: T | None, error: Exception | None) -> None:
+                if answer.done():  # nobody waits any more
+                    return
+                if error is None:
+                    answer.set_result(cast("T", found))
+                else:
+                    answer.set_exception(error)
+
+            def run() -> None:
+                found, problem = None, None
+                try:
+                    found = question(*about)
+                except Exception as error:  # noqa: BLE001 - it is for whoever asked
+                    problem = error
+                with contextlib.suppress(RuntimeError):  # the service has ended
+                    loop.call_soon_threadsafe(give, found, problem)
+
+            threading.Thread(target=run, name="label-studio", daemon=True).start()
+            return await answer
+
     async def _fetch(self, url: str, seconds: float) -> bytes | str:
         try:
             async with asyncio.timeout(seconds):
-                return await asyncio.to_thread(self.host.image, url)
+                return await self._ask(self.host.image, url)
         except NotFetched as error:
             return str(error)
         except TimeoutError:
@@ -392,7 +431,7 @@ class LabelStudio:
             try:
                 return self.feedback.answered(photo.digest.hex())
             except Refusal:  # longer ago than photos are remembered
-                image = await asyncio.to_thread(self.host.image, url)
+                image = await self._ask(self.host.image, url)
                 if hashlib.sha256(image).digest() != photo.digest:
                     self._rows.pop((url, service.layer), None)
                     raise NotFetched("there is another image at its address now") from None
@@ -419,7 +458,7 @@ class LabelStudio:
         """
         corrections, beginning = self.feedback.corrections, f"{project.uid}/"
         before = corrections.standing(beginning)
-        tasks = await asyncio.to_thread(self.host.annotated, project.number)
+        tasks = await self._ask(self.host.annotated, project.number)
         kept: list[bool | str] = []
         async with self._writing:
             now = corrections.standing(beginning)
@@ -449,13 +488,14 @@ class LabelStudio:
                 refitter.begin()
         if self.instant is None:
             return
-        count = len(self.feedback.corrections)
-        if now or count - self._learnt >= self.every or (new and not self.service.bundle.class_names):
-            self._learnt = count
-            bundle = await asyncio.to_thread(self.instant.model, vote(self.feedback.corrections.latest))
-            if bundle.sha256 != self.service.bundle.sha256:
-                self.repository.switch(self.service.name, bundle)
-                log.info("%s: version %s answers now", plural(count, "label"), self.service.version)
+        async with self._fitting:
+            count = len(self.feedback.corrections)
+            if now or count - self._learnt >= self.every or (new and not self.service.bundle.class_names):
+                self._learnt = count
+                bundle = await asyncio.to_thread(self.instant.model, vote(self.feedback.corrections.latest))
+                if bundle.sha256 != self.service.bundle.sha256:
+                    self.repository.switch(self.service.name, bundle)
+                    log.info("by %s, version %s answers", plural(count, "record"), self.service.version)
 
     # --- what projects lack -----------------------------------------------------------------------------------------
 
@@ -473,14 +513,16 @@ class LabelStudio:
                 await self.catch_up(project)
             version = version_name(self.service)
             if self.order and self.service.bundle.class_names and project.ordered != version:
-                if await asyncio.to_thread(self.host.order, project.number, version, VERSION):
+                if await self._ask(self.host.order, project.number, version, VERSION):
                     project.ordered = version
                     log.info("project %d: its tasks are ordered by version %s", project.number, version)
                 else:
                     project.again = time.monotonic() + 4 * FOLLOW_SECONDS  # it is just being connected
+            project.failed = 0
         except (NotFetched, Refusal) as error:
-            project.again = time.monotonic() + RETRY_SECONDS
-            log.warning("project %d: %s; again in %g s", project.number, error, RETRY_SECONDS)
+            seconds = min(RETRY_SECONDS * 2**project.failed, LONGEST_RETRY)
+            project.again, project.failed = time.monotonic() + seconds, project.failed + 1
+            log.warning("project %d: %s; again in %g s", project.number, error, seconds)
 
 
 _ACTIONS = frozenset(

@@ -202,16 +202,19 @@ class LabelStudioHost:
         -------
         Whether the project has a backend of featx.
         """
-        backends = self.call("GET", f"/api/ml/?project={project}")
-        titles = {each["title"] for each in backends if is_ours.fullmatch(str(each.get("model_version")))}
-        if not titles:
-            return False
-        for ids in self._pages(project):
-            chosen = {"selectedItems": {"all": False, "included": ids}}
-            self.call("POST", f"/api/dm/actions?id=retrieve_tasks_predictions&project={project}", chosen)
-        now = self.call("GET", f"/api/projects/{project}").get("model_version") or ""
-        if now != version and (not now or now in titles or is_ours.fullmatch(now)):
-            self.call("PATCH", f"/api/projects/{project}", {"model_version": version})
+        try:
+            backends = self.call("GET", f"/api/ml/?project={project}")
+            titles = {each["title"] for each in backends if is_ours.fullmatch(str(each.get("model_version")))}
+            if not titles:
+                return False
+            for ids in self._pages(project):
+                chosen = {"selectedItems": {"all": False, "included": ids}}
+                self.call("POST", f"/api/dm/actions?id=retrieve_tasks_predictions&project={project}", chosen)
+            now = self.call("GET", f"/api/projects/{project}").get("model_version") or ""
+            if now != version and (not now or now in titles or is_ours.fullmatch(now)):
+                self.call("PATCH", f"/api/projects/{project}", {"model_version": version})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise NotFetched(f"Label Studio answers as no version that featx knows ({error!r})") from error
         return True
 
     def _pages(self, project: int) -> Iterator[list[int]]:
@@ -255,8 +258,11 @@ class LabelStudioHost:
                 )  # fmt: skip
                 if status != 200:
                     raise NotFetched(f"Label Studio does not accept the token ({status})")
-                self._access = str(json.loads(raw)["access"])
-                self._until = float(_claims(self._access).get("exp", 0))
+                try:
+                    self._access = str(json.loads(raw)["access"])
+                    self._until = float(_claims(self._access).get("exp", 0))
+                except (KeyError, TypeError, ValueError) as error:
+                    raise NotFetched("Label Studio does not exchange the token as featx knows it") from error
             return {"Authorization": f"Bearer {self._access}"}
 
 
