@@ -107,7 +107,10 @@ def run(folder: Path, studio: Path, work: Path, stack: contextlib.ExitStack) -> 
         )
         following = api.call("GET", f"/api/projects/{project.number}/next")["id"]
         least = scores[rising[0]][1]
-        see(scores[following][1] == least, f"the next task to label is the most uncertain one ({least:.3f})")
+        see(scores[following][1] == least, f"uncertainty sampling begins with the most uncertain ({least:.3f})")
+        shown = {"ordering": ["tasks:predictions_score"], "selectedItems": {"all": True, "excluded": []}}
+        following = api.call("POST", f"/api/dm/actions?id=next_task&project={project.number}", shown)["id"]
+        see(scores[following][1] == least, "so does labelling the tasks as displayed")
         journal = work / "labels" / "journal.jsonl"
         changed, doomed = rising[0], rising[1]
         number = project.annotate(changed, other(names, project.truth[changed]))
