@@ -21,8 +21,8 @@ import threading
 import time
 import xml.etree.ElementTree as ElementTree
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, TypeAlias, TypeVar, cast
 
@@ -57,8 +57,11 @@ FOLLOW_SECONDS, RETRY_SECONDS, LONGEST_RETRY = 0.5, 20.0, 640.0
 MOST_PROJECTS = 1000
 """That are known at a time; the one that was heard of first is forgotten for another."""
 
-_CHUNK = 16
-"""Images that are fetched and embedded at a time, of one request."""
+_REQUESTS, _CHUNK = 4, 8
+"""Requests of tasks at a time, and images that are fetched and embedded at a time of each."""
+
+_TRIES = 3
+"""To keep labels that could not be kept, until Start training asks for them again."""
 
 _THREADS = 32
 """Questions to Label Studio at a time."""
@@ -105,15 +108,15 @@ class Choices:
             if image not in images or not each.get("name"):
                 continue
             names = tuple(name for one in each.iter("Choice") if (name := one.get("alias") or one.get("value")))
-            field = re.fullmatch(r"\$([^\s.\[\]]+)", images[image])
+            of = re.fullmatch(r"\$([^\s.\[\]]+)", images[image])
             if each.get("choice", "single") == "multiple" or each.get("perRegion") == "true":
                 why = f"the Choices {each.get('name')} are not one for each image"
             elif not names:
                 why = f"the Choices {each.get('name')} have no Choice of their own"
-            elif field is None:
+            elif of is None:
                 why = f"the value of the Image {image} is no $field of the task"
             else:
-                return cls(str(each.get("name")), str(image), field[1], names)
+                return cls(str(each.get("name")), str(image), of[1], names)
         raise Refusal(422, "config", f"The project does not classify images: {why}.")
 
     def label(self, result: object) -> str | None:
@@ -149,6 +152,25 @@ def _parse(config: object) -> ElementTree.Element:
 
 
 @dataclass
+class Again:
+    """When to try something again that has failed."""
+
+    at: float = 0.0
+    failed: int = 0
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time."""
+        return time.monotonic() >= self.at
+
+    def later(self) -> float:
+        """It has failed; the seconds until the next try."""
+        seconds = min(RETRY_SECONDS * 2.0**self.failed, LONGEST_RETRY)
+        self.at, self.failed = time.monotonic() + seconds, self.failed + 1
+        return seconds
+
+
+@dataclass
 class Project:
     """A project of Label Studio, as far as a backend knows it.
 
@@ -158,8 +180,7 @@ class Project:
     uid : its id with the time at which it was made, so that no other Label Studio has the same.
     complete : whether all labels that it has are here.
     ordered : the version by which it orders its tasks.
-    again : when to look at it again; of ``time.monotonic()``.
-    failed : how often that was in vain.
+    fetching, ordering : when to try to change that.
     """
 
     number: int
@@ -167,8 +188,8 @@ class Project:
     choices: Choices
     complete: bool = False
     ordered: str = ""
-    again: float = 0.0
-    failed: int = 0
+    fetching: Again = field(default_factory=Again)
+    ordering: Again = field(default_factory=Again)
 
 
 @dataclass(frozen=True)
@@ -206,7 +227,8 @@ class LabelStudio:
         self.projects: dict[str, Project] = {}
         self._rows: OrderedDict[tuple[str, int | None], Photo] = OrderedDict()
         self._learnt = len(self.feedback.corrections)
-        self._writing, self._fitting, self._asking = asyncio.Lock(), asyncio.Lock(), asyncio.Semaphore(_THREADS)
+        self._writing, self._fitting = asyncio.Lock(), asyncio.Lock()
+        self._asking, self._answering = asyncio.Semaphore(_THREADS), asyncio.Semaphore(_REQUESTS)
 
     @property
     def service(self) -> Service:
@@ -254,36 +276,38 @@ class LabelStudio:
     async def predict(self, request: Request, project: Project, tasks: Sequence[object]) -> dict[str, Any]:
         """The answer to ``/predict``: for each task a prediction, or none where its image cannot be had."""
         until = time.monotonic() + PREDICT_SECONDS
-        urls = [_field(task, project.choices.field) for task in tasks]
-        photos: dict[str, Photo | str] = {}
-        if self.service.bundle.class_names:
-            wanted = list(dict.fromkeys(url for url in urls if url))
-            for start in range(0, len(wanted), _CHUNK):
-                photos |= await self._photos(request, wanted[start : start + _CHUNK], until)
         service = self.service  # what answers is one version, whatever is switched meanwhile
-        able = {url: each for url, each in photos.items() if isinstance(each, Photo)}
-        answers: dict[str, Answer] = {}
-        if able:
-            found = service.answer(np.stack([each.row for each in able.values()]))
-            answers = dict(zip(able, found, strict=True))
-        version = version_name(service)
+        version, known = version_name(service), bool(service.bundle.class_names)
+        urls = [_field(task, project.choices.field) for task in tasks]
+        wanted = list(dict.fromkeys(filter(None, urls))) if known else []
+        answers: dict[str, Answer | str] = {}
+        async with self._answering:
+            for start in range(0, len(wanted), _CHUNK):
+                photos = await self._photos(request, service, wanted[start : start + _CHUNK], until)
+                answers |= self._answers(service, photos)
         results: list[Any] = []
         for task, url in zip(tasks, urls, strict=True):
-            answer = answers.get(url)
-            suggested = None if answer is None else project.choices.suggestion(answer)
+            answer = answers.get(url, f"it has no {project.choices.field}")
+            suggested = None if isinstance(answer, str) else project.choices.suggestion(answer)
             results.append([] if suggested is None else _prediction(project.choices, *suggested, version))
-            if answer is None and service.bundle.class_names:
-                why = photos.get(url) or f"it has no {project.choices.field}"
-                number = task.get("id") if isinstance(task, dict) else "?"
-                log.warning("no suggestion for task %s: %s", number, why)
+            if isinstance(answer, str) and known:
+                log.warning("no suggestion for task %s: %s", _mapping(task).get("id"), answer)
+        return {"results": results, "model_version": version}
+
+    def _answers(self, service: Service, photos: Mapping[str, Photo | str]) -> dict[str, Answer | str]:
+        """What is said of each photo, which is remembered for a while, or why nothing is."""
+        able = {url: each for url, each in photos.items() if isinstance(each, Photo)}
+        given = service.answer(np.stack([each.row for each in able.values()])) if able else []
+        answers = dict(zip(able, given, strict=True))
         for url, photo in able.items():
             if photo.file is not None:
                 self.feedback.remember(photo.file, answers[url], service.version)
-        return {"results": results, "model_version": version}
+        return {url: answers[url] if isinstance(each, Photo) else each for url, each in photos.items()}
 
-    async def _photos(self, request: Request | None, urls: Sequence[str], until: float) -> dict[str, Photo | str]:
+    async def _photos(
+        self, request: Request | None, service: Service, urls: Sequence[str], until: float
+    ) -> dict[str, Photo | str]:
         """The photo at each address, or why there is none. Without a request, nobody can go away meanwhile."""
-        service = self.service
         found: dict[str, Photo | str] = {}
         for url in urls:
             if (url, service.layer) in self._rows:
@@ -410,16 +434,18 @@ class LabelStudio:
         url = _field(task, project.choices.field)
         if known == chosen:
             return False
-        photo = (await self._photos(None, [url], time.monotonic() + PREDICT_SECONDS))[url] if url else "it has no image"
+        photo: Photo | str = "it has no image"
         corrections = self.feedback.corrections
         try:
+            if url:
+                photo = (await self._photos(None, self.service, [url], time.monotonic() + PREDICT_SECONDS))[url]
             if isinstance(photo, Photo):
                 image, said = await self._file(photo, url)
                 if self.instant is not None:
                     self.instant.add(photo.digest, photo.row)
                 kept = await asyncio.to_thread(corrections.add, image, chosen, _person(annotation), said, source)
                 return kept[1]
-        except (NotFetched, StoreError, UsageError) as error:
+        except (NotFetched, Refusal, StoreError, UsageError) as error:
             photo = str(error)
         log.warning("annotation %s of project %d is not kept: %s", source, project.number, photo)
         return photo
@@ -454,7 +480,7 @@ class LabelStudio:
         Raises
         ------
         NotFetched
-            They cannot be had.
+            They cannot be had, or not all of them kept.
         """
         corrections, beginning = self.feedback.corrections, f"{project.uid}/"
         before = corrections.standing(beginning)
@@ -472,11 +498,13 @@ class LabelStudio:
                         kept.append(await self._keep(project, each, task, None if known is None else known.label))
             gone = [source for source in before if source not in seen and now.get(source) == before[source]]
             kept += [await self._withdraw(source) for source in gone]
-        project.complete = True
-        count = sum(each is True for each in kept)
+        count, problems = sum(each is True for each in kept), [each for each in kept if isinstance(each, str)]
+        project.complete = not problems or project.fetching.failed >= _TRIES
         if count:
             log.info("project %d: %s fetched", project.number, plural(count, "label"))
         await self._learn(count)
+        if problems:
+            raise NotFetched(f"{plural(len(problems), 'label')} could not be kept, one since {problems[0]}")
 
     async def _learn(self, new: int, *, now: bool = False) -> None:
         """Fit again, if enough labels have come."""
@@ -504,25 +532,26 @@ class LabelStudio:
         while self.host.has_token:
             await asyncio.sleep(FOLLOW_SECONDS)
             for project in list(self.projects.values()):
-                if time.monotonic() >= project.again and not self.repository.stopping:
-                    await self._settle(project)
+                if not project.complete and project.fetching.due and not self.repository.stopping:
+                    await self._try(project, project.fetching, self.catch_up)
+                wanted = version_name(self.service) if self.order and self.service.bundle.class_names else ""
+                if wanted not in ("", project.ordered) and project.ordering.due and not self.repository.stopping:
+                    await self._try(project, project.ordering, self._order)
 
-    async def _settle(self, project: Project) -> None:
+    async def _try(self, project: Project, again: Again, task: Callable[[Project], Awaitable[None]]) -> None:
         try:
-            if not project.complete:
-                await self.catch_up(project)
-            version = version_name(self.service)
-            if self.order and self.service.bundle.class_names and project.ordered != version:
-                if await self._ask(self.host.order, project.number, version, VERSION):
-                    project.ordered = version
-                    log.info("project %d: its tasks are ordered by version %s", project.number, version)
-                else:
-                    project.again = time.monotonic() + 4 * FOLLOW_SECONDS  # it is just being connected
-            project.failed = 0
+            await task(project)
+            again.failed = 0
         except (NotFetched, Refusal) as error:
-            seconds = min(RETRY_SECONDS * 2**project.failed, LONGEST_RETRY)
-            project.again, project.failed = time.monotonic() + seconds, project.failed + 1
-            log.warning("project %d: %s; again in %g s", project.number, error, seconds)
+            log.warning("project %d: %s; again in %g s", project.number, error, again.later())
+
+    async def _order(self, project: Project) -> None:
+        version = version_name(self.service)
+        if await self._ask(self.host.order, project.number, version, VERSION):
+            project.ordered = version
+            log.info("project %d: its tasks are ordered by version %s", project.number, version)
+        else:
+            project.ordering.at = time.monotonic() + 4 * FOLLOW_SECONDS  # it is just being connected
 
 
 _ACTIONS = frozenset(

@@ -24,7 +24,7 @@ from urllib.parse import quote, unquote, unquote_to_bytes, urljoin, urlsplit
 
 from featx.errors import UsageError
 
-MAX_IMAGE = 32 * 2**20
+MAX_IMAGE = 20 * 2**20
 """Bytes of an image."""
 
 MAX_ANSWER = 256 * 2**20
