@@ -172,7 +172,7 @@ def see(so: bool, what: str) -> None:
     print(f"  {what}", flush=True)
 
 
-def wait(what: str, ready: Callable[[], T | None], seconds: float = 90.0) -> T:
+def wait(what: str, ready: Callable[[], T | None], seconds: float = 300.0) -> T:
     """What ``ready`` gives, once it gives anything."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
@@ -283,7 +283,7 @@ def label_studio(program: Path, work: Path) -> Iterator[Api]:
             except OSError:
                 return False
 
-        wait("Label Studio", up, 300)
+        wait("Label Studio", up, 600)
         yield api
 
 
@@ -380,7 +380,7 @@ class Project:
         """The version that a refit promoted; "" where it ended otherwise."""
         audit = folder / "audit.jsonl"
         count = len(lines(audit))
-        wait("the end of a refit", lambda: len(lines(audit)) > count, 180)
+        wait("the end of a refit", lambda: len(lines(audit)) > count)
         record = last(audit)
         print(f"  a refit ended: {record['what']}", flush=True)
         found = f"featx-{record['version']}" if record["what"] == "promoted" else ""

@@ -14,12 +14,12 @@ pytest.importorskip("fastapi", reason="the extra serve is not installed")
 from labelkit import TOKEN, annotation, hook, post, predict, setup, studio
 from servicekit import Running, start
 
-from featx.cli.label_studio import of_store
+from featx.cli.label_studio import of_model, of_store
 from featx.images.pixels import encode
 from featx.models.agreement import vote
 from featx.models.corrections import Corrections
 from featx.models.instant import InstantModels
-from featx.models.versions import version_of
+from featx.models.versions import Versions, version_of
 
 NAMES = ("ants", "bees")
 COLOURS = {"ants": (190, 70, 70), "bees": (70, 70, 190)}
@@ -34,9 +34,10 @@ def photo(name: str, seed: int) -> bytes:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, featx: Featx) -> Path:
     made = tmp_path_factory.mktemp("label-studio")
-    (made / "photos").mkdir()
+    for name in NAMES:
+        (made / "photos" / name).mkdir(parents=True)
     for number in range(6):
-        (made / "photos" / f"{number}.png").write_bytes(photo(NAMES[number % 2], number))
+        (made / "photos" / NAMES[number % 2] / f"{number}.png").write_bytes(photo(NAMES[number % 2], number))
     ran = featx("extract", "photos", "--out", "s.featx", cwd=made)
     assert ran.code == 0, ran.err
     return made
@@ -101,6 +102,21 @@ def test_with_a_store_suggestions_follow_the_labels(folder: Path, monkeypatch: p
     assert f"featx-{version_of(model.bundle)}" == third
 
 
+def test_a_model_answers_as_its_current_version_and_is_fitted_again(folder: Path, featx: Featx, tmp_path: Path) -> None:
+    store, path = folder / "s.featx", tmp_path / "m.model"
+    assert featx("fit", "s.featx", "--out", path, cwd=folder).code == 0
+    kept = Corrections(tmp_path / "kept")
+    options = {"backbone": None, "weights": None, "engine": "auto", "device": "auto"}
+    model = of_model(path, kept, store, 7, options)
+    assert Versions(kept.folder).current == version_of(model.bundle)
+    assert model.feedback is not None
+    assert model.feedback.new_classes
+    assert model.feedback.refitter is not None
+    assert model.feedback.refitter.every == 7
+    assert "featx label-studio --every" in model.feedback.refitter.command
+    kept.close()
+
+
 def test_the_labels_are_a_list_for_featx_extract(folder: Path, featx: Featx, tmp_path: Path) -> None:
     kept = Corrections(tmp_path / "kept")
     kept.open()
@@ -116,7 +132,7 @@ def test_the_labels_are_a_list_for_featx_extract(folder: Path, featx: Featx, tmp
     bundle = instant.model(vote(kept.latest))
     assert bundle.class_names == ("ants", "bees")
     features = instant._features
-    assert [each.label for each in bundle.answer(features.embeddings)] == ["ants", "bees"] * 3
+    assert [each.label for each in bundle.answer(features.embeddings)] == ["ants"] * 3 + ["bees"] * 3
 
 
 @pytest.mark.parametrize(
