@@ -6,6 +6,9 @@ With "counts" it counts answers in this folder, and writes every "count_seconds"
 
 With "feedback", it keeps corrections in this folder.
 
+With "label_studio", as in {"url": "http://127.0.0.1:8080", "token": "", "refit": ["true"], "every": 2}, it is a backend
+of this Label Studio, and runs a command after every so many labels.
+
 With "models", as in [["a", 0], ["b", 0], ["c", 1]], it serves several: each a name, and the number of its engine.
 
 What an image does is written in its colour: red ones fail the batch that they are in, blue ones end the engine's
@@ -38,8 +41,10 @@ from featx.models.sets import Conformity
 from featx.models.unknown import learn
 from featx.models.versions import Versions
 from featx.service import batcher as service_batch, counts as service_counts
-from featx.service.feedback import Feedback
+from featx.service.feedback import Feedback, Refitter
 from featx.service.guard import Limits
+from featx.service.label_studio import LabelStudio
+from featx.service.label_studio_host import LabelStudioHost
 from featx.service.server import serve
 from featx.service.work import Model, Repository
 
@@ -100,17 +105,21 @@ def main() -> None:
     service_counts.SECONDS = settings.pop("count_seconds", service_counts.SECONDS)
     counted = settings.pop("counts", None)
     folder, new_classes = settings.pop("feedback", ""), settings.pop("new_classes", False)
-    feedback = None
+    feedback, studio = None, settings.pop("label_studio", {})
     if folder:
         corrections = Corrections(Path(folder))
         corrections.open()
         versions = Versions(Path(folder))
         bundle = versions.read(versions.begin(bundle_bytes(bundle), Path("tiny.model"), "test"))
-        feedback = Feedback(corrections, new_classes=new_classes)
+        refitter = Refitter(studio["refit"], studio["every"]) if "refit" in studio else None
+        feedback = Feedback(corrections, new_classes=new_classes, refitter=refitter)
     models = [Model(_for(bundle, name, len(names)), embedders[number], None, name, feedback) for name, number in names]
     try:
         counts = None if counted is None else service_counts.Counts(Path(counted)).open()
         repository = Repository(models, limits, counts)
+        if studio:
+            host = LabelStudioHost(studio["url"], studio.get("token", ""), studio.get("allow", ()))
+            settings["label_studio"] = LabelStudio(repository, host)
         serve(repository, port=port, started=lambda url: print(f"Serving at {url} ", flush=True), **settings)
     except FeatxError as error:  # as the command does
         print(f"Error: {error}", file=sys.stderr)

@@ -25,7 +25,7 @@ TOPICS: Mapping[str, str] = MappingProxyType(
         "training": "Fine-tuning, the autoencoder, and whether they pay.",
         "retrieval": "Search, duplicates, and how to measure a search.",
         "serving": "Keep a model, predict, serve it over HTTP with keys and limits.",
-        "feedback": "Corrections of a served model: kept, learnt on evidence, versions, several people.",
+        "feedback": "Corrections of a served model: kept, learnt on evidence, versions, several people, Label Studio.",
         "shipping": "A model in other software: one ONNX graph from photo to answer, or the head alone.",
         "many-machines": "Parts, runners, Ray, and stores of millions of images.",
         "store-format": "The format of a store, with MUST and MAY, and how to take embeddings elsewhere.",

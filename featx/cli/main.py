@@ -30,6 +30,7 @@ from featx.cli import (
     finetune,
     fit,
     guide,
+    label_studio,
     labels,
     predict,
     search,
@@ -107,6 +108,7 @@ for group in (
     serve,
     drift,
     feedback,
+    label_studio,
     search,
     guide,
 ):

@@ -122,7 +122,7 @@ def serve(
     from featx.models import Corrections, Versions, open_embedder, read_bundle
     from featx.service import BATCH_SIZES, Counts, Evidence, Feedback, Limits, Model, Repository
 
-    key = _api_key(api_key_file)
+    key = read_key(api_key_file)
     featx.service.server.check_address(host, key, insecure=insecure)
     files = _by_name(models)
     stores, folders = (_belonging(each, files, option) for each, option in ((store, "--store"), (images, "--images")))
@@ -172,7 +172,7 @@ def serve(
             refitter = None
             if every is not None:
                 more = [("--backbone", backbone), ("--weights", weights)]
-                refitter = _refitter(named[name], corrections[name], stores[name], every, more)
+                refitter = make_refitter(named[name], corrections[name], stores[name], every, more)
             own = Feedback(corrections[name], new_classes=new_classes, refitter=refitter)
         served.append(Model(bundle, embedder, evidence.get(name), name, own))
     featx.service.server.serve(
@@ -198,15 +198,16 @@ def serve(
     )
 
 
-def _refitter(
-    model: Path, corrections: Corrections, store: Path, every: int, more: Sequence[tuple[str, object]]
-) -> Refitter:
+def make_refitter(
+    model: Path, corrections: Corrections, store: Path, every: int, more: Sequence[tuple[str, object]],
+    who: str = "featx serve --every",
+) -> Refitter:  # fmt: skip
     """What runs ``featx refit`` after so many corrections, those before the start among them."""
     from featx.models import Versions
     from featx.service import Refitter
 
     command = [sys.executable, "-m", "featx", "refit", str(model), "--feedback", str(corrections.folder)]
-    command += ["--store", str(store), "--who", "featx serve --every"]
+    command += ["--store", str(store), "--who", who]
     command += [str(each) for pair in more if pair[1] is not None for each in pair]
     considered = Versions(corrections.folder).considered
     return Refitter(command, every, max(0, len(corrections) - considered))
@@ -289,14 +290,14 @@ def _serving(
     return [*lines, "Ctrl-C stops it."]
 
 
-def _api_key(file: Path | None) -> str:
+def read_key(file: Path | None, variable: str = "FEATX_API_KEY", what: str = "API key") -> str:
     """From a file or the environment, never from the arguments, which every user of a machine can read."""
     if file is None:
-        return os.environ.get("FEATX_API_KEY", "").strip()
+        return os.environ.get(variable, "").strip()
     try:
         key = file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError("the API key cannot be read", where=file) from error
+        raise UsageError(f"the {what} cannot be read", where=file) from error
     if not key:
-        raise UsageError("the API key is empty", where=file)
+        raise UsageError(f"the {what} is empty", where=file)
     return key

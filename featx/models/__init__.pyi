@@ -29,6 +29,7 @@ from .explain import Explainer as Explainer, Explanation as Explanation
 from .export import Pickled as Pickled, export_bundle as export_bundle
 from .finetuned import finetune_bundle as finetune_bundle
 from .fit import by_recall as by_recall, fit_bundle as fit_bundle, summary as summary
+from .instant import InstantModels as InstantModels
 from .labelled import Labelled as Labelled, labelled_images as labelled_images
 from .novelty import (
     is_unknown as is_unknown,

@@ -14,7 +14,9 @@ the same person for the same photo is written once. A person who says something 
 what several people say of one photo is all kept (:mod:`featx.models.agreement`).
 
 A record has ``n`` (1, 2, ...), ``when`` (UTC), ``by`` ("" if nobody said), ``sha256`` and ``file`` of the photo,
-``label``, and what the model had ``said``, with its ``score`` and ``version`` (null where it was not asked).
+``label``, and what the model had ``said``, with its ``score`` and ``version`` (null where it was not asked). What was
+said elsewhere, in an annotation of Label Studio, also has its ``source`` there; where it was deleted there, a record
+with ``withdrawn`` takes it back, and what the person says in another source stands.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from featx._files import LineFile, canonical_json, fsync_path, make_folder, publish_bytes, writer_lock
 from featx.errors import StoreError, UsageError
@@ -73,10 +75,13 @@ class Correction:
     said: str | None = None
     score: float | None = None
     version: str | None = None
+    source: str | None = None
+    withdrawn: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        return asdict(self)
+        """Plain JSON types; ``source`` and ``withdrawn`` only where they say something."""
+        found = asdict(self)
+        return {name: each for name, each in found.items() if each or name not in ("source", "withdrawn")}
 
 
 class Corrections:
@@ -102,7 +107,8 @@ class Corrections:
         self._lock = threading.Lock()
         self._held = ExitStack()
         self._file = LineFile(self.path)
-        self._last: dict[tuple[str, str], Correction] = {}
+        self._words: _Words = {}
+        self._of_source: dict[str, Correction] = {}
         self.all: list[Correction] = []
         for number, line in enumerate(self._file.lines, start=1):
             try:
@@ -150,7 +156,7 @@ class Corrections:
     def latest(self) -> list[Correction]:
         """The last word of each person on each photo, in the order of the journal."""
         with self._lock:
-            return sorted(self._last.values(), key=lambda each: each.n)
+            return _last(self._words)
 
     @property
     def labels(self) -> set[str]:
@@ -166,7 +172,9 @@ class Corrections:
     def __len__(self) -> int:
         return len(self.all)
 
-    def add(self, image: bytes, label: str, by: str = "", said: Said | None = None) -> tuple[Correction, bool]:
+    def add(
+        self, image: bytes, label: str, by: str = "", said: Said | None = None, source: str | None = None
+    ) -> tuple[Correction, bool]:
         """Write a correction; when this returns it is on the disk.
 
         Parameters
@@ -175,6 +183,7 @@ class Corrections:
         label : what it shows.
         by : who says so.
         said : what the model had said.
+        source : where it was said, if elsewhere; it says one thing of one photo, and this is it from now on.
 
         Returns
         -------
@@ -190,33 +199,80 @@ class Corrections:
         label, by = checked_name(label), checked_name(by, "a person") if by else ""
         digest = hashlib.sha256(image).hexdigest()
         with self._lock:
-            known = self._last.get((digest, by))
+            words = self._words.get((digest, by), {})
+            known = words.get(source) if source else next(reversed(words.values()), None)
             if known is not None and known.label == label:
                 return known, False
             file = self.folder / "images" / f"{digest}{_ending(image)}"
             if not file.exists():
                 publish_bytes(file, image)
             fsync_path(file.parent)  # of one that a crash left behind
+            before = self._of_source.get(source or "")
+            if before is not None and (before.sha256, before.by) != (digest, by):
+                self._withdraw(before)
             fields: dict[str, Any] = {} if said is None else {
                 "said": said.label, "score": said.score, "version": said.version,
             }  # fmt: skip
-            made = Correction(
-                n=len(self.all) + 1, when=datetime.now(UTC).isoformat(timespec="seconds"), by=by, sha256=digest,
-                file=file.name, label=label, **fields,
-            )  # fmt: skip
-            self._file.append(canonical_json(made.to_json()))
-            self._take(made)
-            return made, True
+            return self._write(sha256=digest, by=by, file=file.name, label=label, source=source, **fields), True
+
+    def withdraw(self, source: str) -> Correction | None:
+        """Take back what was said in a source, if anything was; when this returns that is on the disk.
+
+        Raises
+        ------
+        StoreError
+            It cannot be written.
+        """
+        with self._lock:
+            known = self._of_source.get(source)
+            return None if known is None else self._withdraw(known)
+
+    def standing(self, beginning: str) -> dict[str, Correction]:
+        """What was said in each source of this beginning, and not taken back."""
+        with self._lock:
+            return {source: each for source, each in self._of_source.items() if source.startswith(beginning)}
+
+    def _withdraw(self, known: Correction) -> Correction:
+        fields = {name: getattr(known, name) for name in ("by", "sha256", "file", "label", "source")}
+        return self._write(**fields, withdrawn=True)
+
+    def _write(self, **fields: Any) -> Correction:
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        made = Correction(n=len(self.all) + 1, when=now, **fields)
+        self._file.append(canonical_json(made.to_json()))
+        self._take(made)
+        return made
 
     def _take(self, made: Correction) -> None:
         self.all.append(made)
-        self._last[made.sha256, made.by] = made
+        _say(self._words, made)
+        if made.source and not made.withdrawn:
+            self._of_source[made.source] = made
+        elif made.source:
+            self._of_source.pop(made.source, None)
+
+
+_Words: TypeAlias = dict[tuple[str, str], dict[str | None, Correction]]
+"""Of each photo and person, what stands of what was said in each source, in order."""
+
+
+def _say(words: _Words, each: Correction) -> None:
+    own = words.setdefault((each.sha256, each.by), {})
+    own.pop(each.source, None)
+    if not each.withdrawn:
+        own[each.source] = each
+
+
+def _last(words: _Words) -> list[Correction]:
+    return sorted((next(reversed(own.values())) for own in words.values() if own), key=lambda each: each.n)
 
 
 def last_words(corrections: Iterable[Correction]) -> list[Correction]:
-    """The last word of each person on each photo, in order."""
-    last = {(each.sha256, each.by): each for each in corrections}
-    return sorted(last.values(), key=lambda each: each.n)
+    """The last word of each person on each photo, in order, without what was taken back."""
+    words: _Words = {}
+    for each in corrections:
+        _say(words, each)
+    return _last(words)
 
 
 def _checked(fields: Any, number: int) -> Correction:
@@ -227,6 +283,8 @@ def _checked(fields: Any, number: int) -> Correction:
         raise ValueError("its photo has no name that featx gives")
     if not all(isinstance(each, str) for each in (made.when, made.by)):
         raise ValueError("a field is no text")
+    if not isinstance(made.source, str | None) or not isinstance(made.withdrawn, bool):
+        raise ValueError("a source is no text")
     checked_name(made.label)
     return made
 

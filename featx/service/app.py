@@ -29,6 +29,7 @@ from featx.service.docs import docs_page
 from featx.service.feedback import add_feedback
 from featx.service.guard import Guard, Refusal
 from featx.service.inference import add_inference, paths
+from featx.service.label_studio import PATHS, LabelStudio, add_label_studio
 from featx.service.telemetry import Metrics
 from featx.service.work import Repository, do_work, explain as explained
 
@@ -46,7 +47,11 @@ _KEYS = (
 
 
 def create_app(
-    repository: Repository, *, api_key: str = "", hosts: frozenset[str] | None = None
+    repository: Repository,
+    *,
+    api_key: str = "",
+    hosts: frozenset[str] | None = None,
+    label_studio: LabelStudio | None = None,
 ) -> tuple[FastAPI, Guard]:
     """The application, and the guard around it, which is what a server runs.
 
@@ -54,15 +59,19 @@ def create_app(
     ----------
     repository : the models that answer.
     api_key, hosts : as of :class:`featx.service.guard.Guard`.
+    label_studio : answers instead of the routes for everybody, if there is one.
     """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         try:
             await asyncio.to_thread(repository.start)
-            following = asyncio.create_task(repository.follow())
+            following = [asyncio.create_task(repository.follow())]
+            if label_studio is not None:
+                following.append(asyncio.create_task(label_studio.follow()))
             yield
-            following.cancel()
+            for each in following:
+                each.cancel()
         finally:
             await asyncio.to_thread(repository.stop)
 
@@ -73,14 +82,18 @@ def create_app(
     _add_errors(app, repository.metrics)
     # For the OpenAPI document only: the guard checks the key before there is a route.
     keyed: list[Any] = [Security(scheme) for scheme in _KEYS] if api_key else []
-    _add_work(app, repository, keyed)
-    add_feedback(app, repository, keyed, trusted=bool(api_key))
-    _add_reading(app, repository, keyed)
-    add_inference(app, repository, keyed)
+    if label_studio is None:
+        _add_work(app, repository, keyed)
+        add_feedback(app, repository, keyed, trusted=bool(api_key))
+        _add_page(app, repository, keyed)
+        add_inference(app, repository, keyed)
+    else:
+        add_label_studio(app, label_studio, keyed, trusted=bool(api_key))
+    _add_state(app, repository, keyed)
     guard = Guard(
-        app, metrics=repository.metrics, routes=ROUTES.union(*map(paths, repository.services)),
+        app, metrics=repository.metrics, routes=ROUTES.union(PATHS, *map(paths, repository.services)),
         limits=repository.limits, models=list(repository.services) if repository.several else (),
-        api_key=api_key, hosts=hosts,
+        api_key=api_key, hosts=hosts, basic=label_studio is not None,
     )  # fmt: skip
     return app, guard
 
@@ -161,7 +174,7 @@ def _add_work(app: FastAPI, repository: Repository, keyed: list[Any]) -> None:
         return work.reply({"results": results})
 
 
-def _add_reading(app: FastAPI, repository: Repository, keyed: list[Any]) -> None:
+def _add_page(app: FastAPI, repository: Repository, keyed: list[Any]) -> None:
     page, policy = load_page()
 
     @cache
@@ -188,6 +201,24 @@ def _add_reading(app: FastAPI, repository: Repository, keyed: list[Any]) -> None
         text = docs_text(str(request.base_url).rstrip("/"))
         return HTMLResponse(text, headers={"content-security-policy": only_style})
 
+    pictures: dict[int | str, dict[str, Any]] = {200: {"content": {"image/jpeg": {}}}}
+
+    @app.get(
+        "/thumbnail/{row}",
+        response_class=Response,
+        responses={**pictures, **_READ, **schema.errors(404, 422)},
+        dependencies=keyed,
+    )
+    async def thumbnail(row: int, model: _Named = None) -> Response:
+        """A small picture of an image of the store, by the ``row`` that neighbours carry."""
+        service = repository.named(model)
+        found = None if service.evidence is None else await asyncio.to_thread(service.evidence.thumbnail, row)
+        if found is None:
+            raise Refusal(404, "no_image", "There is no such image, or it is not where the store knew it.")
+        return Response(found, media_type="image/jpeg", headers={"cache-control": "private, max-age=3600"})
+
+
+def _add_state(app: FastAPI, repository: Repository, keyed: list[Any]) -> None:
     @app.get("/live", responses={200: {"model": schema.Live}, **schema.errors(403)})
     async def live() -> Response:
         """The process answers."""
@@ -221,22 +252,6 @@ def _add_reading(app: FastAPI, repository: Repository, keyed: list[Any]) -> None
     async def metrics() -> Response:
         """Counters for Prometheus."""
         return Response(repository.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    pictures: dict[int | str, dict[str, Any]] = {200: {"content": {"image/jpeg": {}}}}
-
-    @app.get(
-        "/thumbnail/{row}",
-        response_class=Response,
-        responses={**pictures, **_READ, **schema.errors(404, 422)},
-        dependencies=keyed,
-    )
-    async def thumbnail(row: int, model: _Named = None) -> Response:
-        """A small picture of an image of the store, by the ``row`` that neighbours carry."""
-        service = repository.named(model)
-        found = None if service.evidence is None else await asyncio.to_thread(service.evidence.thumbnail, row)
-        if found is None:
-            raise Refusal(404, "no_image", "There is no such image, or it is not where the store knew it.")
-        return Response(found, media_type="image/jpeg", headers={"cache-control": "private, max-age=3600"})
 
 
 def _add_errors(app: FastAPI, metrics: Metrics) -> None:

@@ -52,6 +52,16 @@ class Refitter:
         """A correction has come."""
         with self._lock:
             self.waiting += 1
+        self._begin()
+
+    def begin(self) -> None:
+        """Run now, or again when the run has ended that is at it, for as few corrections as there are."""
+        with self._lock:
+            self.waiting = max(self.waiting, self.every)
+        self._begin()
+
+    def _begin(self) -> None:
+        with self._lock:
             if self._closed or self._busy or self.waiting < self.every:
                 return
             self._busy = True
@@ -177,7 +187,7 @@ def add_feedback(app: FastAPI, repository: Repository, keyed: list[Any], *, trus
         another label by the same person takes the place of the one before.
         """
         if not trusted:
-            _check_origin(request)
+            check_origin(request)
         service = repository.named(model)
         feedback = _feedback(service)
         feedback.check(label, service.bundle.class_names)
@@ -249,7 +259,8 @@ def _feedback(service: Service) -> Feedback:
     return service.feedback
 
 
-def _check_origin(request: Request) -> None:
+def check_origin(request: Request) -> None:
+    """Refusal where the page of another site asks."""
     origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site")
     own = origin is None or origin.partition("://")[2] == request.headers.get("host")
     if not own or site in ("cross-site", "same-site"):

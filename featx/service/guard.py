@@ -6,6 +6,8 @@ Plain ASGI around the application, so that its answers carry what all answers ca
 from __future__ import annotations
 
 import asyncio
+import base64
+import binascii
 import contextlib
 import hmac
 import json
@@ -100,6 +102,8 @@ class Guard:
     api_key : what a client must show, or "" for none.
     hosts : names that may be in the header Host, or None for any. For a service without a key on the loopback
         address, this keeps web pages out that resolve their own name to it.
+    basic : whether the key may also come as the password of HTTP's Basic. Browsers would send it along from any page,
+        so this is for services that no browser asks.
     """
 
     def __init__(
@@ -112,10 +116,11 @@ class Guard:
         models: Collection[str] = (),
         api_key: str = "",
         hosts: frozenset[str] | None = None,
+        basic: bool = False,
     ) -> None:
         self.app, self.metrics, self.routes, self.limits = app, metrics, routes, limits
         self._key = api_key.encode()
-        self._hosts = hosts
+        self._hosts, self._basic = hosts, basic
         self.in_flight = 0
         self._models = frozenset(models)
         self._share = limits.buffered // max(1, len(self._models))
@@ -191,6 +196,8 @@ class Guard:
             kind, _, bearer = headers.get(b"authorization", b"").partition(b" ")
             if kind.lower() == b"bearer":
                 shown = bearer.strip()
+            elif kind.lower() == b"basic" and self._basic:
+                shown = _password(bearer)
             if not hmac.compare_digest(shown, self._key):
                 message = "An API key is needed: Authorization: Bearer KEY, or X-API-Key: KEY."
                 return Refusal(401, "api_key", message, {"WWW-Authenticate": "Bearer"})
@@ -228,6 +235,14 @@ class Guard:
         if self._models:
             extra["model"] = model_name.get()
         log.log(level, "request" if status else "disconnected", extra=extra)
+
+
+def _password(credentials: bytes) -> bytes:
+    """The password in what follows ``Basic``, whoever the user is."""
+    try:
+        return base64.b64decode(credentials.strip(), validate=True).partition(b":")[2]
+    except binascii.Error:
+        return b""
 
 
 _SAFE = [

@@ -141,6 +141,8 @@ class CorrectionRecord(BaseModel):
     said: str | None
     score: float | None
     version: str | None
+    source: str | None = None
+    withdrawn: bool = False
 
 
 class Corrected(BaseModel):

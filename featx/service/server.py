@@ -21,6 +21,7 @@ from featx._system import allow_descriptors
 from featx.errors import FeatxError, UsageError
 from featx.service.app import create_app
 from featx.service.guard import LOOPBACK_NAMES, Guard
+from featx.service.label_studio import LabelStudio
 from featx.service.telemetry import Metrics, set_up_logging
 from featx.service.work import Repository
 
@@ -286,6 +287,7 @@ def serve(
     insecure: bool = False,
     log_json: bool = False,
     started: Callable[[str], Any] = lambda url: None,
+    label_studio: LabelStudio | None = None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C.
 
@@ -296,6 +298,7 @@ def serve(
     api_key : what clients must show; needed for any address but the loopback, unless ``insecure``.
     log_json : log lines as JSON.
     started : called with the URL once requests are answered.
+    label_studio : as of :func:`featx.service.app.create_app`.
 
     Raises
     ------
@@ -309,7 +312,7 @@ def serve(
     listener = listen(host, port)
     set_up_logging(as_json=log_json)
     hosts = LOOPBACK_NAMES | {host} if local and not api_key and not insecure else None
-    _, guard = create_app(repository, api_key=api_key, hosts=hosts)
+    _, guard = create_app(repository, api_key=api_key, hosts=hosts, label_studio=label_studio)
     protocol = _limited_protocol(repository.metrics)
     config = uvicorn.Config(
         guard,

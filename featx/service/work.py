@@ -342,6 +342,19 @@ async def do_work(service: Service, request: Request, *, keep: bool = False, rea
     except TimeoutError:
         message = f"The body did not arrive within {service.limits.deadline:g} s."
         raise Refusal(408, "slow", message, {"Connection": "close"}) from None
+    return await work_on(service, images, deadline, request, keep=keep)
+
+
+async def work_on(
+    service: Service, images: list[tuple[str, bytes]], deadline: float, request: Request | None, *, keep: bool = False
+) -> Work:
+    """Embed images, each a name and a file, for as long as the client of the request is there; without one, anyway.
+
+    Raises
+    ------
+    Refusal, ClientDisconnect
+        As of :func:`do_work`.
+    """
     names, files, found, refused = [], [], [], []
     kept: list[tuple[Seen, tuple[int, int]]] = []
     results, jobs = await _embed(service, request, images, deadline, keep)
@@ -442,7 +455,7 @@ async def _read_form(request: Request, limits: Limits) -> list[tuple[str, bytes]
 
 
 async def _embed(
-    service: Service, request: Request, images: list[tuple[str, bytes]], deadline: float, keep: bool
+    service: Service, request: Request | None, images: list[tuple[str, bytes]], deadline: float, keep: bool
 ) -> tuple[list[Embedded | ImageError], list[Job]]:
     """What became of each image, and its job; whoever goes away or runs out of time leaves no work behind."""
     _check_able(service)
@@ -487,6 +500,9 @@ def _late(service: Service) -> Refusal:
     return Refusal(504, "deadline", f"Not done within {service.limits.deadline:g} s; the work was dropped.")
 
 
-async def _disconnected(request: Request) -> None:
+async def _disconnected(request: Request | None) -> None:
+    if request is None:
+        await asyncio.Event().wait()
+        return
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -105,6 +105,8 @@ def test_a_key_is_needed_where_one_is_set_and_new_classes_where_asked_for(tmp_pa
     with start_tiny(tmp_path, feedback=str(tmp_path / "kept"), api_key="secret", new_classes=True) as server:
         assert server.send("/feedback?label=ants", png(1)).status == 401
         assert server.get("/feedback").status == 401
+        # Browsers send HTTP's Basic along from any page, once somebody has typed it.
+        assert server.get("/feedback", {"Authorization": "Basic OnNlY3JldA=="}).status == 401
         shown = {"X-API-Key": "secret"}
         assert server.ask("/feedback?label=wasps", png(1), {"Content-Type": "image/png", **shown}).json["new"]
         # Whoever has the key may ask from anywhere: a page of another site does not have it.
