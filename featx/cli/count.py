@@ -10,16 +10,14 @@ import typer
 
 from featx.cli.options import (
     QUARANTINED,
-    Device,
     DeviceOption,
-    EngineName,
     EngineOption,
     Json,
     ModelArgument,
     OwnBackbone,
     Seed,
     Weights,
-    own_network,
+    network_options,
 )
 from featx.cli.terminal import ProgressLine, check_file, print_json, say, show
 from featx.errors import ImageError, MismatchError, UsageError, one_line, plural
@@ -71,8 +69,8 @@ def count(
     seed: Seed = 0,
     backbone: OwnBackbone = None,
     weights: Weights = None,
-    engine: EngineOption = EngineName.auto,
-    device: DeviceOption = Device.auto,
+    engine: EngineOption = "auto",
+    device: DeviceOption = "auto",
     as_json: Json = False,
 ) -> None:
     """Estimate how many photos of each class a pile has in truth.
@@ -96,7 +94,7 @@ def count(
         _draw(bundle, source, draw, out, seed, as_json=as_json)
         return
     listed = None if checked is None else _read_list(checked)
-    options = {"backbone": own_network(backbone), "weights": weights, "engine": engine.value, "device": device.value}
+    options = network_options(backbone, weights, engine, device)
     with ProgressLine("predicting") as line:
         pile, refused = _predict(bundle, model, source, options, line)
     if not pile.ids:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -29,11 +28,8 @@ _DIGITS = 8
 """Of a model's sha256, in what people read."""
 
 
-class Unit(StrEnum):
-    """What counts once, however many photos it has."""
-
-    hour = "hour"
-    day = "day"
+Unit = Literal["hour", "day"]
+"""What counts once, however many photos it has."""
 
 
 def register(app: typer.Typer) -> None:
@@ -60,7 +56,7 @@ def drift(
     unit: Annotated[
         Unit,
         typer.Option(help="What counts once in the test. Say day where hours of a day differ, as night and day do."),
-    ] = Unit.hour,
+    ] = "hour",
     as_json: Json = False,
 ) -> None:
     """Say whether the photos that a service answered have changed from those that its model was fitted on.
@@ -83,7 +79,7 @@ def drift(
             )  # fmt: skip
     found = [_judge(each, since, unit) for each in kept]
     if as_json:
-        print_json({"folder": str(folder), "unit": unit.value, "models": found})
+        print_json({"folder": str(folder), "unit": unit, "models": found})
         return
     for place, each in enumerate(found):
         say(*([""] if place else []), *_sentences(each, unit))
@@ -102,12 +98,12 @@ def _judge(counted: Counted, since: datetime | None, unit: Unit) -> dict[str, An
     parts = (counted.photos, counted.unsure, counted.unknown, counted.labels, counted.familiarity)
     rows = np.column_stack([each[use] for each in parts])
     bins = rows.shape[1] - counted.familiarity.shape[1]
-    begins, tested = _summed(days if unit == Unit.day else hours, rows)
+    begins, tested = _summed(days if unit == "day" else hours, rows)
     # What is not over would be looked at twice, and not be the same.
-    over = begins < np.datetime64(datetime.now(UTC).replace(tzinfo=None), "D" if unit == Unit.day else "h")
+    over = begins < np.datetime64(datetime.now(UTC).replace(tzinfo=None), "D" if unit == "day" else "h")
     begins, tested = begins[over], tested[over]
     found = find_drift(
-        tested[:, bins:], tested[:, 2], begins.astype(np.int64) // (1 if unit == Unit.day else BET_HOURS),
+        tested[:, bins:], tested[:, 2], begins.astype(np.int64) // (1 if unit == "day" else BET_HOURS),
         own=about["own"], max_unknown=about["max_unknown"], both_sides=not about["groups"],
     )  # fmt: skip
     if len(np.unique(days)) > _ROWS:
@@ -187,7 +183,7 @@ def _sentences(found: dict[str, Any], unit: Unit) -> list[str]:
 
 def _why(found: dict[str, Any], unit: Unit) -> str:
     """What follows the verdict in its sentence."""
-    over = f"{plural(found['units'], unit.value)} that {'is' if found['units'] == 1 else 'are'} over"
+    over = f"{plural(found['units'], unit)} that {'is' if found['units'] == 1 else 'are'} over"
     if not found["own"]:
         return ". This model knows no unknown, so nothing can be compared. Fit it again with --max-unknown 0.05."
     if found["verdict"] == "changed":

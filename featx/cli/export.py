@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from featx.cli.options import (
-    Device,
     DeviceOption,
-    EngineName,
     EngineOption,
     Json,
     ModelArgument,
     OwnBackbone,
     Weights,
-    own_network,
+    network_options,
 )
 from featx.cli.terminal import PAGE_MARK, ProgressLine, check_file, print_json, say
 from featx.errors import UsageError, plural
@@ -30,20 +27,12 @@ if TYPE_CHECKING:
     from featx.reports import Examples
 
 
-class ExportFormat(StrEnum):
-    """What a model is written for."""
-
-    joblib = "joblib"
-    skops = "skops"
-    onnx = "onnx"
-    html = "html"
+ExportFormat = Literal["joblib", "skops", "onnx", "html"]
+"""What a model is written for."""
 
 
-class Part(StrEnum):
-    """How much of a model is written."""
-
-    model = "model"
-    head = "head"
+Part = Literal["model", "head"]
+"""How much of a model is written."""
 
 
 _MARKS = {"joblib": b"sklearn", "skops": b"schema.json", "onnx": b"featx", "html": PAGE_MARK}
@@ -123,8 +112,8 @@ def export(
     ] = _EXAMPLES,
     backbone: OwnBackbone = None,
     weights: Weights = None,
-    engine: EngineOption = EngineName.auto,
-    device: DeviceOption = Device.auto,
+    engine: EngineOption = "auto",
+    device: DeviceOption = "auto",
     as_json: Json = False,
 ) -> None:
     """Write a model for other software: as an ONNX graph or a web page from photo to answer, or its head alone.
@@ -138,10 +127,10 @@ def export(
     from featx.models import export_bundle, labelled_images, model_onnx, open_embedder, read_bundle, web_runtime
     from featx.reports import image_finder, render_offline
 
-    check_file(out, _MARKS[form.value], example=f"photos.{form.value}")
-    page = form is ExportFormat.html
-    takes_photos = page or form is ExportFormat.onnx
-    whole = takes_photos if part is None else part is Part.model
+    check_file(out, _MARKS[form], example=f"photos.{form}")
+    page = form == "html"
+    takes_photos = page or form == "onnx"
+    whole = takes_photos if part is None else part == "model"
     if whole and not takes_photos:
         raise UsageError("joblib and skops hold a head", where="--part", expected="head", found="model")
     if page and not whole:
@@ -165,9 +154,7 @@ def export(
             if page:
                 running = web_runtime(runtime, line.say)
             line.say("opening the network")
-            embedder = open_embedder(
-                bundle, model, backbone=own_network(backbone), weights=weights, engine=engine.value, device=device.value
-            )
+            embedder = open_embedder(bundle, model, **network_options(backbone, weights, engine, device))
             line.say("writing the graph")
             exported = model_onnx(bundle, embedder, _photos(files, refused, line))
             content, shown = exported.content, None
@@ -186,9 +173,9 @@ def export(
         if refused:
             say(f"Note: {plural(len(refused), 'photo')} of {check} cannot be read and were left out.", err=True)
     else:
-        export_bundle(bundle, out, form.value)
+        export_bundle(bundle, out, form)
     if as_json:
-        about = {"path": str(out), "format": form.value, "part": "model" if whole else "head"}
+        about = {"path": str(out), "format": form, "part": "model" if whole else "head"}
         print_json({**about, "bytes": out.stat().st_size, **report})
     say(f"{out}: {out.stat().st_size:,} bytes, takes {'a photo' if whole else 'embeddings'}.", err=as_json)
     if whole:

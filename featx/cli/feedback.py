@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import getpass
 import shlex
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from featx.cli.options import (
-    Device,
     DeviceOption,
-    EngineName,
     EngineOption,
     Json,
     ModelArgument,
     OwnBackbone,
     Seed,
     Weights,
-    own_network,
+    network_options,
 )
 from featx.cli.terminal import ProgressLine, print_json, say
 from featx.errors import StoreError, UsageError, plural
@@ -34,11 +31,8 @@ _SHOWN = 200
 _LISTED = 10
 
 
-class RuleName(StrEnum):
-    """Which label a photo has that several people have labelled."""
-
-    majority = "majority"
-    unanimous = "unanimous"
+RuleName = Literal["majority", "unanimous"]
+"""Which label a photo has that several people have labelled."""
 
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The feedback folder of a served model.")]
@@ -65,7 +59,7 @@ def register(app: typer.Typer) -> None:
 
 def feedback(
     folder: Folder,
-    disagreements: RuleOption = RuleName.majority,
+    disagreements: RuleOption = "majority",
     csv: Annotated[
         Path | None,
         typer.Option(metavar="FILE.csv", help="Write a list of the photos with their labels, for featx extract."),
@@ -78,7 +72,7 @@ def feedback(
 
     check_folder(folder)
     corrections, versions = Corrections(folder), Versions(folder)
-    voted = vote(corrections.latest, disagreements.value)
+    voted = vote(corrections.latest, disagreements)
     agreed = agreements(voted)
     disputed = [each for each in voted if each.disputed]
     people: dict[str, int] = {}
@@ -121,7 +115,7 @@ def refit(
         Path | None,
         typer.Option(metavar="STORE", help="The store that the model was fitted on; its embeddings are used again."),
     ] = None,
-    disagreements: RuleOption = RuleName.majority,
+    disagreements: RuleOption = "majority",
     force: Annotated[bool, typer.Option("--force", help="Promote the new model whatever the evidence says.")] = False,
     release: Annotated[
         str | None, typer.Option(metavar="BATCH", help="Its labels are right: learn from a batch that is held.")
@@ -132,8 +126,8 @@ def refit(
     who: Who = None,
     backbone: OwnBackbone = None,
     weights: Weights = None,
-    engine: EngineOption = EngineName.auto,
-    device: DeviceOption = Device.auto,
+    engine: EngineOption = "auto",
+    device: DeviceOption = "auto",
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -163,12 +157,10 @@ def refit(
         )  # fmt: skip
     bundle = versions.read(str(versions.current))
     with ProgressLine("fitting") as line:
-        embedder = open_embedder(
-            bundle, versions.path(str(versions.current)), backbone=own_network(backbone), weights=weights,
-            engine=engine.value, device=device.value,
-        )  # fmt: skip
+        current = versions.path(str(versions.current))
+        embedder = open_embedder(bundle, current, **network_options(backbone, weights, engine, device))
         done = refitted(
-            versions, store, embedder, who=person, rule=disagreements.value, force=force, random_state=seed,
+            versions, store, embedder, who=person, rule=disagreements, force=force, random_state=seed,
             progress=line.update,
         )  # fmt: skip
     sheet = None if done.batch is None else write_batch(versions, done)

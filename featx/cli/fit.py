@@ -11,7 +11,6 @@ import typer
 
 from featx.cli.options import (
     Device,
-    EngineName,
     EngineOption,
     Json,
     MaxError,
@@ -24,7 +23,7 @@ from featx.cli.options import (
     UnlabelledFrom,
     Weights,
     let_scipy_take_tensors,
-    own_network,
+    network_options,
 )
 from featx.cli.terminal import MODEL_MARK, ProgressLine, check_file, print_json, say
 from featx.errors import UsageError, plural
@@ -62,13 +61,13 @@ def fit(
     unlabelled_from: UnlabelledFrom = None,
     backbone: OwnBackbone = None,
     weights: Weights = None,
-    engine: EngineOption = EngineName.auto,
+    engine: EngineOption = "auto",
     device: Annotated[
         Device,
         typer.Option(
             help="Device of the network; auto is cuda if there is a GPU. cuda also fits logreg on very many images."
         ),
-    ] = Device.auto,
+    ] = "auto",
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -78,7 +77,7 @@ def fit(
     others: at most --max-error of the answers are wrong, and at most --max-unknown of the photos are called unknown.
     Photos of another camera, place or season may be unlike them; a split called test shows it.
     """
-    if device == Device.cuda:
+    if device == "cuda":
         let_scipy_take_tensors()
     import numpy as np
 
@@ -103,19 +102,13 @@ def fit(
         raise UsageError("--head is empty", expected="a name, names separated by commas, auto or all")
     for name in heads:
         catalogue[name]
-    embedder = Embedder.like(
-        features.provenance,
-        where=store,
-        backbone=own_network(backbone),
-        weights=weights,
-        engine=engine.value,
-        device=device.value,
-    )
+    options = network_options(backbone, weights, engine, device)
+    embedder = Embedder.like(features.provenance, where=store, **options)
     with ProgressLine("fitting") as line:
         bundle = fit_bundle(
             features, embedder, heads=heads, max_error=max_error, max_unknown=max_unknown, prior=wanted,
             random_state=seed, pool=pool, layers=columns if len(columns.names) > 1 else None,
-            device="cuda" if device == Device.cuda else None, with_network=not without_network, progress=line.update,
+            device="cuda" if device == "cuda" else None, with_network=not without_network, progress=line.update,
         )  # fmt: skip
     write_bundle(bundle, out)
     if as_json:

@@ -13,15 +13,13 @@ import typer
 
 from featx.cli.options import (
     QUARANTINED,
-    Device,
     DeviceOption,
-    EngineName,
     EngineOption,
     Json,
     ModelArgument,
     OwnBackbone,
     Weights,
-    own_network,
+    network_options,
 )
 from featx.cli.terminal import ProgressLine, check_file, check_writable, print_json, say, show
 from featx.errors import ImageError, UsageError, one_line, plural
@@ -75,8 +73,8 @@ def predict(
     ] = None,
     backbone: OwnBackbone = None,
     weights: Weights = None,
-    engine: EngineOption = EngineName.auto,
-    device: DeviceOption = Device.auto,
+    engine: EngineOption = "auto",
+    device: DeviceOption = "auto",
     as_json: Json = False,
 ) -> None:
     """Say what is on photos: label, probability, and whether the model is unsure or does not know such photos.
@@ -94,7 +92,7 @@ def predict(
         named = name_files(images, Path(folder))
         from featx.models import predict_files
 
-        kept, embedder, layer = _open(model, backbone, weights, engine, device, pickled=allow_pickle)
+        kept, embedder, layer = _open(model, network_options(backbone, weights, engine, device), pickled=allow_pickle)
         cautions = [*kept.cautions, *([] if coverage is None else kept.cautions_of_sets(coverage))]
         predictions: list[dict[str, Any]] = []
         refused: list[dict[str, Any]] = []
@@ -144,19 +142,11 @@ def say_refused(count: int, of: int) -> None:
     say(f"Error: {counted} could {'not ' if of == 1 or count < of else ''}be read.", err=True)
 
 
-def _open(
-    model: Path, backbone: str | None, weights: Path | None, engine: EngineName, device: Device, *, pickled: bool
-) -> tuple[Bundle | Pickled, Embedder, int | None]:
+def _open(model: Path, options: dict[str, Any], *, pickled: bool) -> tuple[Bundle | Pickled, Embedder, int | None]:
     """A bundle (or, where it is asked for, a pickled export), its network, and the layer that it is on."""
     from featx.extraction import Embedder
     from featx.models import layer_number, open_embedder, read_bundle
 
-    options: dict[str, Any] = {
-        "backbone": own_network(backbone),
-        "weights": weights,
-        "engine": engine.value,
-        "device": device.value,
-    }
     if pickled and not is_zipfile(model):
         from featx.models import Pickled
 

@@ -13,12 +13,11 @@ import typer
 
 from featx.cli.feedback import login, read_model
 from featx.cli.options import (
-    Device,
     DeviceOption,
-    EngineName,
     EngineOption,
     OwnBackbone,
     Weights,
+    extra_packages,
     own_network,
 )
 from featx.cli.terminal import say
@@ -103,22 +102,15 @@ def serve(
     ] = None,
     backbone: OwnBackbone = None,
     weights: Weights = None,
-    engine: EngineOption = EngineName.auto,
-    device: DeviceOption = Device.auto,
+    engine: EngineOption = "auto",
+    device: DeviceOption = "auto",
 ) -> None:
     """Serve models over HTTP, with a page to drop photos on. Ctrl-C or SIGTERM ends it in order.
 
     Several models get a queue each and take turns; those that were fitted on the same features share their network.
     """
-    try:
+    with extra_packages("the service", "serve"):
         import featx.service.server
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("featx"):
-            raise
-        raise UsageError(
-            f"the service needs packages that are not installed ({error.name})",
-            hint="Install them with: pip install 'featx[serve]'",
-        ) from error
     from featx.models import Corrections, Versions, open_embedder, read_bundle
     from featx.service import BATCH_SIZES, Counts, Evidence, Feedback, Limits, Model, Repository
 
@@ -162,8 +154,8 @@ def serve(
             # What one of several models needs is not for the others.
             backbone=own_network(backbone) if alone or _has_own_network(bundle) else None,
             weights=weights if alone or _has_own_weights(bundle) else None,
-            engine=engine.value,
-            device=device.value,
+            engine=engine,
+            device=device,
             batch_sizes=BATCH_SIZES,
             opened=opened,
         )
