@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -14,7 +16,7 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -164,6 +166,20 @@ def publish_bytes(path: Path, data: bytes) -> Path:
         temp.write_bytes(data)
 
     return publish(path, write)
+
+
+def publish_text(path: Path, text: str) -> Path:
+    """:func:`publish` in UTF-8; what of file names is no Unicode text is spelt with backslashes."""
+    return publish_bytes(path, text.encode(errors="backslashreplace"))
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """A table as CSV with a header; cells are empty where a row has no such column."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
 
 
 def read_regular(path: Path, limit: int | None = None) -> bytes:

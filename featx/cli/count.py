@@ -165,10 +165,7 @@ def _ids(source: Path | ImageSet, bundle: Bundle) -> list[str]:
 
 
 def _draw(bundle: Bundle, source: Path | ImageSet, n: int, out: Path, seed: int, *, as_json: bool) -> None:
-    import csv
-    from io import StringIO
-
-    from featx._files import publish_bytes
+    from featx._files import csv_text, publish_bytes
     from featx.models import LEAST_CHECKED, draw_to_check
 
     check_file(out, _MARK, example="to-check.csv")
@@ -178,9 +175,8 @@ def _draw(bundle: Bundle, source: Path | ImageSet, n: int, out: Path, seed: int,
         raise UsageError("too few to count with", where="--draw", expected=f"at least {LEAST_CHECKED}", found=n)
     ids = _ids(source, bundle)
     drawn = draw_to_check(ids, n, seed)
-    text = StringIO()
-    csv.writer(text, lineterminator="\n").writerows([("path", "label"), *((name, "") for name in drawn)])
-    publish_bytes(out, text.getvalue().encode(errors="surrogateescape"))
+    text = csv_text(("path", "label"), ({"path": name} for name in drawn))
+    publish_bytes(out, text.encode(errors="surrogateescape"))  # it is read again, by these names
     if as_json:
         print_json({"list": str(out), "drawn": n, "photos": len(ids), "random_state": seed})
     say(f"{n} of {plural(len(ids), 'photo')}, drawn at random: {out}", err=as_json)

@@ -69,7 +69,7 @@ def explain(
         check_file(html, PAGE_MARK, example="why.html")
     if png is not None:
         check_writable(png)
-    from featx._files import publish_bytes
+    from featx._files import publish_bytes, publish_text
     from featx.images import whole_pictures
     from featx.models import Explainer, layer_number, open_embedder, read_bundle
     from featx.reports import figure_png, render_explanations
@@ -111,7 +111,7 @@ def explain(
                 page = render_explanations(
                     shown(line), title=model.name, provenance=bundle.provenance, command=command
                 )  # fmt: skip
-                publish_bytes(html, page.encode("utf-8", errors="backslashreplace"))
+                publish_text(html, page)
             elif png is not None:
                 for _ in shown(line):
                     pass

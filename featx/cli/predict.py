@@ -211,22 +211,16 @@ def _write_csv(
     *,
     sets: bool,
 ) -> None:
-    from csv import DictWriter
-    from io import StringIO
+    from featx._files import csv_text, publish_text
 
-    from featx._files import publish_bytes
-
-    columns = [f"probability of {name}" for name in class_names]
-    text = StringIO()
-    writer = DictWriter(text, [*_CSV_COLUMNS, *([_SET] if sets else []), *columns], lineterminator="\n")
-    writer.writeheader()
+    columns = [*_CSV_COLUMNS, *([_SET] if sets else []), *(f"probability of {name}" for name in class_names)]
+    rows: list[dict[str, Any]] = []
     for each in predictions:
         row = {name: each[name] for name in _CSV_COLUMNS if name in each} | ({_SET: _set_of(each)} if sets else {})
         shares = {f"probability of {name}": share for name, share in each["probabilities"].items()}
-        writer.writerow({**row, **shares, "abstain": "yes" if each["abstain"] else "no"})
-    for each in refused:
-        writer.writerow({"id": each["id"], "refused": f"{each['reason']}: {each['message']}"})
-    publish_bytes(path, text.getvalue().encode(errors="backslashreplace"))
+        rows.append({**row, **shares, "abstain": "yes" if each["abstain"] else "no"})
+    rows += [{"id": each["id"], "refused": f"{each['reason']}: {each['message']}"} for each in refused]
+    publish_text(path, csv_text(columns, rows))
 
 
 def _sort_into(

@@ -244,13 +244,15 @@ def _belonging(given: Sequence[str] | None, models: Mapping[str, Path], option: 
 
 def _has_own_network(bundle: Bundle) -> bool:
     from featx.backbones import is_own
+    from featx.store import backbones_of, name_of
 
-    return any(is_own(str(each.get("backbone"))) for each in bundle.provenance.get("backbones", [bundle.provenance]))
+    return any(is_own(name_of(each)) for each in backbones_of(bundle.provenance))
 
 
 def _has_own_weights(bundle: Bundle) -> bool:
-    networks = bundle.provenance.get("backbones", [bundle.provenance])
-    return any(each.get("weights") not in ("default", "none") for each in networks)
+    from featx.store import backbones_of
+
+    return any(each.get("weights") not in ("default", "none") for each in backbones_of(bundle.provenance))
 
 
 def _serving(

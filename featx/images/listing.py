@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from featx._arrays import SPLITS
-from featx.errors import SourceError, plural
+from featx.errors import SourceError, listed
 from featx.images.grouping import MAX_TEXT, TAKEN
 from featx.images.origin import ImageRef, file_ref
 
@@ -116,8 +116,7 @@ def _with_columns(
 
 def _columns(names: list[str]) -> str:
     """Columns by name, as the beginning of a clause."""
-    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return f"the {plural(len(names), 'column').split()[1]} {', '.join(name[:50] for name in names[:10])}{more}"
+    return f"the {'column' if len(names) == 1 else 'columns'} {listed([name[:50] for name in names])}"
 
 
 def _text(value: Any) -> str | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, ClassVar
 
-from featx.errors import FeatxError, ImageError, SourceError, UsageError, in_words
+from featx.errors import FeatxError, ImageError, SourceError, UsageError, in_words, not_installed
 from featx.images.origin import (
     IMAGE_SUFFIXES,
     MAX_FETCHED,
@@ -23,7 +23,6 @@ from featx.images.origin import (
     ImageRef,
     labels_from_folders,
     no_images,
-    not_installed,
     too_many_bytes,
 )
 

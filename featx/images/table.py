@@ -23,9 +23,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from featx.errors import FeatxError, ImageError, SourceError
+from featx.errors import FeatxError, ImageError, SourceError, not_installed
 from featx.images.child import ATTEMPTS, Child
-from featx.images.origin import MAX_FETCHED, Fetched, ImageRef, file_ref, not_installed, splits_from_names
+from featx.images.origin import MAX_FETCHED, Fetched, ImageRef, file_ref, splits_from_names
 from featx.images.table_reader import ERROR, IMAGE, NONE
 
 _PATIENCE = 300.0

@@ -14,10 +14,11 @@ import contextlib
 import datetime
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from featx._files import signature
 from featx._system import confine, limited_memory
@@ -28,6 +29,8 @@ from featx.images.origin import MAX_FETCHED, too_many_bytes
 
 if TYPE_CHECKING:
     import pyarrow
+
+T = TypeVar("T")
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "bytes", "image_bytes")
 LABEL_COLUMNS = ("label", "labels", "class", "cls", "class_name", "target")
@@ -138,20 +141,8 @@ class Table:
 
     def labels(self) -> Iterator[list[str | None]]:
         """The class name of each row, some at a time; nothing where there is no such column."""
-        if self._label is None:
-            return
-        names = self._features.get(self._label, {}).get("names")
-        row = 0
-        try:
-            for group in range(len(self._file.starts) - 1):
-                for batch in self._file.batches(group, self._label, _LABELS_AT_A_TIME):
-                    values: list[Any] = _sound(batch).column(0).to_pylist()
-                    yield [self._class_of(row + i, value, names) for i, value in enumerate(values)]
-                    row += len(values)
-        except self._errors as error:
-            raise self._damaged(error) from error
-        if row != self.rows:
-            raise self._damaged(f"{row:,} labels for {self.rows:,} rows")
+        if self._label is not None:
+            yield from self._values(self._label, self._class_of)
 
     @property
     def columns(self) -> list[str]:
@@ -166,13 +157,17 @@ class Table:
         SourceError
             One is no short text, number or date.
         """
+        yield from self._values(column, partial(self._text_of, column))
+
+    def _values(self, column: str, read: Callable[[int, Any, list[str] | None], T]) -> Iterator[list[T]]:
+        """What ``read`` makes of each row's number, value, and the names that the table has for the column's values."""
         names = self._features.get(column, {}).get("names")
         row = 0
         try:
             for group in range(len(self._file.starts) - 1):
                 for batch in self._file.batches(group, column, _LABELS_AT_A_TIME):
                     values: list[Any] = _sound(batch).column(0).to_pylist()
-                    yield [self._text_of(column, row + i, value, names) for i, value in enumerate(values)]
+                    yield [read(row + i, value, names) for i, value in enumerate(values)]
                     row += len(values)
         except self._errors as error:
             raise self._damaged(error) from error

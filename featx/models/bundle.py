@@ -70,7 +70,7 @@ from featx.errors import BundleError, FeatxError, StoreError, UsageError
 from featx.heads import Array, Scorer, is_kind, margins, softmax
 from featx.models.novelty import Familiarity, is_unknown
 from featx.models.sets import Conformity, among_known, check_coverage, label_sets
-from featx.store import layers_of
+from featx.store import backbones_of, layers_of
 
 FORMAT, FORMAT_VERSION = "featx-bundle", 3
 GOLDEN_TOLERANCE = 1e-6
@@ -421,7 +421,7 @@ def parse_bundle(raw: bytes, where: Path) -> Bundle:
 
 
 def _check_networks(bundle: Bundle) -> None:
-    several = bundle.provenance.get("backbones", [bundle.provenance])
+    several = backbones_of(bundle.provenance)
     wanted = {each.get("quantised_sha256") for each in several} | set(bundle.graphs.values())
     if not set(bundle.graphs) <= {each.get("backbone") for each in several}:
         raise ValueError("a network is of none of its backbones")
@@ -549,7 +549,7 @@ def _assemble(fields: dict[str, Any], arrays: dict[str, NDArray[Any]], probe: by
         n_neighbors=n_neighbors,
     )  # fmt: skip
     provenance = _typed(fields, "provenance", dict)
-    layer, several = _typed(fields, "layer", str), provenance.get("backbones", [provenance])
+    layer, several = _typed(fields, "layer", str), backbones_of(provenance)
     if not isinstance(several, list) or not several or not all(map(_has_layers, several)):
         raise ValueError("its provenance names no layers")
     if layer not in (*layers_of(provenance), COMBINED, JOINED):

@@ -19,9 +19,7 @@ A record has ``n`` (1, 2, ...), ``when`` (UTC), ``by`` ("" if nobody said), ``sh
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import re
 import threading
@@ -32,7 +30,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from featx._files import LineFile, canonical_json, fsync_path, make_folder, publish_bytes, writer_lock
+from featx._files import LineFile, canonical_json, csv_text, fsync_path, make_folder, publish_bytes, writer_lock
 from featx.errors import StoreError, UsageError
 
 MAX_NAME = 200
@@ -243,13 +241,11 @@ def export_csv(folder: Path, labels: Iterable[tuple[str, str, Sequence[Correctio
     folder : the paths are relative to it.
     labels : of each photo its file, its label ("" where people disagree), and what was said of it.
     """
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(("path", "label", "by", "when"))
+    rows = []
     for file, label, said in labels:
         people = ", ".join(dict.fromkeys(each.by for each in said if each.by))
-        writer.writerow((f"images/{file}", label, people, max(each.when for each in said)))
-    return out.getvalue().encode()
+        rows.append({"path": f"images/{file}", "label": label, "by": people, "when": max(each.when for each in said)})
+    return csv_text(("path", "label", "by", "when"), rows).encode()
 
 
 def checked_name(name: str, what: str = "a class") -> str:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from featx._arrays import PIXELS
 from featx.backbones import list_backbones
-from featx.errors import plural, visible
+from featx.errors import listed, plural, visible
 from featx.evaluation import Interval, percent
-from featx.store import name_of, title_of
+from featx.store import backbones_of, name_of, title_of
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -95,8 +95,7 @@ def as_text(name: str) -> str:
 
 def _several(bundle: Bundle) -> list[Mapping[str, Any]]:
     """The provenance of each network; the pixels baseline is none."""
-    every = bundle.provenance.get("backbones", [bundle.provenance])
-    return [each for each in every if name_of(each) != PIXELS]
+    return [each for each in backbones_of(bundle.provenance) if name_of(each) != PIXELS]
 
 
 def _licences(bundle: Bundle) -> dict[str, str]:
@@ -147,15 +146,13 @@ def _sections(bundle: Bundle, name: str) -> Iterator[str]:
 
 
 def _what(bundle: Bundle) -> str:
-    names = [as_text(each) for each in bundle.class_names[:_CLASSES_NAMED]]
-    rest = len(bundle.class_names) - len(names)
-    listed = ", ".join(names) + (f" and {rest} more" if rest else "")
+    names = listed([as_text(each) for each in bundle.class_names], _CLASSES_NAMED)
     params = ", ".join(f"{as_text(str(key))} {as_text(str(value))}" for key, value in bundle.params.items())
     settings = f" ({params})" if params else ""
     network = as_text(title_of(bundle.provenance))
     tail = ", whose last blocks were trained on these photos," if bundle.tail is not None else ", frozen,"
     return (
-        f"Classifies photos into {plural(len(bundle.class_names), 'class')}: {listed}. The network {network}{tail} "
+        f"Classifies photos into {plural(len(bundle.class_names), 'class')}: {names}. The network {network}{tail} "
         f"makes an embedding of a photo (layer {as_text(bundle.layer)}), and the head {as_text(bundle.head)}{settings} "
         "names its class, with a probability, or says that it is unsure or that the photo is of none."
     )

@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from featx._files import publish_bytes
+from featx._files import publish_text
 from featx.advice import MISSED, LabelRanking
 from featx.errors import StoreError, UsageError, plural
 from featx.images import Origin, Thumbnails, finder, is_local
@@ -102,7 +102,7 @@ def write_sheet(path: Path, *, title: str, facts: Iterable[str], sections: Seque
     page = render_template("sheet.html", title=title, facts=facts, sections=sections, pictures=pictures)
     if path.is_dir():
         raise StoreError("a folder is in the way", where=path)
-    publish_bytes(path, page.encode("utf-8", errors="backslashreplace"))
+    publish_text(path, page)
     return sum(not isinstance(found, bytes) for found in pictures.values())
 
 

@@ -159,9 +159,14 @@ def name_of(provenance: Mapping[str, Any]) -> str:
     return str(provenance.get("backbone", ""))
 
 
+def backbones_of(provenance: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """The provenance of each backbone: those that it has one beside the other, or itself."""
+    return provenance.get("backbones", [provenance])  # type: ignore[no-any-return]
+
+
 def title_of(provenance: Mapping[str, Any]) -> str:
     """Names of the backbones that a provenance is of, for people."""
-    return " + ".join(name_of(each) for each in provenance.get("backbones", [provenance]))
+    return " + ".join(map(name_of, backbones_of(provenance)))
 
 
 def layers_of(provenance: Mapping[str, Any]) -> list[str]:

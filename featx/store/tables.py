@@ -23,8 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx._files import publish
-from featx.errors import StoreError, UsageError
-from featx.images import not_installed
+from featx.errors import StoreError, UsageError, not_installed
 from featx.store.manifest import fingerprint
 from featx.store.reader import FeatureReader
 

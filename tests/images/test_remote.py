@@ -212,7 +212,7 @@ def test_no_permission(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("address", "package", "words"),
     [
-        ("s3://b/photos", "s3fs", r"s3:// needs s3fs, which is not installed. pip install 'featx\[s3\]'"),
+        ("s3://b/photos", "s3fs", r"s3:// needs s3fs, which is not installed. Install it: pip install 'featx\[s3\]'"),
         ("gs://b/photos", "gcsfs", r"gs:// needs a package that is not installed.*gcsfs"),
     ],
 )

@@ -234,7 +234,7 @@ def test_what_datasets_writes(tmp_path: Path) -> None:
 def test_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "a.parquet", rows(0, 2))
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UsageError, match=r"needs pyarrow, which is not installed. pip install 'featx\[parquet\]'"):
+    with pytest.raises(UsageError, match=r"needs pyarrow, which is not installed.*pip install 'featx\[parquet\]'"):
         ImageSet.from_source(path)
 
 

@@ -166,7 +166,7 @@ def test_what_is_not_installed(missing: str, store: Path, tmp_path: Path, monkey
         "anndata": lambda: read_features(store).to_anndata(),
         "pyarrow": lambda: export_table(store, tmp_path / "x.parquet"),
     }[missing]
-    with pytest.raises(UsageError, match=rf"{missing}.*is not installed. pip install 'featx\[(frames|parquet)\]'"):
+    with pytest.raises(UsageError, match=rf"{missing}.*is not installed.*pip install 'featx\[(frames|parquet)\]'"):
         ask()
     assert list(tmp_path.iterdir()) == []
 

@@ -106,6 +106,19 @@ class Job:
         )
 
 
+def seldom(tell: Callable[[int], object], seconds: float) -> Progress:
+    """A progress callback that tells how many images are done, so many seconds apart at the least."""
+    told = 0.0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal told
+        if time.monotonic() - told >= seconds:
+            told = time.monotonic()
+            tell(done)
+
+    return progress
+
+
 def pack(*values: Any) -> bytes:
     """Pickled, for other processes; UsageError for images that cannot be sent."""
     try:
@@ -397,17 +410,12 @@ def serve(handle: int) -> None:
 
 
 def _do(connection: Connection, job: Job, part: Part, cut: ImageSet, where: Mapping[str, Any]) -> Any:
-    told = 0.0
-
-    def progress(done: int, total: int) -> None:
-        nonlocal told
-        if time.monotonic() - told >= _REPORT_SECONDS:
-            told = time.monotonic()
-            with contextlib.suppress(OSError):  # the parent is gone: the other thread is about to say so
-                connection.send(done)
+    def tell(done: int) -> None:
+        with contextlib.suppress(OSError):  # the parent is gone: the other thread is about to say so
+            connection.send(done)
 
     try:
-        return job.do(part, cut, job.starter(**where), progress)
+        return job.do(part, cut, job.starter(**where), seldom(tell, _REPORT_SECONDS))
     except Interrupted:
         raise
     except FeatxError as error:
