@@ -195,7 +195,7 @@ def pack_weights(names: Sequence[str], out: Path, *, advance: Advance | None = N
         weights = _checked(network, path, advance, new=False)
         if weights.known == "nothing":
             raise WeightsError(
-                "its weights are a pickle that is known by no hash, which no other machine should trust",
+                "its weights are a pickle of which no hash is known, so another machine should not trust it",
                 where=path,
                 expected="a .safetensors file",
                 hint="Copy the file itself, and name it with --weights FILE.",
@@ -312,7 +312,7 @@ def _published(name: str) -> CatalogueNetwork | TimmModel:
 
     if isinstance(network, TimmModel):
         return network
-    raise UsageError("nobody has published weights for it", where=name, hint="Copy the file that you have.")
+    raise UsageError("it has no published weights", where=name, hint="Copy your own file to the other machine.")
 
 
 def _spelling(network: CatalogueNetwork | TimmModel) -> str:
@@ -358,7 +358,7 @@ def _refused(
 
 
 def _no_pack(pack: Path, found: str) -> WeightsError:
-    return _refused(pack, "is no pack of weights", expected="a file made by featx weights pack", found=found)
+    return _refused(pack, "is not a pack of weights", expected="a file made by featx weights pack", found=found)
 
 
 def _entries(file: BinaryIO, size: int, pack: Path) -> list[_Entry]:
@@ -421,7 +421,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is no number here")
+    raise ValueError(f"{constant} is not a number here")
 
 
 def _integer(digits: str) -> int:
@@ -463,7 +463,7 @@ def _recognised(entry: _Entry, network: CatalogueNetwork | TimmModel | _Quantise
         if not vouched:
             raise _refused(
                 pack,
-                f"the quantised network {network.carried.name} is known by nothing but the sha256 of the pack",
+                f"the quantised network {network.carried.name} can be recognised only by the sha256 of the pack",
                 hint=_ASK_FOR_SHA256,
             )
         return "pack"
@@ -552,7 +552,9 @@ def _check_fits(network: TimmModel, temp: Path, entry: _Entry, pack: Path) -> No
             tensors.keys()
     except SafetensorError as error:
         raise _refused(
-            pack, f"the weights for {entry.name} are no safetensors file, and known by no hash", found=in_words(error)
+            pack,
+            f"the weights for {entry.name} are not a safetensors file, and no hash of them is known",
+            found=in_words(error),
         ) from error
     try:
         network.check_fits(temp)

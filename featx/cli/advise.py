@@ -32,7 +32,7 @@ def advise(
             metavar="SOURCE", help="The images that the store was made from, to try fine-tuning on them, too."
         ),
     ] = None,
-    minutes: Annotated[float, typer.Option(help="Time that it may take; what does not fit is named.")] = 5.0,
+    minutes: Annotated[float, typer.Option(help="Minutes that it may take; what does not fit is listed.")] = 5.0,
     label: Annotated[
         int | None, typer.Option("--next", help="How many images to label next. (default: 2 per class, at least 10)")
     ] = None,

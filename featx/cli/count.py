@@ -58,7 +58,7 @@ def count(
         ),
     ] = None,
     confidence: Annotated[
-        float, typer.Option(help="How often, at least, the interval of a class holds its true share.")
+        float, typer.Option(help="How often, at least, the interval of a class contains its true share.")
     ] = 0.95,
     draw: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Draw N photos to check at random, and count nothing.")
@@ -73,21 +73,23 @@ def count(
     device: DeviceOption = "auto",
     as_json: Json = False,
 ) -> None:
-    """Estimate how many photos of each class a pile has in truth.
+    """Estimate how many photos of each class a pile really has.
 
     A model is wrong more often about some classes than about others, so the numbers of photos that it names are wrong,
-    too. With --checked they are put right, with an interval that holds whatever the model does, as long as the checked
-    photos were drawn at random, as --draw does. Without it they are put right by how the model errs on the photos that
+    too. With --checked they are corrected, with an interval that holds whatever the model does, as long as the checked
+    photos were drawn at random, as --draw does. Without it they are corrected by how the model errs on the photos that
     it was fitted on, which holds only if those of the pile are like these.
     """
     from featx.models import count_adjusted, count_checked, read_bundle
 
     if not 0 < confidence < 1:
-        raise UsageError("no share", where="--confidence", expected="more than 0 and less than 1", found=confidence)
+        raise UsageError("not a share", where="--confidence", expected="more than 0 and less than 1", found=confidence)
     if (draw is None) != (out is None):
         raise UsageError("--draw and --out go together", expected="--draw N --out FILE.csv")
     if draw is not None and checked is not None:
-        raise UsageError("either draw photos, or count with them checked", found="--draw and --checked")
+        raise UsageError(
+            "--draw and --checked do not go together", hint="First draw photos, then count with them checked."
+        )
     bundle = read_bundle(model)
     source = _store_or_images(images)
     if draw is not None and out is not None:
@@ -245,7 +247,7 @@ def _notes_of_checked(
     for name in strange[:_LISTED]:
         meant = did_you_mean(name, bundle.class_names)
         notes.append(
-            f"{name!r} is no class of the model; it is counted by the photos that are unknown. {meant}".strip()
+            f"{name!r} is not a class of the model; it is estimated from the photos that are unknown. {meant}".strip()
         )
     if len(strange) > _LISTED:
         notes.append(f"So are {len(strange) - _LISTED} more.")

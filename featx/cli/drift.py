@@ -55,15 +55,17 @@ def drift(
     ] = None,
     unit: Annotated[
         Unit,
-        typer.Option(help="What counts once in the test. Say day where hours of a day differ, as night and day do."),
+        typer.Option(
+            help="What counts once in the test. Use day where the hours of a day differ, as night and day do."
+        ),
     ] = "hour",
     as_json: Json = False,
 ) -> None:
     """Say whether the photos that a service answered have changed from those that its model was fitted on.
 
     By familiarity, as its model saw it in whole hours (or days) that are over: "changed", "no sign of change", or
-    "cannot tell yet". You may look as often as you like: photos that have not changed are ever called changed with a
-    probability of at most 5 %. Shares of classes, abstentions and unknown photos are shown beside it.
+    "cannot tell yet". You may look as often as you like: the probability that unchanged photos are ever called
+    changed is at most 5 %. Shares of classes, abstentions and unknown photos are shown beside it.
     """
     from featx.models import read_bundle
     from featx.service import read_counts
@@ -175,8 +177,8 @@ def _sentences(found: dict[str, Any], unit: Unit) -> list[str]:
         own = found["own_refused"]
         measured = "" if own is None else f", and {percent(Interval(**own))} of its own that it had not seen"
         lines.append(
-            f"Unknown: {percent(Interval(**found['unknown_share']))} of the photos. The model was to call "
-            f"{100 * found['max_unknown']:g} % of photos like its own so{measured}."
+            f"Unknown: {percent(Interval(**found['unknown_share']))} of the photos. The model was set to call at "
+            f"most {100 * found['max_unknown']:g} % of photos like its own unknown{measured}."
         )
     return lines
 
@@ -185,7 +187,9 @@ def _why(found: dict[str, Any], unit: Unit) -> str:
     """What follows the verdict in its sentence."""
     over = f"{plural(found['units'], unit)} that {'is' if found['units'] == 1 else 'are'} over"
     if not found["own"]:
-        return ". This model knows no unknown, so nothing can be compared. Fit it again with --max-unknown 0.05."
+        return (
+            ". This model cannot call photos unknown, so nothing can be compared. Fit it again with --max-unknown 0.05."
+        )
     if found["verdict"] == "changed":
         how = {
             "unlike": "More photos are unlike those that it was fitted on than can be by chance",

@@ -120,8 +120,8 @@ def export(
 
     The graph of a whole model is run in onnxruntime before it is written, and refused if it does not answer as featx
     does. A web page is one file that runs the graph in a browser, without a server and without a connection; it needs
-    onnxruntime-web (--runtime). The head alone takes embeddings and knows no unknown: it names a class for photos of
-    anything.
+    onnxruntime-web (--runtime). The head alone takes embeddings, and cannot call photos unknown: it names a class
+    for photos of anything.
     """
     from featx._files import publish_bytes
     from featx.models import export_bundle, labelled_images, model_onnx, open_embedder, read_bundle, web_runtime
@@ -132,16 +132,18 @@ def export(
     takes_photos = page or form == "onnx"
     whole = takes_photos if part is None else part == "model"
     if whole and not takes_photos:
-        raise UsageError("joblib and skops hold a head", where="--part", expected="head", found="model")
+        raise UsageError("joblib and skops hold the head alone", where="--part", expected="head", found="model")
     if page and not whole:
         raise UsageError("a page holds the whole model", where="--part", expected="model", found="head")
     if check is not None and not whole:
-        raise UsageError("a head is not compared on photos", where="--check", hint="Leave it out, or --part model.")
+        raise UsageError(
+            "a head alone cannot be compared on photos", where="--check", hint="Leave it out, or use --part model."
+        )
     for name, value in (("--runtime", runtime), ("--store", store), ("--source", source)):
         if value is not None and not page:
-            raise UsageError("only a page needs it", where=name, hint="Leave it out, or --format html.")
+            raise UsageError("only for a page", where=name, hint="Leave it out, or use --format html.")
     if source is not None and store is None:
-        raise UsageError("of which store?", where="--source", hint="Name it with --store.")
+        raise UsageError("--source goes with --store", hint="Name the store with --store STORE.")
     bundle = read_bundle(model)
     report: dict[str, object] = {}
     if whole:
@@ -185,11 +187,11 @@ def export(
             err=as_json,
         )
         if check is None:
-            say("Note: Compared on its own probe photo only. More: --check FOLDER", err=True)
+            say("Note: Compared on one photo only, which is in the model. To compare on more: --check FOLDER", err=True)
         if page:
             _say_examples(labelled, shown, examples)
     else:
-        say("Note: The head alone knows no unknown: it names a class for photos of anything.", err=True)
+        say("Note: The head alone cannot call photos unknown: it names a class for photos of anything.", err=True)
 
 
 def _shown(
@@ -219,10 +221,13 @@ def _shown(
 def _say_examples(labelled: Labelled | None, shown: Examples | None, each: int) -> None:
     if labelled is None or shown is None:
         if each:
-            say("Note: The page shows no examples. With them: --store STORE", err=True)
+            say("Note: The page shows no examples. To have some: --store STORE", err=True)
         return
     gone = f" {plural(shown.missing, 'picture')} of the store are gone or have changed." if shown.missing else ""
-    say(f"Note: {plural(len(shown.labels), 'example photo')} in the file.{gone} Without: --examples 0", err=True)
+    say(
+        f"Note: {plural(len(shown.labels), 'example photo')} in the file.{gone} To leave them out: --examples 0",
+        err=True,
+    )
     for note in labelled.notes:
         say(f"Note: {note}", err=True)
 

@@ -95,13 +95,13 @@ def finetune(
     if out is not None:
         check_file(out, MODEL_MARK, example="photos.model")
     if from_scratch and (blocks != 1 and blocks != "all"):
-        raise UsageError("from scratch all is trained", where="--unfreeze", expected="all", found=unfreeze)
+        raise UsageError("--from-scratch trains the whole network", where="--unfreeze", expected="all", found=unfreeze)
     if augment and blocks != "all" and not from_scratch:
         raise UsageError(
             "activations cannot be mirrored or shifted, images can", where="--augment", hint="Use --unfreeze all."
         )
     if prior != "as-is" and out is None:
-        raise UsageError("it is about the model that is kept", where="--prior", hint="Keep one with --out.")
+        raise UsageError("only a model that is kept uses it", where="--prior", hint="Keep one with --out MODEL.")
     from featx.adaptation import judge_episodes, open_tuning, plan_shots, recipe_for
     from featx.evaluation import LabelledRows
     from featx.extraction import network_like

@@ -73,8 +73,8 @@ def fit(
 ) -> None:
     """Choose a head, calibrate it on images it has not seen, refit it on all images, and keep it in one file.
 
-    Promised is, on average over photos like those that it was fitted on, in the shares that --prior says, and over no
-    others: at most --max-error of the answers are wrong, and at most --max-unknown of the photos are called unknown.
+    The model promises that at most --max-error of its answers are wrong, and that it calls at most --max-unknown of the
+    photos unknown: on average, and over photos like those that it was fitted on, in the shares that --prior says.
     Photos of another camera, place or season may be unlike them; a split called test shows it.
     """
     if device == "cuda":
@@ -156,10 +156,10 @@ def _story(bundle: Bundle, how: str = "") -> list[str]:
     counted = f"{images} of {plural(metrics['classes'], 'class')}"
     lines = [f"{bundle.head} ({params}) on {counted}{how and f': {how}'}."]
     if bundle.prior is not None:
-        lines.append(f"For photos among which the classes are met in other shares (--prior): {_shares(bundle.prior)}.")
+        lines.append(f"For photos with other shares of the classes (--prior): {_shares(bundle.prior)}.")
     rivals = len(metrics.get("chosen_among") or ())
     groups = f" ({plural(metrics['groups'], 'group')}, whole)" if "groups" in metrics else ""
-    unseen = f"On images that the fit, but not the choice among {rivals} heads, had not seen{groups}"
+    unseen = f"On images that the fit had not seen, but on which the best of {rivals} heads was chosen{groups}"
     for key, where in (
         ("out_of_fold", unseen if rivals else f"On images it had not seen{groups}"),
         ("test", "On the split test"),
@@ -221,5 +221,5 @@ def _story_of_unknown(found: Any, most: float | None) -> list[str]:
     left = found["class_left_out"]
     if left:
         share = percent(Interval(**{name: left[name] for name in ("mean", "low", "high")}))
-        lines.append(f"  Of a class that it had never seen, left out in turn, it refused {share}.")
+        lines.append(f"  Of the photos of a class that it was not fitted on (each in turn), it called {share} unknown.")
     return lines

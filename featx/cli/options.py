@@ -68,19 +68,21 @@ PriorOption = Annotated[
     typer.Option(
         "--prior",
         metavar="as-is|equal|FILE",
-        help="How often classes will be met: as often as they were labelled, all equally often, or by the shares "
-        "of a file (CSV with class,share, or JSON). All that is promised is then about such photos.",
+        help="How often each class will occur: as often as it was labelled, all equally often, or by the shares in "
+        "a file (CSV with class,share, or JSON). All promises are then about such photos.",
     ),
 ]
 
 
 MaxError = Annotated[
     float,
-    typer.Option(help="Share of answers that may be wrong, on photos like the model's; it abstains to keep it."),
+    typer.Option(help="Share of answers that may be wrong, on photos like the model's; it abstains to stay below it."),
 ]
 MaxUnknown = Annotated[
     float,
-    typer.Option(help="Share of photos like the model's that may be called unknown, so that others are; 0: none ever."),
+    typer.Option(
+        help="Share of photos like the model's that may be called unknown, so that other photos are; 0: none at all."
+    ),
 ]
 
 

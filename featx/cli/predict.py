@@ -67,8 +67,8 @@ def predict(
         float | None,
         typer.Option(
             metavar="SHARE",
-            help="Also give the smallest set of labels that holds the truth this often, such as 0.9, on photos like "
-            "the model's; the set of an unknown photo is empty.",
+            help="Also give the smallest set of labels that contains the true one this often, such as 0.9, on photos "
+            "like the model's; the set of an unknown photo is empty.",
         ),
     ] = None,
     backbone: OwnBackbone = None,
@@ -77,7 +77,7 @@ def predict(
     device: DeviceOption = "auto",
     as_json: Json = False,
 ) -> None:
-    """Say what is on photos: label, probability, and whether the model is unsure or does not know such photos.
+    """Say what photos show: label, probability, and whether the model is unsure or finds the photo unlike its own.
 
     In a pipe, the output is one line per image with tabs between image, label, score and "abstains" or "unknown".
     A label beside either is a guess. With --coverage the set of labels follows, with " | " between them.

@@ -90,7 +90,9 @@ def drop(
     from featx.store import StoreWriter, read_manifest
 
     if store.is_file():
-        raise UsageError("a packed store is not changed", where=store, hint="Drop it from the store, and pack again.")
+        raise UsageError(
+            "a packed store cannot be changed", where=store, hint="Drop it from the store, and pack again."
+        )
     read_manifest(store)  # says that there is no store
     refuse_second_writer(store)
     with StoreWriter(store) as writer:

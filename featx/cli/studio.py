@@ -29,7 +29,7 @@ def studio(
     source: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[FOLDER]", help="The photos: a folder, or a list (.csv). Without it, choose one there."
+            metavar="[FOLDER]", help="The photos: a folder, or a list (.csv). Without it, choose one on the page."
         ),
     ] = None,
     project: Annotated[

@@ -122,7 +122,7 @@ def sweep(
         typer.Option(
             "--explain",
             help="Show in the report what speaks for the two classes on confused and suspicious photos. The network "
-            "sees these photos again.",
+            "runs on these photos again.",
         ),
     ] = False,
     as_json: Json = False,

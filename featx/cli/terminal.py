@@ -104,7 +104,7 @@ def check_file(out: Path, mark: bytes, *, example: str) -> None:
         raise UsageError(f"cannot be read ({error.strerror}), and would be replaced", where=out) from error
     if start and mark not in start and mark not in end:
         raise UsageError(
-            "there is a file of this name already, of another kind than would be made", where=out,
+            "there is a file of this name already, and featx did not make it", where=out,
             hint=f"Delete it, or choose another name, such as {example}.",
         )  # fmt: skip
 

@@ -267,7 +267,7 @@ class SweepResult:
             return ""
         shots = (*self.shots, *(n_shots for n_shots in self.missing if n_shots not in self.shots))
         each = ", ".join(f"{self.draws(n_shots)} with {shots_label(n_shots)}" for n_shots in shots)
-        return f"Provisional: {len(self.queries)} of {plural(self.planned, 'draw')} are made ({each})."
+        return f"Provisional: {len(self.queries)} of {plural(self.planned, 'draw')} are done ({each})."
 
     def mean_accuracy(self, head: str) -> float:
         """Mean over all n_shots of the mean accuracy over its draws."""

@@ -204,7 +204,7 @@ def make_lanes(
     networks = {each.name: each for each in given}
     if len(networks) < len(given) or not (given or recorded):
         found = ", ".join(each.name for each in given) or "none"
-        raise UsageError("backbones must be named, each once", where="backbone", found=found)
+        raise UsageError("name one backbone or more, each once", where="backbone", found=found)
     if engine is not None and not callable(engine) and len(given) > 1:
         raise UsageError("one engine runs one backbone", where="engine", expected="what makes an engine for each")
     for name, made in recorded.items():
@@ -369,7 +369,7 @@ def check_replaced(index: Index, writer: StoreWriter) -> None:
     if 2 * len(gone) > len(had):
         writer.flush()
         raise MismatchError(
-            "this would take the place of other labelled images",
+            "this would replace other labelled images",
             where=writer.path,
             expected=f"the images of {writer.manifest.source or 'the store'}, for the most part",
             found=f"{len(gone)} of {plural(len(had), 'labelled image')} missing, or without a label",
@@ -386,7 +386,7 @@ def _too_many(
         where=store / "quarantine.jsonl",
         expected="at least one good image" if none_left else f"at most {int(allowed)} of {total}",
         found=f"{len(refused)}, such as {first.id} ({first.reason}: {first.message})",
-        hint="Good images are kept; mend or remove the bad ones, or allow more with --max-bad, and run it again.",
+        hint="Good images are kept; repair or remove the bad ones, or allow more with --max-bad, and run it again.",
     )
 
 

@@ -104,7 +104,7 @@ def _system(url: str) -> tuple[Any, str]:
     """The file system behind an address, and the path in it."""
     protocol, _, rest = url.partition("://")
     if not rest.strip("/"):
-        raise SourceError("an address of nothing", where=url, expected="one such as s3://bucket/photos")
+        raise SourceError("the address names nothing", where=url, expected="one such as s3://bucket/photos")
     if protocol in ("http", "https"):
         raise UsageError("a web address has no folders to list", where=url, hint="Download the images into a folder.")
     try:

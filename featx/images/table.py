@@ -189,7 +189,7 @@ class _Reader(Child):
 
 
 def _damaged(what: str, path: Path) -> SourceError:
-    return SourceError(what, where=path, hint="The file may be damaged: fetch or make it again.")
+    return SourceError(what, where=path, hint="The file may be damaged: fetch it again, or make it anew.")
 
 
 def _reader(path: Path) -> _Reader:

@@ -182,7 +182,8 @@ class Table:
         text = str(value) if isinstance(value, str | int | float | datetime.date) else None
         if text is None or len(text) > MAX_TEXT or "\0" in text:
             raise SourceError(
-                "a value that is no short text, number or date", where=f"{self.path}, row {row}, column {column}",
+                "a value that is not a short text, a number or a date",
+                where=f"{self.path}, row {row}, column {column}",
                 expected=f"at most {MAX_TEXT} characters", found=f"{type(value).__name__} {str(value)[:40]!r}",
             )  # fmt: skip
         return text
@@ -191,7 +192,7 @@ class Table:
         if value is None or value == "" or (names and value == -1):  # -1: how datasets marks unlabelled rows
             return None
         if isinstance(value, bool) or not isinstance(value, str | int):
-            raise SourceError("a label that is no text and no whole number", where=self._at(row), found=repr(value))
+            raise SourceError("a label that is neither text nor a whole number", where=self._at(row), found=repr(value))
         if names and isinstance(value, int) and not 0 <= value < len(names):
             raise SourceError("a class number without a name", where=self._at(row), found=value)
         return str(names[value] if names and isinstance(value, int) else value)
@@ -257,7 +258,7 @@ class Table:
 
     def _damaged(self, error: Exception | str) -> SourceError:
         return SourceError(
-            f"the table cannot be read ({_short(error)})", where=self.path, hint="Fetch or make it again."
+            f"the table cannot be read ({_short(error)})", where=self.path, hint="Fetch it again, or make it anew."
         )
 
 
@@ -310,7 +311,7 @@ def _features(path: Path, schema: pyarrow.Schema) -> dict[str, dict[str, Any]]:
         checked: dict[str, dict[str, Any]] = {n: found for n, found in features.items() if isinstance(found, dict)}
         for feature in checked.values():
             if not all(isinstance(name, str) for name in feature.get("names") or ()):
-                raise ValueError("class names that are no text")
+                raise ValueError("class names that are not text")
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise SourceError(f"metadata that datasets would not write ({_short(error)})", where=path) from error
     return checked

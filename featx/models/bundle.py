@@ -266,7 +266,7 @@ class Bundle:
 
     @property
     def cautions(self) -> list[str]:
-        """What to know before its answers are used, in sentences: that all abstain, that it knows no unknown."""
+        """What to know before its answers are used, in sentences: that all abstain, or none is unknown."""
         return [
             *silence(self.threshold, self.metrics),
             *([KNOWS_NO_UNKNOWN] if self.max_unknown is None else []),
@@ -297,7 +297,7 @@ class Bundle:
 
 
 KNOWS_NO_UNKNOWN = (
-    "This model knows no unknown: it was made before featx 0.3, and names a class for photos of anything. "
+    "This model cannot call photos unknown: it was made before featx 0.3, and names a class for photos of anything. "
     "Fit it again: featx fit STORE --out MODEL"
 )
 
@@ -407,7 +407,7 @@ def parse_bundle(raw: bytes, where: Path) -> Bundle:
         raise
     except _UNSOUND as error:
         how = f"{error.args[0]} is missing" if isinstance(error, KeyError) and error.args else str(error)
-        raise BundleError(f"not a sound model: {how}", where=where, hint=_AGAIN) from error
+        raise BundleError(f"not a valid model: {how}", where=where, hint=_AGAIN) from error
     off = float(np.abs(found - expected).max())
     if not off <= GOLDEN_TOLERANCE:
         raise BundleError(
@@ -617,7 +617,7 @@ def _prior(prior: Any, names: list[str]) -> dict[str, float] | None:
         raise ValueError(f"prior is {prior!r:.40}")
     shares = {name: _number(prior, name) for name in names}
     if not all(shares.values()) or not abs(sum(filter(None, shares.values())) - 1.0) < 1e-6:
-        raise ValueError("prior is no share of each class")
+        raise ValueError("prior is not a share for each class")
     return {name: share for name, share in shares.items() if share}
 
 

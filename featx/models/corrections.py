@@ -224,7 +224,7 @@ def _checked(fields: Any, number: int) -> Correction:
     if not _SHA256.fullmatch(made.sha256) or not re.fullmatch(rf"{made.sha256}\.[a-z]{{3,4}}", made.file):
         raise ValueError("its photo has no name that featx gives")
     if not all(isinstance(each, str) for each in (made.when, made.by)):
-        raise ValueError("a field is no text")
+        raise ValueError("a field is not text")
     checked_name(made.label)
     return made
 

@@ -75,7 +75,7 @@ def draw_to_check(ids: Sequence[str], n: int, random_state: int) -> list[str]:
     """Photos to check, at random and in a random order, so that the first of them are a random part, too."""
     ordered = sorted(ids)
     if n > len(ordered):
-        raise UsageError("more photos than there are", where="--draw", expected=f"up to {len(ordered)}", found=n)
+        raise UsageError("there are not so many photos", where="--draw", expected=f"up to {len(ordered)}", found=n)
     return [ordered[i] for i in np.random.default_rng(random_state).permutation(len(ordered))[:n]]
 
 

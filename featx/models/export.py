@@ -180,7 +180,7 @@ class Pickled:
         """As of :attr:`featx.models.bundle.Bundle.cautions`."""
         return [
             *silence(self.threshold, self.told["metrics"]),
-            "An exported head knows no unknown: it names a class for photos of anything. Use the model itself.",
+            "An exported head calls no photo unknown: it names a class for photos of anything. Use the model itself.",
         ]
 
     def cautions_of_sets(self, coverage: float) -> list[str]:

@@ -187,7 +187,7 @@ def _meaning(bundle: Bundle) -> str:
     if bundle.sharpness is None:
         said.append("It gives no probabilities: the number is how far the label is ahead of the next.")
     if bundle.threshold is None:
-        said.append("It is never sure of an answer.")
+        said.append("It is never sure of its answers.")
     else:
         kind = "a probability" if bundle.sharpness is not None else "a lead"
         said.append(
@@ -195,7 +195,7 @@ def _meaning(bundle: Bundle) -> str:
             "its answers are wrong, on photos like those it was made from."
         )
     if bundle.familiarity is None or bundle.max_unknown is None:
-        said.append("It knows no unknown: it names a class for photos of anything.")
+        said.append("It cannot call photos unknown: it names a class for photos of anything.")
     else:
         said.append(
             "It calls a photo unknown that is stranger to it than all but "

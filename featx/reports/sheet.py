@@ -76,7 +76,7 @@ def image_finder(store: Path, source: str | None) -> Finder:
             raise UsageError("a packed store does not know where its images are", where=store, hint=hint)
         source = read_manifest(store).source
     if is_local(source) and not Path(source).exists():
-        raise UsageError("the images of the store are not there, and they are to be shown", where=source, hint=hint)
+        raise UsageError("the images of the store, which are to be shown, are not there", where=source, hint=hint)
     return finder(source)
 
 

@@ -218,7 +218,7 @@ def across_sentence(result: SweepResult, across: Across) -> str:
     """How good the winner is on new photos, and on photos of a new group, in words."""
     both = [n_shots for n_shots in result.shots if n_shots in across[0].shots]
     if not both:
-        return f"Photos of a new {across[0].group_name}: at none of these numbers of images."
+        return f"Photos of a new {across[0].group_name}: not compared at any of these numbers of images."
     n_shots, name = both[-1], across[0].group_name
     own, other = (
         next(each for each in found.results if (each.head, each.n_shots) == (result.winner, n_shots))
@@ -558,7 +558,7 @@ def _reliability(result: SweepResult) -> dict[str, Any] | None:
 
 
 def _confused(result: SweepResult) -> list[tuple[int, str, str]]:
-    """Rows of the input that the winner names wrongly most often with the most images: label and what it names."""
+    """Rows of the input that the winner most often gets wrong with the most images: label and what it names."""
     votes = result.votes(result.winner, result.shots[-1])
     wrong = votes.copy()
     wrong[np.arange(len(wrong)), result.labels] = 0

@@ -275,7 +275,7 @@ def read_manifest(store: Path) -> Manifest:
         try:
             there = store.exists()
         except OSError as error:
-            raise StoreError(f"cannot be looked at ({error.strerror})", where=store) from error
+            raise StoreError(f"cannot be opened ({error.strerror})", where=store) from error
         if not there:
             hint = did_you_mean(store.name, _names(store.parent)) or "Make it with: featx extract FOLDER --out STORE"
             raise StoreError("no such store", where=store, hint=hint)
@@ -410,4 +410,4 @@ def _parse_shard(path: Path, fields: Any, layers: Mapping[str, tuple[str, ...]])
 
 def damaged(path: Path, how: str) -> StoreError:
     """The error for a file that is not as featx wrote it."""
-    return StoreError(f"not a sound featx file: {how}", where=path, hint=RESTORE)
+    return StoreError(f"not a valid featx file: {how}", where=path, hint=RESTORE)

@@ -12,7 +12,6 @@ from PIL import Image
 from featx.advice.shortcuts import (
     CORNER,
     FRAME,
-    MIDDLE,
     Shortcuts,
     find_shortcuts,
     masked,

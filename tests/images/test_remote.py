@@ -193,7 +193,7 @@ def test_mistakes_about_addresses(bucket: Bucket, tmp_path: Path) -> None:
         ImageSet.from_source("https://example.org/photos")
     with pytest.raises(SourceError, match="not an address that fsspec knows"):
         ImageSet.from_source("nosuch://x/y")
-    with pytest.raises(SourceError, match="an address of nothing: expected one such as s3://bucket/photos"):
+    with pytest.raises(SourceError, match="the address names nothing: expected one such as s3://bucket/photos"):
         ImageSet.from_source("s3://")
     for spelled in (str(Path(bucket.url)), bucket.url.replace("s3", "S3", 1)):  # pathlib makes s3:/ of s3://
         images = ImageSet.from_source(spelled)

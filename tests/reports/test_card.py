@@ -168,7 +168,7 @@ def test_old_models_have_a_card(old: str, tmp_path: Path, featx: Featx) -> None:
     ran = featx("card", TESTS / "golden" / f"{old}.model", "--json")
     assert ran.code == 0 and ran.json["path"] is None
     assert ran.json["metadata"]["library_name"] == "featx"
-    assert "it keeps no numbers" in ran.json["card"] and "knows no unknown" in ran.json["card"]
+    assert "it keeps no numbers" in ran.json["card"] and "cannot call photos unknown" in ran.json["card"]
     assert yaml.safe_load(ran.json["card"].split("---\n", 2)[1]) == ran.json["metadata"]
 
 

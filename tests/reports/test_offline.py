@@ -337,7 +337,7 @@ def test_what_cannot_be_exported_as_a_page(kept: Path, featx: Featx, tmp_path: P
         assert not page.exists()
     for option in ("--runtime", "--store"):
         ran = featx("export", model, "--format", "onnx", "--out", tmp_path / "a.onnx", option, tmp_path)
-        assert ran.code == 2 and "only a page needs it" in ran.err
+        assert ran.code == 2 and "only for a page" in ran.err
     (tmp_path / "elsewhere").mkdir()
     store = ("--store", kept / "int8.featx")
     ran = featx(

@@ -206,12 +206,12 @@ def test_a_full_disk_stops_no_answer_and_loses_no_count(
     ("change", "text"),
     [
         ({"photos": 7}, "counts do not add up"),
-        ({"unknown": -1}, "a count is no whole number"),
+        ({"unknown": -1}, "a count is not a whole number"),
         ({"familiarity": [1]}, "counts do not add up"),
         ({"labels": None}, "has no attribute"),
         ({"hour": "yesterday"}, "Invalid isoformat string"),
         ({"hour": "2026-11-01T00:00:00"}, "hour has no time zone"),
-        ({"model": None}, "model is no text"),
+        ({"model": None}, "model is not text"),
         ({"photos": 0, "labels": {}, "familiarity": []}, "counts do not add up"),
     ],
 )
