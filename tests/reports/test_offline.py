@@ -26,7 +26,7 @@ from webdriver import Browser, driver, missing
 from featx.heads.catalogue import make_head
 from featx.models import Bundle, Exported, read_bundle
 from featx.models.bundle import write_bundle
-from featx.models.labelled import Labelled
+from featx.models.examples import Labelled
 from featx.models.onnx.model import Compared
 from featx.models.onnx.web import WebRuntime, web_runtime
 from featx.reports.offline import render_offline

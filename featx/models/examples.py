@@ -1,4 +1,4 @@
-"""The labelled images of the store that a model was fitted on: what its answers can be shown beside."""
+"""The labelled images of the store that a model was fitted on: examples to show beside its answers."""
 
 from __future__ import annotations
 
