@@ -19,10 +19,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from featx._system import lock
 from featx.errors import FeatxError, StoreBusy, StoreError
+
+T = TypeVar("T")
 
 TEMP_PREFIX = ".tmp-"
 _TEMPORARY = re.compile(r"\.tmp-[0-9]+-[0-9a-f]+-.+", re.DOTALL)
@@ -226,6 +228,23 @@ class LineFile:
         whole, _, _ = raw.rpartition(b"\n")
         self.lines: Sequence[bytes] = whole.split(b"\n") if whole else []
         self._size = len(whole) + 1 if whole else 0
+
+    def read(self, take: Callable[[Any, int], T], *, what: str, hint: str) -> list[T]:
+        """What ``take`` makes of each line, given its JSON and its number; it refuses one by a ValueError or the like.
+
+        Raises
+        ------
+        StoreError
+            A line was refused: ``what`` was altered.
+        """
+        found = []
+        for number, line in enumerate(self.lines, start=1):
+            try:
+                found.append(take(json.loads(line), number))
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                where = f"{self.path}, line {number}"
+                raise StoreError(f"{what} was altered", where=where, found=str(error), hint=hint) from error
+        return found
 
     def open(self) -> None:
         """Take away what a crash cut short, and be ready to append."""

@@ -20,7 +20,6 @@ A record has ``n`` (1, 2, ...), ``when`` (UTC), ``by`` ("" if nobody said), ``sh
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import threading
 from collections.abc import Iterable, Sequence
@@ -102,14 +101,9 @@ class Corrections:
         self._file = LineFile(self.path)
         self._last: dict[tuple[str, str], Correction] = {}
         self.all: list[Correction] = []
-        for number, line in enumerate(self._file.lines, start=1):
-            try:
-                self._take(_checked(json.loads(line), number))
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise StoreError(
-                    "the journal of corrections was altered", where=f"{self.path}, line {number}", found=str(error),
-                    hint="Put back a copy of it, or move the folder away and begin with another.",
-                ) from error  # fmt: skip
+        hint = "Put back a copy of it, or move the folder away and begin with another."
+        for made in self._file.read(_checked, what="the journal of corrections", hint=hint):
+            self._take(made)
 
     def open(self) -> None:
         """Be the one that adds, and make the folder where there is none.

@@ -30,7 +30,7 @@ from featx._system import available_cpus
 from featx.backbones import Backbone, Engine, cuda_devices, make_engine
 from featx.errors import FeatxError, Interrupted, UsageError, plural
 from featx.extraction.parts import Part, extract_cut, finish_parts, parts_of, unfinished
-from featx.extraction.run import ExtractSummary, Start, recorded_precision
+from featx.extraction.run import ExtractSummary, Progress, Start, recorded_precision
 from featx.images import ImageSet
 from featx.store import stored_backbones
 
@@ -42,8 +42,6 @@ PATIENCE = 30.0
 
 _REPORT_SECONDS = 0.2
 _LOOK_SECONDS = 0.5
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import pickle
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any
 
 from featx.errors import FeatxError, StoreBusy, UsageError, not_installed
 from featx.extraction.parts import Part
-from featx.extraction.run import ExtractSummary
+from featx.extraction.run import ExtractSummary, Progress
 from featx.extraction.runners.local import (
     PATIENCE,
     RESTARTS,
@@ -38,8 +38,6 @@ from featx.extraction.runners.local import (
 )
 from featx.images import ImageSet
 from featx.store import SHARD_ROWS
-
-Progress = Callable[[int, int], None]
 
 _REPORT_SECONDS = 1.0
 _BUSY_SECONDS = 5.0
