@@ -147,7 +147,7 @@ def _summed(keys: NDArray[np.datetime64], rows: NDArray[np.int64]) -> tuple[NDAr
 
 def _counts(row: NDArray[np.int64], class_names: list[str]) -> dict[str, Any]:
     """A row of numbers, by their names."""
-    from featx.models import quantiles_of
+    from featx.models import median_of
 
     photos, unsure, unknown, *rest = row.tolist()
     return {
@@ -156,7 +156,7 @@ def _counts(row: NDArray[np.int64], class_names: list[str]) -> dict[str, Any]:
         "unknown": unknown,
         "labels": dict(zip(class_names, rest, strict=False)),
         "familiarity": rest[len(class_names) :],
-        "median_familiarity": quantiles_of(row[3 + len(class_names) :]),
+        "median_familiarity": median_of(row[3 + len(class_names) :]),
     }
 
 

@@ -22,7 +22,7 @@ from .drift import (
     N_BINS as N_BINS,
     bins_of as bins_of,
     find_drift as find_drift,
-    quantiles_of as quantiles_of,
+    median_of as median_of,
     share_over_units as share_over_units,
 )
 from .examples import Labelled as Labelled, labelled_images as labelled_images

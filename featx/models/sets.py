@@ -88,13 +88,11 @@ class Conformity:
         return cls(scores[kept], None if weights is None else weights[kept], heaviest)
 
 
-def check_coverage(coverage: float, where: str = "--coverage") -> None:
-    """Refuse what is no share of sets that are to hold the truth."""
+def check_coverage(coverage: float) -> None:
+    """UsageError where it is not a share of the sets."""
     if not 0 < coverage < 1:
-        raise UsageError(
-            "not a share of the sets", where=where, expected="more than 0 and less than 1",
-            found=coverage,
-        )  # fmt: skip
+        expected = "more than 0 and less than 1"
+        raise UsageError("not a share of the sets", where="--coverage", expected=expected, found=coverage)
 
 
 def rank_scores(probabilities: Array) -> Array:
