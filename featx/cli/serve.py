@@ -21,7 +21,7 @@ from featx.cli.options import (
     own_network,
 )
 from featx.cli.terminal import say
-from featx.errors import UsageError, plural
+from featx.errors import UsageError, in_words, plural
 
 if TYPE_CHECKING:
     from featx.extraction import Embedder
@@ -294,7 +294,8 @@ def _api_key(file: Path | None) -> str:
     try:
         key = file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError("the API key cannot be read", where=file) from error
+        why = in_words(error) if isinstance(error, OSError) else "it is not text in UTF-8"
+        raise UsageError(f"the API key cannot be read ({why})", where=file) from error
     if not key:
-        raise UsageError("the API key is empty", where=file)
+        raise UsageError("the API key is empty", where=file, hint="Write the key into this file, in one line.")
     return key

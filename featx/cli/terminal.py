@@ -89,7 +89,7 @@ def check_file(out: Path, mark: bytes, *, example: str) -> None:
     if out.is_dir():
         raise UsageError("a folder is in the way", where=out, hint=f"Name a file, such as {example}.")
     if not out.absolute().parent.is_dir():
-        raise UsageError("no such folder", where=out.absolute().parent)
+        raise UsageError("no such folder", where=out.absolute().parent, hint="Make it first, or choose another one.")
     check_writable(out.absolute().parent)
     if not out.exists():
         return

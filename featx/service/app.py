@@ -88,7 +88,7 @@ def create_app(
 # --- routes -------------------------------------------------------------------------------------------------------
 
 
-_Named = Annotated[str | None, Query(description="The name of the model; it may be left out where there is one only.")]
+_Named = Annotated[str | None, Query(description="The name of the model; not needed where there is only one.")]
 
 
 def _add_work(app: FastAPI, repository: Repository, keyed: list[Any]) -> None:
