@@ -131,7 +131,10 @@ def test_one_model_of_several(featx: Featx, tmp_path: Path) -> None:
 def test_what_is_wrong_is_said(featx: Featx, tmp_path: Path) -> None:
     ran = featx("drift", tmp_path, "--json")
     assert (ran.code, ran.json["exit_code"]) == (2, 2)
-    assert "no counts here: expected counts.jsonl. Keep them with: featx serve MODEL --counts DIR" in ran.json["error"]
+    assert (
+        "no counts in this folder: expected counts.jsonl. Keep them with: featx serve MODEL --counts DIR"
+        in ran.json["error"]
+    )
     (tmp_path / "counts.jsonl").write_bytes(b"\xff\x00\n")
     ran = featx("drift", tmp_path)
     assert ran.code == 2 and "counts.jsonl, line 1: these are not the counts of a service" in ran.err

@@ -323,7 +323,7 @@ def test_what_cannot_be_exported_as_a_page(kept: Path, featx: Featx, tmp_path: P
     runtime = ("--runtime", RUNTIME)
     for options, message in [
         ((*runtime, "--part", "head"), "a page holds the whole model"),
-        ((*runtime, "--source", tmp_path), "of which store?"),
+        ((*runtime, "--source", tmp_path), "--source goes with --store"),
         ((*runtime, "--store", kept / "fp32.featx"), "do not belong together"),
         (
             (*runtime, "--store", kept / "int8.featx", "--source", tmp_path / "gone"),

@@ -234,7 +234,7 @@ def test_what_was_altered_is_refused(tmp_path: Path, change: dict[str, Any], tex
 
 
 def test_a_folder_without_counts_says_where_they_come_from(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match=r"no counts here.*featx serve MODEL --counts DIR"):
+    with pytest.raises(StoreError, match=r"no counts in this folder.*featx serve MODEL --counts DIR"):
         read_counts(tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="cannot write"):

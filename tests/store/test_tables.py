@@ -142,7 +142,7 @@ def test_a_packed_store_gives_the_same_table(store: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("out", "options", "words"),
     [
-        ("x.xlsx", {}, r"no such format: expected parquet, csv, npz, found xlsx. Say --format"),
+        ("x.xlsx", {}, r"no such format: expected parquet, csv, npz, found xlsx. Name it with --format"),
         ("x", {}, r"no such format.*found no suffix"),
         ("x.csv", {"layer": "features.3"}, r"no layer 'features.3' in this store"),
         ("there.csv", {}, r"there is a file of this name already"),
