@@ -96,7 +96,7 @@ def _share(path: Path, name: str, value: object) -> float:
         share = math.nan
     if not 0 < share < math.inf:
         raise UsageError(
-            f"the share of {name!r} is none", where=path, expected="a number above 0", found=value,
+            f"the share of {name!r} is not valid", where=path, expected="a number above 0", found=value,
             hint="A class that does not occur is better left out of the store.",
         )  # fmt: skip
     return share
