@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -14,13 +16,15 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from featx._system import lock
 from featx.errors import FeatxError, StoreBusy, StoreError
+
+T = TypeVar("T")
 
 TEMP_PREFIX = ".tmp-"
 _TEMPORARY = re.compile(r"\.tmp-[0-9]+-[0-9a-f]+-.+", re.DOTALL)
@@ -166,6 +170,20 @@ def publish_bytes(path: Path, data: bytes) -> Path:
     return publish(path, write)
 
 
+def publish_text(path: Path, text: str) -> Path:
+    """:func:`publish` in UTF-8; what of file names is no Unicode text is spelt with backslashes."""
+    return publish_bytes(path, text.encode(errors="backslashreplace"))
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """A table as CSV with a header; cells are empty where a row has no such column."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
 def read_regular(path: Path, limit: int | None = None) -> bytes:
     """A file's bytes; StoreError for a pipe or a device, which may never end, and for more than ``limit`` bytes."""
     try:
@@ -210,6 +228,23 @@ class LineFile:
         whole, _, _ = raw.rpartition(b"\n")
         self.lines: Sequence[bytes] = whole.split(b"\n") if whole else []
         self._size = len(whole) + 1 if whole else 0
+
+    def read(self, take: Callable[[Any, int], T], *, what: str, hint: str) -> list[T]:
+        """What ``take`` makes of each line, given its JSON and its number; it refuses one by a ValueError or the like.
+
+        Raises
+        ------
+        StoreError
+            A line was refused: ``what`` was altered.
+        """
+        found = []
+        for number, line in enumerate(self.lines, start=1):
+            try:
+                found.append(take(json.loads(line), number))
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                where = f"{self.path}, line {number}"
+                raise StoreError(f"{what} was altered", where=where, found=str(error), hint=hint) from error
+        return found
 
     def open(self) -> None:
         """Take away what a crash cut short, and be ready to append."""

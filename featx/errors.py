@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from unicodedata import category
 
 
@@ -22,6 +22,11 @@ def plural(n: int, noun: str) -> str:
     if noun.endswith("y") and noun[-2] not in "aeiou":
         return f"{n:,} {noun[:-1]}ies"
     return f"{n:,} {noun}s"
+
+
+def listed(names: Sequence[str], most: int = 10) -> str:
+    """Names in words: "a, b and 3 more" of five, where at ``most`` two are to be named."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 class FeatxError(Exception):
@@ -63,6 +68,12 @@ class FeatxError(Exception):
 
 class UsageError(FeatxError):
     """The command or the arguments cannot be carried out as given."""
+
+
+def not_installed(package: str, extra: str, what: str = "") -> UsageError:
+    """The error for a package that ``what`` needs, and that comes with one of featx's extras."""
+    needed = f"{what} needs {package}, which" if what else package
+    return UsageError(f"{needed} is not installed", hint=f"Install it: pip install 'featx[{extra}]'")
 
 
 class SourceError(FeatxError):

@@ -123,9 +123,10 @@ def start(folder: Path, *command: object) -> Iterator[Running]:
         reading, writing = os.pipe()
         out = stack.enter_context(os.fdopen(reading))
         try:
-            process = stack.enter_context(_started([*map(str, command)], writing, sink.fileno()))
+            process = _started([*map(str, command)], writing, sink.fileno())
         finally:
             os.close(writing)
+        stack.enter_context(process)
         stack.callback(process.kill)
         line = out.readline()
         found = re.search(r"(?:at|Open) (http://\S+)", line)

@@ -195,7 +195,7 @@ class Started:
 
 def pass_on() -> None:
     """What the program ``featx`` does."""
-    job = {"arguments": sys.argv[1:], "cwd": os.getcwd(), "env": dict(os.environ), "first": "", "script": ""}  # noqa: PTH109
+    job: dict[str, object] = {"arguments": sys.argv[1:], "cwd": os.getcwd(), "env": dict(os.environ)}  # noqa: PTH109
     raise SystemExit(Started(os.environ[SOCKET], job, [0, 1, 2]).wait() % 256)
 
 
@@ -274,13 +274,13 @@ def serve(path: str) -> None:
     os.environ.update(request["env"])
     sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     importlib.reload(huggingface_hub.constants)  # it reads its variables when it is imported
-    script = request["script"]
+    script = request.get("script", "")
     sys.argv = [script or "featx", *request["arguments"]]
     from featx.cli.main import main
 
     code: object = 0
     try:
-        exec(request["first"], {})
+        exec(request.get("first", ""), {})
         if script:
             runpy.run_path(script, run_name="__main__")
         else:

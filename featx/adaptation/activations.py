@@ -105,7 +105,6 @@ def activations(
     engine: Engine | None,
     *,
     max_gib: float = MAX_GIB,
-    workers: int | None = None,
     progress: Progress | None = None,
 ) -> Iterator[NDArray[Any]]:
     """The activations (n, *shape) of all images, memory-mapped; computed where they are not there yet.
@@ -118,7 +117,6 @@ def activations(
     wanted : which.
     engine : runs the trunk; None for the pixels themselves.
     max_gib : bound of the file's size.
-    workers : decoding processes; by default one a core.
     progress : called as ``progress(done, total)`` of images.
 
     Raises
@@ -133,7 +131,7 @@ def activations(
     with writer_lock(folder / ".lock"):
         path = folder / f"{wanted.key(engine)}.act"
         try:
-            _complete(path, wanted, engine, workers or available_cpus(), progress)
+            _complete(path, wanted, engine, progress)
         except OSError as error:
             raise cannot_write(path, error) from error
         rows = np.memmap(path, dtype=wanted.dtype(engine), mode="r", shape=(len(wanted.ids), *wanted.shape))
@@ -149,7 +147,7 @@ def _record_of(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def _complete(path: Path, wanted: Wanted, engine: Engine | None, workers: int, progress: Progress | None) -> None:
+def _complete(path: Path, wanted: Wanted, engine: Engine | None, progress: Progress | None) -> None:
     """Append the rows that the file does not have."""
     total = len(wanted.ids)
     row_bytes = wanted.nbytes(engine) // max(total, 1)
@@ -167,7 +165,7 @@ def _complete(path: Path, wanted: Wanted, engine: Engine | None, workers: int, p
             publish_bytes(_record_of(path), json.dumps({"rows": done, "sha256": digest.hexdigest()}).encode())
 
         try:
-            for rows in _rows(wanted, engine, done, workers):
+            for rows in _rows(wanted, engine, done):
                 data = rows.tobytes()
                 with uninterrupted():
                     file.write(data)
@@ -201,12 +199,12 @@ def _sound_rows(path: Path, file: Any, row_bytes: int) -> tuple[int, Any]:
     return (rows, digest) if digest.hexdigest() == sha256 else (0, hashlib.sha256())
 
 
-def _rows(wanted: Wanted, engine: Engine | None, start: int, workers: int) -> Iterator[NDArray[Any]]:
+def _rows(wanted: Wanted, engine: Engine | None, start: int) -> Iterator[NDArray[Any]]:
     """Rows from ``start`` on, some at a time."""
     if start == len(wanted.ids):
         return
     size = 16 if engine is None else engine.batch_size
-    batches = _pixels(wanted, start, size, workers)
+    batches = _pixels(wanted, start, size)
     if engine is None:
         yield from batches
     else:
@@ -216,9 +214,10 @@ def _rows(wanted: Wanted, engine: Engine | None, start: int, workers: int) -> It
             yield np.ascontiguousarray(rows, dtype=np.float32)
 
 
-def _pixels(wanted: Wanted, start: int, size: int, workers: int) -> Iterator[NDArray[np.uint8]]:
+def _pixels(wanted: Wanted, start: int, size: int) -> Iterator[NDArray[np.uint8]]:
     images: list[NDArray[np.uint8]] = []
     todo = range(start, len(wanted.ids))
+    workers = available_cpus()
     with DecoderPool(wanted.preprocess, workers=min(workers, len(todo)), mode=wanted.decode) as pool:
         stream = pool.run((wanted.origins[row] for row in todo), lambda digest: False, ahead=2 * size + workers)
         for row, decoded in zip(todo, stream, strict=True):

@@ -24,7 +24,7 @@ from featx.evaluation import (
     stats,
 )
 from featx.heads import Layers
-from featx.store import FeatureSet, fingerprint
+from featx.store import FeatureSet, backbones_of, fingerprint
 
 Progress: TypeAlias = Callable[[int, int, str], None]
 
@@ -105,7 +105,7 @@ class LabelledStore:
     @property
     def of_reference(self) -> FeatureSet:
         """The store's images with the embeddings of the reference alone, which are of its first network."""
-        made = self.features.provenance.get("backbones", [self.features.provenance])[0]
+        made = backbones_of(self.features.provenance)[0]
         columns = slice(*self.columns.columns(self.columns.reference))
         return replace(
             self.features,

@@ -22,7 +22,7 @@ from threadpoolctl import threadpool_limits
 from featx._arrays import Index
 from featx.errors import UsageError, plural
 from featx.evaluation import GroupKShotSplit, KShotSplit, drawable, stats
-from featx.heads import HEADS, Head, distinct_counts, fit_chosen
+from featx.heads import HEADS, distinct_counts, fit_chosen
 
 Array: TypeAlias = NDArray[np.float64]
 
@@ -135,7 +135,6 @@ def simulate(
     *,
     start: int,
     batch: int,
-    head: Head | None = None,
     episodes: int = 10,
     random_state: int = 0,
     sites: Index | None = None,
@@ -147,7 +146,6 @@ def simulate(
     ----------
     embeddings : (n, d); labels : (n,) in 0 .. c-1; groups : (n,) dense numbers of copies.
     start : images per class whose labels are known at first; ``batch`` : images to label.
-    head : one that gives probabilities; by default the recommended one.
     episodes : draws; a fifth of every class is held out in each.
     sites : (n,) what else is held out whole, and what the interval is over.
     keep_on : asked before each draw with the number of finished ones; False ends the simulation.
@@ -157,7 +155,6 @@ def simulate(
     UsageError
         Fewer than two draws were made.
     """
-    head = head or HEADS["auto"]
     gains, hits, rows = [], np.zeros(len(labels)), np.zeros(len(labels))
     accuracy = []
     sizes = []
@@ -171,7 +168,7 @@ def simulate(
         local = np.unique(groups[pool], return_inverse=True)[1].reshape(-1)
         begin, rest = KShotSplit(start, random_state=random_state).episode(labels[pool], local, episode)
         begin, rest = pool[begin], pool[rest]
-        judge = _Judge(embeddings, labels, groups, query, head, (random_state, episode))
+        judge = _Judge(embeddings, labels, groups, query, (random_state, episode))
         known = judge.fit(begin)
         margin = margins(known.predict_proba(embeddings[rest]))
         picked = rest[choose_next(embeddings[rest], margin, batch, random_state=episode)]
@@ -203,14 +200,13 @@ class _Judge:
     labels: NDArray[np.integer]
     groups: Index
     query: Index
-    head: Head
     seeds: tuple[int, int]
 
     def fit(self, support: Index) -> Pipeline:
         local = np.unique(self.groups[support], return_inverse=True)[1].reshape(-1)
         with threadpool_limits(limits=1, user_api="blas"):
             _, pipeline = fit_chosen(
-                self.head, self.embeddings[support], self.labels[support], local, random_state=list(self.seeds)
+                HEADS["auto"], self.embeddings[support], self.labels[support], local, random_state=list(self.seeds)
             )
         return pipeline
 
@@ -226,7 +222,6 @@ def rank_unlabelled(
     pool: NDArray[np.floating],
     count: int,
     *,
-    head: Head | None = None,
     random_state: int = 0,
 ) -> tuple[Index, Array, Index]:
     """Which rows of a pool (m, d) to label next, by a head that learnt from all labelled images.
@@ -235,7 +230,7 @@ def rank_unlabelled(
     -------
     (k,) rows of the pool, their margins (k,), and their likeliest classes (k,); k is ``count``, or m if that is less.
     """
-    judge = _Judge(embeddings, labels, groups, np.arange(0), head or HEADS["auto"], (random_state, 0))
+    judge = _Judge(embeddings, labels, groups, np.arange(0), (random_state, 0))
     probabilities = judge.fit(np.arange(len(labels))).predict_proba(pool)
     margin = margins(probabilities)
     rows = choose_next(pool, margin, min(count, len(pool)), random_state=random_state)

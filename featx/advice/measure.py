@@ -32,7 +32,7 @@ from featx.evaluation import Forecast, Shots, SweepResult, forecast_site, plan_s
 from featx.extraction import Embedder
 from featx.heads import HEADS, Layers
 from featx.images import CENTER, ImageSet, parse_views
-from featx.store import FeatureSet, digest_keys
+from featx.store import FeatureSet, backbones_of, digest_keys
 
 if TYPE_CHECKING:
     from featx.backbones import Unfreeze
@@ -319,7 +319,7 @@ def _renamed(names: Mapping[str, str], head: str) -> str:
 
 def decode_mode(features: FeatureSet) -> str:
     """How the store's images were decoded."""
-    made = features.provenance.get("backbones", [features.provenance])[0]
+    made = backbones_of(features.provenance)[0]
     return str(dict(made.get("decode", {})).get("mode", "full"))
 
 

@@ -25,7 +25,7 @@ from featx.evaluation import LabelledRows, worker_pool
 from featx.heads import HEADS, fit_chosen, fold_numbers, is_large
 from featx.store import Alike
 
-MISSED = "More may be wrong: a wrong label that the models would give, too, is not found."
+MISSED = "More may be wrong: a wrong label that the models would also give is not found."
 """What a list of doubtful labels does not say by itself."""
 
 REPEATS = 3

@@ -27,15 +27,13 @@ from featx.errors import UsageError, plural
 from featx.evaluation import KShotSplit, Trial, limits, mean_interval, paired_difference, percent, points, stats
 from featx.extraction import Embedder
 from featx.heads import HEADS, Scorer, fit_chosen
+from featx.models import MIDDLE, in_middle
 
 FRAME = 0.1
 """Of width and height, on each side: the borders."""
 
 CORNER = 0.2
 """Of width and height: each corner."""
-
-MIDDLE = 0.5
-"""Of width and height: the part around the centre that evidence is counted in; a quarter of the area."""
 
 MOST = 200
 """Images that are looked at; more would tell little more, and each costs nine times its embedding."""
@@ -339,16 +337,9 @@ def _batches(embedder: Embedder, origins: Sequence[Any]) -> Iterator[list[NDArra
 
 def _halves(maps: NDArray[np.float32]) -> NDArray[np.float64]:
     """What the middle and the rest of maps (v, h, w, d) add to their mean, (2, d)."""
-    weight = np.outer(*(_in_middle(n) for n in maps.shape[1:3])) / (maps.shape[1] * maps.shape[2])
+    weight = np.outer(*(in_middle(n) for n in maps.shape[1:3])) / (maps.shape[1] * maps.shape[2])
     middle = np.einsum("vhwd,hw->vd", maps.astype(np.float64), weight).mean(axis=0)
     return np.stack([middle, maps.mean(axis=(0, 1, 2), dtype=np.float64) - middle])
-
-
-def _in_middle(n: int) -> NDArray[np.float64]:
-    """Of n equal stretches, which part of each lies in the middle."""
-    edges = np.linspace(0, 1, n + 1)
-    low, high = (1 - MIDDLE) / 2, (1 + MIDDLE) / 2
-    return np.asarray(np.clip(np.minimum(edges[1:], high) - np.maximum(edges[:-1], low), 0.0, None) * n)
 
 
 def _count(

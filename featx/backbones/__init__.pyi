@@ -15,7 +15,6 @@ from .backbone import (
     load_backbone as load_backbone,
 )
 from .catalogue import ADVICE as ADVICE, NETWORKS as NETWORKS
-from .classes import pretrained_classes as pretrained_classes
 from .cut import (
     Halves as Halves,
     Tail as Tail,
@@ -48,6 +47,7 @@ from .engines.torch import (
 )
 from .frozen import LayerInfo as LayerInfo, describe_layers as describe_layers, seeded as seeded
 from .hub import cache_folder as cache_folder
+from .pretrained import pretrained_classes as pretrained_classes
 from .provenance import provenance_of as provenance_of
 from .provider import (
     Own as Own,

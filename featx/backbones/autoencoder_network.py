@@ -52,10 +52,10 @@ class Encoder(nn.Sequential):
 def check_shape(dim: int, size: int) -> None:
     """UsageError for a code or an image that cannot be."""
     if not 1 <= dim <= MAX_DIM:
-        raise UsageError("the code cannot be that long", where="dim", expected=f"1 to {MAX_DIM}", found=dim)
+        raise UsageError("no such length of the code", where="dim", expected=f"1 to {MAX_DIM}", found=dim)
     if size % SIDE or not SIDE <= size <= MAX_SIZE:
         raise UsageError(
-            "images cannot have that side", where="size", expected=f"a multiple of {SIDE} up to {MAX_SIZE}", found=size
+            "no such size of images", where="size", expected=f"a multiple of {SIDE} up to {MAX_SIZE}", found=size
         )
 
 
@@ -75,7 +75,7 @@ class AutoencoderNetwork(Provider):
     def weights(self, progress: Progress | None = None) -> Path | None:
         """The file of weights, fetched if need be; None where there is none."""
         raise WeightsError(
-            "an autoencoder has no weights but those that it learns from your images",
+            "an autoencoder comes without weights: it learns them from your images",
             where=NAME,
             hint="Train one with featx autoencoder SOURCE --out ae.pt, and name it: --weights ae.pt",
         )
@@ -96,5 +96,5 @@ class AutoencoderNetwork(Provider):
             dim, size = int(content["config"]["dim"]), int(content["config"]["size"])
             check_shape(dim, size)
         except (KeyError, TypeError, ValueError, UsageError) as error:
-            raise WeightsError(f"its config is not sound ({error})", where=file) from error
+            raise WeightsError(f"its config is not valid ({error})", where=file) from error
         return AutoencoderNetwork(dim, size)

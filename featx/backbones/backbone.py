@@ -242,7 +242,7 @@ def load_backbone(
     if name == PIXELS:
         return _pixels(weights, layers)
     if not layers or len(set(layers)) < len(layers):
-        raise UsageError("layers must be named, each once", where="layers", found=", ".join(layers) or "none")
+        raise UsageError("name one layer or more, each once", where="layers", found=", ".join(layers) or "none")
     provider = Own.of(name) if isinstance(name, Provider) else find(name)
     code_sha256 = provider.code_sha256 if isinstance(provider, Own) else ""
     if weights == "none":

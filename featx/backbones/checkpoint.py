@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from featx.errors import WeightsError, in_words
+from featx.errors import WeightsError, in_words, listed
 
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
@@ -159,9 +159,9 @@ def _from_efficientnet_pytorch(key: str, state: State, body: nn.Module) -> str:
 def _mismatch(missing: list[str], unexpected: list[str], total: int, path: Path, network: str) -> WeightsError:
     parts = []
     if missing:
-        parts.append(f"{len(missing)} of {total} weights are missing ({_few(missing)})")
+        parts.append(f"{len(missing)} of {total} weights are missing ({listed(missing, 3)})")
     if unexpected:
-        parts.append(f"{len(unexpected)} are not known to it ({_few(unexpected)})")
+        parts.append(f"{len(unexpected)} are not known to it ({listed(unexpected, 3)})")
     other = len(missing) > total // 2 or (unexpected and not missing)
     what = f"these are the weights of another network than {network}" if other else f"does not fill {network}"
     return WeightsError(
@@ -169,7 +169,3 @@ def _mismatch(missing: list[str], unexpected: list[str], total: int, path: Path,
         where=path,
         hint="Name the network that the file was trained for with --backbone.",
     )
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -50,7 +50,7 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 
 
 class _BrokenOff(Exception):
-    """The line, not the file: worth another attempt."""
+    """The connection failed, not the file: worth another attempt."""
 
 
 def hub_folder() -> Path:
@@ -77,7 +77,7 @@ def fetch(
     Raises
     ------
     WeightsError
-        There is no such file, the line is too bad, or what came is another file.
+        There is no such file, the connection is too bad, or what came is another file.
     """
     if progress is not None:
         progress(f"downloading {url} to {path.parent}")
@@ -91,7 +91,7 @@ def fetch(
                 where=path.name,
                 expected=f"sha256 {sha256_prefix}",
                 found=f"sha256 {sha256}",
-                hint="Nothing was kept. Run it again; if that does not help, the server or the line changes files.",
+                hint="Nothing was kept. Run it again; if that does not help, the server or the line alters files.",
             )
 
     make_folder(path.parent)

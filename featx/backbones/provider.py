@@ -215,7 +215,7 @@ def import_provider(text: str) -> Own:
             raise _foreign_error("the network cannot be made", text, error) from error
     if not isinstance(found, Provider):
         raise UsageError(
-            "is no network that featx can use",
+            "is not a network that featx can use",
             where=text,
             expected="a subclass of featx.Provider, or a function that returns one",
             found=type(found).__name__,

@@ -195,7 +195,7 @@ def pack_weights(names: Sequence[str], out: Path, *, advance: Advance | None = N
         weights = _checked(network, path, advance, new=False)
         if weights.known == "nothing":
             raise WeightsError(
-                "its weights are a pickle that is known by no hash, which no other machine should trust",
+                "its weights are a pickle of which no hash is known, so another machine should not trust it",
                 where=path,
                 expected="a .safetensors file",
                 hint="Copy the file itself, and name it with --weights FILE.",
@@ -312,7 +312,7 @@ def _published(name: str) -> CatalogueNetwork | TimmModel:
 
     if isinstance(network, TimmModel):
         return network
-    raise UsageError("nobody has published weights for it", where=name, hint="Copy the file that you have.")
+    raise UsageError("it has no published weights", where=name, hint="Copy your own file to the other machine.")
 
 
 def _spelling(network: CatalogueNetwork | TimmModel) -> str:
@@ -342,7 +342,7 @@ def _opened(pack: Path) -> Iterator[tuple[BinaryIO, int]]:
         # Not to wait for whoever may write to a pipe, and to look at the file that was opened, not at its name again.
         file = open(pack, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
     except OSError as error:
-        raise WeightsError(f"cannot be read ({in_words(error)})", where=pack) from error
+        raise _refused(pack, f"cannot be read ({in_words(error)})") from error
     with file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
@@ -350,14 +350,15 @@ def _opened(pack: Path) -> Iterator[tuple[BinaryIO, int]]:
         yield file, status.st_size
 
 
+def _refused(
+    pack: Path, what: str, *, expected: str | None = None, found: str | None = None, hint: str = ""
+) -> WeightsError:
+    """The error for a pack of which nothing is taken."""
+    return WeightsError(what, where=pack, expected=expected, found=found, hint=f"{hint} Nothing was added.".lstrip())
+
+
 def _no_pack(pack: Path, found: str) -> WeightsError:
-    return WeightsError(
-        "is no pack of weights",
-        where=pack,
-        expected="a file made by featx weights pack",
-        found=found,
-        hint="Nothing was added.",
-    )
+    return _refused(pack, "is not a pack of weights", expected="a file made by featx weights pack", found=found)
 
 
 def _entries(file: BinaryIO, size: int, pack: Path) -> list[_Entry]:
@@ -396,12 +397,12 @@ def _entries(file: BinaryIO, size: int, pack: Path) -> list[_Entry]:
         if low != end or high <= low or tensor != {"dtype": "U8", "shape": [high - low], "data_offsets": offsets}:
             raise _no_pack(pack, f"a place of {name!r} that is not the next one")
         if high > size - first:
-            raise WeightsError(
+            raise _refused(
+                pack,
                 "is cut off, or declares more than it holds",
-                where=pack,
                 expected=f"{first + high:,} bytes",
                 found=f"{size:,}",
-                hint="Copy it again. Nothing was added.",
+                hint="Copy it again.",
             )
         if not isinstance(metadata[name], str) or not _SHA256.fullmatch(metadata[name]):
             raise _no_pack(pack, f"no sha256 of {name!r}")
@@ -420,7 +421,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is no number here")
+    raise ValueError(f"{constant} is not a number here")
 
 
 def _integer(digits: str) -> int:
@@ -439,10 +440,10 @@ def _known_network(name: str, pack: Path) -> CatalogueNetwork | TimmModel | _Qua
     try:
         network = _published(name)
     except UsageError as error:
-        raise WeightsError(
+        raise _refused(
+            pack,
             f"holds weights of {name!r}, a network that is not known here",
-            where=pack,
-            hint="Install the same versions of featx and timm on both machines. Nothing was added.",
+            hint="Install the same versions of featx and timm on both machines.",
         ) from error
     if _spelling(network) != name:
         raise _no_pack(pack, f"{name!r} for {_spelling(network)!r}")
@@ -453,22 +454,16 @@ def _check_whole(file: BinaryIO, size: int, expected: str, pack: Path, advance: 
     file.seek(0)
     sha256 = _hash_of(file, size, pack, advance, title=f"checking {pack.name}")
     if sha256 != expected:
-        raise WeightsError(
-            "is not the pack that was meant",
-            where=pack,
-            expected=f"sha256 {expected}",
-            found=f"sha256 {sha256}",
-            hint="Nothing was added.",
-        )
+        raise _refused(pack, "is not the pack that was meant", expected=f"sha256 {expected}", found=f"sha256 {sha256}")
 
 
 def _recognised(entry: _Entry, network: CatalogueNetwork | TimmModel | _Quantised, vouched: bool, pack: Path) -> Known:
     """What an entry is known by, before a byte of it is read; WeightsError where that is too little."""
     if isinstance(network, _Quantised):
         if not vouched:
-            raise WeightsError(
-                f"the quantised network {network.carried.name} is known by nothing but the sha256 of the pack",
-                where=pack,
+            raise _refused(
+                pack,
+                f"the quantised network {network.carried.name} can be recognised only by the sha256 of the pack",
                 hint=_ASK_FOR_SHA256,
             )
         return "pack"
@@ -476,29 +471,25 @@ def _recognised(entry: _Entry, network: CatalogueNetwork | TimmModel | _Quantise
         return "safetensors"
     weights = network.published
     if not entry.sha256.startswith(weights.sha256_prefix):
-        raise WeightsError(
+        raise _refused(
+            pack,
             f"the weights for {entry.name} are not those that were published for it",
-            where=pack,
             expected=f"sha256 {weights.sha256_prefix}",
             found=f"sha256 {entry.sha256}",
-            hint="Nothing was added.",
         )
     if weights.sha256:
         return "sha256"
     if not vouched:
-        raise WeightsError(
+        raise _refused(
+            pack,
             f"the weights for {entry.name} are a torch file of which featx knows only the first digits of the sha256, "
             f"{weights.sha256_prefix}",
-            where=pack,
             hint=_ASK_FOR_SHA256,
         )
     return "digits"
 
 
-_ASK_FOR_SHA256 = (
-    "Give the sha256 of the pack, which featx weights pack printed where it was made: --sha256 DIGITS. "
-    "Nothing was added."
-)
+_ASK_FOR_SHA256 = "Give the sha256 of the pack, which featx weights pack printed where it was made: --sha256 DIGITS."
 
 
 def _already(network: CatalogueNetwork | TimmModel | _Quantised, entry: _Entry, pack: Path) -> Path | None:
@@ -509,12 +500,12 @@ def _already(network: CatalogueNetwork | TimmModel | _Quantised, entry: _Entry, 
     if isinstance(network, CatalogueNetwork):
         return None  # what is here is not what was published, and is replaced by what is
     what = "numbers" if isinstance(network, _Quantised) else "weights"
-    raise WeightsError(
+    raise _refused(
+        pack,
         f"other {what} of {entry.name} are on this machine already",
-        where=pack,
         expected=f"sha256 {entry.sha256}",
         found=f"{here} with another",
-        hint="Delete that file first if you want these. Nothing was added.",
+        hint="Delete that file first if you want these.",
     )
 
 
@@ -533,12 +524,12 @@ def _extract(file: BinaryIO, entry: _Entry, temp: Path, pack: Path, advance: Adv
     with temp.open("wb") as out:
         sha256 = _hash_of(file, entry.size, pack, advance, out.write, title=entry.name)
     if sha256 != entry.sha256:
-        raise WeightsError(
+        raise _refused(
+            pack,
             f"the weights for {entry.name} are damaged",
-            where=pack,
             expected=f"sha256 {entry.sha256}",
             found=f"sha256 {sha256}",
-            hint="Copy it again. Nothing was added.",
+            hint="Copy it again.",
         )
     fsync_path(temp)
 
@@ -549,12 +540,7 @@ def _check_quantised(temp: Path, entry: _Entry, weights: Collection[str], pack: 
         if check_network(temp.read_bytes()).about.get("weights_sha256") not in weights:
             raise ValueError("it is of weights that are not in the pack")
     except ValueError as error:
-        raise WeightsError(
-            f"the quantised network {entry.name} cannot be taken",
-            where=pack,
-            found=str(error),
-            hint="Nothing was added.",
-        ) from error
+        raise _refused(pack, f"the quantised network {entry.name} cannot be taken", found=str(error)) from error
 
 
 def _check_fits(network: TimmModel, temp: Path, entry: _Entry, pack: Path) -> None:
@@ -565,20 +551,16 @@ def _check_fits(network: TimmModel, temp: Path, entry: _Entry, pack: Path) -> No
         with safe_open(str(temp), "pt") as tensors:
             tensors.keys()
     except SafetensorError as error:
-        raise WeightsError(
-            f"the weights for {entry.name} are no safetensors file, and known by no hash",
-            where=pack,
+        raise _refused(
+            pack,
+            f"the weights for {entry.name} are not a safetensors file, and no hash of them is known",
             found=in_words(error),
-            hint="Nothing was added.",
         ) from error
     try:
         network.check_fits(temp)
     except WeightsError as error:
-        raise WeightsError(
-            f"the weights for {entry.name} are those of another network",
-            where=pack,
-            found=str(error.found),
-            hint="Nothing was added.",
+        raise _refused(
+            pack, f"the weights for {entry.name} are those of another network", found=str(error.found)
         ) from error
 
 

@@ -32,7 +32,7 @@ def advise(
             metavar="SOURCE", help="The images that the store was made from, to try fine-tuning on them, too."
         ),
     ] = None,
-    minutes: Annotated[float, typer.Option(help="Time that it may take; what does not fit is named.")] = 5.0,
+    minutes: Annotated[float, typer.Option(help="Minutes that it may take; what does not fit is listed.")] = 5.0,
     label: Annotated[
         int | None, typer.Option("--next", help="How many images to label next. (default: 2 per class, at least 10)")
     ] = None,
@@ -57,7 +57,7 @@ def advise(
     from featx.heads import read_layers
     from featx.images import ImageSet, Originals, finder, is_local
     from featx.reports import render_advice
-    from featx.store import check_same, source_of
+    from featx.store import backbones_of, check_same, source_of
 
     features, columns = read_layers(store)
     images = None if source is None else ImageSet.from_source(source)
@@ -65,7 +65,7 @@ def advise(
     check_file(page, PAGE_MARK, example="photos.advice.html")
     network: Backbone | FeatxError
     try:
-        made = features.provenance.get("backbones", [features.provenance])[0]
+        made = backbones_of(features.provenance)[0]
         network = network_like(made, where=store, backbone=own_network(backbone), weights=weights)
         check_same(made, {**made, **network.provenance()}, store)
     except FeatxError as error:

@@ -85,7 +85,7 @@ def _plain(found: list[LayerInfo]) -> list[dict[str, object]]:
 def backbones(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="NAME", help="All that is known of these. (default: a table of all)"),
+        typer.Argument(metavar="NAME", help="Show everything that is known about these. (default: a table of all)"),
     ] = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Run each NAME for some seconds, and keep its images per second.")
@@ -93,7 +93,7 @@ def backbones(
     seconds: Annotated[float, typer.Option(min=0.1, max=600, help="How long to run each for --measure.")] = 5,
     as_json: Json = False,
 ) -> None:
-    """List the networks that can be used: how good, how fast here, how large, whether offline; and which to take.
+    """List the networks: how good, how fast here and how large they are, whether they work offline, and which to take.
 
     Images per second are those of the network alone, on random pixels, with the engine that featx extract would take.
     They are known only where --measure was run on this machine.
@@ -167,7 +167,7 @@ def _table(infos: list[BackboneInfo], speeds: dict[str, Speed]) -> None:
     say("")
     say("top-1: on ImageNet in per cent, as published; * of a linear classifier on the frozen network.")
     say("images/s: of the network alone on this machine, where featx backbones --measure NAME was run.")
-    say("", "What to take (accuracies are means over 1, 5 and 20 labels per class):")
+    say("", "Which to take (accuracies are means over 1, 5 and 20 labels per class):")
     columns = min(shutil.get_terminal_size().columns, _LONGEST)
     for advice in ADVICE:
         text = f"{advice.images}: {' or '.join(advice.take)}. {advice.basis}"
@@ -175,10 +175,10 @@ def _table(infos: list[BackboneInfo], speeds: dict[str, Speed]) -> None:
     say("", "Recipes (featx extract --recipe NAME), and the time of their networks:")
     for name, recipe in RECIPES.items():
         say(f"- {name}: {recipe.summary}, {recipe.cost:g} times")
-    say("", "All that is known of one, and whose figures these are: featx backbones NAME.")
-    say("Any timm model too, as timm:NAME. Weights of your own: --weights FILE.")
+    say("", "More about one network, and where its figures come from: featx backbones NAME.")
+    say("Any other model of timm: timm:NAME. Weights of your own: --weights FILE.")
     say("A network of your own: --backbone FILE.py:CLASS (see featx guide features).")
-    say("One that learns from your images alone: featx autoencoder.")
+    say("A network that learns from your images alone: featx autoencoder.")
 
 
 def _top1(info: BackboneInfo) -> str:

@@ -10,16 +10,14 @@ import typer
 
 from featx.cli.options import (
     QUARANTINED,
-    Device,
     DeviceOption,
-    EngineName,
     EngineOption,
     Json,
     ModelArgument,
     OwnBackbone,
     Seed,
     Weights,
-    own_network,
+    network_options,
 )
 from featx.cli.terminal import ProgressLine, check_file, print_json, say, show
 from featx.errors import ImageError, MismatchError, UsageError, one_line, plural
@@ -60,7 +58,7 @@ def count(
         ),
     ] = None,
     confidence: Annotated[
-        float, typer.Option(help="How often, at least, the interval of a class holds its true share.")
+        float, typer.Option(help="How often, at least, the interval of a class contains its true share.")
     ] = 0.95,
     draw: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Draw N photos to check at random, and count nothing.")
@@ -71,32 +69,34 @@ def count(
     seed: Seed = 0,
     backbone: OwnBackbone = None,
     weights: Weights = None,
-    engine: EngineOption = EngineName.auto,
-    device: DeviceOption = Device.auto,
+    engine: EngineOption = "auto",
+    device: DeviceOption = "auto",
     as_json: Json = False,
 ) -> None:
-    """Estimate how many photos of each class a pile has in truth.
+    """Estimate how many photos of each class a pile really has.
 
     A model is wrong more often about some classes than about others, so the numbers of photos that it names are wrong,
-    too. With --checked they are put right, with an interval that holds whatever the model does, as long as the checked
-    photos were drawn at random, as --draw does. Without it they are put right by how the model errs on the photos that
+    too. With --checked they are corrected, with an interval that holds whatever the model does, as long as the checked
+    photos were drawn at random, as --draw does. Without it they are corrected by how the model errs on the photos that
     it was fitted on, which holds only if those of the pile are like these.
     """
     from featx.models import count_adjusted, count_checked, read_bundle
 
     if not 0 < confidence < 1:
-        raise UsageError("no share", where="--confidence", expected="more than 0 and less than 1", found=confidence)
+        raise UsageError("not a share", where="--confidence", expected="more than 0 and less than 1", found=confidence)
     if (draw is None) != (out is None):
         raise UsageError("--draw and --out go together", expected="--draw N --out FILE.csv")
     if draw is not None and checked is not None:
-        raise UsageError("either draw photos, or count with them checked", found="--draw and --checked")
+        raise UsageError(
+            "--draw and --checked do not go together", hint="First draw photos, then count with them checked."
+        )
     bundle = read_bundle(model)
     source = _store_or_images(images)
     if draw is not None and out is not None:
         _draw(bundle, source, draw, out, seed, as_json=as_json)
         return
     listed = None if checked is None else _read_list(checked)
-    options = {"backbone": own_network(backbone), "weights": weights, "engine": engine.value, "device": device.value}
+    options = network_options(backbone, weights, engine, device)
     with ProgressLine("predicting") as line:
         pile, refused = _predict(bundle, model, source, options, line)
     if not pile.ids:
@@ -167,10 +167,7 @@ def _ids(source: Path | ImageSet, bundle: Bundle) -> list[str]:
 
 
 def _draw(bundle: Bundle, source: Path | ImageSet, n: int, out: Path, seed: int, *, as_json: bool) -> None:
-    import csv
-    from io import StringIO
-
-    from featx._files import publish_bytes
+    from featx._files import csv_text, publish_bytes
     from featx.models import LEAST_CHECKED, draw_to_check
 
     check_file(out, _MARK, example="to-check.csv")
@@ -180,9 +177,8 @@ def _draw(bundle: Bundle, source: Path | ImageSet, n: int, out: Path, seed: int,
         raise UsageError("too few to count with", where="--draw", expected=f"at least {LEAST_CHECKED}", found=n)
     ids = _ids(source, bundle)
     drawn = draw_to_check(ids, n, seed)
-    text = StringIO()
-    csv.writer(text, lineterminator="\n").writerows([("path", "label"), *((name, "") for name in drawn)])
-    publish_bytes(out, text.getvalue().encode(errors="surrogateescape"))
+    text = csv_text(("path", "label"), ({"path": name} for name in drawn))
+    publish_bytes(out, text.encode(errors="surrogateescape"))  # it is read again, by these names
     if as_json:
         print_json({"list": str(out), "drawn": n, "photos": len(ids), "random_state": seed})
     say(f"{n} of {plural(len(ids), 'photo')}, drawn at random: {out}", err=as_json)
@@ -251,7 +247,7 @@ def _notes_of_checked(
     for name in strange[:_LISTED]:
         meant = did_you_mean(name, bundle.class_names)
         notes.append(
-            f"{name!r} is no class of the model; it is counted by the photos that are unknown. {meant}".strip()
+            f"{name!r} is not a class of the model; it is estimated from the photos that are unknown. {meant}".strip()
         )
     if len(strange) > _LISTED:
         notes.append(f"So are {len(strange) - _LISTED} more.")

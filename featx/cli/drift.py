@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -29,11 +28,8 @@ _DIGITS = 8
 """Of a model's sha256, in what people read."""
 
 
-class Unit(StrEnum):
-    """What counts once, however many photos it has."""
-
-    hour = "hour"
-    day = "day"
+Unit = Literal["hour", "day"]
+"""What counts once, however many photos it has."""
 
 
 def register(app: typer.Typer) -> None:
@@ -59,15 +55,17 @@ def drift(
     ] = None,
     unit: Annotated[
         Unit,
-        typer.Option(help="What counts once in the test. Say day where hours of a day differ, as night and day do."),
-    ] = Unit.hour,
+        typer.Option(
+            help="What counts once in the test. Use day where the hours of a day differ, as night and day do."
+        ),
+    ] = "hour",
     as_json: Json = False,
 ) -> None:
     """Say whether the photos that a service answered have changed from those that its model was fitted on.
 
     By familiarity, as its model saw it in whole hours (or days) that are over: "changed", "no sign of change", or
-    "cannot tell yet". You may look as often as you like: photos that have not changed are ever called changed with a
-    probability of at most 5 %. Shares of classes, abstentions and unknown photos are shown beside it.
+    "cannot tell yet". You may look as often as you like: the probability that unchanged photos are ever called
+    changed is at most 5 %. Shares of classes, abstentions and unknown photos are shown beside it.
     """
     from featx.models import read_bundle
     from featx.service import read_counts
@@ -83,7 +81,7 @@ def drift(
             )  # fmt: skip
     found = [_judge(each, since, unit) for each in kept]
     if as_json:
-        print_json({"folder": str(folder), "unit": unit.value, "models": found})
+        print_json({"folder": str(folder), "unit": unit, "models": found})
         return
     for place, each in enumerate(found):
         say(*([""] if place else []), *_sentences(each, unit))
@@ -102,12 +100,12 @@ def _judge(counted: Counted, since: datetime | None, unit: Unit) -> dict[str, An
     parts = (counted.photos, counted.unsure, counted.unknown, counted.labels, counted.familiarity)
     rows = np.column_stack([each[use] for each in parts])
     bins = rows.shape[1] - counted.familiarity.shape[1]
-    begins, tested = _summed(days if unit == Unit.day else hours, rows)
+    begins, tested = _summed(days if unit == "day" else hours, rows)
     # What is not over would be looked at twice, and not be the same.
-    over = begins < np.datetime64(datetime.now(UTC).replace(tzinfo=None), "D" if unit == Unit.day else "h")
+    over = begins < np.datetime64(datetime.now(UTC).replace(tzinfo=None), "D" if unit == "day" else "h")
     begins, tested = begins[over], tested[over]
     found = find_drift(
-        tested[:, bins:], tested[:, 2], begins.astype(np.int64) // (1 if unit == Unit.day else BET_HOURS),
+        tested[:, bins:], tested[:, 2], begins.astype(np.int64) // (1 if unit == "day" else BET_HOURS),
         own=about["own"], max_unknown=about["max_unknown"], both_sides=not about["groups"],
     )  # fmt: skip
     if len(np.unique(days)) > _ROWS:
@@ -149,7 +147,7 @@ def _summed(keys: NDArray[np.datetime64], rows: NDArray[np.int64]) -> tuple[NDAr
 
 def _counts(row: NDArray[np.int64], class_names: list[str]) -> dict[str, Any]:
     """A row of numbers, by their names."""
-    from featx.models import quantiles_of
+    from featx.models import median_of
 
     photos, unsure, unknown, *rest = row.tolist()
     return {
@@ -158,7 +156,7 @@ def _counts(row: NDArray[np.int64], class_names: list[str]) -> dict[str, Any]:
         "unknown": unknown,
         "labels": dict(zip(class_names, rest, strict=False)),
         "familiarity": rest[len(class_names) :],
-        "median_familiarity": quantiles_of(row[3 + len(class_names) :]),
+        "median_familiarity": median_of(row[3 + len(class_names) :]),
     }
 
 
@@ -179,17 +177,19 @@ def _sentences(found: dict[str, Any], unit: Unit) -> list[str]:
         own = found["own_refused"]
         measured = "" if own is None else f", and {percent(Interval(**own))} of its own that it had not seen"
         lines.append(
-            f"Unknown: {percent(Interval(**found['unknown_share']))} of the photos. The model was to call "
-            f"{100 * found['max_unknown']:g} % of photos like its own so{measured}."
+            f"Unknown: {percent(Interval(**found['unknown_share']))} of the photos. The model was set to call at "
+            f"most {100 * found['max_unknown']:g} % of photos like its own unknown{measured}."
         )
     return lines
 
 
 def _why(found: dict[str, Any], unit: Unit) -> str:
     """What follows the verdict in its sentence."""
-    over = f"{plural(found['units'], unit.value)} that {'is' if found['units'] == 1 else 'are'} over"
+    over = f"{plural(found['units'], unit)} that {'is' if found['units'] == 1 else 'are'} over"
     if not found["own"]:
-        return ". This model knows no unknown, so nothing can be compared. Fit it again with --max-unknown 0.05."
+        return (
+            ". This model cannot call photos unknown, so nothing can be compared. Fit it again with --max-unknown 0.05."
+        )
     if found["verdict"] == "changed":
         how = {
             "unlike": "More photos are unlike those that it was fitted on than can be by chance",

@@ -12,15 +12,13 @@ import typer
 
 from featx.cli.options import (
     QUARANTINED,
-    Device,
     DeviceOption,
-    EngineName,
     EngineOption,
     Json,
     ModelArgument,
     OwnBackbone,
     Weights,
-    own_network,
+    network_options,
 )
 from featx.cli.predict import name_files, say_refused
 from featx.cli.terminal import PAGE_MARK, ProgressLine, check_file, check_writable, print_json, say, show
@@ -58,8 +56,8 @@ def explain(
     ] = None,
     backbone: OwnBackbone = None,
     weights: Weights = None,
-    engine: EngineOption = EngineName.auto,
-    device: DeviceOption = Device.auto,
+    engine: EngineOption = "auto",
+    device: DeviceOption = "auto",
     as_json: Json = False,
 ) -> None:
     """Show which places of photos speak for the label, and which for the runner-up, as heat maps.
@@ -71,7 +69,7 @@ def explain(
         check_file(html, PAGE_MARK, example="why.html")
     if png is not None:
         check_writable(png)
-    from featx._files import publish_bytes
+    from featx._files import publish_bytes, publish_text
     from featx.images import whole_pictures
     from featx.models import Explainer, layer_number, open_embedder, read_bundle
     from featx.reports import figure_png, render_explanations
@@ -79,8 +77,7 @@ def explain(
     bundle = read_bundle(model)
     with tempfile.TemporaryDirectory(prefix="featx-") as folder:
         named = name_files(images, Path(folder))
-        options: dict[str, Any] = {"engine": engine.value, "device": device.value}
-        embedder = open_embedder(bundle, model, backbone=own_network(backbone), weights=weights, **options)
+        embedder = open_embedder(bundle, model, **network_options(backbone, weights, engine, device))
         explainer = Explainer(bundle.scorer, bundle.class_names, embedder, layer_number(bundle))
         explained: list[tuple[str, Path, Answer, Explanation]] = []
         refused: list[dict[str, Any]] = []
@@ -114,7 +111,7 @@ def explain(
                 page = render_explanations(
                     shown(line), title=model.name, provenance=bundle.provenance, command=command
                 )  # fmt: skip
-                publish_bytes(html, page.encode("utf-8", errors="backslashreplace"))
+                publish_text(html, page)
             elif png is not None:
                 for _ in shown(line):
                     pass

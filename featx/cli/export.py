@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from featx.cli.options import (
-    Device,
     DeviceOption,
-    EngineName,
     EngineOption,
     Json,
     ModelArgument,
     OwnBackbone,
     Weights,
-    own_network,
+    network_options,
 )
 from featx.cli.terminal import PAGE_MARK, ProgressLine, check_file, print_json, say
 from featx.errors import UsageError, plural
@@ -30,20 +27,12 @@ if TYPE_CHECKING:
     from featx.reports import Examples
 
 
-class ExportFormat(StrEnum):
-    """What a model is written for."""
-
-    joblib = "joblib"
-    skops = "skops"
-    onnx = "onnx"
-    html = "html"
+ExportFormat = Literal["joblib", "skops", "onnx", "html"]
+"""What a model is written for."""
 
 
-class Part(StrEnum):
-    """How much of a model is written."""
-
-    model = "model"
-    head = "head"
+Part = Literal["model", "head"]
+"""How much of a model is written."""
 
 
 _MARKS = {"joblib": b"sklearn", "skops": b"schema.json", "onnx": b"featx", "html": PAGE_MARK}
@@ -123,36 +112,38 @@ def export(
     ] = _EXAMPLES,
     backbone: OwnBackbone = None,
     weights: Weights = None,
-    engine: EngineOption = EngineName.auto,
-    device: DeviceOption = Device.auto,
+    engine: EngineOption = "auto",
+    device: DeviceOption = "auto",
     as_json: Json = False,
 ) -> None:
     """Write a model for other software: as an ONNX graph or a web page from photo to answer, or its head alone.
 
     The graph of a whole model is run in onnxruntime before it is written, and refused if it does not answer as featx
     does. A web page is one file that runs the graph in a browser, without a server and without a connection; it needs
-    onnxruntime-web (--runtime). The head alone takes embeddings and knows no unknown: it names a class for photos of
-    anything.
+    onnxruntime-web (--runtime). The head alone takes embeddings, and cannot call photos unknown: it names a class
+    for photos of anything.
     """
     from featx._files import publish_bytes
     from featx.models import export_bundle, labelled_images, model_onnx, open_embedder, read_bundle, web_runtime
     from featx.reports import image_finder, render_offline
 
-    check_file(out, _MARKS[form.value], example=f"photos.{form.value}")
-    page = form is ExportFormat.html
-    takes_photos = page or form is ExportFormat.onnx
-    whole = takes_photos if part is None else part is Part.model
+    check_file(out, _MARKS[form], example=f"photos.{form}")
+    page = form == "html"
+    takes_photos = page or form == "onnx"
+    whole = takes_photos if part is None else part == "model"
     if whole and not takes_photos:
-        raise UsageError("joblib and skops hold a head", where="--part", expected="head", found="model")
+        raise UsageError("joblib and skops hold the head alone", where="--part", expected="head", found="model")
     if page and not whole:
         raise UsageError("a page holds the whole model", where="--part", expected="model", found="head")
     if check is not None and not whole:
-        raise UsageError("a head is not compared on photos", where="--check", hint="Leave it out, or --part model.")
+        raise UsageError(
+            "a head alone cannot be compared on photos", where="--check", hint="Leave it out, or use --part model."
+        )
     for name, value in (("--runtime", runtime), ("--store", store), ("--source", source)):
         if value is not None and not page:
-            raise UsageError("only a page needs it", where=name, hint="Leave it out, or --format html.")
+            raise UsageError("only for a page", where=name, hint="Leave it out, or use --format html.")
     if source is not None and store is None:
-        raise UsageError("of which store?", where="--source", hint="Name it with --store.")
+        raise UsageError("--source goes with --store", hint="Name the store with --store STORE.")
     bundle = read_bundle(model)
     report: dict[str, object] = {}
     if whole:
@@ -165,9 +156,7 @@ def export(
             if page:
                 running = web_runtime(runtime, line.say)
             line.say("opening the network")
-            embedder = open_embedder(
-                bundle, model, backbone=own_network(backbone), weights=weights, engine=engine.value, device=device.value
-            )
+            embedder = open_embedder(bundle, model, **network_options(backbone, weights, engine, device))
             line.say("writing the graph")
             exported = model_onnx(bundle, embedder, _photos(files, refused, line))
             content, shown = exported.content, None
@@ -186,9 +175,9 @@ def export(
         if refused:
             say(f"Note: {plural(len(refused), 'photo')} of {check} cannot be read and were left out.", err=True)
     else:
-        export_bundle(bundle, out, form.value)
+        export_bundle(bundle, out, form)
     if as_json:
-        about = {"path": str(out), "format": form.value, "part": "model" if whole else "head"}
+        about = {"path": str(out), "format": form, "part": "model" if whole else "head"}
         print_json({**about, "bytes": out.stat().st_size, **report})
     say(f"{out}: {out.stat().st_size:,} bytes, takes {'a photo' if whole else 'embeddings'}.", err=as_json)
     if whole:
@@ -198,11 +187,11 @@ def export(
             err=as_json,
         )
         if check is None:
-            say("Note: Compared on its own probe photo only. More: --check FOLDER", err=True)
+            say("Note: Compared on one photo only, which is in the model. To compare on more: --check FOLDER", err=True)
         if page:
             _say_examples(labelled, shown, examples)
     else:
-        say("Note: The head alone knows no unknown: it names a class for photos of anything.", err=True)
+        say("Note: The head alone cannot call photos unknown: it names a class for photos of anything.", err=True)
 
 
 def _shown(
@@ -232,10 +221,13 @@ def _shown(
 def _say_examples(labelled: Labelled | None, shown: Examples | None, each: int) -> None:
     if labelled is None or shown is None:
         if each:
-            say("Note: The page shows no examples. With them: --store STORE", err=True)
+            say("Note: The page shows no examples. To have some: --store STORE", err=True)
         return
     gone = f" {plural(shown.missing, 'picture')} of the store are gone or have changed." if shown.missing else ""
-    say(f"Note: {plural(len(shown.labels), 'example photo')} in the file.{gone} Without: --examples 0", err=True)
+    say(
+        f"Note: {plural(len(shown.labels), 'example photo')} in the file.{gone} To leave them out: --examples 0",
+        err=True,
+    )
     for note in labelled.notes:
         say(f"Note: {note}", err=True)
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from featx._arrays import PENULTIMATE, PIXELS
 from featx._files import refuse_second_writer
-from featx.cli.options import QUARANTINED, Device, EngineName, Json
+from featx.cli.options import QUARANTINED, DeviceOption, EngineOption, Json
 from featx.cli.terminal import ProgressLine, check_writable, print_json, say, show
 from featx.errors import UsageError, plural
 
@@ -31,11 +30,8 @@ _CLASSES = 12
 _PANEL = "Many machines or devices"
 
 
-class Runner(StrEnum):
-    """What does the parts of an extraction."""
-
-    local = "local"
-    ray = "ray"
+Runner = Literal["local", "ray"]
+"""What does the parts of an extraction."""
 
 
 PartOption = Annotated[
@@ -60,29 +56,16 @@ DevicesOption = Annotated[
 ]
 
 
-class Decode(StrEnum):
-    """How much of a JPEG is decoded."""
-
-    full = "full"
-    scaled = "scaled"
+Decode = Literal["full", "scaled"]
+"""How much of a JPEG is decoded."""
 
 
-class RecipeName(StrEnum):
-    """Of :data:`featx.backbones.recipes.RECIPES`."""
-
-    fast = "fast"
-    balanced = "balanced"
-    best = "best"
+RecipeName = Literal["fast", "balanced", "best"]
+"""Of :data:`featx.backbones.recipes.RECIPES`."""
 
 
-class Precision(StrEnum):
-    """Of the network's arithmetic."""
-
-    auto = "auto"
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
-    int8 = "int8"
+Precision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
+"""Of the network's arithmetic."""
 
 
 def register(app: typer.Typer) -> None:
@@ -134,19 +117,19 @@ def extract(
             "(default: those of the store, or center)"
         ),
     ] = None,
-    device: Annotated[Device, typer.Option(help="auto is cuda if there is a GPU.")] = Device.auto,
-    engine: Annotated[EngineName, typer.Option(help="auto is torch on cuda, or else openvino.")] = EngineName.auto,
+    device: DeviceOption = "auto",
+    engine: EngineOption = "auto",
     precision: Annotated[
         Precision,
         typer.Option(
             help="auto is that of the store, or else bf16 on a GPU; on a CPU int8, where it has instructions for it "
             "and the network bears it (see: featx backbones NAME), or fp32."
         ),
-    ] = Precision.auto,
+    ] = "auto",
     batch_size: Annotated[int | None, typer.Option(min=1, max=4096, help="(default: measured for the engine)")] = None,
     decode: Annotated[
         Decode, typer.Option(help="scaled decodes large JPEGs only as far as the resize needs.")
-    ] = Decode.full,
+    ] = "full",
     workers: Annotated[int | None, typer.Option(min=1, max=256, help="Decoding processes. (default: cores)")] = None,
     max_bad: Annotated[
         float | None,
@@ -197,7 +180,7 @@ def extract(
     from featx.images import ImageSet, count_labels
     from featx.store import stored_backbones
 
-    how = Spread.of(part, finish, runner, devices, prune=prune, rehash=rehash, device=device.value)
+    how = Spread.of(part, finish, runner, devices, prune=prune, rehash=rehash, device=device)
     source = how.source(source)
     _check_output(out, Path(source), alone=how.part is None)
     with ProgressLine("listing") as line:
@@ -230,14 +213,14 @@ def extract(
             images,
             out,
             loader if how.runner else partial(loader, progress=line.say),
-            engine={"engine": engine.value, "batch_size": batch_size},
-            device=device.value,
-            precision=precision.value,
+            engine={"engine": engine, "batch_size": batch_size},
+            device=device,
+            precision=precision,
             options={
                 "workers": workers,
-                "decode": decode.value,
+                "decode": decode,
                 "views": asked.views,
-                "recipe": "" if recipe is None else recipe.value,
+                "recipe": recipe or "",
                 "max_bad": max_bad,
                 "replace_images": replace,
                 "rehash": rehash,
@@ -329,9 +312,9 @@ class Spread:
         given = [name for name, value in (("--part", part), ("--finish", finish), ("--runner", runner)) if value]
         if len(given) > 1:
             raise UsageError(f"{' and '.join(given)} do not go together", hint="--runner does all parts and finishes.")
-        if devices is not None and runner is not Runner.local:
+        if devices is not None and runner != "local":
             raise UsageError("--devices is for --runner local", hint="Without it, one device is chosen by --device.")
-        if runner is Runner.local and device != "auto":
+        if runner == "local" and device != "auto":
             raise UsageError("--device does not go with --runner local", hint=f"Use --devices {device}.")
         if part is not None and prune:
             raise UsageError("--prune does not go with --part", hint="Give it to --finish.")
@@ -349,7 +332,7 @@ class Spread:
     def source(self, source: str) -> str:
         """Where the images are, in a way that other hosts understand too."""
         path = Path(source)
-        return str(path.absolute()) if self.runner is Runner.ray and path.exists() else source
+        return str(path.absolute()) if self.runner == "ray" and path.exists() else source
 
     def run(
         self,
@@ -379,7 +362,7 @@ class Spread:
             )  # fmt: skip
         if self.part is not None:
             return job.do(self.part, self.part.cut(images), job.starter(device=device), progress)
-        if self.runner is Runner.ray:
+        if self.runner == "ray":
             from featx.extraction import run_ray
 
             return run_ray(images, replace(job, store=store.absolute()), device=device, prune=prune, progress=progress)
@@ -438,7 +421,7 @@ class Asked:
                 raise UsageError(
                     f"--recipe does not go with {named[0]}", hint="A recipe says backbones, weights, layers and views."
                 )
-            chosen = RECIPES[recipe.value]
+            chosen = RECIPES[recipe]
             return cls(tuple((name, "default", kept) for name, kept in chosen.backbones.items()), chosen.views)
         own = next(iter(stored_backbones(store)), DEFAULT_BACKBONE)
         says_nothing = backbones is None and weights is None and layers is None

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import getpass
 import shlex
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from featx.cli.options import (
-    Device,
     DeviceOption,
-    EngineName,
     EngineOption,
     Json,
     ModelArgument,
     OwnBackbone,
     Seed,
     Weights,
-    own_network,
+    network_options,
 )
 from featx.cli.terminal import ProgressLine, print_json, say
 from featx.errors import StoreError, UsageError, plural
@@ -34,11 +31,8 @@ _SHOWN = 200
 _LISTED = 10
 
 
-class RuleName(StrEnum):
-    """Which label a photo has that several people have labelled."""
-
-    majority = "majority"
-    unanimous = "unanimous"
+RuleName = Literal["majority", "unanimous"]
+"""Which label a photo has that several people have labelled."""
 
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The feedback folder of a served model.")]
@@ -65,7 +59,7 @@ def register(app: typer.Typer) -> None:
 
 def feedback(
     folder: Folder,
-    disagreements: RuleOption = RuleName.majority,
+    disagreements: RuleOption = "majority",
     csv: Annotated[
         Path | None,
         typer.Option(metavar="FILE.csv", help="Write a list of the photos with their labels, for featx extract."),
@@ -78,7 +72,7 @@ def feedback(
 
     check_folder(folder)
     corrections, versions = Corrections(folder), Versions(folder)
-    voted = vote(corrections.latest, disagreements.value)
+    voted = vote(corrections.latest, disagreements)
     agreed = agreements(voted)
     disputed = [each for each in voted if each.disputed]
     people: dict[str, int] = {}
@@ -96,12 +90,12 @@ def feedback(
             }
         )  # fmt: skip
         return
-    said = ", ".join(f"{name or 'nobody named'} {count}" for name, count in sorted(people.items()))
+    said = ", ".join(f"{name or 'anonymous'} {count}" for name, count in sorted(people.items()))
     say(f"{plural(len(corrections), 'correction')} of {plural(len(voted), 'photo')}" + (f": {said}." if said else "."))
     for pair in agreed:
         kappa = pair.kappa
         say(
-            f"{pair.a or 'nobody named'} and {pair.b or 'nobody named'} agree on {pair.agreed} of "
+            f"{pair.a or 'anonymous'} and {pair.b or 'anonymous'} agree on {pair.agreed} of "
             f"{plural(pair.images, 'photo')}: Cohen's kappa {kappa.mean:.2f} ({kappa.low:.2f} to {kappa.high:.2f})."
         )
     for photo in disputed[:_LISTED]:
@@ -121,35 +115,35 @@ def refit(
         Path | None,
         typer.Option(metavar="STORE", help="The store that the model was fitted on; its embeddings are used again."),
     ] = None,
-    disagreements: RuleOption = RuleName.majority,
-    force: Annotated[bool, typer.Option("--force", help="Promote the new model whatever the evidence says.")] = False,
+    disagreements: RuleOption = "majority",
+    force: Annotated[bool, typer.Option("--force", help="Switch to the new model whatever the evidence says.")] = False,
     release: Annotated[
-        str | None, typer.Option(metavar="BATCH", help="Its labels are right: learn from a batch that is held.")
+        str | None, typer.Option(metavar="BATCH", help="Learn from a held batch, whose labels are right.")
     ] = None,
     discard: Annotated[
-        str | None, typer.Option(metavar="BATCH", help="Its labels are wrong: never learn from a batch that is held.")
+        str | None, typer.Option(metavar="BATCH", help="Never learn from a held batch, whose labels are wrong.")
     ] = None,
     who: Who = None,
     backbone: OwnBackbone = None,
     weights: Weights = None,
-    engine: EngineOption = EngineName.auto,
-    device: DeviceOption = Device.auto,
+    engine: EngineOption = "auto",
+    device: DeviceOption = "auto",
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Fit a model again with the corrections that it has not learnt, and switch to the new one only on evidence.
 
-    Only new photos are embedded. On photos that neither had seen, the new model is better, worse, or one cannot tell:
-    worse is refused, and so is what cannot be told where the labels do not seem to have to do with the photos. A batch
-    that contradicts the model as its errors do not is held, with a sheet of its photos to look at. A server with
-    --feedback switches to the new version by itself.
+    Only new photos are embedded. On photos that neither has seen, the new model is better or worse, or the data cannot
+    tell. A worse one is refused; so is one that cannot be told apart, if the new labels seem unrelated to the photos. A
+    batch that contradicts the model, but not in the way of its errors, is held, with a sheet of its photos to look at.
+    A server with --feedback switches to the new version by itself.
     """
     from featx.models import Versions, open_embedder, refit as refitted
 
     check_folder(feedback)
     person = who or login()
     if release and discard:
-        raise UsageError("a batch is released or discarded", where="--release and --discard")
+        raise UsageError("--release and --discard do not go together", hint="Decide about one batch at a time.")
     versions = Versions(feedback)
     versions.begin(read_model(model), model, person)
     for batch, what in ((release, "released"), (discard, "discarded")):
@@ -163,12 +157,10 @@ def refit(
         )  # fmt: skip
     bundle = versions.read(str(versions.current))
     with ProgressLine("fitting") as line:
-        embedder = open_embedder(
-            bundle, versions.path(str(versions.current)), backbone=own_network(backbone), weights=weights,
-            engine=engine.value, device=device.value,
-        )  # fmt: skip
+        current = versions.path(str(versions.current))
+        embedder = open_embedder(bundle, current, **network_options(backbone, weights, engine, device))
         done = refitted(
-            versions, store, embedder, who=person, rule=disagreements.value, force=force, random_state=seed,
+            versions, store, embedder, who=person, rule=disagreements, force=force, random_state=seed,
             progress=line.update,
         )  # fmt: skip
     sheet = None if done.batch is None else write_batch(versions, done)
@@ -203,16 +195,17 @@ def models(
     versions = Versions(folder)
     person = who or login()
     if to is not None and not rollback:
-        raise UsageError("a version to go back to", where="--to", hint="Add --rollback.")
+        raise UsageError("--to goes with --rollback", hint="Add --rollback.")
     if rollback and add is not None:
-        raise UsageError("one at a time", where="--rollback and --add")
+        raise UsageError("--rollback and --add do not go together", hint="Do one after the other.")
     if add is not None:
         versions.add(read_model(add), add, person)
     if rollback:
         name, batch = versions.roll_back(person, to)
         say(f"Current is {name} again.", err=as_json)
         if batch is not None:
-            say(f"Held is what only the other had learnt: {plural(len(versions.held[batch]), 'correction')} ({batch}).")
+            held = plural(len(versions.held[batch]), "correction")
+            say(f"What only the other version had learnt is held: {held} ({batch}).")
     if as_json:
         listed = [each.to_json() for each in versions.all()]
         print_json(
@@ -277,9 +270,9 @@ def write_batch(versions: Versions, done: Refit) -> Path:
         for each in done.photos[:_SHOWN]
     ]
     facts = [
-        f"{plural(len(done.photos), 'photo')} with the label that people gave. The labels contradict the model as its "
-        "errors do not, and could not be predicted from the photos either. If they are right, release the batch; if "
-        "they are wrong, discard it.",
+        f"{plural(len(done.photos), 'photo')} with the label that people gave. The labels contradict the model, but "
+        "not in the way of its errors, and could not be predicted from the photos either. If they are right, release "
+        "the batch; if they are wrong, discard it.",
         *([f"The first {_SHOWN} are shown."] if len(done.photos) > _SHOWN else []),
     ]
     batch_sheet(sheet, str(done.batch), facts, photos)
@@ -297,12 +290,13 @@ def story(done: Refit, model: Path, folder: Path, store: Path, sheet: Path | Non
         return [*lines, f"Promoted{forced}: current is {done.version}."]
     if done.outcome == "held":
         return [
-            *lines, f"Held: the labels of {done.batch} contradict the model as its errors do not. Look at {sheet}",
+            *lines,
+            f"Held: the labels of {done.batch} contradict the model, but not in the way of its errors. Look at {sheet}",
             f"Right: {shlex.join([*again, '--release', str(done.batch)])}",
             f"Wrong: {shlex.join([*again, '--discard', str(done.batch)])}",
         ]  # fmt: skip
     why = "there is evidence against it" if done.outcome == "refused" else "there is no evidence for it yet"
-    return [*lines, f"Not promoted, since {why}: current is still {done.version}. --force overrules."]
+    return [*lines, f"Not promoted, since {why}: current is still {done.version}. --force overrides this."]
 
 
 def evidence_words(evidence: Any) -> str:

@@ -11,9 +11,7 @@ import typer
 from featx.cli.fit import tell_model
 from featx.cli.options import (
     QUARANTINED,
-    Device,
     DeviceOption,
-    EngineName,
     EngineOption,
     Json,
     MaxError,
@@ -83,8 +81,8 @@ def finetune(
     prior: PriorOption = "as-is",
     backbone: OwnBackbone = None,
     weights: Weights = None,
-    engine: EngineOption = EngineName.auto,
-    device: DeviceOption = Device.auto,
+    engine: EngineOption = "auto",
+    device: DeviceOption = "auto",
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -97,13 +95,13 @@ def finetune(
     if out is not None:
         check_file(out, MODEL_MARK, example="photos.model")
     if from_scratch and (blocks != 1 and blocks != "all"):
-        raise UsageError("from scratch all is trained", where="--unfreeze", expected="all", found=unfreeze)
+        raise UsageError("--from-scratch trains the whole network", where="--unfreeze", expected="all", found=unfreeze)
     if augment and blocks != "all" and not from_scratch:
         raise UsageError(
             "activations cannot be mirrored or shifted, images can", where="--augment", hint="Use --unfreeze all."
         )
     if prior != "as-is" and out is None:
-        raise UsageError("it is about the model that is kept", where="--prior", hint="Keep one with --out.")
+        raise UsageError("only a model that is kept uses it", where="--prior", hint="Keep one with --out MODEL.")
     from featx.adaptation import judge_episodes, open_tuning, plan_shots, recipe_for
     from featx.evaluation import LabelledRows
     from featx.extraction import network_like
@@ -129,7 +127,7 @@ def finetune(
             ProgressLine("fine-tuning") as line,
             open_tuning(
                 features, images, network, folder, unfreeze=blocks, recipe=recipe, with_test=out is not None,
-                device=device.value, engine=engine.value, max_gib=max_cache, random_state=seed,
+                device=device, engine=engine, max_gib=max_cache, random_state=seed,
                 progress=line.update, say=line.say,
             ) as tuning,
         ):  # fmt: skip
@@ -144,7 +142,7 @@ def finetune(
                     max_unknown=max_unknown,
                     prior=in_shares,
                     random_state=seed,
-                    engine=engine.value,
+                    engine=engine,
                     progress=line.update,
                 )
             journal.unlink(missing_ok=True)
@@ -202,7 +200,7 @@ def autoencoder(
         int, typer.Option(help="Height and width that images are scaled to, in pixels; a multiple of 16.")
     ] = 64,
     epochs: Annotated[int | None, typer.Option(min=1, help="(default: enough to see 60,000 images)")] = None,
-    device: DeviceOption = Device.auto,
+    device: DeviceOption = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights, order and of what is held out.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -214,7 +212,7 @@ def autoencoder(
     from featx.images import ImageSet
 
     check_shape(dim, size)
-    where = choose_device(device.value)
+    where = choose_device(device)
     images = ImageSet.from_source(source)
     with ProgressLine("reading images") as line:
         found = read_pixels(images, size, workers=available_cpus(), progress=line.update)

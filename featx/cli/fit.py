@@ -11,7 +11,6 @@ import typer
 
 from featx.cli.options import (
     Device,
-    EngineName,
     EngineOption,
     Json,
     MaxError,
@@ -24,7 +23,7 @@ from featx.cli.options import (
     UnlabelledFrom,
     Weights,
     let_scipy_take_tensors,
-    own_network,
+    network_options,
 )
 from featx.cli.terminal import MODEL_MARK, ProgressLine, check_file, print_json, say
 from featx.errors import UsageError, plural
@@ -62,23 +61,23 @@ def fit(
     unlabelled_from: UnlabelledFrom = None,
     backbone: OwnBackbone = None,
     weights: Weights = None,
-    engine: EngineOption = EngineName.auto,
+    engine: EngineOption = "auto",
     device: Annotated[
         Device,
         typer.Option(
             help="Device of the network; auto is cuda if there is a GPU. cuda also fits logreg on very many images."
         ),
-    ] = Device.auto,
+    ] = "auto",
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Choose a head, calibrate it on images it has not seen, refit it on all images, and keep it in one file.
 
-    Promised is, on average over photos like those that it was fitted on, in the shares that --prior says, and over no
-    others: at most --max-error of the answers are wrong, and at most --max-unknown of the photos are called unknown.
+    The model promises that at most --max-error of its answers are wrong, and that it calls at most --max-unknown of the
+    photos unknown: on average, and over photos like those that it was fitted on, in the shares that --prior says.
     Photos of another camera, place or season may be unlike them; a split called test shows it.
     """
-    if device == Device.cuda:
+    if device == "cuda":
         let_scipy_take_tensors()
     import numpy as np
 
@@ -103,19 +102,13 @@ def fit(
         raise UsageError("--head is empty", expected="a name, names separated by commas, auto or all")
     for name in heads:
         catalogue[name]
-    embedder = Embedder.like(
-        features.provenance,
-        where=store,
-        backbone=own_network(backbone),
-        weights=weights,
-        engine=engine.value,
-        device=device.value,
-    )
+    options = network_options(backbone, weights, engine, device)
+    embedder = Embedder.like(features.provenance, where=store, **options)
     with ProgressLine("fitting") as line:
         bundle = fit_bundle(
             features, embedder, heads=heads, max_error=max_error, max_unknown=max_unknown, prior=wanted,
             random_state=seed, pool=pool, layers=columns if len(columns.names) > 1 else None,
-            device="cuda" if device == Device.cuda else None, with_network=not without_network, progress=line.update,
+            device="cuda" if device == "cuda" else None, with_network=not without_network, progress=line.update,
         )  # fmt: skip
     write_bundle(bundle, out)
     if as_json:
@@ -163,10 +156,10 @@ def _story(bundle: Bundle, how: str = "") -> list[str]:
     counted = f"{images} of {plural(metrics['classes'], 'class')}"
     lines = [f"{bundle.head} ({params}) on {counted}{how and f': {how}'}."]
     if bundle.prior is not None:
-        lines.append(f"For photos among which the classes are met in other shares (--prior): {_shares(bundle.prior)}.")
+        lines.append(f"For photos with other shares of the classes (--prior): {_shares(bundle.prior)}.")
     rivals = len(metrics.get("chosen_among") or ())
     groups = f" ({plural(metrics['groups'], 'group')}, whole)" if "groups" in metrics else ""
-    unseen = f"On images that the fit, but not the choice among {rivals} heads, had not seen{groups}"
+    unseen = f"On images that the fit had not seen, but on which the best of {rivals} heads was chosen{groups}"
     for key, where in (
         ("out_of_fold", unseen if rivals else f"On images it had not seen{groups}"),
         ("test", "On the split test"),
@@ -228,5 +221,5 @@ def _story_of_unknown(found: Any, most: float | None) -> list[str]:
     left = found["class_left_out"]
     if left:
         share = percent(Interval(**{name: left[name] for name in ("mean", "low", "high")}))
-        lines.append(f"  Of a class that it had never seen, left out in turn, it refused {share}.")
+        lines.append(f"  Of the photos of a class that it was not fitted on (each in turn), it called {share} unknown.")
     return lines

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from featx.cli.feedback import login, read_model
-from featx.cli.options import Device, DeviceOption, EngineName, EngineOption, OwnBackbone, Weights, own_network, stem
+from featx.cli.options import DeviceOption, EngineOption, OwnBackbone, Weights, own_network, stem
 from featx.cli.serve import make_refitter, read_key
 from featx.cli.terminal import ProgressLine, say
 from featx.errors import ImageError, UsageError
@@ -95,8 +95,8 @@ def label_studio(
     log_json: Annotated[bool, typer.Option("--log-json", help="Log lines as JSON.")] = False,
     backbone: OwnBackbone = None,
     weights: Weights = None,
-    engine: EngineOption = EngineName.auto,
-    device: DeviceOption = Device.auto,
+    engine: EngineOption = "auto",
+    device: DeviceOption = "auto",
 ) -> None:
     """Suggest labels in Label Studio, order its tasks by uncertainty, and learn from the labels that are submitted.
 
@@ -128,7 +128,7 @@ def label_studio(
         )
     folder = feedback or source.with_name(f"{stem(source).removesuffix('.model')}.labels")
     corrections = Corrections(folder)
-    options = {"backbone": backbone, "weights": weights, "engine": engine.value, "device": device.value}
+    options = {"backbone": backbone, "weights": weights, "engine": engine, "device": device}
     instant = None
     if is_store:
         model, instant = of_store(source, corrections, options)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,7 +52,7 @@ def labels(
     """
     import numpy as np
 
-    from featx._files import publish_bytes
+    from featx._files import csv_text, publish_text
     from featx.advice import MISSED, rank_labels
     from featx.evaluation import sites_of
     from featx.heads import open_layers
@@ -86,11 +84,8 @@ def labels(
     doubtful = [row for row in rows if row["doubtful"]]
     missing = None if html is None else label_sheet(html, store, find, features, ranking)
     if csv_file is not None:
-        out = StringIO()
-        writer = csv.DictWriter(out, CSV_COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({**row, "doubtful": int(row["doubtful"])} for row in rows)
-        publish_bytes(csv_file, out.getvalue().encode("utf-8", errors="backslashreplace"))
+        table = csv_text(CSV_COLUMNS, ({**row, "doubtful": int(row["doubtful"])} for row in rows))
+        publish_text(csv_file, table)
     if as_json:
         print_json(
             {

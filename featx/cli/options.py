@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from enum import StrEnum
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -18,20 +19,12 @@ QUARANTINED = 3
 """Exit code: done, but some images were refused."""
 
 
-class EngineName(StrEnum):
-    """What runs the network."""
-
-    auto = "auto"
-    torch = "torch"
-    openvino = "openvino"
+EngineName = Literal["auto", "torch", "openvino"]
+"""What runs the network."""
 
 
-class Device(StrEnum):
-    """Where the network runs."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
+Device = Literal["auto", "cpu", "cuda"]
+"""Where the network runs."""
 
 
 StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="A store, or a file made by featx pack.")]
@@ -75,19 +68,21 @@ PriorOption = Annotated[
     typer.Option(
         "--prior",
         metavar="as-is|equal|FILE",
-        help="How often classes will be met: as often as they were labelled, all equally often, or by the shares "
-        "of a file (CSV with class,share, or JSON). All that is promised is then about such photos.",
+        help="How often each class will occur: as often as it was labelled, all equally often, or by the shares in "
+        "a file (CSV with class,share, or JSON). All promises are then about such photos.",
     ),
 ]
 
 
 MaxError = Annotated[
     float,
-    typer.Option(help="Share of answers that may be wrong, on photos like the model's; it abstains to keep it."),
+    typer.Option(help="Share of answers that may be wrong, on photos like the model's; it abstains to stay below it."),
 ]
 MaxUnknown = Annotated[
     float,
-    typer.Option(help="Share of photos like the model's that may be called unknown, so that others are; 0: none ever."),
+    typer.Option(
+        help="Share of photos like the model's that may be called unknown, so that other photos are; 0: none at all."
+    ),
 ]
 
 
@@ -100,6 +95,25 @@ def own_network(name: str | None) -> Own | None:
     if not is_own(name):
         raise UsageError("not a network of your own", where="--backbone", expected="FILE.py:CLASS", found=name)
     return import_provider(name)
+
+
+def network_options(backbone: str | None, weights: Path | None, engine: EngineName, device: Device) -> dict[str, Any]:
+    """What ``--backbone``, ``--weights``, ``--engine`` and ``--device`` say, as ``Embedder.like`` takes it."""
+    return {"backbone": own_network(backbone), "weights": weights, "engine": engine, "device": device}
+
+
+@contextmanager
+def extra_packages(who: str, extras: str) -> Iterator[None]:
+    """UsageError if what is imported here needs packages of ``extras`` that are not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("featx"):
+            raise
+        raise UsageError(
+            f"{who} needs packages that are not installed ({error.name})",
+            hint=f"Install them with: pip install 'featx[{extras}]'",
+        ) from error
 
 
 def let_scipy_take_tensors() -> None:

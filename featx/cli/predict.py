@@ -13,15 +13,13 @@ import typer
 
 from featx.cli.options import (
     QUARANTINED,
-    Device,
     DeviceOption,
-    EngineName,
     EngineOption,
     Json,
     ModelArgument,
     OwnBackbone,
     Weights,
-    own_network,
+    network_options,
 )
 from featx.cli.terminal import ProgressLine, check_file, check_writable, print_json, say, show
 from featx.errors import ImageError, UsageError, one_line, plural
@@ -69,17 +67,17 @@ def predict(
         float | None,
         typer.Option(
             metavar="SHARE",
-            help="Also give the smallest set of labels that holds the truth this often, such as 0.9, on photos like "
-            "the model's; the set of an unknown photo is empty.",
+            help="Also give the smallest set of labels that contains the true one this often, such as 0.9, on photos "
+            "like the model's; the set of an unknown photo is empty.",
         ),
     ] = None,
     backbone: OwnBackbone = None,
     weights: Weights = None,
-    engine: EngineOption = EngineName.auto,
-    device: DeviceOption = Device.auto,
+    engine: EngineOption = "auto",
+    device: DeviceOption = "auto",
     as_json: Json = False,
 ) -> None:
-    """Say what is on photos: label, probability, and whether the model is unsure or does not know such photos.
+    """Say what photos show: label, probability, and whether the model is unsure or finds the photo unlike its own.
 
     In a pipe, the output is one line per image with tabs between image, label, score and "abstains" or "unknown".
     A label beside either is a guess. With --coverage the set of labels follows, with " | " between them.
@@ -94,7 +92,7 @@ def predict(
         named = name_files(images, Path(folder))
         from featx.models import predict_files
 
-        kept, embedder, layer = _open(model, backbone, weights, engine, device, pickled=allow_pickle)
+        kept, embedder, layer = _open(model, network_options(backbone, weights, engine, device), pickled=allow_pickle)
         cautions = [*kept.cautions, *([] if coverage is None else kept.cautions_of_sets(coverage))]
         predictions: list[dict[str, Any]] = []
         refused: list[dict[str, Any]] = []
@@ -144,19 +142,11 @@ def say_refused(count: int, of: int) -> None:
     say(f"Error: {counted} could {'not ' if of == 1 or count < of else ''}be read.", err=True)
 
 
-def _open(
-    model: Path, backbone: str | None, weights: Path | None, engine: EngineName, device: Device, *, pickled: bool
-) -> tuple[Bundle | Pickled, Embedder, int | None]:
+def _open(model: Path, options: dict[str, Any], *, pickled: bool) -> tuple[Bundle | Pickled, Embedder, int | None]:
     """A bundle (or, where it is asked for, a pickled export), its network, and the layer that it is on."""
     from featx.extraction import Embedder
     from featx.models import layer_number, open_embedder, read_bundle
 
-    options: dict[str, Any] = {
-        "backbone": own_network(backbone),
-        "weights": weights,
-        "engine": engine.value,
-        "device": device.value,
-    }
     if pickled and not is_zipfile(model):
         from featx.models import Pickled
 
@@ -221,22 +211,16 @@ def _write_csv(
     *,
     sets: bool,
 ) -> None:
-    from csv import DictWriter
-    from io import StringIO
+    from featx._files import csv_text, publish_text
 
-    from featx._files import publish_bytes
-
-    columns = [f"probability of {name}" for name in class_names]
-    text = StringIO()
-    writer = DictWriter(text, [*_CSV_COLUMNS, *([_SET] if sets else []), *columns], lineterminator="\n")
-    writer.writeheader()
+    columns = [*_CSV_COLUMNS, *([_SET] if sets else []), *(f"probability of {name}" for name in class_names)]
+    rows: list[dict[str, Any]] = []
     for each in predictions:
         row = {name: each[name] for name in _CSV_COLUMNS if name in each} | ({_SET: _set_of(each)} if sets else {})
         shares = {f"probability of {name}": share for name, share in each["probabilities"].items()}
-        writer.writerow({**row, **shares, "abstain": "yes" if each["abstain"] else "no"})
-    for each in refused:
-        writer.writerow({"id": each["id"], "refused": f"{each['reason']}: {each['message']}"})
-    publish_bytes(path, text.getvalue().encode(errors="backslashreplace"))
+        rows.append({**row, **shares, "abstain": "yes" if each["abstain"] else "no"})
+    rows += [{"id": each["id"], "refused": f"{each['reason']}: {each['message']}"} for each in refused]
+    publish_text(path, csv_text(columns, rows))
 
 
 def _sort_into(

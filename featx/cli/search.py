@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,9 +9,7 @@ import typer
 
 from featx.cli.options import (
     QUARANTINED,
-    Device,
     DeviceOption,
-    EngineName,
     EngineOption,
     Json,
     OwnBackbone,
@@ -20,7 +17,7 @@ from featx.cli.options import (
     SourceOption,
     StoreArgument,
     Weights,
-    own_network,
+    network_options,
 )
 from featx.cli.predict import say_refused
 from featx.cli.terminal import PAGE_MARK, ProgressLine, check_file, print_json, say, show
@@ -36,12 +33,8 @@ if TYPE_CHECKING:
     from featx.store import FeatureSet
 
 
-class MethodName(StrEnum):
-    """How neighbours are found."""
-
-    auto = "auto"
-    exact = "exact"
-    approximate = "approximate"
+MethodName = Literal["auto", "exact", "approximate"]
+"""How neighbours are found."""
 
 
 Layer = Annotated[str, typer.Option(help="Which of the store's layers.")]
@@ -77,7 +70,7 @@ def search(
     expand: Expand = 0,
     method: Annotated[
         MethodName, typer.Option(help="auto is exact up to a million images, or where faiss is not installed.")
-    ] = MethodName.auto,
+    ] = "auto",
     include_self: Annotated[
         bool, typer.Option("--include-self", help="Let an image of the store be in its own answer.")
     ] = False,
@@ -85,8 +78,8 @@ def search(
     source: SourceOption = None,
     backbone: OwnBackbone = None,
     weights: Weights = None,
-    engine: EngineOption = EngineName.auto,
-    device: DeviceOption = Device.auto,
+    engine: EngineOption = "auto",
+    device: DeviceOption = "auto",
     as_json: Json = False,
 ) -> None:
     """Find the images of a store that look like these.
@@ -104,7 +97,7 @@ def search(
         gallery = ImageSearch.open(
             store,
             layer=layer,
-            method=_method(method),
+            method=method,
             center=center,
             whiten=whiten,
             expand=expand,
@@ -112,14 +105,8 @@ def search(
         )
         asked = _Queries(gallery, images)
         if asked.files:
-            embedder = Embedder.like(
-                gallery.features.provenance,
-                where=store,
-                backbone=own_network(backbone),
-                weights=weights,
-                engine=engine.value,
-                device=device.value,
-            )
+            options = network_options(backbone, weights, engine, device)
+            embedder = Embedder.like(gallery.features.provenance, where=store, **options)
             asked.embed(embedder, line)
     found = asked.answer(k, include_self=include_self)
     answer = {
@@ -223,10 +210,6 @@ def _digest(path: Path) -> bytes | None:
         return bytes.fromhex(sha256_file(path))
     except OSError:
         return None
-
-
-def _method(name: MethodName) -> Literal["auto", "exact", "approximate"]:
-    return name.value
 
 
 def _match_table(found: Found) -> Table:

@@ -13,16 +13,15 @@ import typer
 
 from featx.cli.feedback import login, read_model
 from featx.cli.options import (
-    Device,
     DeviceOption,
-    EngineName,
     EngineOption,
     OwnBackbone,
     Weights,
+    extra_packages,
     own_network,
 )
 from featx.cli.terminal import say
-from featx.errors import UsageError, plural
+from featx.errors import UsageError, in_words, plural
 
 if TYPE_CHECKING:
     from featx.extraction import Embedder
@@ -44,7 +43,7 @@ def serve(
         list[str],
         typer.Argument(
             metavar="[NAME=]MODEL...",
-            help="Files made by featx fit. Of several, each answers to its NAME; by default that of the file.",
+            help="Files made by featx fit. Several models are addressed by NAME; by default the file's name.",
         ),
     ],
     store: Annotated[
@@ -52,7 +51,7 @@ def serve(
         typer.Option(
             metavar="[NAME=]STORE",
             help="The store that the model was fitted on: answers then show the nearest labelled images. "
-            "With several models: of which one, by its NAME; may be given for each.",
+            "With several models, NAME says whose store it is; may be given for each.",
         ),
     ] = None,
     images: Annotated[
@@ -67,7 +66,7 @@ def serve(
         typer.Option(
             metavar="[NAME=]DIR",
             help="Keep corrections of answers in this folder, and answer with the current version of the model in it "
-            "(featx refit, featx models). With several models: of which one, by its NAME.",
+            "(featx refit, featx models). With several models, NAME says whose folder it is.",
         ),
     ] = None,
     every: Annotated[
@@ -90,7 +89,9 @@ def serve(
     ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Answer anyone who can reach the address.")] = False,
     max_images: Annotated[int, typer.Option(min=1, max=10_000, help="Images that one request may have.")] = 64,
-    max_pixels: Annotated[int, typer.Option(min=4, help="Larger images are refused by their header.")] = 50_000_000,
+    max_pixels: Annotated[
+        int, typer.Option(min=4, help="Larger images are refused before they are decoded.")
+    ] = 50_000_000,
     log_json: Annotated[bool, typer.Option("--log-json", help="Log lines as JSON.")] = False,
     counts: Annotated[
         Path | None,
@@ -103,22 +104,15 @@ def serve(
     ] = None,
     backbone: OwnBackbone = None,
     weights: Weights = None,
-    engine: EngineOption = EngineName.auto,
-    device: DeviceOption = Device.auto,
+    engine: EngineOption = "auto",
+    device: DeviceOption = "auto",
 ) -> None:
-    """Serve models over HTTP, with a page to drop photos on. Ctrl-C or SIGTERM ends it in order.
+    """Serve models over HTTP, with a page to drop photos on. Ctrl-C or SIGTERM shuts it down cleanly.
 
     Several models get a queue each and take turns; those that were fitted on the same features share their network.
     """
-    try:
+    with extra_packages("the service", "serve"):
         import featx.service.server
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("featx"):
-            raise
-        raise UsageError(
-            f"the service needs packages that are not installed ({error.name})",
-            hint="Install them with: pip install 'featx[serve]'",
-        ) from error
     from featx.models import Corrections, Versions, open_embedder, read_bundle
     from featx.service import BATCH_SIZES, Counts, Evidence, Feedback, Limits, Model, Repository
 
@@ -129,7 +123,9 @@ def serve(
     kept = _belonging(feedback, files, "--feedback")
     for option, given in (("--new-classes", new_classes), ("--every", every is not None)):
         if given and not kept:
-            raise UsageError("corrections are not kept", where=option, hint="Say where with --feedback DIR.")
+            raise UsageError(
+                "corrections are not kept", where=option, hint="Name a folder for them with --feedback DIR."
+            )
     if len({path.resolve() for path in kept.values()}) < len(kept):
         raise UsageError("two models cannot share a feedback folder", where="--feedback")
     corrections = {name: Corrections(path) for name, path in kept.items()}
@@ -162,8 +158,8 @@ def serve(
             # What one of several models needs is not for the others.
             backbone=own_network(backbone) if alone or _has_own_network(bundle) else None,
             weights=weights if alone or _has_own_weights(bundle) else None,
-            engine=engine.value,
-            device=device.value,
+            engine=engine,
+            device=device,
             batch_sizes=BATCH_SIZES,
             opened=opened,
         )
@@ -242,7 +238,7 @@ def _belonging(given: Sequence[str] | None, models: Mapping[str, Path], option: 
         name = name or (next(iter(models)) if len(models) == 1 else "")
         if name not in models or name in found:
             raise UsageError(
-                "the models have one each" if name in found else "this is of none of the models",
+                "given twice for one model" if name in found else "for none of the models",
                 where=option,
                 expected=f"NAME={path}, with a NAME of {', '.join(models)}",
                 found=f"{name}={path}" if name else str(path),
@@ -253,13 +249,15 @@ def _belonging(given: Sequence[str] | None, models: Mapping[str, Path], option: 
 
 def _has_own_network(bundle: Bundle) -> bool:
     from featx.backbones import is_own
+    from featx.store import backbones_of, name_of
 
-    return any(is_own(str(each.get("backbone"))) for each in bundle.provenance.get("backbones", [bundle.provenance]))
+    return any(is_own(name_of(each)) for each in backbones_of(bundle.provenance))
 
 
 def _has_own_weights(bundle: Bundle) -> bool:
-    networks = bundle.provenance.get("backbones", [bundle.provenance])
-    return any(each.get("weights") not in ("default", "none") for each in networks)
+    from featx.store import backbones_of
+
+    return any(each.get("weights") not in ("default", "none") for each in backbones_of(bundle.provenance))
 
 
 def _serving(
@@ -277,15 +275,15 @@ def _serving(
     """What to know of a service that has just begun, a line each."""
     lines = [f"Open {url} in a browser; {url}/docs is for programs."]
     for name, path in files.items():
-        alike = f", and what looks alike in {stores[name]}" if name in stores else ""
+        alike = f", and similar images from {stores[name]}" if name in stores else ""
         at = f" at {url}/predict?model={name}" if len(files) > 1 else ""
         lines.append(f"It serves {path} ({plural(len(bundles[name].class_names), 'class')}){alike}{at}.")
     if key:
-        lines.append(f"Who asks must show the API key that is in {key_file or 'FEATX_API_KEY'}.")
+        lines.append(f"Requests need the API key that is in {key_file or 'FEATX_API_KEY'}.")
     elif insecure:
-        lines.append("Everybody who can reach this address may ask, without a key (--insecure).")
+        lines.append("Anyone who can reach this address can use it without a key (--insecure).")
     if counts is not None:
-        lines.append(f"It counts its answers in {counts}; whether photos have changed: featx drift {counts}")
+        lines.append(f"It counts its answers in {counts}; to see whether photos have changed: featx drift {counts}")
     lines += [f"Corrections are kept in {path}; next: featx feedback {path}" for path in feedback]
     return [*lines, "Ctrl-C stops it."]
 
@@ -297,7 +295,8 @@ def read_key(file: Path | None, variable: str = "FEATX_API_KEY", what: str = "AP
     try:
         key = file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the {what} cannot be read", where=file) from error
+        why = in_words(error) if isinstance(error, OSError) else "it is not text in UTF-8"
+        raise UsageError(f"the {what} cannot be read ({why})", where=file) from error
     if not key:
-        raise UsageError(f"the {what} is empty", where=file)
+        raise UsageError(f"the {what} is empty", where=file, hint="Write it into this file, in one line.")
     return key

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -12,13 +11,8 @@ from featx.cli.options import Json, Seed, StoreArgument
 from featx.cli.terminal import ProgressLine, check_writable, print_json, say, show
 from featx.errors import plural
 
-
-class TableFormat(StrEnum):
-    """What a table is written as."""
-
-    parquet = "parquet"
-    csv = "csv"
-    npz = "npz"
+TableFormat = Literal["parquet", "csv", "npz"]
+"""What a table is written as."""
 
 
 def register(app: typer.Typer) -> None:
@@ -49,7 +43,7 @@ def export_features(
 
     check_writable(out.parent)
     with ProgressLine("writing") as line:
-        rows = export_table(store, out, form=form.value if form else None, layer=layer, progress=line.update)
+        rows = export_table(store, out, form=form, layer=layer, progress=line.update)
     if as_json:
         print_json({"path": str(out), "rows": rows, "bytes": out.stat().st_size})
     say(f"{out}: {plural(rows, 'row')}, {out.stat().st_size:,} bytes.", err=as_json)
@@ -96,7 +90,9 @@ def drop(
     from featx.store import StoreWriter, read_manifest
 
     if store.is_file():
-        raise UsageError("a packed store is not changed", where=store, hint="Drop it from the store, and pack again.")
+        raise UsageError(
+            "a packed store cannot be changed", where=store, hint="Drop it from the store, and pack again."
+        )
     read_manifest(store)  # says that there is no store
     refuse_second_writer(store)
     with StoreWriter(store) as writer:

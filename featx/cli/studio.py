@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from featx.cli.extract import Asked, RecipeName, load
+from featx.cli.options import extra_packages
 from featx.cli.terminal import say
 from featx.errors import UsageError
 
@@ -28,7 +29,7 @@ def studio(
     source: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[FOLDER]", help="The photos: a folder, or a list (.csv). Without it, choose one there."
+            metavar="[FOLDER]", help="The photos: a folder, or a list (.csv). Without it, choose one on the page."
         ),
     ] = None,
     project: Annotated[
@@ -67,17 +68,8 @@ def studio(
     The page is for this machine only, and nothing leaves it. Photos are never moved, renamed or written to; labels,
     embeddings and models go into a folder beside them. Ctrl-C ends it; what was labelled is kept.
     """
-    try:
-        from featx.studio import Setup, Studio
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("featx"):
-            raise
-        raise UsageError(
-            f"the studio needs packages that are not installed ({error.name})",
-            hint="Install them with: pip install 'featx[serve,export]'",
-        ) from error
-    from featx.studio import run
-
+    with extra_packages("the studio", "serve,export"):
+        from featx.studio import Setup, Studio, run
     if root is not None and not root.is_dir():
         raise UsageError("no such folder", where="--root", found=root)
     if source is None and project is not None:
@@ -96,11 +88,7 @@ def _how(
 ) -> dict[str, Any]:
     """How a store's photos are embedded, by the options."""
     asked = Asked.of(store, backbone, recipe, weights, None, None)
-    return {
-        "backbone": load(asked.networks),
-        "views": asked.views,
-        "recipe": "" if recipe is None else recipe.value,
-    }
+    return {"backbone": load(asked.networks), "views": asked.views, "recipe": recipe or ""}
 
 
 def _tell(made: Studio, url: str, *, browser: bool) -> None:

@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -32,31 +31,20 @@ if TYPE_CHECKING:
     from featx.store import FeatureSet
 
 
-class Backend(StrEnum):
-    """Where the workers of a sweep run."""
-
-    local = "local"
-    ray = "ray"
+Backend = Literal["local", "ray"]
+"""Where the workers of a sweep run."""
 
 
-class Split(StrEnum):
-    """A split that may judge the winner."""
-
-    val = "val"
-    test = "test"
+Split = Literal["val", "test"]
+"""A split that may judge the winner."""
 
 
-class Across(StrEnum):
-    """What draws may keep apart besides copies."""
-
-    groups = "groups"
+Across = Literal["groups"]
+"""What draws may keep apart besides copies."""
 
 
-class Where(StrEnum):
-    """Where large fits are solved."""
-
-    cpu = "cpu"
-    cuda = "cuda"
+Where = Literal["cpu", "cuda"]
+"""Where large fits are solved."""
 
 
 def register(app: typer.Typer) -> None:
@@ -118,10 +106,10 @@ def sweep(
     backend: Annotated[
         Backend,
         typer.Option(help="Where the workers run: here, or on the Ray cluster that runs here or RAY_ADDRESS names."),
-    ] = Backend.local,
+    ] = "local",
     device: Annotated[
         Where, typer.Option(help="Where logistic regression on very many images is solved; the rest runs on the CPU.")
-    ] = Where.cpu,
+    ] = "cpu",
     seed: Seed = 0,
     seconds: Annotated[
         float | None,
@@ -134,14 +122,14 @@ def sweep(
         typer.Option(
             "--explain",
             help="Show in the report what speaks for the two classes on confused and suspicious photos. The network "
-            "sees these photos again.",
+            "runs on these photos again.",
         ),
     ] = False,
     as_json: Json = False,
 ) -> Any:  # a SweepResult; Typer evaluates annotations, and that one would import much before it is needed
     """Compare heads on a store: how good they are with how few labels, and how sure that is."""
     started = time.monotonic()
-    if device == Where.cuda:
+    if device == "cuda":
         let_scipy_take_tensors()
 
     from featx.evaluation import judge, sweep_heads
@@ -208,7 +196,7 @@ def sweep(
                 "pool": pool,
                 "layers": columns,
                 "on": on,
-                "device": None if device == Where.cpu else device.value,
+                "device": None if device == "cpu" else device,
                 "partial": keep,
                 "progress": line.update,
             }
@@ -232,7 +220,7 @@ def sweep(
             judged = None
             if test:
                 winner = columns.heads(heads_for(centre, pool), wanted_heads, on)[result.winner]
-                judged = judge(features, test.value, winner, _ledger(store), random_state=seed)
+                judged = judge(features, test, winner, _ledger(store), random_state=seed)
                 result = replace(result, notes=(*result.notes, judged.sentence))
             labels = None
             if not result.missing:
@@ -366,10 +354,10 @@ def _rows(features: FeatureSet, store: Path, test: Split | None) -> Index:
     import numpy as np
 
     # Test images are for the one judgement at the end; they take no part in choosing.
-    if test and test.value not in features.splits:
+    if test and test not in features.splits:
         found = ", ".join(sorted(set(features.splits.tolist()) - {""})) or "no splits"
-        raise UsageError(f"no images in the split {test.value}", where=store, found=found)
-    held = {"test"} | ({test.value} if test else set())
+        raise UsageError(f"no images in the split {test}", where=store, found=found)
+    held = {"test"} | ({test} if test else set())
     rows = np.flatnonzero(~np.isin(features.splits, sorted(held)))
     for name in sorted(held & set(features.splits.tolist())):
         say(f"Note: the split {name} ({plural(int((features.splits == name).sum()), 'image')}) is left out.", err=True)
@@ -436,7 +424,7 @@ _SETTINGS = ("heads", "shots", "episodes", "random_state", "classes")
 @contextmanager
 def _workers(backend: Backend) -> Iterator[int | None]:
     """Let joblib use the backend; what its ``n_jobs`` is for all workers of it."""
-    if backend is Backend.local:
+    if backend == "local":
         yield None
         return
     from featx.extraction import joblib_on_ray

@@ -89,7 +89,7 @@ def check_file(out: Path, mark: bytes, *, example: str) -> None:
     if out.is_dir():
         raise UsageError("a folder is in the way", where=out, hint=f"Name a file, such as {example}.")
     if not out.absolute().parent.is_dir():
-        raise UsageError("no such folder", where=out.absolute().parent)
+        raise UsageError("no such folder", where=out.absolute().parent, hint="Make it first, or choose another one.")
     check_writable(out.absolute().parent)
     if not out.exists():
         return
@@ -104,7 +104,7 @@ def check_file(out: Path, mark: bytes, *, example: str) -> None:
         raise UsageError(f"cannot be read ({error.strerror}), and would be replaced", where=out) from error
     if start and mark not in start and mark not in end:
         raise UsageError(
-            "there is a file of this name already, of another kind than would be made", where=out,
+            "there is a file of this name already, and featx did not make it", where=out,
             hint=f"Delete it, or choose another name, such as {example}.",
         )  # fmt: skip
 

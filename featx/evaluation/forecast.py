@@ -98,8 +98,8 @@ class Forecast:
             why = "the time was up" if self.stopped else f"{count} could be left out, and it takes {LEAST_SITES}"
             return f"At a new {self.group_name}: cannot tell; {why}."
         text = (
-            f"At a new {self.group_name} expect {stats.percent(self.expected)}; in brackets where a single new one "
-            f"lies in 95 of 100 cases, by leaving out each of {count}."
+            f"At a new {self.group_name} expect {stats.percent(self.expected)}; in brackets, where a single new one "
+            f"lies in 95 of 100 cases, found by leaving out each of {count}."
         )
         words = []
         for each in self.added:

@@ -267,7 +267,7 @@ class SweepResult:
             return ""
         shots = (*self.shots, *(n_shots for n_shots in self.missing if n_shots not in self.shots))
         each = ", ".join(f"{self.draws(n_shots)} with {shots_label(n_shots)}" for n_shots in shots)
-        return f"Provisional: {len(self.queries)} of {plural(self.planned, 'draw')} are made ({each})."
+        return f"Provisional: {len(self.queries)} of {plural(self.planned, 'draw')} are done ({each})."
 
     def mean_accuracy(self, head: str) -> float:
         """Mean over all n_shots of the mean accuracy over its draws."""
@@ -295,17 +295,8 @@ class SweepResult:
     @cached_property
     def comparisons(self) -> tuple[Comparison, ...]:
         """Every pair of heads at every n_shots, Holm over the pairs of one n_shots."""
-        out = []
-        for n_shots in self.shots:
-            pairs = list(combinations(self.heads, 2))
-            found = [
-                paired_difference(self.of(a, n_shots), self.of(b, n_shots), self.queries, self.labels, self.sites)
-                for a, b in pairs
-            ]
-            adjusted = stats.holm([each.p for each in found])
-            for (a, b), each, p in zip(pairs, found, adjusted, strict=True):
-                out.append(Comparison(a, b, n_shots, stats.Difference(each.interval, each.p, p)))
-        return tuple(out)
+        pairs = list(combinations(self.heads, 2))
+        return tuple(each for n_shots in self.shots for each in self._compared([(a, b, n_shots) for a, b in pairs]))
 
     @cached_property
     def results(self) -> tuple[HeadResult, ...]:
@@ -384,14 +375,18 @@ class SweepResult:
         """
         if not self.pixels:
             return ()
+        return self._compared([(self.winner, PIXELS, n_shots) for n_shots in self.shots])
+
+    def _compared(self, pairs: Sequence[tuple[str, str, Shots]]) -> tuple[Comparison, ...]:
+        """Pairs of heads, each at one n_shots; Holm over all of them."""
         found = [
-            paired_difference(self.of(self.winner, n), self.of(PIXELS, n), self.queries, self.labels, self.sites)
-            for n in self.shots
+            paired_difference(self.of(a, n_shots), self.of(b, n_shots), self.queries, self.labels, self.sites)
+            for a, b, n_shots in pairs
         ]
         adjusted = stats.holm([each.p for each in found])
         return tuple(
-            Comparison(self.winner, PIXELS, n, stats.Difference(each.interval, each.p, p))
-            for n, each, p in zip(self.shots, found, adjusted, strict=True)
+            Comparison(*pair, stats.Difference(each.interval, each.p, p))
+            for pair, each, p in zip(pairs, found, adjusted, strict=True)
         )
 
     def recall(self, head: str, n_shots: Shots) -> dict[str, stats.Interval]:

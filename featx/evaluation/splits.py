@@ -19,7 +19,7 @@ from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
 from featx._arrays import Index
-from featx.errors import UsageError, plural
+from featx.errors import UsageError, listed, plural
 from featx.evaluation.duplicates import dense
 from featx.heads import alone, distinct_counts, of_one_class, site_pairs
 
@@ -376,10 +376,8 @@ def _site_notes(
     notes = []
     out = [name for name, n in zip(class_names, least.tolist(), strict=True) if n == 0]
     if out:
-        more = f" and {len(out) - _NAMED} more" if len(out) > _NAMED else ""
-        notes.append(
-            f"Left out, as no {group_name} can be held out of them: {', '.join(map(repr, out[:_NAMED]))}{more}."
-        )
+        named = listed([repr(name) for name in out], _NAMED)
+        notes.append(f"Left out, as no {group_name} can be held out of them: {named}.")
     giants = np.flatnonzero((2 * table.counts > counts[table.classes]) & (least[table.classes] > 0))
     if len(giants):
         size, c = int(table.counts[giants[0]]), int(table.classes[giants[0]])

@@ -62,7 +62,7 @@ class Judgement:
     def sentence(self) -> str:
         """The result in words, with the number of uses."""
         times = "the first use" if self.used == 1 else f"use number {self.used}"
-        warning = "" if self.used == 1 else " What was chosen after an earlier look makes this too good."
+        warning = "" if self.used == 1 else " Choices made after an earlier look make this figure too good."
         if self.shared:
             left_out = f"{plural(self.shared, 'image')} of it left out, as their groups were learnt from"
             warning += f" {left_out}."

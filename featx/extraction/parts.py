@@ -23,7 +23,7 @@ import re
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from featx.backbones import Backbone, Engine
 from featx.errors import Interrupted, StoreBusy, StoreError, UsageError
 from featx.extraction.run import (
     ExtractSummary,
+    Progress,
     Start,
     check_refused,
     check_replaced,
@@ -52,7 +53,6 @@ from featx.store import (
     StoreWriter,
     check_backbones,
     digest_keys,
-    fingerprint,
     name_of,
     read_index,
     read_manifest,
@@ -60,7 +60,6 @@ from featx.store import (
 )
 
 MAX_PARTS = 100_000
-Progress = Callable[[int, int], None]
 
 _FOLDER = re.compile(r"([0-9]{1,6})-of-([0-9]{1,6})")
 _GONE = "gone-"
@@ -159,7 +158,7 @@ def extract_cut(
     lanes = make_lanes(backbone, engine, (store, folder), **how)
     made = [lane.provenance for lane in lanes]
     if not len(cut):
-        return _summary(made, images=0, notes=(f"part {part} has no images, as there are only {total}",))
+        return ExtractSummary.of(made, images=0, notes=(f"part {part} has no images, as there are only {total}",))
     _agree(store, made)
     make_folder(store / PARTS)
     known = store if read_manifest(store).shards else None
@@ -347,7 +346,7 @@ def finish_parts(
     left = _delete_parts(store)
     if left:
         notes = (*notes, f"parts {', '.join(map(str, left))} are being written again just now, and were left there")
-    return _summary(
+    return ExtractSummary.of(
         made,
         images=len(images),
         embedded=embedded,
@@ -408,7 +407,7 @@ def _finished_before(images: ImageSet, store: Path, begun: Sequence[Part]) -> Ex
         if any(digests.get(name) != key for name, key in zip(found.index.ids, keys, strict=True)):
             return None
     _delete_parts(store)
-    return _summary(
+    return ExtractSummary.of(
         manifest.backbones, images=len(images), reused=len(index), quarantined=len(refused), refused=refused
     )
 
@@ -471,35 +470,3 @@ def _delete_parts(store: Path) -> list[Part]:
     except OSError as error:
         raise cannot_write(store / PARTS, error) from error
     return left
-
-
-def _summary(
-    made: Sequence[Mapping[str, Any]],
-    *,
-    images: int,
-    embedded: int = 0,
-    reused: int = 0,
-    quarantined: int = 0,
-    seconds: float = 0.0,
-    pruned: int = 0,
-    notes: tuple[str, ...] = (),
-    refused: tuple[Refused, ...] = (),
-) -> ExtractSummary:
-    own = made[0]
-    return ExtractSummary(
-        images=images,
-        embedded=embedded,
-        reused=reused,
-        quarantined=quarantined,
-        seconds=seconds,
-        images_per_second=0.0,
-        fingerprint=fingerprint(own),
-        backbone=str(own["backbone"]),
-        backbones=tuple(map(name_of, made)),
-        engine=str(own["engine"]),
-        precision=str(own["precision"]),
-        device=str(own["device"]),
-        pruned=pruned,
-        notes=notes,
-        refused=refused,
-    )

@@ -23,7 +23,7 @@ from featx.backbones import Backbone, Engine, load_backbone, make_engine
 from featx.errors import FeatxError, ImageError, Interrupted, MismatchError, TooManyBadImages, UsageError, plural
 from featx.extraction.embedder import network_like
 from featx.extraction.lanes import Embedded, Lane, Lanes
-from featx.images import CENTER, TAKEN, TIMEOUT, DecoderPool, ImageRef, ImageSet, rules_of
+from featx.images import CENTER, TAKEN, TIMEOUT, DecoderPool, ImageRef, ImageSet, parse_views, rules_of
 from featx.store import (
     MAX_STRING,
     PARTS,
@@ -31,7 +31,9 @@ from featx.store import (
     Refused,
     StoreWriter,
     digest_keys,
+    fingerprint,
     longest_id,
+    name_of,
     stored_backbones,
 )
 
@@ -85,6 +87,23 @@ class ExtractSummary:
     notes: tuple[str, ...] = ()
     refused: tuple[Refused, ...] = field(default=(), repr=False)
     backbones: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, made: Sequence[Mapping[str, Any]], *, images: int, **numbers: Any) -> ExtractSummary:
+        """What was done with backbones of these provenances; ``numbers`` are further fields, which are 0 otherwise."""
+        own = made[0]
+        nothing = dict.fromkeys(("embedded", "reused", "quarantined"), 0)
+        return cls(
+            images=images,
+            fingerprint=fingerprint(own),
+            backbone=name_of(own),
+            backbones=tuple(map(name_of, made)),
+            engine=str(own["engine"]),
+            precision=str(own["precision"]),
+            device=str(own["device"]),
+            views=parse_views(str(own.get("views", "center"))),
+            **{"seconds": 0.0, "images_per_second": 0.0, **nothing, **numbers},
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types; the refused images stay in the store's quarantine."""
@@ -204,7 +223,7 @@ def make_lanes(
     networks = {each.name: each for each in given}
     if len(networks) < len(given) or not (given or recorded):
         found = ", ".join(each.name for each in given) or "none"
-        raise UsageError("backbones must be named, each once", where="backbone", found=found)
+        raise UsageError("name one backbone or more, each once", where="backbone", found=found)
     if engine is not None and not callable(engine) and len(given) > 1:
         raise UsageError("one engine runs one backbone", where="engine", expected="what makes an engine for each")
     for name, made in recorded.items():
@@ -260,7 +279,6 @@ def extract_lanes(
 ) -> ExtractSummary:
     """:func:`extract_features` with what embeds the images; its own backbone first."""
     started = time.perf_counter()
-    first = lanes[0]
     run: _Run | None = None
     with StoreWriter(store, *(lane.provenance for lane in lanes)) as writer:
         try:
@@ -289,23 +307,15 @@ def extract_lanes(
             with contextlib.suppress(FeatxError, OSError):  # of a full disk, say, which is why all this ends
                 writer.flush()
             raise
-        fingerprint = writer.manifest.fingerprint
-    seconds = time.perf_counter() - started
-    return ExtractSummary(
+    return ExtractSummary.of(
+        [lane.provenance for lane in lanes],
         images=len(images),
         embedded=run.embedded,
         reused=len(images) - run.embedded - len(refused),
         copies=run.copies,
         quarantined=len(refused),
-        seconds=seconds,
+        seconds=time.perf_counter() - started,
         images_per_second=run.embedded / run.seconds if run.embedded else 0.0,
-        fingerprint=fingerprint,
-        backbone=first.backbone.name,
-        backbones=tuple(lane.backbone.name for lane in lanes),
-        engine=first.engine.name,
-        precision=first.engine.precision,
-        device=first.engine.device,
-        views=first.looks.views,
         pruned=pruned,
         stages=run.stages,
         notes=notes,
@@ -369,7 +379,7 @@ def check_replaced(index: Index, writer: StoreWriter) -> None:
     if 2 * len(gone) > len(had):
         writer.flush()
         raise MismatchError(
-            "this would take the place of other labelled images",
+            "this would replace other labelled images",
             where=writer.path,
             expected=f"the images of {writer.manifest.source or 'the store'}, for the most part",
             found=f"{len(gone)} of {plural(len(had), 'labelled image')} missing, or without a label",
@@ -386,7 +396,7 @@ def _too_many(
         where=store / "quarantine.jsonl",
         expected="at least one good image" if none_left else f"at most {int(allowed)} of {total}",
         found=f"{len(refused)}, such as {first.id} ({first.reason}: {first.message})",
-        hint="Good images are kept; mend or remove the bad ones, or allow more with --max-bad, and run it again.",
+        hint="Good images are kept; repair or remove the bad ones, or allow more with --max-bad, and run it again.",
     )
 
 

@@ -1,6 +1,6 @@
 """Heads: classifiers on embeddings, their normalisers, exact solvers, and their choice inside the support.
 
-Arrays in, scores out. Knows nothing of images, networks or files.
+Arrays in, scores out. Knows nothing of images or networks, and of files only stores (``layers``).
 """
 
 import lazy_loader

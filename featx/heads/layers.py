@@ -316,8 +316,3 @@ def left_out(path: str | Path | Sequence[str | Path]) -> list[str]:
     """Sentences on images that not all of several stores have."""
     paths = paths_of(path)
     return steady(paths, lambda: Blocks(paths).notes)
-
-
-def stored_layers(path: str | Path) -> tuple[str, ...]:
-    """The names of the blocks that networks made in a store, in their order."""
-    return Blocks([Path(path)]).networks

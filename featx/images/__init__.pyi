@@ -7,7 +7,6 @@ from .origin import (
     Unreadable as Unreadable,
     file_ref as file_ref,
     labels_from_folders as labels_from_folders,
-    not_installed as not_installed,
 )
 from .phash import (
     HASH_BYTES as HASH_BYTES,

@@ -67,7 +67,9 @@ class Grouping:
         if not sound or len(text) > 1000:
             raise UsageError("--group-by cannot be read", expected=RULES, found=repr(text[:100]))
         if name is not None and not (0 < len(name) <= 50 and name.isprintable()):
-            raise UsageError("--group-name is a word such as camera", found=repr(name[:60]))
+            raise UsageError(
+                "not a name for groups", where="--group-name", expected="a word such as camera", found=repr(name[:60])
+            )
         if kind == "regex":
             _pattern(value)
         return cls(text, name or (value[:50] if kind == "column" else _NAMES.get(kind, "group")))

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from featx._arrays import SPLITS
-from featx.errors import SourceError, plural
+from featx.errors import SourceError, listed
 from featx.images.grouping import MAX_TEXT, TAKEN
 from featx.images.origin import ImageRef, file_ref
 
@@ -65,12 +65,12 @@ def list_refs(path: Path) -> tuple[list[ImageRef], tuple[str, ...]]:
             if key is None:
                 key = columns[name] = name.strip().lower()
             if key in named and key in _OTHER_NAMES:
-                raise SourceError(f"two columns called {key}", where=where, found=",".join(row))
+                raise SourceError(f"two columns are called {key}", where=where, found=",".join(row))
             named[key] = value
         ref = _ref(path, where, named)
         earlier = refs.setdefault(ref.id, ref)
         if earlier is not ref:
-            raise SourceError("the same path twice", where=where, found=ref.id)
+            raise SourceError("the path is listed twice", where=where, found=ref.id)
         for name, value in named.items():
             if name and name not in _OTHER_NAMES and value not in (None, ""):
                 further.setdefault(name, {})[ref.id] = value
@@ -92,7 +92,7 @@ def _with_columns(
         if key == GROUP and not sound:
             id = next(id for id, text in texts.items() if text is None)
             raise SourceError(
-                "a group that is no short text", where=path, expected=f"at most {MAX_TEXT} characters", found=id
+                "a group that is not a short text", where=path, expected=f"at most {MAX_TEXT} characters", found=id
             )
         if key == TAKEN:
             continue  # featx reads it from the photos
@@ -116,8 +116,7 @@ def _with_columns(
 
 def _columns(names: list[str]) -> str:
     """Columns by name, as the beginning of a clause."""
-    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return f"the {plural(len(names), 'column').split()[1]} {', '.join(name[:50] for name in names[:10])}{more}"
+    return f"the {'column' if len(names) == 1 else 'columns'} {listed([name[:50] for name in names])}"
 
 
 def _text(value: Any) -> str | None:
@@ -160,7 +159,7 @@ def _ref(manifest: Path, where: str, row: dict[str, Any]) -> ImageRef:
     if isinstance(label, int | float) and not isinstance(label, bool) and math.isfinite(label):
         label = str(label)
     if not (label is None or isinstance(label, str)):
-        raise SourceError("a label that is no text", where=where, found=repr(label))
+        raise SourceError("a label that is not text", where=where, found=repr(label))
     if split not in ("", *SPLITS):
         raise SourceError("unknown split", where=where, expected="train, val or test", found=split)
     path = manifest.parent / name
@@ -185,7 +184,7 @@ def _csv_rows(path: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, Any
             names = [name.strip().lower() for name in rows.fieldnames or ()]
             for name in _OTHER_NAMES:
                 if names.count(name) > 1:
-                    raise SourceError(f"two columns called {name}", where=path, found=header.strip())
+                    raise SourceError(f"two columns are called {name}", where=path, found=header.strip())
             _check_columns(path, rows.fieldnames or ())
             for row in rows:
                 if None in row:

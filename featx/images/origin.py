@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 from featx._arrays import SPLITS
-from featx.errors import ImageError, SourceError, UsageError, plural
+from featx.errors import ImageError, SourceError, plural
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -144,11 +144,6 @@ def file_ref(
 def too_many_bytes(found: int, most: int) -> ImageError:
     """The refusal of an image that is too large a file."""
     return ImageError("too_large", f"{found:,} bytes; at most {most:,} are read")
-
-
-def not_installed(package: str, extra: str, what: str) -> UsageError:
-    """The sentence for an optional package that a kind of source or output needs."""
-    return UsageError(f"{what} needs {package}, which is not installed", hint=f"pip install 'featx[{extra}]'")
 
 
 def no_images(place: str, where: Path | str, ignored: Sequence[str]) -> SourceError:

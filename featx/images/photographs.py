@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from featx.errors import UsageError
+from featx.errors import UsageError, not_installed
 from featx.images.pixels import decode
 
 if TYPE_CHECKING:
@@ -34,10 +34,7 @@ def photographs(purpose: str, extra: str) -> dict[str, Image]:
     """
     spec = find_spec("skimage")
     if spec is None or not spec.submodule_search_locations:
-        raise UsageError(
-            f"{purpose} needs the photographs that come with scikit-image, which is not installed",
-            hint=f"Install it with: pip install 'featx[{extra}]'",
-        )
+        raise not_installed("scikit-image, whose photographs it uses,", extra, purpose)
     folder = Path(spec.submodule_search_locations[0]) / "data"
     found = {}
     for file in PHOTOGRAPHS:

@@ -274,7 +274,7 @@ def _request(origin: Origin) -> bytes:
             return PART + PLACE.pack(origin.offset, origin.size) + os.fsencode(origin.path)
         return READ + os.fsencode(origin)
     except UnicodeEncodeError as error:
-        raise ImageError("bad_name", "the path is no text that a file system knows") from error
+        raise ImageError("bad_name", "the path is not one that a file system can hold") from error
 
 
 class _Lost(Exception):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, ClassVar
 
-from featx.errors import FeatxError, ImageError, SourceError, UsageError, in_words
+from featx.errors import FeatxError, ImageError, SourceError, UsageError, in_words, not_installed
 from featx.images.origin import (
     IMAGE_SUFFIXES,
     MAX_FETCHED,
@@ -23,7 +23,6 @@ from featx.images.origin import (
     ImageRef,
     labels_from_folders,
     no_images,
-    not_installed,
     too_many_bytes,
 )
 
@@ -105,7 +104,7 @@ def _system(url: str) -> tuple[Any, str]:
     """The file system behind an address, and the path in it."""
     protocol, _, rest = url.partition("://")
     if not rest.strip("/"):
-        raise SourceError("an address of nothing", where=url, expected="one such as s3://bucket/photos")
+        raise SourceError("the address names nothing", where=url, expected="one such as s3://bucket/photos")
     if protocol in ("http", "https"):
         raise UsageError("a web address has no folders to list", where=url, hint="Download the images into a folder.")
     try:

@@ -23,9 +23,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from featx.errors import FeatxError, ImageError, SourceError
+from featx.errors import FeatxError, ImageError, SourceError, not_installed
 from featx.images.child import ATTEMPTS, Child
-from featx.images.origin import MAX_FETCHED, Fetched, ImageRef, file_ref, not_installed, splits_from_names
+from featx.images.origin import MAX_FETCHED, Fetched, ImageRef, file_ref, splits_from_names
 from featx.images.table_reader import ERROR, IMAGE, NONE
 
 _PATIENCE = 300.0
@@ -189,7 +189,7 @@ class _Reader(Child):
 
 
 def _damaged(what: str, path: Path) -> SourceError:
-    return SourceError(what, where=path, hint="The file may be damaged: fetch or make it again.")
+    return SourceError(what, where=path, hint="The file may be damaged: fetch it again, or make it anew.")
 
 
 def _reader(path: Path) -> _Reader:

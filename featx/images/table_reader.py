@@ -14,10 +14,11 @@ import contextlib
 import datetime
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from featx._files import signature
 from featx._system import confine, limited_memory
@@ -28,6 +29,8 @@ from featx.images.origin import MAX_FETCHED, too_many_bytes
 
 if TYPE_CHECKING:
     import pyarrow
+
+T = TypeVar("T")
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "bytes", "image_bytes")
 LABEL_COLUMNS = ("label", "labels", "class", "cls", "class_name", "target")
@@ -138,20 +141,8 @@ class Table:
 
     def labels(self) -> Iterator[list[str | None]]:
         """The class name of each row, some at a time; nothing where there is no such column."""
-        if self._label is None:
-            return
-        names = self._features.get(self._label, {}).get("names")
-        row = 0
-        try:
-            for group in range(len(self._file.starts) - 1):
-                for batch in self._file.batches(group, self._label, _LABELS_AT_A_TIME):
-                    values: list[Any] = _sound(batch).column(0).to_pylist()
-                    yield [self._class_of(row + i, value, names) for i, value in enumerate(values)]
-                    row += len(values)
-        except self._errors as error:
-            raise self._damaged(error) from error
-        if row != self.rows:
-            raise self._damaged(f"{row:,} labels for {self.rows:,} rows")
+        if self._label is not None:
+            yield from self._values(self._label, self._class_of)
 
     @property
     def columns(self) -> list[str]:
@@ -166,13 +157,17 @@ class Table:
         SourceError
             One is no short text, number or date.
         """
+        yield from self._values(column, partial(self._text_of, column))
+
+    def _values(self, column: str, read: Callable[[int, Any, list[str] | None], T]) -> Iterator[list[T]]:
+        """What ``read`` makes of each row's number, value, and the names that the table has for the column's values."""
         names = self._features.get(column, {}).get("names")
         row = 0
         try:
             for group in range(len(self._file.starts) - 1):
                 for batch in self._file.batches(group, column, _LABELS_AT_A_TIME):
                     values: list[Any] = _sound(batch).column(0).to_pylist()
-                    yield [self._text_of(column, row + i, value, names) for i, value in enumerate(values)]
+                    yield [read(row + i, value, names) for i, value in enumerate(values)]
                     row += len(values)
         except self._errors as error:
             raise self._damaged(error) from error
@@ -187,7 +182,8 @@ class Table:
         text = str(value) if isinstance(value, str | int | float | datetime.date) else None
         if text is None or len(text) > MAX_TEXT or "\0" in text:
             raise SourceError(
-                "a value that is no short text, number or date", where=f"{self.path}, row {row}, column {column}",
+                "a value that is not a short text, a number or a date",
+                where=f"{self.path}, row {row}, column {column}",
                 expected=f"at most {MAX_TEXT} characters", found=f"{type(value).__name__} {str(value)[:40]!r}",
             )  # fmt: skip
         return text
@@ -196,7 +192,7 @@ class Table:
         if value is None or value == "" or (names and value == -1):  # -1: how datasets marks unlabelled rows
             return None
         if isinstance(value, bool) or not isinstance(value, str | int):
-            raise SourceError("a label that is no text and no whole number", where=self._at(row), found=repr(value))
+            raise SourceError("a label that is neither text nor a whole number", where=self._at(row), found=repr(value))
         if names and isinstance(value, int) and not 0 <= value < len(names):
             raise SourceError("a class number without a name", where=self._at(row), found=value)
         return str(names[value] if names and isinstance(value, int) else value)
@@ -262,7 +258,7 @@ class Table:
 
     def _damaged(self, error: Exception | str) -> SourceError:
         return SourceError(
-            f"the table cannot be read ({_short(error)})", where=self.path, hint="Fetch or make it again."
+            f"the table cannot be read ({_short(error)})", where=self.path, hint="Fetch it again, or make it anew."
         )
 
 
@@ -315,7 +311,7 @@ def _features(path: Path, schema: pyarrow.Schema) -> dict[str, dict[str, Any]]:
         checked: dict[str, dict[str, Any]] = {n: found for n, found in features.items() if isinstance(found, dict)}
         for feature in checked.values():
             if not all(isinstance(name, str) for name in feature.get("names") or ()):
-                raise ValueError("class names that are no text")
+                raise ValueError("class names that are not text")
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise SourceError(f"metadata that datasets would not write ({_short(error)})", where=path) from error
     return checked

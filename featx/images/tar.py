@@ -72,7 +72,7 @@ def tar_refs(
             key, extension = _key(member.name)
             if f".{extension.rpartition('.')[2].lower()}" in IMAGE_SUFFIXES:
                 if member.name in seen:
-                    raise SourceError("the same name twice", where=path, found=member.name)
+                    raise SourceError("two files have the same name", where=path, found=member.name)
                 seen.add(member.name)
                 found.append((archive, status, split, member))
                 if progress is not None and len(found) % 1000 == 0:
@@ -129,7 +129,7 @@ def _label(archive: Path, member: _Member, extension: str) -> str | None:
     if isinstance(value, dict):
         value = next((value[key] for key in _LABEL_KEYS if value.get(key) is not None), None)
     if isinstance(value, bool) or not isinstance(value, str | int | None):
-        raise SourceError("a label that is no text and no whole number", where=where, found=repr(value)[:40])
+        raise SourceError("a label that is neither text nor a whole number", where=where, found=repr(value)[:40])
     return None if value is None or value == "" else str(value)
 
 
@@ -151,10 +151,12 @@ def _members(path: Path) -> Iterator[_Member]:
         what = (
             "a compressed archive, in which nothing can be found at random"
             if compressed
-            else f"not a sound tar ({error})"
+            else f"not a valid tar file ({error})"
         )
         raise SourceError(
-            what, where=path, hint="Unpack it, or make a plain .tar of it." if compressed else "Fetch or make it again."
+            what,
+            where=path,
+            hint="Unpack it, or make a plain .tar of it." if compressed else "Fetch it again, or make it anew.",
         ) from error
     except OSError as error:
         raise SourceError(f"cannot be read ({error.strerror or error})", where=path) from error
@@ -171,7 +173,7 @@ def _checked(path: Path, tar: tarfile.TarFile, size: int) -> Iterator[_Member]:
                 "a name that leads out of the archive; refused",
                 where=path,
                 found=info.name[:200],
-                hint="Make it again.",
+                hint="Make it anew.",
             )
         if info.isdir() or parts[-1].startswith(".") or parts[0] == "__MACOSX":
             continue
@@ -182,7 +184,7 @@ def _checked(path: Path, tar: tarfile.TarFile, size: int) -> Iterator[_Member]:
                     where=path,
                     expected=f"{info.offset_data + info.size:,} bytes or more",
                     found=f"{size:,}",
-                    hint="Fetch or make it again.",
+                    hint="Fetch it again, or make it anew.",
                 )
             part = regular[name] = Part(path, info.offset_data, info.size)
             yield _Member(name, part, info.size)
@@ -202,7 +204,7 @@ def _check_end(path: Path, file: BinaryIO) -> None:
     what = (
         "something follows its end, as when archives are joined with cat" if end == b"\0" * _BLOCK else "it has no end"
     )
-    raise SourceError(f"not a sound tar ({what})", where=path, hint="Fetch or make it again.")
+    raise SourceError(f"not a valid tar file ({what})", where=path, hint="Fetch it again, or make it anew.")
 
 
 class _Headers:

@@ -22,15 +22,15 @@ from .drift import (
     N_BINS as N_BINS,
     bins_of as bins_of,
     find_drift as find_drift,
-    quantiles_of as quantiles_of,
+    median_of as median_of,
     share_over_units as share_over_units,
 )
-from .explain import Explainer as Explainer, Explanation as Explanation
+from .examples import Labelled as Labelled, labelled_images as labelled_images
+from .explain import MIDDLE as MIDDLE, Explainer as Explainer, Explanation as Explanation, in_middle as in_middle
 from .export import Pickled as Pickled, export_bundle as export_bundle
 from .finetuned import finetune_bundle as finetune_bundle
 from .fit import by_recall as by_recall, fit_bundle as fit_bundle, summary as summary
 from .instant import InstantModels as InstantModels
-from .labelled import Labelled as Labelled, labelled_images as labelled_images
 from .novelty import (
     is_unknown as is_unknown,
     nearest_mean as nearest_mean,

@@ -70,7 +70,7 @@ from featx.errors import BundleError, FeatxError, StoreError, UsageError
 from featx.heads import Array, Scorer, is_kind, margins, softmax
 from featx.models.novelty import Familiarity, is_unknown
 from featx.models.sets import Conformity, among_known, check_coverage, label_sets
-from featx.store import layers_of
+from featx.store import backbones_of, layers_of
 
 FORMAT, FORMAT_VERSION = "featx-bundle", 3
 GOLDEN_TOLERANCE = 1e-6
@@ -266,7 +266,7 @@ class Bundle:
 
     @property
     def cautions(self) -> list[str]:
-        """What to know before its answers are used, in sentences: that all abstain, that it knows no unknown."""
+        """What to know before its answers are used, in sentences: that all abstain, or none is unknown."""
         return [
             *silence(self.threshold, self.metrics),
             *([KNOWS_NO_UNKNOWN] if self.max_unknown is None else []),
@@ -297,7 +297,7 @@ class Bundle:
 
 
 KNOWS_NO_UNKNOWN = (
-    "This model knows no unknown: it was made before featx 0.3, and names a class for photos of anything. "
+    "This model cannot call photos unknown: it was made before featx 0.3, and names a class for photos of anything. "
     "Fit it again: featx fit STORE --out MODEL"
 )
 
@@ -407,7 +407,7 @@ def parse_bundle(raw: bytes, where: Path) -> Bundle:
         raise
     except _UNSOUND as error:
         how = f"{error.args[0]} is missing" if isinstance(error, KeyError) and error.args else str(error)
-        raise BundleError(f"not a sound model: {how}", where=where, hint=_AGAIN) from error
+        raise BundleError(f"not a valid model: {how}", where=where, hint=_AGAIN) from error
     off = float(np.abs(found - expected).max())
     if not off <= GOLDEN_TOLERANCE:
         raise BundleError(
@@ -421,7 +421,7 @@ def parse_bundle(raw: bytes, where: Path) -> Bundle:
 
 
 def _check_networks(bundle: Bundle) -> None:
-    several = bundle.provenance.get("backbones", [bundle.provenance])
+    several = backbones_of(bundle.provenance)
     wanted = {each.get("quantised_sha256") for each in several} | set(bundle.graphs.values())
     if not set(bundle.graphs) <= {each.get("backbone") for each in several}:
         raise ValueError("a network is of none of its backbones")
@@ -549,7 +549,7 @@ def _assemble(fields: dict[str, Any], arrays: dict[str, NDArray[Any]], probe: by
         n_neighbors=n_neighbors,
     )  # fmt: skip
     provenance = _typed(fields, "provenance", dict)
-    layer, several = _typed(fields, "layer", str), provenance.get("backbones", [provenance])
+    layer, several = _typed(fields, "layer", str), backbones_of(provenance)
     if not isinstance(several, list) or not several or not all(map(_has_layers, several)):
         raise ValueError("its provenance names no layers")
     if layer not in (*layers_of(provenance), COMBINED, JOINED):
@@ -617,7 +617,7 @@ def _prior(prior: Any, names: list[str]) -> dict[str, float] | None:
         raise ValueError(f"prior is {prior!r:.40}")
     shares = {name: _number(prior, name) for name in names}
     if not all(shares.values()) or not abs(sum(filter(None, shares.values())) - 1.0) < 1e-6:
-        raise ValueError("prior is no share of each class")
+        raise ValueError("prior is not a share for each class")
     return {name: share for name, share in shares.items() if share}
 
 

@@ -105,10 +105,8 @@ def clopper_pearson(right: float, n: float, level: float = 0.95) -> tuple[float,
     return low, high
 
 
-def weighted_interval(
-    right: NDArray[np.bool_], weights: Array | None = None, level: float = 0.95
-) -> tuple[float, float, float]:
-    """A share (n,) with its interval, where images count differently.
+def weighted_interval(right: NDArray[np.bool_], weights: Array | None = None) -> tuple[float, float, float]:
+    """A share (n,) with its 95 % interval, where images count differently.
 
     Clopper and Pearson's interval of as many equal images as tell as much (Korn and Graubard 1998); without weights,
     plainly theirs.
@@ -117,4 +115,4 @@ def weighted_interval(
     mean = float(np.average(right, weights=weights))
     # Sums of weights are rounded; a share of all is all.
     seen = n if right.all() else 0.0 if not right.any() else mean * n
-    return mean, *clopper_pearson(seen, n, level)
+    return mean, *clopper_pearson(seen, n)

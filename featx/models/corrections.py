@@ -21,10 +21,7 @@ with ``withdrawn`` takes it back, and what the person says in another source sta
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
-import json
 import re
 import threading
 from collections.abc import Iterable, Sequence
@@ -34,7 +31,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from featx._files import LineFile, canonical_json, fsync_path, make_folder, publish_bytes, writer_lock
+from featx._files import LineFile, canonical_json, csv_text, fsync_path, make_folder, publish_bytes, writer_lock
 from featx.errors import StoreError, UsageError
 
 MAX_NAME = 200
@@ -110,14 +107,9 @@ class Corrections:
         self._words: _Words = {}
         self._of_source: dict[str, Correction] = {}
         self.all: list[Correction] = []
-        for number, line in enumerate(self._file.lines, start=1):
-            try:
-                self._take(_checked(json.loads(line), number))
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise StoreError(
-                    "the journal of corrections was altered", where=f"{self.path}, line {number}", found=str(error),
-                    hint="Put back a copy of it, or move the folder away and begin with another.",
-                ) from error  # fmt: skip
+        hint = "Put back a copy of it, or move the folder away and begin with another."
+        for made in self._file.read(_checked, what="the journal of corrections", hint=hint):
+            self._take(made)
 
     def open(self) -> None:
         """Be the one that adds, and make the folder where there is none.
@@ -282,9 +274,9 @@ def _checked(fields: Any, number: int) -> Correction:
     if not _SHA256.fullmatch(made.sha256) or not re.fullmatch(rf"{made.sha256}\.[a-z]{{3,4}}", made.file):
         raise ValueError("its photo has no name that featx gives")
     if not all(isinstance(each, str) for each in (made.when, made.by)):
-        raise ValueError("a field is no text")
+        raise ValueError("a field is not text")
     if not isinstance(made.source, str | None) or not isinstance(made.withdrawn, bool):
-        raise ValueError("a source is no text")
+        raise ValueError("a source is not text")
     checked_name(made.label)
     return made
 
@@ -301,13 +293,11 @@ def export_csv(folder: Path, labels: Iterable[tuple[str, str, Sequence[Correctio
     folder : the paths are relative to it.
     labels : of each photo its file, its label ("" where people disagree), and what was said of it.
     """
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(("path", "label", "by", "when"))
+    rows = []
     for file, label, said in labels:
         people = ", ".join(dict.fromkeys(each.by for each in said if each.by))
-        writer.writerow((f"images/{file}", label, people, max(each.when for each in said)))
-    return out.getvalue().encode()
+        rows.append({"path": f"images/{file}", "label": label, "by": people, "when": max(each.when for each in said)})
+    return csv_text(("path", "label", "by", "when"), rows).encode()
 
 
 def checked_name(name: str, what: str = "a class") -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx._arrays import Index
-from featx.errors import UsageError, plural
+from featx.errors import UsageError, listed, plural
 from featx.evaluation import Interval, adjusted_shares, checked_share
 from featx.models.bundle import Answer, Bundle
 
@@ -19,9 +19,6 @@ _HELPFUL = 0.3
 
 LEAST_CHECKED = 10
 """Checked photos from which on a count is worth its name."""
-
-_LISTED = 5
-"""Names that a sentence has at most."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,7 @@ def draw_to_check(ids: Sequence[str], n: int, random_state: int) -> list[str]:
     """Photos to check, at random and in a random order, so that the first of them are a random part, too."""
     ordered = sorted(ids)
     if n > len(ordered):
-        raise UsageError("more photos than there are", where="--draw", expected=f"up to {len(ordered)}", found=n)
+        raise UsageError("there are not so many photos", where="--draw", expected=f"up to {len(ordered)}", found=n)
     return [ordered[i] for i in np.random.default_rng(random_state).permutation(len(ordered))[:n]]
 
 
@@ -93,7 +90,7 @@ def check_rows(pile: Pile, checked: Mapping[str, str | None], where: object) -> 
     empty = [name for name, label in checked.items() if not label]
     if empty:
         raise UsageError(
-            f"{plural(len(empty), 'photo')} of {len(checked)} without a label", where=where, found=_some(empty),
+            f"{plural(len(empty), 'photo')} of {len(checked)} without a label", where=where, found=listed(empty),
             hint="Label all of them: those left out may be the hard ones, and the interval would not hold. Write a "
             "name of your own where a photo is of no class.",
         )  # fmt: skip
@@ -101,7 +98,7 @@ def check_rows(pile: Pile, checked: Mapping[str, str | None], where: object) -> 
     lost = [name for name in checked if name not in row and name not in set(pile.refused)]
     if lost:
         raise UsageError(
-            f"{plural(len(lost), 'checked photo')} not in the pile", where=where, found=_some(lost),
+            f"{plural(len(lost), 'checked photo')} not in the pile", where=where, found=listed(lost),
             hint="Paths are as featx count --draw writes them, relative to the pile.",
         )  # fmt: skip
     labels = {name: label for name, label in checked.items() if label and name in row}
@@ -173,7 +170,3 @@ def _agreement(confusion: NDArray[np.float64], c: int) -> float:
     total, both, of, called = confusion.sum(), confusion[c, c], confusion[c].sum(), confusion[:, c].sum()
     spread = of * (total - of) * called * (total - called)
     return float((total * both - of * called) ** 2 / spread) if spread else 0.0
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")

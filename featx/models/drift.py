@@ -212,8 +212,8 @@ def _least_seen(
     return None
 
 
-def share_over_units(counted: Counts, photos: Counts, *, level: float = 0.95) -> Interval:
-    """The share of photos that were counted, with its interval over units (u,), which may each be one burst.
+def share_over_units(counted: Counts, photos: Counts) -> Interval:
+    """The share of photos that were counted, with its 95 % interval over units (u,), which may each be one burst.
 
     Student's, by the linearised variance of a ratio (Cochran, "Sampling Techniques", 1977, 6.3); 0 to 1 where there are
     fewer than two units. Where all agree, the limit is the share that could be missed in so many.
@@ -225,12 +225,12 @@ def share_over_units(counted: Counts, photos: Counts, *, level: float = 0.95) ->
         return Interval(float(counted.sum() / total) if total else 0.0, 0.0, 1.0)
     mean = float(counted.sum() / total)
     values = mean + units / total * (counted - mean * photos)
-    return stats.mean_interval(np.array([mean]), values, 1.0, 1.0, level=level)
+    return stats.mean_interval(np.array([mean]), values, 1.0, 1.0)
 
 
-def quantiles_of(familiarity: Counts, at: float = 0.5) -> float | None:
-    """The upper end of the bin (20,) that this share of the photos is up to; None where there are none."""
+def median_of(familiarity: Counts) -> float | None:
+    """The upper end of the bin (20,) in which the median of the photos is; None where there are none."""
     total: Any = familiarity.sum()
     if not total:
         return None
-    return float((np.searchsorted(familiarity.cumsum(), at * total) + 1) / N_BINS)
+    return float((np.searchsorted(familiarity.cumsum(), 0.5 * total) + 1) / N_BINS)

@@ -138,18 +138,22 @@ class Explanation:
         """
         inside = outside = 0.0
         for part in self.parts:
-            rows, columns = (_within(n) for n in part.evidence.shape[1:])
+            rows, columns = (in_middle(n) for n in part.evidence.shape[1:])
             cells = part.evidence[place] / part.evidence[place].size
             middle = float((cells * np.outer(rows, columns)).sum())
             inside, outside = inside + middle, outside + float(cells.sum()) - middle
         return np.asarray([inside, outside], dtype=np.float64)
 
 
-def _within(n: int) -> Array:
-    """Of n equal stretches, which part of each lies in the middle half."""
+MIDDLE = 0.5
+"""Of width and height: the part around the centre that counts as the middle; a quarter of the area."""
+
+
+def in_middle(n: int) -> Array:
+    """Of n equal stretches, which part of each lies in the middle."""
     edges = np.linspace(0, 1, n + 1)
-    covered = np.minimum(edges[1:], 0.75) - np.maximum(edges[:-1], 0.25)
-    return np.asarray(np.clip(covered, 0.0, None) * n)
+    low, high = (1 - MIDDLE) / 2, (1 + MIDDLE) / 2
+    return np.asarray(np.clip(np.minimum(edges[1:], high) - np.maximum(edges[:-1], low), 0.0, None) * n)
 
 
 class Explainer:

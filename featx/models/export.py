@@ -22,10 +22,10 @@ from sklearn.preprocessing import FunctionTransformer, Normalizer, StandardScale
 
 from featx._files import publish_bytes
 from featx.backbones import layer_place
-from featx.errors import BundleError, UsageError
+from featx.errors import BundleError, UsageError, not_installed
 from featx.heads import blocks_of
 from featx.models.bundle import Answer, Bundle, silence
-from featx.models.onnx.builder import Builder, missing
+from featx.models.onnx.builder import Builder
 from featx.models.onnx.head import add_scores
 
 FORMATS = ("joblib", "skops", "onnx")
@@ -56,7 +56,7 @@ def export_bundle(bundle: Bundle, path: Path, form: str) -> Path:
         try:
             import skops.io
         except ModuleNotFoundError as error:
-            raise missing("skops") from error
+            raise not_installed("skops", "export") from error
         data: bytes = skops.io.dumps(to_pipeline(bundle))
         return publish_bytes(path, data)
     if form == "onnx":
@@ -180,7 +180,7 @@ class Pickled:
         """As of :attr:`featx.models.bundle.Bundle.cautions`."""
         return [
             *silence(self.threshold, self.told["metrics"]),
-            "An exported head knows no unknown: it names a class for photos of anything. Use the model itself.",
+            "An exported head calls no photo unknown: it names a class for photos of anything. Use the model itself.",
         ]
 
     def cautions_of_sets(self, coverage: float) -> list[str]:

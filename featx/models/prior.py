@@ -66,7 +66,7 @@ def _of_json(path: Path, content: str) -> Mapping[str, float]:
     def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
         for name, _ in pairs:
             if sum(other == name for other, _ in pairs) > 1:
-                raise UsageError("a class twice", where=path, found=name)
+                raise UsageError("a class is named twice", where=path, found=name)
         return dict(pairs)
 
     shares = json.loads(content, object_pairs_hook=once)
@@ -84,7 +84,7 @@ def _of_csv(path: Path, content: str) -> Mapping[str, float]:
         if len(row) != 2:
             raise UsageError("not a class and its share", where=path, found=",".join(row))
         if row[0] in shares:
-            raise UsageError("a class twice", where=path, found=row[0])
+            raise UsageError("a class is named twice", where=path, found=row[0])
         shares[row[0]] = _share(path, row[0], row[1])
     return shares
 
@@ -96,7 +96,7 @@ def _share(path: Path, name: str, value: object) -> float:
         share = math.nan
     if not 0 < share < math.inf:
         raise UsageError(
-            f"the share of {name!r} is none", where=path, expected="a number above 0", found=value,
+            f"the share of {name!r} is not valid", where=path, expected="a number above 0", found=value,
             hint="A class that does not occur is better left out of the store.",
         )  # fmt: skip
     return share

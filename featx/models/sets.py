@@ -1,4 +1,4 @@
-"""The smallest set of labels that holds the truth as often as asked: conformal sets from images left out.
+"""The smallest set of labels that contains the true one as often as asked: conformal sets from images left out.
 
 The score of a label is the probability of all labels that are more probable, and a penalty on its rank: adaptive
 prediction sets (Romano, Sesia and Candes, "Classification with Valid and Adaptive Coverage", NeurIPS 2020) with the
@@ -88,13 +88,11 @@ class Conformity:
         return cls(scores[kept], None if weights is None else weights[kept], heaviest)
 
 
-def check_coverage(coverage: float, where: str = "--coverage") -> None:
-    """Refuse what is no share of sets that are to hold the truth."""
+def check_coverage(coverage: float) -> None:
+    """UsageError where it is not a share of the sets."""
     if not 0 < coverage < 1:
-        raise UsageError(
-            "not a share of the sets that is to hold the truth", where=where, expected="more than 0 and less than 1",
-            found=coverage,
-        )  # fmt: skip
+        expected = "more than 0 and less than 1"
+        raise UsageError("not a share of the sets", where="--coverage", expected=expected, found=coverage)
 
 
 def rank_scores(probabilities: Array) -> Array:

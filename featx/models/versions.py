@@ -18,7 +18,6 @@ numbers), ``batch`` and ``evidence``.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -68,6 +67,17 @@ class Version:
         return {**vars(self), "path": str(self.path), "corrections": len(self.corrections)}
 
 
+def _checked(record: Any, number: int) -> dict[str, Any]:
+    """A record of the audit log; ValueError where it is not what featx writes."""
+    if record["n"] != number:
+        raise ValueError("its number is not the next")
+    if record["what"] in _SWITCHES and not _NAME.fullmatch(record["version"]):
+        raise ValueError("it names no version")
+    if not all(isinstance(n, int) for n in record.get("corrections", ())):
+        raise ValueError("a correction has no number")
+    return dict(record)
+
+
 class Versions:
     """The versions in a feedback folder.
 
@@ -93,22 +103,7 @@ class Versions:
 
     def _read(self) -> LineFile:
         file = LineFile(self.folder / "audit.jsonl")
-        self.records = []
-        for number, line in enumerate(file.lines, start=1):
-            try:
-                record = json.loads(line)
-                if record["n"] != number:
-                    raise ValueError("its number is not the next")
-                if record["what"] in _SWITCHES and not _NAME.fullmatch(record["version"]):
-                    raise ValueError("it names no version")
-                if not all(isinstance(n, int) for n in record.get("corrections", ())):
-                    raise ValueError("a correction has no number")
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise StoreError(
-                    "the audit log was altered", where=f"{file.path}, line {number}", found=str(error),
-                    hint="Put back a copy of it.",
-                ) from error  # fmt: skip
-            self.records.append(record)
+        self.records = file.read(_checked, what="the audit log", hint="Put back a copy of it.")
         return file
 
     @contextmanager

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from featx._arrays import PIXELS
 from featx.backbones import list_backbones
-from featx.errors import plural, visible
+from featx.errors import listed, plural, visible
 from featx.evaluation import Interval, percent
-from featx.store import name_of, title_of
+from featx.store import backbones_of, name_of, title_of
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -95,8 +95,7 @@ def as_text(name: str) -> str:
 
 def _several(bundle: Bundle) -> list[Mapping[str, Any]]:
     """The provenance of each network; the pixels baseline is none."""
-    every = bundle.provenance.get("backbones", [bundle.provenance])
-    return [each for each in every if name_of(each) != PIXELS]
+    return [each for each in backbones_of(bundle.provenance) if name_of(each) != PIXELS]
 
 
 def _licences(bundle: Bundle) -> dict[str, str]:
@@ -147,15 +146,13 @@ def _sections(bundle: Bundle, name: str) -> Iterator[str]:
 
 
 def _what(bundle: Bundle) -> str:
-    names = [as_text(each) for each in bundle.class_names[:_CLASSES_NAMED]]
-    rest = len(bundle.class_names) - len(names)
-    listed = ", ".join(names) + (f" and {rest} more" if rest else "")
+    names = listed([as_text(each) for each in bundle.class_names], _CLASSES_NAMED)
     params = ", ".join(f"{as_text(str(key))} {as_text(str(value))}" for key, value in bundle.params.items())
     settings = f" ({params})" if params else ""
     network = as_text(title_of(bundle.provenance))
     tail = ", whose last blocks were trained on these photos," if bundle.tail is not None else ", frozen,"
     return (
-        f"Classifies photos into {plural(len(bundle.class_names), 'class')}: {listed}. The network {network}{tail} "
+        f"Classifies photos into {plural(len(bundle.class_names), 'class')}: {names}. The network {network}{tail} "
         f"makes an embedding of a photo (layer {as_text(bundle.layer)}), and the head {as_text(bundle.head)}{settings} "
         "names its class, with a probability, or says that it is unsure or that the photo is of none."
     )
@@ -202,7 +199,7 @@ def _measured(bundle: Bundle) -> Iterator[str]:
         ("Brier score", lambda found: _number(found.get("brier"))),
         ("answered", lambda found: _share(found.get("answered"))),
         ("wrong among these", lambda found: _share(found.get("error_among_answered"))),
-        ("sets of labels that hold the truth", lambda found: _sets(found.get("sets"))),
+        ("sets with the true label", lambda found: _sets(found.get("sets"))),
     )
     yield _table(
         ["", *(title for title, _ in columns)],
@@ -243,9 +240,9 @@ def _by_class(bundle: Bundle) -> Iterator[str]:
 
 def _abstains(bundle: Bundle) -> Iterator[str]:
     if bundle.threshold is None:
-        yield "**Unsure**: every answer abstains, for its photos were too few to promise so few errors."
+        yield "**Unsure**: every answer abstains, because its photos were too few to promise so few errors."
     elif bundle.sharpness is None:
-        yield f"**Unsure**: below a margin of {bundle.threshold:.3f}. Its scores are no probabilities."
+        yield f"**Unsure**: below a margin of {bundle.threshold:.3f}. Its scores are not probabilities."
     else:
         yield (
             f"**Unsure**: below a probability of {bundle.threshold:.3f}, so that on average at most "
@@ -264,9 +261,9 @@ def _abstains(bundle: Bundle) -> Iterator[str]:
         left = unknown.get("class_left_out")
         if left:
             refused = percent(Interval(left["mean"], left["low"], left["high"]))
-            yield f"Of a class that it had never seen, each left out in turn, it refused {refused}."
+            yield f"Of the photos of a class that it was not fitted on (each in turn), it refused {refused}."
             name = min(left["per_class"], key=lambda key: left["per_class"][key])
-            yield f"The least of {as_text(name)}: {_share(left['per_class'][name])}."
+            yield f"Least of {as_text(name)}: {_share(left['per_class'][name])}."
 
 
 def _limits(bundle: Bundle) -> Iterator[str]:
@@ -275,7 +272,7 @@ def _limits(bundle: Bundle) -> Iterator[str]:
         "Every number is about photos like those that it was fitted on. Another camera, place, season or selection can "
         "make it worse without a warning."
     )
-    yield "What is promised holds on average over photos, not for each class and not for each photo."
+    yield "Promises hold on average over photos, not for each class and not for each photo."
     if metrics.get("out_of_fold") and not metrics.get("test"):
         yield "No photos were kept apart as a split called test: threshold and numbers come from the same photos."
     if rivals := len(metrics.get("chosen_among") or ()):
@@ -283,7 +280,7 @@ def _limits(bundle: Bundle) -> Iterator[str]:
     recalled = (metrics.get("out_of_fold") or {}).get("recall_per_class") or {}
     if few := [name for name in bundle.class_names if recalled and recalled.get(name, {"images": 0})["images"] < _FEW]:
         listed = ", ".join(map(as_text, few[:_CLASSES_NAMED])) + (" and others" if len(few) > _CLASSES_NAMED else "")
-        yield f"Fewer than {_FEW} photos, so that little is known of them: {listed}."
+        yield f"Classes with fewer than {_FEW} photos, of which little is known: {listed}."
     yield from (as_text(note) for note in dict.fromkeys([*bundle.cautions, *bundle.notes]))
     yield "What is in the photos, where they are from and who labelled them is not known here; add it."
 
@@ -302,7 +299,7 @@ def _networks(bundle: Bundle) -> Iterator[str]:
         yield _table(["network", "weights", "sha256", "precision", "views", "licence of the weights"], rows)
     made = ", ".join(f"{as_text(name)} {as_text(number)}" for name, number in bundle.versions.items())
     yield (
-        "The licence of the photos is not known here, and neither is what it allows."
+        "The licence of the photos is not known here, nor what it allows."
         + (f" Made with {made}." if made else "")
         + (f" sha256 of the model: `{bundle.sha256}`." if re.fullmatch("[0-9a-f]{64}", bundle.sha256) else "")
     )

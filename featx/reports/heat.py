@@ -24,7 +24,7 @@ MOST = 0.8
 
 LEGEND = (
     "Orange places speak for the class, blue ones against it; the stronger the colour, the more. Places without colour "
-    "say nothing. Both maps of a photo have one scale. What is veiled in grey, the network does not see."
+    "say nothing. Both maps of a photo have one scale. The network does not see what is veiled in grey."
 )
 
 _VEIL = 0.7

@@ -6,7 +6,7 @@ import base64
 import gzip
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -18,6 +18,7 @@ from featx.backbones import list_backbones
 from featx.errors import UsageError
 from featx.models import Bundle, Exported, WebRuntime
 from featx.reports.page import hash_source, render_template
+from featx.store import backbones_of
 
 _FINER = 3
 """A photo is made smaller before the network's own resize only as long as it stays so many times larger than that."""
@@ -84,7 +85,7 @@ def render_offline(
         f"default-src 'none'; script-src {hash_source(loader)} {hash_source(script)} 'wasm-unsafe-eval'; "
         f"style-src {hash_source(style)}; img-src blob: data:; connect-src 'none'; base-uri 'none'; form-action 'none'"
     )
-    least_side = _FINER * max(_shorter_side(each) for each in _several(bundle))
+    least_side = _FINER * max(_shorter_side(each) for each in backbones_of(bundle.provenance))
     vectors = b"" if examples is None else np.ascontiguousarray(examples.embeddings, dtype="<f4").tobytes()
     return render_template(
         "offline.html",
@@ -131,13 +132,13 @@ def _model(bundle: Bundle, exported: Exported, least_side: int, examples: Exampl
     judged = bundle.probabilities(bundle.probe_embedding[None])[0]
     if bundle.sharpness is None:
         judged = np.exp(judged) / np.exp(judged).sum()
-    precisions = {str(each.get("precision")) for each in _several(bundle)}
+    precisions = {str(each.get("precision")) for each in backbones_of(bundle.provenance)}
     shown = [] if examples is None else zip(examples.labels, examples.pictures, strict=True)
     return {
         "class_names": list(bundle.class_names),
         "calibrated": bundle.sharpness is not None,
         "least_side": least_side,
-        "resizes": [each["preprocess"]["resize"] for each in _several(bundle) if _keeps_aspect(each)],
+        "resizes": [each["preprocess"]["resize"] for each in backbones_of(bundle.provenance) if _keeps_aspect(each)],
         "most_apart": exported.most_apart,
         "least_cosine": _LEAST_COSINE["int8" if "int8" in precisions else "fp32"],
         "proof": {
@@ -152,17 +153,12 @@ def _model(bundle: Bundle, exported: Exported, least_side: int, examples: Exampl
     }
 
 
-def _several(bundle: Bundle) -> list[dict[str, Any]]:
-    """The provenance of each backbone."""
-    return list(bundle.provenance.get("backbones", [bundle.provenance]))
-
-
-def _keeps_aspect(provenance: dict[str, Any]) -> bool:
+def _keeps_aspect(provenance: Mapping[str, Any]) -> bool:
     """Whether the network's own resize does."""
     return isinstance(provenance["preprocess"]["resize"], int)
 
 
-def _shorter_side(provenance: dict[str, Any]) -> int:
+def _shorter_side(provenance: Mapping[str, Any]) -> int:
     """Of a photo as the network's own resize makes it."""
     resize = provenance["preprocess"]["resize"]
     return int(resize if isinstance(resize, int) else min(resize))
@@ -174,7 +170,7 @@ def _summary(names: Sequence[str]) -> str:
 
 def _facts(bundle: Bundle, runtime: WebRuntime) -> list[tuple[str, str]]:
     licences = {row.stored_as: row.licence for row in list_backbones()}
-    networks = [str(each.get("backbone")) for each in _several(bundle)]
+    networks = [str(each.get("backbone")) for each in backbones_of(bundle.provenance)]
     return [
         ("Classes", ", ".join(bundle.class_names)),
         ("Network", ", ".join(f"{name} (weights: {licences.get(name, 'licence unknown')})" for name in networks)),
@@ -191,7 +187,7 @@ def _meaning(bundle: Bundle) -> str:
     if bundle.sharpness is None:
         said.append("It gives no probabilities: the number is how far the label is ahead of the next.")
     if bundle.threshold is None:
-        said.append("It is never sure of an answer.")
+        said.append("It is never sure of its answers.")
     else:
         kind = "a probability" if bundle.sharpness is not None else "a lead"
         said.append(
@@ -199,7 +195,7 @@ def _meaning(bundle: Bundle) -> str:
             "its answers are wrong, on photos like those it was made from."
         )
     if bundle.familiarity is None or bundle.max_unknown is None:
-        said.append("It knows no unknown: it names a class for photos of anything.")
+        said.append("It cannot call photos unknown: it names a class for photos of anything.")
     else:
         said.append(
             "It calls a photo unknown that is stranger to it than all but "

@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from featx._files import publish_bytes
+from featx._files import publish_text
 from featx.advice import MISSED, LabelRanking
 from featx.errors import StoreError, UsageError, plural
 from featx.images import Origin, Thumbnails, finder, is_local
@@ -76,7 +76,7 @@ def image_finder(store: Path, source: str | None) -> Finder:
             raise UsageError("a packed store does not know where its images are", where=store, hint=hint)
         source = read_manifest(store).source
     if is_local(source) and not Path(source).exists():
-        raise UsageError("the images of the store are not there, and they are to be shown", where=source, hint=hint)
+        raise UsageError("the images of the store, which are to be shown, are not there", where=source, hint=hint)
     return finder(source)
 
 
@@ -102,7 +102,7 @@ def write_sheet(path: Path, *, title: str, facts: Iterable[str], sections: Seque
     page = render_template("sheet.html", title=title, facts=facts, sections=sections, pictures=pictures)
     if path.is_dir():
         raise StoreError("a folder is in the way", where=path)
-    publish_bytes(path, page.encode("utf-8", errors="backslashreplace"))
+    publish_text(path, page)
     return sum(not isinstance(found, bytes) for found in pictures.values())
 
 

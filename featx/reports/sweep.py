@@ -5,7 +5,6 @@ Numbers come from :class:`featx.evaluation.results.SweepResult`; nothing is comp
 
 from __future__ import annotations
 
-import csv
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from featx._arrays import PIXELS
-from featx._files import publish, publish_bytes
+from featx._files import csv_text, publish, publish_text
 from featx.advice import MISSED, LabelRanking
 from featx.errors import StoreError, UsageError, plural
 from featx.evaluation import BRACKETS, Forecast, HeadResult, Interval, Shots, SweepResult, limits, percent, shown_gap
@@ -219,7 +218,7 @@ def across_sentence(result: SweepResult, across: Across) -> str:
     """How good the winner is on new photos, and on photos of a new group, in words."""
     both = [n_shots for n_shots in result.shots if n_shots in across[0].shots]
     if not both:
-        return f"Photos of a new {across[0].group_name}: at none of these numbers of images."
+        return f"Photos of a new {across[0].group_name}: not compared at any of these numbers of images."
     n_shots, name = both[-1], across[0].group_name
     own, other = (
         next(each for each in found.results if (each.head, each.n_shots) == (result.winner, n_shots))
@@ -387,7 +386,7 @@ def write_report(
             labels=labels, evidence=evidence, across=across,
         )  # fmt: skip
         for name, text in texts.items():
-            publish_bytes(folder / name, text.encode("utf-8", errors="backslashreplace"))
+            publish_text(folder / name, text)
         figure = draw_accuracy(result, title=title)
         publish(folder / "accuracy_vs_shots.png", lambda temp: figure.savefig(temp, dpi=150, format="png"))
     except (OSError, StoreError) as error:
@@ -400,17 +399,7 @@ def write_report(
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     """Empty cells where a row has no such column."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    lines = _Lines()
-    writer = csv.DictWriter(lines, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return "".join(lines)
-
-
-class _Lines(list[str]):
-    def write(self, text: str) -> int:
-        self.append(text)
-        return len(text)
+    return csv_text(columns, rows)
 
 
 # --- the page -----------------------------------------------------------------------------------------------------
@@ -569,7 +558,7 @@ def _reliability(result: SweepResult) -> dict[str, Any] | None:
 
 
 def _confused(result: SweepResult) -> list[tuple[int, str, str]]:
-    """Rows of the input that the winner names wrongly most often with the most images: label and what it names."""
+    """Rows of the input that the winner most often gets wrong with the most images: label and what it names."""
     votes = result.votes(result.winner, result.shots[-1])
     wrong = votes.copy()
     wrong[np.arange(len(wrong)), result.labels] = 0

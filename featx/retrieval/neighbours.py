@@ -18,6 +18,7 @@ from sklearn.base import BaseEstimator
 
 from featx.errors import UsageError
 from featx.retrieval import faiss as ann
+from featx.retrieval.postprocess import unit_rows
 
 Floats: TypeAlias = NDArray[np.float32]
 Rows: TypeAlias = NDArray[np.int64]
@@ -421,7 +422,4 @@ def _inverse(lengths: NDArray[np.float64]) -> Floats:
 
 
 def _unit_rows(rows: Floats) -> Floats:
-    wide = rows.astype(np.float64)
-    lengths = np.sqrt((wide * wide).sum(axis=1, keepdims=True))
-    unit: Floats = np.divide(wide, lengths, out=np.zeros_like(wide), where=lengths > 0).astype(np.float32)
-    return unit
+    return unit_rows(rows).astype(np.float32)

@@ -74,12 +74,10 @@ class Postprocess(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         return unit_rows(rows).astype(np.float32)
 
 
-def expand_queries(
-    queries: ArrayLike, scores: ArrayLike, neighbours: ArrayLike, *, power: float = EXPANSION_POWER
-) -> NDArray[np.float32]:
+def expand_queries(queries: ArrayLike, scores: ArrayLike, neighbours: ArrayLike) -> NDArray[np.float32]:
     """Add to each query its nearest neighbours, so that what they share weighs more.
 
-    Average query expansion (Chum et al., 2007) with weights cosine ** power (Radenović, Tolias and Chum, 2018,
+    Average query expansion (Chum et al., 2007) with weights cosine ** 3 (Radenović, Tolias and Chum, 2018,
     "Fine-tuning CNN image retrieval with no human annotation").
 
     Parameters
@@ -92,7 +90,7 @@ def expand_queries(
     -------
     float32 (q, d), of length 1.
     """
-    weights = np.maximum(np.asarray(scores, dtype=np.float64), 0.0) ** power
+    weights = np.maximum(np.asarray(scores, dtype=np.float64), 0.0) ** EXPANSION_POWER
     rows = np.asarray(neighbours, dtype=np.float64)
     flat = unit_rows(rows.reshape(-1, rows.shape[-1])).reshape(rows.shape)
     return unit_rows(unit_rows(queries) + np.einsum("qm,qmd->qd", weights, flat)).astype(np.float32)

@@ -101,7 +101,7 @@ def create_app(
 # --- routes -------------------------------------------------------------------------------------------------------
 
 
-_Named = Annotated[str | None, Query(description="The name of the model; it may be left out where there is one only.")]
+_Named = Annotated[str | None, Query(description="The name of the model; not needed where there is only one.")]
 
 
 def _add_work(app: FastAPI, repository: Repository, keyed: list[Any]) -> None:
@@ -123,7 +123,7 @@ def _add_work(app: FastAPI, repository: Repository, keyed: list[Any]) -> None:
         place, exact, and an ``overlay`` to lay over the upright photo; or the ``reason`` why there is none.
         ``version`` is that of the model that answers; ``answer``, where corrections are kept, is what ``/feedback``
         knows a photo by.
-        With a ``coverage`` such as 0.9, ``set`` is the smallest set of labels that holds the truth this often, on
+        With a ``coverage`` such as 0.9, ``set`` is the smallest set of labels that contains the true one this often, on
         photos like the model's; it is empty where the photo is unknown.
         """
         service = repository.named(model)
@@ -214,7 +214,7 @@ def _add_page(app: FastAPI, repository: Repository, keyed: list[Any]) -> None:
         service = repository.named(model)
         found = None if service.evidence is None else await asyncio.to_thread(service.evidence.thumbnail, row)
         if found is None:
-            raise Refusal(404, "no_image", "There is no such image, or it is not where the store knew it.")
+            raise Refusal(404, "no_image", "There is no such image, or it is no longer where the store found it.")
         return Response(found, media_type="image/jpeg", headers={"cache-control": "private, max-age=3600"})
 
 

@@ -7,8 +7,8 @@ process that is killed loses a minute at most. A line of an hour that ``counts.j
 
 A line of an hour has ``hour`` (its begin, UTC), ``model`` (the sha256 of its file), ``photos``, ``labels`` (how many
 were answered with each label), ``unsure`` and ``unknown`` (with the labels they add up to ``photos``), and
-``familiarity`` (photos in each of twenty equal bins; empty where the model knows no unknown). A line about a model has
-``model``, ``name``, ``class_names``, ``own`` (photos among which familiarity is a rank), ``max_unknown``,
+``familiarity`` (photos in each of twenty equal bins; empty where the model cannot call photos unknown). A line about a
+model has ``model``, ``name``, ``class_names``, ``own`` (photos among which familiarity is a rank), ``max_unknown``,
 ``own_refused`` (the share of its own that it called unknown, with its interval, or null) and ``groups`` (whether these
 were judged by those of other groups only).
 """
@@ -261,16 +261,16 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def _check(line: Any) -> None:
     if not isinstance(line["model"], str):
-        raise ValueError("model is no text")
+        raise ValueError("model is not text")
     if "hour" not in line:
         names, own, refused = line["class_names"], line["own"], line["own_refused"]
         if not isinstance(line["name"], str) or not all(isinstance(name, str) for name in names):
-            raise ValueError("a name is no text")
+            raise ValueError("a name is not text")
         if type(own) is not int or not 0 <= own < 2**53 or not 0 <= float(line["max_unknown"]) < 1:
             raise ValueError(f"own is {own!r:.40}, max_unknown {line['max_unknown']!r:.40}")
         if refused is not None:
             if not 0 <= refused["low"] <= refused["mean"] <= refused["high"] <= 1:
-                raise ValueError("own_refused is no share")
+                raise ValueError("own_refused is not a share")
             line["own_refused"] = {name: float(refused[name]) for name in ("mean", "low", "high")}
         line["groups"], line["max_unknown"] = bool(line["groups"]), float(line["max_unknown"])
         return
@@ -279,7 +279,7 @@ def _check(line: Any) -> None:
     bins, answered = line["familiarity"], [*line["labels"].values(), line["unsure"], line["unknown"]]
     counts = [line["photos"], *answered, *bins]
     if not all(type(n) is int and 0 <= n < 2**53 for n in counts):
-        raise ValueError("a count is no whole number")
+        raise ValueError("a count is not a whole number")
     if (
         not line["photos"]
         or sum(answered) != line["photos"]
@@ -299,7 +299,10 @@ def read_counts(folder: Path) -> list[Counted]:
     """
     if not (folder / _DONE).exists():
         raise StoreError(
-            "no counts here", where=folder, expected=_DONE, hint="Keep them with: featx serve MODEL --counts DIR"
+            "no counts in this folder",
+            where=folder,
+            expected=_DONE,
+            hint="Keep them with: featx serve MODEL --counts DIR",
         )
     now = list(_lines(folder / _NOW))  # first: an hour that ends meanwhile is in both then, not in neither
     done = list(_lines(folder / _DONE))

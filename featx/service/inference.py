@@ -268,7 +268,7 @@ def _parameter(said: dict[str, Any], name: str) -> Any:
 
 def _wanted(outputs: Any, binary: bool, known: set[str]) -> list[tuple[str, bool]]:
     if not isinstance(outputs, list) or not all(isinstance(each, dict) for each in outputs):
-        raise _wrong("outputs is no list of outputs.")
+        raise _wrong("outputs is not a list of outputs.")
     found = []
     for each in outputs:
         name = each.get("name")

@@ -274,7 +274,7 @@ def check_address(host: str, api_key: str, *, insecure: bool) -> None:
             "others could reach the service at this address",
             where="--host",
             found=host,
-            hint="Set an API key (FEATX_API_KEY, or --api-key-file FILE), or say --insecure.",
+            hint="Set an API key (FEATX_API_KEY, or --api-key-file FILE), or use --insecure.",
         )
 
 

@@ -9,6 +9,7 @@ from .index import (
 )
 from .manifest import (
     Manifest as Manifest,
+    backbones_of as backbones_of,
     check_backbones as check_backbones,
     check_same as check_same,
     fingerprint as fingerprint,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featx.errors import UsageError
+from featx.errors import not_installed
 
 if TYPE_CHECKING:
     import anndata
@@ -36,7 +36,7 @@ def to_pandas(features: FeatureSet) -> pandas.DataFrame:
     try:
         import pandas
     except ModuleNotFoundError as error:
-        raise _missing("pandas") from error
+        raise not_installed("pandas", "frames") from error
     frame = pandas.DataFrame(features.embeddings, index=_index(features), columns=_names(features), copy=True)
     frame = pandas.concat([_about(features), frame], axis=1)
     frame.attrs = {"layer": features.layer, "fingerprint": features.fingerprint}
@@ -49,7 +49,7 @@ def to_anndata(features: FeatureSet) -> anndata.AnnData:
         import anndata
         import pandas
     except ModuleNotFoundError as error:
-        raise _missing("anndata") from error
+        raise not_installed("anndata", "frames") from error
     told = {
         "layer": features.layer,
         "fingerprint": features.fingerprint,
@@ -86,7 +86,3 @@ def _index(features: FeatureSet) -> pandas.Index[str]:
 
 def _names(features: FeatureSet) -> list[str]:
     return [f"e{number}" for number in range(features.embeddings.shape[1])]
-
-
-def _missing(package: str) -> UsageError:
-    return UsageError(f"{package} is not installed", hint="pip install 'featx[frames]'")

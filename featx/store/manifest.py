@@ -159,9 +159,14 @@ def name_of(provenance: Mapping[str, Any]) -> str:
     return str(provenance.get("backbone", ""))
 
 
+def backbones_of(provenance: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """The provenance of each backbone: those that it has one beside the other, or itself."""
+    return provenance.get("backbones", [provenance])  # type: ignore[no-any-return]
+
+
 def title_of(provenance: Mapping[str, Any]) -> str:
     """Names of the backbones that a provenance is of, for people."""
-    return " + ".join(name_of(each) for each in provenance.get("backbones", [provenance]))
+    return " + ".join(map(name_of, backbones_of(provenance)))
 
 
 def layers_of(provenance: Mapping[str, Any]) -> list[str]:
@@ -270,7 +275,7 @@ def read_manifest(store: Path) -> Manifest:
         try:
             there = store.exists()
         except OSError as error:
-            raise StoreError(f"cannot be looked at ({error.strerror})", where=store) from error
+            raise StoreError(f"cannot be opened ({error.strerror})", where=store) from error
         if not there:
             hint = did_you_mean(store.name, _names(store.parent)) or "Make it with: featx extract FOLDER --out STORE"
             raise StoreError("no such store", where=store, hint=hint)
@@ -405,4 +410,4 @@ def _parse_shard(path: Path, fields: Any, layers: Mapping[str, tuple[str, ...]])
 
 def damaged(path: Path, how: str) -> StoreError:
     """The error for a file that is not as featx wrote it."""
-    return StoreError(f"not a sound featx file: {how}", where=path, hint=RESTORE)
+    return StoreError(f"not a valid featx file: {how}", where=path, hint=RESTORE)

@@ -24,6 +24,7 @@ from featx.store.hdf5 import RESTORE
 from featx.store.index import NAME_COLUMNS, Further, read_index, read_names
 from featx.store.manifest import (
     Block,
+    backbones_of,
     blocks_of,
     check_version,
     column_of,
@@ -132,8 +133,7 @@ class FeatureSet:
         """
         if self.hashes is not None and self.pixels is not None:
             return Pictures(self.hashes, self.pixels)
-        made = self.provenance.get("backbones", [self.provenance])
-        return None if any(each.get("weights") == "none" for each in made) else NEAR
+        return None if any(each.get("weights") == "none" for each in backbones_of(self.provenance)) else NEAR
 
     def near_copies_of(self, rows: NDArray[np.intp]) -> Alike:
         """The same of some of the images."""

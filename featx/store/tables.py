@@ -23,8 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx._files import publish
-from featx.errors import StoreError, UsageError
-from featx.images import not_installed
+from featx.errors import StoreError, UsageError, not_installed
 from featx.store.manifest import fingerprint
 from featx.store.reader import FeatureReader
 
@@ -70,7 +69,11 @@ def export_table(
     form = form or out.suffix.removeprefix(".").lower()
     if form not in FORMATS:
         raise UsageError(
-            "no such format", where=out, expected=", ".join(FORMATS), found=form or "no suffix", hint="Say --format."
+            "no such format",
+            where=out,
+            expected=", ".join(FORMATS),
+            found=form or "no suffix",
+            hint="Name it with --format.",
         )
     if out.exists():
         raise StoreError("there is a file of this name already", where=out, hint="Delete it, or choose another name.")

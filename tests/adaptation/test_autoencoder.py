@@ -91,7 +91,7 @@ def test_its_code_is_a_backbone(trained: Autoencoder, tmp_path: Path, engine: st
 
 
 def test_wrong_files_and_numbers(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="no weights but those that it learns from your images"):
+    with pytest.raises(WeightsError, match="comes without weights: it learns them from your images"):
         load_backbone("autoencoder")
     torch.save({"a": torch.zeros(3)}, tmp_path / "other.pt")
     with pytest.raises(WeightsError, match="not the checkpoint of an autoencoder"):
@@ -99,9 +99,9 @@ def test_wrong_files_and_numbers(tmp_path: Path) -> None:
     sound = {"format": "featx-autoencoder", "format_version": 1, "config": {"dim": 4, "size": 16}, "state_dict": {}}
     for change, message in (
         ({"format_version": 2}, "made by a newer featx"),
-        ({"config": {"dim": 10**9, "size": 16}}, "its config is not sound"),
-        ({"config": {"dim": 4, "size": 10**6}}, "its config is not sound"),
-        ({"config": None}, "its config is not sound"),
+        ({"config": {"dim": 10**9, "size": 16}}, "its config is not valid"),
+        ({"config": {"dim": 4, "size": 10**6}}, "its config is not valid"),
+        ({"config": None}, "its config is not valid"),
     ):
         torch.save({**sound, **change}, tmp_path / "bad.pt")
         with pytest.raises(WeightsError, match=message):

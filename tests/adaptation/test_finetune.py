@@ -363,7 +363,7 @@ def test_finetune_from_the_command_line(featx: Featx, tmp_path: Path) -> None:
         (["--shots", "99"], "class 'ants' has too few images"),
         (["--augment"], "activations cannot be mirrored or shifted"),
         (["--weights", "other.pt"], "no such weights file"),
-        (["--prior", "equal"], "it is about the model that is kept"),
+        (["--prior", "equal"], "only a model that is kept uses it"),
         (["--prior", "none.csv", "--out", "m.model"], "no such file"),
     ],
 )

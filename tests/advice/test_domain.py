@@ -10,8 +10,8 @@ import torch
 
 from featx.advice.domain import chance_standout, measure_domain, size_by_similarity, standouts
 from featx.backbones.backbone import load_backbone
-from featx.backbones.classes import pretrained_classes
 from featx.backbones.engines.torch import make_engine
+from featx.backbones.pretrained import pretrained_classes
 from featx.errors import UsageError
 from featx.extraction.embedder import Embedder
 

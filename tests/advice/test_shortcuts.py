@@ -12,7 +12,6 @@ from PIL import Image
 from featx.advice.shortcuts import (
     CORNER,
     FRAME,
-    MIDDLE,
     Shortcuts,
     find_shortcuts,
     masked,
@@ -25,6 +24,7 @@ from featx.errors import UsageError
 from featx.evaluation import KShotSplit
 from featx.extraction import Embedder
 from featx.heads import HEADS, fit_chosen
+from featx.models.explain import MIDDLE
 
 EACH = 30
 COLOURS = ((230, 40, 40), (40, 60, 230))

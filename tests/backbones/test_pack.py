@@ -124,7 +124,7 @@ def test_what_is_not_here_cannot_be_packed(tmp_path: Path) -> None:
         pack_weights([LITE1, "resnet18"], tmp_path / "w.safetensors")
     with pytest.raises(UsageError, match="named twice"):
         pack_weights([LITE1, LITE1], tmp_path / "w.safetensors")
-    with pytest.raises(UsageError, match="nobody has published weights"):
+    with pytest.raises(UsageError, match="it has no published weights"):
         pack_weights(["autoencoder"], tmp_path / "w.safetensors")
     assert not list(tmp_path.glob("*.safetensors"))
 
@@ -135,7 +135,7 @@ def test_a_pickle_that_is_known_by_no_hash_is_not_packed(monkeypatch: pytest.Mon
     file = tmp_path / "pytorch_model.bin"
     torch.save({"a": torch.zeros(1)}, file)
     monkeypatch.setattr(TimmModel, "local", lambda self: file)
-    with pytest.raises(WeightsError, match="a pickle that is known by no hash"):
+    with pytest.raises(WeightsError, match="a pickle of which no hash is known"):
         pack_weights([TINY], tmp_path / "w.safetensors")
 
 
@@ -269,7 +269,9 @@ def _tensor(offsets: list[Any]) -> dict[str, Any]:
 def test_what_is_no_pack_is_refused(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     NO_PACKS[kind](path)
-    with pytest.raises(WeightsError, match=r"w.safetensors: is no pack of weights: expected a file made by .*Nothing"):
+    with pytest.raises(
+        WeightsError, match=r"w.safetensors: is not a pack of weights: expected a file made by .*Nothing"
+    ):
         add_weights(path)
     assert nothing_is_left()
     assert sorted(found.name for found in tmp_path.iterdir()) == ["w.safetensors"]  # nothing ran, nothing escaped
@@ -357,7 +359,7 @@ def test_a_pickle_for_a_network_of_timm_is_not_read(tmp_path: Path) -> None:
     evil = tmp_path / "evil"
     _pickle(evil)
     pack = write_pack(tmp_path / "w.safetensors", {TINY: evil.read_bytes()})
-    with pytest.raises(WeightsError, match="are no safetensors file, and known by no hash"):
+    with pytest.raises(WeightsError, match="are not a safetensors file, and no hash of them is known"):
         add_weights(pack)
     assert nothing_is_left() and sorted(found.name for found in tmp_path.iterdir()) == [
         "evil",
@@ -381,7 +383,7 @@ def _inner(tensors: dict[str, Any]) -> bytes:
     ids=["petabytes", "header", "short"],
 )
 def test_safetensors_inside_that_lie_about_their_size(data: bytes, tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="are no safetensors file"):
+    with pytest.raises(WeightsError, match="are not a safetensors file"):
         add_weights(write_pack(tmp_path / "w.safetensors", {TINY: data}))
     assert nothing_is_left()
 
@@ -504,7 +506,7 @@ def test_a_store_at_int8_goes_on_elsewhere_with_the_same_numbers(
     monkeypatch.setenv("FEATX_CACHE", str(tmp_path / "there"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "there"))
     monkeypatch.setitem(sys.modules, "nncf", None)
-    with pytest.raises(WeightsError, match="known by nothing but the sha256 of the pack"):
+    with pytest.raises(WeightsError, match="recognised only by the sha256 of the pack"):
         add_weights(made.path)
     assert not (tmp_path / "there").exists()
     added = add_weights(made.path, sha256=made.sha256)

@@ -217,7 +217,7 @@ def test_a_messy_folder_is_told_apart(tmp_path: Path, featx: Featx, monkeypatch:
     # Another folder in the same store.
     others = class_folders(tmp_path / "others", ("cats", "dogs"), each=2, first=50)
     mistake(
-        featx("extract", others, "--out", store), 2, "the place of other labelled images", "6 of 6 labelled images",
+        featx("extract", others, "--out", store), 2, "would replace other labelled images", "6 of 6 labelled images",
         "--replace",
     )  # fmt: skip
     mistake(featx("extract", others, "--out", store, "--finish"), 2, "no parts")
@@ -303,7 +303,7 @@ def test_only_files_of_featx_are_replaced(source: Path, store: Path, tmp_path: P
         "code": ("autoencoder", source, "--epochs", 1, "--size", 16, "--out"),
     }
     for command in commands.values():
-        mistake(featx(*command, photo), 2, "there is a file of this name already, of another kind")
+        mistake(featx(*command, photo), 2, "there is a file of this name already, and featx did not")
     assert photo.read_bytes() == before
     for name, command in commands.items():
         if name in ("tuned", "copies", "advice"):  # the same kinds of files as those of fit and of search
@@ -408,7 +408,7 @@ def test_a_stopped_sweep_prints_what_is_known(store: Path, tmp_path: Path, warm:
     process.send_signal(signal.SIGINT)
     text, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert re.search(r"Provisional: [\d,]+ of [\d,]+ draws are made", " ".join(text.split()))
+    assert re.search(r"Provisional: [\d,]+ of [\d,]+ draws are done", " ".join(text.split()))
     assert "provisional: 2 of" in " ".join(err.split())
     assert "finished draws are kept" in err
     assert "Traceback" not in err

@@ -67,7 +67,7 @@ def test_what_it_says(featx: Featx, kept: Kept) -> None:
     assert ran.out.startswith("photos (aaaaaaaa): changed, perhaps since 20")
     assert "More photos are unlike those that it was fitted on than can be by chance." in ran.out
     assert "1,441 photos from " in ran.out
-    assert "The model was to call 5 % of photos like its own so." in ran.out
+    assert "The model was set to call at most 5 % of photos like its own unknown." in ran.out
     for title in ("ants", "bees", "unsure", "unknown", "familiarity"):
         assert title in ran.out
     periods = featx("drift", kept.folder, "--json").json["models"][0]["periods"]
@@ -121,7 +121,7 @@ def test_one_model_of_several(featx: Featx, tmp_path: Path) -> None:
     assert [each["name"] for each in featx("drift", kept.folder, "--json").json["models"]] == ["photos", "old"]
     ran = featx("drift", kept.folder, "--model", file)
     assert ran.code == 0 and "photos (" not in ran.out
-    assert "cannot tell yet. This model knows no unknown, so nothing can be compared." in ran.out
+    assert "cannot tell yet. This model cannot call photos unknown, so nothing can be compared." in ran.out
     other = write_bundle(replace(tiny_bundle(), head="ridge"), tmp_path / "other.model")
     ran = featx("drift", kept.folder, "--model", other)
     assert ran.code == 2
@@ -131,7 +131,10 @@ def test_one_model_of_several(featx: Featx, tmp_path: Path) -> None:
 def test_what_is_wrong_is_said(featx: Featx, tmp_path: Path) -> None:
     ran = featx("drift", tmp_path, "--json")
     assert (ran.code, ran.json["exit_code"]) == (2, 2)
-    assert "no counts here: expected counts.jsonl. Keep them with: featx serve MODEL --counts DIR" in ran.json["error"]
+    assert (
+        "no counts in this folder: expected counts.jsonl. Keep them with: featx serve MODEL --counts DIR"
+        in ran.json["error"]
+    )
     (tmp_path / "counts.jsonl").write_bytes(b"\xff\x00\n")
     ran = featx("drift", tmp_path)
     assert ran.code == 2 and "counts.jsonl, line 1: these are not the counts of a service" in ran.err

@@ -93,7 +93,7 @@ def test_right_corrections_are_promoted_and_gone_back_from(featx: Featx, made: P
     assert listed["versions"][1]["evidence"]["verdict"] in ("better", "cannot tell")
     back = featx("models", "kept", "--rollback", "--who", "leo", cwd=folder)
     assert back.code == 0
-    assert "Held is what only the other had learnt: 30 corrections (batch-3)" in back.out
+    assert "What only the other version had learnt is held: 30 corrections (batch-3)" in back.out
     held = featx(*REFIT, cwd=folder)
     assert "Nothing new to learn" in held.out
     assert "batch-3" in held.err

@@ -157,13 +157,13 @@ def test_fetch_of_timm_compares_with_the_sum_that_the_hub_announces(featx: Featx
     ("words", "says"),
     [
         (("fetch", "resnet1"), "no backbone 'resnet1'. Did you mean resnet18"),
-        (("fetch", "autoencoder"), "nobody has published weights for it"),
+        (("fetch", "autoencoder"), "it has no published weights"),
         (("fetch",), "Missing argument 'NAME'"),
         (("pack", "resnet18", "--out", "w.safetensors"), "First run: featx weights fetch resnet18"),
         (("pack", "efficientnet_lite0", "--out", "notes.txt"), "there is a file of this name already"),
         (("pack", "efficientnet_lite0"), "Missing option '--out'"),
         (("add", "nowhere"), "cannot be read (No such file or directory)"),
-        (("add", "notes.txt"), "is no pack of weights"),
+        (("add", "notes.txt"), "is not a pack of weights"),
         (("bad",), "No such command 'bad'"),
     ],
 )

@@ -75,7 +75,7 @@ def test_the_report_shows_it_the_least_recognised_first(tmp_path: Path) -> None:
     rows, labels, names = blobs([30, 10, 20])
     found = sweep_heads(rows, labels, class_names=names, heads=["ridge"], shots=(2, 5), episodes=4, n_jobs=1)
     text = (write_report(found, tmp_path, title="x") / "report.html").read_text()
-    part = text[text.index("recognises of each class") : text.index("confuses")]
+    part = text[text.index("How much of each class") : text.index("confuses")]
     shown = re.findall(r"<tr><td>(\w)</td><td>(\d+)</td><td>([\d.]+)</td>", part)
     recall = found.recall("ridge", 5)
     expected = sorted(names, key=lambda name: recall[name].mean)

@@ -122,7 +122,7 @@ def test_a_sweep_whose_time_is_up_tells_what_is_missing_and_goes_on(result: Any,
     assert short.shots == (1,)
     assert short.missing == {1: 4, 5: 6, 12: 6, "all": 6}
     assert short.to_json()["missing"] == {"1": 4, "5": 6, "12": 6, "all": 6}
-    assert short.missing_sentence.startswith("Provisional: 2 of 24 draws are made (2 with 1 shot, 0 with 5 shots")
+    assert short.missing_sentence.startswith("Provisional: 2 of 24 draws are done (2 with 1 shot, 0 with 5 shots")
     assert {each.episodes for each in short.results} == {2}
     assert len(known) == 1
     assert [t.accuracy for t in known[0].trials] == [t.accuracy for t in short.trials]

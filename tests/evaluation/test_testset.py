@@ -55,9 +55,7 @@ def test_every_use_of_a_test_set_is_counted(tmp_path: Path) -> None:
     ledger = tmp_path / "uses.jsonl"
     assert [judge(made(), "test", HEADS[head], ledger).used for head in ("knn", "nearest_centroid", "knn")] == [1, 2, 3]
     assert judge(made(seed=1), "test", HEADS["knn"], ledger).used == 1  # other images
-    assert (
-        "use number 4 of this test set. What was chosen after" in judge(made(), "test", HEADS["knn"], ledger).sentence
-    )
+    assert "use number 4 of this test set. Choices made after" in judge(made(), "test", HEADS["knn"], ledger).sentence
     assert len([json.loads(line) for line in ledger.read_text().splitlines()]) == 5
 
 

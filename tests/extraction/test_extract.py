@@ -245,7 +245,7 @@ def test_another_source_takes_the_place_of_the_first_only_when_told(source: Path
     before = content_hash(store)
     other = class_folders(tmp_path / "others", each=2, first=60)
     with pytest.raises(
-        MismatchError, match=r"the place of other labelled images.* found 10 of 10 .*--replace"
+        MismatchError, match=r"would replace other labelled images.* found 10 of 10 .*--replace"
     ) as error:
         run(other, store)
     assert error.value.expected == f"the images of {source}, for the most part"

@@ -124,7 +124,7 @@ def test_what_cannot_be_kept_is_named_and_bounded(tmp_path: Path) -> None:
     lines += '{"path": "2.png", "label": "y"}\n'
     assert listed(tmp_path, lines, "a.jsonl").columns == ("c", "d")
     for group in (long, "a\0b"):
-        with pytest.raises(SourceError, match=r"a group that is no short text|zero bytes|line contains NUL"):
+        with pytest.raises(SourceError, match=r"a group that is not a short text|zero bytes|line contains NUL"):
             listed(tmp_path, f"path,label,group\n1.png,x,{group}\n2.png,y,g\n")
 
 

@@ -193,7 +193,7 @@ def test_mistakes_about_addresses(bucket: Bucket, tmp_path: Path) -> None:
         ImageSet.from_source("https://example.org/photos")
     with pytest.raises(SourceError, match="not an address that fsspec knows"):
         ImageSet.from_source("nosuch://x/y")
-    with pytest.raises(SourceError, match="an address of nothing: expected one such as s3://bucket/photos"):
+    with pytest.raises(SourceError, match="the address names nothing: expected one such as s3://bucket/photos"):
         ImageSet.from_source("s3://")
     for spelled in (str(Path(bucket.url)), bucket.url.replace("s3", "S3", 1)):  # pathlib makes s3:/ of s3://
         images = ImageSet.from_source(spelled)
@@ -212,7 +212,7 @@ def test_no_permission(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("address", "package", "words"),
     [
-        ("s3://b/photos", "s3fs", r"s3:// needs s3fs, which is not installed. pip install 'featx\[s3\]'"),
+        ("s3://b/photos", "s3fs", r"s3:// needs s3fs, which is not installed. Install it: pip install 'featx\[s3\]'"),
         ("gs://b/photos", "gcsfs", r"gs:// needs a package that is not installed.*gcsfs"),
     ],
 )

@@ -167,11 +167,11 @@ BYTES = [b"x", b"y"]
     [
         ({"label": [0, 1]}, None, r"no column with images: expected one column of bytes.*found label \(int64\)"),
         ({"a": BYTES, "b": BYTES}, None, r"more than one column with images.*found a \(binary\), b \(binary\)"),
-        ({"image": BYTES, "label": [0.5, 1.5]}, None, r"row 0, column label: a label that is no text and no whole"),
+        ({"image": BYTES, "label": [0.5, 1.5]}, None, r"row 0, column label: a label that is neither text nor a whole"),
         (
             {"image": BYTES, "label": [[0], [1]]},
             None,
-            r"a label that is no text and no whole number: found \[0\]",
+            r"a label that is neither text nor a whole number: found \[0\]",
         ),
         ({"image": BYTES, "label": [0, 2]}, FEATURES, r"row 1, column label: a class number without a name: found 2"),
         (
@@ -234,7 +234,7 @@ def test_what_datasets_writes(tmp_path: Path) -> None:
 def test_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "a.parquet", rows(0, 2))
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UsageError, match=r"needs pyarrow, which is not installed. pip install 'featx\[parquet\]'"):
+    with pytest.raises(UsageError, match=r"needs pyarrow, which is not installed.*pip install 'featx\[parquet\]'"):
         ImageSet.from_source(path)
 
 
@@ -303,7 +303,7 @@ def test_a_table_that_kills_its_reader_is_named(tmp_path: Path, featx: Featx) ->
     assert ran.code == 2
     assert ran.err.strip().splitlines()[-1] == (
         f"Error: {path}: reading it took the process down (SIGSEGV), 2 times. "
-        "The file may be damaged: fetch or make it again."
+        "The file may be damaged: fetch it again, or make it anew."
     )
 
 
@@ -371,7 +371,7 @@ def test_values_of_other_kinds(tmp_path: Path) -> None:
     assert [ref.group for ref in images.grouped("column:coded").refs] == ["a", "b", "a", ""]
     for name in ("long", "list"):
         with pytest.raises(
-            FeatxError, match=f"a.parquet, row 0, column {name}: a value that is no short text, number or date"
+            FeatxError, match=f"a.parquet, row 0, column {name}: a value that is not a short text, a number or a date"
         ):
             images.grouped(f"column:{name}")
 

@@ -254,19 +254,19 @@ def broken_sparse_map(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (broken_sparse_map, r"not a sound tar \(invalid literal.*Fetch or make it again"),
-        (truncated, r"not a sound tar|ends before its last file does"),
-        (without_end, r"not a sound tar \(it has no end\).*Fetch or make it again"),
+        (broken_sparse_map, r"not a valid tar file \(invalid literal.*Fetch it again, or make it anew"),
+        (truncated, r"not a valid tar file|ends before its last file does"),
+        (without_end, r"not a valid tar file \(it has no end\).*Fetch it again, or make it anew"),
         (joined, r"something follows its end, as when archives are joined with cat"),
         (compressed, r"a compressed archive.*make a plain \.tar"),
-        (no_tar, r"not a sound tar"),
+        (no_tar, r"not a valid tar file"),
         (leading_out, r"leads out of the archive; refused: found a/\.\./\.\./b\.jpg"),
         (absolute, r"leads out of the archive; refused: found /etc/a/1\.jpg"),
-        (twice, r"the same name twice: found a/1\.jpg"),
-        (bad_label, r"member 1\.json: a label that is no text and no whole number"),
+        (twice, r"two files have the same name: found a/1\.jpg"),
+        (bad_label, r"member 1\.json: a label that is neither text nor a whole number"),
         (huge_label, r"member 1\.json: not a label: expected a file of at most 65,536 bytes"),
         (no_images, r"no images in these archives"),
-        (huge_header, r"not a sound tar \(a header of 2,147,48"),
+        (huge_header, r"not a valid tar file \(a header of 2,147,48"),
     ],
 )
 def test_archives_that_are_refused(make: Callable[[Path], Path], words: str, tmp_path: Path) -> None:

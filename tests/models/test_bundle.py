@@ -139,7 +139,7 @@ def test_what_an_earlier_featx_wrote_is_written_anew_with_the_same_answers(versi
     rows = np.random.default_rng(0).normal(size=(50, 12)).astype(np.float32)
     assert np.array_equal(new.probabilities(rows), old.probabilities(rows))
     for each in (old, new):
-        assert [note for note in each.cautions if "knows no unknown" in note and "Fit it again" in note]
+        assert [note for note in each.cautions if "cannot call photos unknown" in note and "Fit it again" in note]
         assert {(a.familiarity, a.reason) for a in each.answer(rows)} <= {(None, None), (None, "unsure")}
 
 
@@ -282,23 +282,23 @@ def respell(members: dict[str, bytes], was: bytes, now: bytes) -> None:
         (put(own_similarity=np.array([0.5, 0.4])), "own_similarity are not ascending cosines"),
         (put(own_similarity=np.array([0.5, 1.5])), "own_similarity are not ascending cosines"),
         (put(own_similarity=np.array([0.5, np.nan])), "own_similarity is not finite"),
-        (edit(notes=["\ud800"]), "not a sound model"),
-        (edit(class_names=["\ud800", "b", "c"]), "not a sound model"),
-        (lambda members: respell(members, b'"head": "logreg"', b'"head": 1e999'), "not a sound model"),
-        (lambda members: respell(members, b'"C": 316.0', b'"C": 1e999'), "not a sound model"),
+        (edit(notes=["\ud800"]), "not a valid model"),
+        (edit(class_names=["\ud800", "b", "c"]), "not a valid model"),
+        (lambda members: respell(members, b'"head": "logreg"', b'"head": 1e999'), "not a valid model"),
+        (lambda members: respell(members, b'"C": 316.0', b'"C": 1e999'), "not a valid model"),
         (edit(n_neighbors=3), "rows is missing|its arrays are"),
         (edit(layer="features.3"), "its layer is not one of the provenance's"),
         (edit(provenance=[]), r"provenance is \[\]"),
         (edit(format_version=2), "'arrays.safetensors' does not belong in it"),
         (lambda members: members.pop("probe.png"), "probe.png is missing"),
         (lambda members: members.update({"extra.npy": b""}), "'extra.npy' does not belong in it"),
-        (lambda members: members.update({"bundle.json": b"{"}), "not a sound model"),
-        (lambda members: members.update({"bundle.json": b"[" * 100_000}), "not a sound model"),
-        (lambda members: members.update({"bundle.json": b"\xff"}), "not a sound model"),
+        (lambda members: members.update({"bundle.json": b"{"}), "not a valid model"),
+        (lambda members: members.update({"bundle.json": b"[" * 100_000}), "not a valid model"),
+        (lambda members: members.update({"bundle.json": b"\xff"}), "not a valid model"),
         (lambda members: members.update({"coef.npy": b""}), "'coef.npy' does not belong in it"),
         (lambda members: members.pop("arrays.safetensors"), "arrays.safetensors is missing"),
-        (lambda members: members.update({"arrays.safetensors": b""}), "not a sound model: .*header too small"),
-        (lambda members: members.update({"arrays.safetensors": b"\xff" * 99}), "not a sound model: .*header too large"),
+        (lambda members: members.update({"arrays.safetensors": b""}), "not a valid model: .*header too small"),
+        (lambda members: members.update({"arrays.safetensors": b"\xff" * 99}), "not a valid model: .*header too large"),
         (put(extra=np.zeros(3)), "'extra' does not belong in it"),
         (put(coef=None), "its arrays are"),
         (put(coef=np.zeros((3, 12), np.float32)), "coef is float32 of shape"),
@@ -308,16 +308,16 @@ def respell(members: dict[str, bytes], was: bytes, now: bytes) -> None:
         (put(coef=np.full((3, 12), np.nan)), "coef is not finite"),
         (put(coef=np.zeros((3, 12))), "does not give its golden values"),
         (put(mean=np.zeros((0,))), r"mean is float64 of shape \(0,\)"),
-        (header(lambda fields: None, length=2**62), "not a sound model: .*header"),
-        (header(lambda fields: None, length=2**24), "not a sound model: .*header"),
-        (header(lambda fields: fields["coef"].update(shape=[2**40, 2**40])), "not a sound model"),
-        (header(lambda fields: fields["coef"].update(shape=[-3, -12])), "not a sound model"),
-        (header(lambda fields: fields["coef"].update(dtype="BF16", shape=[144])), "not a sound model"),
-        (header(lambda fields: fields["coef"].update(dtype="O")), "not a sound model"),
-        (header(lambda fields: fields["coef"].update(data_offsets=[0, 2**60])), "not a sound model"),
+        (header(lambda fields: None, length=2**62), "not a valid model: .*header"),
+        (header(lambda fields: None, length=2**24), "not a valid model: .*header"),
+        (header(lambda fields: fields["coef"].update(shape=[2**40, 2**40])), "not a valid model"),
+        (header(lambda fields: fields["coef"].update(shape=[-3, -12])), "not a valid model"),
+        (header(lambda fields: fields["coef"].update(dtype="BF16", shape=[144])), "not a valid model"),
+        (header(lambda fields: fields["coef"].update(dtype="O")), "not a valid model"),
+        (header(lambda fields: fields["coef"].update(data_offsets=[0, 2**60])), "not a valid model"),
         (
             header(lambda fields: fields["coef"].update(data_offsets=fields["mean"]["data_offsets"])),
-            "not a sound model",
+            "not a valid model",
         ),
     ],
 )
@@ -401,7 +401,7 @@ def marked(raw: bytes, offset: int, value: int) -> bytes:
 @pytest.mark.parametrize(("offset", "value"), [(4, 99), (6, 1), (6, 0x20), (6, 0x40), (8, 97)])
 def test_encrypted_members_and_zips_of_the_future_are_refused(raw: bytes, offset: int, value: int) -> None:
     assert parse_bundle(marked(raw, 4, 20), WHERE)  # the version that they have anyway
-    with pytest.raises(BundleError, match="not a sound model"):
+    with pytest.raises(BundleError, match="not a valid model"):
         parse_bundle(marked(raw, offset, value), WHERE)
 
 

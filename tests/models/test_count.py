@@ -102,7 +102,7 @@ def test_what_is_drawn_is_random_repeatable_and_begins_the_same() -> None:
         for name in draw_to_check(ids, 40, seed):
             counts[int(name[:-4])] += 1
     assert abs(counts.mean() - 40) < 1e-9 and counts.min() > 20 and counts.max() < 62
-    with pytest.raises(UsageError, match="more photos than there are: expected up to 400, found 401"):
+    with pytest.raises(UsageError, match="there are not so many photos: expected up to 400, found 401"):
         draw_to_check(ids, 401, 0)
 
 
@@ -209,19 +209,20 @@ def test_what_is_odd_is_said(made: Path, featx: Featx) -> None:
     fill(made / "two.csv", made / "odd.csv", lambda name: "bee" if "bees" in name else "ants")
     done = featx("count", "photos.model", "pile", "--checked", "odd.csv", "--seed", "1", cwd=made)
     assert (
-        "'bee' is no class of the model; it is counted by the photos that are unknown. Did you mean bees?" in done.err
+        "'bee' is not a class of the model; it is estimated from the photos that are unknown. Did you mean bees?"
+        in done.err
     )
     assert "These are not the photos that --draw draws. The intervals hold if they were drawn at random." in done.err
     (made / "twice.csv").write_text(
         (made / "odd.csv").read_text() + (made / "odd.csv").read_text().splitlines()[1] + "\n"
     )
     for arguments, message in (
-        (("--checked", "twice.csv"), "the same path twice"),
+        (("--checked", "twice.csv"), "the path is listed twice"),
         (("--checked", "none.csv"), "no such list"),
         (("--draw", "20"), "--draw and --out go together"),
         (("--draw", "5", "--out", "x.csv"), "too few to count with: expected at least 10, found 5"),
-        (("--draw", "500", "--out", "x.csv"), "more photos than there are"),
-        (("--draw", "20", "--out", "x.csv", "--checked", "odd.csv"), "either draw photos, or count"),
+        (("--draw", "500", "--out", "x.csv"), "there are not so many photos"),
+        (("--draw", "20", "--out", "x.csv", "--checked", "odd.csv"), "--draw and --checked do not go together"),
         (("--confidence", "95"), "--confidence: no share"),
     ):
         refused = featx("count", "photos.model", "pile", *arguments, cwd=made)

@@ -18,7 +18,7 @@ from featx.models.drift import (
     _questions,
     bins_of,
     find_drift,
-    quantiles_of,
+    median_of,
     share_over_units,
 )
 from featx.models.novelty import is_unknown, shares_among
@@ -161,6 +161,6 @@ def test_a_share_over_hours_is_students_over_a_ratio() -> None:
 
 
 def test_a_median_is_the_end_of_its_bin() -> None:
-    assert quantiles_of(np.eye(N_BINS, dtype=int)[3]) == 0.2
-    assert quantiles_of(np.ones(N_BINS, dtype=int)) == 0.5
-    assert quantiles_of(np.zeros(N_BINS, dtype=int)) is None
+    assert median_of(np.eye(N_BINS, dtype=int)[3]) == 0.2
+    assert median_of(np.ones(N_BINS, dtype=int)) == 0.5
+    assert median_of(np.zeros(N_BINS, dtype=int)) is None

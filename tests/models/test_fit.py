@@ -304,7 +304,7 @@ def test_serve_says_what_to_open_what_is_served_and_where_the_key_is(kept: Path)
     ]
     for file, words in ((None, "FEATX_API_KEY."), (Path("key.txt"), "key.txt.")):
         keyed = _serving("http://x:1", models, bundles, {"p": Path("p.featx")}, file, key=True, insecure=False)
-        assert keyed[1].endswith("and what looks alike in p.featx.") and keyed[2].endswith(words)
+        assert keyed[1].endswith("and similar images from p.featx.") and keyed[2].endswith(words)
     assert "without a key" in _serving("http://x:1", models, bundles, {}, None, key=False, insecure=True)[2]
     two = {"p": bundles["p"], "q": bundles["p"]}
     several = _serving("http://x:1", {**models, "q": Path("q.model")}, two, {}, None, key=False, insecure=False)
@@ -378,7 +378,7 @@ def test_predict_sorts_photos_and_lists_what_it_refused(kept: Path, featx: Featx
     assert again.json["sorted"] == {"folder": str(tmp_path / "out"), "copied": {}, "already_there": 56}
     (tmp_path / "letter.csv").write_text("dear,")
     for options, message in [
-        (("--csv", tmp_path / "letter.csv"), "of another kind than would be made"),
+        (("--csv", tmp_path / "letter.csv"), "featx did not make it"),
         (("--sort-into", tmp_path / "letter.csv"), "a file is in the way"),
     ]:
         refusal = featx(*given, *options)
@@ -401,7 +401,7 @@ def test_predict_gives_what_the_store_says(kept: Path, featx: Featx) -> None:
 def test_fit_says_which_classes_are_recognised_and_how_it_chose(kept: Path, featx: Featx, tmp_path: Path) -> None:
     done = featx("fit", kept / "photos.featx", "--out", tmp_path / "all.model", "--head", "knn,ridge")
     assert done.code == 0
-    assert "On images that the fit, but not the choice among 2 heads, had not seen: accuracy" in done.out
+    assert "On images that the fit had not seen, but on which the best of 2 heads was chosen: accuracy" in done.out
     accuracy = Interval(**read_bundle(tmp_path / "all.model").metrics["out_of_fold"]["accuracy"])
     assert f"had not seen: accuracy {percent(accuracy)}, macro-F1" in done.out
     assert "On the split test: accuracy" in done.out

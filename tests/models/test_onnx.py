@@ -226,8 +226,8 @@ def test_the_proof_inside_proves(at_eight_bits: Path) -> None:
 def test_what_cannot_be_exported_whole(tmp_path: Path, featx: Featx) -> None:
     golden = Path(__file__).parents[1] / "golden" / "v2.model"
     for options, message in [
-        (("--format", "joblib", "--part", "model"), "joblib and skops hold a head"),
-        (("--format", "onnx", "--part", "head", "--check", tmp_path), "a head is not compared on photos"),
+        (("--format", "joblib", "--part", "model"), "joblib and skops hold the head alone"),
+        (("--format", "onnx", "--part", "head", "--check", tmp_path), "a head alone cannot be compared on photos"),
         (("--format", "onnx", "--check", tmp_path / "nowhere"), "no such file or folder"),
         (("--format", "onnx", "--check", tmp_path), "no images in this folder"),
     ]:

@@ -233,17 +233,17 @@ def test_what_a_prior_may_be(tmp_path: Path) -> None:
     [
         ("a.json", "[1]", "not a table of shares .no JSON object."),
         ("a.json", "{", "not a table of shares"),
-        ("a.json", '{"ants": 0.5, "ants": 0.5}', "a class twice: found ants"),
-        ("a.json", '{"ants": true, "bees": 0.5}', "the share of 'ants' is none"),
-        ("a.json", '{"ants": 1.5, "bees": -0.5}', "the share of 'bees' is none: expected a number above 0"),
+        ("a.json", '{"ants": 0.5, "ants": 0.5}', "a class is named twice: found ants"),
+        ("a.json", '{"ants": true, "bees": 0.5}', "the share of 'ants' is not valid"),
+        ("a.json", '{"ants": 1.5, "bees": -0.5}', "the share of 'bees' is not valid: expected a number above 0"),
         ("a.json", '{"ants": 1, "bees": 0}', "better left out of the store"),
-        ("a.json", '{"ants": 0.5, "bees": NaN}', "the share of 'bees' is none"),
+        ("a.json", '{"ants": 0.5, "bees": NaN}', "the share of 'bees' is not valid"),
         ("a.json", '{"ants": 0.5, "bees": 0.1}', "the shares do not sum to 1: found 0.6"),
         ("a.json", '{"ants": 0.5, "bee": 0.5}', "a class that has no images: expected ants, bees, found bee"),
         ("a.json", '{"ants": 1.0}', "a class without a share: found bees"),
         ("a.csv", "ants,0.5\nbees,0.5\n", "expected the columns class,share"),
-        ("a.csv", "class,share\nants,half\nbees,0.5\n", "the share of 'ants' is none"),
-        ("a.csv", "class,share\nants,0.5\nants,0.5\n", "a class twice: found ants"),
+        ("a.csv", "class,share\nants,half\nbees,0.5\n", "the share of 'ants' is not valid"),
+        ("a.csv", "class,share\nants,0.5\nants,0.5\n", "a class is named twice: found ants"),
         ("a.csv", "class,share\nants,0.5,1\n", "not a class and its share"),
         ("a.csv", b"\xff\xfe\x00", "not a table of shares"),
         (None, None, "no such file: expected as-is, equal or a file"),
@@ -274,7 +274,7 @@ def test_the_command(tmp_path: Path, featx: Featx) -> None:
     (tmp_path / "shares.json").write_text(json.dumps({"ants": 0.9, "bees": 0.1}))
     done = featx("fit", "photos.featx", "--out", "a.model", "--prior", "shares.json", "--json", cwd=tmp_path)
     assert done.json["prior"] == {"ants": pytest.approx(0.9), "bees": pytest.approx(0.1)}
-    assert "in other shares (--prior): ants 90 %, bees 10 %." in done.err
+    assert "with other shares of the classes (--prior): ants 90 %, bees 10 %." in done.err
     found = [
         [
             each["probabilities"]["ants"]

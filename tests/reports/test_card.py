@@ -132,7 +132,7 @@ def test_numbers_are_those_of_the_model() -> None:
         assert text(row[2]).startswith(f"{100 * calls.get(name, 0) / 15:.1f} % (")
         others = {other: n for other, n in calls.items() if other != name}
         assert text(row[3]) == "" if not others else int(text(row[3]).split("(")[1][:-1]) == max(others.values())
-    assert "Fewer than 20 photos, so that little is known of them: ants, bees, wasps." in card
+    assert "Classes with fewer than 20 photos, of which little is known: ants, bees, wasps." in card
     assert "No photos were kept apart" in card
     assert "of which 45 are different" in card
     test = replace(bundle, metrics={**bundle.metrics, "test": {**found, "images": 7}})
@@ -168,7 +168,7 @@ def test_old_models_have_a_card(old: str, tmp_path: Path, featx: Featx) -> None:
     ran = featx("card", TESTS / "golden" / f"{old}.model", "--json")
     assert ran.code == 0 and ran.json["path"] is None
     assert ran.json["metadata"]["library_name"] == "featx"
-    assert "it keeps no numbers" in ran.json["card"] and "knows no unknown" in ran.json["card"]
+    assert "it keeps no numbers" in ran.json["card"] and "cannot call photos unknown" in ran.json["card"]
     assert yaml.safe_load(ran.json["card"].split("---\n", 2)[1]) == ran.json["metadata"]
 
 

@@ -39,12 +39,12 @@ def test_confused_photos_and_their_evidence_are_shown_on_demand(store: Path, fea
     plain = featx(*SWEEP, "--out", "plain", cwd=store)
     assert plain.code == 0, plain.err
     page = (store / "plain/report.html").read_text()
-    assert "names wrongly most often" not in page
+    assert "most often gets wrong" not in page
     assert "evidence for" not in page
     done = featx(*SWEEP, "--out", "explained", "--explain", "--json", cwd=store)
     assert done.code == 0, done.err
     page = (store / "explained/report.html").read_text()
-    section = page[page.index("Photos that it names wrongly most often") :]
+    section = page[page.index("Photos that it most often gets wrong") :]
     assert "Orange places speak for the class" in section
     pictures = re.findall(r'alt="evidence for (\w+) and for (\w+)" src="data:image/jpeg;base64,([^"]+)"', section)
     assert 2 <= len(pictures) <= 12

@@ -26,7 +26,7 @@ from webdriver import Browser, driver, missing
 from featx.heads.catalogue import make_head
 from featx.models import Bundle, Exported, read_bundle
 from featx.models.bundle import write_bundle
-from featx.models.labelled import Labelled
+from featx.models.examples import Labelled
 from featx.models.onnx.model import Compared
 from featx.models.onnx.web import WebRuntime, web_runtime
 from featx.reports.offline import render_offline
@@ -323,7 +323,7 @@ def test_what_cannot_be_exported_as_a_page(kept: Path, featx: Featx, tmp_path: P
     runtime = ("--runtime", RUNTIME)
     for options, message in [
         ((*runtime, "--part", "head"), "a page holds the whole model"),
-        ((*runtime, "--source", tmp_path), "of which store?"),
+        ((*runtime, "--source", tmp_path), "--source goes with --store"),
         ((*runtime, "--store", kept / "fp32.featx"), "do not belong together"),
         (
             (*runtime, "--store", kept / "int8.featx", "--source", tmp_path / "gone"),
@@ -337,7 +337,7 @@ def test_what_cannot_be_exported_as_a_page(kept: Path, featx: Featx, tmp_path: P
         assert not page.exists()
     for option in ("--runtime", "--store"):
         ran = featx("export", model, "--format", "onnx", "--out", tmp_path / "a.onnx", option, tmp_path)
-        assert ran.code == 2 and "only a page needs it" in ran.err
+        assert ran.code == 2 and "only for a page" in ran.err
     (tmp_path / "elsewhere").mkdir()
     store = ("--store", kept / "int8.featx")
     ran = featx(

@@ -206,12 +206,12 @@ def test_a_full_disk_stops_no_answer_and_loses_no_count(
     ("change", "text"),
     [
         ({"photos": 7}, "counts do not add up"),
-        ({"unknown": -1}, "a count is no whole number"),
+        ({"unknown": -1}, "a count is not a whole number"),
         ({"familiarity": [1]}, "counts do not add up"),
         ({"labels": None}, "has no attribute"),
         ({"hour": "yesterday"}, "Invalid isoformat string"),
         ({"hour": "2026-11-01T00:00:00"}, "hour has no time zone"),
-        ({"model": None}, "model is no text"),
+        ({"model": None}, "model is not text"),
         ({"photos": 0, "labels": {}, "familiarity": []}, "counts do not add up"),
     ],
 )
@@ -234,7 +234,7 @@ def test_what_was_altered_is_refused(tmp_path: Path, change: dict[str, Any], tex
 
 
 def test_a_folder_without_counts_says_where_they_come_from(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match=r"no counts here.*featx serve MODEL --counts DIR"):
+    with pytest.raises(StoreError, match=r"no counts in this folder.*featx serve MODEL --counts DIR"):
         read_counts(tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="cannot write"):

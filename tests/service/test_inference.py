@@ -154,7 +154,7 @@ PIXELS = {"name": "pixels", "shape": [1, 2, 3], "datatype": "UINT8", "data": [1,
         ({"inputs": [{**PIXELS, "shape": [1, 2, 3], "data": [0.5] * 6}]}, 400, "not all int"),
         ({"inputs": [{**PIXELS, "shape": [100_000, 100_000, 3]}]}, 413, "may have"),
         ({"inputs": [{**PIXELS, "parameters": {"binary_data_size": 6}}]}, 400, "binary_data_size"),
-        ({"inputs": [image_input()], "outputs": 1}, 400, "no list of outputs"),
+        ({"inputs": [image_input()], "outputs": 1}, 400, "not a list of outputs"),
         ({"inputs": [image_input()], "outputs": [{"name": "x"}]}, 400, "no output 'x'"),
     ],
 )

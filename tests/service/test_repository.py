@@ -295,9 +295,9 @@ REFUSED: list[tuple[list[str], str]] = [
     (["one.model", "bad.model"], "bad.model"),
     (["one.model", "none.model"], "none.model"),
     (["one.model", "a/b=two.model"], "a/b=two.model"),
-    (["one.model", "two.model", "--store", "s.featx"], "this is of none of the models"),
+    (["one.model", "two.model", "--store", "s.featx"], "for none of the models"),
     (["one.model", "two.model", "--store", "three=s.featx"], "NAME of one, two"),
-    (["one.model", "--store", "s.featx", "--store", "one=s.featx"], "the models have one each"),
+    (["one.model", "--store", "s.featx", "--store", "one=s.featx"], "given twice for one model"),
     ([], "MODEL"),
 ]
 

@@ -142,7 +142,7 @@ def test_a_packed_store_gives_the_same_table(store: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("out", "options", "words"),
     [
-        ("x.xlsx", {}, r"no such format: expected parquet, csv, npz, found xlsx. Say --format"),
+        ("x.xlsx", {}, r"no such format: expected parquet, csv, npz, found xlsx. Name it with --format"),
         ("x", {}, r"no such format.*found no suffix"),
         ("x.csv", {"layer": "features.3"}, r"no layer 'features.3' in this store"),
         ("there.csv", {}, r"there is a file of this name already"),
@@ -166,7 +166,7 @@ def test_what_is_not_installed(missing: str, store: Path, tmp_path: Path, monkey
         "anndata": lambda: read_features(store).to_anndata(),
         "pyarrow": lambda: export_table(store, tmp_path / "x.parquet"),
     }[missing]
-    with pytest.raises(UsageError, match=rf"{missing}.*is not installed. pip install 'featx\[(frames|parquet)\]'"):
+    with pytest.raises(UsageError, match=rf"{missing}.*is not installed.*pip install 'featx\[(frames|parquet)\]'"):
         ask()
     assert list(tmp_path.iterdir()) == []
 

@@ -124,7 +124,7 @@ def feature_maps(engine: Engine, batch: Batch) -> tuple[FeatureMap, ...]:
     """
     run = getattr(engine.engine if isinstance(engine, ViewsEngine) else engine, "maps", None)
     if run is None:
-        return ("it is no network",)
+        return ("it is not a network",)
     tolerance = MAP_TOLERANCE["half" if engine.precision in ("bf16", "fp16") else "exact"]
     found: list[FeatureMap] = []
     for embedding, tried in run(batch):

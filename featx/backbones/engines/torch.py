@@ -360,4 +360,4 @@ def _installed(package: str) -> bool:
 
 def _check_choice(value: str, allowed: tuple[str, ...], what: str) -> None:
     if value not in allowed:
-        raise UsageError("not a choice", where=what, expected=" or ".join(allowed), found=value)
+        raise UsageError("not one of the choices", where=what, expected=" or ".join(allowed), found=value)

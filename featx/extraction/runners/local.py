@@ -30,7 +30,7 @@ from featx._system import available_cpus
 from featx.backbones import Backbone, Engine, cuda_devices, make_engine
 from featx.errors import FeatxError, Interrupted, UsageError, plural
 from featx.extraction.parts import Part, extract_cut, finish_parts, parts_of, unfinished
-from featx.extraction.run import ExtractSummary, Start, recorded_precision
+from featx.extraction.run import ExtractSummary, Progress, Start, recorded_precision
 from featx.images import ImageSet
 from featx.store import stored_backbones
 
@@ -42,8 +42,6 @@ PATIENCE = 30.0
 
 _REPORT_SECONDS = 0.2
 _LOOK_SECONDS = 0.5
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -104,6 +102,19 @@ class Job:
         return extract_cut(
             cut, self.total, self.backbones, self.store, part, start, progress=progress, **dict(self.options)
         )
+
+
+def seldom(tell: Callable[[int], object], seconds: float) -> Progress:
+    """A progress callback that tells how many images are done, so many seconds apart at the least."""
+    told = 0.0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal told
+        if time.monotonic() - told >= seconds:
+            told = time.monotonic()
+            tell(done)
+
+    return progress
 
 
 def pack(*values: Any) -> bytes:
@@ -397,17 +408,12 @@ def serve(handle: int) -> None:
 
 
 def _do(connection: Connection, job: Job, part: Part, cut: ImageSet, where: Mapping[str, Any]) -> Any:
-    told = 0.0
-
-    def progress(done: int, total: int) -> None:
-        nonlocal told
-        if time.monotonic() - told >= _REPORT_SECONDS:
-            told = time.monotonic()
-            with contextlib.suppress(OSError):  # the parent is gone: the other thread is about to say so
-                connection.send(done)
+    def tell(done: int) -> None:
+        with contextlib.suppress(OSError):  # the parent is gone: the other thread is about to say so
+            connection.send(done)
 
     try:
-        return job.do(part, cut, job.starter(**where), progress)
+        return job.do(part, cut, job.starter(**where), seldom(tell, _REPORT_SECONDS))
     except Interrupted:
         raise
     except FeatxError as error:

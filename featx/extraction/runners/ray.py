@@ -15,19 +15,29 @@ import pickle
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from featx.errors import FeatxError, StoreBusy, UsageError
+from featx.errors import FeatxError, StoreBusy, UsageError, not_installed
 from featx.extraction.parts import Part
-from featx.extraction.run import ExtractSummary
-from featx.extraction.runners.local import PATIENCE, RESTARTS, Job, Tally, died, finish, pack, parts_to_do, stopped
+from featx.extraction.run import ExtractSummary, Progress
+from featx.extraction.runners.local import (
+    PATIENCE,
+    RESTARTS,
+    Job,
+    Tally,
+    died,
+    finish,
+    pack,
+    parts_to_do,
+    seldom,
+    stopped,
+)
 from featx.images import ImageSet
 from featx.store import SHARD_ROWS
-
-Progress = Callable[[int, int], None]
 
 _REPORT_SECONDS = 1.0
 _BUSY_SECONDS = 5.0
@@ -112,7 +122,7 @@ def connected() -> Iterator[Any]:
     try:
         import ray
     except ImportError as error:
-        raise UsageError("Ray is not installed", hint="Install it: pip install 'featx[ray]'") from error
+        raise not_installed("Ray", "ray") from error
     if ray.is_initialized():
         yield ray
         return
@@ -181,18 +191,10 @@ def _counts(ray: Any, counter: Any) -> dict[Part, int]:
 
 def _do_part(packed: bytes, part: Part, images: bytes, where: dict[str, Any], counter: Any) -> Any:
     """The task. An error of featx is an outcome, so that it is not tried again; all else is."""
-    told = 0.0
-
-    def progress(done: int, total: int) -> None:
-        nonlocal told
-        if time.monotonic() - told >= _REPORT_SECONDS:
-            told = time.monotonic()
-            counter.report.remote(part, done)
-
     try:
         job, start = _job(packed, tuple(where.items()))
         (cut,) = pickle.loads(images)  # noqa: S301 - from the driver, by way of Ray, which unpickles all it moves
-        return job.do(part, cut, start, progress)
+        return job.do(part, cut, start, seldom(partial(counter.report.remote, part), _REPORT_SECONDS))
     except StoreBusy:
         time.sleep(_BUSY_SECONDS)  # an earlier attempt that Ray lost sight of may still be ending
         raise

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from featx.errors import UsageError
+from featx.errors import not_installed
 
 OPSET, IR_VERSION = 18, 9
 """What onnxruntime reads since its version 1.16."""
@@ -19,13 +19,8 @@ def import_onnx() -> Any:
     try:
         import onnx
     except ModuleNotFoundError as error:
-        raise missing("onnx") from error
+        raise not_installed("onnx", "export") from error
     return onnx
-
-
-def missing(package: str) -> UsageError:
-    """What to say where a package for exports is not installed."""
-    return UsageError(f"{package} is not installed", hint="Install it with: pip install 'featx[export]'")
 
 
 class Builder:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import chain
@@ -14,15 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx.backbones import layer_place, list_backbones, of_layer, quantised
-from featx.errors import UsageError
+from featx.errors import UsageError, not_installed
 from featx.extraction import Embedder
 from featx.images import decode
 from featx.models.bundle import Bundle
-from featx.models.onnx.builder import Builder, missing
+from featx.models.onnx.builder import Builder
 from featx.models.onnx.head import add_scores, add_shares
 from featx.models.onnx.network import add_network
 from featx.models.onnx.pixels import add_pixels
-from featx.store import fingerprint, layers_of
+from featx.store import backbones_of, fingerprint, layers_of
 
 Photo: TypeAlias = Any
 """An upright RGB image, as :func:`featx.images.decode` gives it."""
@@ -96,7 +96,7 @@ def model_onnx(bundle: Bundle, embedder: Embedder, photos: Iterable[Photo]) -> E
     probe = decode(bundle.probe)
     content = _graph(bundle, embedder, probe)
     compared = compare(content, bundle, embedder, chain([probe], photos))
-    precisions = {str(each.get("precision")) for each in _several(bundle)}
+    precisions = {str(each.get("precision")) for each in backbones_of(bundle.provenance)}
     kind = "int8" if "int8" in precisions else "fp32"
     most, least = MOST_APART[kind], LEAST_SAME[kind]
     if compared.probability_gap > most or compared.same_labels < least:
@@ -149,7 +149,7 @@ def _graph(bundle: Bundle, embedder: Embedder, probe: Photo) -> bytes:
 def _add_embedding(graph: Builder, bundle: Bundle, embedder: Embedder) -> str:
     """From the photo to the embedding (1, d) that the head takes."""
     found = []
-    for each, made in zip(embedder.members, _several(bundle), strict=True):
+    for each, made in zip(embedder.members, backbones_of(bundle.provenance), strict=True):
         pixels = add_pixels(graph, "photo", each.looks)
         brought = bundle.networks.get(str(made.get("quantised_sha256")))
         at_eight_bits = quantised(each.backbone, brought) if made.get("precision") == "int8" else None
@@ -163,14 +163,9 @@ def _add_embedding(graph: Builder, bundle: Bundle, embedder: Embedder) -> str:
     return found[0] if len(found) == 1 else graph.add("Concat", *found, axis=1)
 
 
-def _several(bundle: Bundle) -> list[Mapping[str, Any]]:
-    """The provenance of each backbone."""
-    return list(bundle.provenance.get("backbones", [bundle.provenance]))
-
-
 def _about(bundle: Bundle) -> dict[str, str]:
     known = {row.stored_as: row.licence for row in list_backbones()}
-    names = [str(each.get("backbone")) for each in _several(bundle)]
+    names = [str(each.get("backbone")) for each in backbones_of(bundle.provenance)]
     told = {
         "class_names": list(bundle.class_names),
         "threshold": bundle.threshold,
@@ -205,7 +200,7 @@ def session(content: bytes) -> Any:
     try:
         import onnxruntime
     except ModuleNotFoundError as error:
-        raise missing("onnxruntime") from error
+        raise not_installed("onnxruntime", "export") from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])

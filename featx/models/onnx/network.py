@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx.backbones import Backbone, Graph
-from featx.errors import UsageError
-from featx.models.onnx.builder import OPSET, Builder, missing
+from featx.errors import UsageError, not_installed
+from featx.models.onnx.builder import OPSET, Builder
 
 _ALIGNED = 1e-3
 """Of a step: how far from a step's end zero may lie for a range to be one of ONNX's, where it is exactly there."""
@@ -58,7 +58,7 @@ def _from_torch(backbone: Backbone, views: int) -> Any:
     try:
         import onnxscript  # noqa: F401 - what torch exports with
     except ModuleNotFoundError as error:
-        raise missing("onnxscript") from error
+        raise not_installed("onnxscript", "export") from error
     import torch
 
     network = backbone.network()

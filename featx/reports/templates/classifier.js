@@ -65,7 +65,7 @@ function tell(entry, prediction) {
   told.append(...bars(prediction));
   if (typeof prediction.familiarity === "number") {
     const share = `${(100 * prediction.familiarity).toFixed(0)} %`;
-    told.append(make("p", "note", `Familiarity ${share}: so many of the model's own photos look at least as strange to it.`));
+    told.append(make("p", "note", `Familiarity ${share}: that share of the model's own photos looks at least as strange to it.`));
   }
   entry.prediction = prediction;
   card.dataset.state = "done";

@@ -254,7 +254,7 @@ function noCamera(why) {
 at("camera").addEventListener("click", async () => {
   at("nocamera").hidden = true;
   if (touch) return at("shot").click();
-  if (!camera) return noCamera("This browser lets no file use the camera.");
+  if (!camera) return noCamera("This browser does not let files use the camera.");
   try {
     stream = await navigator.mediaDevices.getUserMedia({
       video: {facingMode: {ideal: "environment"}, width: {ideal: 1920}, height: {ideal: 1080}},

@@ -34,7 +34,7 @@ def pretrained_classes(backbone: Backbone) -> tuple[NDArray[np.float64], NDArray
     name = provider.classification_layer(body)
     layer = body.get_submodule(name or "")
     if not isinstance(layer, nn.Linear):
-        raise UsageError("its classification layer is no linear one", where=backbone.name, found=type(layer).__name__)
+        raise UsageError("its classification layer is not linear", where=backbone.name, found=type(layer).__name__)
     load_checkpoint(body, backbone.file, network=backbone.name, classifiers=())
     weight = layer.weight.detach().double().numpy()
     bias = np.zeros(len(weight)) if layer.bias is None else layer.bias.detach().double().numpy()

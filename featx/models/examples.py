@@ -1,4 +1,4 @@
-"""The labelled images of the store that a model was fitted on: what its answers can be shown beside."""
+"""The labelled images of the store that a model was fitted on: examples to show beside its answers."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from featx.errors import MismatchError, UsageError
+from featx.errors import MismatchError, UsageError, listed
 from featx.heads import unit_rows
 from featx.models.bundle import Bundle
-from featx.store import check_same, layers_of, read_features
+from featx.store import backbones_of, check_same, layers_of, read_features
 
 _MOST_COMPARED = 1000
 """Images of a class that its examples are chosen from at most."""
@@ -79,7 +79,7 @@ def labelled_images(store: Path, bundle: Bundle) -> Labelled:
         The store has no labelled image.
     """
     layers = layers_of(bundle.provenance)
-    of, *others = bundle.provenance.get("backbones", [bundle.provenance])
+    of, *others = backbones_of(bundle.provenance)
     # Of a head on several layers, the one that search is best on; of several networks, the first one's.
     name = bundle.layer if bundle.layer in layers else layers[0]
     if name != bundle.layer and not others and "penultimate" in layers:
@@ -111,13 +111,11 @@ def _class_differences(store: Path, stored: set[str], known: tuple[str, ...]) ->
         raise MismatchError(
             "store and model have no class in common",
             where=store,
-            expected=_some(known),
-            found=_some(strange),
+            expected=listed(known),
+            found=listed(strange),
             hint="Give the store that the model was fitted on, or none.",
         )
-    notes = [f"{store} has classes that the model can never answer: {_some(strange)}. Fit it again."] if strange else []
-    return [*notes, f"{store} has no images of classes that the model can answer: {_some(gone)}."] if gone else notes
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    notes = (
+        [f"{store} has classes that the model can never answer: {listed(strange)}. Fit it again."] if strange else []
+    )
+    return [*notes, f"{store} has no images of classes that the model can answer: {listed(gone)}."] if gone else notes
