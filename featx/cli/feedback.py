@@ -144,7 +144,7 @@ def refit(
     that contradicts the model as its errors do not is held, with a sheet of its photos to look at. A server with
     --feedback switches to the new version by itself.
     """
-    from featx.models import Versions, open_embedder, refit as refitted
+    from featx.models import Versions, batch_sizes, open_embedder, refit as refitted
 
     check_folder(feedback)
     person = who or login()
@@ -165,7 +165,7 @@ def refit(
     with ProgressLine("fitting") as line:
         embedder = open_embedder(
             bundle, versions.path(str(versions.current)), backbone=own_network(backbone), weights=weights,
-            engine=engine.value, device=device.value,
+            engine=engine.value, device=device.value, batch_sizes=batch_sizes(versions),
         )  # fmt: skip
         done = refitted(
             versions, store, embedder, who=person, rule=disagreements.value, force=force, random_state=seed,

@@ -34,7 +34,7 @@ from featx.heads.catalogue import (
 )
 from featx.heads.folds import distinct_counts, fold_numbers
 from featx.heads.normalise import Normalise
-from featx.heads.scorer import Kind, softmax
+from featx.heads.scorer import Kind, blocks_of, softmax, unit_rows
 from featx.heads.solvers.blocks import is_large
 from featx.heads.solvers.rows import (
     Array,
@@ -97,9 +97,11 @@ class Views:
 
     def __init__(self, rows: NDArray[np.floating], mean: Array | None = None) -> None:
         self.raw, self.mean = rows, mean
+        self._whole: tuple[Views, Index] | None = None
         self._normalisers: dict[Kind, Normalise] = {}
         self._rows: dict[Kind, Array] = {}
         self._products: dict[Kind, Array] = {}
+        self._cosines: dict[tuple[int, int], Array] = {}
         self._spaces: dict[Kind, RowSpace] = {}
         self._parts: dict[bytes, Views] = {}
         self.ridge_losses: dict[tuple[Kind, bytes, bytes], Array] = {}
@@ -113,16 +115,33 @@ class Views:
     def rows(self, kind: Kind) -> Array:
         """Normalised rows (n, d)."""
         if kind not in self._rows:
-            self._rows[kind] = self.normaliser(kind).transform(self.raw)
+            whole = self._of_whole(kind)
+            if whole is not None and kind in whole[0]._rows:
+                self._rows[kind] = whole[0]._rows[kind][whole[1]]
+            else:
+                self._rows[kind] = self.normaliser(kind).transform(self.raw)
         return self._rows[kind]
 
     def products(self, kind: Kind) -> Array:
-        """Inner products (n, n) of the normalised rows; those of three normalisers come from the same."""
+        """Inner products (n, n) of the normalised rows; those of several normalisers come from the same."""
         if kind not in self._products:
-            self._products[kind] = self._products_of(kind)
+            whole = self._of_whole(kind)
+            if whole is not None and kind in whole[0]._products:
+                self._products[kind] = _among(whole[0]._products[kind], whole[1])
+            else:
+                self._products[kind] = self._products_of(kind)
         return self._products[kind]
 
+    def _of_whole(self, kind: Kind) -> tuple[Views, Index] | None:
+        """The views that these rows are a part of, and which they are, where the normaliser treats each by itself."""
+        return self._whole if kind in ("none", "l2", "power_l2") or blocks_of(kind) else None
+
     def _products_of(self, kind: Kind) -> Array:
+        if blocks := blocks_of(kind):
+            ends = np.cumsum([size for size, _ in blocks]).tolist()
+            places = zip([0, *ends], ends, blocks, strict=False)
+            each = [weight**2 * self._cosines_of(start, end) for start, end, (_, weight) in places if weight]
+            return np.asarray(sum(each[1:], start=each[0]))
         if kind not in ("l2", "centre_l2"):
             rows = self.rows(kind)
             return rows @ rows.T
@@ -136,6 +155,17 @@ class Views:
         lengths = np.sqrt(np.where(np.diagonal(plain) > 1e-13 * squares, np.diagonal(plain), np.inf))
         return plain / lengths / lengths[:, None]
 
+    def _cosines_of(self, start: int, end: int) -> Array:
+        """Cosines (n, n) of the rows in one block of columns, of which all weightings of the blocks are sums."""
+        place = start, end
+        if place not in self._cosines:
+            if self._whole is not None and place in self._whole[0]._cosines:
+                self._cosines[place] = _among(self._whole[0]._cosines[place], self._whole[1])
+            else:
+                rows = unit_rows(self.raw[:, start:end].astype(np.float64), "l2")
+                self._cosines[place] = rows @ rows.T
+        return self._cosines[place]
+
     def space(self, kind: Kind) -> RowSpace:
         """That of the normalised rows, by their inner products unless there are many more rows than features."""
         if kind not in self._spaces:
@@ -144,13 +174,22 @@ class Views:
         return self._spaces[kind]
 
     def part(self, some: Index) -> Views:
-        """The views of these rows only."""
+        """The views of these rows only, with what is known of them already."""
+        whole, places = (self, some) if self._whole is None else (self._whole[0], self._whole[1][some])
+        made = Views(self.raw[some], self.mean)
+        made._whole = whole, places
+        return made
+
+    def thinned(self, some: Index) -> Views:
+        """The same, made once for all heads that ask for it."""
         key = some.tobytes()
         if key not in self._parts:
-            self._parts[key] = Views(self.raw[some], self.mean)
-            if "none" in self._products:
-                self._parts[key]._products["none"] = self._products["none"][np.ix_(some, some)]
+            self._parts[key] = self.part(some)
         return self._parts[key]
+
+
+def _among(products: Array, some: Index) -> Array:
+    return products.take(some, axis=0).take(some, axis=1)
 
 
 def fit_chosen(
@@ -228,7 +267,7 @@ def choose(
     views = rows if isinstance(rows, Views) else Views(rows, head.mean)
     if len(labels) > MAX_ROWS:
         some = _thin(labels, random_state)
-        views, labels, groups = views.part(some), labels[some], np.unique(groups[some], return_inverse=True)[1]
+        views, labels, groups = views.thinned(some), labels[some], np.unique(groups[some], return_inverse=True)[1]
         sites = None if sites is None else sites[some]
     validation = _Validation(head, views, labels, fold_numbers(labels, groups, N_FOLDS, random_state, sites))
     kind, converged = _choose_kind(validation, kinds) if len(kinds) > 1 else (kinds[0], True)

@@ -582,6 +582,41 @@ def ridge_coefficients(
     return space.dual_coefficients(linalg.solve(products, targets, assume_a="pos", overwrite_a=True))
 
 
+def ridge_with_held_out(
+    space: RowSpace, targets: Array, alpha: float, folds: NDArray[np.integer]
+) -> tuple[Array, Array, Array]:
+    """:func:`ridge_coefficients` and :func:`ridge_held_out` with a penalised intercept, by one factor."""
+    both = _dual_ridge(space, targets, alpha, folds) if folds.max() > 0 else None
+    if both is None:
+        coef, offset = ridge_coefficients(space, targets, alpha, fit_intercept=False)
+        return coef, offset, ridge_held_out(space, targets, alpha, folds, fit_intercept=False)
+    return *space.dual_coefficients(both[0]), both[1]
+
+
+def _dual_ridge(
+    space: RowSpace, targets: Array, alpha: float, folds: NDArray[np.integer]
+) -> tuple[Array, Array] | None:
+    """Weights (n, c) of the rows in the solution, and predictions (n, c) without each fold; None where not by products.
+
+    With the inverse G of the products, they are G y, and the residuals of a held-out block are G_bb^-1 (G y)_b.
+    """
+    products = None if space.is_decomposed else space.lifted_products
+    if products is None:
+        return None
+    products.flat[:: len(products) + 1] += alpha
+    lower, failed = linalg.lapack.dpotrf(products.T, lower=True, overwrite_a=True, clean=False)
+    if not failed:
+        lower, failed = linalg.lapack.dpotri(lower, lower=True, overwrite_c=True)
+    if failed:
+        raise linalg.LinAlgError("inner products of rows are not positive definite")
+    duals, out = linalg.blas.dsymm(1.0, lower, targets, lower=True), np.empty_like(targets)
+    for fold in range(int(folds.max()) + 1):
+        own = np.flatnonzero(folds == fold)
+        block = lower[own[:, None], own]  # its lower triangle is of that of the whole, as the rows are ascending
+        out[own] = targets[own] - linalg.lapack.dposv(block, duals[own], lower=True)[1]
+    return duals, out
+
+
 def _shrunk(space: RowSpace, z: Array, alpha: float) -> Array:
     """Coordinates (n, r) or lifted ones (n, r + 1), times the inverse of their products plus ``alpha``."""
     if z.shape[1] == len(space.spread):
@@ -608,17 +643,10 @@ def ridge_held_out(
     those of the whole fit; exact as long as the rows themselves do not depend on the others. By default each
     row is a fold of its own (leave-one-out). ``fit_intercept`` is as of :func:`ridge_coefficients`.
     """
-    products = None if fit_intercept or space.is_decomposed else space.lifted_products
-    if products is not None and folds is not None and folds.max() > 0:
-        # With the inverse G of the products, the residuals of a held-out block are G_bb^-1 (G y)_b.
-        products.flat[:: len(products) + 1] += alpha
-        half = linalg.lapack.dpotri(linalg.cholesky(products, lower=True, overwrite_a=True), lower=True)[0]
-        inverse = np.tril(half) + np.tril(half, -1).T
-        residual, out = inverse @ targets, np.empty_like(targets)
-        for fold in range(int(folds.max()) + 1):
-            own = np.flatnonzero(folds == fold)
-            out[own] = targets[own] - np.linalg.solve(inverse[np.ix_(own, own)], residual[own])
-        return out
+    if not fit_intercept and folds is not None and folds.max() > 0:
+        both = _dual_ridge(space, targets, alpha, folds)
+        if both is not None:
+            return both[1]
     z = space.coordinates if fit_intercept else space.lifted
     offset = targets.mean(axis=0) if fit_intercept else np.zeros(targets.shape[1])
     constant = 1.0 / len(z) if fit_intercept else 0.0  # the intercept's share of the hat matrix
