@@ -155,9 +155,8 @@ class SquaredHinge(_Penalised):
         products = space.lifted_products
         if products is not None:
             found = hinge_duals(
-                products, signs(labels, n_classes),
-                np.ones((1, len(rows)), dtype=np.bool_), self.penalty(space),
-            )  # fmt: skip
+                products, signs(labels, n_classes), np.ones((1, len(rows)), dtype=np.bool_), self.penalty(space)
+            )
             self.coef_, self.intercept_ = space.dual_coefficients(found.duals[:, 0])
             self._warn(found.converged)
             return

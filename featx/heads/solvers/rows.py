@@ -15,6 +15,7 @@ Nothing here is approximate: every function states the plain scikit-learn estima
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
@@ -31,6 +32,8 @@ _MAX_NEWTON = 60
 _MAX_CG = 250
 #: Squared Newton decrement, per row, at which the last step is taken: twice the nats that are left before it.
 TOLERANCE = 1e-9
+#: Tolerance from which on penalties are only to be ranked.
+_RANKING = 1e-6
 
 
 class RowSpace:
@@ -243,13 +246,15 @@ class NewtonPath:
         self._problem = _Problem(rows, labels, n_classes, np.repeat(weights, self._each, axis=0), loss, fit_intercept)
         self._tolerance = tolerance / self._each
         self._known: list[tuple[Array, Array]] = []  # penalties and their solutions, the latest last
+        self._begun: tuple[Array, Array, NDArray[np.bool_]] | None = None
         self.n_weights = len(weights)
 
-    def solve(self, c: Array, *, like: NewtonPath | None = None) -> PathPoint:
+    def solve(self, c: Array, *, like: NewtonPath | None = None, first: int | None = None) -> PathPoint:
         """The solutions at one C (f,) of each problem.
 
-        ``like`` is a path over other coordinates of the same images, whose first weightings are this one's: the weights
-        that its last solution gives to the images are where this one starts.
+        ``like`` is a path over other coordinates of the same images, whose weightings are this one's: the weights
+        that its last solution gives to the images are where this one starts. With ``first`` only so many weightings are
+        solved; the next call, at the same C, solves the rest, and starts from their mean.
         """
         problem = self._problem
         c = np.repeat(np.asarray(c, dtype=np.float64), self._each)
@@ -257,30 +262,43 @@ class NewtonPath:
         starts = [known[-1][1] if known else np.zeros(problem.shape)]
         if len(known) == 2 and problem.loss == "softmax":
             # Its path is smooth in log C: where it went last time it mostly goes on. That of the hinge has kinks.
-            (first, before), (second, last) = known
-            on = np.log(c / second) / np.log(second / first)
+            (one, before), (two, last) = known
+            on = np.log(c / two) / np.log(two / one)
             starts.append(last + on[None, :, None] * (last - before))
         if like is not None:
             starts.append(self._like(like, c))
-        solution, converged = _newton(problem, c, starts, self._tolerance)
-        self._known.append((c, solution))
+        if first is not None:
+            some = slice(first * self._each)
+            solution, converged = _newton(
+                problem.part(some), c[some], [each[:, some] for each in starts], self._tolerance
+            )
+            self._begun = c, solution, converged
+        elif self._begun is not None and np.array_equal(self._begun[0], c):
+            _, done, fine = self._begun
+            rest = slice(done.shape[1], None)
+            mean = done.reshape(len(done), -1, self._each, done.shape[2]).mean(axis=1)
+            starts = [np.tile(mean, (1, self.n_weights, 1))[:, rest], *(each[:, rest] for each in starts)]
+            solution, converged = done, fine
+            if done.shape[1] < problem.shape[1]:
+                solution, converged = _newton(problem.part(rest), c[rest], starts, self._tolerance)
+                solution, converged = np.concatenate([done, solution], axis=1), np.concatenate([fine, converged])
+        else:
+            solution, converged = _newton(problem, c, starts, self._tolerance)
+        if first is None:
+            self._known.append((c, solution))
         if problem.fit_intercept and problem.loss == "softmax":
             # The same constant on every class changes nothing; scikit-learn's intercepts sum to zero.
             solution[-1] -= solution[-1].mean(axis=-1, keepdims=True)
-        found = solution.reshape(len(solution), self.n_weights, -1)
+        found = solution.reshape(len(solution), len(converged) // self._each, -1)
         inner = found[:-1] if problem.fit_intercept else found
         offset = found[-1] if problem.fit_intercept else np.zeros(found.shape[1:])
-        fine = np.asarray(converged.reshape(self.n_weights, -1).all(axis=1))
+        fine = np.asarray(converged.reshape(found.shape[1], -1).all(axis=1))
         return PathPoint(np.moveaxis(inner, 1, 0).copy(), offset.copy(), fine)
 
     def _like(self, other: NewtonPath, c: Array) -> Array:
         """A solution is ``-C`` times the sum of the rows, weighted by the slopes of their losses."""
         last = other._known[-1][1]
         slope, _ = other._problem.slopes(np.asarray(other._problem.apply(last), dtype=np.float64))
-        own, shape = self.n_weights, self._problem.shape[1:]
-        slope, last = (
-            each.reshape(len(each), other.n_weights, -1)[:, :own].reshape(len(each), *shape) for each in (slope, last)
-        )
         start = -self._problem.back(slope) * (c / self._problem.penalty_scale)[None, :, None]
         if self._problem.fit_intercept:
             start[-1] = last[-1]
@@ -317,6 +335,14 @@ class _Problem:
         # Two softmax columns w, -w carry half the penalty of the one vector 2w of a binomial model.
         self.penalty_scale = 2.0 if loss == "softmax" and n_classes == 2 else 1.0
         self.shape = (self.design.shape[1], len(weights), hot.shape[2])
+
+    def part(self, some: slice) -> _Problem:
+        """Some of the weightings alone."""
+        made = copy(self)
+        made.weights, made.total = self.weights[:, some], self.total[some]
+        made.target = self.target if self.target.shape[1] == 1 else self.target[:, some]
+        made.shape = (self.shape[0], len(made.total), self.shape[2])
+        return made
 
     def apply(self, solution: Floats) -> Floats:
         """Scores (n, f, c) of a solution (r, f, c), in its precision."""
@@ -385,14 +411,16 @@ def _newton(problem: _Problem, c: Array, starts: list[Array], tolerance: float) 
         solution[:, better], scores[:, better] = other[:, better], there[:, better]
         value = np.where(better, reached, value)
     converged = np.zeros(problem.shape[1], dtype=np.bool_)
-    enough = tolerance ** (5 / 3) * problem.total
+    # Where values are only to be ranked, steps need not be sharp: three quarters of the products, a few more steps.
+    sharpest, enough = (1e-3, tolerance ** (5 / 3)) if tolerance < _RANKING else (0.03, 0.01 * tolerance)
+    enough = enough * problem.total
     for _ in range(_MAX_NEWTON):
         slope, state = problem.slopes(scores)
         gradient = problem.back(slope) + ridge * solution
         gradient[:, converged] = 0.0
         middle = problem.curvature(state)
         preconditioner = ridge + np.maximum(problem.spread[:, None, None] * middle[None], 1e-12)
-        step = _conjugate_gradients(problem, state, ridge, gradient, preconditioner, enough)
+        step = _conjugate_gradients(problem, state, ridge, gradient, preconditioner, enough, sharpest)
         decrement = -_dots(gradient, step)
         along: Array = np.asarray(problem.apply(step), dtype=np.float64)
         size = np.ones(len(c))
@@ -419,13 +447,20 @@ def _standing(problem: _Problem, ridge: Array, start: Array) -> tuple[Array, Arr
 
 
 def _conjugate_gradients(
-    problem: _Problem, state: Array, ridge: Array, gradient: Array, preconditioner: Array, enough: Array
+    problem: _Problem,
+    state: Array,
+    ridge: Array,
+    gradient: Array,
+    preconditioner: Array,
+    enough: Array,
+    sharpest: float,
 ) -> Array:
-    """Solve ``H step = -gradient`` for every problem side by side, to a tenth or better.
+    """Solve ``H step = -gradient`` for every problem side by side, to a third or better.
 
     In single precision: a Newton step need not be exact, because gradient, value and the end of the
     search are double, and single precision moves half the bytes. ``enough`` (f,) is a squared error of the step,
-    in nats, below which the search would not notice.
+    in nats, below which the search would not notice; ``sharpest`` is the share of the error that is left near the
+    optimum.
     """
     single, n_columns = np.float32, problem.shape[2]
     weighted = (state * problem.weights).astype(single)
@@ -441,7 +476,7 @@ def _conjugate_gradients(
     direction = residual * scale
     power = _dots(residual, direction)
     # Inexact far from the optimum, sharp near it: superlinear steps at the price of few products.
-    forcing = np.clip(np.sqrt(power / (problem.total + 1e-300)), 1e-3, 0.1)
+    forcing = np.clip(np.sqrt(power / (problem.total + 1e-300)), sharpest, 0.3)
     goal = np.maximum(power * forcing**2, enough)
     for _ in range(_MAX_CG):
         active = power > goal
@@ -540,9 +575,10 @@ def hinge_duals(
             active = np.flatnonzero(short[:, problem])
             if not len(active):
                 continue
-            system = some[active[:, None], active]
+            system = some.take(active, axis=0).take(active, axis=1)
             system.flat[:: len(active) + 1] += 0.5 / cs[problem]
-            step[active, column] = solve(system, sign[active, problem], overwrite_a=True)[1]
+            # Transposed, for LAPACK works on columns, and would copy what is the same.
+            step[active, column] = solve(system.T, sign[active, problem], lower=True, overwrite_a=True)[1]
         step -= duals[:, left]
         along = products @ step
         size, before, was = np.ones(len(left)), value[left], short[:, left] > 0.0
