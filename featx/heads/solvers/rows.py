@@ -6,7 +6,7 @@ features shrink to at most ``n - 1`` directions without changing a single predic
 needs a handful of products a fit; folds share the design matrix as 0/1 weights and are solved side by
 side; each penalty starts where the last one ended (:func:`newton_path`). One eigendecomposition serves
 every ridge penalty and its held-out predictions (:func:`ridge_held_out`), and linear discriminants, whose scatter is
-diagonal but for the class means and the rows held out (:func:`discriminant_path`).
+diagonal but for the class means and the rows held out (:func:`discriminant_held_out`).
 
 Nothing here is approximate: every function states the plain scikit-learn estimator that it equals, and
 ``tests/heads/test_solvers.py`` holds it to that.
@@ -740,9 +740,46 @@ def discriminant_path(
     spread within classes to shrink; then the spread of all rows, the same in every direction, takes its
     place, which is a nearest centroid with probabilities.
     """
+    if not space.is_decomposed and space.products is not None:
+        found = _dual_discriminants(space.products, labels, n_classes, shrinkages, space.rows.shape[1])
+        if found is not None:
+            for duals, offset in found:
+                yield duals.T @ space.rows, offset
+            return
     z = space.coordinates
     for inner, offset in _discriminants(z, labels, n_classes, shrinkages, space.spread, z[:0], space.rows.shape[1]):
         yield space.coefficients(inner, offset)
+
+
+def _dual_discriminants(
+    products: Array, labels: NDArray[np.integer], n_classes: int, shrinkages: Sequence[float], n_features: int
+) -> list[tuple[Array, Array]] | None:
+    """Weights (n, c) of the rows in the coefficients, and intercepts (c,); None where classes have no spread.
+
+    The covariance is ``a X'PX + b``, where P takes class means away, so its inverse is ``(1 - a X'P (b + a PKP)^-1 PX)
+    / b`` with the inner products K of the rows (Woodbury): one Cholesky factor, and no decomposition.
+    """
+    n, counts = len(labels), np.bincount(labels, minlength=n_classes)
+    share = (labels[:, None] == np.arange(n_classes)) / counts
+    to_means = products @ share
+    within = products - to_means[:, labels] - to_means.T[labels] + (share.T @ to_means)[labels[:, None], labels]
+    total, everything = float(within.trace()) / n, float(products.trace()) - n * float(products.mean())
+    if total <= 1e-12 * everything:
+        return None
+    about = share - 1.0 / n  # class means about the mean of all
+    to_about = products @ about
+    pulled = to_about - (share.T @ to_about)[labels]
+    out = []
+    for shrinkage in shrinkages:
+        a, b = (1.0 - shrinkage) / n, shrinkage * total / n_features
+        system = a * within
+        system.flat[:: n + 1] += b
+        solved = linalg.cho_solve(linalg.cho_factor(system.T, lower=True, overwrite_a=True), pulled)
+        duals = (about - a * (solved - (share.T @ solved)[labels])) / b
+        along = products @ duals
+        squares = np.einsum("ij,ij->j", about, along)
+        out.append((duals, np.log(counts / n) - 0.5 * squares - along.mean(axis=0)))
+    return out
 
 
 def discriminant_held_out(
