@@ -425,7 +425,7 @@ class _Validation:
         like = None
         if kind not in self._solved:
             like = next(iter(self._solved.values()), None)
-            self._solved[kind] = self._begun.pop(kind, None) or self._solver(kind)
+            self._solved[kind] = self._begun.pop(kind) if kind in self._begun else self._solver(kind)
         return self._solved[kind].solve(value, like=like)
 
     def _solver(self, kind: Kind) -> _Folds:

@@ -277,7 +277,9 @@ def _fit(
 ) -> tuple[Scorer, dict[str, Any], bool]:
     """A head fitted as the sweep fits it: normaliser and parameters chosen on these rows alone."""
     with threadpool_limits(limits=None if is_large(views.raw) else 1, user_api="blas"):
-        choice, pipeline = fit_chosen(head, views, labels, groups, random_state=random_state, device=device, sites=sites)
+        choice, pipeline = fit_chosen(
+            head, views, labels, groups, random_state=random_state, device=device, sites=sites
+        )
     return Scorer.of(pipeline), choice.params, choice.converged
 
 

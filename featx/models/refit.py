@@ -71,7 +71,7 @@ _LEAST = 3
 """Labels that disagree with the model from which on they can be suspicious together."""
 
 _FEW = 100
-"""New photos up to which they are embedded one by one: compiling networks for batches would take longer than it saves."""
+"""New photos up to which they are embedded one by one: compiling networks for batches takes more than it saves."""
 
 Progress = Callable[[int, int, str], None]
 
