@@ -7,11 +7,24 @@ wrong, with their labels, and "errors, shuffled" those permuted; "one class" are
 one. Beside it: accuracy on all other images before, after, and with as many shots drawn at once.
 
     python scripts/bench_refit.py hymenoptera.featx dtd10.featx
+
+``--time PHOTOS`` instead takes the time of ``featx refit``, from its start to its end: a model of the store, with the
+photos of a folder of class folders as corrections. ``--before PYTHON`` does the same in turns with the featx of another
+virtual environment.
+
+    python scripts/bench_refit.py joined.featx --time new_photos
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +32,7 @@ from pathlib import Path
 import numpy as np
 
 from featx._arrays import Index
+from featx.models.corrections import Corrections
 from featx.models.fit import FittedHead, fit_features
 from featx.models.refit import Compared, compare
 from featx.store import FeatureSet, read_features
@@ -74,6 +88,34 @@ def trial(features: FeatureSet, kind: str, seed: int, shots: int, more: int) -> 
     return compared, [accuracy(each, features, rest) for each in (first, fitted, whole)]
 
 
+def take_time(store: Path, photos: Path, pythons: dict[str, Path], rounds: int) -> None:
+    """Wall and CPU seconds of whole commands, in turns; the least counts, as other work only adds."""
+    command = ["-c", "from featx.cli.main import main; main()"]
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in pythons}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model, first = folder / "photos.model", folder / "feedback"
+        subprocess.run([sys.executable, *command, "fit", store, "--out", model], check=True, capture_output=True)
+        corrections = Corrections(first)
+        corrections.open()
+        for path in sorted(each for each in photos.rglob("*") if each.is_file()):
+            corrections.add(path.read_bytes(), path.parent.name)
+        corrections.close()
+        for turn in range(rounds):
+            for who, python in pythons.items():
+                feedback = shutil.copytree(first, folder / f"{who}{turn}")
+                refit: list[str | Path] = [python, *command, "refit", model, "--feedback", feedback, "--store", store]
+                wall, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+                subprocess.run(refit, check=True, capture_output=True, cwd=folder)
+                after = resource.getrusage(resource.RUSAGE_CHILDREN)
+                cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+                found[who].append((time.perf_counter() - wall, cpu))
+    for who, times in found.items():
+        wall, cpu = (min(each) for each in zip(*times, strict=True))
+        load = os.getloadavg()[0]
+        print(f"{who:7} {len(corrections)} new photos: {wall:.1f} s, {cpu:.1f} s of processors, load {load:.1f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stores", nargs="+", type=Path)
@@ -81,8 +123,15 @@ def main() -> None:
     parser.add_argument("--shots", type=int, default=5)
     parser.add_argument("--more", type=int, default=10, help="corrections a class")
     parser.add_argument("--kind", action="append", choices=KINDS, help="may be repeated; by default all")
+    parser.add_argument("--time", type=Path, metavar="PHOTOS", help="take the time of a refit with these photos")
+    parser.add_argument("--before", type=Path, metavar="PYTHON", help="and that of another featx, in turns")
+    parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     for store in args.stores:
+        if args.time:
+            pythons = {"featx": Path(sys.executable), **({"before": args.before} if args.before else {})}
+            take_time(store.absolute(), args.time, pythons, args.rounds)
+            continue
         features = read_features(store)
         for kind in args.kind or KINDS:
             done = [trial(features, kind, seed, args.shots, args.more) for seed in range(args.trials)]

@@ -41,6 +41,7 @@ from .engines.graph import (
     quantised as quantised,
 )
 from .engines.torch import (
+    BATCH_SIZES as BATCH_SIZES,
     cuda_devices as cuda_devices,
     is_for_openvino as is_for_openvino,
     make_engine as make_engine,

@@ -138,7 +138,7 @@ def refit(
     batch that contradicts the model, but not in the way of its errors, is held, with a sheet of its photos to look at.
     A server with --feedback switches to the new version by itself.
     """
-    from featx.models import Versions, open_embedder, refit as refitted
+    from featx.models import Versions, batch_sizes, open_embedder, refit as refitted
 
     check_folder(feedback)
     person = who or login()
@@ -157,8 +157,8 @@ def refit(
         )  # fmt: skip
     bundle = versions.read(str(versions.current))
     with ProgressLine("fitting") as line:
-        current = versions.path(str(versions.current))
-        embedder = open_embedder(bundle, current, **network_options(backbone, weights, engine, device))
+        current, options = versions.path(str(versions.current)), network_options(backbone, weights, engine, device)
+        embedder = open_embedder(bundle, current, **options, batch_sizes=batch_sizes(versions))
         done = refitted(
             versions, store, embedder, who=person, rule=disagreements, force=force, random_state=seed,
             progress=line.update,

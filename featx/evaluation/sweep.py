@@ -17,6 +17,7 @@ from typing import Any
 import joblib
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from sklearn import config_context
 from sklearn.pipeline import Pipeline
 from threadpoolctl import threadpool_limits
 
@@ -316,7 +317,8 @@ def _episode(
     local = np.unique(groups[support], return_inverse=True)[1]
     classes, known = np.unique(labels[support], return_inverse=True)
     truth = np.searchsorted(classes, labels[query])
-    with threadpool_limits(limits=threads, user_api="blas"):
+    # Finite they are (LabelledRows); nobody has to look again for each head.
+    with threadpool_limits(limits=threads, user_api="blas"), config_context(assume_finite=True):
         shared: dict[tuple[int, int] | None, tuple[Views, _Query]] = {}
         trials = []
         for head in heads:
@@ -342,7 +344,7 @@ class _Query:
     """Rows to be judged, normalised once for all heads that agree on how; large ones block by block for each head."""
 
     def __init__(self, rows: NDArray[np.floating]) -> None:
-        self.rows = rows
+        self.rows = rows if is_large(rows) else rows.astype(np.float64)
         self._done: dict[Kind, NDArray[np.float64]] = {}
 
     def judge(self, pipeline: Pipeline, method: str) -> NDArray[Any]:

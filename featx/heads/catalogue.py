@@ -37,8 +37,7 @@ from featx.heads.solvers.rows import (
     discriminant_path,
     hinge_duals,
     newton_path,
-    ridge_coefficients,
-    ridge_held_out,
+    ridge_with_held_out,
     temperature,
 )
 
@@ -156,9 +155,8 @@ class SquaredHinge(_Penalised):
         products = space.lifted_products
         if products is not None:
             found = hinge_duals(
-                products, signs(labels, n_classes),
-                np.ones((1, len(rows)), dtype=np.bool_), self.penalty(space),
-            )  # fmt: skip
+                products, signs(labels, n_classes), np.ones((1, len(rows)), dtype=np.bool_), self.penalty(space)
+            )
             self.coef_, self.intercept_ = space.dual_coefficients(found.duals[:, 0])
             self._warn(found.converged)
             return
@@ -196,10 +194,9 @@ class Ridge(_Linear):
             raise ValueError(f"alpha of Ridge must be positive, got {self.alpha!r}")
         targets, space = signs(labels, len(self.classes_)), space or RowSpace(rows)
         alpha = self.alpha * space.mean_squared_norm if self.scale_free else self.alpha
-        self.coef_, self.intercept_ = ridge_coefficients(space, targets, alpha, fit_intercept=False)
         counts = np.bincount(labels)
         folds = round_robin(labels, min(int(counts.min()), 10))
-        held_out = ridge_held_out(space, targets, alpha, folds, fit_intercept=False)
+        self.coef_, self.intercept_, held_out = ridge_with_held_out(space, targets, alpha, folds)
         self.temperature_ = 8.0 if counts.min() < 2 else temperature(both_columns(held_out), labels)
 
     def predict_proba(self, X: ArrayLike) -> Array:

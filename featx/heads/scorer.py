@@ -180,9 +180,13 @@ def normalised(rows: Array, kind: str, mean: Array, scale: Array) -> Array:
     if kind == "none":
         return rows
     if blocks := blocks_of(kind):
-        ends = np.cumsum([size for size, _ in blocks])[:-1]
-        parts = np.split(rows, ends, axis=1)
-        return np.hstack([weight * _unit(part) for (_, weight), part in zip(blocks, parts, strict=True)])
+        out, start = np.empty_like(rows), 0
+        for size, weight in blocks:
+            part = rows[:, start : start + size]
+            length = np.sqrt(np.einsum("ij,ij->i", part, part))[:, None]
+            np.multiply(part, weight / np.where(length > 0.0, length, 1.0), out=out[:, start : start + size])
+            start += size
+        return out
     if kind == "standardise":
         return (rows - mean) / scale
     if kind == "centre_l2":

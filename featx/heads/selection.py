@@ -34,7 +34,7 @@ from featx.heads.catalogue import (
 )
 from featx.heads.folds import distinct_counts, fold_numbers
 from featx.heads.normalise import Normalise
-from featx.heads.scorer import Kind, softmax
+from featx.heads.scorer import Kind, blocks_of, softmax, unit_rows
 from featx.heads.solvers.blocks import is_large
 from featx.heads.solvers.rows import (
     Array,
@@ -62,8 +62,8 @@ _COSTLY = (Logistic, SquaredHinge)
 _IN_ROW_SPACE = (SquaredHinge, Ridge, Logistic, Discriminant)
 #: Supports of so many rows are worked on by their inner products, even where they have fewer features than rows.
 _FEW_ROWS = 512
-#: Of a head whose fits are costly, the folds on which another normaliser has to be better to be tried on the rest.
-_SCREEN = slice(0, 2)
+#: Of a head whose fits are costly, the first folds: on them another normaliser has to be better to be tried on all.
+_SCREEN = 2
 _SEARCH_TOLERANCE = 1e-7
 
 
@@ -97,9 +97,11 @@ class Views:
 
     def __init__(self, rows: NDArray[np.floating], mean: Array | None = None) -> None:
         self.raw, self.mean = rows, mean
+        self._whole: tuple[Views, Index] | None = None
         self._normalisers: dict[Kind, Normalise] = {}
         self._rows: dict[Kind, Array] = {}
         self._products: dict[Kind, Array] = {}
+        self._cosines: dict[tuple[int, int], Array] = {}
         self._spaces: dict[Kind, RowSpace] = {}
         self._parts: dict[bytes, Views] = {}
         self.ridge_losses: dict[tuple[Kind, bytes, bytes], Array] = {}
@@ -113,16 +115,33 @@ class Views:
     def rows(self, kind: Kind) -> Array:
         """Normalised rows (n, d)."""
         if kind not in self._rows:
-            self._rows[kind] = self.normaliser(kind).transform(self.raw)
+            whole = self._of_whole(kind)
+            if whole is not None and kind in whole[0]._rows:
+                self._rows[kind] = whole[0]._rows[kind][whole[1]]
+            else:
+                self._rows[kind] = self.normaliser(kind).transform(self.raw)
         return self._rows[kind]
 
     def products(self, kind: Kind) -> Array:
-        """Inner products (n, n) of the normalised rows; those of three normalisers come from the same."""
+        """Inner products (n, n) of the normalised rows; those of several normalisers come from the same."""
         if kind not in self._products:
-            self._products[kind] = self._products_of(kind)
+            whole = self._of_whole(kind)
+            if whole is not None and kind in whole[0]._products:
+                self._products[kind] = _among(whole[0]._products[kind], whole[1])
+            else:
+                self._products[kind] = self._products_of(kind)
         return self._products[kind]
 
+    def _of_whole(self, kind: Kind) -> tuple[Views, Index] | None:
+        """The views that these rows are a part of, and which they are, where the normaliser treats each by itself."""
+        return self._whole if kind in ("none", "l2", "power_l2") or blocks_of(kind) else None
+
     def _products_of(self, kind: Kind) -> Array:
+        if blocks := blocks_of(kind):
+            ends = np.cumsum([size for size, _ in blocks]).tolist()
+            places = zip([0, *ends], ends, blocks, strict=False)
+            each = [weight**2 * self._cosines_of(start, end) for start, end, (_, weight) in places if weight]
+            return np.asarray(sum(each[1:], start=each[0]))
         if kind not in ("l2", "centre_l2"):
             rows = self.rows(kind)
             return rows @ rows.T
@@ -136,6 +155,17 @@ class Views:
         lengths = np.sqrt(np.where(np.diagonal(plain) > 1e-13 * squares, np.diagonal(plain), np.inf))
         return plain / lengths / lengths[:, None]
 
+    def _cosines_of(self, start: int, end: int) -> Array:
+        """Cosines (n, n) of the rows in one block of columns, of which all weightings of the blocks are sums."""
+        place = start, end
+        if place not in self._cosines:
+            if self._whole is not None and place in self._whole[0]._cosines:
+                self._cosines[place] = _among(self._whole[0]._cosines[place], self._whole[1])
+            else:
+                rows = unit_rows(self.raw[:, start:end].astype(np.float64), "l2")
+                self._cosines[place] = rows @ rows.T
+        return self._cosines[place]
+
     def space(self, kind: Kind) -> RowSpace:
         """That of the normalised rows, by their inner products unless there are many more rows than features."""
         if kind not in self._spaces:
@@ -144,13 +174,22 @@ class Views:
         return self._spaces[kind]
 
     def part(self, some: Index) -> Views:
-        """The views of these rows only."""
+        """The views of these rows only, with what is known of them already."""
+        whole, places = (self, some) if self._whole is None else (self._whole[0], self._whole[1][some])
+        made = Views(self.raw[some], self.mean)
+        made._whole = whole, places
+        return made
+
+    def thinned(self, some: Index) -> Views:
+        """The same, made once for all heads that ask for it."""
         key = some.tobytes()
         if key not in self._parts:
-            self._parts[key] = Views(self.raw[some], self.mean)
-            if "none" in self._products:
-                self._parts[key]._products["none"] = self._products["none"][np.ix_(some, some)]
+            self._parts[key] = self.part(some)
         return self._parts[key]
+
+
+def _among(products: Array, some: Index) -> Array:
+    return products.take(some, axis=0).take(some, axis=1)
 
 
 def fit_chosen(
@@ -228,7 +267,7 @@ def choose(
     views = rows if isinstance(rows, Views) else Views(rows, head.mean)
     if len(labels) > MAX_ROWS:
         some = _thin(labels, random_state)
-        views, labels, groups = views.part(some), labels[some], np.unique(groups[some], return_inverse=True)[1]
+        views, labels, groups = views.thinned(some), labels[some], np.unique(groups[some], return_inverse=True)[1]
         sites = None if sites is None else sites[some]
     validation = _Validation(head, views, labels, fold_numbers(labels, groups, N_FOLDS, random_state, sites))
     kind, converged = _choose_kind(validation, kinds) if len(kinds) > 1 else (kinds[0], True)
@@ -280,29 +319,38 @@ def _choose_kind(validation: _Validation, kinds: Sequence[Kind]) -> tuple[Kind, 
     noise. Measured on cats and dogs (98 % right), where it brings back a third of what combined layers lose; four sets
     that are harder do not notice.
 
-    Where fits are costly, one that ridge rates below the first by a standard error is not tried, nor one that is no
-    better on two folds: of 288 choices on six image sets none was another, of 40 more
-    one.
+    Where fits are costly, those that ridge rates best come first, and one is not tried that ridge rates below the first
+    by a standard error, nor one that on two folds is no better than the first, or worse by a standard error than the
+    best so far: of 720 choices on six image sets none was another.
     """
     start, labels = (validation.start,), validation.labels
     scores, converged = validation.scores(kinds[0], start)
     if not _wrong(scores, labels)[0].any():
         return kinds[0], converged
-    first = validation.losses(kinds[0], start)[0][0]
+    first = best = validation.losses(kinds[0], start)[0][0]
     others, tried = [], [kinds[0]]
-    for name in kinds[1:]:
-        if validation.head.estimator in _COSTLY:
-            gain = validation.ridge_losses(kinds[0]) - validation.ridge_losses(name)
-            if gain.mean() < -gain.std() / np.sqrt(len(gain)):
+    costly = validation.head.estimator in _COSTLY
+    rest = sorted(kinds[1:], key=lambda kind: validation.ridge_losses(kind).mean()) if costly else kinds[1:]
+    for name in rest:
+        if costly:
+            if _is_worse(validation.ridge_losses(name), validation.ridge_losses(kinds[0])):
                 continue
             losses, some = validation.screened(name, kinds[0])
-            if losses[some].mean() >= first[some].mean():
+            if losses[some].mean() >= first[some].mean() or _is_worse(losses[some], best[some]):
                 continue
         losses, fine = validation.losses(name, start)
         tried.append(name)
         others.append(losses[0])
         converged &= fine
+        if losses[0].mean() < best.mean():
+            best = losses[0]
     return tried[_clearly_best(np.stack([first, *others]), validation.head.kind_margin)], converged
+
+
+def _is_worse(losses: Array, others: Array) -> bool:
+    """Whether losses (n,) are higher than others by more than a standard error."""
+    lost = losses - others
+    return bool(lost.mean() > lost.std() / np.sqrt(len(lost)))
 
 
 def _thin(labels: NDArray[np.integer], random_state: Any) -> Index:
@@ -340,6 +388,7 @@ class _Validation:
             self.values = tuple(k for k in head.values if k <= len(labels) - int(np.bincount(folds).max()))
         self._scores: dict[tuple[Kind, float], Scores] = {}
         self._solved: dict[Kind, _Folds] = {}
+        self._begun: dict[Kind, _Folds] = {}
 
     def scores(self, kind: Kind, values: tuple[float, ...]) -> Scores:
         """Scores (v, n, c), or (v, n, 1) for the second of two classes, by fits without the row's fold."""
@@ -366,20 +415,21 @@ class _Validation:
 
     def screened(self, kind: Kind, first: Kind) -> tuple[Array, NDArray[np.bool_]]:
         """Losses (n,) of another normaliser than the first at the default value, and which of them (n,) are known."""
-        solver = self._solver(kind, _SCREEN)
-        scores, _ = solver.solve(self.start, like=self._solved[first])
-        return _losses(self.head, scores[None], self.labels)[0], self.folds < len(solver.weights)
+        if kind not in self._begun:
+            self._begun[kind] = self._solver(kind)
+        scores, _ = self._begun[kind].solve(self.start, like=self._solved[first], first=_SCREEN)
+        return _losses(self.head, scores[None], self.labels)[0], self.folds < _SCREEN
 
     def solve(self, kind: Kind, value: float) -> Scores:
         """Scores (n, c) of logistic regression or of the hinge, and whether all folds converged."""
         like = None
         if kind not in self._solved:
             like = next(iter(self._solved.values()), None)
-            self._solved[kind] = self._solver(kind, slice(None))
+            self._solved[kind] = self._begun.pop(kind) if kind in self._begun else self._solver(kind)
         return self._solved[kind].solve(value, like=like)
 
-    def _solver(self, kind: Kind, some: slice) -> _Folds:
-        numbers, space = np.arange(self.n_folds)[some, None], self.views.space(kind)
+    def _solver(self, kind: Kind) -> _Folds:
+        numbers, space = np.arange(self.n_folds)[:, None], self.views.space(kind)
         hinge: type[_Folds] = _NewtonHinge if space.products is None else _Hinge
         family = hinge if self.head.estimator is SquaredHinge else _Newton
         return family(space, self.labels, self.n_classes, self.folds != numbers, self.folds == numbers)
@@ -417,10 +467,11 @@ class _Folds(ABC):
         return np.asarray(value / np.where(spread > 1e-12, spread, 1.0))
 
     @abstractmethod
-    def solve(self, value: float, like: _Folds | None = None) -> Scores:
+    def solve(self, value: float, like: _Folds | None = None, first: int | None = None) -> Scores:
         """Scores (n, k) of the rows that are held out, zero elsewhere, and whether all fits converged.
 
-        ``like`` has solved the same with another normaliser, for these folds first of all.
+        ``like`` has solved the same with another normaliser. ``first`` is how many folds are wanted for now; the next
+        call, for the same value, goes on from there.
         """
 
 
@@ -440,10 +491,11 @@ class _Newton(_Folds):
     def rows(self) -> Array:
         return self.space.lifted if self.hinge else self.space.coordinates
 
-    def solve(self, value: float, like: _Folds | None = None) -> Scores:
-        point = self.path.solve(self.penalties(value), like=like.path if isinstance(like, _Newton) else None)
+    def solve(self, value: float, like: _Folds | None = None, first: int | None = None) -> Scores:
+        path = like.path if isinstance(like, _Newton) else None
+        point = self.path.solve(self.penalties(value), like=path, first=first)
         scores = np.zeros((len(self.rows), point.coef.shape[2]))
-        for held, coef, offset in zip(self.held, point.coef, point.intercept, strict=True):
+        for held, coef, offset in zip(self.held[:first], point.coef, point.intercept, strict=True):
             scores[held] = self.rows[held] @ coef + offset
         return scores, bool(point.converged.all())
 
@@ -455,24 +507,32 @@ class _NewtonHinge(_Newton):
 class _Hinge(_Folds):
     """The hinge by inner products."""
 
-    last: tuple[Array, Array] | None = None
-    """Penalties (f,) and duals (n, f, k) of the last fit."""
+    last: tuple[Array, Array, NDArray[np.bool_]] | None = None
+    """Penalties (f,) and duals (n, f, k) of the last fit, which may be of the first folds only, and which converged."""
 
-    def solve(self, value: float, like: _Folds | None = None) -> Scores:
+    def solve(self, value: float, like: _Folds | None = None, first: int | None = None) -> Scores:
         products, c = self.space.lifted_products, self.penalties(value)
         assert products is not None
-        start = None if self.last is None else self.last[1]
+        done, start = 0, None
+        if self.last is not None:
+            done = len(self.last[0]) % len(c)  # where some folds wait, what was solved are the others
+            start = None if done else self.last[1]
         if isinstance(like, _Hinge) and like.last is not None:
-            there, duals = like.last
-            start = duals[:, : len(c)] * (c / there[: len(c)])[:, None]  # as lengths change, so do the penalties
+            there, duals, _ = like.last
+            start = duals[:, done:first] * (c / there)[done:first, None]  # as lengths change, so do the penalties
         found = hinge_duals(
-            products, signs(self.labels, self.n_classes), self.weights, c, start=start, tolerance=_HINGE_TOLERANCE
-        )
-        self.last = c, found.duals
-        scores = np.zeros((len(products), found.duals.shape[2]))
-        for number, held in enumerate(self.held):
-            scores[held] = products[held] @ found.duals[:, number]
-        return scores, bool(found.converged.all())
+            products, signs(self.labels, self.n_classes), self.weights[done:first], c[done:first], start=start,
+            tolerance=_HINGE_TOLERANCE,
+        )  # fmt: skip
+        duals, converged = found.duals, found.converged
+        if done and self.last is not None:
+            _, before, fine = self.last
+            duals, converged = np.concatenate([before, duals], axis=1), np.concatenate([fine, converged])
+        self.last = c[:first], duals, converged
+        scores = np.zeros((len(products), duals.shape[2]))
+        for number, held in enumerate(self.held[:first]):
+            scores[held] = products[held] @ duals[:, number]
+        return scores, bool(converged.all())
 
 
 def out_of_fold_losses(

@@ -45,7 +45,7 @@ from .predictor import (
     predict_files as predict_files,
 )
 from .prior import prior_shares as prior_shares, read_prior as read_prior
-from .refit import Refit as Refit, refit as refit
+from .refit import Refit as Refit, batch_sizes as batch_sizes, refit as refit
 from .versions import (
     Versions as Versions,
     held_words as held_words,

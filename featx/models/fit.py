@@ -30,6 +30,7 @@ from featx.heads import (
     Head,
     Layers,
     Scorer,
+    Views,
     check_device,
     fit_chosen,
     heads_for,
@@ -67,12 +68,14 @@ class HeldOut:
     folds : (n,) the images of one fold were judged by the same head.
     scores : (n, c), before they were moved to other shares of the classes.
     apart : (n,) groups that are whole in each fold; None where there are none, or they could not be kept apart.
+    views : the images as heads see them, with what was made of them already.
     """
 
     data: LabelledRows
     folds: Index
     scores: Array
     apart: Index | None
+    views: Views | None = None
 
 
 @dataclass(frozen=True)
@@ -190,19 +193,22 @@ def fit_head(
         )  # fmt: skip
     total = 1 + (n_folds if n_folds > 1 else 0)
     say(0, total, f"fitting {head.name}")
-    scorer, params, converged = _fit(head, rows, y, copies, random_state, device, together)
+    views = Views(rows, head.mean)
+    scorer, params, converged = _fit(head, views, y, copies, random_state, device, together)
+    if is_large(rows):
+        views = Views(rows, head.mean)  # there is no room to keep what was made of them
     say(1, total, f"fitting {head.name}")
     scores = None
     if n_folds > 1:
         scores = np.zeros((len(rows), len(names)))
         for fold in range(n_folds):
-            held = folds == fold
-            inner = np.unique(copies[~held], return_inverse=True)[1].reshape(-1)
-            kept = None if together is None else together[~held]
-            part, _, fine = _fit(head, rows[~held], y[~held], inner, random_state, device, kept)
+            held, others = folds == fold, np.flatnonzero(folds != fold)
+            inner = np.unique(copies[others], return_inverse=True)[1].reshape(-1)
+            kept = None if together is None else together[others]
+            part, _, fine = _fit(head, views.part(others), y[others], inner, random_state, device, kept)
             scores[held] = part.scores(rows[held])
             if part.kind != scorer.kind and not head.probabilistic:
-                scores[held] *= _spread(scorer, rows[~held]) / _spread(part, rows[~held])
+                scores[held] *= _spread(scorer, rows[others]) / _spread(part, rows[others])
             converged &= fine
             say(2 + fold, total, "scoring images out of fold")
     else:
@@ -213,7 +219,7 @@ def fit_head(
         )
     if not converged:
         notes.append("A fit stopped before its optimum.")
-    held_out = None if scores is None else HeldOut(data, folds, scores, together)
+    held_out = None if scores is None else HeldOut(data, folds, scores, together, views)
     sharpness = None if scores is None else fit_sharpness(scores, y)
     if scores is not None and shares is not None:
         say(total, total, "moving to other shares of the classes")
@@ -262,7 +268,7 @@ def fit_head(
 
 def _fit(
     head: Head,
-    rows: NDArray[np.floating],
+    views: Views,
     labels: NDArray[np.int64],
     groups: Index,
     random_state: int,
@@ -270,8 +276,10 @@ def _fit(
     sites: Index | None,
 ) -> tuple[Scorer, dict[str, Any], bool]:
     """A head fitted as the sweep fits it: normaliser and parameters chosen on these rows alone."""
-    with threadpool_limits(limits=None if is_large(rows) else 1, user_api="blas"):
-        choice, pipeline = fit_chosen(head, rows, labels, groups, random_state=random_state, device=device, sites=sites)
+    with threadpool_limits(limits=None if is_large(views.raw) else 1, user_api="blas"):
+        choice, pipeline = fit_chosen(
+            head, views, labels, groups, random_state=random_state, device=device, sites=sites
+        )
     return Scorer.of(pipeline), choice.params, choice.converged
 
 
@@ -293,6 +301,7 @@ def scores_without(
     """
     data, folds, sites = held_out.data, held_out.folds, held_out.apart
     recipe = HEADS[head] if layers is None else layers.on(HEADS[head], layers.whole)
+    views = held_out.views or Views(data.embeddings, recipe.mean)
     scores = np.full(held_out.scores.shape, -np.inf)
     converged = True
     # One after the other: each fit catches warnings, to know whether it converged, for the whole process.
@@ -301,7 +310,7 @@ def scores_without(
         names, labels = np.unique(data.labels[part], return_inverse=True)
         groups = np.unique(data.groups[part], return_inverse=True)[1].reshape(-1)
         kept = None if sites is None else np.unique(sites[part], return_inverse=True)[1].reshape(-1)
-        scorer, _, fine = _fit(recipe, data.embeddings[part], labels.reshape(-1), groups, random_state, None, kept)
+        scorer, _, fine = _fit(recipe, views.part(part), labels.reshape(-1), groups, random_state, None, kept)
         held = np.flatnonzero(folds == fold)
         scores[np.ix_(held, names)] = scorer.scores(data.embeddings[held])
         converged &= fine

@@ -42,7 +42,7 @@ from numpy.typing import NDArray
 from scipy.stats import binom
 
 from featx._arrays import PIXELS, Index
-from featx.backbones import load_backbone, make_engine
+from featx.backbones import BATCH_SIZES, load_backbone, make_engine
 from featx.errors import UsageError, plural
 from featx.evaluation import points, stats
 from featx.extraction import Embedder, Lane, extract_lanes
@@ -69,6 +69,9 @@ _TESTED = 1000
 
 _LEAST = 3
 """Labels that disagree with the model from which on they can be suspicious together."""
+
+_FEW = 100
+"""New photos up to which they are embedded one by one: compiling networks for batches takes more than it saves."""
 
 Progress = Callable[[int, int, str], None]
 
@@ -302,6 +305,13 @@ def _refit(
     forced = outcome != "promoted"
     versions.promote(made, numbers, evidence, who, forced=forced)
     return told("promoted", forced=forced)
+
+
+def batch_sizes(versions: Versions) -> dict[str, int] | None:
+    """How many images a network is to be opened for, by device, to embed what no refit has looked at; None as usual."""
+    last = versions.considered
+    fresh = {each.sha256 for each in Corrections(versions.folder).all if each.n > last}
+    return {**BATCH_SIZES, "cpu": 1} if len(fresh) <= _FEW else None
 
 
 def usable(corrections: Iterable[Correction], versions: Versions) -> list[Correction]:

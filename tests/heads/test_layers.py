@@ -22,7 +22,7 @@ from featx.heads.folds import fold_numbers
 from featx.heads.layers import SHARES, Layers, read_layers
 from featx.heads.normalise import Normalise
 from featx.heads.scorer import Scorer, blocks_kind, blocks_of, is_kind
-from featx.heads.selection import choose, out_of_fold_losses
+from featx.heads.selection import Views, choose, out_of_fold_losses
 from featx.models.bundle import read_bundle
 from featx.models.export import to_pipeline
 from featx.models.predictor import open_embedder
@@ -113,6 +113,20 @@ def test_a_network_that_sees_nothing_is_left_out_where_there_is_evidence() -> No
     assert [weight for _, weight in blocks_of(many.params["kind"])] == [1.0, 0.0]
     few = choose(head, rows[::20], labels[::20], np.arange(6))
     assert few.params["kind"] == head.kinds[0]
+
+
+@pytest.mark.parametrize(
+    "kind", ["none", "l2", "power_l2", "centre_l2", "standardise", blocks_kind([(4, 0.6), (5, 0.8)])]
+)
+def test_a_part_of_the_rows_is_seen_as_by_itself(kind: Any) -> None:
+    rows = np.random.default_rng(0).normal(size=(30, 9)).astype(np.float32)
+    whole = Views(rows)
+    whole.products(kind), whole.rows(kind)  # what is known of all is used again
+    some = np.array([1, 4, 5, 11, 17, 28])
+    part = whole.part(np.arange(1, 29)).part(some - 1)
+    alone = Normalise(kind).fit_transform(rows[some])
+    np.testing.assert_allclose(part.rows(kind), alone, atol=1e-12)
+    np.testing.assert_allclose(part.products(kind), alone @ alone.T, atol=1e-12)
 
 
 def test_kinds_are_read_strictly() -> None:

@@ -13,12 +13,15 @@ from sklearn.linear_model import LogisticRegression, Ridge as SkRidge
 from sklearn.svm import LinearSVC
 
 from featx.heads.solvers.rows import (
+    Loss,
+    NewtonPath,
     RowSpace,
     discriminant_path,
     hinge_duals,
     newton_path,
     ridge_coefficients,
     ridge_held_out,
+    ridge_with_held_out,
     temperature,
 )
 
@@ -153,6 +156,28 @@ def test_lifted_space_is_the_rows_and_a_constant(d: int) -> None:
             held = folds == fold
             left = SkRidge(alpha=3.0, fit_intercept=False, solver="svd").fit(design[~held], targets[~held])
             np.testing.assert_allclose(found[held], left.predict(design[held]), atol=1e-8)
+    for space in (RowSpace(rows), RowSpace(rows, products=rows @ rows.T)):  # not decomposed: both by one factor
+        coef, offset, again = ridge_with_held_out(space, targets, 3.0, folds)
+        np.testing.assert_allclose(coef, plain.coef_[:, :-1], atol=1e-9)
+        np.testing.assert_allclose(offset, plain.coef_[:, -1] * constant, atol=1e-9)
+        np.testing.assert_allclose(again, found, atol=1e-8)
+
+
+@pytest.mark.parametrize("loss", ["softmax", "squared_hinge"])
+def test_folds_that_wait_are_solved_as_all_at_once(loss: Loss) -> None:
+    rows, labels = blobs(3, 8, 30, spread=2.0)
+    z = RowSpace(rows).coordinates
+    weights = (np.arange(24) % 4 != np.arange(4)[:, None]).astype(np.float64)
+    whole, split = (NewtonPath(z, labels, 3, weights, loss=loss) for _ in range(2))
+    begun = split.solve(np.full(4, 0.5), first=2)
+    np.testing.assert_array_equal(begun.converged, [True, True])
+    for c in (0.5, 2.0):
+        once, later = whole.solve(np.full(4, c)), split.solve(np.full(4, c))
+        assert later.converged.shape == (4,)
+        assert once.converged.all()
+        assert later.converged.all()
+        np.testing.assert_allclose(later.coef, once.coef, atol=2e-5)
+        np.testing.assert_allclose(later.intercept, once.intercept, atol=2e-5)
 
 
 @settings(max_examples=25, deadline=None)
@@ -211,11 +236,12 @@ def test_discriminants_equal_linear_discriminant_analysis(d: int) -> None:
     rows, labels = blobs(4, 7, d, spread=0.5)
     other = blobs(4, 20, d, seed=1, spread=0.5)[0]
     shrinkages = [0.1, 0.5, 1.0]
-    for shrinkage, (coef, offset) in zip(
-        shrinkages, discriminant_path(RowSpace(rows), labels, 4, shrinkages), strict=True
-    ):
-        plain = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage).fit(rows, labels)
-        np.testing.assert_allclose(softmax(other @ coef.T + offset), plain.predict_proba(other), atol=1e-7)
+    decomposed = RowSpace(rows)
+    assert len(decomposed.coordinates) == len(rows)
+    for space in (RowSpace(rows), RowSpace(rows, products=rows @ rows.T), decomposed):
+        for shrinkage, (coef, offset) in zip(shrinkages, discriminant_path(space, labels, 4, shrinkages), strict=True):
+            plain = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage).fit(rows, labels)
+            np.testing.assert_allclose(softmax(other @ coef.T + offset), plain.predict_proba(other), atol=1e-7)
 
 
 def test_discriminant_without_spread_is_the_nearest_centroid() -> None:

@@ -12,6 +12,8 @@ from modelkit import clusters, make_bundle
 from featx.errors import BundleError, FeatxError, StoreBusy, StoreError, UsageError
 from featx.heads import make_head
 from featx.models.bundle import Bundle, bundle_bytes
+from featx.models.corrections import Corrections
+from featx.models.refit import batch_sizes
 from featx.models.versions import Versions, read_current
 
 
@@ -59,6 +61,20 @@ def test_a_model_is_begun_with_promoted_and_gone_back_to(versions: Versions, bun
         ("mia", "began"), ("mia", "promoted"), ("mia", "promoted"), ("leo", "rolled back"), ("leo", "rolled back"),
         ("kim", "released"), ("kim", "discarded"),
     ]  # fmt: skip
+
+
+def test_networks_are_opened_for_one_photo_where_few_are_new(versions: Versions, bundle: Bundle) -> None:
+    corrections = Corrections(versions.folder)
+    corrections.open()
+    for number in range(102):
+        corrections.add(bytes([number]), "ants")
+    corrections.close()
+    assert batch_sizes(versions) is None
+    promote(versions, other(bundle, 1), [1, 2])
+    found = batch_sizes(versions)
+    assert found is not None
+    assert found["cpu"] == 1
+    assert found["cuda"] > 1
 
 
 def test_what_cannot_be_done_is_said(versions: Versions, bundle: Bundle, tmp_path: Path) -> None:

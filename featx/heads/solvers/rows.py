@@ -6,7 +6,7 @@ features shrink to at most ``n - 1`` directions without changing a single predic
 needs a handful of products a fit; folds share the design matrix as 0/1 weights and are solved side by
 side; each penalty starts where the last one ended (:func:`newton_path`). One eigendecomposition serves
 every ridge penalty and its held-out predictions (:func:`ridge_held_out`), and linear discriminants, whose scatter is
-diagonal but for the class means and the rows held out (:func:`discriminant_path`).
+diagonal but for the class means and the rows held out (:func:`discriminant_held_out`).
 
 Nothing here is approximate: every function states the plain scikit-learn estimator that it equals, and
 ``tests/heads/test_solvers.py`` holds it to that.
@@ -15,6 +15,7 @@ Nothing here is approximate: every function states the plain scikit-learn estima
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
@@ -31,6 +32,8 @@ _MAX_NEWTON = 60
 _MAX_CG = 250
 #: Squared Newton decrement, per row, at which the last step is taken: twice the nats that are left before it.
 TOLERANCE = 1e-9
+#: Tolerance from which on penalties are only to be ranked.
+_RANKING = 1e-6
 
 
 class RowSpace:
@@ -243,13 +246,15 @@ class NewtonPath:
         self._problem = _Problem(rows, labels, n_classes, np.repeat(weights, self._each, axis=0), loss, fit_intercept)
         self._tolerance = tolerance / self._each
         self._known: list[tuple[Array, Array]] = []  # penalties and their solutions, the latest last
+        self._begun: tuple[Array, Array, NDArray[np.bool_]] | None = None
         self.n_weights = len(weights)
 
-    def solve(self, c: Array, *, like: NewtonPath | None = None) -> PathPoint:
+    def solve(self, c: Array, *, like: NewtonPath | None = None, first: int | None = None) -> PathPoint:
         """The solutions at one C (f,) of each problem.
 
-        ``like`` is a path over other coordinates of the same images, whose first weightings are this one's: the weights
-        that its last solution gives to the images are where this one starts.
+        ``like`` is a path over other coordinates of the same images, whose weightings are this one's: the weights
+        that its last solution gives to the images are where this one starts. With ``first`` only so many weightings are
+        solved; the next call, at the same C, solves the rest, and starts from their mean.
         """
         problem = self._problem
         c = np.repeat(np.asarray(c, dtype=np.float64), self._each)
@@ -257,30 +262,43 @@ class NewtonPath:
         starts = [known[-1][1] if known else np.zeros(problem.shape)]
         if len(known) == 2 and problem.loss == "softmax":
             # Its path is smooth in log C: where it went last time it mostly goes on. That of the hinge has kinks.
-            (first, before), (second, last) = known
-            on = np.log(c / second) / np.log(second / first)
+            (one, before), (two, last) = known
+            on = np.log(c / two) / np.log(two / one)
             starts.append(last + on[None, :, None] * (last - before))
         if like is not None:
             starts.append(self._like(like, c))
-        solution, converged = _newton(problem, c, starts, self._tolerance)
-        self._known.append((c, solution))
+        if first is not None:
+            some = slice(first * self._each)
+            solution, converged = _newton(
+                problem.part(some), c[some], [each[:, some] for each in starts], self._tolerance
+            )
+            self._begun = c, solution, converged
+        elif self._begun is not None and np.array_equal(self._begun[0], c):
+            _, done, fine = self._begun
+            rest = slice(done.shape[1], None)
+            mean = done.reshape(len(done), -1, self._each, done.shape[2]).mean(axis=1)
+            starts = [np.tile(mean, (1, self.n_weights, 1))[:, rest], *(each[:, rest] for each in starts)]
+            solution, converged = done, fine
+            if done.shape[1] < problem.shape[1]:
+                solution, converged = _newton(problem.part(rest), c[rest], starts, self._tolerance)
+                solution, converged = np.concatenate([done, solution], axis=1), np.concatenate([fine, converged])
+        else:
+            solution, converged = _newton(problem, c, starts, self._tolerance)
+        if first is None:
+            self._known.append((c, solution))
         if problem.fit_intercept and problem.loss == "softmax":
             # The same constant on every class changes nothing; scikit-learn's intercepts sum to zero.
             solution[-1] -= solution[-1].mean(axis=-1, keepdims=True)
-        found = solution.reshape(len(solution), self.n_weights, -1)
+        found = solution.reshape(len(solution), len(converged) // self._each, -1)
         inner = found[:-1] if problem.fit_intercept else found
         offset = found[-1] if problem.fit_intercept else np.zeros(found.shape[1:])
-        fine = np.asarray(converged.reshape(self.n_weights, -1).all(axis=1))
+        fine = np.asarray(converged.reshape(found.shape[1], -1).all(axis=1))
         return PathPoint(np.moveaxis(inner, 1, 0).copy(), offset.copy(), fine)
 
     def _like(self, other: NewtonPath, c: Array) -> Array:
         """A solution is ``-C`` times the sum of the rows, weighted by the slopes of their losses."""
         last = other._known[-1][1]
         slope, _ = other._problem.slopes(np.asarray(other._problem.apply(last), dtype=np.float64))
-        own, shape = self.n_weights, self._problem.shape[1:]
-        slope, last = (
-            each.reshape(len(each), other.n_weights, -1)[:, :own].reshape(len(each), *shape) for each in (slope, last)
-        )
         start = -self._problem.back(slope) * (c / self._problem.penalty_scale)[None, :, None]
         if self._problem.fit_intercept:
             start[-1] = last[-1]
@@ -317,6 +335,14 @@ class _Problem:
         # Two softmax columns w, -w carry half the penalty of the one vector 2w of a binomial model.
         self.penalty_scale = 2.0 if loss == "softmax" and n_classes == 2 else 1.0
         self.shape = (self.design.shape[1], len(weights), hot.shape[2])
+
+    def part(self, some: slice) -> _Problem:
+        """Some of the weightings alone."""
+        made = copy(self)
+        made.weights, made.total = self.weights[:, some], self.total[some]
+        made.target = self.target if self.target.shape[1] == 1 else self.target[:, some]
+        made.shape = (self.shape[0], len(made.total), self.shape[2])
+        return made
 
     def apply(self, solution: Floats) -> Floats:
         """Scores (n, f, c) of a solution (r, f, c), in its precision."""
@@ -385,14 +411,16 @@ def _newton(problem: _Problem, c: Array, starts: list[Array], tolerance: float) 
         solution[:, better], scores[:, better] = other[:, better], there[:, better]
         value = np.where(better, reached, value)
     converged = np.zeros(problem.shape[1], dtype=np.bool_)
-    enough = tolerance ** (5 / 3) * problem.total
+    # Where values are only to be ranked, steps need not be sharp: three quarters of the products, a few more steps.
+    sharpest, enough = (1e-3, tolerance ** (5 / 3)) if tolerance < _RANKING else (0.03, 0.01 * tolerance)
+    enough = enough * problem.total
     for _ in range(_MAX_NEWTON):
         slope, state = problem.slopes(scores)
         gradient = problem.back(slope) + ridge * solution
         gradient[:, converged] = 0.0
         middle = problem.curvature(state)
         preconditioner = ridge + np.maximum(problem.spread[:, None, None] * middle[None], 1e-12)
-        step = _conjugate_gradients(problem, state, ridge, gradient, preconditioner, enough)
+        step = _conjugate_gradients(problem, state, ridge, gradient, preconditioner, enough, sharpest)
         decrement = -_dots(gradient, step)
         along: Array = np.asarray(problem.apply(step), dtype=np.float64)
         size = np.ones(len(c))
@@ -419,13 +447,20 @@ def _standing(problem: _Problem, ridge: Array, start: Array) -> tuple[Array, Arr
 
 
 def _conjugate_gradients(
-    problem: _Problem, state: Array, ridge: Array, gradient: Array, preconditioner: Array, enough: Array
+    problem: _Problem,
+    state: Array,
+    ridge: Array,
+    gradient: Array,
+    preconditioner: Array,
+    enough: Array,
+    sharpest: float,
 ) -> Array:
-    """Solve ``H step = -gradient`` for every problem side by side, to a tenth or better.
+    """Solve ``H step = -gradient`` for every problem side by side, to a third or better.
 
     In single precision: a Newton step need not be exact, because gradient, value and the end of the
     search are double, and single precision moves half the bytes. ``enough`` (f,) is a squared error of the step,
-    in nats, below which the search would not notice.
+    in nats, below which the search would not notice; ``sharpest`` is the share of the error that is left near the
+    optimum.
     """
     single, n_columns = np.float32, problem.shape[2]
     weighted = (state * problem.weights).astype(single)
@@ -441,7 +476,7 @@ def _conjugate_gradients(
     direction = residual * scale
     power = _dots(residual, direction)
     # Inexact far from the optimum, sharp near it: superlinear steps at the price of few products.
-    forcing = np.clip(np.sqrt(power / (problem.total + 1e-300)), 1e-3, 0.1)
+    forcing = np.clip(np.sqrt(power / (problem.total + 1e-300)), sharpest, 0.3)
     goal = np.maximum(power * forcing**2, enough)
     for _ in range(_MAX_CG):
         active = power > goal
@@ -540,9 +575,10 @@ def hinge_duals(
             active = np.flatnonzero(short[:, problem])
             if not len(active):
                 continue
-            system = some[active[:, None], active]
+            system = some.take(active, axis=0).take(active, axis=1)
             system.flat[:: len(active) + 1] += 0.5 / cs[problem]
-            step[active, column] = solve(system, sign[active, problem], overwrite_a=True)[1]
+            # Transposed, for LAPACK works on columns, and would copy what is the same.
+            step[active, column] = solve(system.T, sign[active, problem], lower=True, overwrite_a=True)[1]
         step -= duals[:, left]
         along = products @ step
         size, before, was = np.ones(len(left)), value[left], short[:, left] > 0.0
@@ -582,6 +618,41 @@ def ridge_coefficients(
     return space.dual_coefficients(linalg.solve(products, targets, assume_a="pos", overwrite_a=True))
 
 
+def ridge_with_held_out(
+    space: RowSpace, targets: Array, alpha: float, folds: NDArray[np.integer]
+) -> tuple[Array, Array, Array]:
+    """:func:`ridge_coefficients` and :func:`ridge_held_out` with a penalised intercept, by one factor."""
+    both = _dual_ridge(space, targets, alpha, folds) if folds.max() > 0 else None
+    if both is None:
+        coef, offset = ridge_coefficients(space, targets, alpha, fit_intercept=False)
+        return coef, offset, ridge_held_out(space, targets, alpha, folds, fit_intercept=False)
+    return *space.dual_coefficients(both[0]), both[1]
+
+
+def _dual_ridge(
+    space: RowSpace, targets: Array, alpha: float, folds: NDArray[np.integer]
+) -> tuple[Array, Array] | None:
+    """Weights (n, c) of the rows in the solution, and predictions (n, c) without each fold; None where not by products.
+
+    With the inverse G of the products, they are G y, and the residuals of a held-out block are G_bb^-1 (G y)_b.
+    """
+    products = None if space.is_decomposed else space.lifted_products
+    if products is None:
+        return None
+    products.flat[:: len(products) + 1] += alpha
+    lower, failed = linalg.lapack.dpotrf(products.T, lower=True, overwrite_a=True, clean=False)
+    if not failed:
+        lower, failed = linalg.lapack.dpotri(lower, lower=True, overwrite_c=True)
+    if failed:
+        raise linalg.LinAlgError("inner products of rows are not positive definite")
+    duals, out = linalg.blas.dsymm(1.0, lower, targets, lower=True), np.empty_like(targets)
+    for fold in range(int(folds.max()) + 1):
+        own = np.flatnonzero(folds == fold)
+        block = lower[own[:, None], own]  # its lower triangle is of that of the whole, as the rows are ascending
+        out[own] = targets[own] - linalg.lapack.dposv(block, duals[own], lower=True)[1]
+    return duals, out
+
+
 def _shrunk(space: RowSpace, z: Array, alpha: float) -> Array:
     """Coordinates (n, r) or lifted ones (n, r + 1), times the inverse of their products plus ``alpha``."""
     if z.shape[1] == len(space.spread):
@@ -608,17 +679,10 @@ def ridge_held_out(
     those of the whole fit; exact as long as the rows themselves do not depend on the others. By default each
     row is a fold of its own (leave-one-out). ``fit_intercept`` is as of :func:`ridge_coefficients`.
     """
-    products = None if fit_intercept or space.is_decomposed else space.lifted_products
-    if products is not None and folds is not None and folds.max() > 0:
-        # With the inverse G of the products, the residuals of a held-out block are G_bb^-1 (G y)_b.
-        products.flat[:: len(products) + 1] += alpha
-        half = linalg.lapack.dpotri(linalg.cholesky(products, lower=True, overwrite_a=True), lower=True)[0]
-        inverse = np.tril(half) + np.tril(half, -1).T
-        residual, out = inverse @ targets, np.empty_like(targets)
-        for fold in range(int(folds.max()) + 1):
-            own = np.flatnonzero(folds == fold)
-            out[own] = targets[own] - np.linalg.solve(inverse[np.ix_(own, own)], residual[own])
-        return out
+    if not fit_intercept and folds is not None and folds.max() > 0:
+        both = _dual_ridge(space, targets, alpha, folds)
+        if both is not None:
+            return both[1]
     z = space.coordinates if fit_intercept else space.lifted
     offset = targets.mean(axis=0) if fit_intercept else np.zeros(targets.shape[1])
     constant = 1.0 / len(z) if fit_intercept else 0.0  # the intercept's share of the hat matrix
@@ -676,9 +740,46 @@ def discriminant_path(
     spread within classes to shrink; then the spread of all rows, the same in every direction, takes its
     place, which is a nearest centroid with probabilities.
     """
+    if not space.is_decomposed and space.products is not None:
+        found = _dual_discriminants(space.products, labels, n_classes, shrinkages, space.rows.shape[1])
+        if found is not None:
+            for duals, offset in found:
+                yield duals.T @ space.rows, offset
+            return
     z = space.coordinates
     for inner, offset in _discriminants(z, labels, n_classes, shrinkages, space.spread, z[:0], space.rows.shape[1]):
         yield space.coefficients(inner, offset)
+
+
+def _dual_discriminants(
+    products: Array, labels: NDArray[np.integer], n_classes: int, shrinkages: Sequence[float], n_features: int
+) -> list[tuple[Array, Array]] | None:
+    """Weights (n, c) of the rows in the coefficients, and intercepts (c,); None where classes have no spread.
+
+    The covariance is ``a X'PX + b``, where P takes class means away, so its inverse is ``(1 - a X'P (b + a PKP)^-1 PX)
+    / b`` with the inner products K of the rows (Woodbury): one Cholesky factor, and no decomposition.
+    """
+    n, counts = len(labels), np.bincount(labels, minlength=n_classes)
+    share = (labels[:, None] == np.arange(n_classes)) / counts
+    to_means = products @ share
+    within = products - to_means[:, labels] - to_means.T[labels] + (share.T @ to_means)[labels[:, None], labels]
+    total, everything = float(within.trace()) / n, float(products.trace()) - n * float(products.mean())
+    if total <= 1e-12 * everything:
+        return None
+    about = share - 1.0 / n  # class means about the mean of all
+    to_about = products @ about
+    pulled = to_about - (share.T @ to_about)[labels]
+    out = []
+    for shrinkage in shrinkages:
+        a, b = (1.0 - shrinkage) / n, shrinkage * total / n_features
+        system = a * within
+        system.flat[:: n + 1] += b
+        solved = linalg.cho_solve(linalg.cho_factor(system.T, lower=True, overwrite_a=True), pulled)
+        duals = (about - a * (solved - (share.T @ solved)[labels])) / b
+        along = products @ duals
+        squares = np.einsum("ij,ij->j", about, along)
+        out.append((duals, np.log(counts / n) - 0.5 * squares - along.mean(axis=0)))
+    return out
 
 
 def discriminant_held_out(
