@@ -133,7 +133,7 @@ def test_several_layers_come_in_the_order_asked() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not engines._installed("openvino"), reason="no openvino")
 @pytest.mark.parametrize(
-    ("name", "layer"), [("swin_t", "features.3"), ("vit_b_32", "encoder.ln"), ("timm:resnet10t", "layer2")]
+    ("name", "layer"), [("swin_t", "features.3"), ("timm:vit_tiny_patch16_224", "norm"), ("timm:test_resnet", "layer2")]
 )
 def test_transformers_and_timm_convert(name: str, layer: str) -> None:
     backbone = load_backbone(name, weights="none", layers=["penultimate", layer])
