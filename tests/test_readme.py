@@ -46,6 +46,7 @@ ELSEWHERE = {
     "python scripts/bench_extract.py --backbones efficientnet_lite0 --precisions fp32,bf16,int8": "takes minutes",
     "python scripts/bench_serve.py photos --featx OTHER/bin/featx": "takes minutes, and another version of featx",
     "python scripts/bench_refit.py hymenoptera.featx cats_dogs.featx dtd10.featx": "takes minutes, and three stores",
+    "python scripts/bench_refit.py joined.featx --time new_photos": "takes minutes, and a store of three networks",
     "python scripts/bench_extract.py --linear 10000,50000": "takes an hour",
     "python scripts/bench_search.py --rows 1000000 --adding": "takes minutes, and 10 GB",
     "python scripts/bench_growth.py --rows 10000000 --dims 32": "takes an hour; test_growth runs it with few rows",

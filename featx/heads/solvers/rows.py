@@ -411,8 +411,8 @@ def _newton(problem: _Problem, c: Array, starts: list[Array], tolerance: float) 
         solution[:, better], scores[:, better] = other[:, better], there[:, better]
         value = np.where(better, reached, value)
     converged = np.zeros(problem.shape[1], dtype=np.bool_)
-    # Where values are only to be ranked, steps need not be sharp: three quarters of the products, a few more steps.
-    sharpest, enough = (1e-3, tolerance ** (5 / 3)) if tolerance < _RANKING else (0.03, 0.01 * tolerance)
+    # Where values are only to be ranked, steps need not be sharp: fewer products, a few more steps.
+    sharpest, enough = (1e-3, tolerance ** (5 / 3)) if tolerance < _RANKING else (0.03, 1e-3 * tolerance)
     enough = enough * problem.total
     for _ in range(_MAX_NEWTON):
         slope, state = problem.slopes(scores)
