@@ -143,6 +143,9 @@ class Started:
     def __exit__(self, *_: object) -> None:
         self.kill()
         self.wait()
+        self._close()
+
+    def _close(self) -> None:
         self._line.close()
         for file in self.printed:
             file.close()
@@ -176,6 +179,7 @@ class Started:
         for file in self.printed:
             file.seek(0)
         out, err = (file.read().decode().replace("\r\n", "\n") for file in self.printed)
+        self._close()
         return out, err
 
     def send_signal(self, number: int) -> None:
