@@ -56,11 +56,13 @@ class Photo:
     ref : its file; ``ref.id`` is relative to the project's folder.
     name : what it is called on the page: its path relative to the folder of photos.
     folder_label : the name of the class folder that it lies in, or its label in a list; None where there is none.
+    split : "train", "val" or "test", by its folder or a list; "" where there is none.
     """
 
     ref: ImageRef
     name: str
     folder_label: str | None = None
+    split: str = ""
 
 
 class Project:
@@ -111,7 +113,7 @@ class Project:
                 hint="Use its window, or end it first.",
             ) from error  # fmt: skip
         try:
-            for part in (self.folder, self.added, self.thumbnails):
+            for part in (self.folder, self.added):
                 remove_leftovers(part)
             self.photos += self._added()
             self.journal = Journal(self.folder / "journal.jsonl", _user())
@@ -219,18 +221,19 @@ class Project:
             found = []
             for ref in sorted(refs, key=lambda ref: ref.id):
                 photo = self._photo(self.source.parent / ref.id, ref.id)
-                found.append(replace(photo, ref=replace(photo.ref, group=ref.group), folder_label=ref.label))
+                own = replace(photo.ref, group=ref.group)
+                found.append(replace(photo, ref=own, folder_label=ref.label, split=ref.split))
             return found
         names = sorted(
             relative for relative, _ in walk_folder(self.source) if Path(relative).suffix.lower() in IMAGE_SUFFIXES
         )
         try:
-            labels = [label for label, _ in labels_from_folders(names)]
+            labels = labels_from_folders(names)
         except SourceError:
-            labels = [None] * len(names)
+            labels = [(None, "")] * len(names)
         return [
-            replace(self._photo(self.source / name, name), folder_label=label)
-            for name, label in zip(names, labels, strict=True)
+            replace(self._photo(self.source / name, name), folder_label=label, split=split)
+            for name, (label, split) in zip(names, labels, strict=True)
         ]
 
     def _added(self) -> list[Photo]:

@@ -23,7 +23,7 @@ from featx.store import FeatureSet, read_manifest, read_quarantine
 from featx.studio import layout, project as projects, quality
 from featx.studio.background import Again
 from featx.studio.events import Events
-from featx.studio.journal import LEFT_OUT, Change, Journal
+from featx.studio.journal import LEFT_OUT, NOTHING, Change, Journal
 from featx.studio.pictures import Pictures
 from featx.studio.project import Project
 from featx.studio.suggest import Suggestions, suggest, unlike_labelled
@@ -143,7 +143,11 @@ class Session:
     def codes(self) -> Index:
         """What every photo is called (n,), by row."""
         with self._lock:
-            return np.array([self.journal.code(photo.ref.id) for photo in self.project.photos], dtype=np.intp)
+            rows = self.project.rows
+            known = {rows[photo]: code for photo, code in self.journal.codes.items() if photo in rows}
+            codes = np.full(len(self.project.photos), NOTHING, dtype=np.intp)
+            codes[list(known)] = list(known.values())
+            return codes
 
     def act(self, action: Callable[[Journal], Change | None]) -> dict[str, Any] | None:
         """Do something to the labels, tell all windows, and have everything worked out anew; None where nothing was."""

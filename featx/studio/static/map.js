@@ -10,7 +10,8 @@ import {bySuggestion, label, LEFT_OUT, nameOf, NO_LABEL, on, read, say, store, s
 import {view} from "./viewer.js";
 
 const METHODS = {pca: "A first, rough map; a better one is on its way.", tsne: "Photos that look alike lie close together."};
-const BY = [["label", "label"], ["suggestion", "suggestion"], ["unknown", "unlike the labelled"], ["folder", "folder"]];
+const BY = [["label", "label"], ["suggestion", "suggestion"], ["unknown", "unlike the labelled"], ["folder", "folder"], ["split", "split"]];
+const SPLITS = ["train", "val", "test"];
 const SPRITE = 28;
 
 export function build(section) {
@@ -65,6 +66,7 @@ export function build(section) {
       const suggested = suggestionOf(row);
       if (by.value === "suggestion") return suggested ? group(suggested.label, nameOf(suggested.label), suggested.label) : group(-1, "nothing suggested", -1);
       if (by.value === "unknown") return suggested ? suggested.unknown ? group(1, "unlike the labelled", 5) : group(0, "like the labelled", 1) : group(-1, "cannot tell yet", -1);
+      if (by.value === "split") return group(store.splits[row], store.splits[row] || "no split", SPLITS.indexOf(store.splits[row]));
       const folder = store.ids[row].includes("/") ? store.ids[row].split("/")[0] : "no folder";
       if (!folders.has(folder)) folders.set(folder, folders.size);
       return group(folder, folder, folders.get(folder));
@@ -357,6 +359,8 @@ export function build(section) {
 
   function draw() {
     const {open, map: about} = store.state || {};
+    by.lastChild.hidden = !store.splits.length;
+    if (by.value === "split" && by.lastChild.hidden) by.value = "label";
     const ready = Boolean(open && map);
     work.hidden = !ready;
     if (ready) {

@@ -10,7 +10,7 @@ const NOTHING_SUGGESTED = {version: -1, ready: false, suggested: [], probability
 
 export const store = {
   state: null,  // the answer of /api/state, kept up to date by the events
-  ids: [], times: [], embedded: [], refused: new Set(),
+  ids: [], times: [], splits: [], embedded: [], refused: new Set(),
   classes: [], labels: [],  // as shown: what the server has, and what is on its way to it
   suggestions: NOTHING_SUGGESTED,
   quality: null,
@@ -88,12 +88,15 @@ export function bySuggestion(rows) {
 
 // The browser keeps pictures by their addresses, but rows are other photos in another folder, or next year: so the address
 // says which photo is meant, by a hash (FNV-1a) of its name, its time and its project.
+let stamps = [];
+
 function stamp(row) {
+  if (stamps[row]) return stamps[row];
   let hash = 0x811c9dc5;
   for (const letter of `${store.state?.project} ${store.ids[row]} ${store.times[row]}`) {
     hash = Math.imul(hash ^ letter.codePointAt(0), 0x01000193);
   }
-  return (hash >>> 0).toString(36);
+  return (stamps[row] = (hash >>> 0).toString(36));
 }
 
 export const thumb = (row) => `/thumb/${row}?${stamp(row)}`;
@@ -264,9 +267,10 @@ async function loadPhotos() {
   photosAsked = true;
   const answer = await read("/api/photos");
   if (answer) {
-    Object.assign(store, {ids: answer.ids, times: answer.times, embedded: answer.embedded, refused: new Set(answer.refused)});
+    Object.assign(store, {ids: answer.ids, times: answer.times, splits: answer.splits, embedded: answer.embedded, refused: new Set(answer.refused)});
     while (store.labels.length < store.ids.length) store.labels.push(server.labels[store.labels.length] ?? NO_LABEL);
     counted = listed = null;
+    stamps = [];
     emit("photos");
   }
   setTimeout(() => {  // while a folder is embedded, the server speaks of new photos all the time
