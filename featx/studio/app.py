@@ -438,7 +438,11 @@ def _add_reading(app: FastAPI, studio: Studio) -> None:
         return JSONResponse(
             {
                 "commands": [shlex.join(each) for each in session.taking.commands()],
-                "files": {"labels": str(session.project.labels), "store": str(session.project.store)},
+                "files": {
+                    "labels": str(session.project.labels),
+                    "store": str(session.project.store),
+                    "models": str(session.taking.folder),
+                },
             }
         )
 

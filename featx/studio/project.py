@@ -255,7 +255,7 @@ class Project:
 
 
 def folders(path: Path, root: Path) -> dict[str, object]:
-    """What of a folder the page shows, to choose one: its folders, and how many photos lie in it.
+    """What of a folder the page shows, to choose one: its folders, which were begun before, and its photos.
 
     Raises
     ------
@@ -270,7 +270,9 @@ def folders(path: Path, root: Path) -> dict[str, object]:
                 if entry.name.startswith("."):
                     continue
                 if entry.is_dir() and not entry.name.endswith((".studio", ".featx")):
-                    inside.append({"name": entry.name, "path": entry.path, "images": _count(Path(entry.path))})
+                    begun = Path(f"{entry.path}.studio", "journal.jsonl").exists()
+                    images_in = _count(Path(entry.path))
+                    inside.append({"name": entry.name, "path": entry.path, "images": images_in, "begun": begun})
                 elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES:
                     images += 1
     except OSError as error:

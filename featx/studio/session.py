@@ -368,6 +368,16 @@ class Session:
         self.suggestions = suggest(embedded.unit, embedded.photos, data.codes, self.unlike, data.drawn, sample)
         self.suggested = seq
         self._next("suggestions", seq=seq, ready=not self.suggestions.reason, reason=self.suggestions.reason)
+        if self.quality["status"] == "waiting":  # what is still missing is said at once, and measured a little later
+            self._tell_early(seq, quality.too_early(data.codes[embedded.photos]))
+
+    def _tell_early(self, seq: int, reason: str) -> None:
+        before, self.quality = (
+            self.quality,
+            {"status": "waiting" if reason else "running", "seq": seq, "reason": reason},
+        )
+        if (before["status"], before["reason"]) != (self.quality["status"], reason):
+            self._next("quality", status=self.quality["status"], message=reason)
 
     def _compare(self) -> None:
         embedded = self.embedded
@@ -409,8 +419,7 @@ class Session:
         seq = self.journal.n
         reason = quality.too_early(data.codes[embedded.photos])
         if reason:
-            self.quality = {"status": "waiting", "seq": seq, "reason": reason}
-            self._next("quality", status="waiting", message=reason)
+            self._tell_early(seq, reason)
             return
 
         def tell(what: str) -> None:

@@ -98,7 +98,7 @@ export class Grid {
   /** Scroll until a photo is in sight. */
   reveal(row) {
     const place = this.places.get(row);
-    if (place === undefined || !this.columns) return;
+    if (place === undefined || !this.columns || !this.height) return;  // out of sight there is nothing to scroll
     const top = PAD + Math.floor(place / this.columns) * this.step, bottom = top + this.step;
     if (top - PAD < this.top) this.#scroll(top - PAD);
     else if (bottom > this.top + this.height) this.#scroll(bottom - this.height + PAD);

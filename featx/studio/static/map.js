@@ -71,7 +71,7 @@ export function build(section) {
       if (!folders.has(folder)) folders.set(folder, folders.size);
       return group(folder, folder, folders.get(folder));
     }) : [];
-    legend.replaceChildren(...groups.map((each, i) => ({...each, i})).sort((a, b) => b.mark - a.mark < 0 ? -1 : 1).reverse()
+    legend.replaceChildren(...groups.map((each, i) => ({...each, i})).sort((a, b) => (a.mark < 0) - (b.mark < 0) || Math.abs(a.mark) - Math.abs(b.mark))
       .map(({text, mark, n}) => make("li", {}, swatch(mark), `${text} `, make("span", {class: "soft", text: n.toLocaleString("en")}))));
     canvas.setAttribute("aria-label", `Map of ${plural(groups.reduce((sum, {n}) => sum + n, 0))}, coloured by ${BY.find(([value]) => value === by.value)[1]}: ` +
       `${groups.map(({text, n}) => `${text} ${n}`).join(", ")}. Keys: plus and minus zoom, arrows move, v selects what is in view.`);
@@ -287,7 +287,7 @@ export function build(section) {
   function picked() {
     const rows = [...selection];
     chosen.textContent = rows.length ? `${plural(rows.length)} selected. Press a key or click a class to label ${rows.length === 1 ? "it" : "them"}.`
-      : "Draw around photos with the mouse to select them.";
+      : "Draw around photos to select them.";
     grid.show(rows, {top: true});
     panel.tell();
     if (rows.length) say(`${plural(rows.length)} selected.`);
