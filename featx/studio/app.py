@@ -289,7 +289,7 @@ def _state(studio: Studio) -> dict[str, Any]:
             "version": session.versions["suggestions"], "ready": not session.suggestions.reason,
             "reason": session.suggestions.reason,
         },
-        "map": {"version": session.versions["map"], "status": session.map["status"], "message": ""},
+        "map": {"version": session.versions["map"], "status": session.map["status"], "message": session.map["message"]},
         "quality": {
             "version": session.versions["quality"], "status": session.quality["status"],
             "message": session.quality.get("reason", ""),

@@ -94,7 +94,7 @@ class Session:
         self.suggestions = Suggestions(np.full(0, -1), np.zeros(0, np.float32), (), reason="Photos are being read.")
         self.suggested = -1  # the action that suggestions were made after
         self.quality: dict[str, Any] = {"status": "waiting", "reason": quality.too_early(np.full(0, -1))}
-        self.map: dict[str, Any] = {"status": "waiting", "method": "", "places": None}
+        self.map: dict[str, Any] = {"status": "waiting", "message": "", "method": "", "places": None}
         self.embedding: dict[str, Any] = {
             "status": "waiting", "done": 0, "total": len(self.project.photos), "seconds_left": None, "message": "",
             "refused": 0,
@@ -345,6 +345,10 @@ class Session:
     def _failed(self, what: str) -> Callable[[Exception], None]:
         def told(error: Exception) -> None:
             message = _said(error)
+            if what == "quality":
+                self.quality = {"status": "failed", "reason": message}
+            elif what == "map":
+                self.map = {**self.map, "status": "failed", "message": message}
             if what in self.versions:
                 self.events.publish(what, {"status": "failed", "version": self.versions[what], "message": message})
             else:
@@ -372,12 +376,10 @@ class Session:
             self._tell_early(seq, quality.too_early(data.codes[embedded.photos]))
 
     def _tell_early(self, seq: int, reason: str) -> None:
-        before, self.quality = (
-            self.quality,
-            {"status": "waiting" if reason else "running", "seq": seq, "reason": reason},
-        )
-        if (before["status"], before["reason"]) != (self.quality["status"], reason):
-            self._next("quality", status=self.quality["status"], message=reason)
+        status = "waiting" if reason else "running"
+        before, self.quality = self.quality, {"status": status, "seq": seq, "reason": reason}
+        if (before["status"], before["reason"]) != (status, reason):
+            self._next("quality", status=status, message=reason)
 
     def _compare(self) -> None:
         embedded = self.embedded
@@ -406,7 +408,8 @@ class Session:
         for method, places in layout.maps(embedded.unit, self.project.folder / "map.npz"):
             every = np.full((len(self.project.photos), 2), np.nan)
             every[embedded.photos] = places
-            self.map = {"status": "running" if method == "pca" else "done", "method": method, "places": every}
+            status = "running" if method == "pca" else "done"
+            self.map = {"status": status, "message": "", "method": method, "places": every}
             self._next("map", status=self.map["status"], message="")
             if self._mapping.asked_again:
                 return
