@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 COOKIE = "featx-studio"
+"""Its name begins so, and ends with the port: a browser sends a machine's cookies to all its ports."""
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
@@ -154,7 +155,7 @@ class Gate:
         asked = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
         if scope["path"] == "/" and asked and self._is_token(asked):
             return None
-        if not self._is_token(_cookie(headers.get("cookie", ""))):
+        if not any(map(self._is_token, _cookies(headers.get("cookie", "")))):
             return _error(401, "token", "This window is not signed in: open the address that featx studio printed.")
         limit = MOST_PHOTO if scope["path"] in _UPLOADS else MOST_JSON
         length = headers.get("content-length", "0")
@@ -166,19 +167,16 @@ class Gate:
         if not parse_qs(scope["query_string"].decode("latin-1")).get("token"):
             return None
         answer = RedirectResponse("/", 303)
-        answer.set_cookie(COOKIE, self.token, httponly=True, samesite="strict")
+        answer.set_cookie(f"{COOKIE}-{scope['server'][1]}", self.token, httponly=True, samesite="strict")
         return answer
 
     def _is_token(self, text: str) -> bool:
         return hmac.compare_digest(text.encode(), self.token.encode())
 
 
-def _cookie(text: str) -> str:
-    for part in text.split(";"):
-        name, _, value = part.strip().partition("=")
-        if name == COOKIE:
-            return value
-    return ""
+def _cookies(text: str) -> list[str]:
+    parts = (part.strip().partition("=") for part in text.split(";"))
+    return [value for name, _, value in parts if name.startswith(COOKIE)]
 
 
 def _limited(receive: Receive, limit: int) -> Receive:
@@ -280,7 +278,8 @@ def _state(studio: Studio) -> dict[str, Any]:
         return {"open": False, "version": version("featx"), "root": _short(studio.setup.root)}
     project, told = session.project, session.tell_labels()
     return {
-        "open": True, "name": project.name, "folder": _short(project.source), "project": _short(project.folder),
+        "open": True, "name": project.name, "folder": _short(project.source), "source": str(project.source),
+        "project": _short(project.folder),
         "version": version("featx"), "photos": len(project.photos),
         **{name: told[name] for name in ("seq", "labelled", "undo", "redo")},
         "folder_classes": 0 if session.journal.n else len(set(project.folder_labels.values())),

@@ -201,8 +201,16 @@ class Project:
             self.journal.label_each(labels, how="labels.csv", by="labels.csv")
 
     def add(self, name: str, data: bytes) -> int:
-        """Keep a photo that came through the page; its row."""
+        """Keep a photo that came through the page; its row.
+
+        Raises
+        ------
+        UsageError
+            It is another kind of file, by its name.
+        """
         given = Path(name.replace("\\", "/"))
+        if given.suffix and given.suffix.lower() not in IMAGE_SUFFIXES:
+            raise UsageError("not a photo, by its name", expected="a file such as .jpg or .png", found=given.suffix)
         suffix = given.suffix.lower() if given.suffix.lower() in IMAGE_SUFFIXES else ".jpg"
         stem = _WEIRD.sub("-", given.stem).strip(" .-")[:80] or "photo"
         path = self.added / f"{stem}-{hashlib.sha256(data).hexdigest()[:8]}{suffix}"

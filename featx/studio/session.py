@@ -372,13 +372,17 @@ class Session:
         self.suggestions = suggest(embedded.unit, embedded.photos, data.codes, self.unlike, data.drawn, sample)
         self.suggested = seq
         self._next("suggestions", seq=seq, ready=not self.suggestions.reason, reason=self.suggestions.reason)
-        if self.quality["status"] == "waiting":  # what is still missing is said at once, and measured a little later
-            self._tell_early(seq, quality.too_early(data.codes[embedded.photos]))
+        self._tell_early(seq, quality.too_early(data.codes[embedded.photos]))  # and measure it a little later
 
     def _tell_early(self, seq: int, reason: str) -> None:
+        """Say what is missing until it can be measured, or that it will be, where it was not yet."""
         status = "waiting" if reason else "running"
-        before, self.quality = self.quality, {"status": status, "seq": seq, "reason": reason}
-        if (before["status"], before["reason"]) != (status, reason):
+        with self._lock:
+            before = self.quality
+            if before["status"] != "waiting" and not reason:
+                return
+            self.quality = {"status": status, "seq": seq, "reason": reason}
+        if (before["status"], before.get("reason")) != (status, reason):
             self._next("quality", status=status, message=reason)
 
     def _compare(self) -> None:
@@ -434,7 +438,8 @@ class Session:
             return  # it is measured again, with the labels that there are by then
         except UsageError as error:
             found = {"status": "waiting", "reason": f"Cannot tell yet: {error}"}
-        self.quality = {"status": "done", "seq": seq, **found}
+        with self._lock:
+            self.quality = {"status": "done", "seq": seq, **found}
         self._next("quality", status=str(self.quality["status"]), message=str(self.quality.get("reason", "")))
 
     def _next(self, what: str, **data: Any) -> None:

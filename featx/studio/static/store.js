@@ -161,7 +161,7 @@ async function work() {
       // The event that confirms it comes by itself; should it be lost, ask.
       setTimeout(() => { if (waiting.includes(action)) loadLabels(); }, 2000);
     } catch (error) {
-      if (error instanceof Gone) {
+      if (error instanceof Gone || (error.reason === "no_folder_open" && store.state.open)) {  // loadState opens it again
         trouble("The connection to featx studio is lost. Your labels are kept here and sent as soon as it is back.");
         await pause(1000);
         continue;
@@ -244,8 +244,16 @@ export async function read(path) {
 }
 
 async function loadState() {
-  const answer = await read("/api/state");
+  let answer = await read("/api/state");
   if (!answer) return null;
+  if (!answer.open && store.state?.open) {  // the server was started anew, without a folder: go on with the one of before
+    try {
+      answer = await post("/api/open", {path: store.state.source});
+    } catch (error) {
+      say(error.message, {bad: true});
+      return null;
+    }
+  }
   const other = Boolean(store.state) && store.state.project !== answer.project;
   if (!store.state || other) server.seq = -1;
   store.state = answer;
