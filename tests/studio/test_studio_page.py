@@ -86,7 +86,10 @@ def scene(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sc
     (unsorted / "broken.jpg").write_bytes(kinds["ants"][0].read_bytes()[:2000])
     with ExitStack() as stack:
         url = stack.enter_context(driver(folder))
-        start = lambda: stack.enter_context(open_studio(folder, "--root", folder / "root"))  # noqa: E731
+
+        def start() -> Window:
+            return stack.enter_context(open_studio(folder, "--root", folder / "root"))
+
         window = start()
         page = Browser(url, folder / "profile", (1280, 800), more=CAMERA)
         page.resize(1280, 800)

@@ -331,6 +331,7 @@ export function listen() {
     if (data.status === "running") emit("quality");
     else loadQuality();
   });
+  hear("problem", ({what, message}) => say(`${what}: ${message}`, {bad: true}));
   hear("job", (data) => {
     store.state.jobs = [...store.state.jobs.filter((each) => each.id !== data.id), data];
     emit("jobs");
