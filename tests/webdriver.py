@@ -102,6 +102,22 @@ class Browser:
         mouse = {"type": "pointer", "id": "mouse", "parameters": {"pointerType": "mouse"}, "actions": steps}
         self._do("POST", "/actions", {"actions": [mouse]})
 
+    def tap(self, element: str) -> None:
+        """Touch the middle of the element that a JavaScript expression gives, with a finger."""
+        x, y = self.run(
+            f"const found = {element}; found.scrollIntoView({{block: 'center'}});"
+            "const box = found.getBoundingClientRect();"
+            "return [box.left + box.width / 2, box.top + box.height / 2]"
+        )
+        self.devtools("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
+        self.devtools("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+
+    def drop(self, place: tuple[float, float], *paths: Path) -> None:
+        """Drag files or folders onto a place of the window, and let go."""
+        data = {"items": [], "files": list(map(str, paths)), "dragOperationsMask": 1}
+        for kind in ("dragEnter", "dragOver", "drop"):
+            self.devtools("Input.dispatchDragEvent", type=kind, x=place[0], y=place[1], data=data)
+
     def wait(self, condition: str, seconds: float = 60.0) -> Any:
         """Wait until a JavaScript expression is true, and give its value."""
         until = time.monotonic() + seconds

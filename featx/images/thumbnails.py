@@ -1,9 +1,10 @@
-"""Small pictures of images, decoded in processes of their own, and of those images only that are still the same."""
+"""Small pictures of images, decoded in processes of their own; where it matters, of those that are still the same."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from featx.errors import ImageError, SourceError, UsageError
 from featx.images.origin import Origin
 from featx.images.pixels import Preprocess, encode, resized
-from featx.images.pool import DecoderPool
+from featx.images.pool import Decoded, DecoderPool
 from featx.images.source import finder
 
 SIDE = 160
@@ -19,16 +20,21 @@ SIDE = 160
 
 
 class Thumbnails:
-    """Makes thumbnails; the processes are started when the first is wanted, and ended by :meth:`close`.
+    """Makes small pictures, in processes that are started when the first is wanted, and ended by :meth:`close`.
+
+    Methods may be called from several threads.
 
     Parameters
     ----------
     side : pixels.
     workers : processes.
+    whole : all of each picture, its longer side ``side``, and not the centre square.
+    background : let the processes run only while others leave a processor idle.
     """
 
-    def __init__(self, side: int = SIDE, workers: int = 1) -> None:
-        self.side, self.workers = side, workers
+    def __init__(self, side: int = SIDE, workers: int = 1, *, whole: bool = False, background: bool = False) -> None:
+        self.side, self.workers, self.whole, self.background = side, workers, whole, background
+        self._lock = threading.Lock()
         self._pool: DecoderPool | None = None
 
     def __enter__(self) -> Thumbnails:
@@ -39,16 +45,13 @@ class Thumbnails:
 
     def close(self) -> None:
         """End the processes."""
-        if self._pool is not None:
-            self._pool.__exit__(None, None, None)
-            self._pool = None
+        with self._lock:
+            pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.__exit__(None, None, None)
 
-    def make(self, images: Sequence[tuple[Origin, bytes | None]]) -> list[bytes | str]:
-        """A JPEG of each image, or why there is none.
-
-        Parameters
-        ----------
-        images : each with the sha256 that its bytes must have, or None for any.
+    def pixels(self, images: Iterable[Origin]) -> Iterator[NDArray[np.uint8] | ImageError]:
+        """RGB pixels (h, w, 3) of each image, upright, or why there are none.
 
         Raises
         ------
@@ -57,19 +60,27 @@ class Thumbnails:
         SourceError
             What has the images does not answer any more.
         """
+        return (self._picture(found) for found in self._run(images, lambda digest: False))
+
+    def jpegs(self, images: Iterable[Origin]) -> Iterator[bytes | ImageError]:
+        """A JPEG of each image, or why there is none; errors as of :meth:`pixels`."""
+        for found in self.pixels(images):
+            yield found if isinstance(found, ImageError) else encode(found, form="JPEG")
+
+    def make(self, images: Sequence[tuple[Origin, bytes | None]]) -> list[bytes | str]:
+        """A JPEG of each image that is still the same, or why there is none; errors as of :meth:`pixels`.
+
+        Parameters
+        ----------
+        images : each with the sha256 that its bytes must have, or None for any.
+        """
         if not images:
             return []
-        if self._pool is None:
-            half = (0.5, 0.5, 0.5)
-            small = Preprocess(
-                resize=self.side, crop=(self.side, self.side), interpolation="bilinear", mean=half, std=half
-            )
-            self._pool = DecoderPool(small, workers=self.workers, mode="scaled")
         digests = {digest for _, digest in images}
         any_bytes = None in digests
         origins = list(dict.fromkeys(origin for origin, _ in images))
         # Bytes that nobody wants are not even decoded.
-        runs = self._pool.run(origins, lambda found: not (any_bytes or found in digests), ahead=4 * self.workers)
+        runs = self._run(origins, lambda found: not (any_bytes or found in digests))
         decoded = dict(zip(origins, runs, strict=True))
         pictures: list[bytes | str] = []
         for origin, digest in images:
@@ -82,18 +93,33 @@ class Thumbnails:
                 pictures.append(encode(found.pixels, form="JPEG"))
         return pictures
 
+    def _picture(self, found: Decoded) -> NDArray[np.uint8] | ImageError:
+        if found.pixels is None:
+            return found.refusal or ImageError("corrupt", "it has no pixels")
+        if not self.whole:
+            return found.pixels
+        width, height = (max(1, round(self.side * length / max(found.size))) for length in found.size)
+        return resized(found.pixels, width, height)
+
+    def _run(self, images: Iterable[Origin], known: Callable[[bytes], bool]) -> Iterator[Decoded]:
+        with self._lock:
+            if self._pool is None:
+                half = (0.5, 0.5, 0.5)
+                square = (self.side, self.side)
+                look = Preprocess(
+                    resize=square if self.whole else self.side, crop=square, interpolation="bilinear", mean=half,
+                    std=half,
+                )  # fmt: skip
+                self._pool = DecoderPool(look, workers=self.workers, mode="scaled", background=self.background)
+            pool = self._pool
+        return pool.run(images, known, ahead=4 * self.workers)
+
 
 def whole_pictures(images: Sequence[Origin], *, side: int, workers: int = 1) -> Iterator[NDArray[np.uint8] | str]:
     """RGB pixels (h, w, 3) of each image, whole and upright, the longer side ``side``, or why there are none."""
-    half = (0.5, 0.5, 0.5)
-    square = Preprocess(resize=(side, side), crop=(side, side), interpolation="bilinear", mean=half, std=half)
-    with DecoderPool(square, workers=workers, mode="scaled") as pool:
-        for found in pool.run(images, lambda digest: False, ahead=4 * workers):
-            if found.refusal is not None:
-                yield found.refusal.what
-            elif found.pixels is not None:
-                width, height = (max(1, round(side * length / max(found.size))) for length in found.size)
-                yield resized(found.pixels, width, height)
+    with Thumbnails(side, workers, whole=True) as thumbnails:
+        for found in thumbnails.pixels(images):
+            yield found.what if isinstance(found, ImageError) else found
 
 
 class Originals:

@@ -10,7 +10,8 @@ import asyncio
 import functools
 import hmac
 import shlex
-from collections.abc import AsyncIterator, Callable
+import struct
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from importlib.resources import files
@@ -26,6 +27,7 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from featx.errors import FeatxError, ImageError, SourceError, StoreBusy, UsageError
+from featx.images import ImageRef
 from featx.service import LOOPBACK_NAMES, Refusal
 from featx.studio.events import Events
 from featx.studio.journal import Change, Journal
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 COOKIE = "featx-studio"
+"""Its name begins so, and ends with the port: a browser sends a machine's cookies to all its ports."""
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
@@ -152,7 +155,7 @@ class Gate:
         asked = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
         if scope["path"] == "/" and asked and self._is_token(asked):
             return None
-        if not self._is_token(_cookie(headers.get("cookie", ""))):
+        if not any(map(self._is_token, _cookies(headers.get("cookie", "")))):
             return _error(401, "token", "This window is not signed in: open the address that featx studio printed.")
         limit = MOST_PHOTO if scope["path"] in _UPLOADS else MOST_JSON
         length = headers.get("content-length", "0")
@@ -164,19 +167,16 @@ class Gate:
         if not parse_qs(scope["query_string"].decode("latin-1")).get("token"):
             return None
         answer = RedirectResponse("/", 303)
-        answer.set_cookie(COOKIE, self.token, httponly=True, samesite="strict")
+        answer.set_cookie(f"{COOKIE}-{scope['server'][1]}", self.token, httponly=True, samesite="strict")
         return answer
 
     def _is_token(self, text: str) -> bool:
         return hmac.compare_digest(text.encode(), self.token.encode())
 
 
-def _cookie(text: str) -> str:
-    for part in text.split(";"):
-        name, _, value = part.strip().partition("=")
-        if name == COOKIE:
-            return value
-    return ""
+def _cookies(text: str) -> list[str]:
+    parts = (part.strip().partition("=") for part in text.split(";"))
+    return [value for name, _, value in parts if name.startswith(COOKIE)]
 
 
 def _limited(receive: Receive, limit: int) -> Receive:
@@ -278,7 +278,8 @@ def _state(studio: Studio) -> dict[str, Any]:
         return {"open": False, "version": version("featx"), "root": _short(studio.setup.root)}
     project, told = session.project, session.tell_labels()
     return {
-        "open": True, "name": project.name, "folder": _short(project.source), "project": _short(project.folder),
+        "open": True, "name": project.name, "folder": _short(project.source), "source": str(project.source),
+        "project": _short(project.folder),
         "version": version("featx"), "photos": len(project.photos),
         **{name: told[name] for name in ("seq", "labelled", "undo", "redo")},
         "folder_classes": 0 if session.journal.n else len(set(project.folder_labels.values())),
@@ -287,7 +288,7 @@ def _state(studio: Studio) -> dict[str, Any]:
             "version": session.versions["suggestions"], "ready": not session.suggestions.reason,
             "reason": session.suggestions.reason,
         },
-        "map": {"version": session.versions["map"], "status": session.map["status"], "message": ""},
+        "map": {"version": session.versions["map"], "status": session.map["status"], "message": session.map["message"]},
         "quality": {
             "version": session.versions["quality"], "status": session.quality["status"],
             "message": session.quality.get("reason", ""),
@@ -326,6 +327,7 @@ def _add_reading(app: FastAPI, studio: Studio) -> None:
             {
                 "ids": [_shown(photo.name) for photo in listed],
                 "times": [photo.ref.mtime_ns // 10**9 for photo in listed],
+                "splits": [photo.split for photo in listed] if any(photo.split for photo in listed) else [],
                 "embedded": embedded.tolist(),
                 "refused": [names[each["id"]] for each in session.refused() if each["id"] in names],
             }
@@ -393,15 +395,40 @@ def _add_reading(app: FastAPI, studio: Studio) -> None:
         session = studio.now
         return JSONResponse({"version": session.versions["quality"], **session.quality})
 
+    @app.get("/thumbs")
+    def thumbs(rows: Annotated[str, Query(max_length=10_000, pattern=r"^\d+(,\d+)*$")]) -> Response:
+        """Small pictures of many photos: of each its row and length, 4 bytes each, the lowest first, then a JPEG.
+
+        Those come first that were made before; of what cannot be read the length is 0.
+        """
+        session = studio.now
+        photos, pictures = session.project.photos, session.pictures
+        wanted = {row: photos[row].ref for row in map(int, rows.split(",")) if row < len(photos)}
+
+        def frame(row: int, picture: bytes | ImageError) -> bytes:
+            data = b"" if isinstance(picture, ImageError) else picture
+            return struct.pack("<II", row, len(data)) + data
+
+        def frames() -> Iterator[bytes]:
+            kept = {row: pictures.kept(ref) for row, ref in wanted.items()}
+            yield b"".join(frame(row, picture) for row, picture in kept.items() if picture is not None)
+            missing = [row for row, picture in kept.items() if picture is None]
+            for row, made in zip(missing, pictures.make([wanted[row] for row in missing]), strict=True):
+                yield frame(row, made)
+
+        return StreamingResponse(frames(), media_type="application/octet-stream", headers={"cache-control": "no-store"})
+
     @app.get("/thumb/{row}")
     def thumb(row: int) -> Response:
         """A small picture of a photo."""
-        return _picture(studio, row, whole=False)
+        ref, pictures = _ref(studio, row), studio.now.pictures
+        return _picture(ref, pictures.kept(ref) or next(pictures.make([ref])))
 
     @app.get("/photo/{row}")
     def photo(row: int) -> Response:
         """A photo, made smaller where it is large."""
-        return _picture(studio, row, whole=True)
+        ref = _ref(studio, row)
+        return _picture(ref, studio.now.pictures.whole(ref))
 
     @app.get("/api/commands")
     def commands() -> Response:
@@ -410,7 +437,11 @@ def _add_reading(app: FastAPI, studio: Studio) -> None:
         return JSONResponse(
             {
                 "commands": [shlex.join(each) for each in session.taking.commands()],
-                "files": {"labels": str(session.project.labels), "store": str(session.project.store)},
+                "files": {
+                    "labels": str(session.project.labels),
+                    "store": str(session.project.store),
+                    "models": str(session.taking.folder),
+                },
             }
         )
 
@@ -422,15 +453,16 @@ def _add_reading(app: FastAPI, studio: Studio) -> None:
         )
 
 
-def _picture(studio: Studio, row: int, *, whole: bool) -> Response:
-    session = studio.now
-    if not 0 <= row < len(session.project.photos):
+def _ref(studio: Studio, row: int) -> ImageRef:
+    photos = studio.now.project.photos
+    if not 0 <= row < len(photos):
         raise Refusal(404, "no_photo", "There is no such photo.")
-    ref = session.project.photos[row].ref
-    try:
-        found = session.pictures.whole(ref) if whole else session.pictures.small(ref)
-    except ImageError as error:
-        raise Refusal(404, error.reason, f"This photo cannot be shown: {error.what}.") from error
+    return photos[row].ref
+
+
+def _picture(ref: ImageRef, found: bytes | ImageError) -> Response:
+    if isinstance(found, ImageError):
+        raise Refusal(404, found.reason, f"This photo cannot be shown: {found.what}.") from found
     age = "private, max-age=31536000, immutable" if ref.stamp >= 0 else "no-store"
     return Response(found, media_type="image/jpeg", headers={"cache-control": age})
 

@@ -6,6 +6,8 @@ import logging
 import threading
 from collections.abc import Callable
 
+from featx.errors import FeatxError
+
 log = logging.getLogger("featx.studio")
 
 
@@ -60,7 +62,7 @@ class Again:
             try:
                 self.work()
             except Exception as error:
-                log.exception("%s failed", self._thread.name)
+                log.error("%s failed", self._thread.name, exc_info=not isinstance(error, FeatxError))
                 self.failed(error)
             if not self._asked.is_set():
                 self._idle.set()

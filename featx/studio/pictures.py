@@ -1,35 +1,21 @@
-"""Small and whole pictures of photos, decoded in processes of their own; small ones are kept in the project."""
+"""Small and whole pictures of photos; small ones are kept in the project."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
-from featx._files import publish_bytes
+from featx._files import temporary
 from featx.errors import ImageError
-from featx.images import DecoderPool, ImageRef, Preprocess, encode, resized
-
-SIDE = 160
-"""Pixels of a small picture: the centre square, which is what a network sees of a photo."""
+from featx.images import ImageRef, Thumbnails
 
 WHOLE = 1200
 """Pixels of the longer side of a whole picture."""
 
 _WORKERS = 2
-_HALF = (0.5, 0.5, 0.5)
-_SMALL = Preprocess(resize=SIDE, crop=(SIDE, SIDE), interpolation="bilinear", mean=_HALF, std=_HALF)
-_LARGE = Preprocess(resize=(WHOLE, WHOLE), crop=(WHOLE, WHOLE), interpolation="bilinear", mean=_HALF, std=_HALF)
-
-
-class _Picture(NamedTuple):
-    pixels: NDArray[np.uint8]
-    size: tuple[int, int]
+_END = b"\xff\xd9"  # of every JPEG
 
 
 class Pictures:
@@ -42,66 +28,53 @@ class Pictures:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._lock = threading.Lock()
-        self._pools: dict[int, DecoderPool] = {}
+        self._small = Thumbnails(workers=_WORKERS)
+        self._large = Thumbnails(WHOLE, whole=True)
 
     def close(self) -> None:
         """End the processes."""
-        with self._lock:
-            for pool in self._pools.values():
-                pool.__exit__(None, None, None)
-            self._pools.clear()
+        self._small.close()
+        self._large.close()
 
-    def small(self, ref: ImageRef) -> bytes:
-        """The centre square, :data:`SIDE` pixels wide.
-
-        Raises
-        ------
-        ImageError
-            The photo cannot be read.
-        """
-        path = self._kept(ref)
+    def kept(self, ref: ImageRef) -> bytes | None:
+        """The small picture of a photo, the centre square, where it was made before."""
         try:
-            return path.read_bytes()
+            found = self._path(ref).read_bytes()
         except FileNotFoundError:
-            pass
-        picture = encode(self._decoded(ref, SIDE).pixels, form="JPEG")
-        if ref.stamp >= 0:
-            publish_bytes(path, picture)
-        return picture
+            return None
+        return found if found.endswith(_END) else None  # a power cut may have left half of it
+
+    def make(self, refs: Sequence[ImageRef]) -> Iterator[bytes | ImageError]:
+        """Make small pictures, and keep them."""
+        yield from self._made(self._small, refs)
 
     def make_ahead(self, refs: Sequence[ImageRef], stop: Callable[[], bool]) -> None:
         """Make the small pictures that are not there yet, while nothing else wants the processors, until ``stop()``."""
-        missing = [ref for ref in refs if ref.stamp >= 0 and not self._kept(ref).exists()]
-        if not missing:
-            return
-        with DecoderPool(_SMALL, workers=1, mode="scaled", background=True) as pool:
-            stream = pool.run((ref.path for ref in missing), lambda digest: False, ahead=4)
-            for ref, found in zip(missing, stream, strict=False):
-                if found.pixels is not None:
-                    publish_bytes(self._kept(ref), encode(found.pixels, form="JPEG"))
+        missing = [ref for ref in refs if ref.stamp >= 0 and not self._path(ref).exists()]
+        with Thumbnails(background=True) as thumbnails:
+            for _ in self._made(thumbnails, missing):
                 if stop():
                     return
 
-    def _kept(self, ref: ImageRef) -> Path:
-        named = f"{ref.id} {ref.size} {ref.stamp}".encode("utf-8", "surrogatepass")
-        return self.folder / f"{hashlib.sha256(named).hexdigest()[:32]}.jpg"
+    def whole(self, ref: ImageRef) -> bytes | ImageError:
+        """All of a photo, the longer side :data:`WHOLE` pixels."""
+        return next(self._large.jpegs([ref.path]))
 
-    def whole(self, ref: ImageRef) -> bytes:
-        """All of it, the longer side :data:`WHOLE` pixels; errors as of :meth:`small`."""
-        found = self._decoded(ref, WHOLE)
-        width, height = (max(1, round(WHOLE * length / max(found.size))) for length in found.size)
-        return encode(resized(found.pixels, width, height), form="JPEG")
+    def _made(self, thumbnails: Thumbnails, refs: Sequence[ImageRef]) -> Iterator[bytes | ImageError]:
+        for ref, made in zip(refs, thumbnails.jpegs(ref.path for ref in refs), strict=True):
+            if ref.stamp >= 0 and not isinstance(made, ImageError):
+                self._keep(ref, made)
+            yield made
 
-    def _decoded(self, ref: ImageRef, side: int) -> _Picture:
-        (found,) = self._pool(side).run([ref.path], lambda digest: False, ahead=1)
-        if found.refusal is not None or found.pixels is None:
-            raise found.refusal or ImageError("corrupt", "it has no pixels")
-        return _Picture(found.pixels, found.size)
+    def _keep(self, ref: ImageRef, picture: bytes) -> None:
+        """Not synced: it can be made anew. On a full disk pictures are seen all the same."""
+        path = self._path(ref)
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary(path) as temp:
+                temp.write_bytes(picture)
+                temp.replace(path)
 
-    def _pool(self, side: int) -> DecoderPool:
-        with self._lock:
-            if side not in self._pools:
-                look, workers = (_SMALL, _WORKERS) if side == SIDE else (_LARGE, 1)
-                self._pools[side] = DecoderPool(look, workers=workers, mode="scaled")
-            return self._pools[side]
+    def _path(self, ref: ImageRef) -> Path:
+        named = hashlib.sha256(f"{ref.id} {ref.size} {ref.stamp}".encode("utf-8", "surrogatepass")).hexdigest()
+        return self.folder / named[:2] / f"{named[2:32]}.jpg"  # a folder with all of them is slow to write to

@@ -56,11 +56,13 @@ class Photo:
     ref : its file; ``ref.id`` is relative to the project's folder.
     name : what it is called on the page: its path relative to the folder of photos.
     folder_label : the name of the class folder that it lies in, or its label in a list; None where there is none.
+    split : "train", "val" or "test", by its folder or a list; "" where there is none.
     """
 
     ref: ImageRef
     name: str
     folder_label: str | None = None
+    split: str = ""
 
 
 class Project:
@@ -111,7 +113,7 @@ class Project:
                 hint="Use its window, or end it first.",
             ) from error  # fmt: skip
         try:
-            for part in (self.folder, self.added, self.thumbnails):
+            for part in (self.folder, self.added):
                 remove_leftovers(part)
             self.photos += self._added()
             self.journal = Journal(self.folder / "journal.jsonl", _user())
@@ -199,8 +201,16 @@ class Project:
             self.journal.label_each(labels, how="labels.csv", by="labels.csv")
 
     def add(self, name: str, data: bytes) -> int:
-        """Keep a photo that came through the page; its row."""
+        """Keep a photo that came through the page; its row.
+
+        Raises
+        ------
+        UsageError
+            It is another kind of file, by its name.
+        """
         given = Path(name.replace("\\", "/"))
+        if given.suffix and given.suffix.lower() not in IMAGE_SUFFIXES:
+            raise UsageError("not a photo, by its name", expected="a file such as .jpg or .png", found=given.suffix)
         suffix = given.suffix.lower() if given.suffix.lower() in IMAGE_SUFFIXES else ".jpg"
         stem = _WEIRD.sub("-", given.stem).strip(" .-")[:80] or "photo"
         path = self.added / f"{stem}-{hashlib.sha256(data).hexdigest()[:8]}{suffix}"
@@ -219,18 +229,19 @@ class Project:
             found = []
             for ref in sorted(refs, key=lambda ref: ref.id):
                 photo = self._photo(self.source.parent / ref.id, ref.id)
-                found.append(replace(photo, ref=replace(photo.ref, group=ref.group), folder_label=ref.label))
+                own = replace(photo.ref, group=ref.group)
+                found.append(replace(photo, ref=own, folder_label=ref.label, split=ref.split))
             return found
         names = sorted(
             relative for relative, _ in walk_folder(self.source) if Path(relative).suffix.lower() in IMAGE_SUFFIXES
         )
         try:
-            labels = [label for label, _ in labels_from_folders(names)]
+            labels = labels_from_folders(names)
         except SourceError:
-            labels = [None] * len(names)
+            labels = [(None, "")] * len(names)
         return [
-            replace(self._photo(self.source / name, name), folder_label=label)
-            for name, label in zip(names, labels, strict=True)
+            replace(self._photo(self.source / name, name), folder_label=label, split=split)
+            for name, (label, split) in zip(names, labels, strict=True)
         ]
 
     def _added(self) -> list[Photo]:
@@ -252,7 +263,7 @@ class Project:
 
 
 def folders(path: Path, root: Path) -> dict[str, object]:
-    """What of a folder the page shows, to choose one: its folders, and how many photos lie in it.
+    """What of a folder the page shows, to choose one: its folders, which were begun before, and its photos.
 
     Raises
     ------
@@ -267,7 +278,9 @@ def folders(path: Path, root: Path) -> dict[str, object]:
                 if entry.name.startswith("."):
                     continue
                 if entry.is_dir() and not entry.name.endswith((".studio", ".featx")):
-                    inside.append({"name": entry.name, "path": entry.path, "images": _count(Path(entry.path))})
+                    begun = Path(f"{entry.path}.studio", "journal.jsonl").exists()
+                    images_in = _count(Path(entry.path))
+                    inside.append({"name": entry.name, "path": entry.path, "images": images_in, "begun": begun})
                 elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES:
                     images += 1
     except OSError as error:

@@ -170,7 +170,7 @@ def _classes(judged: LabelRanking, right: NDArray[np.bool_]) -> list[dict[str, A
         out.append({"class": code, "n": int(own.sum()), "recall": share, "hint": ""})
     worst = min(out, key=lambda each: each["recall"]["mean"])
     if worst["recall"]["mean"] < 1:
-        worst["hint"] = "The least often recognised: more labels of this class are likely to help most."
+        worst["hint"] = "The least often recognised: on average, more labels of such a class help more than of others."
     return out
 
 

@@ -23,7 +23,7 @@ from featx.store import FeatureSet, read_manifest, read_quarantine
 from featx.studio import layout, project as projects, quality
 from featx.studio.background import Again
 from featx.studio.events import Events
-from featx.studio.journal import LEFT_OUT, Change, Journal
+from featx.studio.journal import LEFT_OUT, NOTHING, Change, Journal
 from featx.studio.pictures import Pictures
 from featx.studio.project import Project
 from featx.studio.suggest import Suggestions, suggest, unlike_labelled
@@ -94,7 +94,7 @@ class Session:
         self.suggestions = Suggestions(np.full(0, -1), np.zeros(0, np.float32), (), reason="Photos are being read.")
         self.suggested = -1  # the action that suggestions were made after
         self.quality: dict[str, Any] = {"status": "waiting", "reason": quality.too_early(np.full(0, -1))}
-        self.map: dict[str, Any] = {"status": "waiting", "method": "", "places": None}
+        self.map: dict[str, Any] = {"status": "waiting", "message": "", "method": "", "places": None}
         self.embedding: dict[str, Any] = {
             "status": "waiting", "done": 0, "total": len(self.project.photos), "seconds_left": None, "message": "",
             "refused": 0,
@@ -143,7 +143,11 @@ class Session:
     def codes(self) -> Index:
         """What every photo is called (n,), by row."""
         with self._lock:
-            return np.array([self.journal.code(photo.ref.id) for photo in self.project.photos], dtype=np.intp)
+            rows = self.project.rows
+            known = {rows[photo]: code for photo, code in self.journal.codes.items() if photo in rows}
+            codes = np.full(len(self.project.photos), NOTHING, dtype=np.intp)
+            codes[list(known)] = list(known.values())
+            return codes
 
     def act(self, action: Callable[[Journal], Change | None]) -> dict[str, Any] | None:
         """Do something to the labels, tell all windows, and have everything worked out anew; None where nothing was."""
@@ -254,7 +258,7 @@ class Session:
             ended, self._embedder = {"status": "stopped"}, None
         except Exception as error:
             ended, self._embedder = {"status": "failed", "message": _said(error)}, None
-            log.exception("embedding failed")
+            log.error("embedding failed", exc_info=not isinstance(error, FeatxError))
         self._tell_embedding(seconds_left=None, **ended)
         self._writing.ask()
 
@@ -341,6 +345,10 @@ class Session:
     def _failed(self, what: str) -> Callable[[Exception], None]:
         def told(error: Exception) -> None:
             message = _said(error)
+            if what == "quality":
+                self.quality = {"status": "failed", "reason": message}
+            elif what == "map":
+                self.map = {**self.map, "status": "failed", "message": message}
             if what in self.versions:
                 self.events.publish(what, {"status": "failed", "version": self.versions[what], "message": message})
             else:
@@ -364,6 +372,18 @@ class Session:
         self.suggestions = suggest(embedded.unit, embedded.photos, data.codes, self.unlike, data.drawn, sample)
         self.suggested = seq
         self._next("suggestions", seq=seq, ready=not self.suggestions.reason, reason=self.suggestions.reason)
+        self._tell_early(seq, quality.too_early(data.codes[embedded.photos]))  # and measure it a little later
+
+    def _tell_early(self, seq: int, reason: str) -> None:
+        """Say what is missing until it can be measured, or that it will be, where it was not yet."""
+        status = "waiting" if reason else "running"
+        with self._lock:
+            before = self.quality
+            if before["status"] != "waiting" and not reason:
+                return
+            self.quality = {"status": status, "seq": seq, "reason": reason}
+        if (before["status"], before.get("reason")) != (status, reason):
+            self._next("quality", status=status, message=reason)
 
     def _compare(self) -> None:
         embedded = self.embedded
@@ -392,7 +412,8 @@ class Session:
         for method, places in layout.maps(embedded.unit, self.project.folder / "map.npz"):
             every = np.full((len(self.project.photos), 2), np.nan)
             every[embedded.photos] = places
-            self.map = {"status": "running" if method == "pca" else "done", "method": method, "places": every}
+            status = "running" if method == "pca" else "done"
+            self.map = {"status": status, "message": "", "method": method, "places": every}
             self._next("map", status=self.map["status"], message="")
             if self._mapping.asked_again:
                 return
@@ -405,8 +426,7 @@ class Session:
         seq = self.journal.n
         reason = quality.too_early(data.codes[embedded.photos])
         if reason:
-            self.quality = {"status": "waiting", "seq": seq, "reason": reason}
-            self._next("quality", status="waiting", message=reason)
+            self._tell_early(seq, reason)
             return
 
         def tell(what: str) -> None:
@@ -418,7 +438,8 @@ class Session:
             return  # it is measured again, with the labels that there are by then
         except UsageError as error:
             found = {"status": "waiting", "reason": f"Cannot tell yet: {error}"}
-        self.quality = {"status": "done", "seq": seq, **found}
+        with self._lock:
+            self.quality = {"status": "done", "seq": seq, **found}
         self._next("quality", status=str(self.quality["status"]), message=str(self.quality.get("reason", "")))
 
     def _next(self, what: str, **data: Any) -> None:

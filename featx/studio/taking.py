@@ -21,7 +21,7 @@ from featx.errors import FeatxError, ImageError, MismatchError, UsageError
 from featx.extraction import Embedder
 from featx.heads import unit_rows
 from featx.images import DecoderPool, encode
-from featx.models import Bundle, Explainer, fit_bundle, layer_number, write_bundle
+from featx.models import Bundle, Explainer, fit_bundle, layer_number, web_runtime, write_bundle
 from featx.reports import overlays
 
 if TYPE_CHECKING:
@@ -247,6 +247,8 @@ class Taking:
                     self._run("card", str(model), "--out", str(out))
                 elif job.what == "html":
                     runtime = self.session.setup.runtime
+                    if runtime is None:
+                        _check_runtime()
                     given = [] if runtime is None else ["--runtime", runtime]
                     store = str(self.session.project.store)
                     self._run("export", str(model), "--format", "html", "--out", str(out), "--store", store, *given)
@@ -280,4 +282,17 @@ class Taking:
                 self._child = None
         if child.returncode:
             lines = said.decode(errors="replace").strip().splitlines()
-            raise UsageError(" ".join(lines[-3:]) or f"featx {arguments[0]} ended with {child.returncode}")
+            raise UsageError(
+                " ".join(lines[-3:]).removeprefix("Error: ") or f"featx {arguments[0]} ended with {child.returncode}"
+            )
+
+
+def _check_runtime() -> None:
+    """UsageError where nothing on this machine runs a model in a browser, with what to do in the studio."""
+    try:
+        web_runtime(None)
+    except UsageError as error:
+        raise UsageError(
+            error.what,
+            hint="End featx studio and start it once with --runtime npm, which fetches it from the internet.",
+        ) from error

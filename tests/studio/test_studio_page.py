@@ -10,9 +10,12 @@ import io
 import itertools
 import os
 import shutil
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
@@ -24,7 +27,8 @@ from webdriver import Browser, driver, missing
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing() or "there is a browser")]
 
 HOSTILE = "<img src=x onerror=document.title='owned'>.jpg"
-ENTER, RIGHT, HOME, END = "\ue007", "\ue014", "\ue011", "\ue010"
+ENTER, RIGHT, HOME, END, ESCAPE = "\ue007", "\ue014", "\ue011", "\ue010", "\ue00c"
+CAMERA = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
 VIEWS = ("photos", "label", "map", "quality", "try", "take")
 STEPS = "document.getElementById('steps').innerText"
 FIRST = (
@@ -37,11 +41,13 @@ CHOOSE = (
 )
 
 
-class Scene(NamedTuple):
-    """A browser, the server, what each photo really shows, and photos that are not in the folder."""
+@dataclass
+class Scene:
+    """A browser, the server and how to start it, what each photo really shows, and photos that it does not have."""
 
     page: Browser
     window: Window
+    start: Callable[[], Window]
     truth: dict[str, str]
     fresh: list[Path]
 
@@ -78,11 +84,17 @@ def scene(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sc
             shutil.copy(file, unsorted / name)
             truth[name] = kind
     (unsorted / "broken.jpg").write_bytes(kinds["ants"][0].read_bytes()[:2000])
-    with driver(folder) as url, open_studio(folder, "--root", folder / "root") as window:
-        page = Browser(url, folder / "profile", (1280, 800))
+    with ExitStack() as stack:
+        url = stack.enter_context(driver(folder))
+
+        def start() -> Window:
+            return stack.enter_context(open_studio(folder, "--root", folder / "root"))
+
+        window = start()
+        page = Browser(url, folder / "profile", (1280, 800), more=CAMERA)
         page.resize(1280, 800)
         page.open(f"{window.server.url}/?token={window.token}")
-        yield Scene(page, window, truth, fresh)
+        yield Scene(page, window, start, truth, fresh)
         complaints = page.log()
         page.close()
     assert complaints == []
@@ -159,6 +171,25 @@ def test_a_lost_connection_keeps_labels_and_sends_them(scene: Scene) -> None:
     page.devtools("Network.emulateNetworkConditions", offline=False, **network)
     page.wait("!document.getElementById('trouble').textContent")
     scene.window.wait(lambda: scene.labels() == {**before, name: scene.truth[name]})
+    page.log()  # forget the requests that could not go out
+
+
+def test_a_killed_server_is_started_again_and_no_label_is_lost(scene: Scene) -> None:
+    page = scene.page
+    before = scene.labels()
+    scene.window.server.process.send_signal(signal.SIGKILL)
+    scene.window.server.process.wait()
+    name = page.run(f"return {FIRST}")
+    page.press(scene.key_of(scene.truth[name]))
+    page.wait(f"{STEPS}.includes('22 labelled')")  # shown at once
+    page.wait("document.getElementById('trouble').textContent.startsWith('The connection to featx studio is lost')")
+    scene.window = scene.start()  # by the same command, which names no folder
+    page.wait("!document.getElementById('trouble').textContent")
+    scene.window.wait(lambda: scene.labels() == {**before, name: scene.truth[name]})
+    page.wait(f"{STEPS}.includes('22 labelled')")
+    page.press("u")
+    scene.window.wait(lambda: scene.labels() == before)
+    page.wait("document.querySelectorAll('.label .chip.faint').length > 10")
     page.log()  # forget the requests that could not go out
 
 
@@ -272,6 +303,55 @@ def test_a_new_photo_is_tried_and_added(scene: Scene) -> None:
     assert len(scene.labels()) == 102, "a hundred, the broken one, and this one"
     assert list(scene.labels().values())[-1] == "bees"
     page.resize(1280, 800)
+
+
+def test_the_camera_takes_a_photo_on_a_phone(scene: Scene) -> None:
+    page = scene.page
+    page.devtools("Emulation.setDeviceMetricsOverride", width=390, height=780, deviceScaleFactor=2, mobile=True)
+    page.devtools("Emulation.setTouchEmulationEnabled", enabled=True)
+    page.tap("[...document.querySelectorAll('.try button')].find(b => b.textContent === 'Use the camera')")
+    page.wait("document.querySelector('.camera video').videoWidth > 0")
+    page.tap("[...document.querySelectorAll('.camera button')].find(b => b.textContent === 'Take the photo')")
+    page.wait("document.querySelector('.tries li .told .small')?.textContent.startsWith('camera ')")
+    page.wait("document.querySelector('.tries li .bars')")
+    page.tap("[...document.querySelectorAll('.camera button')].find(b => b.textContent === 'Close the camera')")
+    assert page.run("return document.querySelector('.camera video').srcObject.active") is False
+    for view in VIEWS:
+        scene.go(view)
+        wide = page.run("const m = document.getElementById('main'); return m.scrollWidth - m.clientWidth")
+        assert wide <= 0, f"{view} is wider than a phone by {wide}"
+    # A finger selects photo by photo, and a tap on a class labels them.
+    scene.go("label")
+    before = scene.labels()
+    page.wait("document.querySelectorAll('.label .cell[data-state=shown]').length >= 2")
+    page.run("document.querySelector('.label .grid').focus()")
+    page.press(ESCAPE)  # nothing is selected
+    for place in (1, 2):
+        page.tap(f"document.querySelector('.label .cell[aria-posinset=\"{place}\"]')")
+    assert page.run("return document.querySelectorAll('.label .cell[aria-selected=true]').length") == 2
+    page.tap("[...document.querySelectorAll('.label .class-line')].find(e => e.textContent.includes('unsure'))")
+    scene.window.wait(lambda: sum(label == -3 for label in scene.labels().values()) == 2)
+    page.run("document.getElementById('undo').click()")
+    scene.window.wait(lambda: scene.labels() == before)
+    page.devtools("Emulation.setTouchEmulationEnabled", enabled=False)
+    page.resize(1280, 800)
+
+
+def test_a_dropped_folder_is_added_but_for_what_is_no_photo(scene: Scene, tmp_path: Path) -> None:
+    page = scene.page
+    dropped = tmp_path / "more bees"
+    (dropped / "inside").mkdir(parents=True)
+    shutil.copy(scene.fresh[0], dropped / "a.jpg")
+    shutil.copy(scene.fresh[1], dropped / "inside" / "b.JPG")
+    (dropped / "notes.txt").write_text("seen at noon")
+    before = len(scene.labels())
+    scene.go("photos")
+    page.drop((600, 500), dropped)
+    page.wait("document.getElementById('said').textContent.startsWith('2 photos added. 1 not: notes.txt')")
+    scene.window.wait(lambda: sum(scene.window.get("/api/photos")["embedded"]) == before + 1)
+    assert len(scene.labels()) == before + 2
+    page.wait(f"{STEPS}.includes('{before + 1} photos')")
+    page.log()  # forget the refusal
 
 
 def test_labels_and_model_are_taken_along(scene: Scene) -> None:

@@ -1,9 +1,10 @@
 // A grid of thumbnails that holds only what is on the screen: 10,000 photos scroll like 100. A listbox to screen readers.
 
 import {make} from "./dom.js";
+import {Pictures} from "./pictures.js";
 import {thumb} from "./store.js";
 
-const GAP = 6, PAD = 8, KEPT = 400, AHEAD = 3;
+const GAP = 6, PAD = 8, KEPT = 400, AHEAD = 3, FURTHER = 600;
 let made = 0;
 
 export class Grid {
@@ -21,6 +22,7 @@ export class Grid {
     this.anchor = null;  // the row from which shift extends
     this.cells = new Map();  // row -> element on the page
     this.kept = new Map();  // row -> element that went out of sight with its thumbnail, the oldest first
+    this.pictures = new Pictures((row) => { if (this.cells.has(row)) this.#picture(this.cells.get(row), row); });
     this.name = `grid${made++}`;
     this.space = make("div", {class: "grid-space", role: "presentation"});
     this.band = make("div", {class: "band", hidden: true});
@@ -96,7 +98,7 @@ export class Grid {
   /** Scroll until a photo is in sight. */
   reveal(row) {
     const place = this.places.get(row);
-    if (place === undefined || !this.columns) return;
+    if (place === undefined || !this.columns || !this.height) return;  // out of sight there is nothing to scroll
     const top = PAD + Math.floor(place / this.columns) * this.step, bottom = top + this.step;
     if (top - PAD < this.top) this.#scroll(top - PAD);
     else if (bottom > this.top + this.height) this.#scroll(bottom - this.height + PAD);
@@ -148,8 +150,7 @@ export class Grid {
       if (wanted.has(row)) continue;
       cell.remove();
       this.cells.delete(row);
-      if (cell.firstChild.complete && cell.dataset.state !== "pending") this.kept.set(row, cell);
-      else cell.firstChild.removeAttribute("src");  // take the request back, so that those in sight come sooner
+      if (cell.dataset.state === "shown") this.kept.set(row, cell);
     }
     for (const row of this.kept.keys()) {
       if (this.kept.size <= KEPT) break;
@@ -175,6 +176,8 @@ export class Grid {
         Object.assign(cell, {place, total: this.rows.length});
       }
     }
+    const further = down ? this.rows.slice(to + AHEAD * more, to + FURTHER) : this.rows.slice(Math.max(0, from - FURTHER), Math.max(0, from - AHEAD * more)).reverse();
+    this.pictures.want([...wanted.keys(), ...further].filter((row) => !this.pending(row)));
     this.#mark(false);
   }
 
@@ -182,9 +185,16 @@ export class Grid {
     const image = make("img", {alt: "", draggable: "false", decoding: "async"});
     const cell = make("div", {class: "cell", role: "option", id: `${this.name}-${row}`}, image);
     image.addEventListener("load", () => { cell.dataset.state = "shown"; });
-    image.addEventListener("error", () => { if (image.hasAttribute("src")) cell.dataset.state = "unreadable"; });
     this.#fill(cell, row);
     return cell;
+  }
+
+  #picture(cell, row) {
+    const picture = this.pictures.of(row), image = cell.firstChild;
+    if (cell.dataset.state === "shown" && image.getAttribute("src") === picture) return;
+    cell.dataset.state = picture === "" ? "unreadable" : "loading";
+    if (picture) image.src = picture;
+    else image.removeAttribute("src");
   }
 
   #fill(cell, row) {
@@ -192,9 +202,9 @@ export class Grid {
     if (this.pending(row)) {
       cell.dataset.state = "pending";
       image.removeAttribute("src");
-    } else if (image.getAttribute("src") !== thumb(row)) {
-      cell.dataset.state = "loading";
-      image.src = thumb(row);
+    } else if (cell.address !== thumb(row)) {
+      cell.address = thumb(row);
+      this.#picture(cell, row);
     }
     const {text, parts = []} = this.decorate(row);
     if (cell.dataset.text === text) return;  // it says all that is drawn

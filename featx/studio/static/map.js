@@ -10,7 +10,8 @@ import {bySuggestion, label, LEFT_OUT, nameOf, NO_LABEL, on, read, say, store, s
 import {view} from "./viewer.js";
 
 const METHODS = {pca: "A first, rough map; a better one is on its way.", tsne: "Photos that look alike lie close together."};
-const BY = [["label", "label"], ["suggestion", "suggestion"], ["unknown", "unlike the labelled"], ["folder", "folder"]];
+const BY = [["label", "label"], ["suggestion", "suggestion"], ["unknown", "unlike the labelled"], ["folder", "folder"], ["split", "split"]];
+const SPLITS = ["train", "val", "test"];
 const SPRITE = 28;
 
 export function build(section) {
@@ -65,11 +66,12 @@ export function build(section) {
       const suggested = suggestionOf(row);
       if (by.value === "suggestion") return suggested ? group(suggested.label, nameOf(suggested.label), suggested.label) : group(-1, "nothing suggested", -1);
       if (by.value === "unknown") return suggested ? suggested.unknown ? group(1, "unlike the labelled", 5) : group(0, "like the labelled", 1) : group(-1, "cannot tell yet", -1);
+      if (by.value === "split") return group(store.splits[row], store.splits[row] || "no split", SPLITS.indexOf(store.splits[row]));
       const folder = store.ids[row].includes("/") ? store.ids[row].split("/")[0] : "no folder";
       if (!folders.has(folder)) folders.set(folder, folders.size);
       return group(folder, folder, folders.get(folder));
     }) : [];
-    legend.replaceChildren(...groups.map((each, i) => ({...each, i})).sort((a, b) => b.mark - a.mark < 0 ? -1 : 1).reverse()
+    legend.replaceChildren(...groups.map((each, i) => ({...each, i})).sort((a, b) => (a.mark < 0) - (b.mark < 0) || Math.abs(a.mark) - Math.abs(b.mark))
       .map(({text, mark, n}) => make("li", {}, swatch(mark), `${text} `, make("span", {class: "soft", text: n.toLocaleString("en")}))));
     canvas.setAttribute("aria-label", `Map of ${plural(groups.reduce((sum, {n}) => sum + n, 0))}, coloured by ${BY.find(([value]) => value === by.value)[1]}: ` +
       `${groups.map(({text, n}) => `${text} ${n}`).join(", ")}. Keys: plus and minus zoom, arrows move, v selects what is in view.`);
@@ -285,7 +287,7 @@ export function build(section) {
   function picked() {
     const rows = [...selection];
     chosen.textContent = rows.length ? `${plural(rows.length)} selected. Press a key or click a class to label ${rows.length === 1 ? "it" : "them"}.`
-      : "Draw around photos with the mouse to select them.";
+      : "Draw around photos to select them.";
     grid.show(rows, {top: true});
     panel.tell();
     if (rows.length) say(`${plural(rows.length)} selected.`);
@@ -357,6 +359,8 @@ export function build(section) {
 
   function draw() {
     const {open, map: about} = store.state || {};
+    by.lastChild.hidden = !store.splits.length;
+    if (by.value === "split" && by.lastChild.hidden) by.value = "label";
     const ready = Boolean(open && map);
     work.hidden = !ready;
     if (ready) {

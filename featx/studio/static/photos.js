@@ -34,10 +34,10 @@ export function build(section) {
     openThis.disabled = false;
     crumb.textContent = answer.images ? `${plural(answer.images)} in this folder itself.` : "No photo lies directly in this folder; folders inside it are read, too.";
     const line = (there) => make("li", {}, button("", () => browse(there), "folder"));
-    const lines = answer.folders.map(({name, path: there, images}) => {
+    const lines = answer.folders.map(({name, path: there, images, begun}) => {
       const item = line(there);
       item.firstChild.append(make("span", {class: "folder-name", text: name}),
-        make("span", {class: "soft", text: images === null ? "" : images ? plural(images) : "none directly in it"}));
+        make("span", {class: "soft", text: `${begun ? "begun · " : ""}${images === null ? "" : images ? plural(images) : "none directly in it"}`}));
       return item;
     });
     if (answer.parent !== null) {

@@ -10,7 +10,7 @@ const NOTHING_SUGGESTED = {version: -1, ready: false, suggested: [], probability
 
 export const store = {
   state: null,  // the answer of /api/state, kept up to date by the events
-  ids: [], times: [], embedded: [], refused: new Set(),
+  ids: [], times: [], splits: [], embedded: [], refused: new Set(),
   classes: [], labels: [],  // as shown: what the server has, and what is on its way to it
   suggestions: NOTHING_SUGGESTED,
   quality: null,
@@ -88,12 +88,15 @@ export function bySuggestion(rows) {
 
 // The browser keeps pictures by their addresses, but rows are other photos in another folder, or next year: so the address
 // says which photo is meant, by a hash (FNV-1a) of its name, its time and its project.
+let stamps = [];
+
 function stamp(row) {
+  if (stamps[row]) return stamps[row];
   let hash = 0x811c9dc5;
   for (const letter of `${store.state?.project} ${store.ids[row]} ${store.times[row]}`) {
     hash = Math.imul(hash ^ letter.codePointAt(0), 0x01000193);
   }
-  return (hash >>> 0).toString(36);
+  return (stamps[row] = (hash >>> 0).toString(36));
 }
 
 export const thumb = (row) => `/thumb/${row}?${stamp(row)}`;
@@ -158,7 +161,7 @@ async function work() {
       // The event that confirms it comes by itself; should it be lost, ask.
       setTimeout(() => { if (waiting.includes(action)) loadLabels(); }, 2000);
     } catch (error) {
-      if (error instanceof Gone) {
+      if (error instanceof Gone || (error.reason === "no_folder_open" && store.state.open)) {  // loadState opens it again
         trouble("The connection to featx studio is lost. Your labels are kept here and sent as soon as it is back.");
         await pause(1000);
         continue;
@@ -241,8 +244,16 @@ export async function read(path) {
 }
 
 async function loadState() {
-  const answer = await read("/api/state");
+  let answer = await read("/api/state");
   if (!answer) return null;
+  if (!answer.open && store.state?.open) {  // the server was started anew, without a folder: go on with the one of before
+    try {
+      answer = await post("/api/open", {path: store.state.source});
+    } catch (error) {
+      say(error.message, {bad: true});
+      return null;
+    }
+  }
   const other = Boolean(store.state) && store.state.project !== answer.project;
   if (!store.state || other) server.seq = -1;
   store.state = answer;
@@ -264,9 +275,10 @@ async function loadPhotos() {
   photosAsked = true;
   const answer = await read("/api/photos");
   if (answer) {
-    Object.assign(store, {ids: answer.ids, times: answer.times, embedded: answer.embedded, refused: new Set(answer.refused)});
+    Object.assign(store, {ids: answer.ids, times: answer.times, splits: answer.splits, embedded: answer.embedded, refused: new Set(answer.refused)});
     while (store.labels.length < store.ids.length) store.labels.push(server.labels[store.labels.length] ?? NO_LABEL);
     counted = listed = null;
+    stamps = [];
     emit("photos");
   }
   setTimeout(() => {  // while a folder is embedded, the server speaks of new photos all the time
@@ -319,6 +331,7 @@ export function listen() {
     if (data.status === "running") emit("quality");
     else loadQuality();
   });
+  hear("problem", ({what, message}) => say(`${what}: ${message}`, {bad: true}));
   hear("job", (data) => {
     store.state.jobs = [...store.state.jobs.filter((each) => each.id !== data.id), data];
     emit("jobs");

@@ -1,8 +1,8 @@
 // Take it along: the model and its kin as files, and the commands that do the same.
 
 import {post} from "./api.js";
-import {button, bytes, duration, empty, make, percent} from "./dom.js";
-import {labelled, on, read, say, store} from "./store.js";
+import {button, bytes, duration, empty, make, percent, plural} from "./dom.js";
+import {on, read, say, store} from "./store.js";
 
 const KINDS = [
   ["model", "Model file", "For featx: the command line, Python, or the service that names photos over the network."],
@@ -57,7 +57,7 @@ export function build(section) {
         : empty("No photos yet", "Choose a folder of photos first.", make("a", {class: "button primary", href: "#photos", text: "Choose a folder"})));
       return;
     }
-    lead.textContent = `Your classifier, from ${labelled()} labels${quality && quality.accuracy ? `: ${percent(quality.accuracy.mean)} right, most likely between ${Math.round(100 * quality.accuracy.low)} and ${percent(quality.accuracy.high)}` : ""}.`;
+    lead.textContent = `Your classifier, from ${plural(store.state.labelled, "label")}${quality && quality.accuracy ? `: ${percent(quality.accuracy.mean)} right, most likely between ${Math.round(100 * quality.accuracy.low)} and ${percent(quality.accuracy.high)}` : ""}.`;
     const focused = list.contains(document.activeElement) ? [...list.children].indexOf(document.activeElement.closest(".take")) : -1;
     list.replaceChildren(...KINDS.map(card));
     if (focused >= 0) list.children[focused].querySelector("a, button")?.focus();
@@ -77,7 +77,7 @@ export function build(section) {
           getSelection().selectAllChildren(commands.querySelector("pre"));
           say("The browser did not allow it: the text is selected, press Ctrl+C.");
         }
-      })), make("p", {class: "soft small", text: `Labels: ${answer.files.labels}. What the network saw: ${answer.files.store}.`}));
+      })), make("p", {class: "soft small", text: `On this machine, the files made here are in ${answer.files.models}, your labels in ${answer.files.labels}, and what the network saw in ${answer.files.store}.`}));
   }
 
   on("jobs quality loaded", () => { if (!section.hidden) draw(); });

@@ -21,7 +21,7 @@ export function build(section) {
 
   function take(given) {
     for (const file of given) {
-      const card = make("li", {class: "card try"}), picture = make("div", {class: "layers"}, make("img", {alt: file.name, src: URL.createObjectURL(file)})), told = make("div", {class: "told"});
+      const card = make("li", {class: "card try"}), picture = make("div", {class: "layers"}, make("img", {alt: file.name, src: URL.createObjectURL(file), on: {error: (event) => { event.target.after("cannot be shown"); picture.classList.add("gone"); }}})), told = make("div", {class: "told"});
       told.append(make("h2", {text: "…"}), make("p", {class: "soft small", text: file.name}));
       card.append(picture, told);
       tries.prepend(card);
