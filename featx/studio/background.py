@@ -62,7 +62,7 @@ class Again:
             try:
                 self.work()
             except Exception as error:
-                log.error("%s failed", self._thread.name, exc_info=not isinstance(error, FeatxError))
+                log.error("%s failed: %s", self._thread.name, error, exc_info=not isinstance(error, FeatxError))
                 self.failed(error)
             if not self._asked.is_set():
                 self._idle.set()

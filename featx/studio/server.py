@@ -90,7 +90,7 @@ class LastAddress:
         """Keep them for the next time; where that cannot be done, a window has to be opened anew then."""
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.unlink(missing_ok=True)
+            self.path.unlink(missing_ok=True)  # with whatever rights it had
             with os.fdopen(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
                 json.dump({"port": port, "token": token}, file)
 

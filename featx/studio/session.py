@@ -258,7 +258,7 @@ class Session:
             ended, self._embedder = {"status": "stopped"}, None
         except Exception as error:
             ended, self._embedder = {"status": "failed", "message": _said(error)}, None
-            log.error("embedding failed", exc_info=not isinstance(error, FeatxError))
+            log.error("embedding failed: %s", error, exc_info=not isinstance(error, FeatxError))
         self._tell_embedding(seconds_left=None, **ended)
         self._writing.ask()
 

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import signal
+import struct
 import time
 from collections.abc import Iterator
 from http.client import HTTPConnection
@@ -53,6 +54,15 @@ def window(photos: Path) -> Iterator[Window]:
         yield found
 
 
+def frames(answer: bytes) -> dict[int, bytes]:
+    """The pictures in an answer, by row."""
+    found = {}
+    while answer:
+        row, length = struct.unpack("<II", answer[:8])
+        found[row], answer = answer[8 : 8 + length], answer[8 + length :]
+    return found
+
+
 def truth(window: Window) -> dict[int, str]:
     ids = window.get("/api/photos")["ids"]
     return {row: ("blue", "red")[int(id[:3]) % 2] for row, id in enumerate(ids) if id[:3].isdigit()}
@@ -73,6 +83,12 @@ def test_photos_are_listed_embedded_and_refused_with_reasons(window: Window, pho
     assert "immutable" in thumb.headers["cache-control"]
     assert Image.open(io.BytesIO(window.raw("/photo/0").body)).size == (1200, 900)
     assert window.raw(f"/thumb/{broken}").status == 404
+    many = frames(window.raw(f"/thumbs?rows=1,{broken},0,99").body)
+    assert many[0] == thumb.body
+    assert (sorted(many), many[broken]) == ([0, 1, broken], b"")
+    assert many == frames(window.raw(f"/thumbs?rows=0,1,{broken}").body)
+    for rows in ("", "x", "-1", "0,", "0" * 20_000):
+        assert window.raw(f"/thumbs?rows={rows}").status == 422, rows
     assert window.raw("/thumb/99").json["error"]["reason"] == "no_photo"
     copies = window.get("/api/duplicates")["groups"]
     assert [(group["kind"], {listed["ids"][row] for row in group["rows"]}) for group in copies] == [
@@ -162,7 +178,7 @@ def test_classes_and_undo(window: Window) -> None:
     assert window.ask("/api/label", rows="all", label=0).status == 422
 
 
-def test_two_windows_see_the_same(window: Window) -> None:
+def test_two_windows_see_the_same(window: Window, photos: Path) -> None:
     with listening(window) as first, listening(window) as second:
         window.post("/api/label", rows=[2], label=-3, from_="key")
         window.wait(lambda: all("labels" in {name for name, _ in list(events)} for events in (first, second)))
@@ -170,7 +186,17 @@ def test_two_windows_see_the_same(window: Window) -> None:
         for events in (first, second):
             name, data = next(each for each in events if each[0] == "labels")
             assert (name, data["rows"], data["labels"]) == wanted
-    window.post("/api/undo")
+        # What cannot be written is told, too, and later written.
+        labels = photos.parent / "photos.studio" / "labels.csv"
+        labels.unlink(missing_ok=True)
+        labels.mkdir()
+        window.post("/api/undo")
+        problem = window.wait(lambda: next((data for name, data in list(first) if name == "problem"), None))
+        assert problem["what"] == "labels.csv"
+        labels.rmdir()
+        window.post("/api/label", rows=[2], label=-3, from_="key")
+        window.post("/api/undo")
+        window.wait(labels.is_file)
 
 
 def test_who_has_no_token_is_from_elsewhere_or_sends_too_much_is_refused(window: Window, photos: Path) -> None:
@@ -208,7 +234,7 @@ def test_nothing_outside_the_root_is_shown_or_opened(window: Window, photos: Pat
         assert window.ask("/api/open", path=path).status in (403, 404, 422), path
     listed = window.get("/api/folders")
     assert (listed["parent"], listed["root"]) == (None, str(photos.parent))
-    assert {"name": "photos", "path": str(photos), "images": 42} in listed["folders"]
+    assert {"name": "photos", "path": str(photos), "images": 42, "begun": True} in listed["folders"]
     assert window.get("/api/state")["open"]
 
 
@@ -228,6 +254,7 @@ def test_a_second_process_is_refused_and_a_killed_one_has_left_everything(
             str(labels["classes"][code] if code >= 0 else code) for code in labels["labels"]
         )
         assert again.get("/api/state")["undo"] == labels["undo"]
+        assert (again.server.port, again.token) == (window.server.port, window.token), "a window of before goes on"
         assert again.server.end(signal.SIGINT) == 0
         assert "Traceback" not in again.server.said()
 
@@ -236,6 +263,7 @@ def test_class_folders_are_labels_if_one_says_so(tmp_path: Path) -> None:
     folder = class_folders(tmp_path / "insects", each=3)
     with open_studio(tmp_path, folder) as window:
         assert window.get("/api/state")["folder_classes"] == 2
+        assert window.get("/api/photos")["splits"] == []
         told = window.post("/api/folder-classes", take=True)
         assert told["labelled"] == 6
         state = window.get("/api/state")
@@ -309,15 +337,16 @@ def test_photos_of_a_burst_are_shown_side_by_side_and_kept_on_one_side(tmp_path:
 def test_a_list_is_opened_with_its_labels_and_groups(tmp_path: Path) -> None:
     class_folders(tmp_path / "insects", each=3)
     (tmp_path / "insects" / "list.csv").write_text(
-        "path,label,group\n"
-        + "".join(f"ants/00{n}.png,ant,nest {n % 2}\n" for n in range(3))
-        + "bees/003.png,bee,\nbees/004.png,,\nbees/gone.png,,\n"
+        "path,label,group,split\n"
+        + "".join(f"ants/00{n}.png,ant,nest {n % 2},train\n" for n in range(3))
+        + "bees/003.png,bee,,test\nbees/004.png,,,\nbees/gone.png,,,\n"
     )
     with open_studio(tmp_path, tmp_path / "insects" / "list.csv", "--project", tmp_path / "project") as window:
         window.wait_until_embedded()
         assert window.get("/api/state")["folder_classes"] == 2
         assert window.post("/api/folder-classes", take=True)["labelled"] == 4
         assert [each["id"] for each in window.get("/api/refused")["refused"]] == ["bees/gone.png"]
+        assert window.get("/api/photos")["splits"] == [*3 * ["train"], "test", "", ""]
         written = tmp_path / "project" / "labels.csv"
         window.wait(lambda: written.exists() and "the list" in written.read_text())
     features = read_features(tmp_path / "project" / "photos.featx")
