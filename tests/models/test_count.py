@@ -223,7 +223,7 @@ def test_what_is_odd_is_said(made: Path, featx: Featx) -> None:
         (("--draw", "5", "--out", "x.csv"), "too few to count with: expected at least 10, found 5"),
         (("--draw", "500", "--out", "x.csv"), "there are not so many photos"),
         (("--draw", "20", "--out", "x.csv", "--checked", "odd.csv"), "--draw and --checked do not go together"),
-        (("--confidence", "95"), "--confidence: no share"),
+        (("--confidence", "95"), "--confidence: not a share"),
     ):
         refused = featx("count", "photos.model", "pile", *arguments, cwd=made)
         assert refused.code == 2 and message in refused.err, refused.err
