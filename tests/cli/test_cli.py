@@ -412,7 +412,7 @@ def test_a_stopped_sweep_prints_what_is_known(store: Path, tmp_path: Path) -> No
     process.send_signal(signal.SIGINT)
     text, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert re.search(r"Provisional: [\d,]+ of [\d,]+\s+draws\s+are\s+made", text)
+    assert re.search(r"Provisional: [\d,]+ of [\d,]+\s+draws\s+are\s+done", text)
     assert "provisional: 2 of" in " ".join(err.split())
     assert "finished draws are kept" in err
     assert "Traceback" not in err

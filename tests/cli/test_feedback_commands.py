@@ -160,7 +160,7 @@ def test_what_cannot_be_done_is_said(featx: Featx, made: Path, folder: Path) -> 
     cases = [
         (REFIT[:4], "the store that it was fitted on is needed"),
         ((*REFIT, "--release", "batch-7"), "no such batch is held"),
-        ((*REFIT, "--release", "a", "--discard", "b"), "released or discarded"),
+        ((*REFIT, "--release", "a", "--discard", "b"), "--release and --discard do not go together"),
         (("refit", "s.featx", *REFIT[2:]), "not a regular file"),
         (("models", "kept", "--rollback"), "no version before"),
         (("models", "kept", "--to", "x"), "Add --rollback"),

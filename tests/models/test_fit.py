@@ -403,7 +403,7 @@ def test_fit_says_which_classes_are_recognised_and_how_it_chose(kept: Path, feat
     assert done.code == 0
     assert "On images that the fit had not seen, but on which the best of 2 heads was chosen: accuracy" in done.out
     accuracy = Interval(**read_bundle(tmp_path / "all.model").metrics["out_of_fold"]["accuracy"])
-    assert f"had not seen: accuracy {percent(accuracy)}, macro-F1" in done.out
+    assert f"on which the best of 2 heads was chosen: accuracy {percent(accuracy)}, macro-F1" in done.out
     assert "On the split test: accuracy" in done.out
     assert "On images it had not seen" not in done.out
     recalls = read_bundle(tmp_path / "all.model").metrics["out_of_fold"]["recall_per_class"]
