@@ -58,7 +58,7 @@ def test_a_line_that_a_crash_cut_short_is_dropped(kept: Corrections) -> None:
         ({"sha256": "../x"}, "no name that featx gives"),
         ({"file": "../../passwd.jpg"}, "no name that featx gives"),
         ({"label": ""}, "not a name for a class"),
-        ({"by": 3}, "no text"),
+        ({"by": 3}, "not text"),
         ({"more": 1}, "unexpected keyword"),
     ],
 )

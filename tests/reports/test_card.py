@@ -183,5 +183,5 @@ def test_the_command_writes_and_replaces_only_cards(tmp_path: Path, featx: Featx
     assert featx("card", model, "--licence", "cc-by-4.0").out == out.read_text()
     out.write_text("# mine\n")
     ran = featx("card", model, "--out", out)
-    assert ran.code == 2 and "of another kind" in ran.err and out.read_text() == "# mine\n"
+    assert ran.code == 2 and "featx did not make it" in ran.err and out.read_text() == "# mine\n"
     assert featx("card", out).code == 2

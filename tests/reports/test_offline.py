@@ -239,7 +239,7 @@ def test_a_page_that_answers_otherwise_answers_nothing(
         time.sleep(0.1)
         complaints = browser.log()
     assert any("Content Security Policy" in line for line in complaints), complaints
-    assert "what was changed does not run" in browser.run(PROOF)
+    assert "a changed file does not run" in browser.run(PROOF)
     assert not browser.run(f"return {READY}")
 
 
@@ -327,7 +327,7 @@ def test_what_cannot_be_exported_as_a_page(kept: Path, featx: Featx, tmp_path: P
         ((*runtime, "--store", kept / "fp32.featx"), "do not belong together"),
         (
             (*runtime, "--store", kept / "int8.featx", "--source", tmp_path / "gone"),
-            "the images of the store are not there",
+            "the images of the store, which are to be shown, are not there",
         ),
         (("--runtime", tmp_path), "no onnxruntime-web in this folder"),
         ((*runtime, "--out", tmp_path / "own.html"), "there is a file of this name already"),
