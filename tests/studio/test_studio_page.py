@@ -246,6 +246,8 @@ def test_a_batch_is_accepted_with_its_measured_error(scene: Scene) -> None:
     changed = {name: label for name, label in scene.labels().items() if label != before[name]}
     assert len(changed) == number
     assert set(changed.values()) == {kind}
+    scene.go("photos")  # which was out of sight meanwhile
+    page.wait(f"document.querySelectorAll('.photos .cell .chip:not(.faint)').length >= {number}")
     right = sum(scene.truth[name] == kind for name in changed)
     assert right >= 0.8 * number, f"{right} of {number} suggestions above 95 % were right"
 
