@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
 from featx.errors import UsageError
-from featx.studio.server import HOST, LastAddress
+from featx.studio.address import HOST, LastAddress
 
 
 @pytest.fixture
@@ -24,8 +24,9 @@ def test_a_port_and_a_token_are_found_again_by_their_owner_alone(path: Path) -> 
     LastAddress(path).keep(4321, "second")
     assert path.stat().st_mode & 0o777 == 0o600
     assert (LastAddress(path).port, LastAddress(path).token) == (4321, "second")
+    assert LastAddress(path).url == "http://127.0.0.1:4321/?token=second"
     path.chmod(0o640)
-    assert (LastAddress(path).port, LastAddress(path).token) == (0, "")
+    assert (LastAddress(path).port, LastAddress(path).token, LastAddress(path).url) == (0, "", "")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"port": "x", "token": "t"}', '{"port": 1}'])

@@ -244,6 +244,7 @@ def test_a_second_process_is_refused_and_a_killed_one_has_left_everything(
     ran = featx("studio", photos, "--no-browser")
     assert ran.code == 2
     assert "another featx studio has this project open" in ran.err
+    assert f"{window.server.url}/?token={window.token}" in ran.err, "for who has closed its window"
     labels = window.get("/api/labels")
     window.server.process.send_signal(signal.SIGKILL)
     window.server.process.wait()
