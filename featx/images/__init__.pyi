@@ -26,7 +26,6 @@ from .pixels import (
     encode as encode,
     is_image as is_image,
     resize_crop as resize_crop,
-    resized as resized,
     save_png as save_png,
     written as written,
 )

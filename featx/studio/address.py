@@ -1,4 +1,8 @@
-"""Where the studio of a project answered last: its port and its token."""
+"""Where the studio of a project answers: kept while it runs, and so found again after a crash.
+
+A studio that ends in order forgets its token. One that finds its port taken gets another token, too: a window that is
+still open shows its cookie to whoever listens there now.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import socket
 from pathlib import Path
 
@@ -17,7 +22,7 @@ HOST = "127.0.0.1"
 
 
 class LastAddress:
-    """The port and the token that a project had last: with them again, a window that is still open goes on.
+    """The port and the token of a project: with them again, a window that is still open after a crash goes on.
 
     Parameters
     ----------
@@ -45,17 +50,27 @@ class LastAddress:
         return f"http://{HOST}:{self.port}/?token={self.token}" if self.token else ""
 
     def listen(self, port: int) -> socket.socket:
-        """A socket at a port; for 0 at the last one where it is free."""
+        """A socket at a port, for 0 at the last one where it is free; at any other the token is a new one."""
+        listener = None
         if not port and self.port:
             with contextlib.suppress(UsageError):
-                return listen(HOST, self.port)
-        return listen(HOST, port)
+                listener = listen(HOST, self.port)
+        listener = listener or listen(HOST, port)
+        found = int(listener.getsockname()[1])
+        if found != self.port or not self.token:
+            self.port, self.token = found, secrets.token_urlsafe(24)
+        self._keep()
+        return listener
 
-    def keep(self, port: int, token: str) -> None:
-        """Keep them for the next time; where that cannot be done, a window has to be opened anew then."""
-        self.port, self.token = port, token
+    def forget(self) -> None:
+        """Nobody needs them any more."""
+        with contextlib.suppress(OSError):
+            self.path.unlink(missing_ok=True)
+
+    def _keep(self) -> None:
+        """Where that cannot be done, a window has to be opened anew after a crash."""
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.unlink(missing_ok=True)  # with whatever rights it had
             with os.fdopen(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                json.dump({"port": port, "token": token}, file)
+                json.dump({"port": self.port, "token": self.token}, file)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -52,7 +51,7 @@ def run(studio: Studio, *, port: int, started: Callable[[str], Any]) -> None:
     Parameters
     ----------
     studio : what answers; it is closed in the end.
-    port : 0 takes a free one; the last one of this project, where that is free.
+    port : 0 takes a free one; after a crash the one of before, where that is free.
     started : called with the address once requests are answered.
 
     Raises
@@ -62,18 +61,15 @@ def run(studio: Studio, *, port: int, started: Callable[[str], Any]) -> None:
     """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     last = LastAddress.of(studio.setup.root if studio.session is None else studio.session.project.folder)
-    token = last.token or secrets.token_urlsafe(24)
     listener = last.listen(port)
-    last.keep(listener.getsockname()[1], token)
     config = uvicorn.Config(
-        create_app(studio, token), ws="none", lifespan="on", log_config=None, access_log=False, server_header=False,
-        timeout_graceful_shutdown=3,
+        create_app(studio, last.token), ws="none", lifespan="on", log_config=None, access_log=False,
+        server_header=False, timeout_graceful_shutdown=3,
     )  # fmt: skip
     server = Server(config, studio)
-    url = last.url
 
     async def serve() -> None:
-        telling = asyncio.get_running_loop().create_task(server.tell(lambda: started(url)))
+        telling = asyncio.get_running_loop().create_task(server.tell(lambda: started(last.url)))
         await server.serve(sockets=[listener])
         telling.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -82,5 +78,6 @@ def run(studio: Studio, *, port: int, started: Callable[[str], Any]) -> None:
     try:
         with listener:
             asyncio.run(serve())
+        last.forget()
     finally:
         studio.close()
