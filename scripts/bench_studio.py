@@ -3,7 +3,8 @@
 
 A person is simulated who presses one key for each photo, in the order that the page shows ("worth labelling next") or
 at random, until a model of the labels names 90 % of all photos rightly: those that are labelled and those that are
-not.
+not. Then: how often ten more labels of the class that is least often recognised, or has the fewest labels, help more
+than ten of any other class, after 100 labels (60 with two classes) that are spread unequally.
 
 usage: scripts/bench_studio.py FOLDER... [--draws 5] [--photos 600]
 
@@ -26,6 +27,7 @@ from featx.heads import InstantRidge, unit_rows
 from featx.studio.quality import sample_of
 from featx.studio.suggest import suggest
 
+MORE = 10
 TARGET = 0.9
 STEP = 2
 """Labels between two looks at the accuracy."""
@@ -49,6 +51,14 @@ def main() -> None:
         saved = 100 * (1 - page / random)
         print(f"{folder.name:14} {len(truth):5} {truth.max() + 1:7} {random:10.1f} {page:12.1f} {saved:6.0f}%")
     print(f"saved on average: {100 * (1 - np.exp(np.mean(np.log(ratios)))):.0f} % of the key presses")
+    print(f"\n{'photos':14} {'labels':>6} {'draws':>5} {'by chance':>9} {'least recognised':>16} {'fewest labels':>13}")
+    for folder in options.folders:
+        unit, truth = embedded(folder, 10**6)
+        labels = 100 if truth.max() > 1 else 60
+        helped = [found for draw in range(6 * options.draws) if (found := most_helpful(unit, truth, labels, draw))]
+        recognised, fewest = np.mean(helped, axis=0)
+        chance = 1 / (truth.max() + 1)
+        print(f"{folder.name:14} {labels:6} {len(helped):5} {chance:9.0%} {recognised:16.0%} {fewest:13.0%}")
     for labels in (200, 2000):
         rng = np.random.default_rng(0)
         rows = unit_rows(rng.random((labels, 1280)), "l2").astype(np.float32)
@@ -83,6 +93,31 @@ def count(unit: NDArray[np.float32], truth: NDArray[np.int64], draw: int, ordere
         row = found.worth[0] if ordered else next(row for row in drawn if codes[row] < 0)
         codes[row] = truth[row]
     return len(truth)
+
+
+def most_helpful(
+    unit: NDArray[np.float32], truth: NDArray[np.int64], labels: int, draw: int
+) -> tuple[bool, bool] | None:
+    """Whether more labels of the least recognised class help most, and of the one with the fewest; None for too few."""
+    rng, classes = np.random.default_rng(draw), int(truth.max() + 1)
+    share = rng.dirichlet(np.full(classes, 2.0))
+    wanted = np.minimum(np.rint(share * labels), 0.6 * np.bincount(truth)).astype(int)
+    own = np.concatenate([rng.choice(np.flatnonzero(truth == c), n, replace=False) for c, n in enumerate(wanted)])
+    if wanted.min() < 3:
+        return None
+    held = InstantRidge.fit(unit[own], truth[own], classes).held_out.argmax(axis=1) == truth[own]
+    recall = [held[truth[own] == c].mean() for c in range(classes)]
+    rest, right = np.setdiff1d(np.arange(len(truth)), own), np.zeros(classes)
+    for _ in range(6):
+        more = [
+            rng.choice(rest[truth[rest] == c], min(MORE, (truth[rest] == c).sum() // 2), False) for c in range(classes)
+        ]
+        query = np.setdiff1d(rest, np.concatenate(more))
+        for c in range(classes):
+            rows = np.concatenate([own, more[c]])
+            named = InstantRidge.fit(unit[rows], truth[rows], classes).probabilities(unit[query]).argmax(axis=1)
+            right[c] += (named == truth[query]).mean()
+    return bool(np.argmin(recall) == right.argmax()), bool(wanted.argmin() == right.argmax())
 
 
 if __name__ == "__main__":

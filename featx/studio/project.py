@@ -37,6 +37,7 @@ from featx.images import (
     walk_folder,
 )
 from featx.store import StoreWriter, stored_backbones
+from featx.studio.address import LastAddress
 from featx.studio.journal import MARKS, NOTHING, Journal
 
 LISTS = (".csv", ".jsonl")
@@ -108,9 +109,10 @@ class Project:
         try:
             self._stack.enter_context(writer_lock(self.folder / ".lock"))
         except StoreBusy as error:
+            url = LastAddress.of(self.folder).url
             raise StoreBusy(
                 "another featx studio has this project open", where=self.folder, found=error.found,
-                hint="Use its window, or end it first.",
+                hint=f"Use its window{url and f' ({url})'}, or end it first.",
             ) from error  # fmt: skip
         try:
             for part in (self.folder, self.added):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import pytest
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
 from featx.errors import UsageError
-from featx.studio.server import HOST, LastAddress
+from featx.studio.address import LastAddress
 
 
 @pytest.fixture
@@ -18,33 +17,44 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "studio" / "address.json"
 
 
-def test_a_port_and_a_token_are_found_again_by_their_owner_alone(path: Path) -> None:
-    assert (LastAddress(path).port, LastAddress(path).token) == (0, "")
-    LastAddress(path).keep(1234, "first")
-    LastAddress(path).keep(4321, "second")
+def known(path: Path) -> tuple[int, str, str]:
+    found = LastAddress(path)
+    return found.port, found.token, found.url
+
+
+def test_a_port_and_a_token_are_found_again_by_their_owner_alone_until_they_are_forgotten(path: Path) -> None:
+    assert known(path) == (0, "", "")
+    address = LastAddress(path)
+    address.listen(0).close()
+    port, token, url = known(path)
+    assert (port, url) == (address.port, f"http://127.0.0.1:{port}/?token={token}")
+    assert len(token) >= 32
     assert path.stat().st_mode & 0o777 == 0o600
-    assert (LastAddress(path).port, LastAddress(path).token) == (4321, "second")
     path.chmod(0o640)
-    assert (LastAddress(path).port, LastAddress(path).token) == (0, "")
+    assert known(path) == (0, "", "")
+    path.chmod(0o600)
+    assert known(path) == (port, token, url)
+    address.forget()
+    assert known(path) == (0, "", "")
+    address.forget()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"port": "x", "token": "t"}', '{"port": 1}'])
 def test_a_damaged_file_is_as_none(path: Path, text: str) -> None:
-    LastAddress(path).keep(1, "t")
+    LastAddress(path).listen(0).close()
     path.write_text(text)
-    assert (LastAddress(path).port, LastAddress(path).token) == (0, "")
+    assert known(path) == (0, "", "")
 
 
-def test_the_last_port_is_taken_again_where_it_is_free_and_none_was_asked_for(path: Path) -> None:
-    with LastAddress(path).listen(0) as first:
-        port = first.getsockname()[1]
-    LastAddress(path).keep(port, "token")
+def test_a_port_that_is_free_is_taken_again_with_its_token_and_another_has_another(path: Path) -> None:
+    LastAddress(path).listen(0).close()
+    before = known(path)
     with LastAddress(path).listen(0) as again:
         again.listen()
-        assert again.getsockname()[1] == port
-        with LastAddress(path).listen(0) as other:
-            assert other.getsockname()[1] != port
+        assert known(path) == before
         with pytest.raises(UsageError, match="Choose another with --port"):
-            LastAddress(path).listen(port)
-    with socket.create_server((HOST, 0)) as taken, pytest.raises(UsageError, match="cannot listen there"):
-        LastAddress(path).listen(taken.getsockname()[1])
+            LastAddress(path).listen(before[0])
+        with LastAddress(path).listen(0):
+            port, token, _ = known(path)
+            assert port != before[0]
+            assert token != before[1], "whoever listens at the old port has seen it"

@@ -244,6 +244,7 @@ def test_a_second_process_is_refused_and_a_killed_one_has_left_everything(
     ran = featx("studio", photos, "--no-browser")
     assert ran.code == 2
     assert "another featx studio has this project open" in ran.err
+    assert f"{window.server.url}/?token={window.token}" in ran.err, "for who has closed its window"
     labels = window.get("/api/labels")
     window.server.process.send_signal(signal.SIGKILL)
     window.server.process.wait()
@@ -257,6 +258,8 @@ def test_a_second_process_is_refused_and_a_killed_one_has_left_everything(
         assert (again.server.port, again.token) == (window.server.port, window.token), "a window of before goes on"
         assert again.server.end(signal.SIGINT) == 0
         assert "Traceback" not in again.server.said()
+    with open_studio(photos.parent, photos, "--root", photos.parent) as anew:
+        assert anew.token != window.token, "it ended in order"
 
 
 def test_class_folders_are_labels_if_one_says_so(tmp_path: Path) -> None:

@@ -246,6 +246,8 @@ def test_a_batch_is_accepted_with_its_measured_error(scene: Scene) -> None:
     changed = {name: label for name, label in scene.labels().items() if label != before[name]}
     assert len(changed) == number
     assert set(changed.values()) == {kind}
+    scene.go("photos")  # which was out of sight meanwhile
+    page.wait(f"document.querySelectorAll('.photos .cell .chip:not(.faint)').length >= {number}")
     right = sum(scene.truth[name] == kind for name in changed)
     assert right >= 0.8 * number, f"{right} of {number} suggestions above 95 % were right"
 
@@ -410,3 +412,19 @@ def test_ten_thousand_photos_hold_few_elements(scene: Scene) -> None:
     assert page.run(f"return {active}.dataset.text") == "photo 9999"
     assert page.run("return many.selected()") == [9999]
     page.run("document.getElementById('many').remove()")
+
+
+def test_what_is_labelled_after_the_studio_has_ended_is_taken_back_and_said(scene: Scene) -> None:
+    page = scene.page
+    scene.go("label")
+    page.run(CHOOSE, "Show", "all")
+    page.run("document.querySelector('.label .grid').focus()")
+    page.press(HOME)
+    before = page.run(f"return {STEPS}")
+    assert scene.window.server.end() == 0
+    page.wait("document.getElementById('trouble').textContent.startsWith('featx studio was ended. Start it again')")
+    page.press("-")
+    page.wait("document.getElementById('said').textContent.startsWith('1 photo not labelled: The connection')")
+    assert page.run(f"return {STEPS}") == before
+    assert page.run("return document.getElementById('trouble').textContent").startswith("featx studio was ended")
+    page.log()  # forget the requests that could not go out

@@ -302,6 +302,7 @@ export function build(section) {
       drawFilter();
       drawBatches();
       arrange();
+      grid.refresh();  // labels and suggestions that came while it was out of sight
       if (document.activeElement === document.body || document.activeElement.closest("[hidden]")) grid.element.focus();
     },
   };

@@ -289,6 +289,7 @@ export function build(section) {
     chosen.textContent = rows.length ? `${plural(rows.length)} selected. Press a key or click a class to label ${rows.length === 1 ? "it" : "them"}.`
       : "Draw around photos to select them.";
     grid.show(rows, {top: true});
+    grid.refresh();
     panel.tell();
     if (rows.length) say(`${plural(rows.length)} selected.`);
     later();

@@ -227,6 +227,7 @@ export function build(section) {
     }
     tell();
     grid.show(allRows());
+    grid.refresh();
     if (store.state.embedding.status === "done") findCopies();
   }
 
@@ -241,7 +242,6 @@ export function build(section) {
   on("photos loaded", () => {
     if (section.hidden) return;
     show();
-    grid.refresh();
   });
   on("opened", () => {
     groups = [];

@@ -161,7 +161,7 @@ async function work() {
       // The event that confirms it comes by itself; should it be lost, ask.
       setTimeout(() => { if (waiting.includes(action)) loadLabels(); }, 2000);
     } catch (error) {
-      if (error instanceof Gone || (error.reason === "no_folder_open" && store.state.open)) {  // loadState opens it again
+      if ((error instanceof Gone && !ended()) || (error.reason === "no_folder_open" && store.state.open)) {  // loadState opens it again
         trouble("The connection to featx studio is lost. Your labels are kept here and sent as soon as it is back.");
         await pause(1000);
         continue;
@@ -316,6 +316,9 @@ export async function load() {
   return true;
 }
 
+const ENDED = "featx studio was ended";
+const ended = () => store.trouble.startsWith(ENDED);  // then nothing comes back at this address
+
 export function listen() {
   const events = new EventSource("/api/events");
   let lost = false;
@@ -336,7 +339,7 @@ export function listen() {
     store.state.jobs = [...store.state.jobs.filter((each) => each.id !== data.id), data];
     emit("jobs");
   });
-  hear("closed", () => trouble("featx studio was ended. Start it again with the same command, and open the address that it prints."));
+  hear("closed", () => trouble(`${ENDED}. Start it again with the same command, and open the address that it prints.`));
   events.addEventListener("open", () => {
     if (lost) load();
     lost = false;
