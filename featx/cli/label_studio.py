@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from featx.cli.feedback import login, read_model
-from featx.cli.options import DeviceOption, EngineOption, OwnBackbone, Weights, own_network, stem
+from featx.cli.options import (
+    ApiKeyFile,
+    DeviceOption,
+    EngineOption,
+    HostOption,
+    Insecure,
+    LogJson,
+    MaxPixels,
+    OwnBackbone,
+    PortOption,
+    Weights,
+    extra_packages,
+    network_options,
+    stem,
+)
 from featx.cli.serve import make_refitter, read_key
 from featx.cli.terminal import ProgressLine, say
 from featx.errors import ImageError, UsageError
@@ -82,17 +97,12 @@ def label_studio(
             metavar="HOST[:PORT]", help="Another host that images may be fetched from; may be given several times."
         ),
     ] = None,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; any other than this machine's own needs an API key.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free port.")] = 9090,
-    api_key_file: Annotated[
-        Path | None,
-        typer.Option(help="A file with the key that Label Studio must show, if it is not in FEATX_API_KEY."),
-    ] = None,
-    insecure: Annotated[bool, typer.Option("--insecure", help="Answer anyone who can reach the address.")] = False,
-    max_pixels: Annotated[int, typer.Option(min=4, help="Larger images are refused by their header.")] = 50_000_000,
-    log_json: Annotated[bool, typer.Option("--log-json", help="Log lines as JSON.")] = False,
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 9090,
+    api_key_file: ApiKeyFile = None,
+    insecure: Insecure = False,
+    max_pixels: MaxPixels = 50_000_000,
+    log_json: LogJson = False,
     backbone: OwnBackbone = None,
     weights: Weights = None,
     engine: EngineOption = "auto",
@@ -103,15 +113,8 @@ def label_studio(
     A backend of Label Studio for the classification of images (one Choices on an Image). Connect it there under
     Settings, Model. Images are fetched from Label Studio alone. Ctrl-C or SIGTERM ends it in order.
     """
-    try:
+    with extra_packages("the service", "serve"):
         import featx.service.server
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("featx"):
-            raise
-        raise UsageError(
-            f"the service needs packages that are not installed ({error.name})",
-            hint="Install them with: pip install 'featx[serve]'",
-        ) from error
     from featx.models import Corrections
     from featx.service import LabelStudio, LabelStudioHost, Limits, Repository
 
@@ -128,12 +131,13 @@ def label_studio(
         )
     folder = feedback or source.with_name(f"{stem(source).removesuffix('.model')}.labels")
     corrections = Corrections(folder)
-    options = {"backbone": backbone, "weights": weights, "engine": engine, "device": device}
+    options = network_options(backbone, weights, engine, device)
     instant = None
     if is_store:
         model, instant = of_store(source, corrections, options)
     else:
-        model = of_model(source, corrections, store, every, options)
+        more = [("--backbone", backbone), ("--weights", weights)]
+        model = of_model(source, corrections, store, every, options, more)
     repository = Repository([model], Limits(body=32 * 2**20, pixels=max_pixels))
     backend = LabelStudio(repository, studio, instant=instant, every=every or EVERY, order=order)
     featx.service.server.serve(
@@ -151,9 +155,14 @@ def label_studio(
 
 
 def of_model(
-    path: Path, corrections: Corrections, store: Path | None, every: int | None, options: dict[str, Any]
+    path: Path,
+    corrections: Corrections,
+    store: Path | None,
+    every: int | None,
+    options: dict[str, Any],
+    more: Sequence[tuple[str, object]] = (),
 ) -> Model:
-    """The current version of a model, with its labels."""
+    """The current version of a model, with its labels; ``more`` are options of the refits."""
     from featx.models import Versions, open_embedder, read_bundle
     from featx.service import BATCH_SIZES, Feedback, Model
 
@@ -163,11 +172,9 @@ def of_model(
     versions = Versions(corrections.folder)
     file = versions.path(versions.begin(content, path, login()))
     bundle = read_bundle(file)
-    own = {**options, "backbone": own_network(options["backbone"])}
-    embedder = open_embedder(bundle, file, batch_sizes=BATCH_SIZES, **own)
+    embedder = open_embedder(bundle, file, batch_sizes=BATCH_SIZES, **options)
     refitter = None
     if every is not None and store is not None:
-        more = [(f"--{name}", options[name]) for name in ("backbone", "weights")]
         refitter = make_refitter(path, corrections, store, every, more, who="featx label-studio --every")
     return Model(bundle, embedder, None, "model", Feedback(corrections, new_classes=True, refitter=refitter))
 
@@ -178,8 +185,7 @@ def of_store(path: Path, corrections: Corrections, options: dict[str, Any]) -> t
     from featx.models import InstantModels, vote
     from featx.service import BATCH_SIZES, Feedback, Model
 
-    own = {**options, "backbone": own_network(options["backbone"])}
-    instant = InstantModels(path, batch_size=BATCH_SIZES, **own)
+    instant = InstantModels(path, batch_size=BATCH_SIZES, **options)
     corrections.open()
     missing = {
         corrections.folder / "images" / each.file: bytes.fromhex(each.sha256)

@@ -86,6 +86,16 @@ MaxUnknown = Annotated[
 ]
 
 
+HostOption = Annotated[
+    str, typer.Option(help="Address to listen on; any other than this machine's own needs an API key.")
+]
+PortOption = Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free port.")]
+ApiKeyFile = Annotated[Path | None, typer.Option(help="A file with the API key, if it is not in FEATX_API_KEY.")]
+Insecure = Annotated[bool, typer.Option("--insecure", help="Answer anyone who can reach the address.")]
+MaxPixels = Annotated[int, typer.Option(min=4, help="Larger images are refused before they are decoded.")]
+LogJson = Annotated[bool, typer.Option("--log-json", help="Log lines as JSON.")]
+
+
 def own_network(name: str | None) -> Own | None:
     """The user's network that ``--backbone`` names; any other is what the store or the model says."""
     from featx.backbones import import_provider, is_own

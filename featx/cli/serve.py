@@ -13,9 +13,15 @@ import typer
 
 from featx.cli.feedback import login, read_model
 from featx.cli.options import (
+    ApiKeyFile,
     DeviceOption,
     EngineOption,
+    HostOption,
+    Insecure,
+    LogJson,
+    MaxPixels,
     OwnBackbone,
+    PortOption,
     Weights,
     extra_packages,
     own_network,
@@ -80,19 +86,13 @@ def serve(
     new_classes: Annotated[
         bool, typer.Option("--new-classes", help="Let corrections name classes that the model does not know.")
     ] = False,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; any other than this machine's own needs an API key.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free port.")] = 8000,
-    api_key_file: Annotated[
-        Path | None, typer.Option(help="A file with the API key, if it is not in FEATX_API_KEY.")
-    ] = None,
-    insecure: Annotated[bool, typer.Option("--insecure", help="Answer anyone who can reach the address.")] = False,
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 8000,
+    api_key_file: ApiKeyFile = None,
+    insecure: Insecure = False,
     max_images: Annotated[int, typer.Option(min=1, max=10_000, help="Images that one request may have.")] = 64,
-    max_pixels: Annotated[
-        int, typer.Option(min=4, help="Larger images are refused before they are decoded.")
-    ] = 50_000_000,
-    log_json: Annotated[bool, typer.Option("--log-json", help="Log lines as JSON.")] = False,
+    max_pixels: MaxPixels = 50_000_000,
+    log_json: LogJson = False,
     counts: Annotated[
         Path | None,
         typer.Option(

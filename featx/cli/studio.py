@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from featx.cli.extract import Asked, RecipeName, load
-from featx.cli.options import extra_packages
+from featx.cli.options import PortOption, extra_packages
 from featx.cli.terminal import say
 from featx.errors import UsageError
 
@@ -60,7 +60,7 @@ def studio(
             show_default=False,
         ),
     ] = None,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free port.")] = 0,
+    port: PortOption = 0,
     no_browser: Annotated[bool, typer.Option("--no-browser", help="Print the address only.")] = False,
 ) -> None:
     """Label photos in your browser, see how good a classifier is, and take it along as a file.

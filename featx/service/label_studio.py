@@ -114,7 +114,7 @@ class Choices:
             elif not names:
                 why = f"the Choices {each.get('name')} have no Choice of their own"
             elif of is None:
-                why = f"the value of the Image {image} is no $field of the task"
+                why = f"the value of the Image {image} is not a $field of the task"
             else:
                 return cls(str(each.get("name")), str(image), of[1], names)
         raise Refusal(422, "config", f"The project does not classify images: {why}.")
@@ -144,7 +144,9 @@ class Choices:
 
 def _parse(config: object) -> ElementTree.Element:
     if not isinstance(config, str) or len(config) > _MAX_CONFIG or "<!" in re.sub("<!--.*?-->", "", config, flags=re.S):
-        raise Refusal(422, "config", "The labelling configuration is no text that can be read.")
+        raise Refusal(
+            422, "config", "The labelling configuration must be XML of at most 1 MiB, without declarations (<!)."
+        )
     try:
         return ElementTree.fromstring(config)
     except (ElementTree.ParseError, ValueError) as error:
@@ -248,11 +250,11 @@ class LabelStudio:
         Raises
         ------
         Refusal
-            It does not classify images, or this is no id.
+            It does not classify images, or this is not an id.
         """
         match = _PROJECT.fullmatch(uid) if isinstance(uid, str) else None
         if match is None:
-            raise Refusal(422, "project", "The project has no id as Label Studio gives them.")
+            raise Refusal(422, "project", "The id of the project is not of the form that Label Studio uses.")
         choices = Choices.of(config)
         known = self.projects.get(match[0])
         if known is None or known.choices != choices:
@@ -624,9 +626,9 @@ async def _body(request: Request, seconds: float) -> dict[str, Any]:
         message = f"The body did not arrive within {seconds:g} s."
         raise Refusal(408, "slow", message, {"Connection": "close"}) from None
     except (ValueError, RecursionError) as error:
-        raise Refusal(400, "json", "The body is no JSON.") from error
+        raise Refusal(400, "json", "The body is not JSON.") from error
     if not isinstance(body, dict):
-        raise Refusal(422, "request", "The body is no object.")
+        raise Refusal(422, "request", "The body is not a JSON object.")
     return body
 
 

@@ -81,7 +81,7 @@ class LabelStudioHost:
     Raises
     ------
     UsageError
-        The address is none.
+        This is not an address.
     """
 
     def __init__(self, url: str, token: str = "", allowed: Iterable[str] = ()) -> None:
@@ -130,7 +130,7 @@ class LabelStudioHost:
 
     def _place(self, url: str) -> _Place:
         if not url.isprintable() or "\\" in url:
-            raise NotFetched("its address has characters that none has")
+            raise NotFetched("its address has characters that an address cannot have")
         try:
             parts = urlsplit(url)
             own = not parts.scheme and not parts.netloc and parts.path.startswith("/")
@@ -185,7 +185,7 @@ class LabelStudioHost:
         """The tasks of a project that have annotations, with these."""
         found = self.call("GET", f"/api/projects/{project}/export?exportType=JSON&download_all_tasks=false")
         if not isinstance(found, list):
-            raise NotFetched("the labels of the project are no list")
+            raise NotFetched("the labels of the project did not come as a list")
         return [each for each in found if isinstance(each, dict)]
 
     def order(self, project: int, version: str, is_ours: re.Pattern[str]) -> bool:

@@ -116,13 +116,13 @@ def test_differing_classes_are_told(server: Running) -> None:
     [
         ("<View/>", "no Choices whose toName is an Image"),
         ("<View><", "cannot be read"),
-        ('<!DOCTYPE x [<!ENTITY a "aaaa">]><View>&a;</View>', "no text that can be read"),
+        ('<!DOCTYPE x [<!ENTITY a "aaaa">]><View>&a;</View>', "without declarations"),
         (CONFIG.replace("single", "multiple"), "not one for each image"),
         (CONFIG.replace('choice="single"', 'perRegion="true"'), "not one for each image"),
-        (CONFIG.replace("$image", "http://x/y.png"), "no \\$field"),
+        (CONFIG.replace("$image", "http://x/y.png"), "not a \\$field"),
         (CONFIG.replace("Image name", "Text name"), "no Choices whose toName is an Image"),
         (CONFIG.replace("<Choice value", "<Option value"), "no Choice of their own"),
-        (None, "no text"),
+        (None, "without declarations"),
     ],
 )
 def test_a_project_that_does_not_classify_images_is_refused(config: Any, why: str) -> None:
