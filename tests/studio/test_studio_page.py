@@ -12,7 +12,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -307,36 +307,46 @@ def test_a_new_photo_is_tried_and_added(scene: Scene) -> None:
     page.resize(1280, 800)
 
 
-def test_the_camera_takes_a_photo_on_a_phone(scene: Scene) -> None:
-    page = scene.page
+@contextmanager
+def as_a_phone(page: Browser) -> Iterator[Browser]:
+    """The window as small as a phone's, and fingers instead of a mouse."""
     page.devtools("Emulation.setDeviceMetricsOverride", width=390, height=780, deviceScaleFactor=2, mobile=True)
     page.devtools("Emulation.setTouchEmulationEnabled", enabled=True)
-    page.tap("[...document.querySelectorAll('.try button')].find(b => b.textContent === 'Use the camera')")
-    page.wait("document.querySelector('.camera video').videoWidth > 0")
-    page.tap("[...document.querySelectorAll('.camera button')].find(b => b.textContent === 'Take the photo')")
-    page.wait("document.querySelector('.tries li .told .small')?.textContent.startsWith('camera ')")
-    page.wait("document.querySelector('.tries li .bars')")
-    page.tap("[...document.querySelectorAll('.camera button')].find(b => b.textContent === 'Close the camera')")
-    assert page.run("return document.querySelector('.camera video').srcObject.active") is False
-    for view in VIEWS:
-        scene.go(view)
-        wide = page.run("const m = document.getElementById('main'); return m.scrollWidth - m.clientWidth")
-        assert wide <= 0, f"{view} is wider than a phone by {wide}"
-    # A finger selects photo by photo, and a tap on a class labels them.
-    scene.go("label")
-    before = scene.labels()
-    page.wait("document.querySelectorAll('.label .cell[data-state=shown]').length >= 2")
-    page.run("document.querySelector('.label .grid').focus()")
-    page.press(ESCAPE)  # nothing is selected
-    for place in (1, 2):
-        page.tap(f"document.querySelector('.label .cell[aria-posinset=\"{place}\"]')")
-    assert page.run("return document.querySelectorAll('.label .cell[aria-selected=true]').length") == 2
-    page.tap("[...document.querySelectorAll('.label .class-line')].find(e => e.textContent.includes('unsure'))")
-    scene.window.wait(lambda: sum(label == -3 for label in scene.labels().values()) == 2)
-    page.run("document.getElementById('undo').click()")
-    scene.window.wait(lambda: scene.labels() == before)
-    page.devtools("Emulation.setTouchEmulationEnabled", enabled=False)
-    page.resize(1280, 800)
+    try:
+        yield page
+    finally:
+        page.devtools("Emulation.setTouchEmulationEnabled", enabled=False)
+        page.resize(1280, 800)
+
+
+def test_the_camera_takes_a_photo_on_a_phone(scene: Scene) -> None:
+    with as_a_phone(scene.page) as page:
+        page.tap("[...document.querySelectorAll('.try button')].find(b => b.textContent === 'Use the camera')")
+        page.wait("document.querySelector('.camera video').videoWidth > 0")
+        page.tap("[...document.querySelectorAll('.camera button')].find(b => b.textContent === 'Take the photo')")
+        page.wait("document.querySelector('.tries li .told .small')?.textContent.startsWith('camera ')")
+        page.wait("document.querySelector('.tries li .bars')")
+        page.tap("[...document.querySelectorAll('.camera button')].find(b => b.textContent === 'Close the camera')")
+        assert page.run("return document.querySelector('.camera video').srcObject.active") is False
+        for view in VIEWS:
+            scene.go(view)
+            wide = page.run("const m = document.getElementById('main'); return m.scrollWidth - m.clientWidth")
+            assert wide <= 0, f"{view} is wider than a phone by {wide}"
+        # A finger selects photo by photo, and a tap on a class labels them.
+        scene.go("label")
+        before = scene.labels()
+        page.run("document.querySelector('.label .grid').scrollTop = 0")  # it stays where somebody scrolled it
+        for place in (1, 2):
+            page.wait(f"document.querySelector('.label .cell[aria-posinset=\"{place}\"][data-state=shown]')")
+        page.run("document.querySelector('.label .grid').focus()")
+        page.press(ESCAPE)  # nothing is selected
+        for place in (1, 2):
+            page.tap(f"document.querySelector('.label .cell[aria-posinset=\"{place}\"]')")
+        assert page.run("return document.querySelectorAll('.label .cell[aria-selected=true]').length") == 2
+        page.tap("[...document.querySelectorAll('.label .class-line')].find(e => e.textContent.includes('unsure'))")
+        scene.window.wait(lambda: sum(label == -3 for label in scene.labels().values()) == 2)
+        page.run("document.getElementById('undo').click()")
+        scene.window.wait(lambda: scene.labels() == before)
 
 
 def test_a_dropped_folder_is_added_but_for_what_is_no_photo(scene: Scene, tmp_path: Path) -> None:
