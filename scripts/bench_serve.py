@@ -4,9 +4,9 @@
     python scripts/bench_serve.py PHOTOS [--featx COMMAND]... [--seconds 10] [--out data/bench/serve]
 
 PHOTOS is a folder of class folders. A model is fitted on them and served on this machine; clients send one photo a
-request over connections that they keep. Printed are the median and 99th percentile of one client beside the bare work
-(decoding and the network at one image, in this process), and images per second of 32 clients beside what the network
-makes of full batches. --featx names the featx command of another version, to be measured in turn with this one.
+request over connections that they keep. Printed are the median of one client in turns with the bare work (decoding and
+the network at one image, in this process), and images per second of 32 clients beside what the network makes of full
+batches. --featx names the featx command of another version, to be measured in turn with this one.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import numpy as np
 
 from featx._files import publish_bytes
 from featx.backbones.speed import rate
+from featx.extraction import Embedder
 from featx.images.source import ImageSet
 from featx.models import open_embedder, read_bundle
 from featx.service.batcher import BATCH_SIZES
@@ -98,20 +99,27 @@ def ask(port: int, clients: int, photos: list[bytes], seconds: float) -> dict[st
     return {"per_second": len(took) / seconds, "refused": refused / seconds, "p50": float(p50), "p99": float(p99)}
 
 
-def bare(model: Path, photos: list[bytes]) -> dict[str, float]:
-    """Milliseconds of decoding one photo and of the network at one image; images per second of full batches."""
-    embedder = open_embedder(read_bundle(model), model, batch_sizes=BATCH_SIZES)
-    decoding, network = [], []
-    for data in photos[:200]:
-        started = time.perf_counter()
-        seen = embedder.pixels(data)
-        decoded = time.perf_counter()
-        embedder.embed_pixels([seen])
-        decoding.append(decoded - started)
-        network.append(time.perf_counter() - decoded)
+def beside_bare_work(port: int, embedder: Embedder, photos: list[bytes], rounds: int = 20) -> dict[str, float]:
+    """Milliseconds of decoding, of the network, and of a lone client's request, in turns; images/s of full batches."""
+    decoding, network, asked = [], [], []
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    for number in range(rounds):
+        some = [photos[place % len(photos)] for place in range(20 * number, 20 * number + 20)]
+        for data in some:
+            started = time.perf_counter()
+            seen = embedder.pixels(data)
+            decoded = time.perf_counter()
+            embedder.embed_pixels([seen])
+            decoding.append(decoded - started)
+            network.append(time.perf_counter() - decoded)
+        for data in some:
+            started = time.perf_counter()
+            request(connection, "POST", "/predict", data)
+            asked.append(time.perf_counter() - started)
     engine = embedder.engine
     full = rate(engine, (engine.batch_size, *embedder.backbone.preprocess.crop, 3), 3.0, "network")
-    return {"decode": 1000 * float(np.median(decoding)), "network": 1000 * float(np.median(network)), "full": full}
+    times = {"decode": decoding, "network": network, "request": asked}
+    return {**{name: 1000 * float(np.median(each)) for name, each in times.items()}, "full": full}
 
 
 def main() -> None:
@@ -129,9 +137,12 @@ def main() -> None:
         store, model = options.out / f"{number}.featx", options.out / f"{number}.model"
         for words in (["extract", options.photos, "--out", store], ["fit", store, "--out", model]):
             subprocess.run([*command.split(), *map(str, words)], check=True, stdout=subprocess.DEVNULL)
-        found: dict[str, Any] = {"bare": bare(model, photos)} if command == this else {}
+        found: dict[str, Any] = {}
         with served(command, model) as port:
             ask(port, 4, photos, 2.0)  # warm
+            if command == this:
+                embedder = open_embedder(read_bundle(model), model, batch_sizes=BATCH_SIZES)
+                found["bare"] = beside_bare_work(port, embedder, photos)
             for clients in CLIENTS:
                 found[str(clients)] = ask(port, clients, photos, options.seconds)
         result["versions"][command] = found
@@ -143,7 +154,7 @@ def main() -> None:
                 f"  bare work: {work['decode']:.1f} ms decoding and {work['network']:.1f} ms network = {floor:.1f} ms"
             )
             print(f"  full batches: {work['full']:.0f} images/s of the network alone")
-            print(f"  one client against the bare work: {found['1']['p50'] / floor:.2f} times")
+            print(f"  one client, in turns with it: {work['request']:.1f} ms, {work['request'] / floor:.2f} times")
         for clients in CLIENTS:
             row = found[str(clients)]
             print(

@@ -31,22 +31,22 @@ from featx.images.phash import perceptual_hash
 from featx.images.pixels import BYTES_PER_PIXEL, Preprocess, decode, prepare, weigh
 from featx.images.views import Looks, Together
 
-READ, PART, HERE, WEIGH, DECODE = b"R", b"P", b"H", b"W", b"G"
-"""What the parent asks: read a file, read a part of one, take these bytes; then, weigh them, decode them. The last one
-is followed by a byte for each set of pixels that is wanted: its place among the settings' looks."""
+READ, PART, HERE, DECODE, DECODE_LIGHT = b"R", b"P", b"H", b"G", b"L"
+"""What the parent asks: read a file, read a part of one, take these bytes; then, decode them, or decode them within
+LIMITS. The last two end with a byte for each set of pixels that is wanted: its place among the settings' looks."""
 
-LATE = b"T"
-"""The answer where weighing or decoding took more of a processor than the parent allows."""
+HEAVY, LATE = b"W", b"T"
+"""The answers where the limits do not allow to decode an image, by its header, or where time was up."""
 
 PLACE = struct.Struct("<QQ")
 TIMES = struct.Struct("<dd")
 SIZE = struct.Struct("<II")
 """Width and height of the upright image, as it was decoded."""
 
-WEIGHT = struct.Struct("<Q")
-SECONDS = struct.Struct("<d")
-"""Of a processor, which weighing or decoding may take; 0 for any. Only Python is stopped, not native code: formats let
-a small file have millions of chunks, segments, comments or tags, and Pillow walks through them in Python."""
+LIMITS = struct.Struct("<ddd")
+"""Seconds of a processor for the header, the heaviest weight (:func:`featx.images.pixels.weigh`), and seconds for each
+unit of it. Only Python is stopped, not native code: formats let a small file have millions of chunks, segments,
+comments or tags, and Pillow walks through them in Python."""
 
 _HEADER_SECONDS = 1.0
 """Of a processor, to find the date of a photo; an honest header takes 2 ms."""
@@ -74,12 +74,11 @@ def serve(socket_handle: int) -> None:
             pixels: list[NDArray[np.uint8]] = []
             try:
                 if message[:1] == DECODE:
-                    with _limited(message):
-                        places = message[1 + SECONDS.size :]
-                        answer, pixels = _decode(data, [looks[place] for place in places], settings)
-                elif message[:1] == WEIGH:
-                    with _limited(message), limited_memory(BYTES_PER_PIXEL * settings["max_pixels"] + _SPARE):
-                        answer = b"W" + WEIGHT.pack(weigh(data, max_pixels=settings["max_pixels"]))
+                    answer, pixels = _decode(data, [looks[place] for place in message[1:]], settings)
+                elif message[:1] == DECODE_LIGHT:
+                    places = message[1 + LIMITS.size :]
+                    limits = LIMITS.unpack_from(message, 1)
+                    answer, pixels = _decode_light(data, [looks[place] for place in places], settings, *limits)
                 else:
                     started = time.perf_counter()
                     data = _take(message)
@@ -101,12 +100,6 @@ def serve(socket_handle: int) -> None:
                     left = left[os.write(socket_handle, left) :]
 
 
-def _limited(message: bytes) -> contextlib.AbstractContextManager[None]:
-    """The limit that a message names."""
-    (seconds,) = SECONDS.unpack_from(message, 1)
-    return limited_time(seconds) if seconds else contextlib.nullcontext()
-
-
 def _decode(data: bytes, looks: list[Looks], settings: dict[str, Any]) -> tuple[bytes, list[NDArray[np.uint8]]]:
     """The answer, and the pixels that follow it."""
     started = time.perf_counter()
@@ -118,6 +111,18 @@ def _decode(data: bytes, looks: list[Looks], settings: dict[str, Any]) -> tuple[
         hashed = perceptual_hash(image) if settings["hashed"] else b""
     times = TIMES.pack(decoded - started, time.perf_counter() - decoded)
     return b"K" + times + SIZE.pack(*image.size) + hashed, pixels
+
+
+def _decode_light(
+    data: bytes, looks: list[Looks], settings: dict[str, Any], header_seconds: float, heaviest: float, seconds: float
+) -> tuple[bytes, list[NDArray[np.uint8]]]:
+    """The same, of an image whose header says that it is light enough, in time."""
+    with limited_time(header_seconds), limited_memory(BYTES_PER_PIXEL * settings["max_pixels"] + _SPARE):
+        weight = weigh(data, max_pixels=settings["max_pixels"])
+    if weight > heaviest:
+        return HEAVY, []
+    with limited_time(header_seconds + seconds * weight):
+        return _decode(data, looks, settings)
 
 
 def _taken(data: bytes, max_pixels: int) -> str:

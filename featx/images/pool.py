@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from featx._files import uninterrupted
 from featx.errors import FeatxError, ImageError
 from featx.images.child import ATTEMPTS, Child
-from featx.images.decoder import DECODE, HERE, LATE, PART, PLACE, READ, SECONDS, SIZE, TIMES, WEIGH, WEIGHT
+from featx.images.decoder import DECODE, DECODE_LIGHT, HEAVY, HERE, LATE, LIMITS, PART, PLACE, READ, SIZE, TIMES
 from featx.images.fetchers import Fetchers, Fetching
 from featx.images.origin import MAX_BYTES as MAX_BYTES, Fetched, Origin, Part
 from featx.images.pixels import MAX_PIXELS, Preprocess
@@ -251,7 +251,7 @@ class DecoderPool:
         try:
             for _ in range(ATTEMPTS):
                 try:
-                    return child.decode(HERE + data, lambda digest: False, wanted, heaviest)
+                    return child.decode_light(data, wanted, heaviest)
                 except _Lost as lost:
                     child.end()
                     if lost.reason == _UNWANTED:
@@ -287,6 +287,18 @@ class _Lost(Exception):
 
 _UNWANTED = "unwanted"
 
+
+def _read_digest(answer: bytes) -> tuple[bytes, tuple[float, float], str]:
+    """The digest of an image, the seconds of reading and hashing it, and when the photo was taken."""
+    reading, hashing = TIMES.unpack_from(answer, 33)
+    return answer[1:33], (reading, hashing), answer[33 + TIMES.size :].decode()
+
+
+def _refused(answer: bytes, digest: bytes | None) -> Decoded:
+    reason, message = json.loads(answer[1:])
+    return Decoded(digest, refusal=ImageError(reason, message))
+
+
 _COSTLY = "its header or metadata is far larger than a photo's; save it again with any program"
 
 
@@ -319,54 +331,59 @@ class _Child(Child):
         }
         super().__init__(settings)
 
-    def decode(
-        self,
-        request: bytes,
-        known: Callable[[bytes], bool],
-        wanted: Callable[[], bool] | None = None,
-        heaviest: float | None = None,
-    ) -> Decoded:
-        """What becomes of one image, weighed first if ``heaviest`` is given; _Lost when the process ends on it."""
+    def decode(self, request: bytes, known: Callable[[bytes], bool]) -> Decoded:
+        """What becomes of one image, which is decoded if its content is new; _Lost when the process ends on it."""
         self.wait_until_ready()
         digest: bytes | None = None
-        seconds, taken = 0.0, ""
         try:
             self._socket.send_bytes(request)
-            answer = self._answer(digest, wanted)
-            reading = (0.0, 0.0)
-            if answer[:1] == b"D":
-                digest, reading = answer[1:33], TIMES.unpack_from(answer, 33)
-                taken = answer[33 + TIMES.size :].decode()
-                places = () if known(digest) else self._places(digest)
-                if not places:
-                    return Decoded(digest, seconds=(*reading, 0.0, 0.0), taken=taken)
-                if heaviest is not None:
-                    seconds = LIGHT_HEADER_SECONDS if heaviest < math.inf else HEADER_SECONDS
-                    self._socket.send_bytes(WEIGH + SECONDS.pack(seconds))
-                    answer = self._answer(digest, wanted)
-                    if answer[:1] == b"W":
-                        (weight,) = WEIGHT.unpack(answer[1:])
-                        if weight > heaviest:
-                            raise TooHeavy
-                        seconds += SECONDS_A_PIXEL * weight
-                if answer[:1] in (b"D", b"W"):
-                    self._socket.send_bytes(DECODE + SECONDS.pack(seconds) + bytes(places))
-                    answer = self._answer(digest, wanted)
-            if answer == LATE:
-                if heaviest is not None and heaviest < math.inf:
-                    raise TooHeavy
-                return Decoded(digest, refusal=ImageError("too_costly", _COSTLY))
+            answer = self._answer(digest)
             if answer[:1] == b"E":
-                reason, message = json.loads(answer[1:])
-                return Decoded(digest, refusal=ImageError(reason, message))
-            decoding = TIMES.unpack(answer[1 : 1 + TIMES.size])
-            pixels: list[NDArray[np.uint8] | None] = [None] * len(self._shapes)
-            for place in places:
-                one = np.empty(self._shapes[place], dtype=np.uint8)
-                self._fill(one.data.cast("B"))
-                pixels[place] = one
+                return _refused(answer, None)
+            digest, reading, taken = _read_digest(answer)
+            places = () if known(digest) else self._places(digest)
+            if not places:
+                return Decoded(digest, seconds=(*reading, 0.0, 0.0), taken=taken)
+            self._socket.send_bytes(DECODE + bytes(places))
+            return self._decoded(digest, self._answer(digest), places, reading, taken)
         except (EOFError, OSError) as error:
             raise _Lost("decoder_crash", digest) from error
+
+    def decode_light(self, data: bytes, wanted: Callable[[], bool], heaviest: float) -> Decoded:
+        """What becomes of an image file's bytes, within limits; TooHeavy, _Lost when the process ends on it."""
+        self.wait_until_ready()
+        digest: bytes | None = None
+        light = heaviest < math.inf
+        header_seconds = LIGHT_HEADER_SECONDS if light else HEADER_SECONDS
+        places = range(len(self._shapes))
+        try:
+            # All at once: each wait for the other process would cost as much as decoding a small photo.
+            self._socket.send_bytes(HERE + data)
+            self._socket.send_bytes(
+                DECODE_LIGHT + LIMITS.pack(header_seconds, heaviest, SECONDS_A_PIXEL) + bytes(places)
+            )
+            digest, reading, taken = _read_digest(self._answer(digest, wanted))
+            answer = self._answer(digest, wanted)
+            if answer == HEAVY or (answer == LATE and light):
+                raise TooHeavy
+            if answer == LATE:
+                return Decoded(digest, refusal=ImageError("too_costly", _COSTLY))
+            return self._decoded(digest, answer, places, reading, taken)
+        except (EOFError, OSError) as error:
+            raise _Lost("decoder_crash", digest) from error
+
+    def _decoded(
+        self, digest: bytes, answer: bytes, places: Sequence[int], reading: tuple[float, float], taken: str
+    ) -> Decoded:
+        """What a child's answer says, with the pixels that follow it."""
+        if answer[:1] == b"E":
+            return _refused(answer, digest)
+        decoding = TIMES.unpack(answer[1 : 1 + TIMES.size])
+        pixels: list[NDArray[np.uint8] | None] = [None] * len(self._shapes)
+        for place in places:
+            one = np.empty(self._shapes[place], dtype=np.uint8)
+            self._fill(one.data.cast("B"))
+            pixels[place] = one
         width, height = SIZE.unpack_from(answer, 1 + TIMES.size)
         phash = answer[1 + TIMES.size + SIZE.size :]
         return Decoded(
@@ -374,7 +391,7 @@ class _Child(Child):
             size=(width, height), taken=taken,
         )  # fmt: skip
 
-    def _answer(self, digest: bytes | None, wanted: Callable[[], bool] | None) -> bytes:
+    def _answer(self, digest: bytes | None, wanted: Callable[[], bool] | None = None) -> bytes:
         started = time.monotonic()
         wait = self.timeout if wanted is None else min(_GRACE, self.timeout)
         while not self._socket.poll(wait):

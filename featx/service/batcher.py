@@ -191,7 +191,10 @@ class Batcher:
         self._workers = workers or available_cpus()
         # Torch on a CPU computes one batch with all cores; OpenVINO and CUDA overlap two.
         self._lanes = lanes or (1 if (embedder.engine.name, embedder.engine.device) == ("torch", "cpu") else 2)
-        self._changed = threading.Condition()
+        # A condition for each kind of thread: waking all of them for every image costs a lone request a tenth.
+        self._lock = threading.RLock()
+        self._to_compute = threading.Condition(self._lock)
+        self._to_decode = {name: threading.Condition(self._lock) for name in ("queue", "heavy")}
         self._lines: list[Line] = []
         self._turns = dict.fromkeys(("queue", "heavy", "ready"), 0)
         self._decoding: dict[int, Line] = {}  # by numbers of threads
@@ -247,9 +250,10 @@ class Batcher:
 
     def stop(self) -> None:
         """End everything; what still waits is answered with WorkerDied."""
-        with self._changed:
+        with self._lock:
             self._stopping = True
-            self._changed.notify_all()
+            for each in (self._to_compute, *self._to_decode.values()):
+                each.notify_all()
         self._stack.close()
         until = time.monotonic() + _JOIN
         for thread in self._threads:
@@ -266,8 +270,6 @@ class Batcher:
             return self._dead
         if self._stopping:
             return "the service stops"
-        if any(not thread.is_alive() for thread in self._threads):
-            return "a worker has ended"
         most = max(STUCK, _SLOW * self._batch_seconds)
         if self._longest() > most:
             return f"a batch has been running for more than {most:.3g} s"
@@ -288,7 +290,7 @@ class Batcher:
 
     def accept(self, line: Line, jobs: Sequence[Job]) -> None:
         """Let jobs wait in their line, all or none; see :meth:`Line.submit`."""
-        with self._changed:
+        with self._lock:
             refusing = self.refusing()
             if refusing:
                 raise WorkerDied(refusing)
@@ -296,19 +298,21 @@ class Batcher:
                 raise QueueFull(self.seconds_for(line))
             line.queue.extend(jobs)
             self._active.update(jobs)
-            self._changed.notify_all()
+            self._to_decode["queue"].notify(len(jobs))
 
     def drop(self, line: Line, jobs: Sequence[Job]) -> None:
         """See :meth:`Line.drop`."""
-        with self._changed:
+        with self._lock:
             for job in jobs:
                 job.dropped = True
+            if self._active.isdisjoint(jobs):  # all are answered
+                return
             for queue in line.queues:
                 unwanted = [job for job in queue if job.dropped]
                 for job in unwanted:
                     queue.remove(job)
                     self._skip(job)
-            self._changed.notify_all()
+            self._to_compute.notify()
 
     def decoding(self, line: Line, *, heavy: bool = True) -> int:
         """Images of a line that are being decoded; without ``heavy``, those that a batch waits for."""
@@ -336,7 +340,7 @@ class Batcher:
                 self._fail_all(self._dead)
 
     def _fail_all(self, why: str) -> None:
-        with self._changed:
+        with self._lock:
             jobs = list(self._active)
             self._active.clear()
             for line in self._lines:
@@ -346,7 +350,7 @@ class Batcher:
             job.answer(WorkerDied(why))
 
     def _finish(self, job: Job, found: Embedded | Exception) -> None:
-        with self._changed:
+        with self._lock:
             self._active.discard(job)
         job.data = b""
         if not job.keep:
@@ -358,34 +362,31 @@ class Batcher:
         pool, name = self._pools[number], "heavy" if heavy else "queue"
         while not self._stopping:
             self._prepare(number, name)
-            with self._changed:
+            with self._lock:
                 lacking = self._shortage[number]
                 if (lacking or not self._any(name)) and not self._stopping:
-                    self._changed.wait(_RETRY if lacking else None)
+                    self._to_decode[name].wait(_RETRY if lacking else None)
                 line = None if lacking or self._stopping else self._next(name)
                 if line is None:
                     continue
                 job = getattr(line, name).popleft()
                 job.tries += 1
                 self._decoding[number] = line
-            try:
-                found = self._decode_one(pool, job, heavy)
-            finally:
-                with self._changed:
-                    del self._decoding[number]
-            if found is None:
-                with self._changed:
+            found = self._decode_one(pool, job, heavy)
+            # Another process may be able. If none is, every thread notes what it lacks, and then the image is
+            # refused: so /ready never calls a service able that has just refused one.
+            again = isinstance(found, OutOfResources) and not heavy and job.tries <= self._workers
+            with self._lock:
+                del self._decoding[number]
+                if found is None:
                     job.data = b""
                     job.ready_at = time.monotonic()
                     line.ready.append(job)
-                    self._changed.notify_all()
-            elif isinstance(found, OutOfResources) and not heavy and job.tries <= self._workers:
-                # Another process may be able. If none is, every thread notes what it lacks, and then the image is
-                # refused: so /ready never calls a service able that has just refused one.
-                with self._changed:
+                elif again:
                     line.queue.appendleft(job)
-                    self._changed.notify_all()
-            elif not isinstance(found, TooHeavy):
+                    self._to_decode[name].notify_all()
+                self._to_compute.notify()  # there is an image more, or none that it has to wait for
+            if found is not None and not again and not isinstance(found, TooHeavy):
                 self._finish(job, found)
 
     def _any(self, name: str) -> bool:
@@ -410,7 +411,7 @@ class Batcher:
             lacking = error.what if isinstance(error, NoDecoder) else in_words(error)
             if not self._shortage.get(number):
                 log.warning("short of resources: %s", lacking)
-        with self._changed:
+        with self._lock:
             self._shortage[number] = lacking
             jobs: list[Job] = []
             if lacking and (name == "heavy" or self._short()):
@@ -428,11 +429,11 @@ class Batcher:
         try:
             decoded = pool.decode(job.data, wanted=lambda: job.wanted, heaviest=np.inf if heavy else heaviest)
         except TooHeavy as error:
-            with self._changed:
+            with self._lock:
                 if len(job.line.heavy) >= HEAVY_QUEUE:
                     return QueueFull(self.seconds_for(job.line))
                 job.line.heavy.append(job)
-                self._changed.notify_all()
+                self._to_decode["heavy"].notify()
             return error
         except NoDecoder as error:
             return OutOfResources(error.what)
@@ -450,7 +451,7 @@ class Batcher:
     def _gather(self) -> list[Job]:
         """The next batch, of the line whose turn it is: full, or all there is when nothing is about to join it."""
         size = self.embedder.engine.batch_size
-        with self._changed:
+        with self._lock:
             while True:
                 if self._stopping:
                     return []
@@ -462,8 +463,10 @@ class Batcher:
                 chosen = self._next("ready", due.__contains__)
                 if chosen is not None:
                     some = [chosen.ready.popleft() for _ in range(min(size, len(chosen.ready)))]
+                    if any(line.ready for line in self._lines):
+                        self._to_compute.notify()  # another thread has to know how long those may wait
                     return [job for job in some if job.wanted or self._skip(job)]
-                self._changed.wait(min(waits.values(), default=None))
+                self._to_compute.wait(min(waits.values(), default=None))
 
     def _skip(self, job: Job) -> bool:
         self._active.discard(job)
@@ -495,8 +498,6 @@ class Batcher:
             self._batch_seconds += 0.2 * (took - self._batch_seconds)
             for job, result in zip(jobs, found, strict=True):
                 self._finish(job, result)
-            with self._changed:
-                self._changed.notify_all()
 
     def _embed(self, jobs: Sequence[Job]) -> list[Embedded | Exception]:
         """The embeddings of a batch; where it fails, of each image by itself."""
