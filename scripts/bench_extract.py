@@ -5,6 +5,7 @@ python scripts/bench_extract.py                                   # generated 50
 python scripts/bench_extract.py --photos FOLDER --backbones efficientnet_lite0
 python scripts/bench_extract.py --large 24                        # 12-megapixel photos, full and scaled decoding
 python scripts/bench_extract.py --linear 1000,5000,20000          # does an image's time depend on how many there are?
+python scripts/bench_extract.py --together efficientnet_lite0,efficientnet_lite1,efficientnet_lite2
 python scripts/bench_extract.py --photos FOLDER --quality         # are the embeddings those of plain torch?
 
 For each backbone: the plain torch DataLoader loop with the weights' own transforms; timm's own loader and model;
@@ -26,6 +27,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ from featx.backbones.backbone import Backbone
 from featx.evaluation.sweep import sweep_heads
 from featx.images.pixels import Preprocess
 from featx.images.pool import DecoderPool
+from featx.images.views import Looks
 from featx.store.reader import FeatureSet
 
 BACKBONES = ("efficientnet_lite0", "mobilenet_v2", "resnet18", "resnet50")
@@ -166,9 +169,10 @@ def extract_rate(source: Path, backbone: Backbone, *, decode: str = "full", **op
         shutil.rmtree(store.parent)
 
 
-def decode_rate(paths: list[Path], backbone: Backbone, workers: int) -> float:
-    """Images per second of reading, hashing, decoding and resizing alone."""
-    with DecoderPool(backbone.preprocess, workers=workers) as pool:
+def decode_rate(paths: list[Path], backbone: Backbone, workers: int, *others: Backbone) -> float:
+    """Images per second of reading, hashing, decoding and resizing alone; for ``others``, they are resized again."""
+    looks = [Looks(each.preprocess) for each in others]
+    with DecoderPool(backbone.preprocess, workers=workers, others=looks) as pool:
         list(pool.run(paths[: 2 * workers], lambda digest: False, ahead=64))  # the processes have started
         started = time.perf_counter()
         count = sum(1 for _ in pool.run(paths, lambda digest: False, ahead=64))
@@ -301,6 +305,44 @@ def linear(counts: list[int], folder: Path) -> list[dict[str, float]]:
     return rows
 
 
+def together(source: Path, names: list[str], precisions: list[str], workers: int, rounds: int) -> list[dict[str, Any]]:
+    """Several backbones in one extraction, against the sum of their network times and one decoding, in turns."""
+    backbones = [load_backbone(name) for name in names]
+    images = ImageSet.from_folder(source)
+    paths = [source / ref.id for ref in images.refs]
+    rows = []
+    for precision in precisions:
+        engines = {each.name: make_engine(each, precision=precision) for each in backbones}
+        times = []
+        for _ in range(rounds):
+            networks = sum(len(paths) / network_rate(each, len(paths), precision=precision) for each in backbones)
+            decoding = len(paths) / decode_rate(paths, backbones[0], workers)
+            resizing = len(paths) / decode_rate(paths, backbones[0], workers, *backbones[1:]) - decoding
+            with tempfile.TemporaryDirectory() as folder:
+                started = time.perf_counter()
+                extract_features(images, backbones, Path(folder) / "t.featx", engine=partial(_made, engines))
+                times.append((networks, decoding, resizing, time.perf_counter() - started))
+        networks, decoding, resizing, taken = np.median(times, axis=0)
+        rows.append(
+            {
+                "backbones": len(names),
+                "precision": precision,
+                "images": len(paths),
+                "networks": networks,
+                "one decoding": decoding,
+                "further resizes": resizing,
+                "extraction": taken,
+                "to networks and decoding": taken / (networks + decoding),
+                "and resizes": taken / (networks + decoding + resizing),
+            }
+        )
+    return rows
+
+
+def _made(engines: dict[str, Any], backbone: Backbone) -> Any:
+    return engines[backbone.name]
+
+
 def show(title: str, rows: list[dict[str, Any]]) -> None:
     """Print rows of equal keys as a table."""
     table = Table(*rows[0], title=title, box=None)
@@ -324,6 +366,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--large", type=int, default=0, metavar="N")
     parser.add_argument("--linear", default="", metavar="N,N,...")
+    parser.add_argument("--together", default="", metavar="NAME,NAME,...", help="several backbones in one extraction")
     parser.add_argument("--quality", action="store_true", help="with --photos: compare embeddings and accuracy")
     parser.add_argument("--thingsvision", default="", metavar="PYTHON", help="a Python that can import thingsvision")
     parser.add_argument("--out", type=Path, default=Path("data/bench/extract.json"))
@@ -357,7 +400,11 @@ def main() -> None:
             if given.photos is None:
                 make_jpegs(source, given.images, (500, 375))
             found["rows"] = []
-            for name in given.backbones.split(","):
+            if given.together:
+                names, precisions = given.together.split(","), given.precisions.split(",")
+                found["together"] = together(source, names, precisions, available_cpus(), given.rounds)
+                show("seconds of several backbones in one extraction, and of its parts", found["together"])
+            for name in [] if given.together else given.backbones.split(","):
                 row = compare(
                     source, name, given.precisions.split(","), available_cpus(), given.rounds, given.thingsvision
                 )
