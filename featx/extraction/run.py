@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from featx._arrays import PIXELS
 from featx._system import available_cpus
@@ -23,7 +24,7 @@ from featx.backbones import Backbone, Engine, load_backbone, make_engine
 from featx.errors import FeatxError, ImageError, Interrupted, MismatchError, TooManyBadImages, UsageError, plural
 from featx.extraction.embedder import network_like
 from featx.extraction.lanes import Embedded, Lane, Lanes
-from featx.images import CENTER, TAKEN, TIMEOUT, DecoderPool, ImageRef, ImageSet, parse_views, rules_of
+from featx.images import CENTER, TAKEN, THUMBNAIL, TIMEOUT, DecoderPool, ImageRef, ImageSet, parse_views, rules_of
 from featx.store import (
     MAX_STRING,
     PARTS,
@@ -58,6 +59,9 @@ Progress = Callable[[int, int], None]
 
 Start = Callable[[Backbone], Engine]
 """Makes the engine that runs a backbone."""
+
+SmallPicture = Callable[[ImageRef, NDArray[np.uint8]], None]
+"""Takes an image, and its thumbnail as RGB pixels (h, w, 3)."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,7 @@ def extract_features(
     total: int | None = None,
     known: Path | None = None,
     rehash: bool = False,
+    small: SmallPicture | None = None,
 ) -> ExtractSummary:
     """Embed every image whose content the store does not have, and let the index say what ``images`` says.
 
@@ -171,6 +176,7 @@ def extract_features(
         decides how many may be refused, and how long an id may be. By default ``images`` are the whole.
     known : another store, whose embeddings are taken over before anything is computed.
     rehash : read every image, those too that look unchanged; only new content is embedded all the same.
+    small : given each image that is embedded, and its thumbnail; nothing where ``decode`` is "scaled".
 
     Raises
     ------
@@ -188,7 +194,7 @@ def extract_features(
     lanes = make_lanes(backbone, engine, (recorded,), views=views, decode=decode, recipe=recipe)
     return extract_lanes(
         images, lanes, store, workers=workers, max_bad=max_bad, prune=prune, replace_images=replace_images,
-        decode_timeout=decode_timeout, progress=progress, total=total, known=known, rehash=rehash,
+        decode_timeout=decode_timeout, progress=progress, total=total, known=known, rehash=rehash, small=small,
     )  # fmt: skip
 
 
@@ -276,6 +282,7 @@ def extract_lanes(
     total: int | None = None,
     known: Path | None = None,
     rehash: bool = False,
+    small: SmallPicture | None = None,
 ) -> ExtractSummary:
     """:func:`extract_features` with what embeds the images; its own backbone first."""
     started = time.perf_counter()
@@ -285,7 +292,7 @@ def extract_lanes(
             if known is not None:
                 writer.take_over(known)
             images = regrouped(images, writer.index)
-            run = _Run(images, writer, lanes)
+            run = _Run(images, writer, lanes, small)
             run.embed(workers or available_cpus(), decode_timeout, progress, total or len(images), rehash=rehash)
             refused = tuple(run.refused)
             check_refused(refused, total or len(images), max_bad, writer)
@@ -403,8 +410,12 @@ def _too_many(
 class _Run:
     """The state of one extraction."""
 
-    def __init__(self, images: ImageSet, writer: StoreWriter, lanes: Sequence[Lane]) -> None:
+    def __init__(
+        self, images: ImageSet, writer: StoreWriter, lanes: Sequence[Lane], small: SmallPicture | None
+    ) -> None:
         self.images, self.writer, self.lanes = images, writer, lanes
+        # A thumbnail may need more of an image than the networks, whose pixels must not depend on whether one is made.
+        self.small = small if lanes[0].decode == "full" else None
         self.stages = dict.fromkeys(STAGES, 0.0)
         self.refused: list[Refused] = []
         self.done = self.embedded = self.copies = 0
@@ -447,6 +458,13 @@ class _Run:
         size = max(lane.engine.batch_size for lane in self.lanes)
         place = {lane.backbone.name: number for number, lane in enumerate(self.lanes)}
         first, *others = (lane.looks for lane in self.lanes)
+        if self.small is not None:
+            others.append(THUMBNAIL)
+
+        def wanted(digest: bytes) -> list[int]:
+            lacking = [place[name] for name in self.writer.lacks(digest)]
+            return [*lacking, len(self.lanes)] if lacking and self.small is not None else lacking
+
         with (
             DecoderPool(
                 first.preprocess,
@@ -455,7 +473,7 @@ class _Run:
                 mode=self.lanes[0].decode,
                 views=first.views,
                 others=others,
-                wanted=lambda digest: [place[name] for name in self.writer.lacks(digest)],
+                wanted=wanted,
                 hashed=True,
                 dated=dated,
             ) as pool,
@@ -479,12 +497,15 @@ class _Run:
                 self._digests[ref.id] = decoded.digest
                 self._taken[decoded.digest] = decoded.taken
                 self._read_at[ref.id] = time.time_ns()
+                pixels = (decoded.pixels, *decoded.others)  # of what is known nothing is decoded
+                if self.small is not None and len(pixels) > len(self.lanes) and pixels[-1] is not None:
+                    self.small(ref, pixels[-1])
                 if decoded.digest in claimed:
                     self.copies += 1
                     continue
                 if decoded.phash:
                     claimed.add(decoded.digest)
-                    running.add(decoded.digest, decoded.phash, (decoded.pixels, *decoded.others))
+                    running.add(decoded.digest, decoded.phash, pixels[: len(self.lanes)])
             running.finish()
         before = time.perf_counter()
         self.writer.flush()

@@ -44,7 +44,12 @@ from .source import (
     is_local as is_local,
     walk_folder as walk_folder,
 )
-from .thumbnails import Originals as Originals, Thumbnails as Thumbnails, whole_pictures as whole_pictures
+from .thumbnails import (
+    THUMBNAIL as THUMBNAIL,
+    Originals as Originals,
+    Thumbnails as Thumbnails,
+    whole_pictures as whole_pictures,
+)
 from .views import (
     CENTER as CENTER,
     VIEWS as VIEWS,

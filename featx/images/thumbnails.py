@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,9 +15,15 @@ from featx.images.origin import Origin
 from featx.images.pixels import Preprocess, encode, resized
 from featx.images.pool import Decoded, DecoderPool
 from featx.images.source import finder
+from featx.images.views import Looks
 
 SIDE = 160
 """Pixels of a thumbnail: the centre square, which is what a network with a centre crop sees of a picture."""
+
+_HALF = (0.5, 0.5, 0.5)
+
+THUMBNAIL = Looks(Preprocess(resize=SIDE, crop=(SIDE, SIDE), interpolation="bilinear", mean=_HALF, std=_HALF))
+"""What a decoding process that has other work makes a thumbnail by."""
 
 
 class Thumbnails:
@@ -104,12 +111,8 @@ class Thumbnails:
     def _run(self, images: Iterable[Origin], known: Callable[[bytes], bool]) -> Iterator[Decoded]:
         with self._lock:
             if self._pool is None:
-                half = (0.5, 0.5, 0.5)
                 square = (self.side, self.side)
-                look = Preprocess(
-                    resize=square if self.whole else self.side, crop=square, interpolation="bilinear", mean=half,
-                    std=half,
-                )  # fmt: skip
+                look = replace(THUMBNAIL.preprocess, resize=square if self.whole else self.side, crop=square)
                 self._pool = DecoderPool(look, workers=self.workers, mode="scaled", background=self.background)
             pool = self._pool
         return pool.run(images, known, ahead=4 * self.workers)

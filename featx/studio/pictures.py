@@ -7,9 +7,12 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from featx._files import temporary
 from featx.errors import ImageError
-from featx.images import ImageRef, Thumbnails
+from featx.images import ImageRef, Thumbnails, encode
 
 WHOLE = 1200
 """Pixels of the longer side of a whole picture."""
@@ -47,6 +50,11 @@ class Pictures:
     def make(self, refs: Sequence[ImageRef]) -> Iterator[bytes | ImageError]:
         """Make small pictures, and keep them."""
         yield from self._made(self._small, refs)
+
+    def keep(self, ref: ImageRef, pixels: NDArray[np.uint8]) -> None:
+        """Keep a small picture that somebody else has made, as pixels (h, w, 3)."""
+        if ref.stamp >= 0 and not self._path(ref).exists():
+            self._keep(ref, encode(pixels, form="JPEG"))
 
     def make_ahead(self, refs: Sequence[ImageRef], stop: Callable[[], bool]) -> None:
         """Make the small pictures that are not there yet, while nothing else wants the processors, until ``stop()``."""

@@ -246,7 +246,7 @@ class Session:
                 store = self.project.store
                 summary = extract_features(
                     self.project.images(), store=store, progress=progress, max_bad=1.0, replace_images=True,
-                    **self.setup.how(store),
+                    small=self.pictures.keep, **self.setup.how(store),
                 )  # fmt: skip
                 self._read_store()
                 ended = {"status": "done", "done": photos, "total": photos, "refused": summary.quarantined}

@@ -17,7 +17,8 @@ from storekit import refused_of
 from featx.errors import Interrupted, MismatchError, SourceError, TooManyBadImages
 from featx.extraction.run import ExtractSummary, extract_features
 from featx.images.pixels import pixels
-from featx.images.source import ImageSet
+from featx.images.source import ImageRef, ImageSet
+from featx.images.thumbnails import THUMBNAIL
 from featx.models.predictor import image_files
 from featx.store import index
 from featx.store.index import longest_id
@@ -53,6 +54,25 @@ def test_every_image_gets_its_own_embedding(source: Path, store: Path) -> None:
         assert features.digests[row].tobytes() == hashlib.sha256(data).digest()
         assert features.class_names[features.labels[row]] == name.split("/")[0]
     assert verify(store) == []
+
+
+def test_thumbnails_come_of_the_same_decoding(source: Path, store: Path, tmp_path: Path) -> None:
+    made: dict[str, NDArray[np.uint8]] = {}
+
+    def keep(ref: ImageRef, thumbnail: NDArray[np.uint8]) -> None:
+        made[ref.id] = thumbnail
+
+    run(source, store, small=keep)
+    run(source, tmp_path / "without.featx")
+    assert content_hash(store) == content_hash(tmp_path / "without.featx")
+    assert sorted(made) == read_features(store).ids.tolist()
+    for name, thumbnail in made.items():
+        assert np.array_equal(thumbnail, pixels((source / name).read_bytes(), THUMBNAIL.preprocess))
+    made.clear()
+    shutil.copy(source / name, source / "ants" / "copy.png")
+    run(source, store, small=keep)
+    run(source, tmp_path / "scaled.featx", small=keep, decode="scaled")
+    assert not made
 
 
 def test_batches_are_full_but_for_the_last(source: Path, store: Path) -> None:

@@ -78,6 +78,8 @@ def test_photos_are_listed_embedded_and_refused_with_reasons(window: Window, pho
     assert (refused["id"], refused["reason"]) == ("broken.jpg", "truncated")
     state = window.get("/api/state")
     assert (state["photos"], state["embedding"]["refused"], state["labelled"]) == (42, 1, 0)
+    small = sum(1 for _ in photos.with_name("photos.studio").glob("thumbnails/*/*.jpg"))
+    assert small >= 40  # made while the photos were read: nobody asked for them
     thumb = window.raw("/thumb/0")
     assert Image.open(io.BytesIO(thumb.body)).size == (160, 160)
     assert "immutable" in thumb.headers["cache-control"]
