@@ -177,11 +177,15 @@ def publish_text(path: Path, text: str) -> Path:
 
 def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
     """A table as CSV with a header; cells are empty where a row has no such column."""
+    return "".join([csv_line(columns), *(csv_line([row.get(name, "") for name in columns]) for row in rows)])
+
+
+def csv_line(cells: Iterable[Any]) -> str:
+    """One line of a table as CSV, with its end; names of files and labels may have ends of lines within."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
+    # Before Python 3.13 a cell is quoted for those ends of lines only that the writer itself makes.
+    csv.writer(out, lineterminator="\r\n").writerow(cells)
+    return out.getvalue()[: -len("\r\n")] + "\n"
 
 
 def read_regular(path: Path, limit: int | None = None) -> bytes:

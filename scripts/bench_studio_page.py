@@ -144,7 +144,7 @@ def loop(place: Path, chromium: str, files: list[Path], labels: int) -> None:
 
 
 def scroll(place: Path, chromium: str, files: list[Path], many: int) -> None:
-    """Scroll through many photos whose thumbnails were made, and tell how long they were blank."""
+    """Scroll through many photos as soon as they are read, and tell how long they were blank."""
     photos, rng = place / "many", np.random.default_rng(0)
     photos.mkdir()
     for number in range(many):
@@ -155,8 +155,6 @@ def scroll(place: Path, chromium: str, files: list[Path], many: int) -> None:
             image.convert("RGB").crop((x, y, x + side, y + side)).resize((200, 200)).save(photos / f"{number:05}.jpg")
     with open_studio(place, photos, "--backbone", "pixels") as window:
         window.wait(lambda: window.get("/api/state")["embedding"]["status"] == "done", 600)
-        for first in range(0, many, 100):
-            window.raw("/thumbs?rows=" + ",".join(map(str, range(first, min(first + 100, many)))))
         page = opened(place, chromium, window)
         page.run("location.hash = 'label'")
         page.wait("document.querySelectorAll('.label .cell[data-state=shown]').length >= 20")

@@ -12,7 +12,6 @@ give every float32 back. An .npz has the arrays of :meth:`featx.store.reader.Fea
 
 from __future__ import annotations
 
-import csv
 import json
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featx._files import publish
+from featx._files import csv_line, publish
 from featx.errors import StoreError, UsageError, not_installed
 from featx.store.manifest import fingerprint
 from featx.store.reader import FeatureReader
@@ -177,19 +176,15 @@ def _parquet(table: _Rows, path: Path) -> None:
 def _csv(table: _Rows, path: Path) -> None:
     numbers = ",".join(["%.9g"] * table.dims)
     with path.open("w", newline="", encoding="utf-8") as file:
-        names = csv.writer(file, lineterminator="")
-        names.writerow(
-            ["id", "label", "split", "digest", *table.further, *(f"e{number}" for number in range(table.dims))]
-        )
-        file.write("\n")
+        embedding = (f"e{number}" for number in range(table.dims))
+        file.write(csv_line(["id", "label", "split", "digest", *table.further, *embedding]))
         for rows, block in table.blocks():
             about = zip(
                 table.index.ids[rows], table.labels(rows), table.index.split[rows], table.digests(rows),
                 *(values[rows] for values in table.further.values()), strict=True,
             )  # fmt: skip
             for said, row in zip(about, block, strict=True):
-                names.writerow(said)
-                file.write("," + numbers % tuple(row.tolist()) + "\n")
+                file.write(csv_line(said).removesuffix("\n") + "," + numbers % tuple(row.tolist()) + "\n")
 
 
 def _npz(table: _Rows, path: Path) -> None:

@@ -15,8 +15,6 @@ Numbers of classes are never used twice; a class that was removed has the name N
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,7 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from featx._files import LineFile, publish_bytes
+from featx._files import LineFile, csv_line, publish_bytes
 from featx.errors import StoreError, UsageError, plural
 from featx.models import checked_name
 
@@ -124,15 +122,13 @@ class Journal:
 
     def csv(self, photos: Iterable[str]) -> bytes:
         """The labels of these photos as a list that ``featx extract`` takes."""
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(COLUMNS)
+        lines = [csv_line(COLUMNS)]
         with self._lock:
             for photo in photos:
                 code = self.code(photo)
                 label = (self.classes[code] or "") if code >= 0 else ""
-                writer.writerow((photo, label, MARKS.get(code, ""), *self.who.get(photo, ("", ""))))
-        return out.getvalue().encode("utf-8", errors="surrogateescape")
+                lines.append(csv_line((photo, label, MARKS.get(code, ""), *self.who.get(photo, ("", "")))))
+        return "".join(lines).encode("utf-8", errors="surrogateescape")
 
     def write_csv(self, path: Path, photos: Iterable[str]) -> None:
         """Publish :meth:`csv`."""

@@ -30,7 +30,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two splits, awkward names, and an image without a label."""
     folder = tmp_path_factory.mktemp("tabular")
     class_folders(folder / "photos", each=5)
-    picture(60).save(folder / "photos" / "ants" / 'with, comma "and" ünïcode.png')
+    picture(60).save(folder / "photos" / "ants" / 'with, comma "and" ünïcode\nof two\rlines.png')
     picture(61).save(folder / "photos" / "none.png")
     rows = [["path", "label", "split"]]
     for path in sorted((folder / "photos").rglob("*.png")):

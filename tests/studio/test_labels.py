@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import os
 import random
@@ -122,18 +121,21 @@ def test_any_actions_leave_what_a_list_of_states_has_also_when_it_is_opened_agai
 
 
 def test_the_csv_is_a_list_that_an_extraction_takes(path: Path, tmp_path: Path) -> None:
-    journal = Journal(path, "ann")
-    journal.label(PHOTOS[:2], "bee, honey", how="key")
-    journal.label(PHOTOS[2:4], "wasp", how="batch", by="ann, accepting a suggestion")
-    journal.label(PHOTOS[4:5], NONE_OF_THESE, how="key")
-    journal.write_csv(tmp_path / "labels.csv", PHOTOS[:6])
-    rows = list(csv.DictReader(io.StringIO((tmp_path / "labels.csv").read_text())))
+    journal, photos = Journal(path, "ann"), [*PHOTOS[:3], "a\rb\n.jpg", *PHOTOS[4:6]]
+    journal.label(photos[:2], "bee, honey", how="key")
+    journal.label(photos[2:4], "wasp", how="batch", by="ann, accepting a suggestion")
+    journal.label(photos[4:5], NONE_OF_THESE, how="key")
+    journal.write_csv(tmp_path / "labels.csv", photos)
+    with (tmp_path / "labels.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["path"] for row in rows] == photos
     assert [(row["label"], row["mark"], row["by"]) for row in rows] == [
         ("bee, honey", "", "ann"), ("bee, honey", "", "ann"), ("wasp", "", "ann, accepting a suggestion"),
         ("wasp", "", "ann, accepting a suggestion"), ("", "none of these", "ann"), ("", "", ""),
     ]  # fmt: skip
     images = ImageSet.from_manifest(tmp_path / "labels.csv")
-    assert [ref.label for ref in images.refs] == ["bee, honey", "bee, honey", "wasp", "wasp", None, None]
+    labels = dict(zip(photos, ("bee, honey", "bee, honey", "wasp", "wasp", None, None), strict=True))
+    assert {ref.id: ref.label for ref in images.refs} == labels
 
 
 @pytest.mark.parametrize("name", ["", "   ", "a\nb", "\0", "x" * 201, "a\u202eb"])
