@@ -1,7 +1,6 @@
 """What the tests of the store share: stores made by hand, a light extraction, and a process to kill.
 
-Run as a program it is a server of processes: for each line of JSON on stdin it forks one that runs a whole
-extraction (real images, real decoding processes, a light engine) and says its pid, then how it ended.
+Run as a program it does a whole extraction: real images, real decoding processes, a light engine.
 """
 
 from __future__ import annotations
@@ -9,18 +8,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from warm import Started, shared
 
 import featx.extraction.run
 from featx.backbones.backbone import Backbone, load_backbone
@@ -267,44 +265,14 @@ def peak() -> int:
     return int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1])
 
 
-class Zygote:
-    """Starts extractions quickly: a process that has imported everything, and forks."""
+def begin(**job: object) -> Started:
+    """Begin one extraction, in a process that may be killed.
 
-    def __enter__(self) -> Zygote:
-        self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve())], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait(10)
-
-    def start(self, **job: object) -> int:
-        """Begin one extraction: ``source``, ``store``, ``shard_rows`` and perhaps ``log``, ``pause``, ``backbones``;
-        the pid.
-
-        With ``part`` ("2/3") it is of that part, with ``finish`` (true) it puts the parts together.
-        """
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in job.items()}) + "\n")
-        self._process.stdin.flush()
-        return int(self._line())
-
-    def ended(self) -> int:
-        """Wait for it: the exit code, or minus the signal."""
-        assert self._process.stdin is not None
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        return int(self._line())
-
-    def _line(self) -> str:
-        assert self._process.stdout is not None
-        return self._process.stdout.readline()
+    ``job`` is ``source``, ``store``, ``shard_rows`` and perhaps ``log``, ``pause``, ``backbones``; with ``part``
+    ("2/3") it is of that part, with ``finish`` (true) it puts the parts together.
+    """
+    told = json.dumps({name: str(value) if isinstance(value, Path) else value for name, value in job.items()})
+    return shared().begin([told], script=__file__)
 
 
 def _run_job(job: dict[str, Any]) -> int:
@@ -332,10 +300,4 @@ def _run_job(job: dict[str, Any]) -> int:
 
 if __name__ == "__main__":
     os.fsync = lambda fd: None  # for power cuts; a killed process leaves what it wrote either way
-    for line in sys.stdin:
-        pid = os.fork()
-        if pid == 0:
-            os._exit(_run_job(json.loads(line)))
-        print(pid, flush=True)
-        sys.stdin.readline()  # until then it may be killed by its pid, ended or not
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+    raise SystemExit(_run_job(json.loads(sys.argv[1])))

@@ -69,11 +69,16 @@ class Warm:
         return process.wait(), out, err
 
     def begin(
-        self, arguments: list[str], cwd: Path | None = None, env: Mapping[str, str] | None = None, first: str = ""
+        self,
+        arguments: list[str],
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        first: str = "",
+        script: str = "",
     ) -> Started:
-        """Begin a command; ``communicate`` gives what it printed."""
+        """Begin a command, or a script of Python; ``communicate`` gives what it printed."""
         out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 (closed when they are read)
-        process = self.start(arguments, out.fileno(), err.fileno(), cwd=cwd, env=env, first=first)
+        process = self.start(arguments, out.fileno(), err.fileno(), cwd=cwd, env=env, first=first, script=script)
         process.printed = out, err
         return process
 

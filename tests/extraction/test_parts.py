@@ -16,7 +16,7 @@ import pytest
 import storekit
 from hypothesis import given, strategies as st
 from partkit import assert_same
-from storekit import LightEngine, Zygote, light_backbone, refused_of
+from storekit import LightEngine, light_backbone, refused_of
 
 from featx import _files
 from featx._files import writer_lock
@@ -322,28 +322,29 @@ def test_finishing_can_fail_at_every_step_and_be_repeated(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backbones", [("tiny",), ("tiny", "wide", "third")], ids=["one", "three"])
+@pytest.mark.usefixtures("warm")  # before the clock
 def test_parts_and_finishing_survive_kills(backbones: tuple[str, ...], tmp_path: Path) -> None:
     source, store = storekit.png_folders(tmp_path / "photos", 48), tmp_path / "photos.featx"
     storekit.extract(source, tmp_path / "whole.featx", backbones=backbones)
     rng, kills = random.Random(0), 0
     job: dict[str, Any] = {"source": source, "store": store, "shard_rows": 3, "backbones": backbones}
-    with Zygote() as zygote:
-        started = time.perf_counter()
-        zygote.start(**{**job, "store": tmp_path / "timed.featx", "part": "1/3"})
-        assert zygote.ended() == 0
-        seconds = time.perf_counter() - started
-        for do in ({"part": "1/3"}, {"part": "3/3"}, {"part": "2/3"}, {"finish": True}):
-            code, deadly = None, 12
-            while code != 0:
-                pid = zygote.start(**job, **do)
-                if deadly:
-                    time.sleep(rng.random() * (0.05 if "finish" in do else seconds))
-                    os.kill(pid, signal.SIGKILL)
-                    deadly -= 1
-                code = zygote.ended()
-                assert code in (0, -signal.SIGKILL)
-                kills += code != 0
-                storekit.check_published(store)
+    started = time.perf_counter()
+    with storekit.begin(**{**job, "store": tmp_path / "timed.featx", "part": "1/3"}) as process:
+        assert process.wait() == 0
+    seconds = time.perf_counter() - started
+    for do in ({"part": "1/3"}, {"part": "3/3"}, {"part": "2/3"}, {"finish": True}):
+        code, deadly = None, 12
+        while code != 0:
+            process = storekit.begin(**job, **do)
+            if deadly:
+                time.sleep(rng.random() * (0.05 if "finish" in do else seconds))
+                process.kill()
+                deadly -= 1
+            _, err = process.communicate()
+            code = process.returncode
+            assert code in (0, -signal.SIGKILL), err
+            kills += code != 0
+            storekit.check_published(store)
     assert kills >= 12
     assert_same(store, tmp_path / "whole.featx")
 

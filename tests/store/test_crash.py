@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import pytest
 import storekit
 from conftest import TESTS, Featx
-from storekit import Zygote, check_published, digests_of, index_of, names_of, provenance, rows_of
+from storekit import begin, check_published, digests_of, index_of, names_of, provenance, rows_of
 from warm import Started, shared
 
 from featx import _files
@@ -49,6 +49,7 @@ def computed(log: Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("backbones", "kills"), [(("tiny",), KILLS), (("tiny", "wide", "third"), KILLS // 2)])
+@pytest.mark.usefixtures("warm")  # before the threads
 def test_sixty_kills(backbones: tuple[str, ...], kills: int, tmp_path: Path) -> None:
     source = storekit.png_folders(tmp_path / "photos", 32)
     (source / "ants" / "bad.png").write_bytes(b"no image")  # so that there is a list of refused images
@@ -63,29 +64,29 @@ def test_sixty_kills(backbones: tuple[str, ...], kills: int, tmp_path: Path) -> 
         job = {"source": source, "store": store, "log": logs, "shard_rows": SHARD_ROWS, "backbones": backbones}
         rng = random.Random(worker)
         killed = finished = lost = rows = 0
-        with Zygote() as zygote:
-            whole = 0.0
-            while killed < kills // 2:
-                log.unlink(missing_ok=True)
-                started = time.perf_counter()
-                pid = zygote.start(**job)
-                if finished:  # else the run is to the end, and measured
-                    time.sleep(rng.random() * whole)
-                    os.kill(pid, signal.SIGKILL)
-                code = zygote.ended()
-                assert code in (0, -signal.SIGKILL)
-                killed += code != 0
-                kept = check_published(store)
-                lost = max(lost, computed(log) - (kept - rows))
-                rows = kept
-                if code == 0:
-                    whole = whole or time.perf_counter() - started
-                    finished += 1
-                    assert content_hash(store) == expected
-                    assert verify(store) == []
-                    assert list(store.rglob(".tmp-*")) == []
-                    shutil.rmtree(store)
-                    rows = 0
+        whole = 0.0
+        while killed < kills // 2:
+            log.unlink(missing_ok=True)
+            started = time.perf_counter()
+            process = begin(**job)
+            if finished:  # else the run is to the end, and measured
+                time.sleep(rng.random() * whole)
+                process.kill()
+            _, err = process.communicate()
+            code = process.returncode
+            assert code in (0, -signal.SIGKILL), err
+            killed += code != 0
+            kept = check_published(store)
+            lost = max(lost, computed(log) - (kept - rows))
+            rows = kept
+            if code == 0:
+                whole = whole or time.perf_counter() - started
+                finished += 1
+                assert content_hash(store) == expected
+                assert verify(store) == []
+                assert list(store.rglob(".tmp-*")) == []
+                shutil.rmtree(store)
+                rows = 0
         return killed, finished, lost
 
     with ThreadPoolExecutor(2) as pool:
