@@ -16,8 +16,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
 
 _LINUX = sys.platform == "linux"
 
@@ -45,6 +49,18 @@ def has_int8() -> bool:
     except OSError:
         return False
     return "avx2" in flags
+
+
+@contextlib.contextmanager
+def told_to_end(loop: AbstractEventLoop, end: Callable[[], None]) -> Iterator[None]:
+    """Have an event loop call ``end`` for SIGTERM and for Ctrl-C, each time, in place of what they do."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, end)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
 
 
 def lock(handle: int, *, shared: bool = False) -> None:

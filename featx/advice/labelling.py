@@ -22,7 +22,7 @@ from threadpoolctl import threadpool_limits
 from featx._arrays import Index
 from featx.errors import UsageError, plural
 from featx.evaluation import GroupKShotSplit, KShotSplit, drawable, stats
-from featx.heads import HEADS, distinct_counts, fit_chosen
+from featx.heads import HEADS, distinct_counts, fit_chosen, margins
 
 Array: TypeAlias = NDArray[np.float64]
 
@@ -33,19 +33,13 @@ RANDOM_DRAWS = 4
 """Random batches that a chosen one is compared with, in every draw."""
 
 
-def margins(probabilities: Array) -> Array:
-    """How far the likeliest class is above the second, (n,) of probabilities (n, c): 0 is undecided, 1 is sure."""
-    top = np.sort(probabilities, axis=1)[:, -2:]
-    return np.asarray(top[:, 1] - top[:, 0])
-
-
 def choose_next(embeddings: NDArray[np.floating], margin: Array, count: int, *, random_state: int = 0) -> Index:
     """The rows to label next, the most uncertain cluster first.
 
     Parameters
     ----------
     embeddings : (n, d) of images without labels.
-    margin : (n,) of :func:`margins`.
+    margin : (n,) of :func:`featx.heads.margins`, of probabilities: 0 is undecided, 1 is sure.
     count : how many; at most n.
 
     Returns

@@ -17,9 +17,6 @@ from featx.retrieval import GalleryIndex
 from featx.service.guard import Refusal
 from featx.store import is_packed, read_manifest
 
-SIDE = 160
-"""Pixels of a thumbnail's side: twice what the page shows, for fine screens."""
-
 _KEPT = 512
 
 
@@ -52,7 +49,7 @@ class Evidence:
         if images is not None and not images.is_dir():
             raise UsageError("no such folder of images", where=images)
         self._kept: OrderedDict[int, bytes] = OrderedDict()
-        self._thumbnails = Thumbnails(SIDE)
+        self._thumbnails = Thumbnails()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:

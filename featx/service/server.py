@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
-import signal
 import socket
 import uuid
 from asyncio.events import TimerHandle
@@ -17,7 +16,7 @@ import uvicorn
 from threadpoolctl import ThreadpoolController
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from featx._system import allow_descriptors
+from featx._system import allow_descriptors, told_to_end
 from featx.errors import FeatxError, UsageError
 from featx.service.app import create_app
 from featx.service.guard import LOOPBACK_NAMES, Guard
@@ -216,14 +215,8 @@ class Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """SIGTERM and Ctrl-C end the service in order; a second one at once. Both are how it is meant to end."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop)
-        try:
+        with told_to_end(asyncio.get_running_loop(), self._stop):
             yield
-        finally:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.remove_signal_handler(number)
 
     def _stop(self) -> None:
         if self._repository.stopping:

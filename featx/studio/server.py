@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import uvicorn
 
+from featx._system import told_to_end
 from featx.studio.address import LastAddress
 from featx.studio.app import Studio, create_app
 
@@ -25,14 +25,8 @@ class Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """SIGTERM and Ctrl-C end it in order; both are how it is meant to end."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._end)
-        try:
+        with told_to_end(asyncio.get_running_loop(), self._end):
             yield
-        finally:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.remove_signal_handler(number)
 
     def _end(self) -> None:
         self._studio.events.close()

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx._arrays import Index
-from featx.advice import PRESELECT, choose_next, margins
+from featx.advice import PRESELECT, choose_next
 from featx.evaluation import Interval, percent
-from featx.heads import InstantRidge
+from featx.heads import InstantRidge, margins
 from featx.models import clopper_pearson, is_unknown, nearest_mean, shares_among
 from featx.studio.journal import NONE_OF_THESE, NOTHING
 

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from featx.advice.labelling import choose_next, margins, next_batch, plan_simulation, rank_unlabelled, simulate
+from featx.advice.labelling import choose_next, next_batch, plan_simulation, rank_unlabelled, simulate
 from featx.errors import UsageError
 from featx.evaluation.splits import KShotSplit
 from featx.heads.catalogue import HEADS
+from featx.heads.scorer import margins
 
 
 def test_margins_by_hand() -> None:
