@@ -42,6 +42,8 @@ ELSEWHERE = {
     "package; test_offline runs it with a folder",
     "python scripts/bench_sweep.py photos.featx": "takes minutes",
     "python scripts/bench_extract.py --images 480": "takes minutes",
+    "python scripts/bench_extract.py --photos rsscn7 "
+    "--together efficientnet_lite0,efficientnet_lite1,efficientnet_lite2": "takes minutes",
     "python scripts/bench_extract.py --large 24": "takes minutes",
     "python scripts/bench_extract.py --backbones efficientnet_lite0 --precisions fp32,bf16,int8": "takes minutes",
     "python scripts/bench_serve.py photos --featx OTHER/bin/featx": "takes minutes, and another version of featx",

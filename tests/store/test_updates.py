@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -227,4 +228,5 @@ def test_unchanged_files_are_recognised_without_reading(tmp_path: Path) -> None:
     assert sum(path.stat().st_size for path in source.rglob("*.png")) == 8 * count
     walked = time.process_time() - walked
     print(f"{used / walked:.1f} times the time of pathlib's walk")
-    assert used < 5 * walked  # every file is looked at, none is read
+    if sys.gettrace() is None:  # lines that are counted take longer
+        assert used < 5 * walked  # every file is looked at, none is read
