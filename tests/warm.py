@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
+import io
 import json
 import os
 import runpy
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import threading
 import traceback
+import weakref
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -238,12 +240,28 @@ def serve(path: str) -> None:
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
     import huggingface_hub.constants
+    import jinja2  # noqa: F401
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure  # noqa: F401
     import rich.markdown
     import rich.progress
     import rich.table  # noqa: F401
+    import torch._dynamo.utils
     import torchvision  # noqa: F401
+    import typer.main
+
+    import featx.cli.main as cli
 
     let_children_be_counted()
+    cli.app = typer.main.get_command(cli.app)  # type: ignore[assignment]  # Typer would spell it out for each command
+    sys.argv = ["featx", "--version"]
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+        cli.main()  # and imports more when it is first used
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # What libraries would put away at the end of this process takes each forked one longer than a short command.
+    atexit.unregister(torch._dynamo.utils.dump_compile_times)
+    for each in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+        each.atexit = False
     assert threading.active_count() == 1
     gc.freeze()  # a collection would write to, and so copy, all that was imported
     running: dict[int, socket.socket] = {}
@@ -285,15 +303,13 @@ def serve(path: str) -> None:
     importlib.reload(huggingface_hub.constants)  # it reads its variables when it is imported
     script = request.get("script", "")
     sys.argv = [script or "featx", *request["arguments"]]
-    from featx.cli.main import main
-
     code: object = 0
     try:
         exec(request.get("first", ""), {})
         if script:
             runpy.run_path(script, run_name="__main__")
         else:
-            main()
+            cli.main()
     except SystemExit as end:
         code = end.code
     except BaseException:  # noqa: BLE001 - as the interpreter does
