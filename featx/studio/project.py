@@ -234,9 +234,8 @@ class Project:
                 own = replace(photo.ref, group=ref.group)
                 found.append(replace(photo, ref=own, folder_label=ref.label, split=ref.split))
             return found
-        names = sorted(
-            relative for relative, _ in walk_folder(self.source) if Path(relative).suffix.lower() in IMAGE_SUFFIXES
-        )
+        every = sorted(relative for relative, _ in walk_folder(self.source))
+        names = [each for each in every if Path(each).suffix.lower() in IMAGE_SUFFIXES and not each.endswith("/")]
         try:
             labels = labels_from_folders(names)
         except SourceError:
@@ -244,7 +243,12 @@ class Project:
         return [
             replace(self._photo(self.source / name, name), folder_label=label, split=split)
             for name, (label, split) in zip(names, labels, strict=True)
-        ]
+        ] + [self._closed(each) for each in every if each.endswith("/")]
+
+    def _closed(self, name: str) -> Photo:
+        """A folder that may not be read, refused like a photo that cannot be: nobody knows what is in it."""
+        refused = Unreadable("this folder cannot be read")
+        return Photo(file_ref(f"{self._id(self.source / name)}/", refused, None, "", None), name)
 
     def _added(self) -> list[Photo]:
         names = sorted(entry.name for entry in self.added.iterdir() if not entry.name.startswith("."))
