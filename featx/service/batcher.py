@@ -191,10 +191,12 @@ class Batcher:
         self._workers = workers or available_cpus()
         # Torch on a CPU computes one batch with all cores; OpenVINO and CUDA overlap two.
         self._lanes = lanes or (1 if (embedder.engine.name, embedder.engine.device) == ("torch", "cpu") else 2)
-        # A condition for each kind of thread: waking all of them for every image costs a lone request a tenth.
+        # A condition for each kind of thread: waking all of them for every image costs a lone request a tenth. Threads
+        # without a process have their own, for an image of which only they were told would wait for nobody.
         self._lock = threading.RLock()
         self._to_compute = threading.Condition(self._lock)
         self._to_decode = {name: threading.Condition(self._lock) for name in ("queue", "heavy")}
+        self._to_try_again = threading.Condition(self._lock)
         self._lines: list[Line] = []
         self._turns = dict.fromkeys(("queue", "heavy", "ready"), 0)
         self._decoding: dict[int, Line] = {}  # by numbers of threads
@@ -252,7 +254,7 @@ class Batcher:
         """End everything; what still waits is answered with WorkerDied."""
         with self._lock:
             self._stopping = True
-            for each in (self._to_compute, *self._to_decode.values()):
+            for each in (self._to_compute, *self._to_decode.values(), self._to_try_again):
                 each.notify_all()
         self._stack.close()
         until = time.monotonic() + _JOIN
@@ -299,6 +301,7 @@ class Batcher:
             line.queue.extend(jobs)
             self._active.update(jobs)
             self._to_decode["queue"].notify(len(jobs))
+            self._to_try_again.notify_all()
 
     def drop(self, line: Line, jobs: Sequence[Job]) -> None:
         """See :meth:`Line.drop`."""
@@ -364,8 +367,10 @@ class Batcher:
             self._prepare(number, name)
             with self._lock:
                 lacking = self._shortage[number]
-                if (lacking or not self._any(name)) and not self._stopping:
-                    self._to_decode[name].wait(_RETRY if lacking else None)
+                if lacking and not self._stopping:
+                    self._to_try_again.wait(_RETRY)
+                elif not self._any(name) and not self._stopping:
+                    self._to_decode[name].wait()
                 line = None if lacking or self._stopping else self._next(name)
                 if line is None:
                     continue
@@ -434,6 +439,7 @@ class Batcher:
                     return QueueFull(self.seconds_for(job.line))
                 job.line.heavy.append(job)
                 self._to_decode["heavy"].notify()
+                self._to_try_again.notify_all()
             return error
         except NoDecoder as error:
             return OutOfResources(error.what)
