@@ -63,6 +63,7 @@ def found(
     return request.param, result
 
 
+@pytest.mark.slow
 def test_a_planted_shortcut_is_found_and_no_other(found: tuple[str, Shortcuts]) -> None:
     planted, result = found
     regions = {region.name: region for region in result.regions}

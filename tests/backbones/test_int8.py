@@ -52,6 +52,7 @@ def test_the_networks_of_the_recipes_come_quantised(name: str) -> None:
     assert carried(load_backbone(name, layers=("blocks.3",))) is None
 
 
+@pytest.mark.slow
 def test_int8_is_near_to_single_precision_on_photos(pictures: np.ndarray) -> None:
     backbone = load_backbone()
     exact, quantised = (
@@ -108,6 +109,7 @@ def test_limiting_instructions_is_not_for_child_processes() -> None:
     assert "ONEDNN_MAX_CPU_ISA" not in os.environ
 
 
+@pytest.mark.slow
 def test_auto_takes_int8_where_cpu_and_figures_allow_it(monkeypatch: pytest.MonkeyPatch, small: Backbone) -> None:
     monkeypatch.setattr(engines, "has_int8", lambda: True)
     monkeypatch.setattr(engines, "_cuda", lambda: False)

@@ -136,6 +136,7 @@ def test_options_that_do_not_go_together(source: Path, tmp_path: Path, featx: Fe
     assert Embedder.like(read_features(tmp_path / "p").provenance, where=tmp_path).backbone.name == "pixels"
 
 
+@pytest.mark.slow
 def test_weights_of_ones_own_are_named_for_each_network(source: Path, tmp_path: Path, featx: Featx) -> None:
     """A store whose network has a file of the user's own gets another network, and neither is taken for the other."""
     from featx.backbones import load_backbone
@@ -165,6 +166,7 @@ def test_weights_of_ones_own_are_named_for_each_network(source: Path, tmp_path: 
         assert np.array_equal(here.embeddings, mine.embeddings) and here.fingerprint == mine.fingerprint
 
 
+@pytest.mark.slow
 def test_views_layers_and_precision_are_of_the_networks_that_are_named(
     source: Path, tmp_path: Path, featx: Featx
 ) -> None:

@@ -60,6 +60,7 @@ def correct(folder: Path, label: Callable[[str, int], str], number: int = 15, by
 REFIT = ("refit", "m.model", "--feedback", "kept", "--store", "s.featx")
 
 
+@pytest.mark.slow
 def test_right_corrections_are_promoted_and_gone_back_from(featx: Featx, made: Path, folder: Path) -> None:
     correct(folder, lambda name, seed: name)
     ran = featx(*REFIT, "--json", "--who", "mia", cwd=folder)
@@ -102,6 +103,7 @@ def test_right_corrections_are_promoted_and_gone_back_from(featx: Featx, made: P
     assert "leo: rolled back" in featx("models", "kept", "--log", cwd=folder).out
 
 
+@pytest.mark.slow
 def test_wrong_corrections_are_held_with_their_photos(featx: Featx, folder: Path) -> None:
     rng = np.random.default_rng(3)
     correct(folder, lambda name, seed: str(rng.choice(["red", "blue"])))

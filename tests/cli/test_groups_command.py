@@ -41,6 +41,7 @@ def test_info_shows_groups(featx: Featx, store: Path) -> None:
     assert "camera 1" in featx("info", store).out
 
 
+@pytest.mark.slow
 def test_a_sweep_across_groups_stands_beside_the_ordinary_one(featx: Featx, store: Path, tmp_path: Path) -> None:
     options = ("--heads", "auto,nearest_centroid", "--episodes", "4")
     both = featx("sweep", store, "--across", "groups", *options, "--out", tmp_path / "both", "--json")
@@ -70,6 +71,7 @@ def test_a_sweep_across_groups_stands_beside_the_ordinary_one(featx: Featx, stor
     assert "1 image without a tower count as one each" in shown.err
 
 
+@pytest.mark.slow
 def test_a_sweep_across_groups_goes_on_where_it_stopped(featx: Featx, store: Path, tmp_path: Path) -> None:
     options = ("--across", "groups", "--heads", "auto", "--shots", "1,5", "--episodes", "200", "--out", tmp_path / "o")
     first = featx("sweep", store, *options, "--seconds", "2", "--json").json

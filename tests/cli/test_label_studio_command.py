@@ -49,6 +49,7 @@ def labels_in(server: Running, *tasks: dict[str, object]) -> list[str | None]:
     return [each["result"][0]["value"]["choices"][0] if each else None for each in results]
 
 
+@pytest.mark.slow
 def test_with_a_store_suggestions_follow_the_labels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEATX_LABEL_STUDIO_TOKEN", TOKEN)
     with studio() as labels:

@@ -159,6 +159,7 @@ def accuracy(rows: Rows, sites: NDArray[np.str_] | None) -> float:
     return found.results[0].accuracy.mean
 
 
+@pytest.mark.slow
 def test_where_labels_are_random_within_groups_accuracy_is_at_chance() -> None:
     ordinary, across = [], []
     for seed in range(3):
@@ -172,6 +173,7 @@ def test_where_labels_are_random_within_groups_accuracy_is_at_chance() -> None:
     assert abs(np.mean(across) - 1 / 3) < 0.08
 
 
+@pytest.mark.slow
 def test_across_groups_is_the_truth_on_fresh_bursts_and_ordinary_draws_are_far_above() -> None:
     gaps = []
     for seed in range(5):

@@ -44,6 +44,7 @@ def test_recall_is_the_mean_over_draws_of_the_recommended_heads() -> None:
     assert width["b"] > width["a"]
 
 
+@pytest.mark.slow
 def test_its_interval_holds_the_recall_on_new_images() -> None:
     held = []
     for seed in range(40):

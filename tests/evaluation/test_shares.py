@@ -67,6 +67,7 @@ def test_estimates_are_those_of_prediction_powered_inference() -> None:
         assert (found.high - found.low) < 0.8 * (alone.high - alone.low)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [50, 200, 1000])
 @pytest.mark.parametrize(("recall", "false"), [(0.95, 0.002), (0.7, 0.02), (1.0, 0.0), (0.3, 0.1)])
 @pytest.mark.parametrize("share", [0.01, 0.05, 0.4])
@@ -118,6 +119,7 @@ def test_adjusted_counts_undo_known_errors() -> None:
     assert [each.mean for each in found] == pytest.approx(np.linalg.solve(errors.T, counted).tolist(), abs=2e-3)
 
 
+@pytest.mark.slow
 def test_their_intervals_hold_where_the_errors_are_the_same(draws: int = 24) -> None:
     errors = np.array([[0.9, 0.1, 0.0], [0.15, 0.8, 0.05], [0.05, 0.05, 0.9]])
     shares, held = np.array([0.6, 0.1, 0.3]), np.zeros(3)

@@ -169,6 +169,7 @@ def draw(
     return scores, total[seen > 0] / seen[seen > 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n_support", "n_query"), [(10, 190), (40, 160), (100, 100), (160, 40)])
 def test_equal_heads_are_seldom_told_apart_and_intervals_cover(n_support: int, n_query: int) -> None:
     rng = np.random.default_rng(n_support)
@@ -182,6 +183,7 @@ def test_equal_heads_are_seldom_told_apart_and_intervals_cover(n_support: int, n
     assert np.mean([each.interval.low <= 0 <= each.interval.high for each in found]) >= 0.935
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("truth", [0.6, 0.85])
 @pytest.mark.parametrize(("n_support", "n_query"), [(10, 190), (100, 100), (160, 40)])
 def test_intervals_of_accuracy_cover(n_support: int, n_query: int, truth: float) -> None:

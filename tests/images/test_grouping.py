@@ -82,6 +82,7 @@ def test_a_rule_that_matches_nothing_is_an_error_with_an_example(tmp_path: Path)
         images.grouped("column:site")
 
 
+@pytest.mark.slow
 def test_a_pattern_that_would_take_for_ever_is_stopped() -> None:
     # In a process of its own: a signal for a process with the threads of all tests before once ended it.
     code = "from featx.images.grouping import Grouping\nGrouping.parse('regex:((a+)+)$').of_paths(['a' * 60 + 'b'])"

@@ -62,6 +62,7 @@ def test_a_checked_part_puts_a_pile_right() -> None:
     assert min(held.values()) >= 40 * (0.95 - 3 * math.sqrt(0.95 * 0.05 / 40))
 
 
+@pytest.mark.slow
 def test_the_models_own_count_is_wrong_and_the_adjusted_one_is_not() -> None:
     bundle = model()
     named, adjusted, held = [], [], 0

@@ -109,6 +109,7 @@ def test_views_know_which_part_of_a_photo_they_show() -> None:
 # --- networks -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["torch", pytest.param("openvino", marks=needs_openvino)])
 @pytest.mark.parametrize(("name", "side"), [("resnet18", 7), ("squeezenet1_1", 13), ("mobilenet_v3_small", 0)])
 def test_the_map_is_what_the_network_averages(name: str, side: int, engine: str) -> None:
@@ -172,6 +173,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, featx: Featx) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "several"])
 def test_maps_add_up_to_the_score_that_predict_gives(name: str, models: Path, featx: Featx, tmp_path: Path) -> None:
     rng = np.random.default_rng(7)

@@ -40,6 +40,7 @@ def gaussians(shares: list[float], n: int, seed: int, dims: int = 8) -> tuple[An
 TAUGHT, MET = [0.75, 0.07, 0.18], [0.2, 0.6, 0.2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HEADS)
 def test_every_head_comes_near_to_bayes_rule_under_the_new_shares(name: str) -> None:
     rows, labels, _ = gaussians(TAUGHT, 400, 1)
@@ -69,6 +70,7 @@ def test_every_head_comes_near_to_bayes_rule_under_the_new_shares(name: str) -> 
     assert (chances.argmax(axis=1) != truth)[answered].mean() < 0.17
 
 
+@pytest.mark.slow
 def test_the_error_under_the_new_shares_is_kept_on_average() -> None:
     rates: list[float] = []
     plain: list[float] = []

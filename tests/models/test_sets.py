@@ -240,6 +240,7 @@ def test_a_model_answers_with_sets_and_only_when_asked() -> None:
     assert wide > narrow
 
 
+@pytest.mark.slow
 def test_the_promise_is_kept_among_photos_that_are_known() -> None:
     assert among_known(0.9, 0.05) == pytest.approx(0.905)
     assert among_known(0.9, None) == among_known(0.9, 0.0) == pytest.approx(0.9)

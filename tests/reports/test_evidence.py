@@ -35,6 +35,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, featx: Featx) -> Path:
 SWEEP = ("sweep", "photos.featx", "--shots", "2,5", "--episodes", "6", "--heads", "auto,knn", "--n-jobs", "1")
 
 
+@pytest.mark.slow
 def test_confused_photos_and_their_evidence_are_shown_on_demand(store: Path, featx: Featx) -> None:
     plain = featx(*SWEEP, "--out", "plain", cwd=store)
     assert plain.code == 0, plain.err
@@ -59,6 +60,7 @@ def test_confused_photos_and_their_evidence_are_shown_on_demand(store: Path, fea
         assert (store / "plain" / name).read_bytes() == (store / "explained" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_what_cannot_be_shown_is_said(store: Path, featx: Featx, tmp_path: Path) -> None:
     shutil.copytree(store / "photos.featx", tmp_path / "photos.featx")
     shutil.move(store / "photos", store / "elsewhere")

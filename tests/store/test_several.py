@@ -301,6 +301,7 @@ def test_a_dropped_backbone_that_comes_back_has_no_stale_rows(tmp_path: Path) ->
         assert content_hash(packed) == content_hash(store)
 
 
+@pytest.mark.slow
 def test_dropping_is_whole_at_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped before and after each thing that it publishes: the index is valid, and the next writer goes on."""
     good = make_store(tmp_path / "good.featx", backbones=THREE)
