@@ -424,6 +424,55 @@ def test_ten_thousand_photos_hold_few_elements(scene: Scene) -> None:
     page.run("document.getElementById('many').remove()")
 
 
+HOLD = """
+const real = window.fetch;
+window.held = null;
+window.asked = 0;
+window.fetch = async (path, ...more) => {
+  const answer = await real(path, ...more);
+  if (path !== "/api/state") return answer;
+  const state = await answer.json();
+  if (!window.asked++ || window.held) {
+    state.embedding = {...state.embedding, status: "running", done: 1, seconds_left: null};
+    await window.held;
+  }
+  return new Response(JSON.stringify(state), {headers: {"Content-Type": "application/json"}});
+};
+"""
+"""The first answer about the state, and those that are held, are from before the photos were read."""
+
+
+def test_an_answer_that_an_event_overtook_does_not_say_that_photos_are_still_read(photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "few"
+    folder.mkdir()
+    for file in sorted((photos / "hymenoptera" / "train" / "ants").glob("*.jpg"))[:8]:
+        shutil.copy(file, folder)
+    read = "document.querySelector('.doing')?.textContent.startsWith('8 photos read')"
+    with driver(tmp_path) as url, open_studio(tmp_path, folder, "--backbone", "pixels") as window:
+        window.wait_until_embedded()
+        page = Browser(url, tmp_path / "profile", (1280, 800))
+        page.devtools("Page.addScriptToEvaluateOnNewDocument", source=HOLD)
+        page.open(f"{window.server.url}/?token={window.token}")
+        page.wait(read)  # it ended after the page had asked, and before it listened
+        page.run(
+            "window.heard = 0; const events = new EventSource('/api/events');"
+            "events.addEventListener('open', () => { window.listens = true; });"
+            "events.addEventListener('embedding', () => { window.heard++; });"
+        )
+        page.wait("window.listens")
+        asked = page.run(
+            "window.held = new Promise((done) => { window.release = done; }); const {asked} = window;"
+            "window.loading = import('/static/store.js').then((store) => store.load()); return asked"
+        )
+        page.wait(f"window.asked > {asked}")
+        window.post("/api/embedding", op="start")
+        page.wait("window.heard >= 2")
+        window.wait_until_embedded()
+        page.run("window.release(); return window.loading")
+        page.wait(read)
+        page.close()
+
+
 def test_what_is_labelled_after_the_studio_has_ended_is_taken_back_and_said(scene: Scene) -> None:
     page = scene.page
     scene.go("label")
