@@ -430,6 +430,15 @@ def _add_reading(app: FastAPI, studio: Studio) -> None:
         ref = _ref(studio, row)
         return _picture(ref, studio.now.pictures.whole(ref))
 
+    @app.get("/tried/{name}")
+    def tried(name: str) -> Response:
+        """A photo that was tried, where the browser cannot show the file itself."""
+        session = studio.now
+        found = session.pictures.sent(session.taking.tried(name))
+        if isinstance(found, ImageError):
+            raise Refusal(404, found.reason, f"This photo cannot be shown: {found.what}.") from found
+        return Response(found, media_type="image/jpeg", headers={"cache-control": "no-store"})
+
     @app.get("/api/commands")
     def commands() -> Response:
         """What does the same on the command line."""
@@ -634,7 +643,7 @@ def _add_work(app: FastAPI, studio: Studio) -> None:
         taking = studio.now.taking
         data = await request.body()
         if not data:
-            raise Refusal(422, "empty", "There is no photo in this request.")
+            raise Refusal(422, "empty", "This file is empty.")
         try:
             return JSONResponse(await asyncio.to_thread(taking.try_photo, data))
         except UsageError as error:
@@ -655,7 +664,7 @@ def _add_work(app: FastAPI, studio: Studio) -> None:
         session = studio.now
         data = await request.body()
         if not data:
-            raise Refusal(422, "empty", "There is no photo in this request.")
+            raise Refusal(422, "empty", "This file is empty.")
         return JSONResponse({"row": await asyncio.to_thread(session.add, name, data)})
 
     @app.post("/api/take")

@@ -116,6 +116,11 @@ def test_a_loop_of_labels_suggestions_and_what_follows(window: Window, photos: P
         assert np.mean(right) > 0.9
         embedded = [row for row, has in enumerate(window.get("/api/photos")["embedded"]) if has]
         assert sorted(found["worth"]) == [row for row in embedded if labels["labels"][row] == -1]
+        few = window.upload("/api/try", coloured(photos.parent / "few", 101, RED).read_bytes()).json
+        assert (few["reason"], few["caution"][:42]) == ("unsure", "This classifier is unsure of every photo: ")
+        window.post("/api/take", what="model")
+        (job,) = window.wait(lambda: [job for job in window.get("/api/state")["jobs"] if job["status"] == "done"])
+        assert job["message"] == few["caution"]
         rest = {row: name for row, name in names.items() if labels["labels"][row] == -1}
         window.label(rest)
         window.wait(lambda: window.get("/api/quality")["status"] == "done")
@@ -151,7 +156,9 @@ def test_a_loop_of_labels_suggestions_and_what_follows(window: Window, photos: P
     # A new photo is judged, corrected and added.
     new = coloured(photos.parent / "new", 100, RED).read_bytes()
     tried = window.upload("/api/try", new).json
-    assert tried["probabilities"]["red"] > 0.5
+    assert tried["probabilities"]["red"] > 0.5 and tried["caution"] == ""
+    assert Image.open(io.BytesIO(window.raw(f"/tried/{tried['id']}").body)).format == "JPEG"
+    assert window.raw("/tried/t99").status == 422
     assert tried["overlay"].startswith("data:image/png;base64,")
     assert {near["label"] for near in tried["neighbours"]} == {"red"}
     added = window.post("/api/try/add", id=tried["id"], name="green")
@@ -217,7 +224,7 @@ def test_who_has_no_token_is_from_elsewhere_or_sends_too_much_is_refused(window:
         connection.request("POST", path, headers={**as_json, "Content-Length": str(length)})
         assert connection.getresponse().status in (400, 413), path  # by its header: the body is not read
         connection.close()
-    assert window.upload("/api/try", b"").json["error"]["reason"] in ("empty", "not_ready")
+    assert window.upload("/api/try", b"").json["error"]["message"] == "This file is empty."
     assert window.raw("/api/nothing").status == 404
     assert window.raw("/static/../session.py").status == 404
     page = window.raw("/")
