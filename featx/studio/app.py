@@ -11,6 +11,7 @@ import functools
 import hmac
 import shlex
 import struct
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -51,6 +52,8 @@ MOST_PHOTO = 100 * 2**20
 
 _KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 _UPLOADS = ("/api/try", "/api/drop")
+_NAMED = 6
+"""Class folders that are named."""
 
 
 class Studio:
@@ -277,12 +280,14 @@ def _state(studio: Studio) -> dict[str, Any]:
     if session is None:
         return {"open": False, "version": version("featx"), "root": _short(studio.setup.root)}
     project, told = session.project, session.tell_labels()
+    named = {} if session.journal.n else Counter(project.folder_labels.values())
     return {
         "open": True, "name": project.name, "folder": _short(project.source), "source": str(project.source),
         "project": _short(project.folder),
         "version": version("featx"), "photos": len(project.photos),
         **{name: told[name] for name in ("seq", "labelled", "undo", "redo")},
-        "folder_classes": 0 if session.journal.n else len(set(project.folder_labels.values())),
+        "folder_classes": len(named), "folder_names": {_shown(name): n for name, n in sorted(named.items())[:_NAMED]},
+        "list": project.source.is_file(),
         "embedding": session.embedding,
         "suggestions": {
             "version": session.versions["suggestions"], "ready": not session.suggestions.reason,

@@ -274,7 +274,8 @@ def test_a_second_process_is_refused_and_a_killed_one_has_left_everything(
 def test_class_folders_are_labels_if_one_says_so(tmp_path: Path) -> None:
     folder = class_folders(tmp_path / "insects", each=3)
     with open_studio(tmp_path, folder) as window:
-        assert window.get("/api/state")["folder_classes"] == 2
+        asked = window.get("/api/state")
+        assert (asked["folder_classes"], asked["folder_names"], asked["list"]) == (2, {"ants": 3, "bees": 3}, False)
         assert window.get("/api/photos")["splits"] == []
         told = window.post("/api/folder-classes", take=True)
         assert told["labelled"] == 6
@@ -355,7 +356,8 @@ def test_a_list_is_opened_with_its_labels_and_groups(tmp_path: Path) -> None:
     )
     with open_studio(tmp_path, tmp_path / "insects" / "list.csv", "--project", tmp_path / "project") as window:
         window.wait_until_embedded()
-        assert window.get("/api/state")["folder_classes"] == 2
+        asked = window.get("/api/state")
+        assert (asked["folder_names"], asked["list"]) == ({"ant": 3, "bee": 1}, True)
         assert window.post("/api/folder-classes", take=True)["labelled"] == 4
         assert [each["id"] for each in window.get("/api/refused")["refused"]] == ["bees/gone.png"]
         assert window.get("/api/photos")["splits"] == [*3 * ["train"], "test", "", ""]
@@ -363,6 +365,16 @@ def test_a_list_is_opened_with_its_labels_and_groups(tmp_path: Path) -> None:
         window.wait(lambda: written.exists() and "the list" in written.read_text())
     features = read_features(tmp_path / "project" / "photos.featx")
     assert sorted(features.groups.tolist()) == ["", "", "nest 0", "nest 0", "nest 1"]
+
+
+def test_a_folder_with_too_few_photos_for_a_map_says_so(tmp_path: Path) -> None:
+    folder = class_folders(tmp_path / "few", ["."], each=4)
+    with open_studio(tmp_path, folder, "--root", tmp_path) as window:
+        said = window.wait(lambda: [found for found in [window.get("/api/state")["map"]] if found["version"]])
+        assert (said[0]["status"], said[0]["message"]) == ("few", "It takes at least 5 photos that can be read.")
+        window.upload("/api/drop?name=fifth.png", coloured(tmp_path / "more", 5, RED).read_bytes())
+        window.wait(lambda: window.get("/api/state")["map"]["status"] == "done")
+        assert None not in window.get("/api/map")["x"]
 
 
 def test_a_link_that_leads_out_is_not_followed(tmp_path: Path) -> None:
