@@ -280,12 +280,12 @@ def _state(studio: Studio) -> dict[str, Any]:
     if session is None:
         return {"open": False, "version": version("featx"), "root": _short(studio.setup.root)}
     project, told = session.project, session.tell_labels()
-    named = {} if session.journal.n else Counter(project.folder_labels.values())
+    named = {} if told["begun"] else Counter(project.folder_labels.values())
     return {
         "open": True, "name": project.name, "folder": _short(project.source), "source": str(project.source),
         "project": _short(project.folder),
         "version": version("featx"), "photos": len(project.photos),
-        **{name: told[name] for name in ("seq", "labelled", "undo", "redo")},
+        **{name: told[name] for name in ("seq", "labelled", "undo", "redo", "begun")},
         "folder_classes": len(named), "folder_names": {_shown(name): n for name, n in sorted(named.items())[:_NAMED]},
         "list": project.source.is_file(),
         "embedding": session.embedding,
@@ -596,9 +596,11 @@ def _add_labels(app: FastAPI, studio: Studio) -> None:
     def folder_classes(asked: Yes) -> Response:
         """Take the names of the class folders for labels, or not."""
         session = studio.now
-        labels = session.project.folder_labels if asked.take else {}
+        labels = session.project.folder_labels
         how = "the list" if session.project.source.is_file() else "the folders"
-        told = session.act(lambda journal: journal.label_each(labels, how=how, by=how))
+        told = session.act(
+            lambda journal: journal.label_each(labels, how=how, by=how) if asked.take else journal.decline(how)
+        )
         return answer(told)
 
     @app.post("/api/undo")

@@ -185,6 +185,7 @@ class Session:
             "undo": journal.undo_says,
             "redo": journal.redo_says,
             "labelled": int((codes >= 0).sum()),
+            "begun": journal.begun,
         }
 
     def measure_now(self) -> None:

@@ -277,6 +277,16 @@ def test_class_folders_are_labels_if_one_says_so(tmp_path: Path) -> None:
         asked = window.get("/api/state")
         assert (asked["folder_classes"], asked["folder_names"], asked["list"]) == (2, {"ants": 3, "bees": 3}, False)
         assert window.get("/api/photos")["splits"] == []
+        for said in ("labels of the folders not taken", "1 photo: left out"):
+            if "taken" in said:
+                window.post("/api/folder-classes", take=False)
+                assert window.get("/api/state")["folder_classes"] == 0
+            else:
+                window.post("/api/label", rows=[0], label=-4, from_="copies")
+                assert window.get("/api/state")["folder_classes"] == 2, "that copies are left out is no answer"
+            assert window.get("/api/state")["undo"] == said
+            window.post("/api/undo")
+            assert window.get("/api/state")["folder_classes"] == 2
         told = window.post("/api/folder-classes", take=True)
         assert told["labelled"] == 6
         state = window.get("/api/state")

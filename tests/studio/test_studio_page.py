@@ -488,6 +488,31 @@ def test_an_answer_that_an_event_overtook_does_not_say_that_photos_are_still_rea
         page.close()
 
 
+def test_names_of_folders_are_asked_for_until_there_is_an_answer(photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "days"
+    for day in ("monday", "tuesday"):
+        (folder / day).mkdir(parents=True)
+        for file in sorted((photos / "hymenoptera" / "train" / "ants").glob("*.jpg"))[:4]:
+            shutil.copy(file, folder / day)
+    asks = "[...document.querySelectorAll('.ask button')].some((each) => each.offsetParent)"
+    with driver(tmp_path) as url, open_studio(tmp_path, folder, "--backbone", "pixels") as window:
+        page = Browser(url, tmp_path / "profile", (1280, 800))
+        page.open(f"{window.server.url}/?token={window.token}")
+        page.wait(asks)
+        assert "monday (4), tuesday (4)" in page.run("return document.querySelector('.ask').innerText")
+        page.wait("document.querySelectorAll('.copy figcaption').length === 8")
+        assert page.run("return document.querySelector('.copy figcaption').innerText").startswith("monday/")
+        page.run("document.querySelector('.copies > button').click()")
+        page.wait("document.getElementById('said').textContent.startsWith('4 photos: left out. 0 of 4 labelled.')")
+        window.wait(lambda: window.get("/api/state")["undo"] == "4 photos: left out")
+        assert page.run(f"return {asks} && {STEPS}.includes('0 labelled')")
+        page.run("[...document.querySelectorAll('.ask button')].at(-1).click()")
+        page.wait(f"!({asks}) && document.getElementById('undo').title === 'labels of the folders not taken'")
+        page.press("u")
+        page.wait(asks)
+        page.close()
+
+
 def test_what_is_labelled_after_the_studio_has_ended_is_taken_back_and_said(scene: Scene) -> None:
     page = scene.page
     scene.go("label")

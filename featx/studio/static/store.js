@@ -68,7 +68,10 @@ export const allRows = () => [...rowsShown()];
 
 export const howMany = () => rowsShown().length;
 
-export const labelled = () => howMany() - (counts().get(NO_LABEL) || 0);
+/** Photos that are not left out. */
+const staying = () => howMany() - (counts().get(LEFT_OUT) || 0);
+
+export const labelled = () => staying() - (counts().get(NO_LABEL) || 0);
 
 export const suggestionOf = (row) => {
   const {ready, suggested, probability, unknown} = store.suggestions;
@@ -131,10 +134,12 @@ function taken(event) {
   overlay(event.rows);
 }
 
-function known({undo, redo, labelled: number}) {
+function known({undo, redo, labelled: number, begun}) {
   if (!store.state) return;
-  Object.assign(store.state, {undo, redo, labelled: number});
+  const turned = store.state.begun !== begun;
+  Object.assign(store.state, {undo, redo, labelled: number, begun});
   emit("state");
+  if (turned) loadState();  // whether to ask for the names of folders
 }
 
 async function loadLabels() {
@@ -194,7 +199,7 @@ export async function label(rows, what, from = "key") {
   if (name === "") return;
   if (name === null && what >= server.classes.length) name = store.classes[what];  // a class that is still on its way
   const sent = enqueue({path: "/api/label", rows: [...rows], name, label: name ? undefined : what, from});
-  say(`${plural(rows.length)}: ${name || nameOf(what)}. ${labelled()} of ${howMany()} labelled.`, {undo: true});
+  say(`${plural(rows.length)}: ${name || nameOf(what)}. ${labelled()} of ${staying()} labelled.`, {undo: true});
   try {
     await sent;
   } catch (error) {
