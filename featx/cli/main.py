@@ -147,7 +147,7 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except ClickException as error:
-        error.message = visible(error.message or "", keep="\n\t")
+        error.message = visible((error.message or "").removeprefix("Value error, "), keep="\n\t")
         error.show()
         if "--json" in sys.argv[1:]:
             print_json({"error": error.format_message(), "exit_code": 2})

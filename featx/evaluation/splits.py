@@ -432,7 +432,10 @@ def plan_shots(
     if missing:
         name = class_names[int(np.flatnonzero(counts == reached(counts))[0])]
         least = plural(reached(counts), "different image")
-        notes.append(f"n_shots {_listed(missing)} left out: class {name!r} has only {least}.")
+        needed = least_images(missing[0])
+        notes.append(
+            f"n_shots {_listed(missing)} left out: class {name!r} has {least}, and n_shots {missing[0]} takes {needed}."
+        )
     lacking = [n for n in wanted if counts.min() < least_images(n)]
     if lacking:
         small = [i for i in np.argsort(counts, kind="stable") if counts[i] < max(map(least_images, lacking))]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -340,6 +341,11 @@ def _notes(images: ImageSet, writer: StoreWriter) -> tuple[str, ...]:
         f"{name!r} is taken for a class; if nobody has labelled its images, run this again with --unlabelled {name}"
         for name in images.doubtful_classes
     ]
+    notes += [
+        f"the classes {' and '.join(map(repr, twins))} differ only in letter case, or in how an accent is spelt; if "
+        "they are one, give their folders or labels one name and run this again"
+        for twins in _twins(images.class_names)
+    ]
     if earlier_source and earlier_source != images.source:
         notes.append(
             f"the store described {earlier_source} before and describes {images.source} now; "
@@ -352,6 +358,14 @@ def _notes(images: ImageSet, writer: StoreWriter) -> tuple[str, ...]:
     if (writer.path / PARTS).is_dir():
         notes.append("parts of an extraction are waiting in this store; --finish takes over what they have")
     return tuple(notes)
+
+
+def _twins(names: Sequence[str]) -> list[list[str]]:
+    """Names that people take for one: they differ in letter case, or in how an accent is spelt."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(unicodedata.normalize("NFC", name).casefold(), []).append(name)
+    return [twins for twins in found.values() if len(twins) > 1]
 
 
 def check_refused(refused: tuple[Refused, ...], total: int, max_bad: float | None, writer: StoreWriter) -> None:

@@ -3,6 +3,7 @@ from .grouping import TAKEN as TAKEN
 from .listing import list_refs as list_refs
 from .origin import (
     MAX_BYTES as MAX_BYTES,
+    Held as Held,
     Origin as Origin,
     Unreadable as Unreadable,
     file_ref as file_ref,

@@ -74,6 +74,17 @@ class Fetched(ABC):
 
 
 @dataclass(frozen=True, slots=True)
+class Held(Fetched):
+    """The bytes of an image's file, which are in memory."""
+
+    data: bytes
+
+    def read_bytes(self) -> bytes:
+        """The bytes of the image's file."""
+        return self.data
+
+
+@dataclass(frozen=True, slots=True)
 class Unreadable(Fetched):
     """What has a name of an image and is none that is read, such as a link inside an archive."""
 

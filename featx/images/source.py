@@ -267,11 +267,13 @@ class ImageSet:
 
         path = Path(manifest)
         if path.suffix.lower() not in SUFFIXES:
+            photo = path.suffix.lower() in IMAGE_SUFFIXES
             raise SourceError(
                 "not a list of images",
                 where=path,
                 expected=".csv, .jsonl, .tar or .parquet",
-                found=path.suffix or "no suffix",
+                found="one photo" if photo else path.suffix or "no suffix",
+                hint="Give the folder that holds it" if photo else None,
             )
         refs, notes = list_refs(path)
         images = cls._of(refs, path, "this manifest", notes=notes)

@@ -374,9 +374,12 @@ def read_bundle(path: str | Path) -> Bundle:
         hint = "Make it with: featx fit STORE --out MODEL"
         raise BundleError("no such model", where=where, hint=hint) from error
     except StoreError as error:
-        store = "A store holds features; fit a head on it first: featx fit STORE --out MODEL"
-        advice = store if where.is_dir() else None
-        raise BundleError(error.what, where=where, expected="a file made by featx fit", hint=advice) from error
+        what, advice = error.what, None
+        if where.is_dir() and (where / "manifest.json").is_file():
+            what, advice = "this is a store, not a model", "Fit a head on it first: featx fit STORE --out MODEL"
+        elif where.is_dir():
+            what, advice = "this is a folder, not a model", "Make one with: featx fit STORE --out MODEL"
+        raise BundleError(what, where=where, expected="a file made by featx fit", hint=advice) from error
     return parse_bundle(raw, where)
 
 

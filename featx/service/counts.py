@@ -299,7 +299,7 @@ def read_counts(folder: Path) -> list[Counted]:
     """
     if not (folder / _DONE).exists():
         raise StoreError(
-            "no counts in this folder",
+            "no counts in this folder" if folder.is_dir() else "no such folder of counts",
             where=folder,
             expected=_DONE,
             hint="Keep them with: featx serve MODEL --counts DIR",

@@ -11,6 +11,7 @@ import functools
 import hmac
 import shlex
 import struct
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -51,6 +52,8 @@ MOST_PHOTO = 100 * 2**20
 
 _KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 _UPLOADS = ("/api/try", "/api/drop")
+_NAMED = 6
+"""Class folders that are named."""
 
 
 class Studio:
@@ -277,12 +280,14 @@ def _state(studio: Studio) -> dict[str, Any]:
     if session is None:
         return {"open": False, "version": version("featx"), "root": _short(studio.setup.root)}
     project, told = session.project, session.tell_labels()
+    named = {} if told["begun"] else Counter(project.folder_labels.values())
     return {
         "open": True, "name": project.name, "folder": _short(project.source), "source": str(project.source),
         "project": _short(project.folder),
         "version": version("featx"), "photos": len(project.photos),
-        **{name: told[name] for name in ("seq", "labelled", "undo", "redo")},
-        "folder_classes": 0 if session.journal.n else len(set(project.folder_labels.values())),
+        **{name: told[name] for name in ("seq", "labelled", "undo", "redo", "begun")},
+        "folder_classes": len(named), "folder_names": {_shown(name): n for name, n in sorted(named.items())[:_NAMED]},
+        "list": project.source.is_file(),
         "embedding": session.embedding,
         "suggestions": {
             "version": session.versions["suggestions"], "ready": not session.suggestions.reason,
@@ -429,6 +434,15 @@ def _add_reading(app: FastAPI, studio: Studio) -> None:
         """A photo, made smaller where it is large."""
         ref = _ref(studio, row)
         return _picture(ref, studio.now.pictures.whole(ref))
+
+    @app.get("/tried/{name}")
+    def tried(name: str) -> Response:
+        """A photo that was tried, where the browser cannot show the file itself."""
+        session = studio.now
+        found = session.pictures.sent(session.taking.tried(name))
+        if isinstance(found, ImageError):
+            raise Refusal(404, found.reason, f"This photo cannot be shown: {found.what}.") from found
+        return Response(found, media_type="image/jpeg", headers={"cache-control": "no-store"})
 
     @app.get("/api/commands")
     def commands() -> Response:
@@ -582,9 +596,11 @@ def _add_labels(app: FastAPI, studio: Studio) -> None:
     def folder_classes(asked: Yes) -> Response:
         """Take the names of the class folders for labels, or not."""
         session = studio.now
-        labels = session.project.folder_labels if asked.take else {}
+        labels = session.project.folder_labels
         how = "the list" if session.project.source.is_file() else "the folders"
-        told = session.act(lambda journal: journal.label_each(labels, how=how, by=how))
+        told = session.act(
+            lambda journal: journal.label_each(labels, how=how, by=how) if asked.take else journal.decline(how)
+        )
         return answer(told)
 
     @app.post("/api/undo")
@@ -634,7 +650,7 @@ def _add_work(app: FastAPI, studio: Studio) -> None:
         taking = studio.now.taking
         data = await request.body()
         if not data:
-            raise Refusal(422, "empty", "There is no photo in this request.")
+            raise Refusal(422, "empty", "This file is empty.")
         try:
             return JSONResponse(await asyncio.to_thread(taking.try_photo, data))
         except UsageError as error:
@@ -655,7 +671,7 @@ def _add_work(app: FastAPI, studio: Studio) -> None:
         session = studio.now
         data = await request.body()
         if not data:
-            raise Refusal(422, "empty", "There is no photo in this request.")
+            raise Refusal(422, "empty", "This file is empty.")
         return JSONResponse({"row": await asyncio.to_thread(session.add, name, data)})
 
     @app.post("/api/take")

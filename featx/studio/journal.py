@@ -111,6 +111,12 @@ class Journal:
         return self.classes.index(name) if name in self.classes else None
 
     @property
+    def begun(self) -> bool:
+        """Whether anything has been said, and not taken back, but that copies are left out."""
+        with self._lock:
+            return any(record.get("how") != "copies" for record in self._done)
+
+    @property
     def undo_says(self) -> str | None:
         """What :meth:`undo` would take back, in words."""
         return str(self._done[-1]["say"]) if self._done else None
@@ -173,6 +179,12 @@ class Journal:
             codes = {photo: number[name] if isinstance(name, str) else name for photo, name in wanted.items()}
             changed = [[photo, self.code(photo), code] for photo, code in codes.items() if self.code(photo) != code]
             return self._act(changed, made, f"{plural(len(changed), 'photo')}: labels of {how}", how, by)
+
+    def decline(self, how: str) -> Change:
+        """Say that the labels of the folders, or of a list, are not to be taken."""
+        with self._lock:
+            self._append({"by": self.by, "how": how, "say": f"labels of {how} not taken", "set": []})
+            return Change(self.n, (), self._done[-1]["say"])
 
     def add_class(self, name: str) -> Change:
         """Make a class without photos.

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from featx._files import temporary
 from featx.errors import ImageError
-from featx.images import ImageRef, Thumbnails, encode
+from featx.images import Held, ImageRef, Thumbnails, encode
 
 WHOLE = 1200
 """Pixels of the longer side of a whole picture."""
@@ -67,6 +67,10 @@ class Pictures:
     def whole(self, ref: ImageRef) -> bytes | ImageError:
         """All of a photo, the longer side :data:`WHOLE` pixels."""
         return next(self._large.jpegs([ref.path]))
+
+    def sent(self, data: bytes) -> bytes | ImageError:
+        """The same of a photo that is in no file, for browsers that cannot show what it is (HEIC, TIFF)."""
+        return next(self._large.jpegs([Held(data)]))
 
     def _made(self, thumbnails: Thumbnails, refs: Sequence[ImageRef]) -> Iterator[bytes | ImageError]:
         for ref, made in zip(refs, thumbnails.jpegs(ref.path for ref in refs), strict=True):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from featx._arrays import Index
 from featx._files import make_folder
-from featx.errors import FeatxError, Interrupted, StoreBusy, UsageError
+from featx.errors import FeatxError, Interrupted, StoreBusy, UsageError, plural
 from featx.evaluation import find_duplicates
 from featx.extraction import extract_features
 from featx.heads import Layers, open_layers, unit_rows
@@ -185,6 +185,7 @@ class Session:
             "undo": journal.undo_says,
             "redo": journal.redo_says,
             "labelled": int((codes >= 0).sum()),
+            "begun": journal.begun,
         }
 
     def measure_now(self) -> None:
@@ -407,7 +408,12 @@ class Session:
 
     def _make_map(self) -> None:
         embedded = self.embedded
-        if embedded is None or len(embedded.unit) < layout.LEAST:
+        if embedded is None:
+            return
+        if len(embedded.unit) < layout.LEAST:
+            message = f"It takes at least {plural(layout.LEAST, 'photo')} that can be read."
+            self.map = {**self.map, "status": "few", "message": message}
+            self._next("map", status="few", message=message)
             return
         for method, places in layout.maps(embedded.unit, self.project.folder / "map.npz"):
             every = np.full((len(self.project.photos), 2), np.nan)

@@ -40,6 +40,12 @@ _NEAR = 6
 log = logging.getLogger("featx.studio")
 
 
+SILENT = (
+    "This classifier is unsure of every photo: its labels cannot promise yet that at most 5 % of its answers are "
+    "wrong. More labels change that, and so does a second look at those that may be wrong (How good?)."
+)
+
+
 @dataclass
 class Job:
     """A file that is being made, or was."""
@@ -156,6 +162,7 @@ class Taking:
             self._tried.popitem(last=False)
         return {
             "id": name, **answer.to_json(), "overlay": overlay, "overlay_reason": why_not,
+            "caution": SILENT if bundle.threshold is None else "",
             "neighbours": self._near(embedded, row[0]),
         }  # fmt: skip
 
@@ -243,6 +250,8 @@ class Taking:
                 bundle, _, _ = self.model()
                 model = self.folder / f"{self.name}.model"
                 write_bundle(bundle, model)
+                if bundle.threshold is None:
+                    job.message = SILENT
                 if job.what == "card":
                     self._run("card", str(model), "--out", str(out))
                 elif job.what == "html":

@@ -351,6 +351,8 @@ def test_usage_errors_suggest(featx: Featx) -> None:
     ran = featx("sweeep", "x")
     assert ran.code == 2
     assert "Did you mean 'sweep'" in ran.err
+    ran = featx("extract", "photos", "--out", "x", "--recipe", "fasst")
+    assert "Invalid value for '--recipe': 'fasst' is not one of 'fast'" in ran.err
     assert featx("extract").code == 2
     assert featx("extract", "x", "--out", "y", "--precision", "fp8").code == 2
 

@@ -131,7 +131,7 @@ def test_classes_that_are_too_small_stay_out_of_a_draw_and_are_named() -> None:
     wanted, notes = plan()
     assert wanted == [1, 2, 5, 20, "all"]  # half of the classes have 30 images, but one is for the query
     assert notes == [
-        "n_shots 30 left out: class 'ants' has only 30 different images.",
+        "n_shots 30 left out: class 'ants' has 30 different images, and n_shots 30 takes 31.",
         "At n_shots 5, 20 only the classes with enough images are compared: 'bees' has only 4 different images. "
         "Add photos there first.",
     ]

@@ -194,7 +194,7 @@ def test_default_shots_that_cannot_be_given_are_left_out_and_named() -> None:
     rows, labels, names = blobs([30, 8])
     found = sweep_heads(rows, labels, class_names=names, heads=["ridge"], episodes=2, n_jobs=1)
     assert found.shots == (1, 2, 5, "all")
-    assert found.notes == ("n_shots 10, 20 left out: class 'b' has only 8 different images.",)
+    assert found.notes == ("n_shots 10, 20 left out: class 'b' has 8 different images, and n_shots 10 takes 11.",)
     with pytest.raises(UsageError, match=r"class 'b' has too few images: expected at least 11 .* found 8\."):
         sweep_heads(rows, labels, class_names=names, heads=["ridge"], shots=(5, 10), n_jobs=1)
 

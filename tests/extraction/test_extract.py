@@ -303,6 +303,19 @@ def test_a_class_that_is_gone_is_named(source: Path, store: Path) -> None:
     assert not any("not there" in note for note in run(source, store).notes)
 
 
+def test_classes_that_people_take_for_one_are_named(tmp_path: Path, store: Path) -> None:
+    listed = tmp_path / "list.csv"
+    source = class_folders(tmp_path / "photos", names=("a", "b", "c", "d", "e"), each=2)
+    names = {"a": "Bees", "b": "bees", "c": "M\u00fccke", "d": "Mu\u0308cke", "e": "ants"}
+    rows = [f"{file},{names[file.parent.name]}" for file in sorted(source.rglob("*.*"))]
+    listed.write_text("\n".join(["path,label", *rows]) + "\n", encoding="utf-8")
+    notes = [note for note in run(listed, store).notes if "differ only in letter case" in note]
+    assert [note.split(" differ")[0] for note in notes] == [
+        "the classes 'Bees' and 'bees'",
+        "the classes 'Mu\u0308cke' and 'M\u00fccke'",
+    ]
+
+
 def test_an_id_that_would_widen_a_large_index_is_refused(
     tmp_path: Path, source: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

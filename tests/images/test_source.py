@@ -138,6 +138,7 @@ def test_a_spreadsheet_with_byte_order_mark_and_spaces(tmp_path: Path) -> None:
         ("a.jsonl", "[1]\n", r"line 1: not a JSON object"),
         ("a.jsonl", '{"path": "a.png", "label": ["x"]}\n', r"line 1: a label that is not text"),
         ("a.xlsx", "x", r"not a list of images: expected .csv, .jsonl, .tar or .parquet, found .xlsx"),
+        ("a.JPG", "x", r"not a list of images: expected .*, found one photo\. Give the folder that holds it"),
     ],
 )
 def test_mistakes_in_manifests_are_named(tmp_path: Path, name: str, text: str, words: str) -> None:

@@ -427,10 +427,13 @@ def test_foreign_files_are_refused_with_a_hint(tmp_path: Path, featx: Featx) -> 
     (tmp_path / "a.joblib").write_bytes(pickle.dumps(Bomb()))
     (tmp_path / "a.jpg").write_bytes(b"\xff\xd8")
     (tmp_path / "folder").mkdir()
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "manifest.json").write_text("{}")
     for name, message in [
         ("a.joblib", "looks like a pickle"),
         ("a.jpg", "not a model made by featx fit"),
-        ("folder", "expected a file made by featx fit"),
+        ("folder", "this is a folder, not a model: expected a file made by featx fit. Make one with: featx fit"),
+        ("store", "this is a store, not a model: expected a file made by featx fit. Fit a head on it first"),
         ("missing", "no such model. Make it with"),
     ]:
         with pytest.raises(BundleError, match=message):

@@ -237,6 +237,8 @@ def test_a_folder_without_counts_says_where_they_come_from(tmp_path: Path) -> No
     with pytest.raises(StoreError, match=r"no counts in this folder.*featx serve MODEL --counts DIR"):
         read_counts(tmp_path)
     (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match=r"file: no such folder of counts.*featx serve MODEL --counts DIR"):
+        read_counts(tmp_path / "file")
     with pytest.raises(StoreError, match="cannot write"):
         Counts(tmp_path / "file" / "counts").open()
 

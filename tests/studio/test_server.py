@@ -116,6 +116,11 @@ def test_a_loop_of_labels_suggestions_and_what_follows(window: Window, photos: P
         assert np.mean(right) > 0.9
         embedded = [row for row, has in enumerate(window.get("/api/photos")["embedded"]) if has]
         assert sorted(found["worth"]) == [row for row in embedded if labels["labels"][row] == -1]
+        few = window.upload("/api/try", coloured(photos.parent / "few", 101, RED).read_bytes()).json
+        assert (few["reason"], few["caution"][:42]) == ("unsure", "This classifier is unsure of every photo: ")
+        window.post("/api/take", what="model")
+        (job,) = window.wait(lambda: [job for job in window.get("/api/state")["jobs"] if job["status"] == "done"])
+        assert job["message"] == few["caution"]
         rest = {row: name for row, name in names.items() if labels["labels"][row] == -1}
         window.label(rest)
         window.wait(lambda: window.get("/api/quality")["status"] == "done")
@@ -151,7 +156,9 @@ def test_a_loop_of_labels_suggestions_and_what_follows(window: Window, photos: P
     # A new photo is judged, corrected and added.
     new = coloured(photos.parent / "new", 100, RED).read_bytes()
     tried = window.upload("/api/try", new).json
-    assert tried["probabilities"]["red"] > 0.5
+    assert tried["probabilities"]["red"] > 0.5 and tried["caution"] == ""
+    assert Image.open(io.BytesIO(window.raw(f"/tried/{tried['id']}").body)).format == "JPEG"
+    assert window.raw("/tried/t99").status == 422
     assert tried["overlay"].startswith("data:image/png;base64,")
     assert {near["label"] for near in tried["neighbours"]} == {"red"}
     added = window.post("/api/try/add", id=tried["id"], name="green")
@@ -217,7 +224,7 @@ def test_who_has_no_token_is_from_elsewhere_or_sends_too_much_is_refused(window:
         connection.request("POST", path, headers={**as_json, "Content-Length": str(length)})
         assert connection.getresponse().status in (400, 413), path  # by its header: the body is not read
         connection.close()
-    assert window.upload("/api/try", b"").json["error"]["reason"] in ("empty", "not_ready")
+    assert window.upload("/api/try", b"").json["error"]["message"] == "This file is empty."
     assert window.raw("/api/nothing").status == 404
     assert window.raw("/static/../session.py").status == 404
     page = window.raw("/")
@@ -267,8 +274,19 @@ def test_a_second_process_is_refused_and_a_killed_one_has_left_everything(
 def test_class_folders_are_labels_if_one_says_so(tmp_path: Path) -> None:
     folder = class_folders(tmp_path / "insects", each=3)
     with open_studio(tmp_path, folder) as window:
-        assert window.get("/api/state")["folder_classes"] == 2
+        asked = window.get("/api/state")
+        assert (asked["folder_classes"], asked["folder_names"], asked["list"]) == (2, {"ants": 3, "bees": 3}, False)
         assert window.get("/api/photos")["splits"] == []
+        for said in ("labels of the folders not taken", "1 photo: left out"):
+            if "taken" in said:
+                window.post("/api/folder-classes", take=False)
+                assert window.get("/api/state")["folder_classes"] == 0
+            else:
+                window.post("/api/label", rows=[0], label=-4, from_="copies")
+                assert window.get("/api/state")["folder_classes"] == 2, "that copies are left out is no answer"
+            assert window.get("/api/state")["undo"] == said
+            window.post("/api/undo")
+            assert window.get("/api/state")["folder_classes"] == 2
         told = window.post("/api/folder-classes", take=True)
         assert told["labelled"] == 6
         state = window.get("/api/state")
@@ -348,7 +366,8 @@ def test_a_list_is_opened_with_its_labels_and_groups(tmp_path: Path) -> None:
     )
     with open_studio(tmp_path, tmp_path / "insects" / "list.csv", "--project", tmp_path / "project") as window:
         window.wait_until_embedded()
-        assert window.get("/api/state")["folder_classes"] == 2
+        asked = window.get("/api/state")
+        assert (asked["folder_names"], asked["list"]) == ({"ant": 3, "bee": 1}, True)
         assert window.post("/api/folder-classes", take=True)["labelled"] == 4
         assert [each["id"] for each in window.get("/api/refused")["refused"]] == ["bees/gone.png"]
         assert window.get("/api/photos")["splits"] == [*3 * ["train"], "test", "", ""]
@@ -356,6 +375,16 @@ def test_a_list_is_opened_with_its_labels_and_groups(tmp_path: Path) -> None:
         window.wait(lambda: written.exists() and "the list" in written.read_text())
     features = read_features(tmp_path / "project" / "photos.featx")
     assert sorted(features.groups.tolist()) == ["", "", "nest 0", "nest 0", "nest 1"]
+
+
+def test_a_folder_with_too_few_photos_for_a_map_says_so(tmp_path: Path) -> None:
+    folder = class_folders(tmp_path / "few", ["."], each=4)
+    with open_studio(tmp_path, folder, "--root", tmp_path) as window:
+        said = window.wait(lambda: [found for found in [window.get("/api/state")["map"]] if found["version"]])
+        assert (said[0]["status"], said[0]["message"]) == ("few", "It takes at least 5 photos that can be read.")
+        window.upload("/api/drop?name=fifth.png", coloured(tmp_path / "more", 5, RED).read_bytes())
+        window.wait(lambda: window.get("/api/state")["map"]["status"] == "done")
+        assert None not in window.get("/api/map")["x"]
 
 
 def test_a_link_that_leads_out_is_not_followed(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
@@ -299,12 +300,26 @@ def test_a_new_photo_is_tried_and_added(scene: Scene) -> None:
     page.wait("document.querySelector('.try .bars')")
     assert page.run("return document.querySelectorAll('.try .near img').length") > 0
     assert page.run("const m = document.getElementById('main'); return m.scrollWidth <= m.clientWidth"), "too wide"
-    page.run("[...document.querySelectorAll('.correct button')].find(b => b.textContent === 'bees').click()")
-    page.wait("document.querySelector('.correct .good')")
+    page.run(
+        "const box = document.querySelector('.correct'), field = box.querySelector('input');"
+        "field.value = 'Bees'; field.form.requestSubmit()"  # as the keyboard of a phone spells it
+    )
+    page.wait("document.querySelector('.correct .good')?.textContent.startsWith('Added as bees')")
     page.wait(f"{STEPS}.includes('101 photos')")
     assert len(scene.labels()) == 102, "a hundred, the broken one, and this one"
     assert list(scene.labels().values())[-1] == "bees"
     page.resize(1280, 800)
+
+
+def test_a_tried_photo_that_the_browser_cannot_show_is_shown_all_the_same(scene: Scene, tmp_path: Path) -> None:
+    page = scene.page
+    scene.go("try")
+    with Image.open(scene.fresh[-1]) as image:
+        image.save(tmp_path / "scan.tif")
+    page.choose(".try input[type=file]", tmp_path / "scan.tif")
+    page.wait("document.querySelector('.try .bars')?.closest('.card').innerText.includes('scan.tif')")
+    page.wait("document.querySelector('.try .layers img:first-child').naturalWidth > 100")
+    assert page.run("return document.querySelector('.try .layers').innerText") == ""
 
 
 @contextmanager
@@ -422,6 +437,80 @@ def test_ten_thousand_photos_hold_few_elements(scene: Scene) -> None:
     assert page.run(f"return {active}.dataset.text") == "photo 9999"
     assert page.run("return many.selected()") == [9999]
     page.run("document.getElementById('many').remove()")
+
+
+HOLD = """
+const real = window.fetch;
+window.held = null;
+window.asked = 0;
+window.fetch = async (path, ...more) => {
+  const answer = await real(path, ...more);
+  if (path !== "/api/state") return answer;
+  const state = await answer.json();
+  if (!window.asked++ || window.held) {
+    state.embedding = {...state.embedding, status: "running", done: 1, seconds_left: null};
+    await window.held;
+  }
+  return new Response(JSON.stringify(state), {headers: {"Content-Type": "application/json"}});
+};
+"""
+"""The first answer about the state, and those that are held, are from before the photos were read."""
+
+
+def test_an_answer_that_an_event_overtook_does_not_say_that_photos_are_still_read(photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "few"
+    folder.mkdir()
+    for file in sorted((photos / "hymenoptera" / "train" / "ants").glob("*.jpg"))[:8]:
+        shutil.copy(file, folder)
+    read = "document.querySelector('.doing')?.textContent.startsWith('8 photos read')"
+    with driver(tmp_path) as url, open_studio(tmp_path, folder, "--backbone", "pixels") as window:
+        window.wait_until_embedded()
+        page = Browser(url, tmp_path / "profile", (1280, 800))
+        page.devtools("Page.addScriptToEvaluateOnNewDocument", source=HOLD)
+        page.open(f"{window.server.url}/?token={window.token}")
+        page.wait(read)  # it ended after the page had asked, and before it listened
+        page.run(
+            "window.heard = 0; const events = new EventSource('/api/events');"
+            "events.addEventListener('open', () => { window.listens = true; });"
+            "events.addEventListener('embedding', () => { window.heard++; });"
+        )
+        page.wait("window.listens")
+        asked = page.run(
+            "window.held = new Promise((done) => { window.release = done; }); const {asked} = window;"
+            "window.loading = import('/static/store.js').then((store) => store.load()); return asked"
+        )
+        page.wait(f"window.asked > {asked}")
+        window.post("/api/embedding", op="start")
+        page.wait("window.heard >= 2")
+        window.wait_until_embedded()
+        page.run("window.release(); return window.loading")
+        page.wait(read)
+        page.close()
+
+
+def test_names_of_folders_are_asked_for_until_there_is_an_answer(photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "days"
+    for day in ("monday", "tuesday"):
+        (folder / day).mkdir(parents=True)
+        for file in sorted((photos / "hymenoptera" / "train" / "ants").glob("*.jpg"))[:4]:
+            shutil.copy(file, folder / day)
+    asks = "[...document.querySelectorAll('.ask button')].some((each) => each.offsetParent)"
+    with driver(tmp_path) as url, open_studio(tmp_path, folder, "--backbone", "pixels") as window:
+        page = Browser(url, tmp_path / "profile", (1280, 800))
+        page.open(f"{window.server.url}/?token={window.token}")
+        page.wait(asks)
+        assert "monday (4), tuesday (4)" in page.run("return document.querySelector('.ask').innerText")
+        page.wait("document.querySelectorAll('.copy figcaption').length === 8")
+        assert page.run("return document.querySelector('.copy figcaption').innerText").startswith("monday/")
+        page.run("document.querySelector('.copies > button').click()")
+        page.wait("document.getElementById('said').textContent.startsWith('4 photos: left out. 0 of 4 labelled.')")
+        window.wait(lambda: window.get("/api/state")["undo"] == "4 photos: left out")
+        assert page.run(f"return {asks} && {STEPS}.includes('0 labelled')")
+        page.run("[...document.querySelectorAll('.ask button')].at(-1).click()")
+        page.wait(f"!({asks}) && document.getElementById('undo').title === 'labels of the folders not taken'")
+        page.press("u")
+        page.wait(asks)
+        page.close()
 
 
 def test_what_is_labelled_after_the_studio_has_ended_is_taken_back_and_said(scene: Scene) -> None:

@@ -374,6 +374,7 @@ export function build(section) {
     first.replaceChildren(!open
       ? empty("No photos yet", "Choose a folder of photos first.", make("a", {class: "button primary", href: "#photos", text: "Choose a folder"}))
       : about.status === "failed" ? empty("The map could not be drawn", about.message)
+        : about.status === "few" ? empty("Too few photos for a map", about.message)
         : empty("The map is on its way", about.message || "It is drawn when the photos have been read. You can label meanwhile.", make("a", {class: "button primary", href: "#label", text: "Label"})));
   }
 

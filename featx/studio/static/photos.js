@@ -123,8 +123,12 @@ export function build(section) {
     forward.textContent = state.labelled ? "Go on labelling" : "Start labelling";
     ask.hidden = !state.folder_classes;
     if (state.folder_classes && !ask.firstChild) {
-      ask.append(make("p", {text: `The photos lie in ${plural(state.folder_classes, "class folder")}. Take the names of the folders as labels?`}),
-        make("div", {class: "row"}, button("Take them as labels", () => decide(true), "primary"),
+      const names = Object.entries(state.folder_names).map(([name, n]) => `${name} (${n.toLocaleString("en")})`), more = state.folder_classes - names.length;
+      const listed = `${names.join(", ")}${more ? ` and ${more.toLocaleString("en")} more` : ""}`;
+      ask.append(make("p", {text: state.list
+        ? `The list has labels: ${listed}. Take them?`
+        : `The photos lie in ${plural(state.folder_classes, "folder")}: ${listed}. Do these names say what the photos show?`}),
+        make("div", {class: "row"}, button("Yes, take them as labels", () => decide(true), "primary"),
           button("No, I label them myself", () => decide(false))));
     }
     if (state.embedding.refused && state.embedding.refused !== listed) listRefused(state.embedding.refused);
@@ -171,6 +175,7 @@ export function build(section) {
         make("p", {class: "small", text: KINDS[kind]}),
         make("div", {class: "copy-row"}, ...rows.slice(0, 12).map((row) => make("figure", {},
           make("img", {src: thumb(row), alt: store.ids[row], loading: "lazy"}),
+          make("figcaption", {class: "small soft", title: store.ids[row], text: store.ids[row].split("/").slice(-2).join("/ ")}),
           button("Keep this one", () => keep(rows, row), "", {"aria-label": `Keep this one: ${store.ids[row]}; the others are left out`})))),
         button("Keep all", () => { groups = groups.filter((group) => !rows.every((row) => group.rows.includes(row))); drawCopies(); }, "quiet"))));
     if (left.length > 1) {

@@ -68,7 +68,10 @@ export const allRows = () => [...rowsShown()];
 
 export const howMany = () => rowsShown().length;
 
-export const labelled = () => howMany() - (counts().get(NO_LABEL) || 0);
+/** Photos that are not left out. */
+const staying = () => howMany() - (counts().get(LEFT_OUT) || 0);
+
+export const labelled = () => staying() - (counts().get(NO_LABEL) || 0);
 
 export const suggestionOf = (row) => {
   const {ready, suggested, probability, unknown} = store.suggestions;
@@ -131,10 +134,12 @@ function taken(event) {
   overlay(event.rows);
 }
 
-function known({undo, redo, labelled: number}) {
+function known({undo, redo, labelled: number, begun}) {
   if (!store.state) return;
-  Object.assign(store.state, {undo, redo, labelled: number});
+  const turned = store.state.begun !== begun;
+  Object.assign(store.state, {undo, redo, labelled: number, begun});
   emit("state");
+  if (turned) loadState();  // whether to ask for the names of folders
 }
 
 async function loadLabels() {
@@ -194,7 +199,7 @@ export async function label(rows, what, from = "key") {
   if (name === "") return;
   if (name === null && what >= server.classes.length) name = store.classes[what];  // a class that is still on its way
   const sent = enqueue({path: "/api/label", rows: [...rows], name, label: name ? undefined : what, from});
-  say(`${plural(rows.length)}: ${name || nameOf(what)}. ${labelled()} of ${howMany()} labelled.`, {undo: true});
+  say(`${plural(rows.length)}: ${name || nameOf(what)}. ${labelled()} of ${staying()} labelled.`, {undo: true});
   try {
     await sent;
   } catch (error) {
@@ -243,7 +248,17 @@ export async function read(path) {
   }
 }
 
+// An answer may be older than an event that overtook it: of what the page heard while it asked, it keeps what it heard.
+const heard = new Map();  // what of the state events told, and which of all events it was
+let told = 0;
+
+function hearState(name, data) {
+  heard.set(name, ++told);
+  store.state[name] = data;
+}
+
 async function loadState() {
+  const before = told;
   let answer = await read("/api/state");
   if (!answer) return null;
   if (!answer.open && store.state?.open) {  // the server was started anew, without a folder: go on with the one of before
@@ -256,6 +271,7 @@ async function loadState() {
   }
   const other = Boolean(store.state) && store.state.project !== answer.project;
   if (!store.state || other) server.seq = -1;
+  else for (const [name, at] of heard) if (at > before) answer[name] = store.state[name];
   store.state = answer;
   if (other) {
     Object.assign(store, {labels: [], quality: null, suggestions: NOTHING_SUGGESTED});
@@ -321,28 +337,29 @@ const ended = () => store.trouble.startsWith(ENDED);  // then nothing comes back
 
 export function listen() {
   const events = new EventSource("/api/events");
-  let lost = false;
+  let lost = false, first = true;
   const hear = (name, listener) => events.addEventListener(name, (event) => listener(JSON.parse(event.data)));
   hear("labels", taken);
-  hear("embedding", (data) => { store.state.embedding = data; emit("state"); });
+  hear("embedding", (data) => { hearState("embedding", data); emit("state"); });
   hear("photos", loadPhotos);
-  hear("suggestions", (data) => { store.state.suggestions = data; emit("state"); loadSuggestions(); });
-  hear("map", (data) => { store.state.map = data; emit("map"); });
+  hear("suggestions", (data) => { hearState("suggestions", data); emit("state"); loadSuggestions(); });
+  hear("map", (data) => { hearState("map", data); emit("map"); });
   hear("quality", (data) => {
-    store.state.quality = data;
+    hearState("quality", data);
     emit("state");
     if (data.status === "running") emit("quality");
     else loadQuality();
   });
   hear("problem", ({what, message}) => say(`${what}: ${message}`, {bad: true}));
   hear("job", (data) => {
-    store.state.jobs = [...store.state.jobs.filter((each) => each.id !== data.id), data];
+    hearState("jobs", [...store.state.jobs.filter((each) => each.id !== data.id), data]);
     emit("jobs");
   });
   hear("closed", () => trouble(`${ENDED}. Start it again with the same command, and open the address that it prints.`));
-  events.addEventListener("open", () => {
-    if (lost) load();
-    lost = false;
+  events.addEventListener("open", async () => {
+    const before = JSON.stringify(store.state), again = lost || (first && JSON.stringify(await loadState()) !== before);
+    lost = first = false;
+    if (again) load();  // what happened before this window listened
   });
   events.addEventListener("error", async () => {
     lost = true;

@@ -41,6 +41,7 @@ export function build(section) {
       made.append(make("div", {class: "row"},
         make("a", {class: "button primary", href: `/api/take/${encodeURIComponent(job.file)}`, download: job.file, text: "Download", "aria-label": `Download ${job.file}`}),
         button("Make it anew", () => produce(what), "quiet", {"aria-label": `Make it anew: ${title}`})),
+      job.message ? make("p", {class: "warn", text: job.message}) : "",
       make("p", {class: "small soft", text: [job.file, job.bytes && bytes(job.bytes), job.seconds && `made in ${duration(job.seconds)}`].filter(Boolean).join(" · ")}));
     }
     return made;

@@ -21,7 +21,8 @@ export function build(section) {
 
   function take(given) {
     for (const file of given) {
-      const card = make("li", {class: "card try"}), picture = make("div", {class: "layers"}, make("img", {alt: file.name, src: URL.createObjectURL(file), on: {error: (event) => { event.target.after("cannot be shown"); picture.classList.add("gone"); }}})), told = make("div", {class: "told"});
+      const image = make("img", {alt: file.name, src: URL.createObjectURL(file), on: {error: () => { image.after("cannot be shown"); picture.classList.add("gone"); seen(picture); }}});
+      const card = make("li", {class: "card try"}), picture = make("div", {class: "layers"}, image), told = make("div", {class: "told"});
       told.append(make("h2", {text: "…"}), make("p", {class: "soft small", text: file.name}));
       card.append(picture, told);
       tries.prepend(card);
@@ -44,11 +45,13 @@ export function build(section) {
   }
 
   function show(answer, card, picture, told) {
-    const {id, label, reason, probabilities, overlay, overlay_reason: noOverlay, neighbours} = answer;
+    const {id, label, reason, probabilities, overlay, overlay_reason: noOverlay, neighbours, caution} = answer;
+    picture.dataset.id = id;
+    seen(picture);
     const all = Object.entries(probabilities).sort((a, b) => b[1] - a[1]), number = store.classes.indexOf(label);
     told.firstChild.textContent = reason === "unknown" ? "Unknown" : reason === "unsure" ? `Not sure: perhaps ${label}` : label;
     if (reason === "unknown") told.append(make("p", {class: "abstains", text: `Unlike the photos that you labelled: it may show none of your classes. If it had to answer: ${label}.`}));
-    else if (reason === "unsure") told.append(make("p", {class: "abstains", text: "Too uncertain to answer reliably."}));
+    else if (reason === "unsure") told.append(make("p", {class: "abstains", text: caution || "Too uncertain to answer reliably."}));
     const bars = make("div", {class: "bars"});
     for (const [name, value] of all.slice(0, 5)) {
       const fill = make("div", {class: "fill"});
@@ -74,11 +77,24 @@ export function build(section) {
     }
   }
 
+  /** Show what the server made of a photo in a format that this browser does not know, such as HEIC. */
+  function seen(picture) {
+    const {id} = picture.dataset;
+    if (!id || !picture.classList.contains("gone")) return;
+    const image = picture.firstChild, shown = make("img", {alt: image.alt, on: {load: () => {
+      picture.classList.remove("gone");
+      image.nextSibling.remove();
+      image.replaceWith(shown);
+    }}});
+    shown.src = `/tried/${encodeURIComponent(id)}`;
+  }
+
   /** The row of buttons that adds the photo with its right label. */
   function correct(id, guess) {
     const box = make("div", {class: "correct", role: "group", "aria-label": "Add it with its right label"}, make("p", {class: "small", text: "What is it? One click adds it to your photos:"}));
     const field = make("input", {type: "text", placeholder: "another class", "aria-label": "Another class", maxlength: "100", list: "class-names", autocomplete: "off"});
-    const add = async (name) => {
+    const add = async (given) => {
+      const name = classNumbers().map(nameOf).find((each) => each.toLowerCase() === given.toLowerCase()) || given;
       if (!name) return;
       for (const each of box.querySelectorAll("button, input")) each.disabled = true;
       try {
