@@ -251,10 +251,11 @@ def extract(
         say(f"  refused {item.id}: {item.reason}, {item.message}", err=True)
     if summary.quarantined:
         say(f"All refused images: {how.folder(out) / 'quarantine.jsonl'}", err=True)
-        raise typer.Exit(QUARANTINED)
     if not as_json:
         labelled = len(images.class_names) > 1
         say(f"Next: {how.next_step(out, source, labelled=labelled, unlabelled=unlabelled or ())}")
+    if summary.quarantined:
+        raise typer.Exit(QUARANTINED)
 
 
 def _classes(classes: dict[str, int], nameless: int) -> str:

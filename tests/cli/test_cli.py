@@ -165,6 +165,8 @@ def test_awkward_images_end_with_exit_code_3(source: Path, tmp_path: Path, featx
     assert {line["id"]: line["reason"] for line in lines} == {f"ants/{k}": v for k, v in expected.items()}
     assert all(line["message"] and len(line["digest"]) == 64 for line in lines)
     assert "ants/text.jpg: not_an_image" in ran.err
+    again = featx("extract", photos, "--out", store)
+    assert again.code == 3 and "Next: featx sweep" in again.out, "a bad photo does not end the way"
     assert featx("extract", photos, "--out", store, "--max-bad", 0).code == 4
 
 

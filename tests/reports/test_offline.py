@@ -387,6 +387,15 @@ def test_the_policy_allows_the_pages_own_scripts_only() -> None:
     assert page.encode()[:1024].count(b'<meta name="generator" content="featx">') == 1  # as check_file looks for it
 
 
+def test_that_it_is_sure_of_nothing_is_said_beside_its_answers() -> None:
+    bundle, exported = small()
+    runtime = WebRuntime("1.30.0", LOADER, b"\0asm", Path())
+    page = render_offline(replace(bundle, threshold=None), exported, runtime, title="a")
+    assert "Every answer of this model abstains" in page.partition("<footer>")[0]
+    page = render_offline(replace(bundle, threshold=0.5), exported, runtime, title="a")
+    assert "Every answer of this model abstains" not in page
+
+
 @pytest.mark.parametrize(
     "loader",
     ["", "export{a as env};", LOADER.replace("const", "/*</SCRIPT>*/const"), LOADER + "more();", "<!--" + LOADER],

@@ -11,7 +11,7 @@ import {changeClass, classNumbers, counts, label, LEFT_OUT, nameOf, NONE, on, sa
  */
 export function classPanel({selected, after = () => {}, filter = null}) {
   const list = make("ul", {class: "classes"});
-  const field = make("input", {type: "text", placeholder: "Type a class name", "aria-label": "Type a class name, Enter labels the selection",
+  const field = make("input", {type: "text", placeholder: "Name of a class", "aria-label": "Type a class name, Enter labels the selection",
     autocomplete: "off", spellcheck: "false", maxlength: "100", list: "class-names"});
   const hint = make("p", {class: "soft small"});
   const add = make("form", {class: "class-add", on: {submit: given}}, field, make("button", {class: "primary", text: "Add"}));
