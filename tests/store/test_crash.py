@@ -29,6 +29,7 @@ from featx import _files
 from featx.extraction.lanes import _AHEAD
 from featx.store import writer as store_writer
 from featx.store.index import Refused
+from featx.store.manifest import read_manifest
 from featx.store.tools import content_hash, verify
 from featx.store.writer import StoreWriter
 
@@ -146,7 +147,7 @@ def test_kills_of_the_real_command(
         process.kill()
         process.communicate()
         check_published(store)
-        if (store / "index.h5").exists():
+        if (store / "manifest.json").exists() and read_manifest(store).finished:
             assert content_hash(store) == expected
             shutil.rmtree(store)
     assert featx("extract", photos_to_extract, "--out", store).code == 0
