@@ -212,6 +212,9 @@ class DecoderPool:
                     child.end()
                     if attempt == ATTEMPTS - 1:
                         return Decoded(lost.digest, refusal=self._refusal(lost, " twice"))
+                except BaseException:
+                    child.end()  # the rest of what it says would be taken for an answer about the next image
+                    raise
             raise AssertionError("unreachable")
         finally:
             self._idle.put(child)
@@ -252,6 +255,8 @@ class DecoderPool:
             for _ in range(ATTEMPTS):
                 try:
                     return child.decode_light(data, wanted, heaviest)
+                except TooHeavy:  # all that it had to say
+                    raise
                 except _Lost as lost:
                     child.end()
                     if lost.reason == _UNWANTED:
@@ -260,6 +265,9 @@ class DecoderPool:
                     if lost.digest is not None or lost.reason != "decoder_crash":
                         break
                     # It ended before any decoder saw the bytes, so something else killed it.
+                except BaseException:
+                    child.end()  # as above
+                    raise
             return refused
         finally:
             self._idle.put(child)

@@ -28,7 +28,7 @@ from storekit import PREPROCESS, light_backbone, png_folders, refused_of
 from featx.errors import FeatxError
 from featx.extraction.run import extract_features
 from featx.images.pixels import encode, pixels
-from featx.images.pool import Decoded, DecoderPool, TooHeavy
+from featx.images.pool import Decoded, DecoderPool, TooHeavy, _Child
 from featx.images.source import ImageSet
 from featx.store.reader import read_features
 from featx.store.tools import verify
@@ -391,6 +391,35 @@ def test_bytes_at_hand_are_tried_once_and_only_while_wanted(source: Path, broken
         decoded = pool.decode(good, wanted=lambda: True, heaviest=10**6)
         assert decoded is not None and decoded.pixels is not None
         assert np.array_equal(decoded.pixels, pixels(good, PREPROCESS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at_hand", [False, True])
+def test_what_was_not_read_of_one_image_is_no_answer_about_the_next(
+    at_hand: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parent lacks memory for the pixels, and leaves them in the socket; black ones look like short messages."""
+    black, other = tmp_path / "black.png", tmp_path / "other.png"
+    black.write_bytes(encode(np.zeros((40, 40, 3), np.uint8)))
+    other.write_bytes(encode(np.asarray(picture(1))))
+
+    def fail(child: _Child, view: memoryview) -> None:
+        raise MemoryError
+
+    with DecoderPool(PREPROCESS, workers=1) as pool:
+
+        def ask(path: Path) -> Decoded | None:
+            if at_hand:
+                return pool.decode(path.read_bytes(), wanted=lambda: True)
+            return next(pool.run([path], lambda digest: False, ahead=1))
+
+        with monkeypatch.context() as patched:
+            patched.setattr(_Child, "_fill", fail)
+            with pytest.raises(MemoryError):
+                ask(black)
+        decoded = ask(other)
+        assert decoded is not None and decoded.pixels is not None
+        assert np.array_equal(decoded.pixels, pixels(other.read_bytes(), PREPROCESS))
 
 
 @pytest.mark.slow
