@@ -468,6 +468,8 @@ async def _embed(
     everything: asyncio.Future[Any] = asyncio.gather(
         *(asyncio.wrap_future(job.future) for job in jobs), return_exceptions=True
     )
+    # One that is cancelled says so as an exception, and asyncio would log that nobody has asked for it.
+    everything.add_done_callback(lambda done: done.cancelled() or done.exception())
     gone: asyncio.Future[Any] = asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait({everything, gone}, timeout=deadline - time.monotonic(), return_when=asyncio.FIRST_COMPLETED)

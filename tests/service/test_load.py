@@ -152,6 +152,8 @@ def test_clients_that_leave_leave_no_work(tmp_path: Path) -> None:
         assert time.monotonic() - started < 4.0  # forty images would be five seconds of work
         assert server.metric("featx_requests_in_flight") == 1  # the one that asks
         assert server.metric("featx_batch_images_sum") < 30
+        assert server.end() == 0
+        assert all(line.startswith("{") for line in server.said().splitlines())  # nothing of asyncio's own
 
 
 @pytest.mark.alone
