@@ -77,6 +77,7 @@ def test_sixty_kills(backbones: tuple[str, ...], kills: int, tmp_path: Path) -> 
             code = process.returncode
             assert code in (0, -signal.SIGKILL), err
             killed += code != 0
+            whole *= 1.03 if code else 0.85  # a busy machine's first run says little of the others
             kept = check_published(store)
             lost = max(lost, computed(log) - (kept - rows))
             rows = kept
