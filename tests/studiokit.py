@@ -54,8 +54,10 @@ class Window:
         return found
 
     def wait_until_embedded(self) -> None:
-        self.wait(lambda: self.get("/api/state")["embedding"]["status"] in ("done", "failed"))
-        assert self.get("/api/state")["embedding"]["status"] == "done", self.get("/api/state")
+        embedding = self.wait(
+            lambda: (found := self.get("/api/state")["embedding"])["status"] in ("done", "failed") and found
+        )
+        assert embedding["status"] == "done", embedding
 
     def label(self, names: dict[int, str]) -> None:
         """Give rows names, and wait for the suggestions that follow."""
