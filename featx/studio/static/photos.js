@@ -240,7 +240,7 @@ export function build(section) {
   on("state", () => {
     if (section.hidden) return;
     tell();
-    const status = store.state.embedding.status;
+    const status = store.state.embedding?.status ?? "";  // no folder is open yet
     if (status !== last && status === "done") findCopies();
     last = status;
   });
