@@ -20,14 +20,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from featx._files import LineFile, canonical_json, make_folder, publish_bytes, read_regular, writer_lock
-from featx.errors import BundleError, StoreError, UsageError, plural
+from featx.errors import BundleError, StoreBusy, StoreError, UsageError, plural
 from featx.models.bundle import Bundle, bundle_bytes, parse_bundle, read_bundle
 
 VERSION_DIGITS = 8
@@ -195,7 +195,7 @@ class Versions:
     # --- changing ---------------------------------------------------------------------------------------------------
 
     def begin(self, raw: bytes, where: Path, who: str) -> str:
-        """Make a file the first version, where there is none; the name of the current version.
+        """Make a file the first version, where there is none; the name of the current version, which the file has then.
 
         Parameters
         ----------
@@ -218,6 +218,9 @@ class Versions:
                 found=", ".join(each.name for each in self.all()[:5]),
                 hint=f"Choose another folder, or make it a version: featx models {self.folder} --add {where}",
             )  # fmt: skip
+        if read_current(self.folder) != self.current:
+            with suppress(StoreBusy), self.changing():  # a crash left the two at odds, unless somebody is just at it
+                pass
         assert self.current is not None
         return self.current
 

@@ -111,6 +111,10 @@ def test_a_crash_between_the_log_and_the_switch_is_made_good(versions: Versions,
     with again.changing():
         pass
     assert read_current(versions.folder) == second
+    (versions.folder / "current").write_text(f"{first}\n")
+    # A server answers with what this says, and then follows the file.
+    assert Versions(versions.folder).begin(bundle_bytes(bundle), versions.folder / "first.model", "mia") == second
+    assert read_current(versions.folder) == second
     log = versions.folder / "audit.jsonl"
     whole = log.read_bytes()
     log.write_bytes(whole + b'{"n":3,"what":"promo')
