@@ -48,6 +48,10 @@ def signature(path: Path) -> tuple[int, ...]:
     return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number")
+
+
 def canonical_json(value: Any) -> bytes:
     """The one spelling of a JSON value that hashes are taken of; NaN is refused."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
@@ -244,8 +248,8 @@ class LineFile:
         found = []
         for number, line in enumerate(self.lines, start=1):
             try:
-                found.append(take(json.loads(line), number))
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                found.append(take(json.loads(line, parse_constant=_no_number), number))
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 where = f"{self.path}, line {number}"
                 raise StoreError(f"{what} was altered", where=where, found=str(error), hint=hint) from error
         return found

@@ -22,6 +22,7 @@ with ``withdrawn`` takes it back, and what the person says in another source sta
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import threading
 from collections.abc import Iterable, Sequence
@@ -273,8 +274,10 @@ def _checked(fields: Any, number: int) -> Correction:
         raise ValueError("its number is not the next")
     if not _SHA256.fullmatch(made.sha256) or not re.fullmatch(rf"{made.sha256}\.[a-z]{{3,4}}", made.file):
         raise ValueError("its photo has no name that featx gives")
-    if not all(isinstance(each, str) for each in (made.when, made.by)):
+    if not all(isinstance(each, str) and each.isprintable() for each in (made.when, made.by, made.label)):
         raise ValueError("a field is not text")
+    if not isinstance(made.score, float | int | None) or not math.isfinite(made.score or 0.0):
+        raise ValueError("its score is no number")
     if not isinstance(made.source, str | None) or not isinstance(made.withdrawn, bool):
         raise ValueError("a source is not text")
     checked_name(made.label)

@@ -73,8 +73,21 @@ def _checked(record: Any, number: int) -> dict[str, Any]:
         raise ValueError("its number is not the next")
     if record["what"] in _SWITCHES and not _NAME.fullmatch(record["version"]):
         raise ValueError("it names no version")
-    if not all(isinstance(n, int) for n in record.get("corrections", ())):
-        raise ValueError("a correction has no number")
+    if not all(isinstance(record[name], str) for name in ("when", "who", "what")):
+        raise ValueError("it does not say when who did what")
+    for name in ("corrections", "held"):
+        if not isinstance(record.get(name, []), list) or not all(type(n) is int for n in record.get(name, [])):
+            raise ValueError("a correction has no number")
+    of_batch = record["what"] in ("held", "released", "discarded") or "batch" in record
+    if of_batch and not (isinstance(record["batch"], str) and "held" in record):
+        raise ValueError("it names no batch")
+    if not isinstance(record.get("before"), str | None):
+        raise ValueError("it does not name the version before")
+    evidence = record.get("evidence") or {}
+    compared = evidence.get("all") or {"mean": 0.0, "low": 0.0, "high": 0.0}
+    if not all(isinstance(compared[name], int | float) for name in ("mean", "low", "high")):
+        raise ValueError("its evidence has no numbers")
+    canonical_json(record)  # 1e999 could not be shown to anybody
     return dict(record)
 
 

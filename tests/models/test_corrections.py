@@ -59,6 +59,10 @@ def test_a_line_that_a_crash_cut_short_is_dropped(kept: Corrections) -> None:
         ({"file": "../../passwd.jpg"}, "no name that featx gives"),
         ({"label": ""}, "not a name for a class"),
         ({"by": 3}, "not text"),
+        ({"label": ["ants"]}, "not text"),
+        ({"when": "\ud800"}, "not text"),
+        ({"score": float("nan")}, "NaN is no number"),
+        ({"score": "high"}, "score is no number"),
         ({"more": 1}, "unexpected keyword"),
     ],
 )

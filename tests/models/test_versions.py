@@ -124,7 +124,15 @@ def test_a_crash_between_the_log_and_the_switch_is_made_good(versions: Versions,
     assert log.read_bytes() == whole
 
 
-@pytest.mark.parametrize("change", [{"n": 5}, {"version": "../../etc"}, {"corrections": ["x"]}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n": 5}, {"version": "../../etc"}, {"corrections": ["x"]}, {"when": None}, {"who": []}, {"before": 1},
+        {"what": "held", "batch": "batch-1"}, {"batch": [], "held": [1]}, {"held": 3}, {"evidence": [1]},
+        {"evidence": {"verdict": "better", "all": 5}}, {"evidence": {"all": {"mean": "0", "low": 0, "high": 0}}},
+        {"evidence": {"p": float("inf")}},
+    ],
+)  # fmt: skip
 def test_an_altered_log_is_refused(versions: Versions, change: dict[str, object]) -> None:
     log = versions.folder / "audit.jsonl"
     log.write_text(json.dumps({**json.loads(log.read_text()), **change}) + "\n")
