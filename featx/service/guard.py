@@ -68,6 +68,11 @@ class Limits:
     deadline: float = 10.0
 
 
+def whole_text(value: Any) -> str:
+    """What came in JSON, as text that can be sent back: JSON may spell halves of characters, UTF-8 cannot."""
+    return str(value).encode(errors="replace").decode()
+
+
 class Refusal(Exception):
     """A request that is not answered with a result.
 

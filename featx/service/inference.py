@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import json
 import struct
 from collections.abc import Awaitable, Callable
@@ -26,7 +25,7 @@ from numpy.typing import NDArray
 
 from featx.images import encode
 from featx.models import Answer
-from featx.service.guard import Limits, Refusal
+from featx.service.guard import Limits, Refusal, whole_text
 from featx.service.work import Repository, Service, Work, do_work
 
 HEADER = "inference-header-content-length"
@@ -231,7 +230,7 @@ def _images(length: str | None, body: bytes, limits: Limits, asked: _Asked, know
     tensors = said.get("inputs") if isinstance(said, dict) else None
     if not isinstance(tensors, list) or len(tensors) != 1 or not isinstance(tensors[0], dict):
         raise _wrong("A request has one input, image or pixels.")
-    asked.id = str(said.get("id", ""))[:200]
+    asked.id = whole_text(said.get("id", ""))[:200]
     asked.binary = _parameter(said, "binary_data_output") is True
     if said.get("outputs") is not None:
         asked.outputs = _wanted(said["outputs"], asked.binary, known)
@@ -269,11 +268,13 @@ def _parameter(said: dict[str, Any], name: str) -> Any:
 def _wanted(outputs: Any, binary: bool, known: set[str]) -> list[tuple[str, bool]]:
     if not isinstance(outputs, list) or not all(isinstance(each, dict) for each in outputs):
         raise _wrong("outputs is not a list of outputs.")
-    found = []
+    found: list[tuple[str, bool]] = []
     for each in outputs:
         name = each.get("name")
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             raise _wrong(f"There is no output {str(name)[:40]!r}; there are {', '.join(sorted(known))}.")
+        if any(name == other for other, _ in found):  # a body has room for half a million
+            raise _wrong(f"The output {name} is asked for twice.")
         own = _parameter(each, "binary_data")
         found.append((name, binary if own is None else own is True))
     return found
@@ -284,7 +285,7 @@ def _files(content: Any) -> list[bytes]:
     if isinstance(content, list):
         try:
             return [base64.b64decode(text, validate=True) for text in _flat(content, str)]
-        except binascii.Error as error:
+        except ValueError as error:  # binascii's, or of text that is not ASCII
             raise _wrong("An image is not in base64.") from error
     files, place = [], 0
     while isinstance(content, bytes) and place + _LENGTH.size <= len(content):

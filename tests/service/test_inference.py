@@ -142,6 +142,7 @@ PIXELS = {"name": "pixels", "shape": [1, 2, 3], "datatype": "UINT8", "data": [1,
         ({"inputs": [image_input(shape=[True])]}, 400, "has no shape"),
         ({"inputs": [image_input(shape=[10**9] * 9)]}, 400, "The shape is"),
         ({"inputs": [image_input(data=["%"], shape=[1])]}, 400, "not in base64"),
+        ({"inputs": [image_input(data=["é"], shape=[1])]}, 400, "not in base64"),
         ({"inputs": [image_input(data=[1], shape=[1])]}, 400, "not all str"),
         ({"inputs": [image_input(data=None)]}, 400, "do not end where the tensor does"),
         ({"inputs": [image_input(datatype="FP32")]}, 400, "The input is image"),
@@ -156,12 +157,18 @@ PIXELS = {"name": "pixels", "shape": [1, 2, 3], "datatype": "UINT8", "data": [1,
         ({"inputs": [{**PIXELS, "parameters": {"binary_data_size": 6}}]}, 400, "binary_data_size"),
         ({"inputs": [image_input()], "outputs": 1}, 400, "not a list of outputs"),
         ({"inputs": [image_input()], "outputs": [{"name": "x"}]}, 400, "no output 'x'"),
+        ({"inputs": [image_input()], "outputs": [{"name": ["label"]}]}, 400, "no output \"['label']\""),
+        ({"inputs": [image_input()], "outputs": [{"name": "embedding"}] * 2}, 400, "asked for twice"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(server: Running, said: Any, status: int, message: str) -> None:
     reply = server.ask(INFER, json.dumps(said).encode(), {"Content-Type": "application/json"})
     assert (reply.status, set(reply.json)) == (status, {"error"}), reply.body
     assert message in reply.json["error"]
+
+
+def test_half_a_character_is_sent_back_as_a_question_mark(server: Running) -> None:
+    assert ask(server, id="a\ud800", inputs=[image_input()]).json["id"] == "a?"
 
 
 CUT = {**image_input(), "data": None, "parameters": {"binary_data_size": 9}}
