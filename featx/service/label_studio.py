@@ -36,7 +36,7 @@ from featx.errors import StoreError, UsageError, plural
 from featx.models import Answer, InstantModels, Said, vote
 from featx.service import schema
 from featx.service.feedback import Feedback, check_origin
-from featx.service.guard import Refusal
+from featx.service.guard import Refusal, whole_text
 from featx.service.label_studio_host import LabelStudioHost, NotFetched
 from featx.service.work import Repository, Service, work_on
 
@@ -143,7 +143,7 @@ class Choices:
 
 
 def _parse(config: object) -> ElementTree.Element:
-    if not isinstance(config, str) or len(config) > _MAX_CONFIG or "<!" in re.sub("<!--.*?-->", "", config, flags=re.S):
+    if not isinstance(config, str) or len(config) > _MAX_CONFIG or "<!" in config.replace("<!--", ""):
         raise Refusal(
             422, "config", "The labelling configuration must be XML of at most 1 MiB, without declarations (<!)."
         )
@@ -414,9 +414,9 @@ class LabelStudio:
                 gone = [_number(each) for each in _list(body.get("annotations"))]
                 kept = [await self._withdraw(f"{project.uid}/{number}") for number in gone]
             else:
-                tasks = {each.get("id"): each for each in map(_mapping, _list(body.get("task")))}
+                tasks = {_id(each.get("id")): each for each in map(_mapping, _list(body.get("task")))}
                 given = [_mapping(each) for each in _list(body.get("annotation"))]
-                pairs = [(each, _mapping(tasks.get(each.get("task")))) for each in given]
+                pairs = [(each, _mapping(tasks.get(_id(each.get("task"))))) for each in given]
                 kept = [await self._keep(project, *pair) for pair in pairs]
         await self._learn(sum(each is True for each in kept))
         problems = [each for each in kept if isinstance(each, str)]
@@ -586,9 +586,13 @@ def _list(value: object) -> list[Any]:
     return value if isinstance(value, list) else [value] if isinstance(value, dict) else []
 
 
+def _id(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+
+
 def _number(thing: object) -> int:
-    number = _mapping(thing).get("id")
-    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+    number = _id(_mapping(thing).get("id"))
+    if number is None:
         raise Refusal(422, "annotation", "An annotation has no id.")
     return number
 
@@ -677,4 +681,4 @@ def add_label_studio(app: FastAPI, backend: LabelStudio, keyed: list[Any], *, tr
     async def webhook(request: Request) -> Response:
         """Keep what annotations say; it is on the disk when this is answered."""
         body = await asked(request)
-        return JSONResponse(await backend.hear(str(body.get("action")), body))
+        return JSONResponse(await backend.hear(whole_text(body.get("action")), body))

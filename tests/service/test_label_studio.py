@@ -117,6 +117,9 @@ def test_differing_classes_are_told(server: Running) -> None:
         ("<View/>", "no Choices whose toName is an Image"),
         ("<View><", "cannot be read"),
         ('<!DOCTYPE x [<!ENTITY a "aaaa">]><View>&a;</View>', "without declarations"),
+        ('<?x <!-- ?><!DOCTYPE x [<!ENTITY a "aaaa">]><!-- --><View>&a;</View>', "without declarations"),
+        ("<!-- a comment --><View/>", "no Choices whose toName is an Image"),
+        ("<!--" * 2**18, "cannot be read"),  # at once: comments that do not end were looked for minutes
         (CONFIG.replace("single", "multiple"), "not one for each image"),
         (CONFIG.replace('choice="single"', 'perRegion="true"'), "not one for each image"),
         (CONFIG.replace("$image", "http://x/y.png"), "not a \\$field"),
@@ -146,6 +149,9 @@ def test_requests_that_are_none_are_refused(server: Running, labels: Studio) -> 
     for path, body, headers, status, reason in cases:
         reply = post(server, path, body, **headers)
         assert (reply.status, reply.json["error"]["reason"]) == (status, reason), path
+    skipped = annotation(1, 1, None, task=[1])
+    assert post(server, "/webhook", hook("ANNOTATION_CREATED", annotation=skipped, task={"id": {}})).json["kept"] == 0
+    assert post(server, "/webhook", {"action": "\ud800"}).json == {"ignored": "?"}
     reply = server.ask("/webhook", b"[" * 10_000, {"Content-Type": "application/json"})
     assert (reply.status, reply.json["error"]["reason"]) == (400, "json")
     assert post(server, "/webhook", {"action": "TASKS_CREATED"}).json == {"ignored": "TASKS_CREATED"}
