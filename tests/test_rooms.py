@@ -77,6 +77,7 @@ def names(room: str) -> dict[str, str]:
     return {alias.name: f"{room}.{node.module or alias.name}" for node in imports for alias in node.names}
 
 
+@functools.cache
 def imported(tree: ast.Module, only_at_run_time: bool = True) -> set[str]:
     """Dotted names of all imports, those inside functions too."""
     skipped: set[ast.AST] = set()

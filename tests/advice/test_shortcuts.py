@@ -105,6 +105,7 @@ def test_a_planted_shortcut_is_found_and_no_other(found: tuple[str, Shortcuts]) 
     assert told["whole"]["mean"] == result.whole.mean
 
 
+@pytest.mark.slow
 def test_accuracies_are_those_of_heads_on_pixels_masked_by_hand(embedder: Embedder, tmp_path: Path) -> None:
     files, labels = photos(tmp_path / "in", "corner", each=8)
     result = find_shortcuts(embedder, 0, files, labels, episodes=3, random_state=4, tick=lambda what: None)

@@ -161,6 +161,7 @@ def test_an_embedding_does_not_depend_on_its_company(engine: str, small: Backbon
     assert len(np.unique(together, axis=0)) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ON_CPU)
 def test_results_come_in_order_and_little_is_taken_ahead(engine: str, small: Backbone) -> None:
     running = on_cpu(small, engine)

@@ -54,6 +54,7 @@ def test_swins_maps_have_their_channels_last() -> None:
     assert (late.shape, first.shape, permuted.shape) == ((1, 192), (1, 96), (1, 768))
 
 
+@pytest.mark.slow
 def test_tokens_are_averaged_over_the_sequence() -> None:
     backbone = load_backbone("vit_b_32", weights="none", layers=["encoder.layers.encoder_layer_1"])
     seen: list[torch.Tensor] = []

@@ -39,6 +39,7 @@ def pictures(photos: Path) -> np.ndarray:
     return np.stack([pixels(file.read_bytes(), load_backbone().preprocess) for file in files])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(RECIPES["best"].backbones))
 def test_the_networks_of_the_recipes_come_quantised(name: str) -> None:
     for layers in (("penultimate",), RECIPES["best"].backbones[name]):
@@ -66,6 +67,7 @@ def test_int8_is_near_to_single_precision_on_photos(pictures: np.ndarray) -> Non
     assert (np.linalg.norm(exact - quantised, axis=1) < gaps.min(axis=1)).mean() > 0.9  # nearer than any other photo
 
 
+@pytest.mark.slow
 def test_a_layer_is_the_same_whatever_else_is_asked_for(pictures: np.ndarray) -> None:
     alone, among = (
         next(make_engine(load_backbone(layers=layers), precision="int8", batch_size=24).embed([pictures]))
@@ -93,6 +95,7 @@ def _on_cpu_with(instructions: str, pictures: np.ndarray, tmp_path: Path) -> np.
     return np.load(found)  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_all_x86_cpus_give_the_same_numbers(tmp_path: Path, pictures: np.ndarray) -> None:
     here = _on_cpu_with("", pictures, tmp_path)  # with AMX this would differ, if it were used
     for instructions in ("AVX2", "AVX512_CORE"):

@@ -224,6 +224,7 @@ def test_on_the_command_line_it_is_a_backbone_like_any_other(featx: Featx, plank
     assert changed.code == 2 and "another code_sha256" in changed.err
 
 
+@pytest.mark.slow
 def test_openvino_runs_it_too(plankton: Path) -> None:
     from featx.backbones.engines.torch import make_engine
 

@@ -24,6 +24,7 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
+@pytest.mark.slow
 def test_a_speed_is_kept_with_how_it_was_measured_for_this_machine(folder: Path) -> None:
     said: list[str] = []
     steps: list[tuple[int, int, str]] = []
@@ -73,6 +74,7 @@ def test_the_rate_counts_images_over_time(monkeypatch: pytest.MonkeyPatch) -> No
     assert rate * (next(now) - 1) == pytest.approx(3 * len(batches))
 
 
+@pytest.mark.slow
 def test_damaged_files_are_not_shown_and_a_new_speed_takes_their_place(folder: Path) -> None:
     (folder / "speeds").mkdir(parents=True)
     for content in (b"", b"{", b"[]", seal({"backbone": "x"}), b"\xff" * 70_000):

@@ -66,6 +66,7 @@ def test_details_say_whose_figure_it_is_and_what_to_do_next(featx: Featx, env: d
     assert "no figure verified" in featx("backbones", "clip_base", env=env).out
 
 
+@pytest.mark.slow
 def test_measuring_shows_in_the_table_and_the_details(featx: Featx, env: dict[str, str]) -> None:
     ran = featx("backbones", "--measure", "squeezenet1_1", "--seconds", "0.2", "--json", env=env)
     assert ran.code == 0, ran.err

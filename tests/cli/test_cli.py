@@ -326,6 +326,7 @@ def test_a_store_with_one_class_cannot_be_swept(tmp_path: Path, featx: Featx) ->
     mistake(featx("sweep", tmp_path / "s.featx"), 2, "class")
 
 
+@pytest.mark.slow
 def test_mistakes_are_json_too(tmp_path: Path, featx: Featx) -> None:
     for arguments in (
         ("info", tmp_path / "nowhere", "--json"),
@@ -402,6 +403,7 @@ def test_a_stopped_extraction_says_how_to_go_on(
     assert done["embedded"] + done["reused"] == 300
 
 
+@pytest.mark.slow
 def test_a_stopped_sweep_prints_what_is_known(store: Path, tmp_path: Path, warm: Warm) -> None:
     out = tmp_path / "report"
     process = warm.begin(["sweep", str(store), "--episodes", "10000", "--out", str(out), "--n-jobs", "1"])
@@ -418,6 +420,7 @@ def test_a_stopped_sweep_prints_what_is_known(store: Path, tmp_path: Path, warm:
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_a_sweep_stops_when_its_time_is_up(store: Path, tmp_path: Path, featx: Featx) -> None:
     out = tmp_path / "report"
     ran = featx("sweep", store, "--episodes", "10000", "--out", out, "--n-jobs", "1", "--seconds", "1", "--json")

@@ -123,6 +123,7 @@ def test_wrong_corrections_are_held_with_their_photos(featx: Featx, folder: Path
         assert forced["version"] != before
 
 
+@pytest.mark.slow
 def test_swapped_labels_make_the_old_photos_worse(featx: Featx, folder: Path) -> None:
     correct(folder, lambda name, seed: "blue" if name == "red" else "red")
     ran = featx(*REFIT, cwd=folder)

@@ -83,6 +83,7 @@ def test_a_sweep_across_groups_goes_on_where_it_stopped(featx: Featx, store: Pat
     assert list((tmp_path / "o").glob("journal*")) == []
 
 
+@pytest.mark.slow
 def test_what_cannot_be_compared_across_is_said_first(featx: Featx, store: Path, tmp_path: Path) -> None:
     none = tmp_path / "none.featx"
     source = store.parent / "list.csv"

@@ -103,6 +103,7 @@ def test_with_a_store_suggestions_follow_the_labels(folder: Path, monkeypatch: p
     assert f"featx-{version_of(model.bundle)}" == third
 
 
+@pytest.mark.slow
 def test_a_model_answers_as_its_current_version_and_is_fitted_again(folder: Path, featx: Featx, tmp_path: Path) -> None:
     store, path = folder / "s.featx", tmp_path / "m.model"
     assert featx("fit", "s.featx", "--out", path, cwd=folder).code == 0

@@ -85,6 +85,7 @@ class Page(HTMLParser):
                     assert (value or "").startswith("data:image/jpeg;base64,")
 
 
+@pytest.mark.slow
 def test_an_id_a_file_and_a_folder(source: Path, store: Path, tmp_path: Path, featx: Featx) -> None:
     new = tmp_path / "new"
     new.mkdir()

@@ -292,6 +292,7 @@ def test_the_forecast_is_of_a_new_site() -> None:
     assert inside >= 34
 
 
+@pytest.mark.slow
 def test_labels_from_the_new_site_help_where_sites_differ_much_and_not_where_they_do_not() -> None:
     much = cameras(400, 8, 3, 2.5)
     found = forecast_site(labelled(much), much[2], HEADS["ridge"], group_name="camera")

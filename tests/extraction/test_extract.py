@@ -260,6 +260,7 @@ def test_progress_counts_to_the_end(source: Path, store: Path) -> None:
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
+@pytest.mark.slow
 def test_another_source_takes_the_place_of_the_first_only_when_told(source: Path, store: Path, tmp_path: Path) -> None:
     run(source, store)
     before = content_hash(store)

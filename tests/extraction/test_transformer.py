@@ -266,6 +266,7 @@ def test_many_writers_of_one_cache(paths: list[Path], tmp_path: Path) -> None:
     assert len(ShardReader(store, read_manifest(store))) == len(set(np.concatenate(orders).tolist()))
 
 
+@pytest.mark.slow
 def test_other_networks_have_stores_of_their_own_inside(paths: list[Path], tmp_path: Path, engines: list[str]) -> None:
     store = tmp_path / "cache.featx"
     toy(store=store).transform(paths)

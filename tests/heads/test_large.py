@@ -73,6 +73,7 @@ def test_mean_and_deviation_are_those_of_numpy() -> None:
     np.testing.assert_allclose(deviation, rows.astype(np.float64).std(axis=0), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_sweep_of_large_embeddings_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, labels = overlapping(700, 24, 3)
     plan: dict[str, Any] = {"class_names": "abc", "heads": ["logreg", "ridge", "knn"], "shots": (5, "all")}
@@ -96,6 +97,7 @@ def test_a_sweep_of_large_embeddings_finds_the_same(monkeypatch: pytest.MonkeyPa
             np.testing.assert_allclose(ours.confidences, theirs.confidences, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_fit_on_large_embeddings_is_the_same_head(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, labels = overlapping(600, 24, 3)
     plain = fit_head(rows, labels, class_names="abc", heads=["logreg"])

@@ -161,6 +161,7 @@ def test_a_truncated_photo_is_refused(share: float) -> None:
     assert "\n" not in error.what
 
 
+@pytest.mark.slow
 def test_damage_is_an_image_or_an_image_error() -> None:
     """600 damaged files, half of them in their headers: decoders stay alive, in the processes that meet strangers."""
     random = np.random.default_rng(0)

@@ -208,6 +208,7 @@ def test_maps_add_up_to_the_score_that_predict_gives(name: str, models: Path, fe
         assert first["score"] == pytest.approx(own.max() - own.mean(), abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "several"])
 def test_the_evidence_lies_where_the_disc_is(name: str, models: Path) -> None:
     model = models / f"{name}.model"
@@ -242,6 +243,7 @@ def test_a_turned_photo_is_explained_upright(models: Path, featx: Featx, tmp_pat
     assert one["evidence"] == two["evidence"]
 
 
+@pytest.mark.slow
 def test_both_engines_explain_alike(models: Path) -> None:
     pytest.importorskip("openvino")
     model = models / "plain.model"
@@ -348,6 +350,7 @@ def test_maps_that_do_not_add_up_are_refused(models: Path, monkeypatch: pytest.M
 # --- the command --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_page_and_the_pictures(models: Path, featx: Featx, tmp_path: Path) -> None:
     folder = class_folders(tmp_path / "in", ["<b>&", "b"], each=1)
     (folder / "b" / "bad.png").write_bytes(b"no picture")

@@ -294,6 +294,7 @@ def test_predict_files_folders_and_standard_input(kept: Path, featx: Featx, tmp_
     assert found[0]["label"] in table.out
 
 
+@pytest.mark.slow
 def test_serve_says_what_to_open_what_is_served_and_where_the_key_is(kept: Path) -> None:
     bundles, models = {"p": read_bundle(kept / "photos.model")}, {"p": Path("p.model")}
     plain = _serving("http://127.0.0.1:8000", models, bundles, {}, None, key=False, insecure=False)

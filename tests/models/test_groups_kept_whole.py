@@ -32,6 +32,7 @@ def bursts(n: int, seed: int, noise: float = 0.15, per: int = 8, dims: int = 40)
     return rows[order].astype(np.float32), labels[order], np.repeat([f"{i:04d}" for i in range(n)], per)[order]
 
 
+@pytest.mark.slow
 def test_a_fit_promises_what_holds_on_fresh_bursts() -> None:
     options: dict[str, Any] = {"class_names": "abc", "near_duplicates": None, "max_error": 0.2}
     gaps, errors = [], []

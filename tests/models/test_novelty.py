@@ -47,6 +47,7 @@ def test_the_score_is_the_mean_cosine_to_the_five_nearest_others() -> None:
     assert np.array_equal(kept.similarity(strange), kept.similarity(7 * strange))  # directions, not lengths
 
 
+@pytest.mark.slow
 def test_familiarity_of_new_own_images_is_uniform() -> None:
     """Over many draws from one source, p-values of new images are uniform: their promise holds for every share."""
     rng = np.random.default_rng(0)

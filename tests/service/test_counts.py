@@ -60,6 +60,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_service_counts_what_it_answers_and_nothing_else(tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "counts"
     with start_tiny(tmp_path, counts=str(folder)) as server:

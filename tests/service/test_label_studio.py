@@ -374,6 +374,7 @@ def give(server: Running, labels: Studio, number: int) -> Reply:
     return post(server, "/webhook", body, **KEY)
 
 
+@pytest.mark.slow
 def test_a_refit_leads_to_a_new_version_by_which_tasks_are_ordered(keyed: tuple[Running, Studio, Path]) -> None:
     server, labels, folder = keyed
     ran = folder / "ran"

@@ -47,6 +47,7 @@ def infer_body(image: bytes) -> bytes:
     return json.dumps({"inputs": [{"name": "image", "shape": [1], "datatype": "BYTES", "data": data}]}).encode()
 
 
+@pytest.mark.slow
 def test_each_answers_to_its_name(server: Running) -> None:
     row = next(TinyEngine().embed([pixels(png(1), TINY)[None]]))[0]
     (answer,) = tiny_bundle().answer(row)
@@ -224,6 +225,7 @@ def test_a_model_that_hangs_stops_none_of_another_network(tmp_path: Path) -> Non
         hanging.join()
 
 
+@pytest.mark.slow
 def test_uploads_for_one_model_leave_room_for_those_of_others(tmp_path: Path) -> None:
     half = 600_000
     limits = {"body": 2 * half, "buffered": 6 * half}  # two halves for each of three models
@@ -302,6 +304,7 @@ REFUSED: list[tuple[list[str], str]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "message"), REFUSED)
 def test_what_does_not_go_together_is_refused_at_the_start(
     kept: Path, featx: Featx, arguments: list[str], message: str

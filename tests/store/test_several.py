@@ -454,6 +454,7 @@ def test_what_a_sweep_says_of_copies_in_stores_of_version_1(tmp_path: Path, feat
     assert read_features(trained).near_copies == 0.98  # thumbnails that are not there yet are not missed
 
 
+@pytest.mark.slow
 def test_a_store_of_version_1_says_that_all_photos_are_read_once_more(tmp_path: Path, featx: Featx) -> None:
     photos, store = class_folders(tmp_path / "photos", each=3), tmp_path / "s.featx"
     assert featx("extract", photos, "--out", store, "--backbone", "squeezenet1_1", "--weights", "none").code == 0
