@@ -41,8 +41,9 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_sessionfinish() -> None:
-    """Nothing that tests have started goes on."""
+    """Nothing that tests have started goes on, and libraries find at the end what they have made."""
     end_shared()
+    gc.unfreeze()
 
 
 LONG = ("test_readme.py", "test_cli.py")

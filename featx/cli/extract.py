@@ -277,6 +277,12 @@ def _stages(stages: Mapping[str, float], images: int) -> Table:
 
 
 def _check_output(out: Path, source: Path, *, alone: bool) -> None:
+    if (source / "manifest.json").is_file():
+        raise UsageError(
+            "this is a store already, and no folder of photos",
+            where=source,
+            hint=f"Go on with it: featx sweep {source}. For another network in it, give its photos and --out {source}.",
+        )
     if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
         raise UsageError(
             "the store would lie inside the folder of images", where=out, hint="Choose an --out beside it, not in it."

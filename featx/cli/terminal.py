@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 LOG_SECONDS = 10.0
 
+_UNFOLDED = 10_000
+"""Columns; more than any name has."""
+
 _UNSEEN = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """What of JSON a terminal would obey: :func:`featx.errors.visible` spells the same of other text."""
 
@@ -37,9 +40,12 @@ def say(*lines: str, err: bool = False) -> None:
 def show(table: RenderableType, *, err: bool = False, least: int = 0) -> None:
     """Print a table or another of rich's renderables.
 
-    A terminal that is narrower than ``least`` columns breaks the lines itself: rich would cut digits.
+    A terminal that is narrower than ``least`` columns breaks the lines itself: rich would cut digits. Where there is
+    no terminal, nothing is folded: a name in two lines is none for ``grep``.
     """
     console = _console(err=err)
+    if not console.is_terminal and not os.environ.get("COLUMNS"):
+        least = console.measure(table, options=console.options.update(width=_UNFOLDED)).maximum
     console.width = max(console.width, least)
     console.print(table)
 

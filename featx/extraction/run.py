@@ -411,12 +411,12 @@ def check_replaced(index: Index, writer: StoreWriter) -> None:
 def _too_many(
     refused: tuple[Refused, ...], total: int, allowed: float, store: Path, *, none_left: bool
 ) -> TooManyBadImages:
-    first = refused[0]
+    first, found = refused[0], f"{len(refused)} refused"
     return TooManyBadImages(
         "too many images were refused",
         where=store / "quarantine.jsonl",
         expected="at least one good image" if none_left else f"at most {int(allowed)} of {total}",
-        found=f"{len(refused)}, such as {first.id} ({first.reason}: {first.message})",
+        found=f"{'none; ' if none_left else ''}{found}, such as {first.id} ({first.reason}: {first.message})",
         hint="Good images are kept; repair or remove the bad ones, or allow more with --max-bad, and run it again.",
     )
 

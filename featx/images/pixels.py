@@ -444,7 +444,8 @@ def _open(data: bytes) -> Image.Image:
             return _open_heif(data)
         if found := _unsupported(data):
             raise ImageError("unsupported_format", f"{found} is not read; export it as JPEG") from error
-        raise ImageError("not_an_image", f"not one of {', '.join(FORMATS)}{_what_it_is(data)}") from error
+        known = ", ".join((*FORMATS, "HEIC", "DICOM"))
+        raise ImageError("not_an_image", f"not one of {known}{_what_it_is(data)}") from error
     except MemoryError:
         raise
     except Exception as error:

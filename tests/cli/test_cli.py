@@ -265,6 +265,7 @@ def test_mistakes_end_with_one_sentence_and_exit_code_2(
     mistake(featx("extract", tmp_path / "single", "--out", out), 2, "only one class folder", "at least two folders")
     mistake(featx("extract", source, "--out", out, "--backbone", "resnet81"), 2, "resnet81", "Did you mean resnet18")
     mistake(featx("extract", source, "--out", source / "s.featx"), 2, "inside the folder of images")
+    mistake(featx("extract", store, "--out", out), 2, "this is a store already", f"featx sweep {store}")
     mistake(featx("extract", source, "--out", tmp_path / "empty" / "x" / "s.featx", "--layer", "nolayer"), 2, "nolayer")
     mistake(featx("extract", source, "--out", store, "--weights", "none"), 2, "another weights_sha256")
     mistake(featx("extract", source, "--out", tmp_path), 2, "a folder with other things in it")
@@ -326,7 +327,6 @@ def test_a_store_with_one_class_cannot_be_swept(tmp_path: Path, featx: Featx) ->
     mistake(featx("sweep", tmp_path / "s.featx"), 2, "class")
 
 
-@pytest.mark.slow
 def test_mistakes_are_json_too(tmp_path: Path, featx: Featx) -> None:
     for arguments in (
         ("info", tmp_path / "nowhere", "--json"),

@@ -85,6 +85,13 @@ class Page(HTMLParser):
                     assert (value or "").startswith("data:image/jpeg;base64,")
 
 
+def test_in_a_pipe_a_name_is_in_one_line(store: Path, tmp_path: Path, featx: Featx) -> None:
+    query = tmp_path / ("a name that is far too long for eighty columns " * 3 + ".png")
+    picture(77).save(query)
+    ran = featx("search", store, query, env={"COLUMNS": ""})
+    assert any(str(query) in line and "train/" in line for line in ran.out.splitlines()), ran.out
+
+
 @pytest.mark.slow
 def test_an_id_a_file_and_a_folder(source: Path, store: Path, tmp_path: Path, featx: Featx) -> None:
     new = tmp_path / "new"

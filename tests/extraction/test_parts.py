@@ -259,7 +259,7 @@ def test_a_plain_extraction_says_that_parts_are_waiting(source: Path, store: Pat
 def test_bad_images_are_counted_over_all_parts(source: Path, store: Path) -> None:
     run_part(source, store, "1/2", max_bad=2 / 17)
     run_part(source, store, "2/2", max_bad=2 / 17)  # two of its nine, which is what the whole may have
-    with pytest.raises(TooManyBadImages, match=r"expected at most 2 of 17, found 3, such as ants/bad.png"):
+    with pytest.raises(TooManyBadImages, match=r"expected at most 2 of 17, found 3 refused, such as ants/bad.png"):
         finish(source, store, max_bad=2 / 17)
     assert [item.id for item in refused_of(store)] == ["ants/bad.png", "ants/worse.png", "bees/bad.png"]
     with pytest.raises(TooManyBadImages, match="expected at most 1 of 17, found 2"):
