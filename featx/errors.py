@@ -12,6 +12,9 @@ import re
 from collections.abc import Iterable, Sequence
 from unicodedata import category
 
+LEFT_OUT = ("torch", "torchvision", "timm", "huggingface_hub", "joblib", "matplotlib")
+"""What of featx's packages may be missing: where it is installed without torch, or only to use models."""
+
 
 def plural(n: int, noun: str) -> str:
     """A number of things in words: "1 image", "3 classes", "2,000 queries"."""

@@ -107,7 +107,8 @@ class Running:
 
 def _started(command: list[str], out: int, err: int) -> subprocess.Popen[bytes] | Started:
     """A command of featx, or a script, in a process that is forked; whatever else in a new one."""
-    env = {**os.environ, "PYTHONPATH": str(TESTS)}
+    paths = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     if command[:2] == ["-m", "featx"]:
         return shared().start(command[2:], out, err, env=env)
     if command[0].endswith(".py"):

@@ -114,4 +114,4 @@ def _tell(sentences: dict[str, str], *, err: bool) -> None:
         first = topic == "strategy"
         table.add_row(Text(topic, style="dim"), Text(sentence, style="bold" if first else ""))
     table.caption = BRACKETS
-    show(table, err=err)
+    show(table, err=err, prose=True)

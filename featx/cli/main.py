@@ -41,16 +41,13 @@ from featx.cli import (
     weights,
 )
 from featx.cli.terminal import print_json, say
-from featx.errors import FeatxError, Interrupted, visible
+from featx.errors import LEFT_OUT, FeatxError, Interrupted, visible
 
 _INTERRUPTED = 130
 
-_LEFT_OUT = ("torch", "torchvision", "timm", "huggingface_hub", "joblib", "matplotlib")
-"""What those leave out who install featx for models that hold their network: see the guide, shipping."""
-
 _NOT_INSTALLED = (
-    "{} is not installed, which this needs. Install all of featx (pip install featx), or use a model that holds its "
-    "network, which featx fit makes."
+    "{} is not installed, which this needs. Install all of featx: pip install featx. Without it there are the networks "
+    "that come with featx at --precision int8, and models that hold their network (featx guide shipping)."
 )
 _STDERR = 2
 
@@ -162,7 +159,7 @@ def main() -> None:
         if isinstance(error, Interrupted) or not _by_ctrl_c(error):
             if isinstance(error, FeatxError):
                 _fail(str(error), error.exit_code)
-            if isinstance(error, ModuleNotFoundError) and error.name in _LEFT_OUT:
+            if isinstance(error, ModuleNotFoundError) and error.name in LEFT_OUT:
                 _fail(_NOT_INSTALLED.format(error.name), 2)
             raise
         code = _INTERRUPTED

@@ -37,14 +37,14 @@ def say(*lines: str, err: bool = False) -> None:
     print(*(visible(line, keep="\t") for line in lines), sep="\n", file=sys.stderr if err else sys.stdout, flush=True)
 
 
-def show(table: RenderableType, *, err: bool = False, least: int = 0) -> None:
+def show(table: RenderableType, *, err: bool = False, least: int = 0, prose: bool = False) -> None:
     """Print a table or another of rich's renderables.
 
     A terminal that is narrower than ``least`` columns breaks the lines itself: rich would cut digits. Where there is
-    no terminal, nothing is folded: a name in two lines is none for ``grep``.
+    no terminal, nothing but ``prose`` is folded: a name in two lines is none for ``grep``.
     """
     console = _console(err=err)
-    if not console.is_terminal and not os.environ.get("COLUMNS"):
+    if not prose and not console.is_terminal and not os.environ.get("COLUMNS"):
         least = console.measure(table, options=console.options.update(width=_UNFOLDED)).maximum
     console.width = max(console.width, least)
     console.print(table)

@@ -34,7 +34,7 @@ def photographs(purpose: str, extra: str) -> dict[str, Image]:
     """
     spec = find_spec("skimage")
     if spec is None or not spec.submodule_search_locations:
-        raise not_installed("scikit-image, whose photographs it uses,", extra, purpose)
+        raise not_installed("scikit-image for its photographs", extra, purpose)
     folder = Path(spec.submodule_search_locations[0]) / "data"
     found = {}
     for file in PHOTOGRAPHS:

@@ -340,6 +340,8 @@ def _convert(backbone: Backbone, batch_size: int) -> tuple[int | None, Graph]:
     """The network's graph, and the size of its batches (None: any)."""
     try:
         return None, _exported(backbone, None)
+    except ModuleNotFoundError:  # torch is not installed
+        raise
     except Exception:  # noqa: BLE001 - whatever torch says of a network that looks at the number of its images
         try:
             return batch_size, _exported(backbone, batch_size)
