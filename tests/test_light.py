@@ -15,17 +15,16 @@ from packaging.utils import canonicalize_name
 from servicekit import png, start
 from studiokit import Window
 
-from featx._system import has_int8
-
 BLOCK = """\
 import sys
+from importlib.machinery import PathFinder
 
-class Missing:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {names!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+class Missing(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in {names!r} else PathFinder.find_spec(name, path, target)
 
-sys.meta_path.insert(0, Missing())
+sys.meta_path[:] = [Missing if finder is PathFinder else finder for finder in sys.meta_path]
 """
 
 
@@ -77,7 +76,8 @@ def test_all_but_training_and_other_networks_works(light: dict[str, str], tmp_pa
 
     class_folders(tmp_path / "photos", each=12)
     picture(99).save(tmp_path / "new.png")
-    assert "24 embedded" in featx("extract", "photos", "--out", "s.featx", "--precision", "int8")
+    assert "24 embedded" in featx("extract", "photos", "--out", "s.featx", "--recipe", "balanced")
+    assert "openvino on cpu, int8" in featx("extract", "photos", "--out", "s.featx")
     assert "Report: s.report" in featx("sweep", "s.featx", "--shots", "1,2", "--episodes", 3)
     featx("fit", "s.featx", "--out", "m.model")
     assert featx("predict", "m.model", "new.png").startswith("new.png")
@@ -99,7 +99,6 @@ def test_all_but_training_and_other_networks_works(light: dict[str, str], tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not has_int8(), reason="int8 is not the default on this CPU")
 def test_the_studio_and_the_service_work(
     light: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

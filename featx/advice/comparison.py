@@ -10,7 +10,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from featx._arrays import PIXELS, Index
+from featx._arrays import PENULTIMATE, PIXELS, Index
 from featx.advice.advice import Cell, Family
 from featx.errors import UsageError
 from featx.evaluation import (
@@ -113,6 +113,13 @@ class LabelledStore:
             provenance=made,
             fingerprint=fingerprint(made),
         )
+
+    @property
+    def place(self) -> int:
+        """Where the reference is among the layers of its network."""
+        layers, name = list(backbones_of(self.features.provenance)[0]["layers"]), self.columns.reference
+        # Of several networks the penultimate layer has the network's name.
+        return layers.index(name.partition("/")[2] or (name if name in layers else PENULTIMATE))
 
     @property
     def reference(self) -> NDArray[np.floating]:

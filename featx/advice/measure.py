@@ -141,14 +141,18 @@ class _Run:
         own, mode = self.store.of_reference, decode_mode(self.store.features)
         known = {name.partition("/")[0] for name in self.store.columns.names} | {backbone.name}
         views = RECIPES["best"].views
-        more = {f"{backbone.name} with {len(views)} views": (backbone, views)}
+        more = {}
+        if set(views) - set(parse_views(str(own.provenance.get("views", "center")))):
+            more[f"{backbone.name} with {len(views)} views"] = backbone, views, self.store.place
         for name in RECIPES["balanced"].backbones:
             if name not in known:
-                more[name] = load_backbone(name), CENTER
-        for name, (network, looks) in more.items():
+                more[name] = load_backbone(name), CENTER, 0
+        if not more:
+            raise UsageError("the store has the networks and views of all recipes")
+        for name, (network, looks, place) in more.items():
             embedder = Embedder(network, make_engine(network), decode=mode, views=looks)
             began = time.monotonic()
-            rows = self.embedded(name, embedder, origins)
+            rows = self.embedded(name, embedder, origins, place)
             self.costs[name] = self.costs[f"joined with {name}"] = 1000 * (time.monotonic() - began) / len(origins)
             layers = Layers({"own": own.embeddings.shape[1], name: rows.shape[1]}, {"own": "own", name: name})
             both = np.hstack([self.store.reference, rows])
@@ -222,13 +226,13 @@ class _Run:
         found = self.swept(RANDOM, self.embedded(RANDOM, embedder, origins), ("auto",), self.compared)
         self.trials.add(found, lambda name: "control", lambda name: RANDOM)
 
-    def embedded(self, what: str, embedder: Embedder, origins: list[Any]) -> NDArray[np.float32]:
-        """Embeddings (n, d) of the labelled images, made anew."""
+    def embedded(self, what: str, embedder: Embedder, origins: list[Any], place: int = 0) -> NDArray[np.float32]:
+        """Embeddings (n, d) of the labelled images, made anew, of the layer at a place among the network's."""
         rows = []
         for _, found in embedder.embed_files(origins):
             if isinstance(found, ImageError):
                 raise found
-            rows.append(found[0])
+            rows.append(found[place])
             self.budget.tick(f"{what}: {len(rows)} of {plural(len(origins), 'image')}")
         return np.stack(rows)
 
@@ -240,9 +244,8 @@ class _Run:
             backbone, make_engine(backbone), decode=decode_mode(self.store.features),
             views=parse_views(str(made.get("views", "center"))),
         )  # fmt: skip
-        name = self.store.columns.reference
         self.shortcuts = find_shortcuts(
-            embedder, list(made["layers"]).index(name.partition("/")[2] or name), [origins[row] for row in rows],
+            embedder, self.store.place, [origins[row] for row in rows],
             data.labels[rows], episodes=self.episodes, random_state=self.random_state, tick=self.budget.tick,
         )  # fmt: skip
 

@@ -47,7 +47,7 @@ _INTERRUPTED = 130
 
 _NOT_INSTALLED = (
     "{} is not installed, which this needs. Install all of featx: pip install featx. Without it there are the networks "
-    "that come with featx at --precision int8, and models that hold their network (featx guide shipping)."
+    "that come with featx at int8, and models that hold their network (featx guide shipping)."
 )
 _STDERR = 2
 

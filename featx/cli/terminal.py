@@ -44,10 +44,14 @@ def show(table: RenderableType, *, err: bool = False, least: int = 0, prose: boo
     no terminal, nothing but ``prose`` is folded: a name in two lines is none for ``grep``.
     """
     console = _console(err=err)
-    if not prose and not console.is_terminal and not os.environ.get("COLUMNS"):
-        least = console.measure(table, options=console.options.update(width=_UNFOLDED)).maximum
-    console.width = max(console.width, least)
-    console.print(table)
+    if prose or console.is_terminal or os.environ.get("COLUMNS"):
+        console.width = max(console.width, least)
+        console.print(table)
+        return
+    console.width = max(least, console.measure(table, options=console.options.update(width=_UNFOLDED)).maximum)
+    with console.capture() as captured:
+        console.print(table)
+    print(*map(str.rstrip, captured.get().splitlines()), sep="\n", file=console.file, flush=True)
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -16,16 +16,20 @@ from conftest import Featx, class_folders
 from pagekit import Page
 from warm import Warm
 
+from featx.advice import measure
 from featx.advice.advice import Advice, Cell, Family, Skipped
-from featx.advice.comparison import Budget, OutOfTime, Trials
+from featx.advice.comparison import Budget, LabelledStore, OutOfTime, Trials
 from featx.advice.domain import Domain, size_by_similarity
 from featx.advice.labelling import Simulation
 from featx.advice.measure import REFERENCE, advise, curve_shots
+from featx.backbones import RECIPES
 from featx.errors import UsageError
 from featx.evaluation import stats
 from featx.evaluation.splits import KShotSplit
 from featx.evaluation.sweep import sweep_heads
-from featx.heads.layers import Layers
+from featx.extraction import network_like
+from featx.heads.layers import Layers, read_layers
+from featx.images import ImageSet
 from featx.images.pixels import encode
 from featx.reports.advice import render_advice
 from featx.store.reader import FeatureSet
@@ -387,6 +391,40 @@ def test_with_the_images_everything_is_measured(store: Path, featx: Featx) -> No
     for each in ran.json["cells"]:
         apart = each["against_reference"]
         assert (apart is None) == (each["strategy"] == REFERENCE)
+
+
+@pytest.mark.slow
+def test_features_that_the_store_does_not_have_are_of_its_reference(
+    tmp_path: Path, featx: Featx, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a store of early layers, too, more views are tried on the penultimate one, not on the first."""
+    photos, own = class_folders(tmp_path / "photos", each=9), {"efficientnet_lite0": ("penultimate",)}
+    monkeypatch.setattr(measure, "RECIPES", {**RECIPES, "balanced": replace(RECIPES["balanced"], backbones=own)})
+    views = RECIPES["best"].views
+    for name, options in (
+        ("few", ["--layer", "blocks.4", "--layer", "penultimate"]),
+        ("many", ["--layer", "blocks.4", "--layer", "penultimate", "--views", ",".join(views)]),
+    ):
+        ran = featx("extract", photos, "--out", tmp_path / name, *options)
+        assert ran.code == 0, ran.err
+
+    def begun(name: str) -> measure._Run:
+        store = LabelledStore.of(*read_layers(tmp_path / name))
+        assert store.place == 1
+        return measure._Run(store, Budget(3600), episodes=3, random_state=0, n_jobs=1)
+
+    run, many = begun("few"), begun("many")
+    refs = ImageSet.from_folder(photos)
+    network = network_like(run.store.of_reference.provenance, where=tmp_path)
+    run.first()
+    run.other_features(network, measure.origins_of(run.store.features, run.store.data.rows, refs))
+    many.first()
+    found = {(each.strategy, each.n_shots): each.accuracy.mean for each in run.trials.cells()}
+    expected = {each.n_shots: each.accuracy.mean for each in many.trials.cells()}
+    for n_shots in run.compared:
+        assert found[f"{REFERENCE}@efficientnet_lite0 with {len(views)} views", n_shots] == expected[n_shots]
+    with pytest.raises(UsageError, match="the store has the networks and views of all recipes"):
+        many.other_features(network, [])
 
 
 @pytest.mark.slow

@@ -137,9 +137,12 @@ def is_for_openvino(engine: str, device: str) -> bool:
 
 
 def _cpu_precision(backbone: Backbone) -> str:
-    """What "auto" is for OpenVINO here: int8 where what it costs is known and small, and nothing has to be made."""
+    """What "auto" is for OpenVINO here: int8 where what it costs is known and small, and nothing has to be made.
+
+    Without torch nothing can be made: what comes with featx at int8 is all there is.
+    """
     row = INT8.get(backbone.name)
-    if row is None or row.loss > INT8_LOSS or not has_int8():
+    if row is None or (_installed("torch") and (row.loss > INT8_LOSS or not has_int8())):
         return "fp32"
     from featx.backbones.engines.graph import carried
 
