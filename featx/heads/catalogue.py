@@ -29,14 +29,14 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from featx.errors import UsageError, did_you_mean
 from featx.heads.normalise import Normalise
 from featx.heads.scorer import Kind, softmax
-from featx.heads.solvers.blocks import logistic_path
-from featx.heads.solvers.device import torch_logistic_path
+from featx.heads.solvers.blocks import fit_blocks
+from featx.heads.solvers.device import fit_on_device
 from featx.heads.solvers.rows import (
     Array,
+    NewtonPath,
     RowSpace,
-    discriminant_path,
+    discriminant,
     hinge_duals,
-    newton_path,
     ridge_with_held_out,
     temperature,
 )
@@ -62,6 +62,11 @@ class _Linear(ClassifierMixin, BaseEstimator, ABC):  # type: ignore[misc]
     @abstractmethod
     def _fit(self, rows: Array, labels: NDArray[np.intp], space: RowSpace | None) -> None:
         """Set ``coef_`` and ``intercept_`` from rows (n, d) and the numbers (n,) of their classes."""
+
+    def _keep(self, coef: Array, intercept: Array) -> None:
+        """Take coefficients (c, d) and intercepts (c,); of two classes, what the second has over the first."""
+        two = len(coef) == 2
+        self.coef_, self.intercept_ = (np.diff(coef, axis=0), np.diff(intercept)) if two else (coef, intercept)
 
     def decision_function(self, X: ArrayLike) -> Array:
         """Scores (n, c), or (n,) for the second of two classes."""
@@ -106,14 +111,10 @@ class Logistic(_Penalised):
         super().__init__(C, scale_free=scale_free)
 
     def _fit(self, rows: Array, labels: NDArray[np.intp], space: RowSpace | None) -> None:
-        space, n_classes = space or RowSpace(rows), len(self.classes_)
-        weights = np.ones((1, len(rows)))
-        cs = [self.penalty(space)]
-        point = next(newton_path(space.coordinates, labels, n_classes, weights, cs, loss="softmax"))
-        coef, offset = space.coefficients(point.coef[0], point.intercept[0])
-        if n_classes == 2:
-            coef, offset = coef[1:] - coef[:1], offset[1:] - offset[:1]
-        self.coef_, self.intercept_ = coef, offset
+        space = space or RowSpace(rows)
+        path = NewtonPath(space.coordinates, labels, len(self.classes_), np.ones((1, len(rows))), loss="softmax")
+        point = path.solve(self.penalty(space))
+        self._keep(*space.coefficients(point.coef[0], point.intercept[0]))
         self._warn(point.converged)
 
     def fit_large(
@@ -131,11 +132,11 @@ class Logistic(_Penalised):
         self._check()
         self.classes_, labels = np.unique(np.asarray(y), return_inverse=True)
         self.n_features_in_ = rows.shape[1]
-        path = logistic_path if device is None else partial(torch_logistic_path, device=device)
-        cs, n_classes = [self.C], len(self.classes_)
-        fit = next(path(rows, labels, n_classes, cs, scale_free=self.scale_free, **normalise.by_block(rows)))
-        self.coef_, self.intercept_ = fit.coef, fit.intercept
-        self._warn(np.array([fit.converged]))
+        solve = fit_blocks if device is None else partial(fit_on_device, device=device)
+        self.coef_, self.intercept_, converged = solve(
+            rows, labels, len(self.classes_), self.C, scale_free=self.scale_free, **normalise.by_block(rows)
+        )
+        self._warn(np.array([converged]))
         return self
 
     def predict_proba(self, X: ArrayLike) -> Array:
@@ -154,17 +155,15 @@ class SquaredHinge(_Penalised):
         space = space or RowSpace(rows)
         products = space.lifted_products
         if products is not None:
-            found = hinge_duals(
-                products, signs(labels, n_classes), np.ones((1, len(rows)), dtype=np.bool_), self.penalty(space)
-            )
-            self.coef_, self.intercept_ = space.dual_coefficients(found.duals[:, 0])
-            self._warn(found.converged)
-            return
-        weights, cs = np.ones((1, len(rows))), [self.penalty(space)]
-        path = newton_path(space.lifted, labels, n_classes, weights, cs, loss="squared_hinge", fit_intercept=False)
-        point = next(path)
-        self.coef_, self.intercept_ = space.lifted_coefficients(point.coef[0])
-        self._warn(point.converged)
+            every = np.ones((1, len(rows)), dtype=np.bool_)
+            duals, converged = hinge_duals(products, signs(labels, n_classes), every, self.penalty(space))
+            self.coef_, self.intercept_ = space.dual_coefficients(duals[:, 0])
+        else:
+            path = NewtonPath(space.lifted, labels, n_classes, np.ones((1, len(rows))), loss="squared_hinge")
+            point = path.solve(self.penalty(space))
+            self.coef_, self.intercept_ = space.lifted_coefficients(point.coef[0])
+            converged = point.converged
+        self._warn(converged)
 
 
 def signs(labels: NDArray[np.integer], n_classes: int) -> Array:
@@ -232,11 +231,7 @@ class Discriminant(_Linear):
     def _fit(self, rows: Array, labels: NDArray[np.intp], space: RowSpace | None) -> None:
         if not 0 < self.shrinkage <= 1:
             raise ValueError(f"shrinkage of Discriminant must lie in (0, 1], got {self.shrinkage!r}")
-        n_classes = len(self.classes_)
-        coef, offset = next(discriminant_path(space or RowSpace(rows), labels, n_classes, [self.shrinkage]))
-        if n_classes == 2:
-            coef, offset = coef[1:] - coef[:1], offset[1:] - offset[:1]
-        self.coef_, self.intercept_ = coef, offset
+        self._keep(*discriminant(space or RowSpace(rows), labels, len(self.classes_), self.shrinkage))
 
     def predict_proba(self, X: ArrayLike) -> Array:
         """Probabilities (n, c) of the classes."""
@@ -248,10 +243,7 @@ class Centroid(_Linear):
 
     def _fit(self, rows: Array, labels: NDArray[np.intp], space: RowSpace | None) -> None:
         means = np.stack([rows[labels == c].mean(axis=0) for c in range(len(self.classes_))])
-        coef, offset = means, -0.5 * np.einsum("ij,ij->i", means, means)
-        if len(means) == 2:
-            coef, offset = coef[1:] - coef[:1], offset[1:] - offset[:1]
-        self.coef_, self.intercept_ = coef, offset
+        self._keep(means, -0.5 * np.einsum("ij,ij->i", means, means))
 
 
 Criterion: TypeAlias = Literal["log_loss", "squared_hinge", "accuracy"]

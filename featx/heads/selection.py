@@ -38,12 +38,10 @@ from featx.heads.scorer import Kind, blocks_of, softmax, unit_rows
 from featx.heads.solvers.blocks import is_large
 from featx.heads.solvers.rows import (
     Array,
-    Loss,
     NewtonPath,
     RowSpace,
     discriminant_held_out,
     hinge_duals,
-    newton_path,
     ridge_held_out,
     temperature,
 )
@@ -64,7 +62,6 @@ _IN_ROW_SPACE = (SquaredHinge, Ridge, Logistic, Discriminant)
 _FEW_ROWS = 512
 #: Of a head whose fits are costly, the first folds: on them another normaliser has to be better to be tried on all.
 _SCREEN = 2
-_SEARCH_TOLERANCE = 1e-7
 
 
 @dataclass(frozen=True)
@@ -484,7 +481,7 @@ class _Newton(_Folds):
     def path(self) -> NewtonPath:
         return NewtonPath(
             self.rows, self.labels, self.n_classes, self.weights.astype(np.float64),
-            loss="squared_hinge" if self.hinge else "softmax", fit_intercept=not self.hinge, tolerance=_TOLERANCE,
+            loss="squared_hinge" if self.hinge else "softmax", tolerance=_TOLERANCE,
         )  # fmt: skip
 
     @property
@@ -520,11 +517,10 @@ class _Hinge(_Folds):
         if isinstance(like, _Hinge) and like.last is not None:
             there, duals, _ = like.last
             start = duals[:, done:first] * (c / there)[done:first, None]  # as lengths change, so do the penalties
-        found = hinge_duals(
+        duals, converged = hinge_duals(
             products, signs(self.labels, self.n_classes), self.weights[done:first], c[done:first], start=start,
             tolerance=_HINGE_TOLERANCE,
         )  # fmt: skip
-        duals, converged = found.duals, found.converged
         if done and self.last is not None:
             _, before, fine = self.last
             duals, converged = np.concatenate([before, duals], axis=1), np.concatenate([fine, converged])
@@ -533,23 +529,6 @@ class _Hinge(_Folds):
         for number, held in enumerate(self.held[:first]):
             scores[held] = products[held] @ duals[:, number]
         return scores, bool(converged.all())
-
-
-def out_of_fold_losses(
-    head: Head,
-    kind: Kind,
-    rows: NDArray[np.floating] | Views,
-    labels: NDArray[np.integer],
-    folds: Index,
-    values: tuple[float, ...],
-) -> tuple[Array, bool]:
-    """Loss (v, n) of every row for every value of the head's parameter, by fits without the row's fold.
-
-    The loss is the head's criterion. The normaliser sees the whole support, without labels, so that all
-    folds share one projection. The second value says whether all fits converged.
-    """
-    views = rows if isinstance(rows, Views) else Views(rows, head.mean)
-    return _Validation(head, views, labels, folds).losses(kind, values)
 
 
 def _losses(head: Head, scores: Array, labels: NDArray[np.integer]) -> Array:
@@ -579,7 +558,7 @@ def _ridge(task: _Validation, kind: Kind, values: tuple[float, ...]) -> Scores:
     shape = task.views.space(kind)
     out = []
     for value in values:
-        held_out = ridge_held_out(shape, targets, value * shape.mean_squared_norm, task.folds, fit_intercept=False)
+        held_out = ridge_held_out(shape, targets, value * shape.mean_squared_norm, task.folds)
         scores = both_columns(held_out)
         out.append(temperature(scores, task.labels) * scores)
     return np.stack(out), True
@@ -624,58 +603,3 @@ _FAMILIES: dict[type, Callable[[_Validation, Kind, tuple[float, ...]], Scores]] 
     Centroid: _centroid,
     KNeighborsClassifier: _neighbours,
 }
-
-
-@dataclass(frozen=True)
-class Search:
-    """What a grid search over plain penalties found; see :func:`search_penalty`.
-
-    ``accuracies`` (v,) are means over folds; ``best`` is the first of the highest, as in ``GridSearchCV``; ``coef``
-    (c, d) and ``intercept`` (c,) are those of the refit.
-    """
-
-    accuracies: Array
-    best: int
-    coef: Array
-    intercept: Array
-    converged: bool
-
-
-def search_penalty(
-    loss: Loss, rows: NDArray[np.floating], labels: NDArray[np.integer], folds: Index, cs: Sequence[float]
-) -> Search:
-    """``GridSearchCV`` of ``LogisticRegression`` or ``LinearSVC`` over C, with its refit, on shared work.
-
-    Parameters
-    ----------
-    loss : ``"softmax"`` or ``"squared_hinge"``.
-    rows : (n, d); labels : (n,) in 0 .. c-1; folds : (n,) in 0 .. f-1.
-    cs : ascending plain values of C.
-    """
-    hinge = loss == "squared_hinge"
-    rows = np.hstack([rows, np.ones((len(rows), 1))]) if hinge else rows
-    space = RowSpace(rows, centre=not hinge)
-    z, n_folds = space.coordinates, int(folds.max()) + 1
-    # The last weighting is the whole support: its point of the path is the refit.
-    weights = np.array([*(folds != number for number in range(n_folds)), np.ones(len(z))], dtype=np.float64)
-    path = newton_path(
-        z, labels, int(labels.max()) + 1, weights, [np.full(n_folds + 1, c) for c in cs], loss=loss,
-        fit_intercept=not hinge, tolerance=_SEARCH_TOLERANCE,
-    )  # fmt: skip
-    accuracies, fits, converged = np.empty(len(cs)), [], True
-    for i, point in enumerate(path):
-        right = np.empty(n_folds)
-        for number in range(n_folds):
-            held = folds == number
-            scores = z[held] @ point.coef[number] + point.intercept[number]
-            named = scores.argmax(axis=1) if scores.shape[1] > 1 else scores[:, 0] > 0
-            right[number] = (named == labels[held]).mean()
-        accuracies[i] = right.mean()
-        fits.append((point.coef[-1], point.intercept[-1]))
-        converged &= bool(point.converged.all())
-    best = int(np.argmax(np.round(accuracies, 12)))
-    inner, offset = fits[best]
-    coef = (space.basis @ inner).T
-    if hinge:
-        return Search(accuracies, best, coef[:, :-1], coef[:, -1], converged)
-    return Search(accuracies, best, coef, offset - coef @ space.origin, converged)
