@@ -29,14 +29,13 @@ from featx.backbones import Backbone, Halves, Own, Trunk, Unfreeze, cut_network,
 from featx.errors import MismatchError, SourceError, UsageError, plural
 from featx.evaluation import (
     Comparison,
-    GroupKShotSplit,
     Journal,
-    KShotSplit,
     LabelledRows,
     Shots,
     SweepResult,
     Task,
     Trial,
+    draw,
     plan_hash,
     reached,
     shots_label,
@@ -274,18 +273,13 @@ def _trial(
     tick: training.Tick,
 ) -> Trial:
     labels, groups = swept.labels, swept.duplicates.groups
-    if swept.sites is None:
-        support, query = KShotSplit(n_shots, random_state=random_state).episode(labels, groups, episode)
-    else:
-        split = GroupKShotSplit(n_shots, random_state=random_state)
-        support, query = split.across(labels, groups, swept.sites, episode)
+    support, query = draw(n_shots, labels, groups, swept.sites, seeds=(random_state, episode))
     if not np.array_equal(query, swept.queries[n_shots, episode]):
         raise RuntimeError("the draws of heads and of fine-tuning differ")
     classes, known = np.unique(labels[support], return_inverse=True)
     started = time.perf_counter()
     trained = training.train(
-        tuning.halves.tail, tuning.activations, rows[support], known,
-        np.unique(groups[support], return_inverse=True)[1].reshape(-1),
+        tuning.halves.tail, tuning.activations, rows[support], known, groups[support],
         recipe=tuning.recipe, seeds=(random_state, episode), device=tuning.device, tick=tick,
         sites=None if swept.sites is None else swept.sites[support],
     )  # fmt: skip

@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits
 
 from featx._arrays import Index
 from featx.errors import UsageError, plural
-from featx.evaluation import GroupKShotSplit, KShotSplit, drawable, stats
+from featx.evaluation import draw, drawable, stats
 from featx.heads import HEADS, distinct_counts, fit_chosen, margins
 
 Array: TypeAlias = NDArray[np.float64]
@@ -155,14 +155,11 @@ def simulate(
     for episode in range(episodes):
         if not keep_on(episode):
             break
-        if sites is None:
-            pool, query = KShotSplit("all", random_state=random_state).episode(labels, groups, episode)
-        else:
-            pool, query = GroupKShotSplit("all", random_state=random_state).across(labels, groups, sites, episode)
-        local = np.unique(groups[pool], return_inverse=True)[1].reshape(-1)
-        begin, rest = KShotSplit(start, random_state=random_state).episode(labels[pool], local, episode)
+        seeds = (random_state, episode)
+        pool, query = draw("all", labels, groups, sites, seeds=seeds)
+        begin, rest = draw(start, labels[pool], groups[pool], None, seeds=seeds)
         begin, rest = pool[begin], pool[rest]
-        judge = _Judge(embeddings, labels, groups, query, (random_state, episode))
+        judge = _Judge(embeddings, labels, groups, query, seeds)
         known = judge.fit(begin)
         margin = margins(known.predict_proba(embeddings[rest]))
         picked = rest[choose_next(embeddings[rest], margin, batch, random_state=episode)]
@@ -197,12 +194,11 @@ class _Judge:
     seeds: tuple[int, int]
 
     def fit(self, support: Index) -> Pipeline:
-        local = np.unique(self.groups[support], return_inverse=True)[1].reshape(-1)
         with threadpool_limits(limits=1, user_api="blas"):
-            _, pipeline = fit_chosen(
-                HEADS["auto"], self.embeddings[support], self.labels[support], local, random_state=list(self.seeds)
-            )
-        return pipeline
+            return fit_chosen(
+                HEADS["auto"], self.embeddings[support], self.labels[support], self.groups[support],
+                random_state=list(self.seeds),
+            )[1]  # fmt: skip
 
     def right(self, fitted: Pipeline) -> Array:
         named = fitted.predict(self.embeddings[self.query])

@@ -38,15 +38,15 @@ def plan_hash(
     labels: NDArray[np.integer],
     groups: Index,
     heads: Sequence[str],
-    grids: Sequence[Any],
+    settings: Sequence[Any],
     random_state: int,
 ) -> str:
-    """Hash of all that a draw's outcome depends on."""
+    """Hash of all that a draw's outcome depends on; of the settings by their repr."""
     digest = hashlib.sha256()
     for array in (embeddings, labels, groups):
         digest.update(f"{array.dtype}{array.shape}".encode())
         digest.update(np.ascontiguousarray(array).data)
-    digest.update(repr((_VERSION, sklearn.__version__, list(heads), list(grids), random_state)).encode())
+    digest.update(repr((_VERSION, sklearn.__version__, list(heads), list(settings), random_state)).encode())
     return digest.hexdigest()
 
 

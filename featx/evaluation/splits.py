@@ -90,7 +90,7 @@ class KShotSplit:
             yield self.episode(labels, grouping, episode)
 
     def episode(self, labels: NDArray[np.integer], groups: Index, episode: int) -> tuple[Index, Index]:
-        """The draw number ``episode`` of labels (n,) in 0 .. c-1 and dense groups (n,); too small classes stay out."""
+        """The draw number ``episode`` of labels (n,) in 0 .. c-1 and copies (n,); too small classes stay out."""
         keys = np.random.default_rng([self.random_state, episode]).random(len(labels))
         order = np.argsort(keys, kind="stable")
         own, counts = alone(labels, groups, int(labels.max()) + 1)
@@ -168,6 +168,19 @@ class GroupKShotSplit(KShotSplit):
         touched = np.zeros(n_sites, dtype=np.bool_)
         touched[sites[support]] = True
         return np.sort(support), np.flatnonzero(own & ~touched[sites])
+
+
+def draw(
+    n_shots: Shots, labels: NDArray[np.integer], groups: Index, sites: Index | None, *, seeds: tuple[int, int]
+) -> tuple[Index, Index]:
+    """Support and query of a draw, which share no site where ``sites`` (n,) are given; others as of ``episode``.
+
+    ``seeds`` are the ``random_state`` and the episode.
+    """
+    random_state, episode = seeds
+    if sites is None:
+        return KShotSplit(n_shots, random_state=random_state).episode(labels, groups, episode)
+    return GroupKShotSplit(n_shots, random_state=random_state).across(labels, groups, sites, episode)
 
 
 def joined_sites(values: ArrayLike, copies: Index) -> Index:

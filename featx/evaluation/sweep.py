@@ -26,7 +26,7 @@ from featx.errors import UsageError, plural
 from featx.evaluation.journal import Journal, plan_hash
 from featx.evaluation.labelled import LabelledRows
 from featx.evaluation.results import SweepResult, Trial
-from featx.evaluation.splits import GroupKShotSplit, KShotSplit, Shots, plan_shots, shots_label
+from featx.evaluation.splits import Shots, draw, plan_shots, shots_label
 from featx.evaluation.workers import worker_pool
 from featx.heads import (
     Centre,
@@ -154,11 +154,11 @@ def sweep_heads(
     done: dict[tuple[Shots, int], tuple[list[Trial], Index]] = {}
     kept = None
     if journal is not None:
-        grids = [(head.grid, head.default, head.columns) for head in chosen.values()]
+        settings = [(head, head.default) for head in chosen.values()]
         elsewhere = joblib.hash(
             (centre and centre.mean, pool, device, *(each for each in (pixels, data.sites) if each is not None))
         )
-        plan = plan_hash(data.embeddings, data.labels, data.groups, names, [*grids, elsewhere], random_state)
+        plan = plan_hash(data.embeddings, data.labels, data.groups, names, [*settings, elsewhere], random_state)
         kept = Journal(Path(journal), plan)
         done = {task: outcome for task, outcome in kept.done.items() if task in set(tasks)}
     left = [task for task in tasks if task not in done]
@@ -206,9 +206,7 @@ def sweep_heads(
             group_name=group_name,
         )
 
-    every = _run(
-        data, competitors, pictures, left, len(done), random_state, n_jobs, device, progress, is_over=is_over
-    )  # fmt: skip
+    every = _run(data, competitors, pictures, left, len(done), random_state, n_jobs, device, progress, is_over=is_over)
     for some in every:
         for task, outcome in some:
             done[task] = outcome
@@ -257,9 +255,7 @@ def _run(
     n_workers, threads = (1, n_workers) if is_large(data.embeddings) else (n_workers, 1)
     each = 4 * n_workers if n_workers > 1 else 1
     chunks = _in_turn(tasks, each)
-    arguments = (
-        data.embeddings, data.labels, data.groups, heads, baseline, random_state, threads, device, data.sites,
-    )  # fmt: skip
+    arguments = data.embeddings, data.labels, data.groups, heads, baseline, random_state, threads, device, data.sites
     count = already
 
     def tell(some: Sequence[tuple[Shots, int]]) -> None:
@@ -309,10 +305,7 @@ def _episode(
     episode: int,
 ) -> tuple[list[Trial], Index]:
     """All heads on one draw."""
-    if sites is None:
-        support, query = KShotSplit(n_shots, random_state=random_state).episode(labels, groups, episode)
-    else:
-        support, query = GroupKShotSplit(n_shots, random_state=random_state).across(labels, groups, sites, episode)
+    support, query = draw(n_shots, labels, groups, sites, seeds=(random_state, episode))
     together = None if sites is None else sites[support]
     local = np.unique(groups[support], return_inverse=True)[1]
     classes, known = np.unique(labels[support], return_inverse=True)
@@ -330,11 +323,19 @@ def _episode(
             head, rows = baseline
             compared.append((head, Views(rows[support]), _Query(rows[query])))
         for head, views, asked in compared:
+            started = time.perf_counter()
+            choice, pipeline = fit_chosen(
+                head, views, known, local, random_state=[random_state, episode], device=device, sites=together
+            )
+            seconds = time.perf_counter() - started
+            probabilities = asked.judge(pipeline, "predict_proba") if head.probabilistic else None
+            named = asked.judge(pipeline, "predict") if probabilities is None else probabilities.argmax(axis=1)
             trials.append(
-                _trial(
-                    head, views, known, local, asked, truth, classes,
-                    n_shots=n_shots, episode=episode, random_state=random_state, device=device,
-                    sites=together,
+                Trial.of(
+                    truth, named, probabilities, classes,
+                    head=head.name, layer=head.layer, n_shots=n_shots, episode=episode, n_support=len(support),
+                    params=choice.params, selection_score=choice.score, converged=choice.converged,
+                    fit_seconds=seconds,
                 )
             )  # fmt: skip
     return trials, query
@@ -355,35 +356,6 @@ class _Query:
         if normaliser.kind not in self._done:
             self._done[normaliser.kind] = normaliser.transform(self.rows)
         return np.asarray(getattr(model, method)(self._done[normaliser.kind]))
-
-
-def _trial(
-    head: Head,
-    views: Views,
-    labels: NDArray[np.int64],
-    groups: Index,
-    query: _Query,
-    truth: NDArray[np.int64],
-    classes: Index,
-    *,
-    n_shots: Shots,
-    episode: int,
-    random_state: int,
-    device: str | None,
-    sites: Index | None,
-) -> Trial:
-    started = time.perf_counter()
-    choice, pipeline = fit_chosen(
-        head, views, labels, groups, random_state=[random_state, episode], device=device, sites=sites
-    )
-    seconds = time.perf_counter() - started
-    probabilities = query.judge(pipeline, "predict_proba") if head.probabilistic else None
-    named = query.judge(pipeline, "predict") if probabilities is None else probabilities.argmax(axis=1)
-    return Trial.of(
-        truth, named, probabilities, classes,
-        head=head.name, layer=head.layer, n_shots=n_shots, episode=episode, n_support=len(labels),
-        params=choice.params, selection_score=choice.score, converged=choice.converged, fit_seconds=seconds,
-    )  # fmt: skip
 
 
 def _conflict_notes(data: LabelledRows) -> list[str]:

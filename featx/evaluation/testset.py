@@ -128,12 +128,12 @@ def judge(
             found=", ".join(features.class_names[label] for label in unknown),
             hint="Give it training images, or leave it out.",
         )
-    dense = np.unique(groups[here], return_inverse=True)[1]
     support = embeddings[train]
     with threadpool_limits(limits=None if is_large(support) else 1, user_api="blas"):
         choice, model = fit_chosen(
-            head, support, labels, dense, random_state=[random_state, 0], sites=None if sites is None else sites[here]
-        )
+            head, support, labels, groups[here], random_state=[random_state, 0],
+            sites=None if sites is None else sites[here],
+        )  # fmt: skip
         predicted = classes[model.predict(embeddings[test])]
     truth = features.labels[test]
     right = int((predicted == truth).sum())

@@ -308,12 +308,6 @@ class Head:
             ) from error
 
     @property
-    def grid(self) -> dict[str, list[Any]]:
-        """The same choices in the form that ``GridSearchCV`` takes."""
-        values = {f"classify__{self.parameter}": list(self.values)} if self.parameter else {}
-        return {"normalise__kind": list(self.kinds), **values}
-
-    @property
     def default(self) -> dict[str, Any]:
         """Parameters that are used where nothing can be cross-validated."""
         start: dict[str, Any] = {"kind": self.kinds[0]}

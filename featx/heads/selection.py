@@ -252,7 +252,7 @@ def choose(
     ----------
     rows : (n, d) embeddings of the support, or their views, which heads then share.
     labels : (n,) in 0 .. c-1, every class present.
-    groups : (n,) dense numbers of duplicates, which stay in one fold.
+    groups : (n,) rows with the same number, 0 or more, are copies, which stay in one fold.
     random_state : seed or seeds of the folds.
     sites : (n,) what else stays in one fold, where there are enough of them (:mod:`featx.heads.folds`).
     """
@@ -264,7 +264,7 @@ def choose(
     views = rows if isinstance(rows, Views) else Views(rows, head.mean)
     if len(labels) > MAX_ROWS:
         some = _thin(labels, random_state)
-        views, labels, groups = views.thinned(some), labels[some], np.unique(groups[some], return_inverse=True)[1]
+        views, labels, groups = views.thinned(some), labels[some], groups[some]
         sites = None if sites is None else sites[some]
     validation = _Validation(head, views, labels, fold_numbers(labels, groups, N_FOLDS, random_state, sites))
     kind, converged = _choose_kind(validation, kinds) if len(kinds) > 1 else (kinds[0], True)
