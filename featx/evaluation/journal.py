@@ -89,9 +89,7 @@ class Journal:
         kept = b"".join(line + b"\n" for line in (_sealed({"plan": plan}, plan), *whole))
         if content == kept:
             return
-        if header.startswith(b'{"plan": '):
-            self.notes = [f"{path} is from featx 0.1.0, without checksums: its draws were made again."]
-        elif content and (whole or not _of_a_plan(header)):
+        if content and (whole or not _of_a_plan(header)):
             self.notes = [f"{path} had damaged lines, or one cut short: their draws were made again."]
         publish_bytes(path, kept)
 
