@@ -81,7 +81,7 @@ class Advice:
     images : labelled images outside the split "test"; ``counts`` different ones of each of ``class_names``.
     reference : the strategy that the others are compared with.
     gain : of ten more images per class.
-    batch : how many images to label next; ``unlabelled`` images the store has.
+    unlabelled : images without a label that the store has.
     minutes : allowed; ``seconds`` : spent.
     interrupted : whether the user stopped it; then the rest is among ``skipped``.
     forecast : for a group never seen, in stores with groups.
@@ -98,7 +98,6 @@ class Advice:
     domain: Domain | None
     rule: Rule | None
     simulation: Simulation | None
-    batch: int
     next_images: tuple[NextImage, ...]
     unlabelled: int
     skipped: tuple[Skipped, ...]

@@ -8,7 +8,6 @@ images whose labels are known: with few labels it often does not.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -225,8 +224,3 @@ def rank_unlabelled(
     margin = margins(probabilities)
     rows = choose_next(pool, margin, min(count, len(pool)), random_state=random_state)
     return rows, margin[rows], np.asarray(probabilities[rows].argmax(axis=1))
-
-
-def next_batch(n_classes: int) -> int:
-    """How many images to label next where nobody said: two per class, but at least ten."""
-    return max(10, math.ceil(2 * n_classes))
