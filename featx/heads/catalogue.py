@@ -32,6 +32,7 @@ from featx.heads.scorer import Kind, softmax
 from featx.heads.solvers.blocks import fit_blocks
 from featx.heads.solvers.device import fit_on_device
 from featx.heads.solvers.rows import (
+    PRIOR,
     Array,
     NewtonPath,
     RowSpace,
@@ -196,7 +197,7 @@ class Ridge(_Linear):
         counts = np.bincount(labels)
         folds = round_robin(labels, min(int(counts.min()), 10))
         self.coef_, self.intercept_, held_out = ridge_with_held_out(space, targets, alpha, folds)
-        self.temperature_ = 8.0 if counts.min() < 2 else temperature(both_columns(held_out), labels)
+        self.temperature_ = PRIOR if counts.min() < 2 else temperature(both_columns(held_out), labels)
 
     def predict_proba(self, X: ArrayLike) -> Array:
         """Probabilities (n, c) of the classes."""
@@ -327,7 +328,7 @@ def _full(name: str) -> str:
     return f"normalise__{name}" if name in ("kind", "mean") else f"classify__{name}"
 
 
-_CS = (3.16, 10.0, 31.6, 100.0, 316.0, 1000.0, 3160.0)
+_KINDS: tuple[Kind, ...] = ("l2", "none", "centre_l2", "standardise", "power_l2")
 
 
 class Catalogue(Mapping[str, Head]):
@@ -360,30 +361,28 @@ class Catalogue(Mapping[str, Head]):
 
 HEADS = Catalogue(
     Head(
-        "logreg", Logistic, ("l2", "none", "centre_l2", "standardise", "power_l2"), "C", _CS, "log_loss",
+        "logreg", Logistic, _KINDS, "C", (3.16, 10.0, 31.6, 100.0, 316.0, 1000.0, 3160.0), "log_loss",
         "logistic regression, calibrated",
     ),
     Head(
-        "linear_svm", SquaredHinge, ("l2", "none", "centre_l2", "standardise", "power_l2"),
-        "C", (0.1, 0.316, 1.0, 3.16, 10.0, 31.6, 100.0), "squared_hinge",
+        "linear_svm", SquaredHinge, _KINDS, "C", (0.1, 0.316, 1.0, 3.16, 10.0, 31.6, 100.0), "squared_hinge",
         "linear SVM, one against the rest", cautious=True,
     ),
     Head(
-        "ridge", Ridge, ("l2", "none", "centre_l2", "standardise", "power_l2"),
-        "alpha", (0.01, 0.0316, 0.1, 0.316, 1.0, 3.16, 10.0), "log_loss",
+        "ridge", Ridge, _KINDS, "alpha", (0.01, 0.0316, 0.1, 0.316, 1.0, 3.16, 10.0), "log_loss",
         "least squares with a penalty, calibrated by held-out rows", cautious=True,
     ),
     Head(
-        "lda", Discriminant, ("l2", "none", "centre_l2", "standardise", "power_l2"),
-        "shrinkage", (0.1, 0.25, 0.5, 0.75, 0.9, 1.0), "log_loss", "linear discriminant, shrunk covariance",
+        "lda", Discriminant, _KINDS, "shrinkage", (0.1, 0.25, 0.5, 0.75, 0.9, 1.0), "log_loss",
+        "linear discriminant, shrunk covariance",
     ),
     Head(
-        "nearest_centroid", Centroid, ("centre_l2", "l2", "none", "standardise", "power_l2"),
-        "", (), "accuracy", "nearest class mean",
+        "nearest_centroid", Centroid, ("centre_l2", "l2", "none", "standardise", "power_l2"), "", (), "accuracy",
+        "nearest class mean",
     ),
     Head(
-        "knn", KNeighborsClassifier, ("l2", "none", "centre_l2", "standardise", "power_l2"),
-        "n_neighbors", (1, 3, 5, 9, 15), "accuracy", "nearest neighbours", (("n_neighbors", 1),),
+        "knn", KNeighborsClassifier, _KINDS, "n_neighbors", (1, 3, 5, 9, 15), "accuracy", "nearest neighbours",
+        (("n_neighbors", 1),),
     ),
 )  # fmt: skip
 

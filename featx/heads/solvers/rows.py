@@ -619,19 +619,25 @@ def _ridge(space: RowSpace, targets: Array, alpha: float, folds: NDArray[np.inte
     return inner, out
 
 
-def temperature(scores: Array, labels: NDArray[np.integer], *, prior: float = 8.0, spread: float = 0.2) -> float:
+PRIOR = 8.0
+"""Of the temperature of ridge: what suits its scores at one and two shots, on average over image sets."""
+
+_PRIOR_SPREAD = 0.2
+"""Standard deviation of its logarithm."""
+
+
+def temperature(scores: Array, labels: NDArray[np.integer], *, prior: float = PRIOR) -> float:
     """The factor t for which ``softmax(t * scores)`` of held-out scores (n, c) suits the labels best.
 
     Most probable value under a log-normal prior: few rows that all happen to be right would ask for an
-    infinite factor. The prior is what suits ridge scores on targets -1 and 1 with a penalty of one mean squared
-    norm at one and two shots: 8 on average over image sets, with a standard deviation of its logarithm of 0.2.
+    infinite factor. The prior is for ridge scores on targets -1 and 1 with a penalty of one mean squared norm.
     """
 
     def cost(log_t: float) -> float:
         z = np.exp(log_t) * scores
         top = z.max(axis=1)
         nats = np.log(np.exp(z - top[:, None]).sum(axis=1)) + top - z[np.arange(len(z)), labels]
-        return float(nats.sum() + 0.5 * ((log_t - np.log(prior)) / spread) ** 2)
+        return float(nats.sum() + 0.5 * ((log_t - np.log(prior)) / _PRIOR_SPREAD) ** 2)
 
     middle = np.log(prior)
     found = optimize.minimize_scalar(cost, bounds=(middle - 3, middle + 3), method="bounded", options={"xatol": 1e-4})
