@@ -195,7 +195,7 @@ def joined_sites(values: ArrayLike, copies: Index) -> Index:
     if given.shape != copies.shape:
         raise UsageError("groups and labels do not fit", expected=copies.shape, found=given.shape)
     some = given >= 0 if given.dtype.kind in "iuf" else given.astype(np.str_) != ""
-    numbers = np.unique(given[some], return_inverse=True)[1].reshape(-1)
+    numbers = np.unique(given[some], return_inverse=True)[1]
     n, rows = len(copies), np.flatnonzero(some)
     # Rows, copies and values are the points; each row is joined to its own.
     ends = np.concatenate([n + copies, n + int(copies.max(initial=-1)) + 1 + numbers])
@@ -203,7 +203,7 @@ def joined_sites(values: ArrayLike, copies: Index) -> Index:
     size = int(max(ends.max(initial=0), n)) + 1
     graph = sparse.coo_matrix((np.ones(len(ends), np.int8), (starts, ends)), shape=(size, size))
     found = connected_components(graph, directed=False)[1][:n]
-    return np.unique(found, return_inverse=True)[1].reshape(-1)
+    return np.unique(found, return_inverse=True)[1]
 
 
 @dataclass(frozen=True)

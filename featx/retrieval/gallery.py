@@ -248,7 +248,7 @@ def match_rows(saved: NDArray[np.uint8], current: NDArray[np.uint8]) -> tuple[Ro
     new : the current rows that were not saved, ascending.
     """
     keys = np.concatenate([digest_keys(saved), digest_keys(current)])
-    content = np.unique(keys, return_inverse=True)[1].reshape(-1)
+    content = np.unique(keys, return_inverse=True)[1]
     old, now = content[: len(saved)], content[len(saved) :]
     width = max(len(saved), len(current)) + 1
     old, now = old * width + _occurrence(old), now * width + _occurrence(now)

@@ -140,7 +140,7 @@ def evaluate_retrieval(
     rows = Postprocess(center=center, whiten=whiten).fit(embeddings).transform(embeddings)
     target = np.asarray(labels, dtype=np.int64)
     given = np.arange(len(rows)) if groups is None else np.asarray(groups)
-    copies = np.unique(given, return_inverse=True)[1].reshape(-1)
+    copies = np.unique(given, return_inverse=True)[1]
     labelled = np.flatnonzero(target >= 0)
     relevant = _relevant(target, copies, labelled)
     queries, lonely = labelled[relevant > 0], int((relevant == 0).sum())
@@ -259,7 +259,7 @@ def _scores(table: Floats, groups: NDArray[np.intp], ks: Sequence[int], random_s
 
 def _bootstrap(table: Floats, groups: NDArray[np.intp], random_state: int) -> tuple[Floats, Floats]:
     """95 % limits of the column means by the percentile bootstrap (Efron, 1979); copies are drawn together."""
-    dense = np.unique(groups, return_inverse=True)[1].reshape(-1)
+    dense = np.unique(groups, return_inverse=True)[1]
     counts = np.bincount(dense).astype(np.float64)
     sums = np.stack([np.bincount(dense, weights=column) for column in table.T], axis=1)
     random = np.random.default_rng(random_state)

@@ -165,7 +165,7 @@ def duplicate_groups(features: FeatureSet, *, by: Alike = NEAR) -> list[Duplicat
     ----------
     by : what makes near duplicates: ``features.near_copies``, a cosine from which on, or None for exact ones only.
     """
-    contents = np.unique(digest_keys(features.digests), return_inverse=True)[1].reshape(-1)
+    contents = np.unique(digest_keys(features.digests), return_inverse=True)[1]
     found = find_duplicates(features.embeddings, contents, by=by)
     sizes = np.bincount(found.groups, minlength=1)
     order = np.argsort(found.groups, kind="stable")
