@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from featx._arrays import Index
 from featx.adaptation import training
-from featx.adaptation.activations import MAX_GIB, Wanted, activations, check_room
+from featx.adaptation.activations import MAX_GIB, Wanted, activations
 from featx.adaptation.training import Recipe
 from featx.backbones import Backbone, Halves, Own, Trunk, Unfreeze, cut_network, load_backbone, make_engine
 from featx.errors import MismatchError, SourceError, UsageError, plural
@@ -399,6 +399,7 @@ def open_tuning(
         raise UsageError("no labelled image to train on", hint="Images are labelled by folders, or by a list.")
     decode = str(dict(features.provenance.get("decode", {})).get("mode", "full"))
     halves = cut_network(network, unfreeze)
+    trunk = None if halves.trunk is None else Trunk.of(network, halves)
     wanted = Wanted(
         ids=[str(name) for name in features.ids[rows]],
         origins=_origins(features, rows, images),
@@ -406,17 +407,13 @@ def open_tuning(
         preprocess=network.preprocess,
         decode=decode,
         shape=halves.tail.shape,
-        provenance={} if halves.trunk is None else Trunk.of(network, halves).provenance(),
+        provenance={} if trunk is None else trunk.provenance(),
+        engine=None if trunk is None else make_engine(trunk, engine=engine, device=device, precision="fp32"),
     )
-    runner = None
-    if halves.trunk is not None:
-        runner = make_engine(Trunk.of(network, halves), engine=engine, device=device, precision="fp32")
-    size = wanted.nbytes(runner)
-    check_room(folder, size, max_gib)
-    what = "pixels" if runner is None else f"activations before {halves.cut}"
+    what = "pixels" if trunk is None else f"activations before {halves.cut}"
     say(
         f"Training {plural(halves.parameters, 'parameter')} on {what} of {plural(len(rows), 'image')}, which take "
-        f"{size / 2**20:.0f} MiB in {folder} until this is done."
+        f"{wanted.nbytes / 2**20:.0f} MiB in {folder} until this is done."
     )
     started = time.perf_counter()
 
@@ -424,11 +421,11 @@ def open_tuning(
         if progress:
             progress(done, total, what)
 
-    with activations(folder, wanted, runner, max_gib=max_gib, progress=step) as found:
+    with activations(folder, wanted, max_gib=max_gib, progress=step) as found:
         yield Tuning(
             features=_rows(features, rows), backbone=network, halves=halves, activations=found, recipe=recipe,
             head=SCRATCH if recipe.from_scratch else f"finetune:{unfreeze}", decode=decode, device=device,
-            trunk_seconds=time.perf_counter() - started, cached_bytes=size, say=say,
+            trunk_seconds=time.perf_counter() - started, cached_bytes=wanted.nbytes, say=say,
         )  # fmt: skip
 
 
