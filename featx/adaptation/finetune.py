@@ -83,10 +83,11 @@ class FinetuneResult:
         """Fine-tuning minus the best head, at every n_shots. The best was chosen on these draws."""
         found = []
         for n_shots in self.sweep.shots:
-            ranked = [r.head for r in self.sweep.results if r.n_shots == n_shots and r.head != self.head]
-            for each in self.sweep.comparisons:
-                if each.n_shots == n_shots and {each.a, each.b} == {self.head, ranked[0]}:
-                    found.append(each if each.a == self.head else _turned(each))
+            best = next(r.head for r in self.sweep.results if r.n_shots == n_shots and r.head != self.head)
+            each = next(c for c in self.sweep.comparisons if (c.a, c.b, c.n_shots) == (best, self.head, n_shots))
+            was = each.difference
+            interval = stats.Interval(-was.interval.mean, -was.interval.high, -was.interval.low)
+            found.append(Comparison(self.head, best, n_shots, replace(was, interval=interval)))
         return found
 
     def to_json(self) -> dict[str, Any]:
@@ -104,12 +105,6 @@ class FinetuneResult:
                 "against_best_head": [each.to_json() for each in self.against_best()],
             },
         }
-
-
-def _turned(each: Comparison) -> Comparison:
-    was = each.difference
-    interval = stats.Interval(-was.interval.mean, -was.interval.high, -was.interval.low)
-    return Comparison(each.b, each.a, each.n_shots, replace(was, interval=interval))
 
 
 def finetune_episodes(
