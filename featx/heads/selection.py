@@ -60,8 +60,6 @@ _COSTLY = (Logistic, SquaredHinge)
 _IN_ROW_SPACE = (SquaredHinge, Ridge, Logistic, Discriminant)
 #: Supports of so many rows are worked on by their inner products, even where they have fewer features than rows.
 _FEW_ROWS = 512
-#: Of a head whose fits are costly, the first folds: on them another normaliser has to be better to be tried on all.
-_SCREEN = 2
 
 
 @dataclass(frozen=True)
@@ -316,32 +314,19 @@ def _choose_kind(validation: _Validation, kinds: Sequence[Kind]) -> tuple[Kind, 
     noise. Measured on cats and dogs (98 % right), where it brings back a third of what combined layers lose; four sets
     that are harder do not notice.
 
-    Where fits are costly, those that ridge rates best come first, and one is not tried that ridge rates below the first
-    by a standard error, nor one that on two folds is no better than the first, or worse by a standard error than the
-    best so far: of 720 choices on six image sets these rules changed none.
+    Where fits are costly, one is not tried that ridge rates below the first by a standard error: of 720 choices on six
+    image sets this changed none.
     """
-    start, labels = (validation.start,), validation.labels
+    start = (validation.start,)
     scores, converged = validation.scores(kinds[0], start)
-    if not _wrong(scores, labels)[0].any():
+    if not _wrong(scores, validation.labels)[0].any():
         return kinds[0], converged
-    first = best = validation.losses(kinds[0], start)[0][0]
-    others, tried = [], [kinds[0]]
-    costly = validation.head.estimator in _COSTLY
-    rest = sorted(kinds[1:], key=lambda kind: validation.ridge_losses(kind).mean()) if costly else kinds[1:]
-    for name in rest:
-        if costly:
-            if _is_worse(validation.ridge_losses(name), validation.ridge_losses(kinds[0])):
-                continue
-            losses, some = validation.screened(name, kinds[0])
-            if losses[some].mean() >= first[some].mean() or _is_worse(losses[some], best[some]):
-                continue
-        losses, fine = validation.losses(name, start)
-        tried.append(name)
-        others.append(losses[0])
-        converged &= fine
-        if losses[0].mean() < best.mean():
-            best = losses[0]
-    return tried[_clearly_best(np.stack([first, *others]), validation.head.kind_margin)], converged
+    if validation.head.estimator in _COSTLY:
+        usual = validation.ridge_losses(kinds[0])
+        kinds = [kind for kind in kinds if not _is_worse(validation.ridge_losses(kind), usual)]
+    found = [validation.losses(kind, start) for kind in kinds]
+    best = _clearly_best(np.concatenate([losses for losses, _ in found]), validation.head.kind_margin)
+    return kinds[best], all(fine for _, fine in found)
 
 
 def _is_worse(losses: Array, others: Array) -> bool:
@@ -385,7 +370,6 @@ class _Validation:
             self.values = tuple(k for k in head.values if k <= len(labels) - int(np.bincount(folds).max()))
         self._scores: dict[tuple[Kind, float], Scores] = {}
         self._solved: dict[Kind, _Folds] = {}
-        self._begun: dict[Kind, _Folds] = {}
 
     def scores(self, kind: Kind, values: tuple[float, ...]) -> Scores:
         """Scores (v, n, c), or (v, n, 1) for the second of two classes, by fits without the row's fold."""
@@ -410,19 +394,12 @@ class _Validation:
             self.views.ridge_losses[key] = -np.log(np.maximum(picked, np.finfo(np.float64).tiny))
         return self.views.ridge_losses[key]
 
-    def screened(self, kind: Kind, first: Kind) -> tuple[Array, NDArray[np.bool_]]:
-        """Losses (n,) of another normaliser than the first at the default value, and which of them (n,) are known."""
-        if kind not in self._begun:
-            self._begun[kind] = self._solver(kind)
-        scores, _ = self._begun[kind].solve(self.start, like=self._solved[first], first=_SCREEN)
-        return _losses(self.head, scores[None], self.labels)[0], self.folds < _SCREEN
-
     def solve(self, kind: Kind, value: float) -> Scores:
         """Scores (n, c) of logistic regression or of the hinge, and whether all folds converged."""
         like = None
         if kind not in self._solved:
             like = next(iter(self._solved.values()), None)
-            self._solved[kind] = self._begun.pop(kind) if kind in self._begun else self._solver(kind)
+            self._solved[kind] = self._solver(kind)
         return self._solved[kind].solve(value, like=like)
 
     def _solver(self, kind: Kind) -> _Folds:
@@ -464,11 +441,10 @@ class _Folds(ABC):
         return np.asarray(value / np.where(spread > 1e-12, spread, 1.0))
 
     @abstractmethod
-    def solve(self, value: float, like: _Folds | None = None, first: int | None = None) -> Scores:
-        """Scores (n, k) of the rows that are held out, zero elsewhere, and whether all fits converged.
+    def solve(self, value: float, like: _Folds | None = None) -> Scores:
+        """Scores (n, k) of rows by the fits without them, and whether all converged.
 
-        ``like`` has solved the same with another normaliser. ``first`` is how many folds are wanted for now; the next
-        call, for the same value, goes on from there.
+        ``like`` has solved the same with another normaliser.
         """
 
 
@@ -488,11 +464,11 @@ class _Newton(_Folds):
     def rows(self) -> Array:
         return self.space.lifted if self.hinge else self.space.coordinates
 
-    def solve(self, value: float, like: _Folds | None = None, first: int | None = None) -> Scores:
+    def solve(self, value: float, like: _Folds | None = None) -> Scores:
         path = like.path if isinstance(like, _Newton) else None
-        point = self.path.solve(self.penalties(value), like=path, first=first)
+        point = self.path.solve(self.penalties(value), like=path)
         scores = np.zeros((len(self.rows), point.coef.shape[2]))
-        for held, coef, offset in zip(self.held[:first], point.coef, point.intercept, strict=True):
+        for held, coef, offset in zip(self.held, point.coef, point.intercept, strict=True):
             scores[held] = self.rows[held] @ coef + offset
         return scores, bool(point.converged.all())
 
@@ -504,29 +480,22 @@ class _NewtonHinge(_Newton):
 class _Hinge(_Folds):
     """The hinge by inner products."""
 
-    last: tuple[Array, Array, NDArray[np.bool_]] | None = None
-    """Penalties (f,) and duals (n, f, k) of the last fit, which may be of the first folds only, and which converged."""
+    last: tuple[Array, Array] | None = None
+    """Penalties (f,) and duals (n, f, k) of the last fit."""
 
-    def solve(self, value: float, like: _Folds | None = None, first: int | None = None) -> Scores:
+    def solve(self, value: float, like: _Folds | None = None) -> Scores:
         products, c = self.space.lifted_products, self.penalties(value)
         assert products is not None
-        done, start = 0, None
-        if self.last is not None:
-            done = len(self.last[0]) % len(c)  # where some folds wait, what was solved are the others
-            start = None if done else self.last[1]
+        start = None if self.last is None else self.last[1]
         if isinstance(like, _Hinge) and like.last is not None:
-            there, duals, _ = like.last
-            start = duals[:, done:first] * (c / there)[done:first, None]  # as lengths change, so do the penalties
+            there, duals = like.last
+            start = duals * (c / there)[:, None]  # as lengths change, so do the penalties
         duals, converged = hinge_duals(
-            products, signs(self.labels, self.n_classes), self.weights[done:first], c[done:first], start=start,
-            tolerance=_HINGE_TOLERANCE,
-        )  # fmt: skip
-        if done and self.last is not None:
-            _, before, fine = self.last
-            duals, converged = np.concatenate([before, duals], axis=1), np.concatenate([fine, converged])
-        self.last = c[:first], duals, converged
+            products, signs(self.labels, self.n_classes), self.weights, c, start=start, tolerance=_HINGE_TOLERANCE
+        )
+        self.last = c, duals
         scores = np.zeros((len(products), duals.shape[2]))
-        for number, held in enumerate(self.held[:first]):
+        for number, held in enumerate(self.held):
             scores[held] = products[held] @ duals[:, number]
         return scores, bool(converged.all())
 

@@ -13,7 +13,6 @@ from sklearn.linear_model import LogisticRegression, Ridge as SkRidge
 from sklearn.svm import LinearSVC
 
 from featx.heads.solvers.rows import (
-    Loss,
     NewtonPath,
     RowSpace,
     discriminant,
@@ -154,23 +153,6 @@ def test_ridge_equals_ridge_and_its_held_out_predictions(d: int, known: str) -> 
             np.testing.assert_allclose(held_out[held], left.predict(design[held]), atol=1e-8)
         nothing = ridge_held_out(space, targets, alpha, np.zeros_like(folds))  # of no rows at all
         np.testing.assert_allclose(nothing, 0.0, atol=1e-8)
-
-
-@pytest.mark.parametrize("loss", ["softmax", "squared_hinge"])
-def test_folds_that_wait_are_solved_as_all_at_once(loss: Loss) -> None:
-    rows, labels = blobs(3, 8, 30, spread=2.0)
-    z = RowSpace(rows).coordinates
-    weights = (np.arange(24) % 4 != np.arange(4)[:, None]).astype(np.float64)
-    whole, split = (NewtonPath(z, labels, 3, weights, loss=loss) for _ in range(2))
-    begun = split.solve(np.full(4, 0.5), first=2)
-    np.testing.assert_array_equal(begun.converged, [True, True])
-    for c in (0.5, 2.0):
-        once, later = whole.solve(np.full(4, c)), split.solve(np.full(4, c))
-        assert later.converged.shape == (4,)
-        assert once.converged.all()
-        assert later.converged.all()
-        np.testing.assert_allclose(later.coef, once.coef, atol=2e-5)
-        np.testing.assert_allclose(later.intercept, once.intercept, atol=2e-5)
 
 
 @settings(max_examples=25, deadline=None)

@@ -15,7 +15,6 @@ Nothing here is approximate: every function states the plain scikit-learn estima
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
@@ -204,15 +203,12 @@ class NewtonPath:
         self._problem = _Problem(rows, labels, n_classes, np.repeat(weights, self._each, axis=0), loss)
         self._tolerance = tolerance / self._each
         self._known: list[tuple[Array, Array]] = []  # penalties and their solutions, the latest last
-        self._begun: tuple[Array, Array, NDArray[np.bool_]] | None = None
-        self.n_weights = len(weights)
 
-    def solve(self, c: Array, *, like: NewtonPath | None = None, first: int | None = None) -> PathPoint:
+    def solve(self, c: Array, *, like: NewtonPath | None = None) -> PathPoint:
         """The solutions at one C (f,) of each problem.
 
         ``like`` is a path over other coordinates of the same images, whose weightings are this one's: the weights
-        that its last solution gives to the images are where this one starts. With ``first`` only so many weightings are
-        solved; the next call, at the same C, solves the rest, and starts from their mean.
+        that its last solution gives to the images are where this one starts.
         """
         problem = self._problem
         c = np.repeat(np.asarray(c, dtype=np.float64), self._each)
@@ -225,25 +221,8 @@ class NewtonPath:
             starts.append(last + on[None, :, None] * (last - before))
         if like is not None:
             starts.append(self._like(like, c))
-        if first is not None:
-            some = slice(first * self._each)
-            solution, converged = _newton(
-                problem.part(some), c[some], [each[:, some] for each in starts], self._tolerance
-            )
-            self._begun = c, solution, converged
-        elif self._begun is not None and np.array_equal(self._begun[0], c):
-            _, done, fine = self._begun
-            rest = slice(done.shape[1], None)
-            mean = done.reshape(len(done), -1, self._each, done.shape[2]).mean(axis=1)
-            starts = [np.tile(mean, (1, self.n_weights, 1))[:, rest], *(each[:, rest] for each in starts)]
-            solution, converged = done, fine
-            if done.shape[1] < problem.shape[1]:
-                solution, converged = _newton(problem.part(rest), c[rest], starts, self._tolerance)
-                solution, converged = np.concatenate([done, solution], axis=1), np.concatenate([fine, converged])
-        else:
-            solution, converged = _newton(problem, c, starts, self._tolerance)
-        if first is None:
-            self._known.append((c, solution))
+        solution, converged = _newton(problem, c, starts, self._tolerance)
+        self._known.append((c, solution))
         if problem.loss == "softmax":
             # The same constant on every class changes nothing; scikit-learn's intercepts sum to zero.
             solution[-1] -= solution[-1].mean(axis=-1, keepdims=True)
@@ -291,14 +270,6 @@ class _Problem:
         # Two softmax columns w, -w carry half the penalty of the one vector 2w of a binomial model.
         self.penalty_scale = 2.0 if loss == "softmax" and n_classes == 2 else 1.0
         self.shape = (self.design.shape[1], len(weights), hot.shape[2])
-
-    def part(self, some: slice) -> _Problem:
-        """Some of the weightings alone."""
-        made = copy(self)
-        made.weights, made.total = self.weights[:, some], self.total[some]
-        made.target = self.target if self.target.shape[1] == 1 else self.target[:, some]
-        made.shape = (self.shape[0], len(made.total), self.shape[2])
-        return made
 
     def apply(self, solution: Floats) -> Floats:
         """Scores (n, f, c) of a solution (r, f, c), in its precision."""
