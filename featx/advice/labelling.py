@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits
 from featx._arrays import Index
 from featx.errors import UsageError, plural
 from featx.evaluation import draw, drawable, stats
-from featx.heads import HEADS, distinct_counts, fit_chosen, margins
+from featx.heads import HEADS, distinct_counts, fit_chosen, margins, unit_rows
 
 Array: TypeAlias = NDArray[np.float64]
 
@@ -53,9 +53,7 @@ def choose_next(embeddings: NDArray[np.floating], margin: Array, count: int, *, 
     if not 1 <= count <= len(embeddings):
         raise UsageError("cannot choose so many images", expected=f"1 to {len(embeddings)}", found=count)
     pool = np.argsort(margin, kind="stable")[: PRESELECT * count]
-    rows = np.asarray(embeddings[pool], dtype=np.float64)
-    length = np.linalg.norm(rows, axis=1, keepdims=True)
-    rows = rows / np.where(length > 0, length, 1.0)
+    rows = unit_rows(embeddings[pool])
     weight = np.maximum(1.0 - margin[pool], 1e-6)
     distinct = len(np.unique(rows, axis=0))
     found = KMeans(min(count, distinct), n_init=1, random_state=random_state).fit(rows, sample_weight=weight)

@@ -157,7 +157,7 @@ class Views:
             if self._whole is not None and place in self._whole[0]._cosines:
                 self._cosines[place] = _among(self._whole[0]._cosines[place], self._whole[1])
             else:
-                rows = unit_rows(self.raw[:, start:end].astype(np.float64), "l2")
+                rows = unit_rows(self.raw[:, start:end])
                 self._cosines[place] = rows @ rows.T
         return self._cosines[place]
 

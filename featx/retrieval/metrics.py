@@ -21,7 +21,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from featx.errors import UsageError
 from featx.evaluation import Interval, unseen_share
-from featx.retrieval.postprocess import Postprocess, expand_queries, unit_rows
+from featx.heads import unit_rows
+from featx.retrieval.postprocess import Postprocess, expand_queries
 
 KS = (1, 5, 10)
 N_BOOT = 2000

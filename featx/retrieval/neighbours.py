@@ -17,8 +17,8 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator
 
 from featx.errors import UsageError
+from featx.heads import unit_rows
 from featx.retrieval import faiss as ann
-from featx.retrieval.postprocess import unit_rows
 
 Floats: TypeAlias = NDArray[np.float32]
 Rows: TypeAlias = NDArray[np.int64]
