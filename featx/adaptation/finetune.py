@@ -250,8 +250,11 @@ def _journal(tuning: Tuning, path: Path | None, swept: SweepResult, rows: Index)
     if path is None:
         return None
     plan = plan_hash(
-        tuning.features.embeddings[rows], swept.labels, swept.duplicates.groups, [tuning.head],
-        [asdict(tuning.recipe), tuning.halves.cut, tuning.backbone.weights_sha256, tuning.device, version("torch")],
+        tuning.features.embeddings[rows], swept.labels, swept.duplicates.groups,
+        [
+            tuning.head, asdict(tuning.recipe), tuning.halves.cut, tuning.backbone.weights_sha256, tuning.device,
+            version("torch"),
+        ],
         swept.random_state,
     )  # fmt: skip
     return Journal(path, plan)

@@ -28,16 +28,18 @@ from featx.evaluation.results import Trial
 from featx.evaluation.splits import Shots
 
 Task = tuple[Shots, int]
-Outcome = tuple[list[Trial], Index]
+"""A draw: n_shots and episode."""
 
-_VERSION = 4
+Outcome = tuple[list[Trial], Index]
+"""What came of it: a trial of each head, and the rows of the query."""
+
+_VERSION = 5
 
 
 def plan_hash(
     embeddings: NDArray[np.floating],
     labels: NDArray[np.integer],
     groups: Index,
-    heads: Sequence[str],
     settings: Sequence[Any],
     random_state: int,
 ) -> str:
@@ -46,7 +48,7 @@ def plan_hash(
     for array in (embeddings, labels, groups):
         digest.update(f"{array.dtype}{array.shape}".encode())
         digest.update(np.ascontiguousarray(array).data)
-    digest.update(repr((_VERSION, sklearn.__version__, list(heads), list(settings), random_state)).encode())
+    digest.update(repr((_VERSION, sklearn.__version__, list(settings), random_state)).encode())
     return digest.hexdigest()
 
 
