@@ -42,15 +42,11 @@ class Cell:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types."""
-        apart = None
-        if self.difference is not None:
-            apart = {
-                "difference": self.difference.interval.mean, "low": self.difference.interval.low,
-                "high": self.difference.interval.high, "p": self.difference.adjusted, "verdict": self.verdict,
-            }  # fmt: skip
         return {
             "strategy": self.strategy, "family": self.family, "n_shots": self.n_shots, "episodes": self.episodes,
-            "accuracy": self.accuracy.to_json(), "against_reference": apart, "seconds": self.seconds,
+            "accuracy": self.accuracy.to_json(),
+            "against_reference": None if self.difference is None else self.difference.to_json(),
+            "seconds": self.seconds,
         }  # fmt: skip
 
 

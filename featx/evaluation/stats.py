@@ -135,6 +135,12 @@ class Difference:
             return "cannot tell"
         return "better" if self.interval.mean > 0 else "worse"
 
+    def to_json(self) -> dict[str, float | str]:
+        """Plain types, as ``summary.json`` has them."""
+        interval = self.interval
+        limits = {"difference": interval.mean, "low": interval.low, "high": interval.high}
+        return {**limits, "p": self.adjusted, "verdict": self.verdict}
+
 
 def lessons(images: Array, queries: Sequence[NDArray[np.intp]]) -> Array:
     """Sum (j,) for each episode, over the images that it does not query, of what they have above the mean of all.

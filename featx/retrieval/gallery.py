@@ -100,6 +100,7 @@ class _Saved:
     def open(self, method: Method) -> GalleryIndex:
         """The gallery with the saved index, brought up to date; or with a new one."""
         record = self._read()
+        gallery: GalleryIndex | None = None
         while record is not None:
             try:
                 gallery = self._reopen(record)
@@ -109,8 +110,6 @@ class _Saved:
                 if newer == record:
                     raise
                 record = newer  # another process replaced the index between two steps of the reading
-        else:
-            gallery = None
         if gallery is not None:
             gallery.method = method
             return gallery
