@@ -50,6 +50,7 @@ class Wanted:
     preprocess, decode : how they become pixels.
     shape : of one row; without an engine, (h, w, 3) of the pixels themselves.
     provenance : of the trunk and how it is run; plain JSON types.
+    engine : runs the trunk; None for the pixels themselves.
     """
 
     ids: Sequence[str]
@@ -59,30 +60,40 @@ class Wanted:
     decode: str
     shape: tuple[int, ...]
     provenance: Mapping[str, Any]
+    engine: Engine | None
 
-    def dtype(self, engine: Engine | None) -> np.dtype[Any]:
+    @property
+    def dtype(self) -> np.dtype[Any]:
         """float32 activations, or uint8 pixels."""
-        return np.dtype(np.uint8 if engine is None else np.float32)
+        return np.dtype(np.uint8 if self.engine is None else np.float32)
 
-    def nbytes(self, engine: Engine | None) -> int:
+    @property
+    def row_bytes(self) -> int:
+        """Of one image."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
         """What the file will have."""
-        return len(self.ids) * math.prod(self.shape) * self.dtype(engine).itemsize
+        return len(self.ids) * self.row_bytes
 
-    def key(self, engine: Engine | None) -> str:
+    @property
+    def key(self) -> str:
         """Hash of all that decides the content."""
+        engine = self.engine
         decides = {
             "provenance": self.provenance,
             "preprocess": self.preprocess.to_json(),
             "decode": self.decode,
             "shape": self.shape,
-            "dtype": str(self.dtype(engine)),
+            "dtype": str(self.dtype),
             "engine": None if engine is None else [engine.name, engine.device, engine.precision],
             "digests": hashlib.sha256(np.ascontiguousarray(self.digests).data).hexdigest(),
         }
         return hashlib.sha256(canonical_json(decides)).hexdigest()[:24]
 
 
-def check_room(folder: Path, nbytes: int, max_gib: float = MAX_GIB) -> None:
+def _check_room(folder: Path, nbytes: int, max_gib: float) -> None:
     """Refuse, before anything is computed, what is larger than the bound or than the disk."""
     hint = "Unfreeze fewer blocks (later activations are smaller), or use fewer images."
     if nbytes > max_gib * 2**30:
@@ -100,12 +111,7 @@ def check_room(folder: Path, nbytes: int, max_gib: float = MAX_GIB) -> None:
 
 @contextmanager
 def activations(
-    folder: Path,
-    wanted: Wanted,
-    engine: Engine | None,
-    *,
-    max_gib: float = MAX_GIB,
-    progress: Progress | None = None,
+    folder: Path, wanted: Wanted, *, max_gib: float = MAX_GIB, progress: Progress | None = None
 ) -> Iterator[NDArray[Any]]:
     """The activations (n, *shape) of all images, memory-mapped; computed where they are not there yet.
 
@@ -115,7 +121,6 @@ def activations(
     ----------
     folder : where the file goes; made, and removed again when nothing is left in it.
     wanted : which.
-    engine : runs the trunk; None for the pixels themselves.
     max_gib : bound of the file's size.
     progress : called as ``progress(done, total)`` of images.
 
@@ -126,16 +131,15 @@ def activations(
     MismatchError, SourceError
         An image is another one than in the store, or cannot be read.
     """
-    check_room(folder, wanted.nbytes(engine), max_gib)
+    _check_room(folder, wanted.nbytes, max_gib)
     make_folder(folder)
     with writer_lock(folder / ".lock"):
-        path = folder / f"{wanted.key(engine)}.act"
+        path = folder / f"{wanted.key}.act"
         try:
-            _complete(path, wanted, engine, progress)
+            _complete(path, wanted, progress)
         except OSError as error:
             raise cannot_write(path, error) from error
-        rows = np.memmap(path, dtype=wanted.dtype(engine), mode="r", shape=(len(wanted.ids), *wanted.shape))
-        yield rows
+        yield np.memmap(path, dtype=wanted.dtype, mode="r", shape=(len(wanted.ids), *wanted.shape))
         path.unlink(missing_ok=True)
         _record_of(path).unlink(missing_ok=True)
         (folder / ".lock").unlink(missing_ok=True)
@@ -147,13 +151,12 @@ def _record_of(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def _complete(path: Path, wanted: Wanted, engine: Engine | None, progress: Progress | None) -> None:
+def _complete(path: Path, wanted: Wanted, progress: Progress | None) -> None:
     """Append the rows that the file does not have."""
     total = len(wanted.ids)
-    row_bytes = wanted.nbytes(engine) // max(total, 1)
     with path.open("r+b" if path.exists() else "x+b") as file:
-        done, digest = _sound_rows(path, file, row_bytes)
-        file.seek(done * row_bytes)
+        done, digest = _sound_rows(path, file, wanted.row_bytes)
+        file.seek(done * wanted.row_bytes)
         file.truncate()
         if progress:
             progress(done, total)
@@ -165,7 +168,7 @@ def _complete(path: Path, wanted: Wanted, engine: Engine | None, progress: Progr
             publish_bytes(_record_of(path), json.dumps({"rows": done, "sha256": digest.hexdigest()}).encode())
 
         try:
-            for rows in _rows(wanted, engine, done):
+            for rows in _rows(wanted, done):
                 data = rows.tobytes()
                 with uninterrupted():
                     file.write(data)
@@ -187,28 +190,22 @@ def _sound_rows(path: Path, file: Any, row_bytes: int) -> tuple[int, Any]:
         rows, sha256 = int(said["rows"]), str(said["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0, hashlib.sha256()
-    digest = hashlib.sha256()
-    left = rows * row_bytes
+    digest, left = hashlib.sha256(), rows * row_bytes
     file.seek(0)
-    while left:
-        part = file.read(min(left, 2**22))
-        if not part:
-            return 0, hashlib.sha256()
+    while part := file.read(min(left, 2**22)):
         digest.update(part)
         left -= len(part)
-    return (rows, digest) if digest.hexdigest() == sha256 else (0, hashlib.sha256())
+    return (rows, digest) if left == 0 and digest.hexdigest() == sha256 else (0, hashlib.sha256())
 
 
-def _rows(wanted: Wanted, engine: Engine | None, start: int) -> Iterator[NDArray[Any]]:
+def _rows(wanted: Wanted, start: int) -> Iterator[NDArray[Any]]:
     """Rows from ``start`` on, some at a time."""
     if start == len(wanted.ids):
         return
-    size = 16 if engine is None else engine.batch_size
-    batches = _pixels(wanted, start, size)
-    if engine is None:
-        yield from batches
+    if wanted.engine is None:
+        yield from _pixels(wanted, start, 16)
     else:
-        for (rows,) in engine.embed(batches):
+        for (rows,) in wanted.engine.embed(_pixels(wanted, start, wanted.engine.batch_size)):
             if rows.shape[1:] != wanted.shape:
                 raise ValueError(f"expected activations {wanted.shape}, got {rows.shape[1:]}")
             yield np.ascontiguousarray(rows, dtype=np.float32)

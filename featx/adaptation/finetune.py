@@ -23,20 +23,19 @@ from numpy.typing import ArrayLike, NDArray
 
 from featx._arrays import Index
 from featx.adaptation import training
-from featx.adaptation.activations import MAX_GIB, Wanted, activations, check_room
+from featx.adaptation.activations import MAX_GIB, Wanted, activations
 from featx.adaptation.training import Recipe
 from featx.backbones import Backbone, Halves, Own, Trunk, Unfreeze, cut_network, load_backbone, make_engine
 from featx.errors import MismatchError, SourceError, UsageError, plural
 from featx.evaluation import (
     Comparison,
-    GroupKShotSplit,
     Journal,
-    KShotSplit,
     LabelledRows,
     Shots,
     SweepResult,
     Task,
     Trial,
+    draw,
     plan_hash,
     reached,
     shots_label,
@@ -84,10 +83,11 @@ class FinetuneResult:
         """Fine-tuning minus the best head, at every n_shots. The best was chosen on these draws."""
         found = []
         for n_shots in self.sweep.shots:
-            ranked = [r.head for r in self.sweep.results if r.n_shots == n_shots and r.head != self.head]
-            for each in self.sweep.comparisons:
-                if each.n_shots == n_shots and {each.a, each.b} == {self.head, ranked[0]}:
-                    found.append(each if each.a == self.head else _turned(each))
+            best = next(r.head for r in self.sweep.results if r.n_shots == n_shots and r.head != self.head)
+            each = next(c for c in self.sweep.comparisons if (c.a, c.b, c.n_shots) == (best, self.head, n_shots))
+            was = each.difference
+            interval = stats.Interval(-was.interval.mean, -was.interval.high, -was.interval.low)
+            found.append(Comparison(self.head, best, n_shots, replace(was, interval=interval)))
         return found
 
     def to_json(self) -> dict[str, Any]:
@@ -105,12 +105,6 @@ class FinetuneResult:
                 "against_best_head": [each.to_json() for each in self.against_best()],
             },
         }
-
-
-def _turned(each: Comparison) -> Comparison:
-    was = each.difference
-    interval = stats.Interval(-was.interval.mean, -was.interval.high, -was.interval.low)
-    return Comparison(each.b, each.a, each.n_shots, replace(was, interval=interval))
 
 
 def finetune_episodes(
@@ -256,8 +250,11 @@ def _journal(tuning: Tuning, path: Path | None, swept: SweepResult, rows: Index)
     if path is None:
         return None
     plan = plan_hash(
-        tuning.features.embeddings[rows], swept.labels, swept.duplicates.groups, [tuning.head],
-        [asdict(tuning.recipe), tuning.halves.cut, tuning.backbone.weights_sha256, tuning.device, version("torch")],
+        tuning.features.embeddings[rows], swept.labels, swept.duplicates.groups,
+        [
+            tuning.head, asdict(tuning.recipe), tuning.halves.cut, tuning.backbone.weights_sha256, tuning.device,
+            version("torch"),
+        ],
         swept.random_state,
     )  # fmt: skip
     return Journal(path, plan)
@@ -274,18 +271,13 @@ def _trial(
     tick: training.Tick,
 ) -> Trial:
     labels, groups = swept.labels, swept.duplicates.groups
-    if swept.sites is None:
-        support, query = KShotSplit(n_shots, random_state=random_state).episode(labels, groups, episode)
-    else:
-        split = GroupKShotSplit(n_shots, random_state=random_state)
-        support, query = split.across(labels, groups, swept.sites, episode)
+    support, query = draw(n_shots, labels, groups, swept.sites, seeds=(random_state, episode))
     if not np.array_equal(query, swept.queries[n_shots, episode]):
         raise RuntimeError("the draws of heads and of fine-tuning differ")
     classes, known = np.unique(labels[support], return_inverse=True)
     started = time.perf_counter()
     trained = training.train(
-        tuning.halves.tail, tuning.activations, rows[support], known,
-        np.unique(groups[support], return_inverse=True)[1].reshape(-1),
+        tuning.halves.tail, tuning.activations, rows[support], known, groups[support],
         recipe=tuning.recipe, seeds=(random_state, episode), device=tuning.device, tick=tick,
         sites=None if swept.sites is None else swept.sites[support],
     )  # fmt: skip
@@ -405,6 +397,7 @@ def open_tuning(
         raise UsageError("no labelled image to train on", hint="Images are labelled by folders, or by a list.")
     decode = str(dict(features.provenance.get("decode", {})).get("mode", "full"))
     halves = cut_network(network, unfreeze)
+    trunk = None if halves.trunk is None else Trunk.of(network, halves)
     wanted = Wanted(
         ids=[str(name) for name in features.ids[rows]],
         origins=_origins(features, rows, images),
@@ -412,17 +405,13 @@ def open_tuning(
         preprocess=network.preprocess,
         decode=decode,
         shape=halves.tail.shape,
-        provenance={} if halves.trunk is None else Trunk.of(network, halves).provenance(),
+        provenance={} if trunk is None else trunk.provenance(),
+        engine=None if trunk is None else make_engine(trunk, engine=engine, device=device, precision="fp32"),
     )
-    runner = None
-    if halves.trunk is not None:
-        runner = make_engine(Trunk.of(network, halves), engine=engine, device=device, precision="fp32")
-    size = wanted.nbytes(runner)
-    check_room(folder, size, max_gib)
-    what = "pixels" if runner is None else f"activations before {halves.cut}"
+    what = "pixels" if trunk is None else f"activations before {halves.cut}"
     say(
         f"Training {plural(halves.parameters, 'parameter')} on {what} of {plural(len(rows), 'image')}, which take "
-        f"{size / 2**20:.0f} MiB in {folder} until this is done."
+        f"{wanted.nbytes / 2**20:.0f} MiB in {folder} until this is done."
     )
     started = time.perf_counter()
 
@@ -430,11 +419,11 @@ def open_tuning(
         if progress:
             progress(done, total, what)
 
-    with activations(folder, wanted, runner, max_gib=max_gib, progress=step) as found:
+    with activations(folder, wanted, max_gib=max_gib, progress=step) as found:
         yield Tuning(
             features=_rows(features, rows), backbone=network, halves=halves, activations=found, recipe=recipe,
             head=SCRATCH if recipe.from_scratch else f"finetune:{unfreeze}", decode=decode, device=device,
-            trunk_seconds=time.perf_counter() - started, cached_bytes=size, say=say,
+            trunk_seconds=time.perf_counter() - started, cached_bytes=wanted.nbytes, say=say,
         )  # fmt: skip
 
 

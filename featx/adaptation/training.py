@@ -166,7 +166,7 @@ def train(
     tail : as it was cut; it stays as it is.
     activations : (m, *shape), which may be a file's.
     rows : (n,) rows of ``activations``: the support.
-    labels, groups : (n,) classes in 0 .. c-1, and dense numbers of copies, which are held out together.
+    labels, groups : (n,) classes in 0 .. c-1, and numbers of copies, which are held out together.
     seeds : of everything that is random; the same seeds give the same classifier on the same machine.
     tick : told after every epoch what is being done.
     sites : (n,) what else is held out together, where there are enough of them (:mod:`featx.heads.folds`).

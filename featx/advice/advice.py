@@ -42,15 +42,11 @@ class Cell:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types."""
-        apart = None
-        if self.difference is not None:
-            apart = {
-                "difference": self.difference.interval.mean, "low": self.difference.interval.low,
-                "high": self.difference.interval.high, "p": self.difference.adjusted, "verdict": self.verdict,
-            }  # fmt: skip
         return {
             "strategy": self.strategy, "family": self.family, "n_shots": self.n_shots, "episodes": self.episodes,
-            "accuracy": self.accuracy.to_json(), "against_reference": apart, "seconds": self.seconds,
+            "accuracy": self.accuracy.to_json(),
+            "against_reference": None if self.difference is None else self.difference.to_json(),
+            "seconds": self.seconds,
         }  # fmt: skip
 
 
@@ -81,7 +77,7 @@ class Advice:
     images : labelled images outside the split "test"; ``counts`` different ones of each of ``class_names``.
     reference : the strategy that the others are compared with.
     gain : of ten more images per class.
-    batch : how many images to label next; ``unlabelled`` images the store has.
+    unlabelled : images without a label that the store has.
     minutes : allowed; ``seconds`` : spent.
     interrupted : whether the user stopped it; then the rest is among ``skipped``.
     forecast : for a group never seen, in stores with groups.
@@ -98,7 +94,6 @@ class Advice:
     domain: Domain | None
     rule: Rule | None
     simulation: Simulation | None
-    batch: int
     next_images: tuple[NextImage, ...]
     unlabelled: int
     skipped: tuple[Skipped, ...]

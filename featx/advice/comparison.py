@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -138,16 +138,19 @@ class Trials:
     queries: dict[tuple[Shots, int], Index] = field(default_factory=dict)
     families: dict[str, Family] = field(default_factory=dict)
 
-    def add(self, result: SweepResult, family: Callable[[str], Family], rename: Callable[[str], str] = str) -> None:
-        """Take in what a sweep found; its draws must be those that are here already."""
+    def add(self, result: SweepResult, family: Family, names: Mapping[str, str] | None = None) -> None:
+        """Take in what a sweep found, by other ``names`` than its own; its draws must be those that are here already.
+
+        What is new is of this family.
+        """
         for draw, query in result.queries.items():
             known = self.queries.setdefault(draw, query)
             if not np.array_equal(known, query):
                 raise RuntimeError("two measurements did not make the same draws")
         for trial in (*result.trials, *result.pixels):
-            name = rename(trial.head)
+            name = (names or {}).get(trial.head, trial.head)
             self.trials.setdefault((name, trial.n_shots, trial.episode), trial)
-            self.families.setdefault(name, "control" if name == PIXELS else family(name))
+            self.families.setdefault(name, "control" if name == PIXELS else family)
 
     def cells(self) -> tuple[Cell, ...]:
         """Every strategy at every number of shots, with its difference to the reference on the draws of both."""

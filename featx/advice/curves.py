@@ -147,7 +147,7 @@ def fit_curve(
     known = np.where(seen, hits, 0.0)
     rng = np.random.default_rng(random_state)
     draws = len(hits)
-    units = np.arange(hits.shape[2]) if sites is None else np.unique(sites, return_inverse=True)[1].reshape(-1)
+    units = np.arange(hits.shape[2]) if sites is None else np.unique(sites, return_inverse=True)[1]
     images = int(units.max()) + 1
     parts = []
     for start in range(0, resamples, _BLOCK):

@@ -8,7 +8,6 @@ images whose labels are known: with few labels it often does not.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -21,8 +20,8 @@ from threadpoolctl import threadpool_limits
 
 from featx._arrays import Index
 from featx.errors import UsageError, plural
-from featx.evaluation import GroupKShotSplit, KShotSplit, drawable, stats
-from featx.heads import HEADS, distinct_counts, fit_chosen, margins
+from featx.evaluation import draw, drawable, stats
+from featx.heads import HEADS, distinct_counts, fit_chosen, margins, unit_rows
 
 Array: TypeAlias = NDArray[np.float64]
 
@@ -54,9 +53,7 @@ def choose_next(embeddings: NDArray[np.floating], margin: Array, count: int, *, 
     if not 1 <= count <= len(embeddings):
         raise UsageError("cannot choose so many images", expected=f"1 to {len(embeddings)}", found=count)
     pool = np.argsort(margin, kind="stable")[: PRESELECT * count]
-    rows = np.asarray(embeddings[pool], dtype=np.float64)
-    length = np.linalg.norm(rows, axis=1, keepdims=True)
-    rows = rows / np.where(length > 0, length, 1.0)
+    rows = unit_rows(embeddings[pool])
     weight = np.maximum(1.0 - margin[pool], 1e-6)
     distinct = len(np.unique(rows, axis=0))
     found = KMeans(min(count, distinct), n_init=1, random_state=random_state).fit(rows, sample_weight=weight)
@@ -155,14 +152,11 @@ def simulate(
     for episode in range(episodes):
         if not keep_on(episode):
             break
-        if sites is None:
-            pool, query = KShotSplit("all", random_state=random_state).episode(labels, groups, episode)
-        else:
-            pool, query = GroupKShotSplit("all", random_state=random_state).across(labels, groups, sites, episode)
-        local = np.unique(groups[pool], return_inverse=True)[1].reshape(-1)
-        begin, rest = KShotSplit(start, random_state=random_state).episode(labels[pool], local, episode)
+        seeds = (random_state, episode)
+        pool, query = draw("all", labels, groups, sites, seeds=seeds)
+        begin, rest = draw(start, labels[pool], groups[pool], None, seeds=seeds)
         begin, rest = pool[begin], pool[rest]
-        judge = _Judge(embeddings, labels, groups, query, (random_state, episode))
+        judge = _Judge(embeddings, labels, groups, query, seeds)
         known = judge.fit(begin)
         margin = margins(known.predict_proba(embeddings[rest]))
         picked = rest[choose_next(embeddings[rest], margin, batch, random_state=episode)]
@@ -197,12 +191,11 @@ class _Judge:
     seeds: tuple[int, int]
 
     def fit(self, support: Index) -> Pipeline:
-        local = np.unique(self.groups[support], return_inverse=True)[1].reshape(-1)
         with threadpool_limits(limits=1, user_api="blas"):
-            _, pipeline = fit_chosen(
-                HEADS["auto"], self.embeddings[support], self.labels[support], local, random_state=list(self.seeds)
-            )
-        return pipeline
+            return fit_chosen(
+                HEADS["auto"], self.embeddings[support], self.labels[support], self.groups[support],
+                random_state=list(self.seeds),
+            )[1]  # fmt: skip
 
     def right(self, fitted: Pipeline) -> Array:
         named = fitted.predict(self.embeddings[self.query])
@@ -229,8 +222,3 @@ def rank_unlabelled(
     margin = margins(probabilities)
     rows = choose_next(pool, margin, min(count, len(pool)), random_state=random_state)
     return rows, margin[rows], np.asarray(probabilities[rows].argmax(axis=1))
-
-
-def next_batch(n_classes: int) -> int:
-    """How many images to label next where nobody said: two per class, but at least ten."""
-    return max(10, math.ceil(2 * n_classes))

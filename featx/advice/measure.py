@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from featx.advice.advice import Advice, Family, NextImage, Skipped
 from featx.advice.comparison import Budget, LabelledStore, OutOfTime, Progress, Trials
 from featx.advice.curves import fit_curve
 from featx.advice.domain import Domain, measure_domain, size_by_similarity
-from featx.advice.labelling import Simulation, next_batch, plan_simulation, rank_unlabelled, simulate
+from featx.advice.labelling import Simulation, plan_simulation, rank_unlabelled, simulate
 from featx.advice.shortcuts import MOST, Shortcuts, find_shortcuts, sample
 from featx.backbones import RECIPES, Backbone, load_backbone, make_engine
 from featx.errors import LEFT_OUT, FeatxError, ImageError, MismatchError, SourceError, UsageError, WeightsError, plural
@@ -118,23 +118,22 @@ class _Run:
     def first(self) -> None:
         """The recommended head along the learning curve: everything else is compared with it."""
         found = self.swept("learning curve", self.curved.reference, ("auto",), self.shots, store=self.curved)
-        self.curve.add(found, lambda name: "head")
+        self.curve.add(found, "head")
         if self.curve is not self.trials:
-            self.sweep("recommended head", self.store.reference, ("auto",), self.compared)
+            self.trials.add(self.swept("recommended head", self.store.reference, ("auto",), self.compared), "head")
 
     def heads(self) -> None:
         pixels = self.store.features.pixels
         own = None if pixels is None else pixels[self.store.data.rows]
         found = self.swept("heads", self.store.reference, tuple(HEADS), self.compared, pixels=own)
-        self.trials.add(found, lambda name: "head")
+        self.trials.add(found, "head")
 
     def layers(self) -> None:
         columns, reference = self.store.columns, self.store.columns.reference
         rows = self.store.features.embeddings[self.store.data.rows]
         found = self.swept("layers", rows, ("auto",), self.compared, layers=columns)
-        same = f"{REFERENCE}@{reference}"
         family: Family = "earlier layers" if len(columns.references) == 1 else "features"
-        self.trials.add(found, lambda name: family, lambda name: REFERENCE if name == same else name)
+        self.trials.add(found, family, {f"{REFERENCE}@{reference}": REFERENCE})
 
     def other_features(self, backbone: Backbone, origins: list[Any]) -> None:
         """What features would be worth that the store does not have: more views, and the networks of the recipes."""
@@ -158,7 +157,7 @@ class _Run:
             both = np.hstack([self.store.reference, rows])
             found = self.swept(name, both, ("auto",), self.compared, layers=layers, on=[name, layers.whole])
             joined = f"{REFERENCE}@{layers.whole}"
-            self.trials.add(found, lambda head: "features", partial(_renamed, {joined: f"{joined} with {name}"}))
+            self.trials.add(found, "features", {joined: f"{joined} with {name}"})
 
     def measure_domain(self, backbone: Backbone | FeatxError) -> None:
         if isinstance(backbone, FeatxError):
@@ -224,7 +223,7 @@ class _Run:
         )
         embedder = Embedder(network, make_engine(network), decode=decode_mode(self.store.features))
         found = self.swept(RANDOM, self.embedded(RANDOM, embedder, origins), ("auto",), self.compared)
-        self.trials.add(found, lambda name: "control", lambda name: RANDOM)
+        self.trials.add(found, "control", {REFERENCE: RANDOM})
 
     def embedded(self, what: str, embedder: Embedder, origins: list[Any], place: int = 0) -> NDArray[np.float32]:
         """Embeddings (n, d) of the labelled images, made anew, of the layer at a place among the network's."""
@@ -258,10 +257,7 @@ class _Run:
         if not shots:
             raise UsageError("a class has too few images to hold any out while it is trained")
         features = store.of_reference
-        recipe = recipe_for(
-            from_scratch=unfreeze is None, whole=unfreeze in (None, "all"), epochs=None, learning_rate=None,
-            early_stop=True, augment=None,
-        )  # fmt: skip
+        recipe = recipe_for(from_scratch=unfreeze is None, whole=unfreeze in (None, "all"))
         with open_tuning(
             features, images, backbone, folder, unfreeze=unfreeze or "all", recipe=recipe,
             random_state=self.random_state, progress=self.budget.under(what),
@@ -283,16 +279,12 @@ class _Run:
                         random_state=self.random_state, n_jobs=self.n_jobs, progress=self.budget.under(what),
                         sites=None if store.data.sites is None else store.features.groups,
                     )  # fmt: skip
-                    family: Family = "control" if unfreeze is None else "fine-tuning"
-                    self.trials.add(found.sweep, lambda head: family if head == what else "head")
+                    self.trials.add(found.sweep, "control" if unfreeze is None else "fine-tuning")
 
                 self.stage(name, measure)
                 last = n_shots, time.monotonic() - began
 
     # --- sweeps ---
-
-    def sweep(self, what: str, rows: NDArray[np.floating], heads: tuple[str, ...], shots: Sequence[Shots]) -> None:
-        self.trials.add(self.swept(what, rows, heads, shots), lambda name: "head")
 
     def swept(
         self,
@@ -318,10 +310,6 @@ class _Run:
         affordable = int(0.2 * self.budget.left / max(probe.seconds / MIN_EPISODES, 1e-3))
         wanted = min(affordable, self.episodes)
         return run(wanted) if wanted > MIN_EPISODES else probe
-
-
-def _renamed(names: Mapping[str, str], head: str) -> str:
-    return names.get(head, head)
 
 
 def decode_mode(features: FeatureSet) -> str:
@@ -401,7 +389,7 @@ def advise(
     if images is not None and isinstance(backbone, FeatxError):
         raise backbone
     origins = [] if images is None else origins_of(features, run.store.data.rows, images)
-    wanted = count or next_batch(len(run.store.data.class_names))
+    wanted = count or max(10, 2 * len(run.store.data.class_names))
     try:
         run.first()
     except OutOfTime as error:
@@ -420,7 +408,7 @@ def advise(
             # What is measured already is worth having; the caller ends as interrupted.
             interrupted = True
             run.skipped.append(Skipped(what, "interrupted"))
-    return _advice(run, wanted, minutes, interrupted)
+    return _advice(run, minutes, interrupted)
 
 
 def _stages(
@@ -432,42 +420,48 @@ def _stages(
     count: int,
 ) -> list[tuple[str, Callable[[], None]]]:
     """All measurements after the first, the cheap ones before the dear ones."""
-    out: list[tuple[str, Callable[[], None]]] = [
+    cheap: list[tuple[str, Callable[[], None]]] = [
         ("nearness to the pretraining", lambda: run.measure_domain(backbone)),
         ("images to label next", lambda: run.rank(count)),
         *([("a new group", run.new_group)] if run.store.data.sites is not None else []),
         ("other heads", run.heads),
         ("labelling by choice", lambda: run.labelling(count)),
+        ("layers", run.layers)
+        if len(run.store.columns.names) > 1
+        else (
+            "earlier layers",
+            _refusal("the store has one layer of one network: extract with --layer, or --backbone, more than once"),
+        ),
     ]
-    if len(run.store.columns.names) > 1:
-        out.append(("layers", run.layers))
-    else:
-
-        def one_layer() -> None:
-            raise UsageError(
-                "the store has one layer of one network: extract with --layer, or --backbone, more than once"
-            )
-
-        out.append(("earlier layers", one_layer))
-    unfrozen: tuple[Unfreeze, ...] = (1, 2, "all")
     if images is None or folder is None or isinstance(backbone, FeatxError):
+        no_images = _refusal("it takes the images themselves, named with --source")
+        return [
+            *cheap,
+            *((what, no_images) for what in ("shortcuts", "other features", RANDOM, "fine-tuning", SCRATCH)),
+        ]
+    tune = partial(run.tune, backbone, images, folder)
+    cheap.insert(3, ("shortcuts", partial(run.look, backbone, origins)))  # dear, but what it finds makes all else void
+    return [
+        *cheap,
+        ("other features", partial(run.other_features, backbone, origins)),
+        ("finetune:1", partial(tune, 1)),
+        (RANDOM, partial(run.control, backbone, origins)),
+        (SCRATCH, partial(tune, None)),
+        ("finetune:2", partial(tune, 2)),
+        ("finetune:all", partial(tune, "all")),
+    ]
 
-        def no_images() -> None:
-            raise UsageError("it takes the images themselves, named with --source")
 
-        return [*out, *((what, no_images) for what in ("shortcuts", "other features", RANDOM, "fine-tuning", SCRATCH))]
-    known, source, place = backbone, images, folder
-    out.insert(3, ("shortcuts", lambda: run.look(known, origins)))  # dear, but what it finds makes all else void
-    out.append(("other features", lambda: run.other_features(known, origins)))
-    out.append(("finetune:1", lambda: run.tune(known, source, place, 1)))
-    out.append((RANDOM, lambda: run.control(known, origins)))
-    out.append((SCRATCH, lambda: run.tune(known, source, place, None)))
-    for unfreeze in unfrozen[1:]:
-        out.append((f"finetune:{unfreeze}", lambda unfreeze=unfreeze: run.tune(known, source, place, unfreeze)))  # type: ignore[misc]
-    return out
+def _refusal(reason: str) -> Callable[[], None]:
+    """A measurement that cannot be made."""
+
+    def refuse() -> None:
+        raise UsageError(reason)
+
+    return refuse
 
 
-def _advice(run: _Run, count: int, minutes: float, interrupted: bool) -> Advice:
+def _advice(run: _Run, minutes: float, interrupted: bool) -> Advice:
     data = run.store.data
     now = float(run.curved.data.counts.mean())
     curve = (
@@ -487,7 +481,6 @@ def _advice(run: _Run, count: int, minutes: float, interrupted: bool) -> Advice:
         rule=None if run.domain is None else size_by_similarity(float(data.counts.mean()), run.domain.nearness),
         simulation=run.simulation,
         forecast=run.forecast,
-        batch=count,
         next_images=run.next_images,
         unlabelled=int((run.store.features.labels < 0).sum()),
         skipped=tuple(run.skipped),

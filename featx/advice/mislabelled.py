@@ -172,13 +172,12 @@ def _judge(
     if len(present) < 2:
         probabilities[:, present] = 1.0
         return probabilities
-    inner = np.unique(groups[~out], return_inverse=True)[1].reshape(-1)
     with threadpool_limits(limits=None if large else 1, user_api="blas"):
         _, pipeline = fit_chosen(
             HEADS[head],
             rows[~out],
-            known.reshape(-1),
-            inner,
+            known,
+            groups[~out],
             random_state=random_state,
             sites=None if sites is None else sites[~out],
         )

@@ -17,6 +17,7 @@ from .splits import (
     GroupKShotSplit as GroupKShotSplit,
     KShotSplit as KShotSplit,
     Shots as Shots,
+    draw as draw,
     drawable as drawable,
     joined_sites as joined_sites,
     plan_shots as plan_shots,

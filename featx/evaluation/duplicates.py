@@ -218,4 +218,4 @@ def dense(groups: ArrayLike | None, n: int) -> Index:
     if groups is None:
         return np.arange(n)
     _, first, inverse = np.unique(np.asarray(groups), return_index=True, return_inverse=True)
-    return np.unique(first[inverse.reshape(-1)], return_inverse=True)[1].reshape(-1)
+    return np.unique(first[inverse], return_inverse=True)[1]

@@ -195,11 +195,10 @@ def _right(
     """Which of some rows are named rightly by a head that was trained on others."""
     assert data.sites is not None
     classes, labels = np.unique(data.labels[train], return_inverse=True)
-    copies = np.unique(data.groups[train], return_inverse=True)[1].reshape(-1)
     support = taken(rows, train)
     with threadpool_limits(limits=None if is_large(support) else 1, user_api="blas"):
         _, model = fit_chosen(
-            head, support, labels.reshape(-1), copies, random_state=random_state, sites=data.sites[train]
+            head, support, labels, data.groups[train], random_state=random_state, sites=data.sites[train]
         )
         return np.asarray(classes[model.predict(taken(rows, judged))] == data.labels[judged])
 

@@ -28,25 +28,27 @@ from featx.evaluation.results import Trial
 from featx.evaluation.splits import Shots
 
 Task = tuple[Shots, int]
-Outcome = tuple[list[Trial], Index]
+"""A draw: n_shots and episode."""
 
-_VERSION = 4
+Outcome = tuple[list[Trial], Index]
+"""What came of it: a trial of each head, and the rows of the query."""
+
+_VERSION = 5
 
 
 def plan_hash(
     embeddings: NDArray[np.floating],
     labels: NDArray[np.integer],
     groups: Index,
-    heads: Sequence[str],
-    grids: Sequence[Any],
+    settings: Sequence[Any],
     random_state: int,
 ) -> str:
-    """Hash of all that a draw's outcome depends on."""
+    """Hash of all that a draw's outcome depends on; of the settings by their repr."""
     digest = hashlib.sha256()
     for array in (embeddings, labels, groups):
         digest.update(f"{array.dtype}{array.shape}".encode())
         digest.update(np.ascontiguousarray(array).data)
-    digest.update(repr((_VERSION, sklearn.__version__, list(heads), list(grids), random_state)).encode())
+    digest.update(repr((_VERSION, sklearn.__version__, list(settings), random_state)).encode())
     return digest.hexdigest()
 
 
@@ -89,9 +91,7 @@ class Journal:
         kept = b"".join(line + b"\n" for line in (_sealed({"plan": plan}, plan), *whole))
         if content == kept:
             return
-        if header.startswith(b'{"plan": '):
-            self.notes = [f"{path} is from featx 0.1.0, without checksums: its draws were made again."]
-        elif content and (whole or not _of_a_plan(header)):
+        if content and (whole or not _of_a_plan(header)):
             self.notes = [f"{path} had damaged lines, or one cut short: their draws were made again."]
         publish_bytes(path, kept)
 

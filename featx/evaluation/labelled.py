@@ -97,7 +97,7 @@ class LabelledRows:
         )
         names = tuple(str(class_names[int(i)]) for i in present)
         kinds = None if sites is None else joined_sites(np.asarray(sites)[rows], duplicates.groups)
-        return cls(kept, dense.reshape(-1).astype(np.int64), rows, names, duplicates, tuple(notes), kinds)
+        return cls(kept, dense.astype(np.int64), rows, names, duplicates, tuple(notes), kinds)
 
     @classmethod
     def of_features(cls, features: FeatureSet, columns: tuple[int, int] | None = None) -> LabelledRows:
@@ -140,13 +140,13 @@ class LabelledRows:
     def of_classes(self, wanted: NDArray[np.bool_]) -> LabelledRows:
         """The rows of some of the classes (c,) only."""
         kept = np.flatnonzero(wanted[self.labels])
-        sites = None if self.sites is None else np.unique(self.sites[kept], return_inverse=True)[1].reshape(-1)
+        sites = None if self.sites is None else np.unique(self.sites[kept], return_inverse=True)[1]
         return replace(
             self, embeddings=taken(self.embeddings, kept), rows=self.rows[kept],
             labels=(np.cumsum(wanted) - 1)[self.labels[kept]],
             class_names=tuple(name for name, use in zip(self.class_names, wanted, strict=True) if use),
             duplicates=replace(
-                self.duplicates, groups=np.unique(self.groups[kept], return_inverse=True)[1].reshape(-1)
+                self.duplicates, groups=np.unique(self.groups[kept], return_inverse=True)[1]
             ),
             sites=sites,
         )  # fmt: skip

@@ -122,18 +122,8 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """Plain types, as ``summary.json`` has them."""
-        interval = self.difference.interval
-        return {
-            "a": self.a,
-            "b": self.b,
-            "n_shots": self.n_shots,
-            "difference": interval.mean,
-            "low": interval.low,
-            "high": interval.high,
-            "p": self.difference.adjusted,
-            "p_unadjusted": self.difference.p,
-            "verdict": self.difference.verdict,
-        }
+        about = {"a": self.a, "b": self.b, "n_shots": self.n_shots}
+        return {**about, **self.difference.to_json(), "p_unadjusted": self.difference.p}
 
 
 Queries: TypeAlias = Mapping[tuple[Shots, int], Index]
@@ -469,12 +459,7 @@ class SweepResult:
                 {**each.to_json(), "accuracy": self.pixels_accuracy(each.n_shots).to_json()} for each in self.baseline
             ],
             "images": len(self.labels),
-            "classes": {
-                name: int(n)
-                for name, n in zip(
-                    self.class_names, np.bincount(self.labels, minlength=len(self.class_names)), strict=True
-                )
-            },
+            "classes": dict(zip(self.class_names, np.bincount(self.labels).tolist(), strict=True)),
             "heads": list(self.heads),
             "shots": list(self.shots),
             "episodes": self.episodes,

@@ -90,7 +90,7 @@ class KShotSplit:
             yield self.episode(labels, grouping, episode)
 
     def episode(self, labels: NDArray[np.integer], groups: Index, episode: int) -> tuple[Index, Index]:
-        """The draw number ``episode`` of labels (n,) in 0 .. c-1 and dense groups (n,); too small classes stay out."""
+        """The draw number ``episode`` of labels (n,) in 0 .. c-1 and copies (n,); too small classes stay out."""
         keys = np.random.default_rng([self.random_state, episode]).random(len(labels))
         order = np.argsort(keys, kind="stable")
         own, counts = alone(labels, groups, int(labels.max()) + 1)
@@ -170,6 +170,19 @@ class GroupKShotSplit(KShotSplit):
         return np.sort(support), np.flatnonzero(own & ~touched[sites])
 
 
+def draw(
+    n_shots: Shots, labels: NDArray[np.integer], groups: Index, sites: Index | None, *, seeds: tuple[int, int]
+) -> tuple[Index, Index]:
+    """Support and query of a draw, which share no site where ``sites`` (n,) are given; others as of ``episode``.
+
+    ``seeds`` are the ``random_state`` and the episode.
+    """
+    random_state, episode = seeds
+    if sites is None:
+        return KShotSplit(n_shots, random_state=random_state).episode(labels, groups, episode)
+    return GroupKShotSplit(n_shots, random_state=random_state).across(labels, groups, sites, episode)
+
+
 def joined_sites(values: ArrayLike, copies: Index) -> Index:
     """Dense numbers (n,) of what belongs together: rows with the same value, and copies, however they are connected.
 
@@ -182,7 +195,7 @@ def joined_sites(values: ArrayLike, copies: Index) -> Index:
     if given.shape != copies.shape:
         raise UsageError("groups and labels do not fit", expected=copies.shape, found=given.shape)
     some = given >= 0 if given.dtype.kind in "iuf" else given.astype(np.str_) != ""
-    numbers = np.unique(given[some], return_inverse=True)[1].reshape(-1)
+    numbers = np.unique(given[some], return_inverse=True)[1]
     n, rows = len(copies), np.flatnonzero(some)
     # Rows, copies and values are the points; each row is joined to its own.
     ends = np.concatenate([n + copies, n + int(copies.max(initial=-1)) + 1 + numbers])
@@ -190,7 +203,7 @@ def joined_sites(values: ArrayLike, copies: Index) -> Index:
     size = int(max(ends.max(initial=0), n)) + 1
     graph = sparse.coo_matrix((np.ones(len(ends), np.int8), (starts, ends)), shape=(size, size))
     found = connected_components(graph, directed=False)[1][:n]
-    return np.unique(found, return_inverse=True)[1].reshape(-1)
+    return np.unique(found, return_inverse=True)[1]
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,9 @@ Array: TypeAlias = NDArray[np.float64]
 Labels: TypeAlias = NDArray[np.integer]
 Verdict: TypeAlias = Literal["better", "worse", "cannot tell"]
 
+_TAIL = 0.025
+"""Part of all cases on each side of an interval."""
+
 
 def accuracy(labels: Labels, predicted: Labels) -> float:
     """Share of rows (n,) that are predicted right."""
@@ -132,6 +135,12 @@ class Difference:
             return "cannot tell"
         return "better" if self.interval.mean > 0 else "worse"
 
+    def to_json(self) -> dict[str, float | str]:
+        """Plain types, as ``summary.json`` has them."""
+        interval = self.interval
+        limits = {"difference": interval.mean, "low": interval.low, "high": interval.high}
+        return {**limits, "p": self.adjusted, "verdict": self.verdict}
+
 
 def lessons(images: Array, queries: Sequence[NDArray[np.intp]]) -> Array:
     """Sum (j,) for each episode, over the images that it does not query, of what they have above the mean of all.
@@ -189,14 +198,18 @@ class _Spread:
 
     @classmethod
     def of(
-        cls, scores: Array, images: Array, n_support: float, n_query: float, taught: Array | None, level: float,
-        few: bool,
-    ) -> _Spread:  # fmt: skip
+        cls, scores: Array, images: Array, n_support: float, n_query: float, taught: Array | None, few: bool
+    ) -> _Spread:
         n = int(np.isfinite(images).sum())
         variance = resampled_variance(scores, images, n_support, n_query, taught)
         freedom = max(len(scores) - 1, 1) if len(scores) > 1 else max(n - 1, 1)
         freedom = max(min(freedom, n - 1), 1) if few else freedom
-        return cls(variance, freedom, float(stats.t.ppf(0.5 + level / 2, freedom)) * math.sqrt(variance), n)
+        return cls(variance, freedom, _student(freedom) * math.sqrt(variance), n)
+
+
+def _student(freedom: int) -> float:
+    """By how many standard errors a mean may be off."""
+    return float(stats.t.isf(_TAIL, freedom))
 
 
 def mean_interval(
@@ -206,7 +219,6 @@ def mean_interval(
     n_query: float,
     taught: Array | None = None,
     *,
-    level: float = 0.95,
     few: bool = False,
 ) -> Interval:
     """Mean accuracy over episodes with its interval, within 0 and 1; arguments as in :func:`resampled_variance`.
@@ -215,16 +227,16 @@ def mean_interval(
     the share that could still give that many in a row (Clopper and Pearson). ``few``: there may be fewer of ``images``
     than of draws (they are sites), and then they decide how sure the variance itself is.
     """
-    mean, spread = float(scores.mean()), _Spread.of(scores, images, n_support, n_query, taught, level, few)
-    blind = unseen_share(spread.n, level=level)
+    mean, spread = float(scores.mean()), _Spread.of(scores, images, n_support, n_query, taught, few)
+    blind = unseen_share(spread.n)
     low = min(mean - spread.margin, 1.0 - blind) if mean >= 1.0 else mean - spread.margin
     high = max(mean + spread.margin, blind) if mean <= 0.0 else mean + spread.margin
     return Interval(mean, max(low, 0.0), min(high, 1.0))
 
 
-def unseen_share(n: int, *, level: float = 0.95) -> float:
+def unseen_share(n: int) -> float:
     """The largest share that may well not occur among ``n`` images (Clopper and Pearson)."""
-    return float(1.0 - ((1.0 - level) / 2) ** (1.0 / max(n, 1)))
+    return float(1.0 - _TAIL ** (1.0 / max(n, 1)))
 
 
 def paired_difference(
@@ -234,7 +246,6 @@ def paired_difference(
     n_query: float,
     taught: Array | None = None,
     *,
-    level: float = 0.95,
     few: bool = False,
 ) -> Difference:
     """Compare two heads on the same draws; the arguments are differences, as in :func:`resampled_variance`.
@@ -242,8 +253,8 @@ def paired_difference(
     Where all images differ alike (mostly: none does) the variance is zero and says nothing; then the limits are
     the share that could still differ otherwise and be seen in none of that many.
     """
-    mean, spread = float(scores.mean()), _Spread.of(scores, images, n_support, n_query, taught, level, few)
-    margin = spread.margin or unseen_share(spread.n, level=level)
+    mean, spread = float(scores.mean()), _Spread.of(scores, images, n_support, n_query, taught, few)
+    margin = spread.margin or unseen_share(spread.n)
     p = 1.0
     if spread.variance > 0:
         p = float(2 * stats.t.sf(abs(mean) / math.sqrt(spread.variance), spread.freedom))
@@ -260,11 +271,11 @@ def site_values(images: Array, sites: NDArray[np.integer]) -> tuple[NDArray[np.i
     seen = np.isfinite(images)
     places, inside = np.unique(sites[seen], return_inverse=True)
     mean = float(images[seen].mean())
-    above = np.bincount(inside.reshape(-1), weights=images[seen] - mean)
+    above = np.bincount(inside, weights=images[seen] - mean)
     return places, mean + len(places) / seen.sum() * above
 
 
-def mean_over_sites(images: Array, sites: NDArray[np.integer], *, level: float = 0.95) -> Interval:
+def mean_over_sites(images: Array, sites: NDArray[np.integer]) -> Interval:
     """Mean of shares (n,), one for each image, with Student's interval over the sites (n,) that they are of.
 
     A single site says nothing about others: then the interval is 0 to 1.
@@ -272,10 +283,10 @@ def mean_over_sites(images: Array, sites: NDArray[np.integer], *, level: float =
     values = site_values(images, sites)[1]
     if len(values) < 2:
         return Interval(float(images.mean()), 0.0, 1.0)
-    return mean_interval(np.array([images.mean()]), values, 1.0, 1.0, level=level)
+    return mean_interval(np.array([images.mean()]), values, 1.0, 1.0)
 
 
-def mean_difference(values: Array, *, level: float = 0.95) -> Difference:
+def mean_difference(values: Array) -> Difference:
     """The mean of independent differences (m,), one for each site, with Student's interval and p.
 
     Where all are equal the variance is zero and says nothing; then the limits are the share that could still be
@@ -283,28 +294,26 @@ def mean_difference(values: Array, *, level: float = 0.95) -> Difference:
     """
     m, mean = len(values), float(values.mean())
     error = float(values.std(ddof=1)) / math.sqrt(m)
-    margin = float(stats.t.ppf(0.5 + level / 2, m - 1)) * error or unseen_share(m, level=level)
+    margin = _student(m - 1) * error or unseen_share(m)
     p = float(2 * stats.t.sf(abs(mean) / error, m - 1)) if error > 0 else 1.0
     return Difference(Interval(mean, mean - margin, mean + margin), p)
 
 
-def prediction_interval(values: Array, *, level: float = 0.95) -> tuple[Interval, str]:
+def prediction_interval(values: Array) -> tuple[Interval, str]:
     """Mean of shares (m,), one for each site, and the limits between which one more lies, within 0 and 1; and how.
 
     Of few, Student's: mean -+ t(m - 1) s sqrt(1 + 1/m) (Hahn and Meeker, "Statistical Intervals", 1991, 4.7), which
-    takes sites to be normal. From ``2 / (1 - level) - 1`` on (39 for 95 %), order statistics, which take nothing but
+    takes sites to be normal. Of 39 or more, order statistics, which take nothing but
     that the new site is one like these (Wilks 1941; the conformal interval of Vovk, Gammerman and Shafer, 2005).
     """
     m, mean = len(values), float(values.mean())
-    rank = math.floor((m + 1) * (1 - level) / 2 + 1e-9)
+    rank = math.floor((m + 1) * _TAIL + 1e-9)
     if rank >= 1:
         ranked = np.sort(values)
-        return Interval(
-            mean, min(float(ranked[rank - 1]), mean), max(float(ranked[m - rank]), mean)
-        ), "order statistics"
-    margin = float(stats.t.ppf(0.5 + level / 2, m - 1)) * float(values.std(ddof=1)) * math.sqrt(1 + 1 / m)
+        low, high = float(ranked[rank - 1]), float(ranked[m - rank])
+        return Interval(mean, min(low, mean), max(high, mean)), "order statistics"
     # Sites that all agree may yet be unlike the next one.
-    margin = margin or unseen_share(m, level=level)
+    margin = _student(m - 1) * float(values.std(ddof=1)) * math.sqrt(1 + 1 / m) or unseen_share(m)
     return Interval(mean, max(mean - margin, 0.0), min(mean + margin, 1.0)), "Student's t"
 
 

@@ -23,12 +23,13 @@ from threadpoolctl import threadpool_limits
 
 from featx._arrays import NEAR, PIXELS, Index
 from featx.errors import UsageError, plural
-from featx.evaluation.journal import Journal, plan_hash
+from featx.evaluation.journal import Journal, Outcome, Task, plan_hash
 from featx.evaluation.labelled import LabelledRows
 from featx.evaluation.results import SweepResult, Trial
-from featx.evaluation.splits import GroupKShotSplit, KShotSplit, Shots, plan_shots, shots_label
+from featx.evaluation.splits import Shots, draw, plan_shots, shots_label
 from featx.evaluation.workers import worker_pool
 from featx.heads import (
+    HEADS,
     Centre,
     Head,
     Kind,
@@ -138,8 +139,6 @@ def sweep_heads(
         check_device(device)
     if progress and is_large(embeddings):
         progress(0, 1, "looking for duplicates")
-    recommended = heads_for(None, None)["auto"]
-    baseline = replace(recommended, name=PIXELS, layer=PIXELS)
     columns = None if layers is None else layers.columns(layers.reference)
     data = LabelledRows.of(
         embeddings, labels, class_names, groups=groups, near_duplicates=near_duplicates, columns=columns, sites=sites
@@ -151,21 +150,19 @@ def sweep_heads(
         sites=data.sites, group_name=group_name,
     )  # fmt: skip
     tasks = [(n_shots, episode) for n_shots in wanted for episode in range(episodes)]
-    done: dict[tuple[Shots, int], tuple[list[Trial], Index]] = {}
+    done: dict[Task, Outcome] = {}
     kept = None
     if journal is not None:
-        grids = [(head.grid, head.default, head.columns) for head in chosen.values()]
-        elsewhere = joblib.hash(
-            (centre and centre.mean, pool, device, *(each for each in (pixels, data.sites) if each is not None))
-        )
-        plan = plan_hash(data.embeddings, data.labels, data.groups, names, [*grids, elsewhere], random_state)
+        settings = [(head, head.default) for head in chosen.values()]
+        elsewhere = joblib.hash((centre and centre.mean, pool, device, pixels, data.sites))
+        plan = plan_hash(data.embeddings, data.labels, data.groups, [*settings, elsewhere], random_state)
         kept = Journal(Path(journal), plan)
         done = {task: outcome for task, outcome in kept.done.items() if task in set(tasks)}
     left = [task for task in tasks if task not in done]
-    pictures = None
+    baseline: Baseline | None = None
     if pixels is not None:
-        pictures = baseline, np.asarray(pixels)[data.rows].astype(np.float32) / np.float32(255)
-    competitors = tuple(chosen.values())
+        pictures = np.asarray(pixels)[data.rows].astype(np.float32) / np.float32(255)
+        baseline = replace(HEADS["auto"], name=PIXELS, layer=PIXELS), pictures
 
     def is_over() -> bool:
         return seconds is not None and time.perf_counter() - started > seconds and bool(_drawn(wanted, done))
@@ -185,7 +182,7 @@ def sweep_heads(
             labels=data.labels,
             rows=data.rows,
             trials=trials,
-            recommended=recommended.name,
+            recommended=HEADS["auto"].name,
             pixels=() if pixels is None else tuple(by_head[PIXELS, *task] for task in some),
             queries={task: done[task][1] for task in some},
             duplicates=data.duplicates,
@@ -206,10 +203,8 @@ def sweep_heads(
             group_name=group_name,
         )
 
-    every = _run(
-        data, competitors, pictures, left, len(done), random_state, n_jobs, device, progress, is_over=is_over
-    )  # fmt: skip
-    for some in every:
+    compared = tuple(chosen.values())
+    for some in _run(data, compared, baseline, left, len(done), random_state, n_jobs, device, progress, is_over):
         for task, outcome in some:
             done[task] = outcome
             if kept:
@@ -221,7 +216,7 @@ def sweep_heads(
     return known()
 
 
-def _drawn(wanted: Sequence[Shots], done: Collection[tuple[Shots, int]]) -> tuple[Shots, ...]:
+def _drawn(wanted: Sequence[Shots], done: Collection[Task]) -> tuple[Shots, ...]:
     """The n_shots with two draws or more: fewer tell nothing about the spread."""
     counts = Counter(n_shots for n_shots, _ in done)
     return tuple(n_shots for n_shots in wanted if counts[n_shots] >= 2)
@@ -238,15 +233,14 @@ def _run(
     data: LabelledRows,
     heads: tuple[Head, ...],
     baseline: Baseline | None,
-    tasks: list[tuple[Shots, int]],
+    tasks: list[Task],
     already: int,
     random_state: int,
     n_jobs: int | None,
     device: str | None,
     progress: Progress | None,
-    *,
     is_over: Callable[[], bool],
-) -> Iterator[list[tuple[tuple[Shots, int], tuple[list[Trial], Index]]]]:
+) -> Iterator[list[tuple[Task, Outcome]]]:
     """Outcomes of all tasks, in chunks, so that any joblib backend can report progress.
 
     Two draws of each n_shots come first, then a few of each in turn, so that what is known early is of all of them. The
@@ -257,12 +251,10 @@ def _run(
     n_workers, threads = (1, n_workers) if is_large(data.embeddings) else (n_workers, 1)
     each = 4 * n_workers if n_workers > 1 else 1
     chunks = _in_turn(tasks, each)
-    arguments = (
-        data.embeddings, data.labels, data.groups, heads, baseline, random_state, threads, device, data.sites,
-    )  # fmt: skip
+    arguments = data.embeddings, data.labels, data.groups, heads, baseline, random_state, threads, device, data.sites
     count = already
 
-    def tell(some: Sequence[tuple[Shots, int]]) -> None:
+    def tell(some: Sequence[Task]) -> None:
         if progress:
             progress(count, already + len(tasks), f"{shots_label(some[0][0])}, draw {some[0][1] + 1}")
 
@@ -285,9 +277,9 @@ def _run(
         progress(count, count, "done")
 
 
-def _in_turn(tasks: Sequence[tuple[Shots, int]], each: int) -> list[list[tuple[Shots, int]]]:
+def _in_turn(tasks: Sequence[Task], each: int) -> list[list[Task]]:
     """Tasks of one n_shots, at most ``each`` of them, in the order in which they are done."""
-    chunks: dict[tuple[int, int], list[tuple[Shots, int]]] = {}
+    chunks: dict[tuple[int, int], list[Task]] = {}
     places = {n_shots: place for place, n_shots in enumerate(dict.fromkeys(n_shots for n_shots, _ in tasks))}
     for n_shots, episode in tasks:
         turn = 0 if episode < 2 else 1 + (episode - 2) // each
@@ -307,12 +299,9 @@ def _episode(
     sites: Index | None,
     n_shots: Shots,
     episode: int,
-) -> tuple[list[Trial], Index]:
+) -> Outcome:
     """All heads on one draw."""
-    if sites is None:
-        support, query = KShotSplit(n_shots, random_state=random_state).episode(labels, groups, episode)
-    else:
-        support, query = GroupKShotSplit(n_shots, random_state=random_state).across(labels, groups, sites, episode)
+    support, query = draw(n_shots, labels, groups, sites, seeds=(random_state, episode))
     together = None if sites is None else sites[support]
     local = np.unique(groups[support], return_inverse=True)[1]
     classes, known = np.unique(labels[support], return_inverse=True)
@@ -330,11 +319,19 @@ def _episode(
             head, rows = baseline
             compared.append((head, Views(rows[support]), _Query(rows[query])))
         for head, views, asked in compared:
+            started = time.perf_counter()
+            choice, pipeline = fit_chosen(
+                head, views, known, local, random_state=[random_state, episode], device=device, sites=together
+            )
+            seconds = time.perf_counter() - started
+            probabilities = asked.judge(pipeline, "predict_proba") if head.probabilistic else None
+            named = asked.judge(pipeline, "predict") if probabilities is None else probabilities.argmax(axis=1)
             trials.append(
-                _trial(
-                    head, views, known, local, asked, truth, classes,
-                    n_shots=n_shots, episode=episode, random_state=random_state, device=device,
-                    sites=together,
+                Trial.of(
+                    truth, named, probabilities, classes,
+                    head=head.name, layer=head.layer, n_shots=n_shots, episode=episode, n_support=len(support),
+                    params=choice.params, selection_score=choice.score, converged=choice.converged,
+                    fit_seconds=seconds,
                 )
             )  # fmt: skip
     return trials, query
@@ -355,35 +352,6 @@ class _Query:
         if normaliser.kind not in self._done:
             self._done[normaliser.kind] = normaliser.transform(self.rows)
         return np.asarray(getattr(model, method)(self._done[normaliser.kind]))
-
-
-def _trial(
-    head: Head,
-    views: Views,
-    labels: NDArray[np.int64],
-    groups: Index,
-    query: _Query,
-    truth: NDArray[np.int64],
-    classes: Index,
-    *,
-    n_shots: Shots,
-    episode: int,
-    random_state: int,
-    device: str | None,
-    sites: Index | None,
-) -> Trial:
-    started = time.perf_counter()
-    choice, pipeline = fit_chosen(
-        head, views, labels, groups, random_state=[random_state, episode], device=device, sites=sites
-    )
-    seconds = time.perf_counter() - started
-    probabilities = query.judge(pipeline, "predict_proba") if head.probabilistic else None
-    named = query.judge(pipeline, "predict") if probabilities is None else probabilities.argmax(axis=1)
-    return Trial.of(
-        truth, named, probabilities, classes,
-        head=head.name, layer=head.layer, n_shots=n_shots, episode=episode, n_support=len(labels),
-        params=choice.params, selection_score=choice.score, converged=choice.converged, fit_seconds=seconds,
-    )  # fmt: skip
 
 
 def _conflict_notes(data: LabelledRows) -> list[str]:

@@ -30,9 +30,9 @@ from featx.store import FeatureSet
 class Judgement:
     """Accuracy of one head, trained on everything else, on the images of one split.
 
-    ``low`` and ``high`` are the exact 95 % interval (Clopper and Pearson, 1934) over images; ``copies`` test images
-    were left out because the training images have them too, and ``shared`` further ones because their groups are in
-    training; ``used`` counts this use. With groups, the interval is over these (Student's).
+    The 95 % interval is exact over images (Clopper and Pearson, 1934), and with groups over these (Student's).
+    ``copies`` test images were left out because the training images have them too, and ``shared`` further ones because
+    their groups are in training; ``used`` counts this use.
     """
 
     split: str
@@ -41,9 +41,7 @@ class Judgement:
     training_images: int
     images: int
     copies: int
-    accuracy: float
-    low: float
-    high: float
+    accuracy: stats.Interval
     balanced_accuracy: float
     majority_baseline: float
     used: int
@@ -55,8 +53,7 @@ class Judgement:
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         if not self.shared:
             del fields["shared"]
-        interval = {"mean": fields.pop("accuracy"), "low": fields.pop("low"), "high": fields.pop("high")}
-        return {**fields, "params": dict(self.params), "accuracy": interval}
+        return {**fields, "params": dict(self.params), "accuracy": self.accuracy.to_json()}
 
     @property
     def sentence(self) -> str:
@@ -64,13 +61,11 @@ class Judgement:
         times = "the first use" if self.used == 1 else f"use number {self.used}"
         warning = "" if self.used == 1 else " Choices made after an earlier look make this figure too good."
         if self.shared:
-            left_out = f"{plural(self.shared, 'image')} of it left out, as their groups were learnt from"
-            warning += f" {left_out}."
+            warning += f" {plural(self.shared, 'image')} of it left out, as their groups were learnt from."
         warning += "" if self.converged else " A fit stopped before its optimum."
         return (
             f"On {plural(self.images, 'image')} of the split {self.split}, {self.head} has an accuracy of "
-            f"{stats.percent(stats.Interval(self.accuracy, self.low, self.high))}. "
-            f"This is {times} of this test set.{warning}"
+            f"{stats.percent(self.accuracy)}. This is {times} of this test set.{warning}"
         )
 
 
@@ -128,24 +123,24 @@ def judge(
             found=", ".join(features.class_names[label] for label in unknown),
             hint="Give it training images, or leave it out.",
         )
-    dense = np.unique(groups[here], return_inverse=True)[1]
     support = embeddings[train]
     with threadpool_limits(limits=None if is_large(support) else 1, user_api="blas"):
         choice, model = fit_chosen(
-            head, support, labels, dense, random_state=[random_state, 0], sites=None if sites is None else sites[here]
-        )
+            head, support, labels, groups[here], random_state=[random_state, 0],
+            sites=None if sites is None else sites[here],
+        )  # fmt: skip
         predicted = classes[model.predict(embeddings[test])]
     truth = features.labels[test]
-    right = int((predicted == truth).sum())
-    exact = binomtest(right, len(test)).proportion_ci(method="exact")
-    interval = stats.Interval(right / len(test), float(exact.low), float(exact.high))
-    if sites is not None:
-        interval = stats.mean_over_sites((predicted == truth).astype(np.float64), sites[judged])
+    right = predicted == truth
+    if sites is None:
+        exact = binomtest(int(right.sum()), len(test)).proportion_ci(method="exact")
+        accuracy = stats.Interval(float(right.mean()), float(exact.low), float(exact.high))
+    else:
+        accuracy = stats.mean_over_sites(right.astype(np.float64), sites[judged])
     digest = hashlib.sha256()
     for row in np.argsort(features.ids[inside]):
         digest.update(features.digests[inside][row].tobytes() + int(features.labels[inside][row]).to_bytes(8, "little"))
-    accuracy = right / len(test)
-    use = {"test_set": digest.hexdigest(), "split": split, "head": head.name, "accuracy": accuracy}
+    use = {"test_set": digest.hexdigest(), "split": split, "head": head.name, "accuracy": accuracy.mean}
     used = _write_down(ledger, use)
     return Judgement(
         split=split,
@@ -155,8 +150,6 @@ def judge(
         images=len(test),
         copies=int(copied.sum()),
         accuracy=accuracy,
-        low=interval.low,
-        high=interval.high,
         balanced_accuracy=stats.balanced_accuracy(truth, predicted),
         majority_baseline=stats.majority_baseline(truth),
         used=used,

@@ -29,14 +29,15 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from featx.errors import UsageError, did_you_mean
 from featx.heads.normalise import Normalise
 from featx.heads.scorer import Kind, softmax
-from featx.heads.solvers.blocks import logistic_path
-from featx.heads.solvers.device import torch_logistic_path
+from featx.heads.solvers.blocks import fit_blocks
+from featx.heads.solvers.device import fit_on_device
 from featx.heads.solvers.rows import (
+    PRIOR,
     Array,
+    NewtonPath,
     RowSpace,
-    discriminant_path,
+    discriminant,
     hinge_duals,
-    newton_path,
     ridge_with_held_out,
     temperature,
 )
@@ -62,6 +63,11 @@ class _Linear(ClassifierMixin, BaseEstimator, ABC):  # type: ignore[misc]
     @abstractmethod
     def _fit(self, rows: Array, labels: NDArray[np.intp], space: RowSpace | None) -> None:
         """Set ``coef_`` and ``intercept_`` from rows (n, d) and the numbers (n,) of their classes."""
+
+    def _keep(self, coef: Array, intercept: Array) -> None:
+        """Take coefficients (c, d) and intercepts (c,); of two classes, what the second has over the first."""
+        two = len(coef) == 2
+        self.coef_, self.intercept_ = (np.diff(coef, axis=0), np.diff(intercept)) if two else (coef, intercept)
 
     def decision_function(self, X: ArrayLike) -> Array:
         """Scores (n, c), or (n,) for the second of two classes."""
@@ -106,14 +112,10 @@ class Logistic(_Penalised):
         super().__init__(C, scale_free=scale_free)
 
     def _fit(self, rows: Array, labels: NDArray[np.intp], space: RowSpace | None) -> None:
-        space, n_classes = space or RowSpace(rows), len(self.classes_)
-        weights = np.ones((1, len(rows)))
-        cs = [self.penalty(space)]
-        point = next(newton_path(space.coordinates, labels, n_classes, weights, cs, loss="softmax"))
-        coef, offset = space.coefficients(point.coef[0], point.intercept[0])
-        if n_classes == 2:
-            coef, offset = coef[1:] - coef[:1], offset[1:] - offset[:1]
-        self.coef_, self.intercept_ = coef, offset
+        space = space or RowSpace(rows)
+        path = NewtonPath(space.coordinates, labels, len(self.classes_), np.ones((1, len(rows))), loss="softmax")
+        point = path.solve(self.penalty(space))
+        self._keep(*space.coefficients(point.coef[0], point.intercept[0]))
         self._warn(point.converged)
 
     def fit_large(
@@ -131,11 +133,11 @@ class Logistic(_Penalised):
         self._check()
         self.classes_, labels = np.unique(np.asarray(y), return_inverse=True)
         self.n_features_in_ = rows.shape[1]
-        path = logistic_path if device is None else partial(torch_logistic_path, device=device)
-        cs, n_classes = [self.C], len(self.classes_)
-        fit = next(path(rows, labels, n_classes, cs, scale_free=self.scale_free, **normalise.by_block(rows)))
-        self.coef_, self.intercept_ = fit.coef, fit.intercept
-        self._warn(np.array([fit.converged]))
+        solve = fit_blocks if device is None else partial(fit_on_device, device=device)
+        self.coef_, self.intercept_, converged = solve(
+            rows, labels, len(self.classes_), self.C, scale_free=self.scale_free, **normalise.by_block(rows)
+        )
+        self._warn(np.array([converged]))
         return self
 
     def predict_proba(self, X: ArrayLike) -> Array:
@@ -154,17 +156,15 @@ class SquaredHinge(_Penalised):
         space = space or RowSpace(rows)
         products = space.lifted_products
         if products is not None:
-            found = hinge_duals(
-                products, signs(labels, n_classes), np.ones((1, len(rows)), dtype=np.bool_), self.penalty(space)
-            )
-            self.coef_, self.intercept_ = space.dual_coefficients(found.duals[:, 0])
-            self._warn(found.converged)
-            return
-        weights, cs = np.ones((1, len(rows))), [self.penalty(space)]
-        path = newton_path(space.lifted, labels, n_classes, weights, cs, loss="squared_hinge", fit_intercept=False)
-        point = next(path)
-        self.coef_, self.intercept_ = space.lifted_coefficients(point.coef[0])
-        self._warn(point.converged)
+            every = np.ones((1, len(rows)), dtype=np.bool_)
+            duals, converged = hinge_duals(products, signs(labels, n_classes), every, self.penalty(space))
+            self.coef_, self.intercept_ = space.dual_coefficients(duals[:, 0])
+        else:
+            path = NewtonPath(space.lifted, labels, n_classes, np.ones((1, len(rows))), loss="squared_hinge")
+            point = path.solve(self.penalty(space))
+            self.coef_, self.intercept_ = space.lifted_coefficients(point.coef[0])
+            converged = point.converged
+        self._warn(converged)
 
 
 def signs(labels: NDArray[np.integer], n_classes: int) -> Array:
@@ -197,7 +197,7 @@ class Ridge(_Linear):
         counts = np.bincount(labels)
         folds = round_robin(labels, min(int(counts.min()), 10))
         self.coef_, self.intercept_, held_out = ridge_with_held_out(space, targets, alpha, folds)
-        self.temperature_ = 8.0 if counts.min() < 2 else temperature(both_columns(held_out), labels)
+        self.temperature_ = PRIOR if counts.min() < 2 else temperature(both_columns(held_out), labels)
 
     def predict_proba(self, X: ArrayLike) -> Array:
         """Probabilities (n, c) of the classes."""
@@ -232,11 +232,7 @@ class Discriminant(_Linear):
     def _fit(self, rows: Array, labels: NDArray[np.intp], space: RowSpace | None) -> None:
         if not 0 < self.shrinkage <= 1:
             raise ValueError(f"shrinkage of Discriminant must lie in (0, 1], got {self.shrinkage!r}")
-        n_classes = len(self.classes_)
-        coef, offset = next(discriminant_path(space or RowSpace(rows), labels, n_classes, [self.shrinkage]))
-        if n_classes == 2:
-            coef, offset = coef[1:] - coef[:1], offset[1:] - offset[:1]
-        self.coef_, self.intercept_ = coef, offset
+        self._keep(*discriminant(space or RowSpace(rows), labels, len(self.classes_), self.shrinkage))
 
     def predict_proba(self, X: ArrayLike) -> Array:
         """Probabilities (n, c) of the classes."""
@@ -248,10 +244,7 @@ class Centroid(_Linear):
 
     def _fit(self, rows: Array, labels: NDArray[np.intp], space: RowSpace | None) -> None:
         means = np.stack([rows[labels == c].mean(axis=0) for c in range(len(self.classes_))])
-        coef, offset = means, -0.5 * np.einsum("ij,ij->i", means, means)
-        if len(means) == 2:
-            coef, offset = coef[1:] - coef[:1], offset[1:] - offset[:1]
-        self.coef_, self.intercept_ = coef, offset
+        self._keep(means, -0.5 * np.einsum("ij,ij->i", means, means))
 
 
 Criterion: TypeAlias = Literal["log_loss", "squared_hinge", "accuracy"]
@@ -316,12 +309,6 @@ class Head:
             ) from error
 
     @property
-    def grid(self) -> dict[str, list[Any]]:
-        """The same choices in the form that ``GridSearchCV`` takes."""
-        values = {f"classify__{self.parameter}": list(self.values)} if self.parameter else {}
-        return {"normalise__kind": list(self.kinds), **values}
-
-    @property
     def default(self) -> dict[str, Any]:
         """Parameters that are used where nothing can be cross-validated."""
         start: dict[str, Any] = {"kind": self.kinds[0]}
@@ -341,7 +328,7 @@ def _full(name: str) -> str:
     return f"normalise__{name}" if name in ("kind", "mean") else f"classify__{name}"
 
 
-_CS = (3.16, 10.0, 31.6, 100.0, 316.0, 1000.0, 3160.0)
+_KINDS: tuple[Kind, ...] = ("l2", "none", "centre_l2", "standardise", "power_l2")
 
 
 class Catalogue(Mapping[str, Head]):
@@ -374,30 +361,28 @@ class Catalogue(Mapping[str, Head]):
 
 HEADS = Catalogue(
     Head(
-        "logreg", Logistic, ("l2", "none", "centre_l2", "standardise", "power_l2"), "C", _CS, "log_loss",
+        "logreg", Logistic, _KINDS, "C", (3.16, 10.0, 31.6, 100.0, 316.0, 1000.0, 3160.0), "log_loss",
         "logistic regression, calibrated",
     ),
     Head(
-        "linear_svm", SquaredHinge, ("l2", "none", "centre_l2", "standardise", "power_l2"),
-        "C", (0.1, 0.316, 1.0, 3.16, 10.0, 31.6, 100.0), "squared_hinge",
+        "linear_svm", SquaredHinge, _KINDS, "C", (0.1, 0.316, 1.0, 3.16, 10.0, 31.6, 100.0), "squared_hinge",
         "linear SVM, one against the rest", cautious=True,
     ),
     Head(
-        "ridge", Ridge, ("l2", "none", "centre_l2", "standardise", "power_l2"),
-        "alpha", (0.01, 0.0316, 0.1, 0.316, 1.0, 3.16, 10.0), "log_loss",
+        "ridge", Ridge, _KINDS, "alpha", (0.01, 0.0316, 0.1, 0.316, 1.0, 3.16, 10.0), "log_loss",
         "least squares with a penalty, calibrated by held-out rows", cautious=True,
     ),
     Head(
-        "lda", Discriminant, ("l2", "none", "centre_l2", "standardise", "power_l2"),
-        "shrinkage", (0.1, 0.25, 0.5, 0.75, 0.9, 1.0), "log_loss", "linear discriminant, shrunk covariance",
+        "lda", Discriminant, _KINDS, "shrinkage", (0.1, 0.25, 0.5, 0.75, 0.9, 1.0), "log_loss",
+        "linear discriminant, shrunk covariance",
     ),
     Head(
-        "nearest_centroid", Centroid, ("centre_l2", "l2", "none", "standardise", "power_l2"),
-        "", (), "accuracy", "nearest class mean",
+        "nearest_centroid", Centroid, ("centre_l2", "l2", "none", "standardise", "power_l2"), "", (), "accuracy",
+        "nearest class mean",
     ),
     Head(
-        "knn", KNeighborsClassifier, ("l2", "none", "centre_l2", "standardise", "power_l2"),
-        "n_neighbors", (1, 3, 5, 9, 15), "accuracy", "nearest neighbours", (("n_neighbors", 1),),
+        "knn", KNeighborsClassifier, _KINDS, "n_neighbors", (1, 3, 5, 9, 15), "accuracy", "nearest neighbours",
+        (("n_neighbors", 1),),
     ),
 )  # fmt: skip
 

@@ -65,7 +65,7 @@ def site_folds(
     -------
     None where a class would be in one fold alone, so that nothing could be learnt of it without that fold.
     """
-    sites = np.unique(sites, return_inverse=True)[1].reshape(-1)
+    sites = np.unique(sites, return_inverse=True)[1]
     starts, classes, counts = site_pairs(labels, sites)
     n_sites, n_classes = len(starts) - 1, int(labels.max()) + 1
     with_class = np.bincount(classes, minlength=n_classes)

@@ -16,10 +16,7 @@ from scipy import linalg
 
 from featx.heads.catalogue import both_columns, signs
 from featx.heads.scorer import Array, softmax
-from featx.heads.solvers.rows import temperature
-
-_PRIOR = 8.0
-"""The temperature where a class has a single row, from which nothing can be held out."""
+from featx.heads.solvers.rows import PRIOR, temperature
 
 
 @dataclass(frozen=True)
@@ -59,8 +56,8 @@ class InstantRidge:
             leverage = np.einsum("ij,ij->i", x @ inverse, x)
             residual = (targets - x @ coef) / np.maximum(1.0 - leverage, 1e-12)[:, None]
         scores = both_columns(targets - residual)
-        single = np.bincount(labels, minlength=n_classes).min() < 2
-        factor = _PRIOR if single else temperature(scores, labels)
+        single = np.bincount(labels, minlength=n_classes).min() < 2  # from which nothing can be held out
+        factor = PRIOR if single else temperature(scores, labels)
         return cls(coef, factor, softmax(scores, factor))
 
     def probabilities(self, rows: NDArray[np.floating]) -> Array:

@@ -22,9 +22,8 @@ class Normalise(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type:
     kind : ``"none"``; ``"l2"`` to unit length; ``"centre_l2"`` minus the mean, then unit length;
         ``"standardise"`` minus the mean, by the standard deviation; ``"power_l2"`` signed square root,
         then unit length; or one of :func:`featx.heads.scorer.blocks_kind`, several layers to unit length and weighted.
-    mean : (d,) a mean from elsewhere for ``"centre_l2"`` (:mod:`featx.heads.unlabelled`); by default the support's. The
-    other
-        kinds do not look at it.
+    mean : (d,) a mean from elsewhere for ``"centre_l2"`` (:mod:`featx.heads.unlabelled`); by default the support's.
+        The other kinds do not look at it.
     """
 
     def __init__(self, kind: Kind = "l2", mean: ArrayLike | None = None) -> None:
@@ -46,7 +45,7 @@ class Normalise(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type:
         return self
 
     def by_block(self, rows: NDArray[np.floating]) -> dict[str, Any]:
-        """How ``logistic_path`` of :mod:`featx.heads.solvers.blocks` is to normalise rows (n, d) as it reads."""
+        """How ``fit_blocks`` of :mod:`featx.heads.solvers.blocks` is to normalise rows (n, d) as it reads."""
         check_is_fitted(self)
         if self.kind == "l2":
             length = np.sqrt(np.einsum("ij,ij->i", rows, rows))

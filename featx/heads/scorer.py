@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NewType, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 Array: TypeAlias = NDArray[np.float64]
 
@@ -196,9 +196,13 @@ def normalised(rows: Array, kind: str, mean: Array, scale: Array) -> Array:
     return _unit(rows)
 
 
-def unit_rows(rows: Array, kind: str) -> Array:
-    """Rows (n, d) of unit length; of several layers, each by itself and weighted as by the normaliser ``kind``."""
-    return normalised(rows, kind, rows, rows) if blocks_of(kind) else _unit(rows)
+def unit_rows(rows: ArrayLike, kind: str = "l2") -> Array:
+    """Rows (n, d) of unit length, and those of zeros as they are.
+
+    Of several layers, each by itself and weighted as by the normaliser ``kind``.
+    """
+    wide = np.asarray(rows, dtype=np.float64)
+    return normalised(wide, kind, wide, wide) if blocks_of(kind) else _unit(wide)
 
 
 def _unit(rows: Array) -> Array:

@@ -38,12 +38,10 @@ from featx.heads.scorer import Kind, blocks_of, softmax, unit_rows
 from featx.heads.solvers.blocks import is_large
 from featx.heads.solvers.rows import (
     Array,
-    Loss,
     NewtonPath,
     RowSpace,
     discriminant_held_out,
     hinge_duals,
-    newton_path,
     ridge_held_out,
     temperature,
 )
@@ -62,9 +60,6 @@ _COSTLY = (Logistic, SquaredHinge)
 _IN_ROW_SPACE = (SquaredHinge, Ridge, Logistic, Discriminant)
 #: Supports of so many rows are worked on by their inner products, even where they have fewer features than rows.
 _FEW_ROWS = 512
-#: Of a head whose fits are costly, the first folds: on them another normaliser has to be better to be tried on all.
-_SCREEN = 2
-_SEARCH_TOLERANCE = 1e-7
 
 
 @dataclass(frozen=True)
@@ -162,7 +157,7 @@ class Views:
             if self._whole is not None and place in self._whole[0]._cosines:
                 self._cosines[place] = _among(self._whole[0]._cosines[place], self._whole[1])
             else:
-                rows = unit_rows(self.raw[:, start:end].astype(np.float64), "l2")
+                rows = unit_rows(self.raw[:, start:end])
                 self._cosines[place] = rows @ rows.T
         return self._cosines[place]
 
@@ -255,7 +250,7 @@ def choose(
     ----------
     rows : (n, d) embeddings of the support, or their views, which heads then share.
     labels : (n,) in 0 .. c-1, every class present.
-    groups : (n,) dense numbers of duplicates, which stay in one fold.
+    groups : (n,) rows with the same number, 0 or more, are copies, which stay in one fold.
     random_state : seed or seeds of the folds.
     sites : (n,) what else stays in one fold, where there are enough of them (:mod:`featx.heads.folds`).
     """
@@ -267,7 +262,7 @@ def choose(
     views = rows if isinstance(rows, Views) else Views(rows, head.mean)
     if len(labels) > MAX_ROWS:
         some = _thin(labels, random_state)
-        views, labels, groups = views.thinned(some), labels[some], np.unique(groups[some], return_inverse=True)[1]
+        views, labels, groups = views.thinned(some), labels[some], groups[some]
         sites = None if sites is None else sites[some]
     validation = _Validation(head, views, labels, fold_numbers(labels, groups, N_FOLDS, random_state, sites))
     kind, converged = _choose_kind(validation, kinds) if len(kinds) > 1 else (kinds[0], True)
@@ -319,32 +314,19 @@ def _choose_kind(validation: _Validation, kinds: Sequence[Kind]) -> tuple[Kind, 
     noise. Measured on cats and dogs (98 % right), where it brings back a third of what combined layers lose; four sets
     that are harder do not notice.
 
-    Where fits are costly, those that ridge rates best come first, and one is not tried that ridge rates below the first
-    by a standard error, nor one that on two folds is no better than the first, or worse by a standard error than the
-    best so far: of 720 choices on six image sets these rules changed none.
+    Where fits are costly, one is not tried that ridge rates below the first by a standard error: of 720 choices on six
+    image sets this changed none.
     """
-    start, labels = (validation.start,), validation.labels
+    start = (validation.start,)
     scores, converged = validation.scores(kinds[0], start)
-    if not _wrong(scores, labels)[0].any():
+    if not _wrong(scores, validation.labels)[0].any():
         return kinds[0], converged
-    first = best = validation.losses(kinds[0], start)[0][0]
-    others, tried = [], [kinds[0]]
-    costly = validation.head.estimator in _COSTLY
-    rest = sorted(kinds[1:], key=lambda kind: validation.ridge_losses(kind).mean()) if costly else kinds[1:]
-    for name in rest:
-        if costly:
-            if _is_worse(validation.ridge_losses(name), validation.ridge_losses(kinds[0])):
-                continue
-            losses, some = validation.screened(name, kinds[0])
-            if losses[some].mean() >= first[some].mean() or _is_worse(losses[some], best[some]):
-                continue
-        losses, fine = validation.losses(name, start)
-        tried.append(name)
-        others.append(losses[0])
-        converged &= fine
-        if losses[0].mean() < best.mean():
-            best = losses[0]
-    return tried[_clearly_best(np.stack([first, *others]), validation.head.kind_margin)], converged
+    if validation.head.estimator in _COSTLY:
+        usual = validation.ridge_losses(kinds[0])
+        kinds = [kind for kind in kinds if not _is_worse(validation.ridge_losses(kind), usual)]
+    found = [validation.losses(kind, start) for kind in kinds]
+    best = _clearly_best(np.concatenate([losses for losses, _ in found]), validation.head.kind_margin)
+    return kinds[best], all(fine for _, fine in found)
 
 
 def _is_worse(losses: Array, others: Array) -> bool:
@@ -388,7 +370,6 @@ class _Validation:
             self.values = tuple(k for k in head.values if k <= len(labels) - int(np.bincount(folds).max()))
         self._scores: dict[tuple[Kind, float], Scores] = {}
         self._solved: dict[Kind, _Folds] = {}
-        self._begun: dict[Kind, _Folds] = {}
 
     def scores(self, kind: Kind, values: tuple[float, ...]) -> Scores:
         """Scores (v, n, c), or (v, n, 1) for the second of two classes, by fits without the row's fold."""
@@ -413,19 +394,12 @@ class _Validation:
             self.views.ridge_losses[key] = -np.log(np.maximum(picked, np.finfo(np.float64).tiny))
         return self.views.ridge_losses[key]
 
-    def screened(self, kind: Kind, first: Kind) -> tuple[Array, NDArray[np.bool_]]:
-        """Losses (n,) of another normaliser than the first at the default value, and which of them (n,) are known."""
-        if kind not in self._begun:
-            self._begun[kind] = self._solver(kind)
-        scores, _ = self._begun[kind].solve(self.start, like=self._solved[first], first=_SCREEN)
-        return _losses(self.head, scores[None], self.labels)[0], self.folds < _SCREEN
-
     def solve(self, kind: Kind, value: float) -> Scores:
         """Scores (n, c) of logistic regression or of the hinge, and whether all folds converged."""
         like = None
         if kind not in self._solved:
             like = next(iter(self._solved.values()), None)
-            self._solved[kind] = self._begun.pop(kind) if kind in self._begun else self._solver(kind)
+            self._solved[kind] = self._solver(kind)
         return self._solved[kind].solve(value, like=like)
 
     def _solver(self, kind: Kind) -> _Folds:
@@ -467,11 +441,10 @@ class _Folds(ABC):
         return np.asarray(value / np.where(spread > 1e-12, spread, 1.0))
 
     @abstractmethod
-    def solve(self, value: float, like: _Folds | None = None, first: int | None = None) -> Scores:
-        """Scores (n, k) of the rows that are held out, zero elsewhere, and whether all fits converged.
+    def solve(self, value: float, like: _Folds | None = None) -> Scores:
+        """Scores (n, k) of rows by the fits without them, and whether all converged.
 
-        ``like`` has solved the same with another normaliser. ``first`` is how many folds are wanted for now; the next
-        call, for the same value, goes on from there.
+        ``like`` has solved the same with another normaliser.
         """
 
 
@@ -484,18 +457,18 @@ class _Newton(_Folds):
     def path(self) -> NewtonPath:
         return NewtonPath(
             self.rows, self.labels, self.n_classes, self.weights.astype(np.float64),
-            loss="squared_hinge" if self.hinge else "softmax", fit_intercept=not self.hinge, tolerance=_TOLERANCE,
+            loss="squared_hinge" if self.hinge else "softmax", tolerance=_TOLERANCE,
         )  # fmt: skip
 
     @property
     def rows(self) -> Array:
         return self.space.lifted if self.hinge else self.space.coordinates
 
-    def solve(self, value: float, like: _Folds | None = None, first: int | None = None) -> Scores:
+    def solve(self, value: float, like: _Folds | None = None) -> Scores:
         path = like.path if isinstance(like, _Newton) else None
-        point = self.path.solve(self.penalties(value), like=path, first=first)
+        point = self.path.solve(self.penalties(value), like=path)
         scores = np.zeros((len(self.rows), point.coef.shape[2]))
-        for held, coef, offset in zip(self.held[:first], point.coef, point.intercept, strict=True):
+        for held, coef, offset in zip(self.held, point.coef, point.intercept, strict=True):
             scores[held] = self.rows[held] @ coef + offset
         return scores, bool(point.converged.all())
 
@@ -507,49 +480,24 @@ class _NewtonHinge(_Newton):
 class _Hinge(_Folds):
     """The hinge by inner products."""
 
-    last: tuple[Array, Array, NDArray[np.bool_]] | None = None
-    """Penalties (f,) and duals (n, f, k) of the last fit, which may be of the first folds only, and which converged."""
+    last: tuple[Array, Array] | None = None
+    """Penalties (f,) and duals (n, f, k) of the last fit."""
 
-    def solve(self, value: float, like: _Folds | None = None, first: int | None = None) -> Scores:
+    def solve(self, value: float, like: _Folds | None = None) -> Scores:
         products, c = self.space.lifted_products, self.penalties(value)
         assert products is not None
-        done, start = 0, None
-        if self.last is not None:
-            done = len(self.last[0]) % len(c)  # where some folds wait, what was solved are the others
-            start = None if done else self.last[1]
+        start = None if self.last is None else self.last[1]
         if isinstance(like, _Hinge) and like.last is not None:
-            there, duals, _ = like.last
-            start = duals[:, done:first] * (c / there)[done:first, None]  # as lengths change, so do the penalties
-        found = hinge_duals(
-            products, signs(self.labels, self.n_classes), self.weights[done:first], c[done:first], start=start,
-            tolerance=_HINGE_TOLERANCE,
-        )  # fmt: skip
-        duals, converged = found.duals, found.converged
-        if done and self.last is not None:
-            _, before, fine = self.last
-            duals, converged = np.concatenate([before, duals], axis=1), np.concatenate([fine, converged])
-        self.last = c[:first], duals, converged
+            there, duals = like.last
+            start = duals * (c / there)[:, None]  # as lengths change, so do the penalties
+        duals, converged = hinge_duals(
+            products, signs(self.labels, self.n_classes), self.weights, c, start=start, tolerance=_HINGE_TOLERANCE
+        )
+        self.last = c, duals
         scores = np.zeros((len(products), duals.shape[2]))
-        for number, held in enumerate(self.held[:first]):
+        for number, held in enumerate(self.held):
             scores[held] = products[held] @ duals[:, number]
         return scores, bool(converged.all())
-
-
-def out_of_fold_losses(
-    head: Head,
-    kind: Kind,
-    rows: NDArray[np.floating] | Views,
-    labels: NDArray[np.integer],
-    folds: Index,
-    values: tuple[float, ...],
-) -> tuple[Array, bool]:
-    """Loss (v, n) of every row for every value of the head's parameter, by fits without the row's fold.
-
-    The loss is the head's criterion. The normaliser sees the whole support, without labels, so that all
-    folds share one projection. The second value says whether all fits converged.
-    """
-    views = rows if isinstance(rows, Views) else Views(rows, head.mean)
-    return _Validation(head, views, labels, folds).losses(kind, values)
 
 
 def _losses(head: Head, scores: Array, labels: NDArray[np.integer]) -> Array:
@@ -579,7 +527,7 @@ def _ridge(task: _Validation, kind: Kind, values: tuple[float, ...]) -> Scores:
     shape = task.views.space(kind)
     out = []
     for value in values:
-        held_out = ridge_held_out(shape, targets, value * shape.mean_squared_norm, task.folds, fit_intercept=False)
+        held_out = ridge_held_out(shape, targets, value * shape.mean_squared_norm, task.folds)
         scores = both_columns(held_out)
         out.append(temperature(scores, task.labels) * scores)
     return np.stack(out), True
@@ -624,58 +572,3 @@ _FAMILIES: dict[type, Callable[[_Validation, Kind, tuple[float, ...]], Scores]] 
     Centroid: _centroid,
     KNeighborsClassifier: _neighbours,
 }
-
-
-@dataclass(frozen=True)
-class Search:
-    """What a grid search over plain penalties found; see :func:`search_penalty`.
-
-    ``accuracies`` (v,) are means over folds; ``best`` is the first of the highest, as in ``GridSearchCV``; ``coef``
-    (c, d) and ``intercept`` (c,) are those of the refit.
-    """
-
-    accuracies: Array
-    best: int
-    coef: Array
-    intercept: Array
-    converged: bool
-
-
-def search_penalty(
-    loss: Loss, rows: NDArray[np.floating], labels: NDArray[np.integer], folds: Index, cs: Sequence[float]
-) -> Search:
-    """``GridSearchCV`` of ``LogisticRegression`` or ``LinearSVC`` over C, with its refit, on shared work.
-
-    Parameters
-    ----------
-    loss : ``"softmax"`` or ``"squared_hinge"``.
-    rows : (n, d); labels : (n,) in 0 .. c-1; folds : (n,) in 0 .. f-1.
-    cs : ascending plain values of C.
-    """
-    hinge = loss == "squared_hinge"
-    rows = np.hstack([rows, np.ones((len(rows), 1))]) if hinge else rows
-    space = RowSpace(rows, centre=not hinge)
-    z, n_folds = space.coordinates, int(folds.max()) + 1
-    # The last weighting is the whole support: its point of the path is the refit.
-    weights = np.array([*(folds != number for number in range(n_folds)), np.ones(len(z))], dtype=np.float64)
-    path = newton_path(
-        z, labels, int(labels.max()) + 1, weights, [np.full(n_folds + 1, c) for c in cs], loss=loss,
-        fit_intercept=not hinge, tolerance=_SEARCH_TOLERANCE,
-    )  # fmt: skip
-    accuracies, fits, converged = np.empty(len(cs)), [], True
-    for i, point in enumerate(path):
-        right = np.empty(n_folds)
-        for number in range(n_folds):
-            held = folds == number
-            scores = z[held] @ point.coef[number] + point.intercept[number]
-            named = scores.argmax(axis=1) if scores.shape[1] > 1 else scores[:, 0] > 0
-            right[number] = (named == labels[held]).mean()
-        accuracies[i] = right.mean()
-        fits.append((point.coef[-1], point.intercept[-1]))
-        converged &= bool(point.converged.all())
-    best = int(np.argmax(np.round(accuracies, 12)))
-    inner, offset = fits[best]
-    coef = (space.basis @ inner).T
-    if hinge:
-        return Search(accuracies, best, coef[:, :-1], coef[:, -1], converged)
-    return Search(accuracies, best, coef, offset - coef @ space.origin, converged)

@@ -24,7 +24,7 @@ from featx._arrays import Index
 from featx.errors import MismatchError, UsageError
 from featx.heads.catalogue import HEADS, Catalogue, Head, Ridge, both_columns, round_robin
 from featx.heads.normalise import Normalise
-from featx.heads.scorer import softmax
+from featx.heads.scorer import softmax, unit_rows
 from featx.heads.solvers.rows import Array, RowSpace, temperature
 from featx.store import FeatureSet, digest_keys, read_features
 
@@ -136,8 +136,7 @@ def soft_labels(rows: Array, hot: Array, pool: Array, *, sharpness: float, weigh
     each = min(1.0, weight * len(rows) / len(pool))
     sums = own
     for _ in range(_ROUNDS):
-        length = np.linalg.norm(sums, axis=1, keepdims=True)
-        shares = softmax(sharpness * (pool @ (sums / np.where(length > 0.0, length, 1.0)).T))
+        shares = softmax(sharpness * (pool @ unit_rows(sums).T))
         sums = own + each * shares.T @ pool
     return shares
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from featx.images import encode
 from featx.models import Answer, Explanation
 from featx.reports.heat import LEGEND, panels
-from featx.reports.page import Facts, data_url, render_template
+from featx.reports.page import Facts, render_template
 
 _DOUBT = {None: "", "unsure": "The model is not sure.", "unknown": "The model does not know such photos."}
 
@@ -50,11 +50,7 @@ def render_explanations(
 def _photo(name: str, answer: Answer, explanation: Explanation, picture: NDArray[np.uint8] | str) -> dict[str, Any]:
     label, other = explanation.ranked[:2]
     classes = [explanation.class_names[place] for place in (label, other)]
-    shown = (
-        []
-        if isinstance(picture, str)
-        else [data_url(encode(each, form="JPEG")) for each in panels(picture, explanation)]
-    )
+    shown = [] if isinstance(picture, str) else [encode(each, form="JPEG") for each in panels(picture, explanation)]
     captions = ["the photo", *(f"evidence for {each}" for each in classes)]
     score = f"{100 * answer.score:.1f} %" if answer.score_kind == "probability" else f"ahead by {answer.score:.3g}"
     return {

@@ -39,16 +39,13 @@ def heat(explanation: Explanation, place: int, width: int, height: int) -> NDArr
     """
     x, y = (np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height
     total, seen = np.zeros((height, width)), np.zeros((height, width), bool)
-    areas = []
     for part in explanation.parts:
         left, top, right, bottom = part.box
         across, down = (x - left) / (right - left), (y - top) / (bottom - top)
         inside = np.outer((down >= 0) & (down <= 1), (across >= 0) & (across <= 1))
         grid = part.evidence[place]
         values = _weights(down, grid.shape[0]) @ grid @ _weights(across, grid.shape[1]).T
-        area = (right - left) * (bottom - top)
-        areas.append(area)
-        total += np.where(inside, values / area, 0.0)
+        total += np.where(inside, values / ((right - left) * (bottom - top)), 0.0)
         seen |= inside
     return np.where(seen, total * seen.mean(), np.nan)
 

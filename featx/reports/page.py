@@ -109,4 +109,4 @@ class Images:
     def card(self, row: int, **about: Any) -> dict[str, Any]:
         """What a card of the page shows: the image's name, its picture if it is at hand, and ``about``."""
         found = self.thumbnail(row) if self.thumbnail else None
-        return {"name": self.name(row), "picture": data_url(found) if found else None, **about}
+        return {"name": self.name(row), "picture": found, **about}

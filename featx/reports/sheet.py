@@ -106,22 +106,22 @@ def write_sheet(path: Path, *, title: str, facts: Iterable[str], sections: Seque
     return sum(not isinstance(found, bytes) for found in pictures.values())
 
 
+def _card(features: FeatureSet, find: Finder, row: int, text: str, *, mark: bool = False) -> Card:
+    """The card of an image of a store."""
+    name = str(features.ids[row])
+    return Card(name, find(name), text, mark, features.digests[row].tobytes())
+
+
 def search_sheet(path: Path, store: Path, find: Finder, features: FeatureSet, found: Found) -> int:
     """The sheet of ``featx search``: each query with its matches. Arguments and result are those of the above."""
     sections = []
     for name, origin, matches in found:
         if isinstance(origin, int):
-            query = Card(name, find(name), "the query", True, features.digests[origin].tobytes())
+            query = _card(features, find, origin, "the query", mark=True)
         else:
             query = Card(name, origin, "the query", True)
         cards = [
-            Card(
-                match.id,
-                find(match.id),
-                f"{match.label or 'unlabelled'}, {match.score:.3f}",
-                digest=features.digests[match.row].tobytes(),
-            )
-            for match in matches
+            _card(features, find, match.row, f"{match.label or 'unlabelled'}, {match.score:.3f}") for match in matches
         ]
         sections.append(Section(name, [query, *cards]))
     facts = [
@@ -139,10 +139,8 @@ def duplicate_sheet(
     for number, group in enumerate(groups[:MAX_GROUPS], 1):
         cards = []
         for place, row in enumerate(group.rows):
-            name, split = str(features.ids[row]), str(features.splits[row])
-            said = [label_of(features, row) or "unlabelled", split, group.likeness(place)]
-            digest = features.digests[row].tobytes()
-            cards.append(Card(name, find(name), ", ".join(filter(None, said)), digest=digest))
+            said = [label_of(features, row) or "unlabelled", str(features.splits[row]), group.likeness(place)]
+            cards.append(_card(features, find, row, ", ".join(filter(None, said))))
         warnings = ["On both sides of a split."] if group.across_splits else []
         warnings += ["Labels differ."] if group.conflicting else []
         sections.append(Section(group.title(number), cards, " ".join(warnings)))
@@ -170,14 +168,12 @@ def label_sheet(path: Path, store: Path, find: Finder, features: FeatureSet, ran
     names = ranking.class_names
     doubtful = np.flatnonzero(ranking.doubtful).tolist()
     cards = [
-        Card(
-            str(ranking.ids[i]),
-            find(str(ranking.ids[i])),
+        _card(
+            features, find, ranking.rows[i],
             f"{names[ranking.labels[i]]} \u2192 {names[ranking.suggested[i]]} ({100 * ranking.confidence[i]:.0f} %)",
-            digest=features.digests[ranking.rows[i]].tobytes(),
         )
         for i in doubtful[:MAX_GROUPS]
-    ]
+    ]  # fmt: skip
     facts = [
         f"{len(doubtful)} of {plural(len(ranking), 'label')} may be wrong. The arrow points from the present label to "
         f"the one suggested by models that have not seen the image. {MISSED}",

@@ -27,7 +27,7 @@ from featx.errors import StoreError, UsageError, plural
 from featx.evaluation import BRACKETS, Forecast, HeadResult, Interval, Shots, SweepResult, limits, percent, shown_gap
 from featx.reports.chart import Series, accuracy_chart
 from featx.reports.heat import LEGEND
-from featx.reports.page import Evidence, Facts, Images, Thumbnail, data_url, render_template
+from featx.reports.page import Evidence, Facts, Images, Thumbnail, render_template
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,17 +60,17 @@ def rival(result: SweepResult) -> str | None:
     return next((each.head for each in ranked(result, result.shots[-1]) if each.head != result.winner), None)
 
 
+def _table(title: str, caption: str | None = None, *, narrow: bool = True) -> Table:
+    """A table without upright lines and, where it has to fit 80 columns, with one space for each."""
+    return Table(
+        title=title, caption=caption, caption_justify="left", box=box.HORIZONTALS, show_edge=False, pad_edge=False,
+        collapse_padding=narrow,
+    )  # fmt: skip
+
+
 def render_table(result: SweepResult) -> Table:
     """Ranked table: one section for each n_shots, 95 % intervals, ``=`` where the best is not better for sure."""
-    table = Table(
-        title=_counts(result),
-        caption="= no clear difference from the best. ECE: confidence against accuracy, points.",
-        caption_justify="left",
-        box=box.HORIZONTALS,  # without upright lines, and one space for each: it has to fit 80 columns
-        show_edge=False,
-        pad_edge=False,
-        collapse_padding=True,
-    )
+    table = _table(_counts(result), "= no clear difference from the best. ECE: confidence against accuracy, points.")
     table.add_column("shots", no_wrap=True)
     table.add_column("head", no_wrap=not any("@" in head for head in result.heads))
     table.add_column("", no_wrap=True)
@@ -96,10 +96,7 @@ def render_table(result: SweepResult) -> Table:
 def render_provisional(result: SweepResult) -> Table:
     """Heads by their mean accuracy so far, one column for each n_shots: few lines, to be drawn again and again."""
     of = "" if result.sites is None else f"photos of a new {result.group_name}, "
-    table = Table(
-        title=f"{of}provisional: {len(result.queries)} of {plural(result.planned, 'draw')}, accuracy, %",
-        box=box.HORIZONTALS, show_edge=False, pad_edge=False, collapse_padding=True,
-    )  # fmt: skip
+    table = _table(f"{of}provisional: {len(result.queries)} of {plural(result.planned, 'draw')}, accuracy, %")
     table.add_column("per class", no_wrap=True)
     for n_shots in result.shots:
         table.add_column(str(n_shots), justify="right", no_wrap=True)
@@ -115,14 +112,8 @@ def render_features(result: SweepResult) -> Table | None:
     rows = feature_rows(result)
     if len(rows) < 2:
         return None
-    table = Table(
-        title=f"features, with {rows[0].head.partition('@')[0]}: accuracy, %",
-        caption="= no clear difference from the best.",
-        caption_justify="left",
-        box=box.HORIZONTALS,
-        show_edge=False,
-        pad_edge=False,
-    )
+    title = f"features, with {rows[0].head.partition('@')[0]}: accuracy, %"
+    table = _table(title, "= no clear difference from the best.", narrow=False)
     table.add_column("features", overflow="fold")
     for n_shots in result.shots:
         table.add_column(f"{n_shots}" if n_shots == "all" else f"{n_shots} per class", justify="right", no_wrap=True)
@@ -244,11 +235,10 @@ def across_rows(result: SweepResult, across: Across) -> list[tuple[Shots, str, I
 def render_across(result: SweepResult, across: Across) -> Table:
     """Both comparisons side by side."""
     name = across[0].group_name
-    table = Table(
-        title=f"new photos, and photos of a new {name}: accuracy, %",
-        caption=f"Intervals on the right are over {plural(2, name).partition(' ')[2]}, not over photos.",
-        caption_justify="left", box=box.HORIZONTALS, show_edge=False, pad_edge=False, collapse_padding=True,
-    )  # fmt: skip
+    table = _table(
+        f"new photos, and photos of a new {name}: accuracy, %",
+        f"Intervals on the right are over {plural(2, name).partition(' ')[2]}, not over photos.",
+    )
     table.add_column("shots", no_wrap=True)
     table.add_column("head", overflow="fold")
     for column in ("new photos", "95 % interval", f"new {name}", "95 % interval"):
@@ -462,11 +452,11 @@ def render_page(
         across=None if across is None else _across(result, across),
         suspects=_suspects(found, images, why),
         legend=LEGEND if why else "",
-        confused=[images.card(row, label=label, named=named, why=_url(why.get(row))) for row, label, named in confused],
+        confused=[images.card(row, label=label, named=named, why=why.get(row)) for row, label, named in confused],
         unexplained=evidence is not None and not why,
         curves=_curves(result),
         ranking=[
-            {"title": _capital(images_per_class(n) + classes_among(result, n)), "rows": ranked(result, n)}
+            {"title": (images_per_class(n) + classes_among(result, n)).capitalize(), "rows": ranked(result, n)}
             for n in result.shots[::-1]
         ],
         winner=result.winner,
@@ -476,10 +466,6 @@ def render_page(
         duplicates=_duplicates(result, images),
         facts=Facts.of(facts),
     )
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def _curves(result: SweepResult) -> dict[str, Any]:
@@ -579,17 +565,13 @@ def _doubtful(labels: LabelRanking | None) -> list[tuple[int, str, str, float]]:
     ]
 
 
-def _url(picture: bytes | None) -> str | None:
-    return None if picture is None else data_url(picture)
-
-
 def _suspects(
     found: Sequence[tuple[int, str, str, float]], images: Images, why: Mapping[int, bytes]
 ) -> dict[str, Any] | None:
     if not found:
         return None
     cards = [
-        images.card(row, label=label, suggested=suggested, confidence=f"{100 * confidence:.0f}", why=_url(why.get(row)))
+        images.card(row, label=label, suggested=suggested, confidence=f"{100 * confidence:.0f}", why=why.get(row))
         for row, label, suggested, confidence in found[:_MOST_SUSPECTS]
     ]
     return {

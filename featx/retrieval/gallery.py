@@ -100,6 +100,7 @@ class _Saved:
     def open(self, method: Method) -> GalleryIndex:
         """The gallery with the saved index, brought up to date; or with a new one."""
         record = self._read()
+        gallery: GalleryIndex | None = None
         while record is not None:
             try:
                 gallery = self._reopen(record)
@@ -109,8 +110,6 @@ class _Saved:
                 if newer == record:
                     raise
                 record = newer  # another process replaced the index between two steps of the reading
-        else:
-            gallery = None
         if gallery is not None:
             gallery.method = method
             return gallery
@@ -248,7 +247,7 @@ def match_rows(saved: NDArray[np.uint8], current: NDArray[np.uint8]) -> tuple[Ro
     new : the current rows that were not saved, ascending.
     """
     keys = np.concatenate([digest_keys(saved), digest_keys(current)])
-    content = np.unique(keys, return_inverse=True)[1].reshape(-1)
+    content = np.unique(keys, return_inverse=True)[1]
     old, now = content[: len(saved)], content[len(saved) :]
     width = max(len(saved), len(current)) + 1
     old, now = old * width + _occurrence(old), now * width + _occurrence(now)

@@ -12,7 +12,7 @@ queries, and are counted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from featx.errors import UsageError
 from featx.evaluation import Interval, unseen_share
-from featx.retrieval.postprocess import Postprocess, expand_queries, unit_rows
+from featx.heads import unit_rows
+from featx.retrieval.postprocess import Postprocess, expand_queries
 
 KS = (1, 5, 10)
 N_BOOT = 2000
@@ -140,13 +141,15 @@ def evaluate_retrieval(
     rows = Postprocess(center=center, whiten=whiten).fit(embeddings).transform(embeddings)
     target = np.asarray(labels, dtype=np.int64)
     given = np.arange(len(rows)) if groups is None else np.asarray(groups)
-    copies = np.unique(given, return_inverse=True)[1].reshape(-1)
-    queries, lonely = _queries(target, copies)
+    copies = np.unique(given, return_inverse=True)[1]
+    labelled = np.flatnonzero(target >= 0)
+    relevant = _relevant(target, copies, labelled)
+    queries, lonely = labelled[relevant > 0], int((relevant == 0).sum())
     if not len(queries):
         raise UsageError(
             "nothing to evaluate",
             expected="at least one class with two different images",
-            found=f"{int((target >= 0).sum())} labelled images",
+            found=f"{len(labelled)} labelled images",
         )
     total = len(queries)
     if max_queries is not None and total > max_queries:
@@ -170,13 +173,6 @@ def evaluate_retrieval(
         queries_with_copies=int((sizes[group] > 1).sum()),
         options={"center": center, "whiten": whiten, "expand": expand},
     )
-
-
-def _queries(labels: NDArray[np.int64], copies: NDArray[np.intp]) -> tuple[NDArray[np.intp], int]:
-    """Labelled rows that have something to find, and the number of those that have not."""
-    labelled = np.flatnonzero(labels >= 0)
-    findable = _relevant(labels, copies, labelled) > 0
-    return labelled[findable], int((~findable).sum())
 
 
 def _relevant(labels: NDArray[np.int64], copies: NDArray[np.intp], queries: NDArray[np.intp]) -> NDArray[np.intp]:
@@ -264,18 +260,15 @@ def _scores(table: Floats, groups: NDArray[np.intp], ks: Sequence[int], random_s
 
 def _bootstrap(table: Floats, groups: NDArray[np.intp], random_state: int) -> tuple[Floats, Floats]:
     """95 % limits of the column means by the percentile bootstrap (Efron, 1979); copies are drawn together."""
-    dense = np.unique(groups, return_inverse=True)[1].reshape(-1)
+    dense = np.unique(groups, return_inverse=True)[1]
     counts = np.bincount(dense).astype(np.float64)
     sums = np.stack([np.bincount(dense, weights=column) for column in table.T], axis=1)
     random = np.random.default_rng(random_state)
     draws = np.empty((N_BOOT, table.shape[1]))
-    for i in _blocks(N_BOOT, max(1, _BLOCK_SCORES // len(counts))):
-        times = random.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=len(i))
-        draws[i] = (times @ sums) / (times @ counts)[:, None]
+    step = max(1, _BLOCK_SCORES // len(counts))
+    for start in range(0, N_BOOT, step):
+        size = min(step, N_BOOT - start)
+        times = random.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=size)
+        draws[start : start + size] = (times @ sums) / (times @ counts)[:, None]
     low, high = np.quantile(draws, [0.025, 0.975], axis=0)
     return low, high
-
-
-def _blocks(total: int, size: int) -> Iterator[NDArray[np.intp]]:
-    for start in range(0, total, size):
-        yield np.arange(start, min(start + size, total))

@@ -17,8 +17,8 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator
 
 from featx.errors import UsageError
+from featx.heads import unit_rows
 from featx.retrieval import faiss as ann
-from featx.retrieval.postprocess import unit_rows
 
 Floats: TypeAlias = NDArray[np.float32]
 Rows: TypeAlias = NDArray[np.int64]
@@ -109,7 +109,7 @@ class GalleryIndex(BaseEstimator):  # type: ignore[misc]
             self._ann.add(self.unit_rows, np.arange(before, self.n_rows_))
             if self._ann_rows is not None:
                 self._ann_rows = np.concatenate([self._ann_rows, np.arange(before, self.n_rows_)])
-            self._calibrate()
+            self.calibrate()
         elif self._wants_approximate():
             self._build()
         return self
@@ -161,13 +161,9 @@ class GalleryIndex(BaseEstimator):  # type: ignore[misc]
         )
         index.add(self.unit_rows, np.arange(self.n_rows_))
         self._ann, self._ann_rows = index, None
-        self._calibrate()
+        self.calibrate()
 
     def calibrate(self) -> None:
-        """Measure the approximate index again, after rows were added to it or lost."""
-        self._calibrate()
-
-    def _calibrate(self) -> None:
         """Read the fewest lists, and rank the fewest candidates, that reach the recall on rows of the gallery.
 
         Each of the rows is left out of its own neighbours, so that it stands for an image that is not in the gallery.

@@ -7,6 +7,7 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, TransformerMixin
 
 from featx.errors import UsageError
+from featx.heads import unit_rows
 
 EXPANSION_POWER = 3.0
 """Neighbours enter an expanded query by the third power of their cosine (Radenović et al., 2018)."""
@@ -94,11 +95,3 @@ def expand_queries(queries: ArrayLike, scores: ArrayLike, neighbours: ArrayLike)
     rows = np.asarray(neighbours, dtype=np.float64)
     flat = unit_rows(rows.reshape(-1, rows.shape[-1])).reshape(rows.shape)
     return unit_rows(unit_rows(queries) + np.einsum("qm,qmd->qd", weights, flat)).astype(np.float32)
-
-
-def unit_rows(X: ArrayLike) -> NDArray[np.float64]:
-    """Rows (n, d) scaled to length 1; rows of zeros stay zeros."""
-    rows = np.asarray(X, dtype=np.float64)
-    lengths = np.sqrt((rows * rows).sum(axis=1, keepdims=True))
-    unit: NDArray[np.float64] = np.divide(rows, lengths, out=np.zeros_like(rows), where=lengths > 0)
-    return unit

@@ -14,7 +14,7 @@ from featx._arrays import NEAR
 from featx.errors import UsageError, did_you_mean, plural
 from featx.evaluation import find_duplicates
 from featx.retrieval.gallery import Say, open_gallery
-from featx.retrieval.neighbours import GalleryIndex, Method, Rows
+from featx.retrieval.neighbours import GalleryIndex, Method
 from featx.retrieval.postprocess import Postprocess, expand_queries
 from featx.store import Alike, FeatureSet, digest_keys, read_features
 
@@ -50,7 +50,6 @@ class ImageSearch:
         self, features: FeatureSet, index: GalleryIndex, *, postprocess: Postprocess | None = None, expand: int = 0
     ) -> None:
         self.features, self.index, self.postprocess, self.expand = features, index, postprocess, expand
-        self._sorted: tuple[NDArray[np.bytes_], Rows] | None = None
 
     @classmethod
     def open(
@@ -118,15 +117,8 @@ class ImageSearch:
 
     def row_of_content(self, digest: bytes) -> int | None:
         """The first row whose image file has this sha256, or None."""
-        if self._sorted is None:
-            keys = digest_keys(self.features.digests)
-            order = np.argsort(keys, kind="stable")
-            self._sorted = keys[order], order
-        keys, order = self._sorted
-        at = int(np.searchsorted(keys, np.array([digest], dtype="S32"))[0])
-        if at < len(keys) and self.features.digests[order[at]].tobytes() == digest:
-            return int(order[at])
-        return None
+        found = np.flatnonzero((self.features.digests == np.frombuffer(digest, np.uint8)).all(axis=1))
+        return int(found[0]) if len(found) else None
 
     def no_such_image(self, name: str) -> UsageError:
         """The error for a query that is neither a file nor an id."""
@@ -173,7 +165,7 @@ def duplicate_groups(features: FeatureSet, *, by: Alike = NEAR) -> list[Duplicat
     ----------
     by : what makes near duplicates: ``features.near_copies``, a cosine from which on, or None for exact ones only.
     """
-    contents = np.unique(digest_keys(features.digests), return_inverse=True)[1].reshape(-1)
+    contents = np.unique(digest_keys(features.digests), return_inverse=True)[1]
     found = find_duplicates(features.embeddings, contents, by=by)
     sizes = np.bincount(found.groups, minlength=1)
     order = np.argsort(found.groups, kind="stable")

@@ -209,22 +209,21 @@ class Stopped(Exception):
     pass
 
 
-def wanted_of(features: FeatureSet, images: ImageSet, backbone: Backbone) -> tuple[Wanted, Trunk]:
+def wanted_of(features: FeatureSet, images: ImageSet, backbone: Backbone) -> Wanted:
     halves = cut_network(backbone, 1)
     trunk = Trunk.of(backbone, halves)
-    wanted = Wanted(
+    return Wanted(
         ids=features.ids.tolist(), origins=[ref.path for ref in images.refs], digests=features.digests,
         preprocess=backbone.preprocess, decode="full", shape=halves.tail.shape, provenance=trunk.provenance(),
+        engine=make_engine(trunk, engine="torch", device="cpu", precision="fp32", batch_size=4),
     )  # fmt: skip
-    return wanted, trunk
 
 
 def test_activations_go_on_where_they_stopped(
     features: FeatureSet, images: ImageSet, backbone: Backbone, tmp_path: Path
 ) -> None:
-    wanted, trunk = wanted_of(features, images, backbone)
-    engine = make_engine(trunk, engine="torch", device="cpu", precision="fp32", batch_size=4)
-    with activations(tmp_path / "a", wanted, engine) as found:
+    wanted = wanted_of(features, images, backbone)
+    with activations(tmp_path / "a", wanted) as found:
         expected = np.array(found)
     assert not (tmp_path / "a").exists()
 
@@ -232,12 +231,12 @@ def test_activations_go_on_where_they_stopped(
         if done >= 12:
             raise Stopped
 
-    with pytest.raises(Stopped), activations(tmp_path / "a", wanted, engine, progress=stop):
+    with pytest.raises(Stopped), activations(tmp_path / "a", wanted, progress=stop):
         pass
     (file,) = (tmp_path / "a").glob("*.act")
     assert 12 * expected[0].nbytes <= file.stat().st_size < expected.nbytes
     seen: list[int] = []
-    with activations(tmp_path / "a", wanted, engine, progress=lambda done, total: seen.append(done)) as found:
+    with activations(tmp_path / "a", wanted, progress=lambda done, total: seen.append(done)) as found:
         np.testing.assert_array_equal(found, expected)
     assert seen[0] >= 12
 
@@ -245,25 +244,23 @@ def test_activations_go_on_where_they_stopped(
 def test_altered_activations_are_made_again(
     features: FeatureSet, images: ImageSet, backbone: Backbone, tmp_path: Path
 ) -> None:
-    wanted, trunk = wanted_of(features, images, backbone)
-    engine = make_engine(trunk, engine="torch", device="cpu", precision="fp32")
-    with pytest.raises(Stopped), activations(tmp_path / "a", wanted, engine) as found:
+    wanted = wanted_of(features, images, backbone)
+    with pytest.raises(Stopped), activations(tmp_path / "a", wanted) as found:
         expected = np.array(found)
         raise Stopped
     (file,) = (tmp_path / "a").glob("*.act")
     data = bytearray(file.read_bytes())
     data[1000] ^= 1
     file.write_bytes(data)
-    with activations(tmp_path / "a", wanted, engine) as found:
+    with activations(tmp_path / "a", wanted) as found:
         np.testing.assert_array_equal(found, expected)
 
 
 def test_activations_have_a_bound(features: FeatureSet, images: ImageSet, backbone: Backbone, tmp_path: Path) -> None:
-    wanted, trunk = wanted_of(features, images, backbone)
-    engine = make_engine(trunk, engine="torch", device="cpu", precision="fp32")
+    wanted = wanted_of(features, images, backbone)
     with (
         pytest.raises(UsageError, match=r"too much of the disk: expected at most 1e-06 GiB, .*--max-cache"),
-        activations(tmp_path / "a", wanted, engine, max_gib=1e-6),
+        activations(tmp_path / "a", wanted, max_gib=1e-6),
     ):
         pass
     assert not (tmp_path / "a").exists()

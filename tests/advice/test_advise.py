@@ -123,7 +123,7 @@ def test_the_learning_curve_judges_the_same_images_at_every_number(advice: Advic
         shots=(1, 20), episodes=4, n_jobs=1,
     )  # fmt: skip
     trials = Trials(found.labels, REFERENCE)
-    trials.add(found, lambda name: "head")
+    trials.add(found, "head")
     hits = trials.hits(REFERENCE, (1, 20))
     for episode in range(4):
         _, query = KShotSplit(20).episode(found.labels, np.arange(90), episode)
@@ -133,7 +133,7 @@ def test_the_learning_curve_judges_the_same_images_at_every_number(advice: Advic
             right = trial.predictions == found.labels[trials.queries[n_shots, episode]]
             assert np.array_equal(hits[episode, i, query], right[np.isin(trials.queries[n_shots, episode], query)])
     with pytest.raises(RuntimeError, match="same draws"):
-        trials.add(replace(found, queries={**found.queries, (1, 0): np.arange(3)}), lambda name: "head")
+        trials.add(replace(found, queries={**found.queries, (1, 0): np.arange(3)}), "head")
 
 
 @pytest.mark.parametrize(

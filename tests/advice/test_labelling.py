@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from featx.advice.labelling import choose_next, next_batch, plan_simulation, rank_unlabelled, simulate
+from featx.advice.labelling import choose_next, plan_simulation, rank_unlabelled, simulate
 from featx.errors import UsageError
 from featx.evaluation.splits import KShotSplit
 from featx.heads.catalogue import HEADS
@@ -104,5 +104,3 @@ def test_ranking_a_pool_is_choosing_by_the_heads_own_margins() -> None:
     assert margin.shape == named.shape == (6,)
     few, _, _ = rank_unlabelled(rows[support], labels[support], np.arange(len(support)), rows[pool][:4], 6)
     assert sorted(few.tolist()) == [0, 1, 2, 3]
-    assert next_batch(2) == 10
-    assert next_batch(30) == 60

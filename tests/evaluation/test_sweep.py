@@ -12,10 +12,8 @@ from typing import Any
 import joblib
 import numpy as np
 import pytest
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 from sklearn.model_selection import GridSearchCV, PredefinedSplit
-from sklearn.svm import LinearSVC
 from sweepkit import blobs
 
 from featx.errors import UsageError
@@ -27,7 +25,7 @@ from featx.heads.folds import fold_numbers
 from featx.heads.layers import Layers
 from featx.heads.normalise import Normalise
 from featx.heads.scorer import softmax
-from featx.heads.selection import choose, out_of_fold_losses, search_penalty
+from featx.heads.selection import Views, _Validation, choose
 from featx.heads.solvers.rows import temperature
 from featx.reports.sweep import conclusion, feature_rows, features_sentence, render_page, worth_sentence
 
@@ -291,7 +289,7 @@ def test_out_of_fold_losses_are_those_of_pipelines_fitted_fold_by_fold(name: str
     head: Head = HEADS[name]
     folds = fold_numbers(labels, np.arange(len(labels)), 4, 0)
     values = head.values[:3] or (0.0,)
-    losses, converged = out_of_fold_losses(head, "l2", rows, labels, folds, values)
+    losses, converged = _Validation(head, Views(rows), labels, folds).losses("l2", values)
     assert converged
     for i, value in enumerate(values):
         params: dict[str, Any] = {head.parameter: value} if head.parameter else {}
@@ -346,25 +344,6 @@ def test_the_choice_does_not_see_the_query(monkeypatch: pytest.MonkeyPatch) -> N
             if a.episode == episode:
                 assert (a.params, a.selection_score) == (b.params, b.selection_score)
         assert len(support) == 10
-
-
-@pytest.mark.parametrize(("loss", "plain"), [("softmax", LogisticRegression), ("squared_hinge", LinearSVC)])
-@pytest.mark.parametrize("n_classes", [2, 3])
-def test_search_penalty_is_grid_search(loss: Any, plain: Any, n_classes: int) -> None:
-    rows, labels, _ = blobs([15] * n_classes, gap=0.3)
-    folds, cs = fold_numbers(labels, np.arange(len(labels)), 5, 0), [1e-3, 1e-2, 1e-1, 1.0]
-    ours = search_penalty(loss, rows, labels, folds, cs)
-    model = plain(tol=1e-8, max_iter=50_000)
-    theirs = GridSearchCV(model, {"C": cs}, cv=PredefinedSplit(folds)).fit(rows.astype(np.float64), labels)
-    np.testing.assert_allclose(ours.accuracies, theirs.cv_results_["mean_test_score"], atol=1e-9)
-    assert cs[ours.best] == theirs.best_params_["C"]
-    assert ours.converged
-    scores = rows @ ours.coef.T + ours.intercept
-    if loss == "softmax":
-        np.testing.assert_allclose(softmax(scores), theirs.predict_proba(rows.astype(np.float64)), atol=1e-4)
-    else:
-        expected = theirs.decision_function(rows.astype(np.float64)).reshape(scores.shape)
-        np.testing.assert_allclose(scores, expected, atol=1e-4)
 
 
 def test_an_interrupted_sweep_resumes_from_its_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

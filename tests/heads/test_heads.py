@@ -75,11 +75,13 @@ def test_default_and_grid_of_every_member_can_be_built(name: str) -> None:
     assert set(head.kinds) == set(KINDS)
     params = head.build(**head.default).get_params()
     fresh = head.build().get_params()
-    for key, values in head.grid.items():
+    grid: dict[str, Any] = {"normalise__kind": head.kinds}
+    grid |= {f"classify__{head.parameter}": head.values} if head.parameter else {}
+    for key, values in grid.items():
         assert params[key] == fresh[key]
         assert fresh[key] in values
     rows, labels = blobs(3, 20)
-    small = {key: values[:2] for key, values in head.grid.items()}
+    small = {key: values[:2] for key, values in grid.items()}
     assert GridSearchCV(head.build(), small, cv=2).fit(rows, labels).best_score_ > 0.6
 
 

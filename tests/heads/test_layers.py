@@ -22,7 +22,7 @@ from featx.heads.folds import fold_numbers
 from featx.heads.layers import SHARES, Layers, read_layers
 from featx.heads.normalise import Normalise
 from featx.heads.scorer import Scorer, blocks_kind, blocks_of, is_kind
-from featx.heads.selection import Views, choose, out_of_fold_losses
+from featx.heads.selection import Views, _Validation, choose
 from featx.models.bundle import read_bundle
 from featx.models.export import to_pipeline
 from featx.models.predictor import open_embedder
@@ -165,9 +165,8 @@ def test_the_reference_layer_is_left_alone_where_it_makes_no_mistake() -> None:
     rows, labels = stacked(10, {"early": 6.0, "middle": 0.0, "penultimate": 3.0})
     groups = np.arange(len(labels))
     folds = fold_numbers(labels, groups, 5, 0)
-    reference, other = (
-        out_of_fold_losses(head, kind, rows, labels, folds, (1.0,))[0][0] for kind in (head.kinds[0], head.kinds[2])
-    )
+    validation = _Validation(head, Views(rows), labels, folds)
+    reference, other = (validation.losses(kind, (1.0,))[0][0] for kind in (head.kinds[0], head.kinds[2]))
     gain = reference - other
     assert gain.mean() > 2 * gain.std() / np.sqrt(len(gain))  # the loss alone would have it otherwise
     assert choose(head, rows, labels, groups, random_state=0).params["kind"] == head.kinds[0]

@@ -13,13 +13,10 @@ from sklearn.linear_model import LogisticRegression, Ridge as SkRidge
 from sklearn.svm import LinearSVC
 
 from featx.heads.solvers.rows import (
-    Loss,
     NewtonPath,
     RowSpace,
-    discriminant_path,
+    discriminant,
     hinge_duals,
-    newton_path,
-    ridge_coefficients,
     ridge_held_out,
     ridge_with_held_out,
     temperature,
@@ -43,22 +40,18 @@ def softmax(scores: Array) -> Array:
 
 
 @pytest.mark.parametrize("shape", [(12, 40), (40, 12), (20, 20)])
-@pytest.mark.parametrize("centre", [True, False])
-def test_row_space_keeps_every_inner_product(shape: tuple[int, int], centre: bool) -> None:
+def test_row_space_keeps_every_inner_product(shape: tuple[int, int]) -> None:
     rows = np.random.default_rng(1).normal(size=shape) + 3.0
-    space = RowSpace(rows, centre=centre)
-    centred = rows - rows.mean(axis=0) if centre else rows
-    assert space.basis.shape[1] == np.linalg.matrix_rank(centred)
-    np.testing.assert_allclose(space.basis.T @ space.basis, np.eye(space.basis.shape[1]), atol=1e-9)
+    space, centred = RowSpace(rows), rows - rows.mean(axis=0)
+    assert space.coordinates.shape[1] == np.linalg.matrix_rank(centred)
     np.testing.assert_allclose(space.coordinates @ space.coordinates.T, centred @ centred.T, atol=1e-9)
-    np.testing.assert_allclose(space.project(rows), space.coordinates, atol=1e-9)
     gram = space.coordinates.T @ space.coordinates
     np.testing.assert_allclose(gram, np.diag(np.diag(gram)), atol=1e-8)
     assert (np.diff(np.diag(gram)) <= 1e-9).all()
 
 
 def test_row_space_of_equal_rows_is_empty() -> None:
-    assert RowSpace(np.ones((4, 6))).basis.shape == (6, 0)
+    assert RowSpace(np.ones((4, 6))).coordinates.shape == (4, 0)
 
 
 @pytest.mark.parametrize("n_classes", [2, 3, 7])
@@ -67,13 +60,12 @@ def test_logistic_path_equals_logistic_regression(n_classes: int, d: int) -> Non
     rows, labels = blobs(n_classes, 8, d, spread=0.4)
     other = blobs(n_classes, 20, d, seed=1, spread=0.4)[0]
     space = RowSpace(rows)
-    cs = [1e-3, 0.1, 10.0]
-    path = newton_path(
-        space.coordinates, labels, n_classes, np.ones((1, len(rows))), [np.array([c]) for c in cs], loss="softmax"
-    )
-    for c, point in zip(cs, path, strict=True):
+    path = NewtonPath(space.coordinates, labels, n_classes, np.ones((1, len(rows))), loss="softmax")
+    for c in (1e-3, 0.1, 10.0):
+        point = path.solve(np.array([c]))
         plain = LogisticRegression(C=c, tol=1e-10, max_iter=20_000).fit(rows, labels)
-        ours = softmax(space.project(other) @ point.coef[0] + point.intercept[0])
+        coef, intercept = space.coefficients(point.coef[0], point.intercept[0])
+        ours = softmax(other @ coef.T + intercept)
         assert point.converged.all()
         np.testing.assert_allclose(ours, plain.predict_proba(other), atol=2e-5)
 
@@ -83,7 +75,7 @@ def test_folds_as_weights_equal_fits_of_each_fold() -> None:
     folds = np.tile(np.arange(5), 6)
     weights = np.stack([(folds != f).astype(float) for f in range(5)])
     space = RowSpace(rows)
-    point = next(newton_path(space.coordinates, labels, 3, weights, [np.full(5, 0.5)], loss="softmax"))
+    point = NewtonPath(space.coordinates, labels, 3, weights, loss="softmax").solve(np.full(5, 0.5))
     for f in range(5):
         plain = LogisticRegression(C=0.5, tol=1e-10, max_iter=20_000).fit(rows[folds != f], labels[folds != f])
         ours = softmax(space.coordinates @ point.coef[f] + point.intercept[f])
@@ -94,21 +86,14 @@ def test_folds_as_weights_equal_fits_of_each_fold() -> None:
 def test_squared_hinge_path_equals_linear_svc(n_classes: int) -> None:
     rows, labels = blobs(n_classes, 9, 40, spread=0.3)
     other = blobs(n_classes, 20, 40, seed=1, spread=0.3)[0]
-    with_one = np.hstack([rows, np.ones((len(rows), 1))])
-    space = RowSpace(with_one, centre=False)
-    cs = [1e-3, 0.1, 10.0]
-    path = newton_path(
-        space.coordinates,
-        labels,
-        n_classes,
-        np.ones((1, len(rows))),
-        [np.array([c]) for c in cs],
-        loss="squared_hinge",
-        fit_intercept=False,
-    )
-    for c, point in zip(cs, path, strict=True):
-        plain = LinearSVC(C=c, tol=1e-10, max_iter=200_000).fit(rows, labels).decision_function(other)
-        ours = space.project(np.hstack([other, np.ones((len(other), 1))])) @ point.coef[0]
+    space = RowSpace(rows)
+    path = NewtonPath(space.lifted, labels, n_classes, np.ones((1, len(rows))), loss="squared_hinge")
+    for c in (1e-3, 0.1, 10.0):
+        point = path.solve(np.array([c]))
+        model = LinearSVC(C=c, tol=1e-10, max_iter=200_000, intercept_scaling=space.constant)
+        plain = model.fit(rows, labels).decision_function(other)
+        coef, intercept = space.lifted_coefficients(point.coef[0])
+        ours = other @ coef.T + intercept
         np.testing.assert_allclose(ours.reshape(plain.shape), plain, atol=1e-5)
 
 
@@ -123,14 +108,13 @@ def test_hinge_by_products_equals_linear_svc_of_each_fold(n_classes: int, d: int
     weights = folds != np.arange(3)[:, None]
     start = None
     for c in (1e-3, 0.1, 10.0):
-        found = hinge_duals(products, targets, weights, np.full(3, c), start=start, tolerance=1e-10)
-        assert found.converged.all()
-        start = found.duals
+        start, converged = hinge_duals(products, targets, weights, np.full(3, c), start=start, tolerance=1e-10)
+        assert converged.all()
         for fold in range(3):
-            assert not found.duals[folds == fold, fold].any()
+            assert not start[folds == fold, fold].any()
             plain = LinearSVC(C=c, tol=1e-10, max_iter=200_000, intercept_scaling=space.constant)
             plain.fit(rows[folds != fold], labels[folds != fold])
-            coef, offset = space.dual_coefficients(found.duals[:, fold])
+            coef, offset = space.dual_coefficients(start[:, fold])
             np.testing.assert_allclose(coef, plain.coef_, atol=1e-5)
             np.testing.assert_allclose(offset, plain.intercept_, atol=1e-5)
 
@@ -138,46 +122,37 @@ def test_hinge_by_products_equals_linear_svc_of_each_fold(n_classes: int, d: int
 @pytest.mark.parametrize("d", [6, 60])
 def test_lifted_space_is_the_rows_and_a_constant(d: int) -> None:
     """With its inner products known or not, and for whatever is linear in it."""
-    rows, labels = blobs(3, 6, d)
-    targets, folds = np.where(labels[:, None] == np.arange(3), 1.0, -1.0), np.tile(np.arange(3), 6)
-    constant = np.sqrt((rows**2).sum() / len(rows))
-    design = np.hstack([rows, np.full((len(rows), 1), constant)])
-    plain = SkRidge(alpha=3.0, fit_intercept=False, solver="svd").fit(design, targets)
+    rows, _ = blobs(3, 6, d)
+    design = np.hstack([rows, np.full((len(rows), 1), np.sqrt((rows**2).sum() / len(rows)))])
     for space in (RowSpace(rows), RowSpace(rows, products=rows @ rows.T)):
         np.testing.assert_allclose(space.lifted @ space.lifted.T, design @ design.T, atol=1e-8)
         inner = np.random.default_rng(0).normal(size=(space.lifted.shape[1], 2))
         coef, offset = space.lifted_coefficients(inner)
         np.testing.assert_allclose(rows @ coef.T + offset, space.lifted @ inner, atol=1e-8)
-        coef, offset = ridge_coefficients(space, targets, 3.0, fit_intercept=False)
+
+
+@pytest.mark.parametrize("d", [3, 6, 60])  # folds of six rows: more than there are directions, as many, fewer
+@pytest.mark.parametrize("known", ["rows", "products", "coordinates"])
+def test_ridge_equals_ridge_and_its_held_out_predictions(d: int, known: str) -> None:
+    rows, labels = blobs(3, 6, d)
+    targets, folds = np.where(labels[:, None] == np.arange(3), 1.0, -1.0), np.tile(np.arange(3), 6)
+    space = RowSpace(rows, products=rows @ rows.T if known == "products" else None)
+    if known == "coordinates":
+        assert len(space.coordinates) == len(rows)
+    constant = np.sqrt((rows**2).sum() / len(rows))
+    design = np.hstack([rows, np.full((len(rows), 1), constant)])
+    for alpha in (0.1, 10.0):
+        plain = SkRidge(alpha=alpha, fit_intercept=False, solver="svd").fit(design, targets)
+        coef, offset, held_out = ridge_with_held_out(space, targets, alpha, folds)
         np.testing.assert_allclose(coef, plain.coef_[:, :-1], atol=1e-9)
         np.testing.assert_allclose(offset, plain.coef_[:, -1] * constant, atol=1e-9)
-        found = ridge_held_out(space, targets, 3.0, folds, fit_intercept=False)
+        np.testing.assert_array_equal(held_out, ridge_held_out(space, targets, alpha, folds))
         for fold in range(3):
             held = folds == fold
-            left = SkRidge(alpha=3.0, fit_intercept=False, solver="svd").fit(design[~held], targets[~held])
-            np.testing.assert_allclose(found[held], left.predict(design[held]), atol=1e-8)
-    for space in (RowSpace(rows), RowSpace(rows, products=rows @ rows.T)):  # not decomposed: both by one factor
-        coef, offset, again = ridge_with_held_out(space, targets, 3.0, folds)
-        np.testing.assert_allclose(coef, plain.coef_[:, :-1], atol=1e-9)
-        np.testing.assert_allclose(offset, plain.coef_[:, -1] * constant, atol=1e-9)
-        np.testing.assert_allclose(again, found, atol=1e-8)
-
-
-@pytest.mark.parametrize("loss", ["softmax", "squared_hinge"])
-def test_folds_that_wait_are_solved_as_all_at_once(loss: Loss) -> None:
-    rows, labels = blobs(3, 8, 30, spread=2.0)
-    z = RowSpace(rows).coordinates
-    weights = (np.arange(24) % 4 != np.arange(4)[:, None]).astype(np.float64)
-    whole, split = (NewtonPath(z, labels, 3, weights, loss=loss) for _ in range(2))
-    begun = split.solve(np.full(4, 0.5), first=2)
-    np.testing.assert_array_equal(begun.converged, [True, True])
-    for c in (0.5, 2.0):
-        once, later = whole.solve(np.full(4, c)), split.solve(np.full(4, c))
-        assert later.converged.shape == (4,)
-        assert once.converged.all()
-        assert later.converged.all()
-        np.testing.assert_allclose(later.coef, once.coef, atol=2e-5)
-        np.testing.assert_allclose(later.intercept, once.intercept, atol=2e-5)
+            left = SkRidge(alpha=alpha, fit_intercept=False, solver="svd").fit(design[~held], targets[~held])
+            np.testing.assert_allclose(held_out[held], left.predict(design[held]), atol=1e-8)
+        nothing = ridge_held_out(space, targets, alpha, np.zeros_like(folds))  # of no rows at all
+        np.testing.assert_allclose(nothing, 0.0, atol=1e-8)
 
 
 @settings(max_examples=25, deadline=None)
@@ -187,7 +162,7 @@ def test_no_step_from_the_solution_gains(seed: int, exponent: float, loss: str) 
     rows, labels = blobs(3, 4, 8, seed=seed, spread=0.5)
     space, c = RowSpace(rows), 10.0**exponent
     weights = np.ones((1, len(rows)))
-    point = next(newton_path(space.coordinates, labels, 3, weights, [np.array([c])], loss=loss))  # type: ignore[arg-type]
+    point = NewtonPath(space.coordinates, labels, 3, weights, loss=loss).solve(np.array([c]))  # type: ignore[arg-type]
     assert point.converged.all()
     target = labels[:, None] == np.arange(3)
 
@@ -205,48 +180,26 @@ def test_no_step_from_the_solution_gains(seed: int, exponent: float, loss: str) 
         step = rng.normal(size=point.coef[0].shape)
         step *= 1e-2 * np.linalg.norm(point.coef[0]) / np.linalg.norm(step)
         assert objective(point.coef[0] + step, point.intercept[0]) >= best - 1e-7
-        assert objective(point.coef[0], point.intercept[0] + 1e-2 * rng.normal(size=3)) >= best - 1e-7
-
-
-@pytest.mark.parametrize("d", [3, 6, 50])  # folds of six rows: more than there are directions, as many, fewer
-def test_ridge_equals_ridge_and_its_held_out_predictions(d: int) -> None:
-    rows, labels = blobs(3, 6, d)
-    targets = np.where(labels[:, None] == np.arange(3), 1.0, -1.0)
-    space, alphas = RowSpace(rows), [0.1, 10.0]
-    folds = np.tile(np.arange(3), 6)
-    for alpha in alphas:
-        plain = SkRidge(alpha=alpha, solver="svd").fit(rows, targets)
-        coef, offset = ridge_coefficients(space, targets, alpha)
-        np.testing.assert_allclose(coef, plain.coef_, atol=1e-9)
-        np.testing.assert_allclose(offset, plain.intercept_, atol=1e-9)
-        loo = ridge_held_out(space, targets, alpha)
-        blocks = ridge_held_out(space, targets, alpha, folds)
-        for fold in range(3):
-            held = folds == fold
-            left = SkRidge(alpha=alpha, solver="svd").fit(rows[~held], targets[~held]).predict(rows[held])
-            np.testing.assert_allclose(blocks[held], left, atol=1e-8)
-        for row in range(len(rows)):
-            rest = np.arange(len(rows)) != row
-            left = SkRidge(alpha=alpha, solver="svd").fit(rows[rest], targets[rest]).predict(rows[row : row + 1])[0]
-            np.testing.assert_allclose(loo[row], left, atol=1e-8)
+        if loss == "softmax":
+            assert objective(point.coef[0], point.intercept[0] + 1e-2 * rng.normal(size=3)) >= best - 1e-7
 
 
 @pytest.mark.parametrize("d", [6, 50])
 def test_discriminants_equal_linear_discriminant_analysis(d: int) -> None:
     rows, labels = blobs(4, 7, d, spread=0.5)
     other = blobs(4, 20, d, seed=1, spread=0.5)[0]
-    shrinkages = [0.1, 0.5, 1.0]
     decomposed = RowSpace(rows)
     assert len(decomposed.coordinates) == len(rows)
     for space in (RowSpace(rows), RowSpace(rows, products=rows @ rows.T), decomposed):
-        for shrinkage, (coef, offset) in zip(shrinkages, discriminant_path(space, labels, 4, shrinkages), strict=True):
+        for shrinkage in (0.1, 0.5, 1.0):
+            coef, offset = discriminant(space, labels, 4, shrinkage)
             plain = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage).fit(rows, labels)
             np.testing.assert_allclose(softmax(other @ coef.T + offset), plain.predict_proba(other), atol=1e-7)
 
 
 def test_discriminant_without_spread_is_the_nearest_centroid() -> None:
     rows, _ = blobs(5, 1, 30)
-    coef, offset = next(discriminant_path(RowSpace(rows), np.arange(5), 5, [0.5]))
+    coef, offset = discriminant(RowSpace(rows), np.arange(5), 5, 0.5)
     other = blobs(5, 30, 30, seed=3)[0]
     nearest = ((other[:, None] - rows[None]) ** 2).sum(axis=2).argmin(axis=1)
     np.testing.assert_array_equal((other @ coef.T + offset).argmax(axis=1), nearest)
@@ -256,8 +209,8 @@ def test_reaching_the_limit_is_reported(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("featx.heads.solvers.rows._MAX_NEWTON", 1)
     rows, labels = blobs(3, 8, 20)
     with warnings.catch_warnings():
-        path = newton_path(rows, labels, 3, np.ones((1, len(rows))), [np.array([100.0])], loss="softmax")
-        assert not next(path).converged.any()
+        path = NewtonPath(rows, labels, 3, np.ones((1, len(rows))), loss="softmax")
+        assert not path.solve(np.array([100.0])).converged.any()
 
 
 def test_temperature_recovers_the_one_that_made_the_labels_and_stays_finite() -> None:

@@ -115,7 +115,9 @@ def test_test_images_of_groups_that_were_learnt_from_are_left_out(tmp_path: Path
     assert (mixed.images, mixed.shared) == (160, 40)
     assert "40 images of it left out, as their groups were learnt from" in mixed.sentence
     assert clean.to_json().keys() | {"shared"} == mixed.to_json().keys()
-    assert clean.high - clean.low > 0.15  # over 20 bursts; over 160 photos it would be 0.15 at the most
+    assert (
+        clean.accuracy.high - clean.accuracy.low > 0.15
+    )  # over 20 bursts; over 160 photos it would be 0.15 at the most
     with pytest.raises(UsageError, match="is of a group that training images are of"):
         every_other = np.arange(len(rows[0])) % 2 == 0
         judge(features(rows, every_other), "test", HEADS["ridge"], tmp_path / "c.jsonl")

@@ -15,9 +15,10 @@ from sklearn.metrics.pairwise import cosine_similarity
 from sklearn.neighbors import NearestNeighbors
 
 from featx.errors import UsageError
+from featx.heads.scorer import unit_rows
 from featx.retrieval import neighbours as retrieval
 from featx.retrieval.neighbours import GalleryIndex
-from featx.retrieval.postprocess import Postprocess, expand_queries, unit_rows
+from featx.retrieval.postprocess import Postprocess, expand_queries
 
 
 def oracle(rows: Rows, queries: Rows, k: int, *, metric: str = "cosine") -> tuple[Rows, NDArray[np.intp]]:

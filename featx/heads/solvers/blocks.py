@@ -4,14 +4,13 @@
 
 50,000 rows of 1,280 features are 256 MB, and a solver that converts them to double, centres them or appends a column
 holds a gigabyte. Here centring and normalising are folded into the products, sums over rows are double, and
-what is kept for each row is a few numbers of each class. The path is Newton's, each step by conjugate
-gradients preconditioned in the eigenbasis of the features' covariance, each penalty from where the last one ended.
+what is kept for each row is a few numbers of each class. The method is Newton's, each step by conjugate
+gradients preconditioned in the eigenbasis of the features' covariance.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 import numpy as np
@@ -58,60 +57,39 @@ def moments(rows: Rows) -> tuple[Array, Array]:
     return mean, np.sqrt(squares / len(rows))
 
 
-@dataclass(frozen=True)
-class LargeFit:
-    """One point of the path: ``LogisticRegression(C=c)``.
-
-    ``coef`` (c, d) and ``intercept`` (c,), a single row for two classes; ``products`` counts the passes over
-    the rows so far.
-    """
-
-    c: float
-    coef: Array
-    intercept: Array
-    converged: bool
-    products: int
-
-
-def logistic_path(
+def fit_blocks(
     rows: Rows,
     labels: NDArray[np.integer],
     n_classes: int,
-    cs: Sequence[float],
+    c: float,
     *,
     row_scale: Rows | None = None,
     prepare: Callable[[Rows], Rows] | None = None,
     scale_free: bool = False,
-    tolerance: float = TOLERANCE,
-) -> Iterator[LargeFit]:
-    """Multinomial logistic regression for each C of a path, by blocks of rows.
+) -> tuple[Array, Array, bool]:
+    """``LogisticRegression(C=c)`` by blocks of rows.
 
     Parameters
     ----------
     rows : (n, d), finite; float32 and contiguous is best.
     labels : (n,) in 0 .. n_classes - 1.
-    cs : values of C, ascending is fastest.
     row_scale : (n,) factor of each row: one over its length stands for rows of unit length, and costs nothing.
     prepare : any other normaliser, as what happens to a block of rows (b, d) every time that it is used.
     scale_free : whether C is in units of the spread of the rows, as of :class:`featx.heads.catalogue.Logistic`.
-    tolerance : squared Newton decrement, per row, at which the last step is taken.
 
-    Yields
-    ------
-    LargeFit
-        One for each entry of ``cs``.
+    Returns
+    -------
+    Coefficients (c, d) and intercepts (c,), a single row for two classes; and whether it converged.
     """
     problem = _Blocks(rows, labels, n_classes, row_scale, prepare)
-    solution = np.zeros((problem.d + 1, n_classes))
     unit = problem.mean_squared_norm if scale_free else 1.0
-    for c in cs:
-        # Two softmax columns w, -w carry half the penalty of the one vector 2w of a binomial model.
-        converged, solution = _newton(problem, (2.0 if n_classes == 2 else 1.0) * unit / c, solution, tolerance)
-        inner, offset = solution[:-1].T, solution[-1] - solution[-1].mean()
-        offset = offset - inner @ problem.mean
-        if n_classes == 2:
-            inner, offset = inner[1:] - inner[:1], offset[1:] - offset[:1]
-        yield LargeFit(float(c), inner.copy(), offset, converged, problem.products)
+    # Two softmax columns w, -w carry half the penalty of the one vector 2w of a binomial model.
+    converged, solution = _newton(problem, (2.0 if n_classes == 2 else 1.0) * unit / c)
+    inner, offset = solution[:-1].T, solution[-1] - solution[-1].mean()
+    offset = offset - inner @ problem.mean
+    if n_classes == 2:
+        inner, offset = np.diff(inner, axis=0), np.diff(offset)
+    return inner.copy(), offset, converged
 
 
 class _Blocks:
@@ -129,7 +107,6 @@ class _Blocks:
         self.scale = None if scale is None else np.asarray(scale, dtype=np.float32)[:, None]
         self.labels, self.n_classes = labels, n_classes
         self.n, self.d = self.rows.shape
-        self.products = 0
         total, gram, squares = np.zeros(self.d), np.zeros((self.d, self.d)), 0.0
         for part in self.parts():
             block = self.block(part)
@@ -173,7 +150,6 @@ class _Blocks:
 
     def scores(self, solution: Array) -> Single:
         """Scores (n, c) of all rows."""
-        self.products += 1
         single, shift = solution[:-1].astype(np.float32), self.shift(solution)
         out = np.empty((self.n, self.n_classes), dtype=np.float32)
         for part in self.parts():
@@ -195,7 +171,6 @@ class _Blocks:
 
     def slopes(self, scores: Single) -> tuple[Single, Array, Array]:
         """Probabilities (n, c), gradient (d + 1, c) and total curvature (c,) of the loss."""
-        self.products += 1
         state, gradient = np.empty_like(scores), np.zeros((self.d + 1, self.n_classes))
         curvature = np.zeros(self.n_classes)
         for part in self.parts():
@@ -209,7 +184,6 @@ class _Blocks:
 
     def bend(self, state: Single, direction: Array) -> Array:
         """The Hessian of the loss times ``direction`` (d + 1, c)."""
-        self.products += 2
         out = np.zeros_like(direction)
         single, shift = direction[:-1].astype(np.float32), self.shift(direction)
         for part in self.parts():
@@ -226,16 +200,17 @@ class _Blocks:
         return np.vstack([self.basis @ turned[:-1], turned[-1:]])
 
 
-def _newton(problem: _Blocks, penalty: float, start: Array, tolerance: float) -> tuple[bool, Array]:
+def _newton(problem: _Blocks, penalty: float) -> tuple[bool, Array]:
     ridge = np.full((problem.d + 1, 1), penalty)
     ridge[-1] = 0.0
-    solution, scores = start, problem.scores(start)
+    solution = np.zeros((problem.d + 1, problem.n_classes))
+    scores = problem.scores(solution)
     value = problem.value(scores) + 0.5 * float((ridge * solution**2).sum())
     for _ in range(_MAX_NEWTON):
         state, gradient, curvature = problem.slopes(scores)
         gradient += ridge * solution
         diagonal = ridge + np.maximum(problem.spread[:, None] * curvature, 1e-12 * problem.n)
-        step = _conjugate_gradients(problem, state, ridge, gradient, diagonal, tolerance)
+        step = _conjugate_gradients(problem, state, ridge, gradient, diagonal)
         decrement = -float((gradient * step).sum())
         along = problem.scores(step)
         size = 1.0
@@ -248,19 +223,17 @@ def _newton(problem: _Blocks, penalty: float, start: Array, tolerance: float) ->
             size *= 0.5
         # Afresh rather than added up, so that rounding does not gather.
         solution, value, scores = trial, reached, problem.scores(trial)
-        if decrement <= tolerance * problem.n and size == 1.0:
+        if decrement <= TOLERANCE * problem.n and size == 1.0:
             return True, solution
     return False, solution
 
 
-def _conjugate_gradients(
-    problem: _Blocks, state: Single, ridge: Array, gradient: Array, diagonal: Array, tolerance: float
-) -> Array:
+def _conjugate_gradients(problem: _Blocks, state: Single, ridge: Array, gradient: Array, diagonal: Array) -> Array:
     step, residual = np.zeros_like(gradient), -gradient
     direction = problem.precondition(residual, diagonal)
     power = float((residual * direction).sum())
     forcing = float(np.clip(np.sqrt(power / problem.n), 1e-3, 0.1))
-    goal = max(power * forcing**2, 1e-4 * tolerance * problem.n)
+    goal = max(power * forcing**2, 1e-4 * TOLERANCE * problem.n)
     for _ in range(_MAX_CG):
         if power <= goal:
             break

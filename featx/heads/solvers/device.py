@@ -6,18 +6,16 @@ The one place past the wall that knows torch, and only where a device is asked f
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import sklearn
 from numpy.typing import NDArray
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
 from featx.errors import UsageError
-from featx.heads.solvers.blocks import LargeFit, Rows, row_blocks
+from featx.heads.solvers.blocks import Rows, row_blocks
 from featx.heads.solvers.rows import Array
 
 SWITCH = "SCIPY_ARRAY_API"
@@ -51,18 +49,18 @@ def check_device(device: str) -> None:
         )  # fmt: skip
 
 
-def torch_logistic_path(
+def fit_on_device(
     rows: Rows,
     labels: NDArray[np.integer],
     n_classes: int,
-    cs: Sequence[float],
+    c: float,
     *,
     device: str,
     row_scale: Rows | None = None,
     prepare: Callable[[Rows], Rows] | None = None,
     scale_free: bool = False,
-) -> Iterator[LargeFit]:
-    """Do what ``logistic_path`` of :mod:`featx.heads.solvers.blocks` does, on a device of torch.
+) -> tuple[Array, Array, bool]:
+    """Do what ``fit_blocks`` of :mod:`featx.heads.solvers.blocks` does, on a device of torch.
 
     The device holds one copy of the rows, in double precision.
 
@@ -83,23 +81,11 @@ def torch_logistic_path(
     on_device -= mean
     unit = (float((on_device**2).sum()) / len(rows) if scale_free else 1.0) or 1.0
     targets = torch.as_tensor(np.asarray(labels, dtype=np.int64), device=device)
-    model = LogisticRegression(tol=_TOLERANCE, max_iter=_MAX_ITER, warm_start=True)
-    products = 0
-    for c in cs:
-        model.set_params(C=c / unit)
-        converged = True
-        with warnings.catch_warnings(record=True) as caught, sklearn.config_context(array_api_dispatch=True):
-            warnings.simplefilter("always", ConvergenceWarning)
-            model.fit(on_device, targets)
-        for each in caught:
-            if issubclass(each.category, ConvergenceWarning):
-                converged = False
-            else:
-                warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
-        products += 2 * int(model.n_iter_.max())
-        coef = _numpy(model.coef_)
-        offset = _numpy(model.intercept_) - coef @ _numpy(mean)
-        yield LargeFit(float(c), coef, offset, converged, products)
+    model = LogisticRegression(C=c / unit, tol=_TOLERANCE, max_iter=_MAX_ITER)
+    with sklearn.config_context(array_api_dispatch=True):
+        model.fit(on_device, targets)
+    coef = _numpy(model.coef_)
+    return coef, _numpy(model.intercept_) - coef @ _numpy(mean), int(model.n_iter_.max()) < _MAX_ITER
 
 
 def _numpy(tensor: Any) -> Array:

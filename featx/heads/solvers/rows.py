@@ -4,7 +4,7 @@ A penalised linear head depends on its ``n`` support rows only through the space
 features shrink to at most ``n - 1`` directions without changing a single prediction
 (:class:`RowSpace`). There, in the eigenbasis, a damped Newton method with a diagonal preconditioner
 needs a handful of products a fit; folds share the design matrix as 0/1 weights and are solved side by
-side; each penalty starts where the last one ended (:func:`newton_path`). One eigendecomposition serves
+side; each penalty starts where the last one ended (:class:`NewtonPath`). One eigendecomposition serves
 every ridge penalty and its held-out predictions (:func:`ridge_held_out`), and linear discriminants, whose scatter is
 diagonal but for the class means and the rows held out (:func:`discriminant_held_out`).
 
@@ -15,7 +15,6 @@ Nothing here is approximate: every function states the plain scikit-learn estima
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
@@ -42,14 +41,11 @@ class RowSpace:
     Parameters
     ----------
     rows : (n, d) the support, or what makes it: the rows themselves are needed for coefficients alone.
-    centre : whether the directions are those of the support about its mean.
     products : (n, n) inner products of the rows, where they are known.
     """
 
-    def __init__(
-        self, rows: NDArray[np.floating] | Callable[[], Array], *, centre: bool = True, products: Array | None = None
-    ) -> None:
-        self._made, self._products, self.centre = rows, products, centre
+    def __init__(self, rows: NDArray[np.floating] | Callable[[], Array], *, products: Array | None = None) -> None:
+        self._made, self._products = rows, products
 
     @cached_property
     def rows(self) -> Array:
@@ -58,8 +54,8 @@ class RowSpace:
 
     @cached_property
     def origin(self) -> Array:
-        """The mean (d,) of the support, or zeros where it is not centred."""
-        return self.rows.mean(axis=0) if self.centre else np.zeros(self.rows.shape[1])
+        """The mean (d,) of the support."""
+        return np.asarray(self.rows.mean(axis=0))
 
     @cached_property
     def products(self) -> Array | None:
@@ -82,16 +78,14 @@ class RowSpace:
 
     @cached_property
     def coordinates(self) -> Array:
-        """The support (n, r) about ``origin`` in an orthonormal basis.
+        """The support (n, r) about ``origin`` in an orthonormal basis of r <= min(n - 1, d) directions.
 
-        Of r <= min(n - 1, d) directions, or r <= min(n, d) where it is not centred; ``coordinates.T @ coordinates`` is
-        diagonal.
+        ``coordinates.T @ coordinates`` is diagonal.
         """
         least = 1e-14
         if self._products is not None:
-            gram, to_mean = self._products, self._products.mean(axis=1)
-            if self.centre:
-                gram = gram - to_mean - to_mean[:, None] + to_mean.mean()
+            to_mean = self._products.mean(axis=1)
+            gram = self._products - to_mean - to_mean[:, None] + to_mean.mean()
             values, vectors = np.linalg.eigh(gram)
             # Centring leaves rounding of the size of what it cancels.
             floor = max(values[-1] * least, 1e-16 * float(self._products.trace())) * len(gram)
@@ -148,15 +142,6 @@ class RowSpace:
         """
         return np.hstack([self.coordinates, np.zeros((len(self.coordinates), 1))]) + self.lifted_mean
 
-    @property
-    def basis(self) -> Array:
-        """Orthonormal columns (d, r)."""
-        return (self.rows - self.origin).T @ (self.coordinates / self.spread)
-
-    def project(self, rows: NDArray[np.floating]) -> Array:
-        """Coordinates (m, r) of other rows (m, d); what lies outside the span cannot matter."""
-        return (np.asarray(rows, dtype=np.float64) - self.origin) @ self.basis
-
     def coefficients(self, inner: Array, offset: Array) -> tuple[Array, Array]:
         """What coefficients (r, c) and offsets (c,) of ``coordinates`` are for rows: (c, d) and (c,)."""
         each = self.coordinates @ (inner / self.spread[:, None])
@@ -188,18 +173,8 @@ class PathPoint:
     converged: NDArray[np.bool_]
 
 
-def newton_path(
-    rows: Array,
-    labels: NDArray[np.integer],
-    n_classes: int,
-    weights: Array,
-    cs: Sequence[Array],
-    *,
-    loss: Loss,
-    fit_intercept: bool = True,
-    tolerance: float = TOLERANCE,
-) -> Iterator[PathPoint]:
-    """Minimise ``C * sum_i w_i loss_i + |W|^2 / 2`` for several weightings at once, C by C.
+class NewtonPath:
+    """Minimises ``C * sum_i w_i loss_i + |W|^2 / 2`` for several weightings at once, C by C from the nearest before.
 
     Parameters
     ----------
@@ -207,27 +182,10 @@ def newton_path(
         preconditioner is made. Any basis gives the right answer, only later.
     labels : (n,) in ``0 .. n_classes - 1``.
     weights : (f, n) one row of 0/1 (or any non-negative) weights for each problem, e.g. each fold.
-    cs : for each point of the path the penalty parameter C of each problem, (f,); ascending is fastest.
     loss : ``"softmax"`` equals ``LogisticRegression(C=C)``, two classes included, and its intercept is
         free. ``"squared_hinge"`` equals one-vs-rest ``LinearSVC(C=C)``; its penalised intercept is a
-        constant column that the caller appends, with ``fit_intercept=False``.
-
-    Yields
-    ------
-    PathPoint
-        One for each entry of ``cs``; generated, so that a long path need not be held in memory.
-    """
-    path = NewtonPath(rows, labels, n_classes, weights, loss=loss, fit_intercept=fit_intercept, tolerance=tolerance)
-    for c in cs:
-        yield path.solve(c)
-
-
-class NewtonPath:
-    """Solves as :func:`newton_path` does, penalty by penalty in any order, each from the nearest before.
-
-    Parameters
-    ----------
-    rows, labels, n_classes, weights, loss, fit_intercept, tolerance : as of :func:`newton_path`.
+        constant column of the rows.
+    tolerance : squared Newton decrement, per row, at which the last step is taken.
     """
 
     def __init__(
@@ -238,23 +196,19 @@ class NewtonPath:
         weights: Array,
         *,
         loss: Loss,
-        fit_intercept: bool = True,
         tolerance: float = TOLERANCE,
     ) -> None:
         # One against the rest is a problem for each class, with its own steps; the softmax ties its classes together.
         self._each = n_classes if loss == "squared_hinge" and n_classes > 2 else 1
-        self._problem = _Problem(rows, labels, n_classes, np.repeat(weights, self._each, axis=0), loss, fit_intercept)
+        self._problem = _Problem(rows, labels, n_classes, np.repeat(weights, self._each, axis=0), loss)
         self._tolerance = tolerance / self._each
         self._known: list[tuple[Array, Array]] = []  # penalties and their solutions, the latest last
-        self._begun: tuple[Array, Array, NDArray[np.bool_]] | None = None
-        self.n_weights = len(weights)
 
-    def solve(self, c: Array, *, like: NewtonPath | None = None, first: int | None = None) -> PathPoint:
+    def solve(self, c: Array, *, like: NewtonPath | None = None) -> PathPoint:
         """The solutions at one C (f,) of each problem.
 
         ``like`` is a path over other coordinates of the same images, whose weightings are this one's: the weights
-        that its last solution gives to the images are where this one starts. With ``first`` only so many weightings are
-        solved; the next call, at the same C, solves the rest, and starts from their mean.
+        that its last solution gives to the images are where this one starts.
         """
         problem = self._problem
         c = np.repeat(np.asarray(c, dtype=np.float64), self._each)
@@ -267,31 +221,13 @@ class NewtonPath:
             starts.append(last + on[None, :, None] * (last - before))
         if like is not None:
             starts.append(self._like(like, c))
-        if first is not None:
-            some = slice(first * self._each)
-            solution, converged = _newton(
-                problem.part(some), c[some], [each[:, some] for each in starts], self._tolerance
-            )
-            self._begun = c, solution, converged
-        elif self._begun is not None and np.array_equal(self._begun[0], c):
-            _, done, fine = self._begun
-            rest = slice(done.shape[1], None)
-            mean = done.reshape(len(done), -1, self._each, done.shape[2]).mean(axis=1)
-            starts = [np.tile(mean, (1, self.n_weights, 1))[:, rest], *(each[:, rest] for each in starts)]
-            solution, converged = done, fine
-            if done.shape[1] < problem.shape[1]:
-                solution, converged = _newton(problem.part(rest), c[rest], starts, self._tolerance)
-                solution, converged = np.concatenate([done, solution], axis=1), np.concatenate([fine, converged])
-        else:
-            solution, converged = _newton(problem, c, starts, self._tolerance)
-        if first is None:
-            self._known.append((c, solution))
-        if problem.fit_intercept and problem.loss == "softmax":
+        solution, converged = _newton(problem, c, starts, self._tolerance)
+        self._known.append((c, solution))
+        if problem.loss == "softmax":
             # The same constant on every class changes nothing; scikit-learn's intercepts sum to zero.
             solution[-1] -= solution[-1].mean(axis=-1, keepdims=True)
         found = solution.reshape(len(solution), len(converged) // self._each, -1)
-        inner = found[:-1] if problem.fit_intercept else found
-        offset = found[-1] if problem.fit_intercept else np.zeros(found.shape[1:])
+        inner, offset = (found[:-1], found[-1]) if problem.loss == "softmax" else (found, np.zeros(found.shape[1:]))
         fine = np.asarray(converged.reshape(found.shape[1], -1).all(axis=1))
         return PathPoint(np.moveaxis(inner, 1, 0).copy(), offset.copy(), fine)
 
@@ -300,7 +236,7 @@ class NewtonPath:
         last = other._known[-1][1]
         slope, _ = other._problem.slopes(np.asarray(other._problem.apply(last), dtype=np.float64))
         start = -self._problem.back(slope) * (c / self._problem.penalty_scale)[None, :, None]
-        if self._problem.fit_intercept:
+        if self._problem.loss == "softmax":
             start[-1] = last[-1]
         return np.asarray(start, dtype=np.float64)
 
@@ -315,17 +251,16 @@ class _Problem:
         n_classes: int,
         weights: Array,
         loss: Loss,
-        fit_intercept: bool,
     ) -> None:
         n = len(rows)
-        self.design = np.hstack([rows, np.ones((n, 1))]) if fit_intercept else rows
+        self.design = np.hstack([rows, np.ones((n, 1))]) if loss == "softmax" else rows
         self.single = self.design.astype(np.float32)
         self.spread = np.einsum("ij,ij->j", self.design, self.design) / n
         # (n, f, c), as what is broadcast along a short last axis is several times slower.
         n_columns = n_classes if loss == "softmax" else 1
         self.weights = np.repeat(weights.T[:, :, None].astype(np.float64), n_columns, axis=2)
         self.total = weights.sum(axis=1)
-        self.loss, self.fit_intercept = loss, fit_intercept
+        self.loss = loss
         hot = np.zeros((n, 1, n_classes))
         hot[np.arange(n), 0, labels] = 1.0
         if loss == "squared_hinge":  # each weighting comes once for each class
@@ -335,14 +270,6 @@ class _Problem:
         # Two softmax columns w, -w carry half the penalty of the one vector 2w of a binomial model.
         self.penalty_scale = 2.0 if loss == "softmax" and n_classes == 2 else 1.0
         self.shape = (self.design.shape[1], len(weights), hot.shape[2])
-
-    def part(self, some: slice) -> _Problem:
-        """Some of the weightings alone."""
-        made = copy(self)
-        made.weights, made.total = self.weights[:, some], self.total[some]
-        made.target = self.target if self.target.shape[1] == 1 else self.target[:, some]
-        made.shape = (self.shape[0], len(made.total), self.shape[2])
-        return made
 
     def apply(self, solution: Floats) -> Floats:
         """Scores (n, f, c) of a solution (r, f, c), in its precision."""
@@ -402,7 +329,7 @@ def _newton(problem: _Problem, c: Array, starts: list[Array], tolerance: float) 
     """One penalty, from the best of some starts: damped Newton steps, each by preconditioned conjugate gradients."""
     ridge = np.zeros(problem.shape)
     ridge += (problem.penalty_scale / c)[None, :, None]
-    if problem.fit_intercept:
+    if problem.loss == "softmax":
         ridge[-1] = 0.0
     solution, scores, value = _standing(problem, ridge, starts[0])
     for start in starts[1:]:
@@ -510,17 +437,6 @@ def _dots(left: Floats, right: Floats) -> Array:
     return total
 
 
-@dataclass(frozen=True)
-class HingePoint:
-    """Weights (n, f, c) of the rows in the solution of each of f weightings, for c columns, and which (f,) converged.
-
-    The solution is their sum of the rows.
-    """
-
-    duals: Array
-    converged: NDArray[np.bool_]
-
-
 def hinge_duals(
     products: Array,
     targets: Array,
@@ -529,7 +445,7 @@ def hinge_duals(
     *,
     start: Array | None = None,
     tolerance: float = TOLERANCE,
-) -> HingePoint:
+) -> tuple[Array, NDArray[np.bool_]]:
     """One-vs-rest ``LinearSVC(C=C)`` of several weightings, by the inner products of the rows.
 
     Newton's method for a function that is quadratic between kinks: with the rows inside the margin known, the
@@ -543,8 +459,12 @@ def hinge_duals(
     weights : (f, n) which rows each problem has.
     c : (f,) penalty parameter of each.
     start : (n, f, k) duals near the solution.
-    tolerance : as of :func:`newton_path`; from 1e-5 on, steps are solved for in single precision, whose error is far
+    tolerance : as of :class:`NewtonPath`; from 1e-5 on, steps are solved for in single precision, whose error is far
         less.
+
+    Returns
+    -------
+    The weights (n, f, k) that each solution gives to the rows, being their sum; and which problems (f,) converged.
     """
     n, k, n_weights = len(products), targets.shape[1], len(weights)
     sign = np.tile(targets, n_weights)
@@ -598,47 +518,42 @@ def hinge_duals(
             break
     converged = np.ones(len(cs), dtype=np.bool_)
     converged[left] = False
-    return HingePoint(duals.reshape(n, n_weights, k), np.asarray(converged.reshape(n_weights, k).all(axis=1)))
-
-
-def ridge_coefficients(
-    space: RowSpace, targets: Array, alpha: float, *, fit_intercept: bool = True
-) -> tuple[Array, Array]:
-    """``Ridge(alpha).fit``: coefficients (c, d) and intercept (c,) for targets (n, c).
-
-    Without ``fit_intercept`` the intercept is the coefficient of a column of ``space.constant``, and penalised.
-    """
-    if fit_intercept:
-        offset = targets.mean(axis=0)
-        return space.coefficients(_shrunk(space, space.coordinates, alpha).T @ (targets - offset), offset)
-    products = None if space.is_decomposed else space.lifted_products
-    if products is None:
-        return space.lifted_coefficients(_shrunk(space, space.lifted, alpha).T @ targets)
-    products.flat[:: len(products) + 1] += alpha
-    return space.dual_coefficients(linalg.solve(products, targets, assume_a="pos", overwrite_a=True))
+    return duals.reshape(n, n_weights, k), np.asarray(converged.reshape(n_weights, k).all(axis=1))
 
 
 def ridge_with_held_out(
     space: RowSpace, targets: Array, alpha: float, folds: NDArray[np.integer]
 ) -> tuple[Array, Array, Array]:
-    """:func:`ridge_coefficients` and :func:`ridge_held_out` with a penalised intercept, by one factor."""
-    both = _dual_ridge(space, targets, alpha, folds) if folds.max() > 0 else None
-    if both is None:
-        coef, offset = ridge_coefficients(space, targets, alpha, fit_intercept=False)
-        return coef, offset, ridge_held_out(space, targets, alpha, folds, fit_intercept=False)
-    return *space.dual_coefficients(both[0]), both[1]
+    """``Ridge(alpha)``: coefficients (c, d), intercept (c,), and what :func:`ridge_held_out` gives, by one factor."""
+    if _by_products(space):
+        duals, held_out = _dual_ridge(space, targets, alpha, folds)
+        return *space.dual_coefficients(duals), held_out
+    inner, held_out = _ridge(space, targets, alpha, folds)
+    return *space.lifted_coefficients(inner), held_out
 
 
-def _dual_ridge(
-    space: RowSpace, targets: Array, alpha: float, folds: NDArray[np.integer]
-) -> tuple[Array, Array] | None:
-    """Weights (n, c) of the rows in the solution, and predictions (n, c) without each fold; None where not by products.
+def ridge_held_out(space: RowSpace, targets: Array, alpha: float, folds: NDArray[np.integer]) -> Array:
+    """Predictions (n, c) of ``Ridge(alpha)`` for every row by the fit without its fold, and without refits.
+
+    The intercept is the coefficient of a column of ``space.constant``, and penalised. For a linear smoother with hat
+    matrix H the residuals of a held-out block are ``(1 - H_bb)^-1`` times those of the whole fit; exact as long as the
+    rows themselves do not depend on the others.
+    """
+    return (_dual_ridge if _by_products(space) else _ridge)(space, targets, alpha, folds)[1]
+
+
+def _by_products(space: RowSpace) -> bool:
+    """Whether inner products are known, and coordinates are not."""
+    return not space.is_decomposed and space.products is not None
+
+
+def _dual_ridge(space: RowSpace, targets: Array, alpha: float, folds: NDArray[np.integer]) -> tuple[Array, Array]:
+    """Weights (n, c) of the rows in the solution, and predictions (n, c) without each fold.
 
     With the inverse G of the products, they are G y, and the residuals of a held-out block are G_bb^-1 (G y)_b.
     """
-    products = None if space.is_decomposed else space.lifted_products
-    if products is None:
-        return None
+    products = space.lifted_products
+    assert products is not None
     products.flat[:: len(products) + 1] += alpha
     lower, failed = linalg.lapack.dpotrf(products.T, lower=True, overwrite_a=True, clean=False)
     if not failed:
@@ -653,107 +568,73 @@ def _dual_ridge(
     return duals, out
 
 
-def _shrunk(space: RowSpace, z: Array, alpha: float) -> Array:
-    """Coordinates (n, r) or lifted ones (n, r + 1), times the inverse of their products plus ``alpha``."""
-    if z.shape[1] == len(space.spread):
-        return z / (space.spread + alpha)
-    # The products are diagonal but for the mean: the inverse is that of a diagonal, less a term of rank one.
-    diagonal, mean = np.append(space.spread, 0.0) + alpha, space.lifted_mean
-    across = mean / diagonal
-    out = z / diagonal
-    out -= np.outer(out @ mean, across * (len(z) / (1.0 + len(z) * float(across @ mean))))
-    return out
-
-
-def ridge_held_out(
-    space: RowSpace,
-    targets: Array,
-    alpha: float,
-    folds: NDArray[np.integer] | None = None,
-    *,
-    fit_intercept: bool = True,
-) -> Array:
-    """Predictions (n, c) of ``Ridge(alpha)`` for every row by the fit without its fold, and without refits.
-
-    For a linear smoother with hat matrix H the residuals of a held-out block are ``(1 - H_bb)^-1`` times
-    those of the whole fit; exact as long as the rows themselves do not depend on the others. By default each
-    row is a fold of its own (leave-one-out). ``fit_intercept`` is as of :func:`ridge_coefficients`.
-    """
-    if not fit_intercept and folds is not None and folds.max() > 0:
-        both = _dual_ridge(space, targets, alpha, folds)
-        if both is not None:
-            return both[1]
-    z = space.coordinates if fit_intercept else space.lifted
-    offset = targets.mean(axis=0) if fit_intercept else np.zeros(targets.shape[1])
-    constant = 1.0 / len(z) if fit_intercept else 0.0  # the intercept's share of the hat matrix
-    shrunk = _shrunk(space, z, alpha)
-    residual = targets - offset - shrunk @ (z.T @ (targets - offset))
-    if folds is None:
-        leverage = constant + np.einsum("ij,ij->i", shrunk, z)
-        return np.asarray(targets - residual / np.maximum(1.0 - leverage, 1e-12)[:, None])
-    out = np.empty_like(targets)
+def _ridge(space: RowSpace, targets: Array, alpha: float, folds: NDArray[np.integer]) -> tuple[Array, Array]:
+    """Coefficients (r + 1, c) of ``space.lifted``, and predictions (n, c) without each fold."""
+    z, mean = space.lifted, space.lifted_mean
+    # The products of the columns are diagonal but for the mean: the inverse is that of a diagonal, less a term of rank
+    # one.
+    diagonal = np.append(space.spread, 0.0) + alpha
+    across, shrunk = mean / diagonal, z / diagonal
+    shrunk -= np.outer(shrunk @ mean, across * (len(z) / (1.0 + len(z) * float(across @ mean))))
+    inner = shrunk.T @ targets
+    residual, out = targets - z @ inner, np.empty_like(targets)
     for fold in range(int(folds.max()) + 1):
         own = np.flatnonzero(folds == fold)
-        if z.shape[1] + 1 < len(own) < len(z):  # the same inverse, by Woodbury's identity
-            some = np.column_stack([z[own], np.full(len(own), constant**0.5)])
-            inner = z.T @ z
-            inner[np.diag_indices_from(inner)] += alpha
-            inner = linalg.block_diag(inner, 1.0) - some.T @ some
-            out[own] = targets[own] - residual[own] - some @ np.linalg.solve(inner, some.T @ residual[own])
-            continue
-        left = np.eye(len(own)) - constant - shrunk[own] @ z[own].T
-        if len(own) == len(z):  # nothing is left to fit, and the block is singular
-            out[own] = targets[own] - np.linalg.lstsq(left, residual[own], rcond=None)[0]
+        some = z[own]
+        if z.shape[1] < len(own):  # the same inverse, by Woodbury's identity
+            others = z.T @ z - some.T @ some
+            others.flat[:: len(others) + 1] += alpha
+            out[own] = targets[own] - residual[own] - some @ np.linalg.solve(others, some.T @ residual[own])
         else:
-            out[own] = targets[own] - np.linalg.solve(left, residual[own])
-    return out
+            out[own] = targets[own] - np.linalg.solve(np.eye(len(own)) - shrunk[own] @ some.T, residual[own])
+    return inner, out
 
 
-def temperature(scores: Array, labels: NDArray[np.integer], *, prior: float = 8.0, spread: float = 0.2) -> float:
+PRIOR = 8.0
+"""Of the temperature of ridge: what suits its scores at one and two shots, on average over image sets."""
+
+_PRIOR_SPREAD = 0.2
+"""Standard deviation of its logarithm."""
+
+
+def temperature(scores: Array, labels: NDArray[np.integer], *, prior: float = PRIOR) -> float:
     """The factor t for which ``softmax(t * scores)`` of held-out scores (n, c) suits the labels best.
 
     Most probable value under a log-normal prior: few rows that all happen to be right would ask for an
-    infinite factor. The prior is what suits ridge scores on targets -1 and 1 with a penalty of one mean squared
-    norm at one and two shots: 8 on average over image sets, with a standard deviation of its logarithm of 0.2.
+    infinite factor. The prior is for ridge scores on targets -1 and 1 with a penalty of one mean squared norm.
     """
 
     def cost(log_t: float) -> float:
         z = np.exp(log_t) * scores
         top = z.max(axis=1)
         nats = np.log(np.exp(z - top[:, None]).sum(axis=1)) + top - z[np.arange(len(z)), labels]
-        return float(nats.sum() + 0.5 * ((log_t - np.log(prior)) / spread) ** 2)
+        return float(nats.sum() + 0.5 * ((log_t - np.log(prior)) / _PRIOR_SPREAD) ** 2)
 
     middle = np.log(prior)
     found = optimize.minimize_scalar(cost, bounds=(middle - 3, middle + 3), method="bounded", options={"xatol": 1e-4})
     return float(np.exp(found.x))
 
 
-def discriminant_path(
-    space: RowSpace,
-    labels: NDArray[np.integer],
-    n_classes: int,
-    shrinkages: Sequence[float],
-) -> Iterator[tuple[Array, Array]]:
-    """``LinearDiscriminantAnalysis(solver="lsqr", shrinkage=s)`` for every s, in the row space.
+def discriminant(space: RowSpace, labels: NDArray[np.integer], n_classes: int, shrinkage: float) -> tuple[Array, Array]:
+    """``LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage)``: coefficients (c, d) and intercepts (c,).
 
-    Yields coefficients (c, d) and intercepts (c,). Where no class has two distinct rows there is no
-    spread within classes to shrink; then the spread of all rows, the same in every direction, takes its
-    place, which is a nearest centroid with probabilities.
+    Where no class has two distinct rows there is no spread within classes to shrink; then the spread of all rows, the
+    same in every direction, takes its place, which is a nearest centroid with probabilities.
     """
-    if not space.is_decomposed and space.products is not None:
-        found = _dual_discriminants(space.products, labels, n_classes, shrinkages, space.rows.shape[1])
+    if _by_products(space):
+        assert space.products is not None
+        found = _dual_discriminant(space.products, labels, n_classes, shrinkage, space.rows.shape[1])
         if found is not None:
-            for duals, offset in found:
-                yield duals.T @ space.rows, offset
-            return
+            return found[0].T @ space.rows, found[1]
     z = space.coordinates
-    for inner, offset in _discriminants(z, labels, n_classes, shrinkages, space.spread, z[:0], space.rows.shape[1]):
-        yield space.coefficients(inner, offset)
+    return space.coefficients(
+        *next(_discriminants(z, labels, n_classes, [shrinkage], space.spread, z[:0], space.rows.shape[1]))
+    )
 
 
-def _dual_discriminants(
-    products: Array, labels: NDArray[np.integer], n_classes: int, shrinkages: Sequence[float], n_features: int
-) -> list[tuple[Array, Array]] | None:
+def _dual_discriminant(
+    products: Array, labels: NDArray[np.integer], n_classes: int, shrinkage: float, n_features: int
+) -> tuple[Array, Array] | None:
     """Weights (n, c) of the rows in the coefficients, and intercepts (c,); None where classes have no spread.
 
     The covariance is ``a X'PX + b``, where P takes class means away, so its inverse is ``(1 - a X'P (b + a PKP)^-1 PX)
@@ -769,17 +650,13 @@ def _dual_discriminants(
     about = share - 1.0 / n  # class means about the mean of all
     to_about = products @ about
     pulled = to_about - (share.T @ to_about)[labels]
-    out = []
-    for shrinkage in shrinkages:
-        a, b = (1.0 - shrinkage) / n, shrinkage * total / n_features
-        system = a * within
-        system.flat[:: n + 1] += b
-        solved = linalg.cho_solve(linalg.cho_factor(system.T, lower=True, overwrite_a=True), pulled)
-        duals = (about - a * (solved - (share.T @ solved)[labels])) / b
-        along = products @ duals
-        squares = np.einsum("ij,ij->j", about, along)
-        out.append((duals, np.log(counts / n) - 0.5 * squares - along.mean(axis=0)))
-    return out
+    a, b = (1.0 - shrinkage) / n, shrinkage * total / n_features
+    system = a * within
+    system.flat[:: n + 1] += b
+    solved = linalg.cho_solve(linalg.cho_factor(system.T, lower=True, overwrite_a=True), pulled)
+    duals = (about - a * (solved - (share.T @ solved)[labels])) / b
+    along = products @ duals
+    return duals, np.log(counts / n) - 0.5 * np.einsum("ij,ij->j", about, along) - along.mean(axis=0)
 
 
 def discriminant_held_out(
@@ -790,7 +667,7 @@ def discriminant_held_out(
     folds: NDArray[np.integer],
     n_features: int,
 ) -> Array:
-    """Scores (s, n, c) of every row by the fits of :func:`discriminant_path` without its fold."""
+    """Scores (s, n, c) of every row by the fits of :func:`discriminant` without its fold."""
     z = space.coordinates
     out = np.zeros((len(shrinkages), len(z), n_classes))
     for fold in range(int(folds.max()) + 1):
