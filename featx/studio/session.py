@@ -273,7 +273,7 @@ class Session:
             photos = np.array([rows[id] for id in features.ids[kept].tolist()], dtype=np.intp)
         unit = unit_rows(features.embeddings[kept].astype(np.float64), kind).astype(np.float32)
         whole = len(kept) == len(features)
-        self.embedded = Embedded(features if whole else _some(features, kept), layers, photos, unit)
+        self.embedded = Embedded(features if whole else features.some(kept), layers, photos, unit)
         self.events.publish("photos", {"photos": len(self.project.photos)})
         self._suggesting.ask()
         self._comparing.ask()
@@ -462,17 +462,6 @@ def _equal(numbers: Index) -> list[Index]:
     """The places of each number that is there."""
     order = np.argsort(numbers, kind="stable")
     return np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1) if len(order) else []
-
-
-def _some(features: FeatureSet, rows: Index) -> FeatureSet:
-    """Some of the images of a store."""
-    return replace(
-        features, embeddings=features.embeddings[rows], ids=features.ids[rows], labels=features.labels[rows],
-        splits=features.splits[rows], digests=features.digests[rows], groups=features.groups[rows],
-        hashes=None if features.hashes is None else features.hashes[rows],
-        pixels=None if features.pixels is None else features.pixels[rows],
-        metadata={name: values[rows] for name, values in features.metadata.items()},
-    )  # fmt: skip
 
 
 def make_source(path: Path) -> None:
