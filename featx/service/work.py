@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import logging
 import math
@@ -25,9 +24,9 @@ from featx._system import available_cpus
 from featx.backbones import of_layer
 from featx.errors import FeatxError, ImageError, MismatchError, UsageError, plural
 from featx.extraction import Embedder, Seen
-from featx.images import REASONS, encode
+from featx.images import REASONS
 from featx.models import Answer, Bundle, Explainer, Versions, layer_number, read_current, version_of
-from featx.reports import overlays
+from featx.reports import overlay_urls
 from featx.service.batcher import Batcher, Embedded, Job, Line, OutOfResources, QueueFull, WorkerDied
 from featx.service.counts import Counts
 from featx.service.evidence import Evidence
@@ -40,10 +39,6 @@ if TYPE_CHECKING:
 
 ReadImages = Callable[[Request, Limits], Awaitable[list[tuple[str, bytes]]]]
 """What takes images out of a request: a name and a file each."""
-
-OVERLAY_SIDE = 192
-"""Pixels of an overlay's longer side; a browser scales it up, as smooth as it is."""
-
 
 FOLLOW_SECONDS = 0.5
 """Between two looks at which version of a model is current."""
@@ -390,17 +385,9 @@ def _explanation(service: Service, seen: Seen, size: tuple[int, int]) -> dict[st
         found = service.explainer.explain(seen, size)
     except (UsageError, MismatchError) as error:
         return {"reason": error.hint or f"{error.what[:1].upper()}{error.what[1:]}.", "classes": []}
-    scale = OVERLAY_SIDE / max(size)
-    width, height = (max(1, round(scale * length)) for length in size)
     pair = found.ranked[:2]
-    shown = [
-        {
-            **found.to_json(place),
-            "overlay": f"data:image/png;base64,{base64.b64encode(encode(overlay)).decode()}",
-        }
-        for place, overlay in zip(pair, overlays(found, pair, width, height), strict=True)
-    ]
-    return {"reason": found.note or None, "classes": shown}
+    both = zip(pair, overlay_urls(found, pair, size), strict=True)
+    return {"reason": found.note or None, "classes": [{**found.to_json(each), "overlay": url} for each, url in both]}
 
 
 def _sentence(error: ImageError) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import logging
 import subprocess
 import sys
@@ -20,17 +19,14 @@ from featx.backbones import of_layer
 from featx.errors import FeatxError, ImageError, MismatchError, UsageError
 from featx.extraction import Embedder
 from featx.heads import unit_rows
-from featx.images import DecoderPool, encode
+from featx.images import DecoderPool
 from featx.models import Bundle, Explainer, fit_bundle, layer_number, web_runtime, write_bundle
-from featx.reports import overlays
+from featx.reports import overlay_urls
 
 if TYPE_CHECKING:
     from featx.studio.session import Embedded, Session
 
 KINDS = ("model", "onnx", "html", "card", "labels")
-
-_OVERLAY = 192
-"""Pixels of an overlay's longer side."""
 
 _KEPT = 50
 """Tried photos that can still be added."""
@@ -149,10 +145,7 @@ class Taking:
         try:
             explainer = Explainer(bundle.scorer, bundle.class_names, embedder, layer_number(bundle))
             explanation = explainer.explain(seen, decoded.size)
-            scale = _OVERLAY / max(decoded.size)
-            width, height = (max(1, round(scale * length)) for length in decoded.size)
-            (picture,) = overlays(explanation, explanation.ranked[:1], width, height)
-            overlay = f"data:image/png;base64,{base64.b64encode(encode(picture)).decode()}"
+            (overlay,) = overlay_urls(explanation, explanation.ranked[:1], decoded.size)
         except (UsageError, MismatchError) as error:
             why_not = error.hint or str(error)
         self._number += 1
