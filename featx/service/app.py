@@ -10,24 +10,22 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import cache, lru_cache, partial
 from importlib.metadata import version
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request, Security
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastapi.security import APIKeyHeader, HTTPBearer
-from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from featx.reports import hash_source, render_template
 from featx.service import schema
 from featx.service.docs import docs_page
 from featx.service.feedback import add_feedback
-from featx.service.guard import Guard, Refusal
+from featx.service.guard import Guard, Refusal, answer_errors
 from featx.service.inference import add_inference, paths
 from featx.service.label_studio import PATHS, LabelStudio, add_label_studio
 from featx.service.telemetry import Metrics
@@ -255,35 +253,15 @@ def _add_state(app: FastAPI, repository: Repository, keyed: list[Any]) -> None:
 
 
 def _add_errors(app: FastAPI, metrics: Metrics) -> None:
-    def said(refusal: Refusal) -> JSONResponse:
+    def said(refusal: Refusal) -> Response:
         metrics.rejected(refusal.status, refusal.reason)
         return JSONResponse(refusal.to_json(), refusal.status, headers=refusal.headers)
-
-    async def refused(request: Request, error: Exception) -> Response:
-        assert isinstance(error, Refusal)
-        return said(error)
-
-    async def plain(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        reason = {404: "no_route", 405: "method"}.get(error.status_code, "request")
-        return said(Refusal(error.status_code, reason, f"{error.detail}.", error.headers))
-
-    async def invalid(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
-        return said(Refusal(422, "parameter", f"{'.'.join(map(str, first['loc']))}: {first['msg']}."))
 
     async def gone(request: Request, error: Exception) -> Response:
         return Response(status_code=499)  # nobody is there to read it; the log shows it
 
-    handlers: dict[type[Exception], Callable[[Request, Exception], Awaitable[Response]]] = {
-        Refusal: refused,
-        HTTPException: plain,
-        RequestValidationError: invalid,
-        ClientDisconnect: gone,
-    }
-    for kind, handler in handlers.items():
-        app.add_exception_handler(kind, handler)
+    answer_errors(app, said)
+    app.add_exception_handler(ClientDisconnect, gone)
 
 
 # --- the page -----------------------------------------------------------------------------------------------------

@@ -16,10 +16,15 @@ import re
 import time
 import uuid
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
 
 from featx.service.telemetry import Metrics, model_name, request_id
 
@@ -33,6 +38,13 @@ PROBES = frozenset({"/live", "/ready", "/metrics", "/v2/health/live", "/v2/healt
 """What is answered whatever the load."""
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
+
+SAFE_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+)
+"""What all answers carry."""
 
 LINGER_SECONDS = 30.0
 """How long a body may go on arriving after its request was refused; it is thrown away. A client that writes everything
@@ -149,7 +161,7 @@ class Guard:
             nonlocal status, patience, seconds
             if message["type"] == "http.response.start":
                 status, seconds = message["status"], time.perf_counter() - started
-                message["headers"] = [*message.get("headers", []), (b"x-request-id", own), *_SAFE]
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", own), *SAFE_HEADERS]
                 if (b"connection", b"close") in message["headers"]:
                     patience = SHORT_LINGER_SECONDS
             elif not request.complete and not message.get("more_body"):
@@ -250,11 +262,21 @@ def _password(credentials: bytes) -> bytes:
         return b""
 
 
-_SAFE = [
-    (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
-    (b"cross-origin-resource-policy", b"same-origin"),
-]
+def answer_errors(app: FastAPI, answer: Callable[[Refusal], Response]) -> None:
+    """Have an application answer refusals, FastAPI's own among them, by ``answer``."""
+
+    async def refused(request: Request, error: Exception) -> Response:
+        if isinstance(error, RequestValidationError):
+            first = error.errors()[0]
+            error = Refusal(422, "parameter", f"{'.'.join(map(str, first['loc']))}: {first['msg']}.")
+        elif isinstance(error, HTTPException):
+            reason = {404: "no_route", 405: "method"}.get(error.status_code, "request")
+            error = Refusal(error.status_code, reason, f"{error.detail}.", error.headers)
+        assert isinstance(error, Refusal)
+        return answer(error)
+
+    for kind in (Refusal, HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, refused)
 
 
 class _Counted:

@@ -12,7 +12,7 @@ import hmac
 import shlex
 import struct
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from importlib.resources import files
@@ -22,14 +22,12 @@ from urllib.parse import parse_qs, quote
 
 import numpy as np
 from fastapi import FastAPI, Query, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
 from pydantic import BaseModel, Field
-from starlette.exceptions import HTTPException
 
 from featx.errors import FeatxError, ImageError, SourceError, StoreBusy, UsageError
 from featx.images import ImageRef
-from featx.service import LOOPBACK_NAMES, Refusal
+from featx.service import LOOPBACK_NAMES, SAFE_HEADERS, Refusal, answer_errors
 from featx.studio.events import Events
 from featx.studio.journal import Change, Journal
 from featx.studio.project import Project, folders
@@ -199,13 +197,8 @@ def _limited(receive: Receive, limit: int) -> Receive:
 def _with_headers(send: Send) -> Send:
     async def sending(message: Message) -> None:
         if message["type"] == "http.response.start":
-            message["headers"] = [
-                *message.get("headers", []),
-                (b"content-security-policy", POLICY.encode()),
-                (b"x-content-type-options", b"nosniff"),
-                (b"referrer-policy", b"no-referrer"),
-                (b"cross-origin-resource-policy", b"same-origin"),
-            ]
+            policy = (b"content-security-policy", POLICY.encode())
+            message["headers"] = [*message.get("headers", []), policy, *SAFE_HEADERS]
         await send(message)
 
     return sending
@@ -216,19 +209,6 @@ def _error(status: int, reason: str, message: str) -> JSONResponse:
 
 
 def _add_errors(app: FastAPI) -> None:
-    async def refused(request: Request, error: Exception) -> Response:
-        assert isinstance(error, Refusal)
-        return _error(error.status, error.reason, error.message)
-
-    async def plain(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        return _error(error.status_code, "request", f"{error.detail}.")
-
-    async def invalid(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
-        return _error(422, "parameter", f"{'.'.join(map(str, first['loc']))}: {first['msg']}.")
-
     async def usage(request: Request, error: Exception) -> Response:
         assert isinstance(error, FeatxError)
         status = {StoreBusy: (409, "busy"), SourceError: (404, "no_folder")}.get(type(error), (422, "usage"))
@@ -238,12 +218,9 @@ def _add_errors(app: FastAPI) -> None:
         assert isinstance(error, ImageError)
         return _error(422, error.reason, f"This photo cannot be read: {error.what}.")
 
-    handlers: list[tuple[type[Exception], Callable[..., Any]]] = [
-        (Refusal, refused), (HTTPException, plain), (RequestValidationError, invalid), (ImageError, picture),
-        (FeatxError, usage),
-    ]  # fmt: skip
-    for kind, handler in handlers:
-        app.add_exception_handler(kind, handler)
+    answer_errors(app, lambda refusal: _error(refusal.status, refusal.reason, refusal.message))
+    app.add_exception_handler(ImageError, picture)
+    app.add_exception_handler(FeatxError, usage)
 
 
 # --- the page -----------------------------------------------------------------------------------------------------
