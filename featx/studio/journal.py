@@ -23,8 +23,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from featx._files import LineFile, csv_line, publish_bytes
-from featx.errors import StoreError, UsageError, plural
+from featx._files import LineFile, csv_line
+from featx.errors import UsageError, plural
 from featx.models import checked_name
 
 NOTHING, NONE_OF_THESE, UNSURE, LEFT_OUT = -1, -2, -3, -4
@@ -78,7 +78,10 @@ class Journal:
         self._done: list[dict[str, Any]] = []
         self._undone: list[dict[str, Any]] = []
         self._file = LineFile(path)
-        self._read()
+        hint = (
+            "Put back a copy of it. Or move it away: labels.csv beside it has the labels, and can be opened as a list."
+        )
+        self._file.read(self._replay, what="the journal of labels", hint=hint)
         self._file.open()
 
     def close(self) -> None:
@@ -86,19 +89,10 @@ class Journal:
         with self._lock:
             self._file.close()
 
-    def _read(self) -> None:
-        for number, line in enumerate(self._file.lines, start=1):
-            try:
-                record = json.loads(line)
-                if record["n"] != self.n + 1:
-                    raise ValueError("its number is not the next")
-                self._take(record)
-            except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-                raise StoreError(
-                    "the journal of labels was altered", where=f"{self.path}, line {number}", found=str(error),
-                    hint="Put back a copy of it. Or move it away: labels.csv beside it has the labels, and can be "
-                    "opened as a list.",
-                ) from error  # fmt: skip
+    def _replay(self, record: dict[str, Any], number: int) -> None:
+        if record["n"] != number:
+            raise ValueError("its number is not the next")
+        self._take(record)
 
     # --- reading --------------------------------------------------------------------------------------------------
 
@@ -135,10 +129,6 @@ class Journal:
                 label = (self.classes[code] or "") if code >= 0 else ""
                 lines.append(csv_line((photo, label, MARKS.get(code, ""), *self.who.get(photo, ("", "")))))
         return "".join(lines).encode("utf-8", errors="surrogateescape")
-
-    def write_csv(self, path: Path, photos: Iterable[str]) -> None:
-        """Publish :meth:`csv`."""
-        publish_bytes(path, self.csv(photos))
 
     # --- acting ---------------------------------------------------------------------------------------------------
 

@@ -179,7 +179,7 @@ class Project:
 
     def write_labels(self) -> None:
         """Write ``labels.csv``, and into the store what photos are called, so that every command finds it there."""
-        self.journal.write_csv(self.labels, [photo.ref.id for photo in self.photos])
+        publish_bytes(self.labels, self.journal.csv([photo.ref.id for photo in self.photos]))
         if (self.store / "index.h5").exists():
             with StoreWriter(self.store, *stored_backbones(self.store).values()) as writer:
                 writer.relabel({ref.id: ref.label for ref in self.images().refs})
