@@ -618,7 +618,7 @@ def _add_work(app: FastAPI, studio: Studio) -> None:
     @app.post("/api/measure")
     def measure() -> Response:
         """Measure now how good it is."""
-        studio.now.measure_now()
+        studio.now.measuring.ask()
         return JSONResponse({})
 
     @app.post("/api/try")

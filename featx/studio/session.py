@@ -109,7 +109,7 @@ class Session:
         self._writing = Again("write labels", self._write, self._failed("labels.csv"), _WRITE_SECONDS)
         self._suggesting = Again("suggest", self._suggest, self._failed("suggestions"), _SUGGEST_SECONDS)
         self._comparing = Again("unlike", self._compare, self._failed("suggestions"), 0.3)
-        self._measuring = Again("measure", self._measure, self._failed("quality"), _MEASURE_SECONDS)
+        self.measuring = Again("measure", self._measure, self._failed("quality"), _MEASURE_SECONDS)
         self._mapping = Again("map", self._make_map, self._failed("map"))
         self._shrinking = Again("thumbnails", self._shrink, self._failed("thumbnails"))
         if (self.project.store / "index.h5").exists():
@@ -128,7 +128,7 @@ class Session:
     def close(self) -> None:
         """End all work, write what is left to write, and let others open the project."""
         self.stop_embedding(wait=True)
-        work = (self._suggesting, self._comparing, self._measuring, self._mapping, self._shrinking)
+        work = (self._suggesting, self._comparing, self.measuring, self._mapping, self._shrinking)
         for each in work:
             each.end()
         self._shrinking.finish(10.0)
@@ -173,7 +173,7 @@ class Session:
         self._suggesting.ask()
         self._comparing.ask()
         self._writing.ask()
-        self._measuring.ask()
+        self.measuring.ask()
 
     def tell_labels(self) -> dict[str, Any]:
         """The state of the labels, for a window."""
@@ -187,10 +187,6 @@ class Session:
             "labelled": int((codes >= 0).sum()),
             "begun": journal.begun,
         }
-
-    def measure_now(self) -> None:
-        """Measure how good it is, whatever was measured."""
-        self._measuring.ask()
 
     def add(self, name: str, data: bytes) -> int:
         """Keep a photo that came through the page; its row. It is embedded with the others that came."""
@@ -266,19 +262,18 @@ class Session:
     def _read_store(self) -> None:
         """Take over what the store has now."""
         features, layers, _ = open_layers(self.project.store, None)
-        kind = "l2" if len(layers.names) == 1 else layers.kinds()[0]
         with self._lock:
             rows = self.project.rows
             kept = np.array([place for place, id in enumerate(features.ids.tolist()) if id in rows], dtype=np.intp)
             photos = np.array([rows[id] for id in features.ids[kept].tolist()], dtype=np.intp)
-        unit = unit_rows(features.embeddings[kept].astype(np.float64), kind).astype(np.float32)
+        unit = unit_rows(features.embeddings[kept].astype(np.float64), layers.default_kind).astype(np.float32)
         whole = len(kept) == len(features)
         self.embedded = Embedded(features if whole else features.some(kept), layers, photos, unit)
         self.events.publish("photos", {"photos": len(self.project.photos)})
         self._suggesting.ask()
         self._comparing.ask()
         self._mapping.ask()
-        self._measuring.ask()
+        self.measuring.ask()
         self._shrinking.ask()
 
     def refused(self) -> list[dict[str, str]]:
@@ -439,7 +434,7 @@ class Session:
             self.events.publish("quality", {"status": "running", "version": self.versions["quality"], "message": what})
 
         try:
-            found = quality.measure(data, lambda: self._measuring.asked_again, tell)
+            found = quality.measure(data, lambda: self.measuring.asked_again, tell)
         except quality.OutOfDate:
             return  # it is measured again, with the labels that there are by then
         except UsageError as error:

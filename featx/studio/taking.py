@@ -26,7 +26,8 @@ from featx.reports import overlay_urls
 if TYPE_CHECKING:
     from featx.studio.session import Embedded, Session
 
-KINDS = ("model", "onnx", "html", "card", "labels")
+SUFFIXES = {"model": ".model", "onnx": ".onnx", "html": ".html", "card": ".md", "labels": ".csv"}
+"""Of the files that can be taken along."""
 
 _KEPT = 50
 """Tried photos that can still be added."""
@@ -161,19 +162,14 @@ class Taking:
 
     def _near(self, embedded: Embedded, row: Any) -> list[dict[str, Any]]:
         """The labelled photos that are most like one, whose embedding is given."""
-        kind = "l2" if len(embedded.layers.names) == 1 else embedded.layers.kinds()[0]
-        own = unit_rows(np.asarray(row, dtype=np.float64)[None], kind)[0].astype(np.float32)
+        own = unit_rows(np.asarray(row, dtype=np.float64)[None], embedded.layers.default_kind)[0].astype(np.float32)
         codes = self.session.codes()
         places = np.flatnonzero(codes[embedded.photos] >= 0)
         cosines = embedded.unit[places] @ own
         best = np.argsort(-cosines, kind="stable")[:_NEAR]
         return [
-            {
-                "row": int(embedded.photos[places[place]]),
-                "label": self.session.journal.classes[int(codes[embedded.photos[places[place]]])],
-                "score": round(float(cosines[place]), 4),
-            }
-            for place in best.tolist()
+            {"row": photo, "label": self.session.journal.classes[codes[photo]], "score": round(float(cosine), 4)}
+            for photo, cosine in zip(embedded.photos[places[best]].tolist(), cosines[best], strict=True)
         ]
 
     def tried(self, name: str) -> bytes:
@@ -208,13 +204,12 @@ class Taking:
         UsageError
             There is no such kind of file.
         """
-        if what not in KINDS:
-            raise UsageError("there is no such file to take along", expected=", ".join(KINDS), found=what)
+        if what not in SUFFIXES:
+            raise UsageError("there is no such file to take along", expected=", ".join(SUFFIXES), found=what)
         running = self.jobs.get(what)
         if running is not None and running.status == "running":
             return running
-        suffix = {"model": ".model", "onnx": ".onnx", "html": ".html", "card": ".md", "labels": ".csv"}[what]
-        job = self.jobs[what] = Job(what, f"{self.name}{suffix}")
+        job = self.jobs[what] = Job(what, f"{self.name}{SUFFIXES[what]}")
         threading.Thread(target=self._make, args=(job,), name=f"take {what}", daemon=True).start()
         return job
 
@@ -246,16 +241,16 @@ class Taking:
                 if bundle.threshold is None:
                     job.message = SILENT
                 if job.what == "card":
-                    self._run("card", str(model), "--out", str(out))
+                    self._run("card", model, "--out", out)
+                elif job.what == "onnx":
+                    self._run("export", model, "--format", "onnx", "--out", out)
                 elif job.what == "html":
                     runtime = self.session.setup.runtime
                     if runtime is None:
                         _check_runtime()
                     given = [] if runtime is None else ["--runtime", runtime]
-                    store = str(self.session.project.store)
-                    self._run("export", str(model), "--format", "html", "--out", str(out), "--store", store, *given)
-                elif job.what == "onnx":
-                    self._run("export", str(model), "--format", "onnx", "--out", str(out))
+                    store = self.session.project.store
+                    self._run("export", model, "--format", "html", "--out", out, "--store", store, *given)
             job.bytes, job.status = out.stat().st_size, "done"
         except FeatxError as error:
             job.status, job.message = "failed", str(error)
@@ -265,7 +260,7 @@ class Taking:
         job.seconds = round(time.monotonic() - started, 2)
         self.session.events.publish("job", job.to_json())
 
-    def _run(self, *arguments: str) -> None:
+    def _run(self, *arguments: str | Path) -> None:
         """Run a command of featx, in a process of its own: what it loads is gone with it.
 
         Raises
@@ -274,9 +269,8 @@ class Taking:
             It failed; with what it said.
         """
         command = [sys.executable, "-m", "featx", *arguments]
-        with subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        ) as child:
+        none = subprocess.DEVNULL
+        with subprocess.Popen(command, stdin=none, stdout=none, stderr=subprocess.PIPE) as child:
             self._child = child
             try:
                 _, said = child.communicate()
