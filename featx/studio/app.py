@@ -30,8 +30,8 @@ from featx.images import ImageRef
 from featx.service import LOOPBACK_NAMES, SAFE_HEADERS, Refusal, answer_errors
 from featx.studio.events import Events
 from featx.studio.journal import Change, Journal
-from featx.studio.project import Project, folders
-from featx.studio.session import Session, Setup, make_source
+from featx.studio.project import Project, folders, make_source
+from featx.studio.session import Session, Setup
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -136,37 +136,33 @@ class Gate:
             await self.app(scope, receive, send)
             return
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        answer = self._refused(scope, headers)
-        if answer is None and scope["path"] == "/" and scope["query_string"]:
-            answer = self._greeting(scope)
-        if answer is not None:
-            await answer(scope, receive, _with_headers(send))
-            return
+        query = parse_qs(scope["query_string"].decode("latin-1"))
+        token = query.get("token", [""])[0] if scope["path"] == "/" else ""
         limit = MOST_PHOTO if scope["path"] in _UPLOADS else MOST_JSON
-        await self.app(scope, _limited(receive, limit), _with_headers(send))
+        app: ASGIApp = self.app
+        try:
+            self._check(headers, token, limit)
+            if token:
+                app = self._greeting(scope)
+        except Refusal as refusal:
+            app = _error(refusal)
+        await app(scope, _limited(receive, limit), _with_headers(send))
 
-    def _refused(self, scope: Scope, headers: dict[str, str]) -> Response | None:
-        """The answer to who may not come in, or None."""
+    def _check(self, headers: dict[str, str], token: str, limit: int) -> None:
+        """Refusal for who may not come in."""
         host = headers.get("host", "").rpartition(":")[0] or headers.get("host", "")
         if host not in LOOPBACK_NAMES:
-            return _error(403, "host", "This address is for this machine only.")
+            raise Refusal(403, "host", "This address is for this machine only.")
         origin = headers.get("origin")
         if origin is not None and origin.partition("://")[2] != headers.get("host"):
-            return _error(403, "origin", "Another page asked; only the studio's own may.")
-        asked = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
-        if scope["path"] == "/" and asked and self._is_token(asked):
-            return None
-        if not any(map(self._is_token, _cookies(headers.get("cookie", "")))):
-            return _error(401, "token", "This window is not signed in: open the address that featx studio printed.")
-        limit = MOST_PHOTO if scope["path"] in _UPLOADS else MOST_JSON
+            raise Refusal(403, "origin", "Another page asked; only the studio's own may.")
+        if not any(map(self._is_token, [token, *_cookies(headers.get("cookie", ""))])):
+            raise Refusal(401, "token", "This window is not signed in: open the address that featx studio printed.")
         length = headers.get("content-length", "0")
         if not length.isascii() or not length.isdecimal() or int(length) > limit:
-            return _error(413, "too_large", f"At most {limit / 2**20:.0f} MB can be sent at a time.")
-        return None
+            raise _too_large(limit)
 
-    def _greeting(self, scope: Scope) -> Response | None:
-        if not parse_qs(scope["query_string"].decode("latin-1")).get("token"):
-            return None
+    def _greeting(self, scope: Scope) -> Response:
         answer = RedirectResponse("/", 303)
         answer.set_cookie(f"{COOKIE}-{scope['server'][1]}", self.token, httponly=True, samesite="strict")
         return answer
@@ -188,7 +184,7 @@ def _limited(receive: Receive, limit: int) -> Receive:
         message = await receive()
         taken += len(message.get("body", b""))
         if taken > limit:
-            raise Refusal(413, "too_large", f"At most {limit / 2**20:.0f} MB can be sent at a time.")
+            raise _too_large(limit)
         return message
 
     return limited
@@ -204,21 +200,25 @@ def _with_headers(send: Send) -> Send:
     return sending
 
 
-def _error(status: int, reason: str, message: str) -> JSONResponse:
-    return JSONResponse({"error": {"reason": reason, "message": message}}, status)
+def _too_large(limit: int) -> Refusal:
+    return Refusal(413, "too_large", f"At most {limit / 2**20:.0f} MB can be sent at a time.")
+
+
+def _error(refusal: Refusal) -> Response:
+    return JSONResponse({"error": {"reason": refusal.reason, "message": refusal.message}}, refusal.status)
 
 
 def _add_errors(app: FastAPI) -> None:
     async def usage(request: Request, error: Exception) -> Response:
         assert isinstance(error, FeatxError)
         status = {StoreBusy: (409, "busy"), SourceError: (404, "no_folder")}.get(type(error), (422, "usage"))
-        return _error(*status, str(error))
+        return _error(Refusal(*status, str(error)))
 
     async def picture(request: Request, error: Exception) -> Response:
         assert isinstance(error, ImageError)
-        return _error(422, error.reason, f"This photo cannot be read: {error.what}.")
+        return _error(Refusal(422, error.reason, f"This photo cannot be read: {error.what}."))
 
-    answer_errors(app, lambda refusal: _error(refusal.status, refusal.reason, refusal.message))
+    answer_errors(app, _error)
     app.add_exception_handler(ImageError, picture)
     app.add_exception_handler(FeatxError, usage)
 
@@ -592,6 +592,12 @@ def _add_labels(app: FastAPI, studio: Studio) -> None:
 
 
 def _add_work(app: FastAPI, studio: Studio) -> None:
+    async def file_of(request: Request) -> bytes:
+        data = await request.body()
+        if not data:
+            raise Refusal(422, "empty", "This file is empty.")
+        return data
+
     @app.post("/api/open")
     def open_folder(asked: Open) -> Response:
         """Open a folder, or a list, of photos."""
@@ -625,9 +631,7 @@ def _add_work(app: FastAPI, studio: Studio) -> None:
     async def try_photo(request: Request) -> Response:
         """What a model of the labels says of a photo."""
         taking = studio.now.taking
-        data = await request.body()
-        if not data:
-            raise Refusal(422, "empty", "This file is empty.")
+        data = await file_of(request)
         try:
             return JSONResponse(await asyncio.to_thread(taking.try_photo, data))
         except UsageError as error:
@@ -646,10 +650,7 @@ def _add_work(app: FastAPI, studio: Studio) -> None:
     async def drop(request: Request, name: Annotated[str, Query(max_length=1000)] = "photo.jpg") -> Response:
         """Add a photo to the project."""
         session = studio.now
-        data = await request.body()
-        if not data:
-            raise Refusal(422, "empty", "This file is empty.")
-        return JSONResponse({"row": await asyncio.to_thread(session.add, name, data)})
+        return JSONResponse({"row": await asyncio.to_thread(session.add, name, await file_of(request))})
 
     @app.post("/api/take")
     def take(asked: Take) -> Response:

@@ -105,30 +105,23 @@ class Project:
             )  # fmt: skip
         for part in (self.added, self.thumbnails):
             make_folder(part)
-        self._stack = contextlib.ExitStack()
-        try:
-            self._stack.enter_context(writer_lock(self.folder / ".lock"))
-        except StoreBusy as error:
-            url = LastAddress.of(self.folder).url
-            raise StoreBusy(
-                "another featx studio has this project open", where=self.folder, found=error.found,
-                hint=f"Use its window{url and f' ({url})'}, or end it first.",
-            ) from error  # fmt: skip
-        try:
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(writer_lock(self.folder / ".lock"))
+            except StoreBusy as error:
+                url = LastAddress.of(self.folder).url
+                raise StoreBusy(
+                    "another featx studio has this project open", where=self.folder, found=error.found,
+                    hint=f"Use its window{url and f' ({url})'}, or end it first.",
+                ) from error  # fmt: skip
             for part in (self.folder, self.added):
                 remove_leftovers(part)
             self.photos += self._added()
             self.journal = Journal(self.folder / "journal.jsonl", _user())
-            self._stack.callback(self.journal.close)
-        except BaseException:
-            self._stack.close()
-            raise
-        self.rows = {photo.ref.id: row for row, photo in enumerate(self.photos)}
-        try:
+            stack.callback(self.journal.close)
+            self.rows = {photo.ref.id: row for row, photo in enumerate(self.photos)}
             self.take_edits()
-        except BaseException:
-            self._stack.close()
-            raise
+            self._stack = stack.pop_all()
 
     @staticmethod
     def check(source: Path) -> None:
@@ -266,6 +259,19 @@ class Project:
 
     def _id(self, path: Path) -> str:
         return Path(os.path.relpath(path, self.folder)).as_posix()
+
+
+def make_source(path: Path) -> None:
+    """Make a folder for photos that come through the page.
+
+    Raises
+    ------
+    UsageError
+        There is one already, with something in it.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UsageError("there is something of this name already", where=path)
+    make_folder(path)
 
 
 def folders(path: Path, root: Path) -> dict[str, object]:

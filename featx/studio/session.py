@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx._arrays import Index
-from featx._files import make_folder
 from featx.errors import FeatxError, Interrupted, StoreBusy, UsageError, plural
 from featx.evaluation import find_duplicates
 from featx.extraction import extract_features
@@ -364,8 +363,7 @@ class Session:
         if embedded is None:
             return
         seq, data = self.journal.n, self.labelled(embedded)
-        sample = quality.sample_of(data.codes, data.drawn)
-        self.suggestions = suggest(embedded.unit, embedded.photos, data.codes, self.unlike, data.drawn, sample)
+        self.suggestions = suggest(embedded.unit, embedded.photos, data.codes, self.unlike, data.drawn, data.sample)
         self.suggested = seq
         self._next("suggestions", seq=seq, ready=not self.suggestions.reason, reason=self.suggestions.reason)
         self._tell_early(seq, quality.too_early(data.codes[embedded.photos]))  # and measure it a little later
@@ -386,8 +384,7 @@ class Session:
         if embedded is None:
             return
         data = self.labelled(embedded)
-        sample = quality.sample_of(data.codes, data.drawn)
-        before, self._unlike = self._unlike, unlike_labelled(embedded.unit, embedded.photos, data.codes, sample)
+        before, self._unlike = self._unlike, unlike_labelled(embedded.unit, embedded.photos, data.codes, data.sample)
         if not np.array_equal(before, self._unlike):
             self._suggesting.ask()
 
@@ -457,16 +454,3 @@ def _equal(numbers: Index) -> list[Index]:
     """The places of each number that is there."""
     order = np.argsort(numbers, kind="stable")
     return np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1) if len(order) else []
-
-
-def make_source(path: Path) -> None:
-    """Make a folder for photos that come through the page.
-
-    Raises
-    ------
-    UsageError
-        There is one already, with something in it.
-    """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UsageError("there is something of this name already", where=path)
-    make_folder(path)
