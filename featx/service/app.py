@@ -28,6 +28,7 @@ from featx.service.feedback import add_feedback
 from featx.service.guard import Guard, Refusal, answer_errors
 from featx.service.inference import add_inference, paths
 from featx.service.label_studio import PATHS, LabelStudio, add_label_studio
+from featx.service.schema import Named
 from featx.service.telemetry import Metrics
 from featx.service.work import Repository, do_work, explain as explained
 
@@ -99,16 +100,13 @@ def create_app(
 # --- routes -------------------------------------------------------------------------------------------------------
 
 
-_Named = Annotated[str | None, Query(description="The name of the model; not needed where there is only one.")]
-
-
 def _add_work(app: FastAPI, repository: Repository, keyed: list[Any]) -> None:
     work_route = partial(app.post, openapi_extra=schema.image_body(), dependencies=keyed)
 
     @work_route("/predict", responses={200: {"model": schema.PredictReply}, **_WORK, **schema.errors(404)})
     async def predict(
         request: Request,
-        model: _Named = None,
+        model: Named = None,
         k: Annotated[int, Query(ge=0, le=100)] = 5,
         explain: bool = False,
         coverage: Annotated[float | None, Query(gt=0, lt=1)] = None,
@@ -143,7 +141,7 @@ def _add_work(app: FastAPI, repository: Repository, keyed: list[Any]) -> None:
         return work.reply({"predictions": predictions, "version": service.version})
 
     @work_route("/embed", responses={200: {"model": schema.EmbedReply}, **_WORK, **schema.errors(404)})
-    async def embed(request: Request, model: _Named = None) -> Response:
+    async def embed(request: Request, model: Named = None) -> Response:
         """The embeddings themselves, the same as a store's."""
         service = repository.named(model)
         bundle = service.bundle
@@ -158,7 +156,7 @@ def _add_work(app: FastAPI, repository: Repository, keyed: list[Any]) -> None:
         return work.reply(said)
 
     @work_route("/search", responses={200: {"model": schema.SearchReply}, **_WORK, **schema.errors(404)})
-    async def search(request: Request, model: _Named = None, k: Annotated[int, Query(ge=1, le=1000)] = 10) -> Response:
+    async def search(request: Request, model: Named = None, k: Annotated[int, Query(ge=1, le=1000)] = 10) -> Response:
         """The ``k`` most similar labelled images of the store, by cosine."""
         service = repository.named(model)
         if service.evidence is None:
@@ -207,7 +205,7 @@ def _add_page(app: FastAPI, repository: Repository, keyed: list[Any]) -> None:
         responses={**pictures, **_READ, **schema.errors(404, 422)},
         dependencies=keyed,
     )
-    async def thumbnail(row: int, model: _Named = None) -> Response:
+    async def thumbnail(row: int, model: Named = None) -> Response:
         """A small picture of an image of the store, by the ``row`` that neighbours carry."""
         service = repository.named(model)
         found = None if service.evidence is None else await asyncio.to_thread(service.evidence.thumbnail, row)
@@ -228,13 +226,13 @@ def _add_state(app: FastAPI, repository: Repository, keyed: list[Any]) -> None:
     }
 
     @app.get("/ready", responses={**unable, **schema.errors(403, 404)})
-    async def ready(model: _Named = None) -> Response:
+    async def ready(model: Named = None) -> Response:
         """Requests will be answered: those for this model, or, where none is named, for each of them."""
         problem = repository.problem() if model is None else repository.named(model).problem()
         return JSONResponse({"ready": not problem, "reason": problem}, 503 if problem else 200)
 
     @app.get("/info", responses={**_READ, **schema.errors(404)}, dependencies=keyed)
-    async def info(model: _Named = None) -> Response:
+    async def info(model: Named = None) -> Response:
         """What is served: classes, head, network, how good it was, limits.
 
         Where there are several models and none is named, ``models`` has all of this for each, with its ``name``.

@@ -19,6 +19,7 @@ from featx.errors import StoreError, UsageError
 from featx.models import MAX_NAME, Answer, Corrections, Said, agreements, export_csv, vote
 from featx.service import schema
 from featx.service.guard import Refusal
+from featx.service.schema import Named
 from featx.service.telemetry import request_id
 from featx.service.work import Repository, Service, do_work
 
@@ -28,7 +29,6 @@ REMEMBERED = 64 * 2**20
 log = logging.getLogger("featx.service")
 
 # Of the module, where FastAPI finds what annotations name.
-_Named = Annotated[str | None, Query(description="The name of the model; it may be left out where there is one only.")]
 _Text = Annotated[str, Query(max_length=MAX_NAME)]
 
 
@@ -179,7 +179,7 @@ def add_feedback(app: FastAPI, repository: Repository, keyed: list[Any], *, trus
         label: _Text,
         by: _Text = "",
         answer: Annotated[str | None, Query(pattern="^[0-9a-f]{64}$")] = None,
-        model: _Named = None,
+        model: Named = None,
     ) -> Response:
         """Say what a photo shows: the photo is the body, or that of an earlier ``answer``, by its id.
 
@@ -222,7 +222,7 @@ def add_feedback(app: FastAPI, repository: Repository, keyed: list[Any], *, trus
         dependencies=keyed,
     )
     async def feedback(
-        model: _Named = None,
+        model: Named = None,
         after: Annotated[int, Query(ge=0)] = 0,
         limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
         form: Annotated[Literal["json", "csv"], Query(alias="format")] = "json",

@@ -448,10 +448,8 @@ async def _embed(
     _check_able(service)
     try:
         jobs = service.line.submit([data for _, data in images], deadline, keep=keep)
-    except QueueFull as full:
-        raise _busy(full.retry_after) from None
-    except WorkerDied as died:
-        raise Refusal(503, "not_ready", f"Not able to compute: {died}.") from None
+    except (QueueFull, WorkerDied) as error:
+        raise _refusal(service, error) from None
     everything: asyncio.Future[Any] = asyncio.gather(
         *(asyncio.wrap_future(job.future) for job in jobs), return_exceptions=True
     )
@@ -464,25 +462,27 @@ async def _embed(
             if gone.done():
                 raise ClientDisconnect
             raise _late(service)
-        results: list[Embedded | ImageError] = []
-        for result in everything.result():
-            if isinstance(result, WorkerDied):
-                raise Refusal(503, "not_ready", f"Not able to compute: {result}.")
-            if isinstance(result, OutOfResources):
-                message = f"The system lacks what an image needs just now: {result}. Try again later."
-                raise Refusal(503, "resources", message, {"Retry-After": "1"})
-            if isinstance(result, QueueFull):
-                raise _busy(result.retry_after)
-            if isinstance(result, TimeoutError):
-                raise _late(service)
+        results: list[Embedded | ImageError] = everything.result()
+        for result in results:
             if isinstance(result, BaseException) and not isinstance(result, ImageError):
-                raise result
-            results.append(result)
+                raise _refusal(service, result)
         return results, jobs
     finally:
         gone.cancel()
         everything.cancel()
         service.line.drop(jobs)
+
+
+def _refusal(service: Service, error: BaseException) -> BaseException:
+    """What to raise where an image was not computed."""
+    if isinstance(error, QueueFull):
+        return _busy(error.retry_after)
+    if isinstance(error, WorkerDied):
+        return Refusal(503, "not_ready", f"Not able to compute: {error}.")
+    if isinstance(error, OutOfResources):
+        message = f"The system lacks what an image needs just now: {error}. Try again later."
+        return Refusal(503, "resources", message, {"Retry-After": "1"})
+    return _late(service) if isinstance(error, TimeoutError) else error
 
 
 def _late(service: Service) -> Refusal:
