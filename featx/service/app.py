@@ -8,11 +8,10 @@ searches the store, :mod:`featx.service.telemetry` tells what happens, :mod:`fea
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import cache, lru_cache, partial
+from functools import partial
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -173,18 +172,9 @@ def _add_work(app: FastAPI, repository: Repository, keyed: list[Any]) -> None:
 def _add_page(app: FastAPI, repository: Repository, keyed: list[Any]) -> None:
     page, policy = load_page()
 
-    @cache
-    def document() -> bytes:
-        # Once: many clients that ask again and again would have it spelled out anew each time.
-        return json.dumps(app.openapi(), separators=(",", ":")).encode()
-
-    @lru_cache(maxsize=4)  # not without bound: who asks chooses the name that the examples are written for
-    def docs_text(base: str) -> str:
-        return docs_page(app.openapi(), base)
-
     @app.get("/openapi.json", include_in_schema=False)
     async def openapi() -> Response:
-        return Response(document(), media_type="application/json")
+        return JSONResponse(app.openapi())
 
     @app.get("/", include_in_schema=False)
     async def index() -> Response:
@@ -194,7 +184,7 @@ def _add_page(app: FastAPI, repository: Repository, keyed: list[Any]) -> None:
     @app.get("/docs", include_in_schema=False)
     async def docs(request: Request) -> Response:
         only_style = "default-src 'none'; style-src 'unsafe-inline'"
-        text = docs_text(str(request.base_url).rstrip("/"))
+        text = docs_page(app.openapi(), str(request.base_url).rstrip("/"))
         return HTMLResponse(text, headers={"content-security-policy": only_style})
 
     pictures: dict[int | str, dict[str, Any]] = {200: {"content": {"image/jpeg": {}}}}
