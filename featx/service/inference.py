@@ -93,7 +93,7 @@ async def _protocols(repository: Repository, answer: Awaitable[Response]) -> Res
 async def _index(repository: Repository, request: Request) -> Response:
     """Every model with its state; where the body asks for it, those that are ready only."""
     try:
-        said = json.loads(b"".join([chunk async for chunk in request.stream()]) or b"{}")
+        said = json.loads(await request.body() or b"{}")
     except (ValueError, RecursionError) as error:
         raise _wrong("The request is not JSON.") from error
     problems = {name: service.problem() for name, service in repository.services.items()}
@@ -178,8 +178,8 @@ async def _infer(service: Service, outputs: dict[str, _Output], request: Request
     asked = _Asked()
 
     async def read(request: Request, limits: Limits) -> list[tuple[str, bytes]]:
-        body = b"".join([chunk async for chunk in request.stream()])
-        return await asyncio.to_thread(_images, request.headers.get(HEADER), body, limits, asked, set(outputs))
+        length, body = request.headers.get(HEADER), await request.body()
+        return await asyncio.to_thread(_images, length, body, limits, asked, set(outputs))
 
     work = await do_work(service, request, read=read)
     if work.refused:

@@ -38,7 +38,7 @@ from featx.service import schema
 from featx.service.feedback import Feedback, check_origin
 from featx.service.guard import Refusal, whole_text
 from featx.service.label_studio_host import LabelStudioHost, NotFetched
-from featx.service.work import Repository, Service, work_on
+from featx.service.work import Repository, Service, arriving, work_on
 
 PATHS = ("/health", "/setup", "/predict", "/webhook")
 
@@ -623,12 +623,8 @@ async def _body(request: Request, seconds: float) -> dict[str, Any]:
     if kind != "application/json":
         raise Refusal(415, "content_type", "Label Studio sends application/json.")
     try:
-        async with asyncio.timeout(seconds):
-            raw = b"".join([chunk async for chunk in request.stream()])
-        body = json.loads(raw)
-    except TimeoutError:
-        message = f"The body did not arrive within {seconds:g} s."
-        raise Refusal(408, "slow", message, {"Connection": "close"}) from None
+        async with arriving(seconds):
+            body = json.loads(await request.body())
     except (ValueError, RecursionError) as error:
         raise Refusal(400, "json", "The body is not JSON.") from error
     if not isinstance(body, dict):

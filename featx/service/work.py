@@ -7,7 +7,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -331,13 +331,20 @@ async def do_work(service: Service, request: Request, *, keep: bool = False, rea
     # Before anything is read: who cannot be served should not have to send it all.
     if service.line.waiting >= service.limits.queue:
         raise _busy(service.line.retry_after())
-    try:
-        async with asyncio.timeout(service.limits.deadline):
-            images = await (read or _read_images)(request, service.limits)
-    except TimeoutError:
-        message = f"The body did not arrive within {service.limits.deadline:g} s."
-        raise Refusal(408, "slow", message, {"Connection": "close"}) from None
+    async with arriving(service.limits.deadline):
+        images = await (read or _read_images)(request, service.limits)
     return await work_on(service, images, deadline, request, keep=keep)
+
+
+@contextlib.asynccontextmanager
+async def arriving(seconds: float) -> AsyncIterator[None]:
+    """Give a request's body so much time; Refusal when it is over."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        message = f"The body did not arrive within {seconds:g} s."
+        raise Refusal(408, "slow", message, {"Connection": "close"}) from None
 
 
 async def work_on(
@@ -415,7 +422,7 @@ async def _read_images(request: Request, limits: Limits) -> list[tuple[str, byte
     if kind not in ("application/octet-stream", "application/dicom") and not kind.startswith("image/"):
         message = "Send an image as it is (Content-Type: image/jpeg), or a form (multipart/form-data) with images."
         raise Refusal(415, "content_type", message)
-    return [("image", b"".join([chunk async for chunk in request.stream()]))]
+    return [("image", await request.body())]
 
 
 async def _read_form(request: Request, limits: Limits) -> list[tuple[str, bytes]]:
