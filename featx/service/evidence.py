@@ -42,7 +42,6 @@ class Evidence:
     def __init__(self, store: Path, bundle: Bundle, images: Path | None = None) -> None:
         found = labelled_images(store, bundle)
         self.layer, self.notes = found.place, found.notes
-        self.path = store
         self.ids, self.labels, self._digests = found.ids, found.labels, found.digests
         self._index = GalleryIndex().fit(found.embeddings)
         self._folder = images or _said_folder(store)

@@ -124,7 +124,7 @@ class Repository:
         """Whether the service has been told to end."""
         return any(service.stopping for service in self.services.values())
 
-    async def follow(self, seconds: float = FOLLOW_SECONDS) -> None:
+    async def follow(self) -> None:
         """Switch to the current version of each model that has a feedback folder, as long as this runs.
 
         A request that has begun is answered by the version that it began with: none waits, and none is lost. A version
@@ -132,7 +132,7 @@ class Repository:
         """
         failed: dict[str, str] = {}
         while True:
-            await asyncio.sleep(seconds)
+            await asyncio.sleep(FOLLOW_SECONDS)
             for name, service in list(self.services.items()):
                 if service.feedback is None:
                     continue
