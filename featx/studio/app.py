@@ -69,13 +69,7 @@ class Studio:
         self.session: Session | None = None
 
     def open(self, source: Path, *, empty: bool = False) -> None:
-        """Open a folder or a list of photos in place of what is open.
-
-        Raises
-        ------
-        SourceError, StoreBusy, UsageError
-            As of :class:`featx.studio.project.Project`; what was open stays open then.
-        """
+        """Open a folder or a list of photos in place of what is open, which stays open where that fails."""
         before = self.session
         if before is not None and before.project.source == source.absolute():
             return
@@ -99,13 +93,7 @@ class Studio:
 
 
 def create_app(studio: Studio, token: str) -> ASGIApp:
-    """The application behind its gate.
-
-    Parameters
-    ----------
-    studio : what answers.
-    token : of the address.
-    """
+    """The application behind its gate, which asks for the token."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -60,12 +60,7 @@ class Job:
 
 
 class Taking:
-    """The model of an open project; methods are called from any thread.
-
-    Parameters
-    ----------
-    session : whose labels it is fitted on.
-    """
+    """The model of the labels of an open project; methods are called from any thread."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -95,13 +90,7 @@ class Taking:
         return self.session.project.name or "photos"
 
     def model(self) -> tuple[Bundle, Embedder, Embedded]:
-        """The model of the labels as they are now.
-
-        Raises
-        ------
-        UsageError
-            There are too few labels, or no embeddings yet.
-        """
+        """The model of the labels as they are now; UsageError where there are too few, or no embeddings yet."""
         with self._fitting:
             embedded = self.session.embedded
             if embedded is None:
@@ -121,15 +110,7 @@ class Taking:
     # --- trying ---------------------------------------------------------------------------------------------------
 
     def try_photo(self, data: bytes) -> dict[str, Any]:
-        """What the model says of a photo.
-
-        Raises
-        ------
-        UsageError
-            There is no model yet.
-        ImageError
-            The photo cannot be read.
-        """
+        """What the model says of a photo; UsageError where there is no model yet, ImageError for no photo."""
         bundle, embedder, embedded = self.model()
         with self._fitting:
             if self._decoders is None:
@@ -173,13 +154,7 @@ class Taking:
         ]
 
     def tried(self, name: str) -> bytes:
-        """The bytes of a photo that was tried.
-
-        Raises
-        ------
-        UsageError
-            It is too long ago, or there was none.
-        """
+        """The bytes of a photo that was tried; UsageError where that is too long ago, or there was none."""
         if name not in self._tried:
             raise UsageError("this photo is not kept any more", hint="Try it again.")
         return self._tried[name]
@@ -197,13 +172,7 @@ class Taking:
         ]
 
     def take(self, what: str) -> Job:
-        """Begin to make a file.
-
-        Raises
-        ------
-        UsageError
-            There is no such kind of file.
-        """
+        """Begin to make a file; UsageError where there is no such kind."""
         if what not in SUFFIXES:
             raise UsageError("there is no such file to take along", expected=", ".join(SUFFIXES), found=what)
         running = self.jobs.get(what)
@@ -214,13 +183,7 @@ class Taking:
         return job
 
     def path(self, file: str) -> Path:
-        """Where a file is that was made.
-
-        Raises
-        ------
-        UsageError
-            None of this name was.
-        """
+        """Where a file is that was made; UsageError where none of this name was."""
         if not any(job.file == file and job.status == "done" for job in self.jobs.values()):
             raise UsageError("there is no such file", found=file)
         return self.folder / file
@@ -261,13 +224,7 @@ class Taking:
         self.session.events.publish("job", job.to_json())
 
     def _run(self, *arguments: str | Path) -> None:
-        """Run a command of featx, in a process of its own: what it loads is gone with it.
-
-        Raises
-        ------
-        UsageError
-            It failed; with what it said.
-        """
+        """Run a command of featx in a process of its own, with which all goes that it loads; UsageError if it fails."""
         command = [sys.executable, "-m", "featx", *arguments]
         none = subprocess.DEVNULL
         with subprocess.Popen(command, stdin=none, stdout=none, stderr=subprocess.PIPE) as child:
