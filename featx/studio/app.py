@@ -55,13 +55,7 @@ _NAMED = 6
 
 
 class Studio:
-    """The page's server side: at most one session at a time.
-
-    Parameters
-    ----------
-    setup : what it was started with.
-    folder : of the first project, where it is not to be beside the photos.
-    """
+    """The page's server side: at most one session at a time; the first may have a ``folder`` that is elsewhere."""
 
     def __init__(self, setup: Setup, folder: Path | None = None) -> None:
         self.setup, self.folder = setup, folder

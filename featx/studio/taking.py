@@ -224,7 +224,7 @@ class Taking:
         self.session.events.publish("job", job.to_json())
 
     def _run(self, *arguments: str | Path) -> None:
-        """Run a command of featx in a process of its own, with which all goes that it loads; UsageError if it fails."""
+        """Run a command of featx in a process of its own, to be rid of all that it loads; UsageError where it fails."""
         command = [sys.executable, "-m", "featx", *arguments]
         none = subprocess.DEVNULL
         with subprocess.Popen(command, stdin=none, stdout=none, stderr=subprocess.PIPE) as child:
