@@ -183,7 +183,7 @@ def add_feedback(app: FastAPI, repository: Repository, keyed: list[Any], *, trus
         service = repository.named(model)
         feedback = _feedback(service)
         feedback.check(label, service.bundle.class_names)
-        if service.stopping:
+        if repository.stopping:
             raise Refusal(503, "not_ready", "The service stops.", {"Retry-After": "5", "Connection": "close"})
         if answer is not None:
             image, said = feedback.answered(answer)

@@ -77,6 +77,7 @@ class Repository:
 
     def __init__(self, models: Sequence[Model], limits: Limits | None = None, counts: Counts | None = None) -> None:
         self.limits, self.counts = limits or Limits(), counts
+        self.stopping = False
         self.metrics = Metrics(several=len(models) > 1)
         embedders = list({id(model.embedder): model.embedder for model in models}.values())
         # Of several networks each has a part of the cores to decode with, and two at least.
@@ -94,7 +95,7 @@ class Repository:
             if counts is not None:
                 counts.describe(model.bundle, model.name)
             line = batchers[id(model.embedder)].line(queue_size=self.limits.queue, on_batch=counted.batch)
-            self.services[model.name] = Service(model, line, self.limits, counted, counts)
+            self.services[model.name] = Service(self, model, line, counted)
 
     @property
     def several(self) -> bool:
@@ -112,11 +113,6 @@ class Repository:
         if name not in self.services:
             raise Refusal(404, "no_model", f"There is no model {name[:40]!r}; there is {names}.")
         return self.services[name]
-
-    @property
-    def stopping(self) -> bool:
-        """Whether the service has been told to end."""
-        return any(service.stopping for service in self.services.values())
 
     async def follow(self) -> None:
         """Switch to the current version of each model that has a feedback folder, as long as this runs.
@@ -155,14 +151,7 @@ class Repository:
         model = Model(bundle, before.embedder, before.evidence, name, before.feedback)
         if self.counts is not None:
             self.counts.describe(bundle, name)
-        after = Service(model, before.line, self.limits, before.metrics, self.counts)
-        after.stopping = before.stopping
-        self.services[name] = after
-
-    def refuse_more(self) -> None:
-        """Accept no further requests."""
-        for service in self.services.values():
-            service.stopping = True
+        self.services[name] = Service(self, model, before.line, before.metrics)
 
     def start(self) -> None:
         """Start what computes; when this returns, all networks are warm."""
@@ -196,13 +185,10 @@ class Repository:
 class Service:
     """One model, as the application's routes see it; its images wait in ``line``."""
 
-    def __init__(
-        self, model: Model, line: Line, limits: Limits, metrics: ModelMetrics, counts: Counts | None = None
-    ) -> None:
+    def __init__(self, repository: Repository, model: Model, line: Line, metrics: ModelMetrics) -> None:
         self.bundle, self.embedder, self.evidence, self.name = model.bundle, model.embedder, model.evidence, model.name
         self.feedback = model.feedback
-        self.line, self.limits, self.metrics, self.counts = line, limits, metrics, counts
-        self.stopping = False
+        self.repository, self.limits, self.line, self.metrics = repository, repository.limits, line, metrics
         metrics.watch(lambda: line.waiting, lambda: not self.problem())
         self.layer = layer_number(self.bundle)
         self.explainer = Explainer(self.bundle.scorer, self.bundle.class_names, self.embedder, self.layer)
@@ -227,8 +213,8 @@ class Service:
         """What the model says of embeddings (n, d), as of :meth:`featx.models.Bundle.answer`; it is counted."""
         answers = self.bundle.answer(embeddings, coverage)
         self.metrics.answered(answers)
-        if self.counts is not None:
-            self.counts.add(self.bundle, answers)
+        if self.repository.counts is not None:
+            self.repository.counts.add(self.bundle, answers)
         return answers
 
     def problem(self) -> str:
@@ -237,7 +223,7 @@ class Service:
 
     def refusing(self) -> str:
         """Why no request is accepted, or ""."""
-        return self.line.batcher.refusing() or ("the service stops" if self.stopping else "")
+        return self.line.batcher.refusing() or ("the service stops" if self.repository.stopping else "")
 
     def info(self) -> dict[str, Any]:
         """What is served."""
@@ -375,7 +361,7 @@ def _sentence(error: ImageError) -> str:
 def _check_able(service: Service) -> None:
     problem = service.refusing()
     if problem:
-        closing = {"Connection": "close"} if service.stopping else {}
+        closing = {"Connection": "close"} if service.repository.stopping else {}
         raise Refusal(503, "not_ready", f"Not able to compute: {problem}.", {"Retry-After": "5", **closing})
 
 
