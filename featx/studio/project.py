@@ -198,9 +198,9 @@ class Project:
     def add(self, name: str, data: bytes) -> int:
         """Keep a photo that came through the page; its row. UsageError for another kind of file, by its name."""
         given = Path(name.replace("\\", "/"))
-        if given.suffix and given.suffix.lower() not in IMAGE_SUFFIXES:
+        suffix = given.suffix.lower() or ".jpg"
+        if suffix not in IMAGE_SUFFIXES:
             raise UsageError("not a photo, by its name", expected="a file such as .jpg or .png", found=given.suffix)
-        suffix = given.suffix.lower() if given.suffix.lower() in IMAGE_SUFFIXES else ".jpg"
         stem = _WEIRD.sub("-", given.stem).strip(" .-")[:80] or "photo"
         path = self.added / f"{stem}-{hashlib.sha256(data).hexdigest()[:8]}{suffix}"
         known = self.rows.get(self._id(path))
@@ -222,7 +222,7 @@ class Project:
                 found.append(replace(photo, ref=own, folder_label=ref.label, split=ref.split))
             return found
         every = sorted(relative for relative, _ in walk_folder(self.source))
-        names = [each for each in every if Path(each).suffix.lower() in IMAGE_SUFFIXES and not each.endswith("/")]
+        names = [each for each in every if _is_image(each) and not each.endswith("/")]
         try:
             labels = labels_from_folders(names)
         except SourceError:
@@ -275,7 +275,7 @@ def folders(path: Path, root: Path) -> dict[str, object]:
                     begun = Path(f"{entry.path}.studio", "journal.jsonl").exists()
                     images_in = _count(Path(entry.path))
                     inside.append({"name": entry.name, "path": entry.path, "images": images_in, "begun": begun})
-                elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES:
+                elif _is_image(entry.name):
                     images += 1
     except OSError as error:
         raise SourceError(f"cannot be listed ({error.strerror})", where=path) from error
@@ -288,9 +288,13 @@ def _count(folder: Path) -> int | None:
     """Photos right in a folder; None where it cannot be listed."""
     try:
         with os.scandir(folder) as entries:
-            return sum(Path(entry.name).suffix.lower() in IMAGE_SUFFIXES for entry in entries)
+            return sum(_is_image(entry.name) for entry in entries)
     except OSError:
         return None
+
+
+def _is_image(name: str) -> bool:
+    return Path(name).suffix.lower() in IMAGE_SUFFIXES
 
 
 def order(photos: Iterable[Photo]) -> list[int]:
