@@ -198,9 +198,13 @@ def _add_page(app: FastAPI, repository: Repository, keyed: list[Any]) -> None:
     async def thumbnail(row: int, model: Named = None) -> Response:
         """A small picture of an image of the store, by the ``row`` that neighbours carry."""
         service = repository.named(model)
-        found = None if service.evidence is None else await asyncio.to_thread(service.evidence.thumbnail, row)
-        if found is None:
-            raise Refusal(404, "no_image", "There is no such image, or it is no longer where the store found it.")
+        try:
+            if service.evidence is None:
+                raise FileNotFoundError
+            found = await asyncio.to_thread(service.evidence.thumbnail, row)
+        except FileNotFoundError as error:
+            message = "There is no such image, or it is no longer where the store found it."
+            raise Refusal(404, "no_image", message) from error
         return Response(found, media_type="image/jpeg", headers={"cache-control": "private, max-age=3600"})
 
 
