@@ -249,7 +249,7 @@ class LineFile:
         for number, line in enumerate(self.lines, start=1):
             try:
                 found.append(take(json.loads(line, parse_constant=_no_number), number))
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 where = f"{self.path}, line {number}"
                 raise StoreError(f"{what} was altered", where=where, found=str(error), hint=hint) from error
         return found

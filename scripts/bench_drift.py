@@ -103,10 +103,9 @@ def orders(photos: Photos, new: NDArray[np.intp], shares: Shares, rng: np.random
     """The place (n,) of each photo in time, and its hour (n,), in each order."""
     n = len(new)
     hour = sizes(n, rng)
-    bursts, left = (
-        [],
-        {int(c): list(rng.permutation(np.flatnonzero(photos.labels[new] == c))) for c in np.unique(photos.labels[new])},
-    )
+    labels = photos.labels[new]
+    left = {int(c): list(rng.permutation(np.flatnonzero(labels == c))) for c in np.unique(labels)}
+    bursts: list[int] = []
     burst_hours: list[int] = []
     number = 0
     while any(left.values()):

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -32,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from machine import processor
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
@@ -413,22 +413,6 @@ def main() -> None:
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(found, indent=1) + "\n")
     Console().print(f"written: {given.out}")
-
-
-def processor() -> str:
-    """The processor's name, where the system tells."""
-    path = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":")[1].strip() for line in path.read_text().splitlines() if line.startswith("model name")]
-        if path.exists()
-        else []
-    )
-    flags = path.read_text() if path.exists() else ""
-    return (
-        (names[0] if names else platform.processor())
-        + (" (amx)" if "amx_tile" in flags else "")
-        + f" {os.uname().machine}"
-    )
 
 
 if __name__ == "__main__":

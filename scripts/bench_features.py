@@ -26,8 +26,7 @@ from typing import Any
 
 import joblib
 import numpy as np
-from bench_layers import interval, one, some_of
-from numpy.typing import NDArray
+from bench_layers import accuracies, report, some_of
 
 from featx._files import publish_bytes
 from featx.backbones.backbone import load_backbone
@@ -41,7 +40,6 @@ from featx.images.source import ImageSet
 SHOTS = (1, 5, 20)
 WAYS = ("peer", "pixels", "fast", "balanced", "views", "layers", "best")
 FAST = next(iter(RECIPES["fast"].backbones))
-Rows = NDArray[np.float32]
 
 
 def extract(folder: Path, stores: Path, each: int) -> dict[str, Any]:
@@ -75,33 +73,7 @@ def measure(folder: Path, stores: Path, episodes: int, n_jobs: int) -> dict[str,
     data |= {"peer": data["fast"], "pixels": center.pixels.astype(np.float32) / np.float32(255)}
     heads |= {"peer": heads["fast"], "pixels": auto}
     groups = find_duplicates(center.embeddings, center.copies, by=center.near_copies).groups
-    tasks = [(n, e) for n in SHOTS for e in range(episodes)]
-    done = joblib.Parallel(n_jobs)(joblib.delayed(one)(data, heads, center.labels, groups, *task) for task in tasks)
-    table = dict(zip(tasks, done, strict=True))
-    return {way: [[table[n, e][way] for e in range(episodes)] for n in SHOTS] for way in WAYS}
-
-
-def report(sets: dict[str, Any]) -> dict[str, Any]:
-    """Print accuracies and differences to the recipe "fast"; the same as plain numbers."""
-    cube = {way: np.array([sets[name]["accuracy"][way] for name in sets]) for way in WAYS}  # (sets, shots, episodes)
-    print(f"\n{'accuracy %':<10}" + "".join(f"{n:>8}" for n in SHOTS) + f"{'mean':>8}   by data set")
-    for way in WAYS:
-        each = ", ".join(f"{name} {row.mean():.1f}" for name, row in zip(sets, cube[way], strict=True))
-        means = "".join(f"{mean:8.1f}" for mean in cube[way].mean(axis=(0, 2)))
-        print(f"{way:<10}{means}{cube[way].mean():8.1f}   {each}")
-    out: dict[str, Any] = {}
-    print(f"\n{'minus fast':<10}" + "".join(f"{n:>15}" for n in SHOTS) + f"{'all':>15}   by data set")
-    for way in WAYS:
-        if way == "fast":
-            continue
-        gap = cube[way] - cube["fast"]
-        by_shots = [interval(gap[:, i]) for i in range(len(SHOTS))]
-        by_set = {name: interval(gap[i].mean(axis=0)[None]) for i, name in enumerate(sets)}
-        whole = interval(gap.mean(axis=1))
-        cells = "".join(f"{f'{mean:+.2f} ± {half:.2f}':>15}" for mean, half in (*by_shots, whole))
-        print(f"{way:<10}{cells}   " + ", ".join(f"{n} {mean:+.2f} ± {half:.2f}" for n, (mean, half) in by_set.items()))
-        out[way] = {"by_shots": by_shots, "by_set": by_set, "all": whole}
-    return out
+    return accuracies(data, heads, center.labels, groups, SHOTS, episodes, n_jobs)
 
 
 def main() -> None:
@@ -124,7 +96,7 @@ def main() -> None:
         publish_bytes(arguments.out, (json.dumps(kept, indent=1) + "\n").encode())
         print(f"{folder.name}: {facts['images']} images, {facts['center_seconds']} s and {facts['views_seconds']} s")
     kept |= {"machine": platform.processor() or platform.machine(), "date": date.today().isoformat()}
-    kept["minus_fast"] = report(kept["sets"])
+    kept["minus_fast"] = report(kept["sets"], WAYS, "fast", SHOTS)
     publish_bytes(arguments.out, (json.dumps(kept, indent=1) + "\n").encode())
 
 

@@ -136,15 +136,13 @@ def sweep(store: Path) -> dict[str, Any]:
 
 def search(store: Path, method: str) -> dict[str, Any]:
     """100 queries, k = 10, after reading the store and making the index."""
-    from featx.store.reader import iter_features
-
-    gallery: NDArray[np.float32] | None = None
-    for rows, part in iter_features(store, block_rows=SHARD_ROWS):
-        if gallery is None:
-            gallery = np.empty((rows_of(store), part.shape[1]), np.float32)
-        gallery[rows] = part
-    assert gallery is not None
     from featx.retrieval.neighbours import GalleryIndex
+    from featx.store.reader import FeatureReader, iter_features
+
+    reader = FeatureReader(store)
+    gallery = np.empty((len(reader.index), reader.dims("penultimate")), np.float32)
+    for rows, part in iter_features(store, block_rows=SHARD_ROWS):
+        gallery[rows] = part
 
     started = time.perf_counter()
     index = GalleryIndex(method=method).fit(gallery)  # type: ignore[arg-type]
@@ -154,12 +152,6 @@ def search(store: Path, method: str) -> dict[str, Any]:
     done = time.perf_counter()
     found: dict[str, Any] = {"index, s": round(built - started, 2), "100 queries, s": round(done - built, 3)}
     return found | ({"recall": index.recall_} if method == "approximate" else {})
-
-
-def rows_of(store: Path) -> int:
-    from featx.store.manifest import read_manifest
-
-    return sum(shard.rows for shard in read_manifest(store).shards)
 
 
 STEPS: dict[str, Callable[[Path], dict[str, Any]]] = {

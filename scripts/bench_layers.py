@@ -20,6 +20,7 @@ import argparse
 import json
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,15 @@ WAYS = ("peer", "auto", "views", "layers", "both")
 Rows = NDArray[np.float32]
 
 
-def some_of(images: ImageSet, each: int) -> ImageSet:
-    """At most so many images of each class (more of few classes, so that there are 400), drawn by chance."""
-    each = max(each, 400 // max(len(images.class_names), 1))
+def suggested_layers(backbone: str) -> tuple[str, ...]:
+    """What ``featx layers`` suggests."""
+    infos = describe_layers(load_backbone(backbone, weights="none").network())
+    return tuple(info.name for info in infos if info.suggested)
+
+
+def some_of(images: ImageSet, each: int, least: int = 400) -> ImageSet:
+    """At most so many images of each class (more of few classes, so that there are ``least``), drawn by chance."""
+    each = max(each, least // max(len(images.class_names), 1))
     order = np.random.default_rng(0).permutation(len(images.refs))
     kept: dict[str, list[int]] = {}
     for i in order.tolist():
@@ -94,6 +101,17 @@ def one(
     return out
 
 
+def accuracies(
+    data: dict[str, Rows], heads: dict[str, Head], labels: Any, groups: Any, shots: Sequence[int], episodes: int,
+    n_jobs: int,
+) -> dict[str, list[list[float]]]:  # fmt: skip
+    """Accuracies [shots][episode] of each way, in points."""
+    tasks = [(n, e) for n in shots for e in range(episodes)]
+    done = joblib.Parallel(n_jobs)(joblib.delayed(one)(data, heads, labels, groups, *task) for task in tasks)
+    table = dict(zip(tasks, done, strict=True))
+    return {way: [[table[n, e][way] for e in range(episodes)] for n in shots] for way in heads}
+
+
 def measure(folder: Path, stores: Path, episodes: int, n_jobs: int) -> dict[str, list[list[float]]]:
     """Accuracies [shots][episode] of each way on a set."""
     center, layers = read_layers(stores / f"{folder.name}.center.featx")
@@ -103,27 +121,25 @@ def measure(folder: Path, stores: Path, episodes: int, n_jobs: int) -> dict[str,
     plain, combined = layers.on(HEADS["auto"], layers.reference), layers.on(HEADS["auto"], COMBINED)
     data = {way: (views if way in ("views", "both") else center).embeddings for way in WAYS}
     heads = {way: combined if way in ("layers", "both") else plain for way in WAYS}
-    digests = center.copies
-    groups = find_duplicates(plain.seen(center.embeddings), digests).groups
-    tasks = [(n, e) for n in SHOTS for e in range(episodes)]
-    done = joblib.Parallel(n_jobs)(joblib.delayed(one)(data, heads, center.labels, groups, *task) for task in tasks)
-    table = dict(zip(tasks, done, strict=True))
-    return {way: [[table[n, e][way] for e in range(episodes)] for n in SHOTS] for way in WAYS}
+    groups = find_duplicates(plain.seen(center.embeddings), center.copies).groups
+    return accuracies(data, heads, center.labels, groups, SHOTS, episodes, n_jobs)
 
 
-def report(sets: dict[str, Any]) -> dict[str, Any]:
-    """Print accuracies and differences to the peer; the same as plain numbers."""
-    cube = {way: np.array([sets[name]["accuracy"][way] for name in sets]) for way in WAYS}  # (sets, shots, episodes)
-    print(f"\n{'accuracy %':<10}" + "".join(f"{n:>8}" for n in SHOTS) + f"{'mean':>8}   by data set")
-    for way in WAYS:
+def report(sets: dict[str, Any], ways: Sequence[str], reference: str, shots: Sequence[int]) -> dict[str, Any]:
+    """Print accuracies and differences to one way; the differences as plain numbers."""
+    cube = {way: np.array([sets[name]["accuracy"][way] for name in sets]) for way in ways}  # (sets, shots, episodes)
+    print(f"\n{'accuracy %':<10}" + "".join(f"{n:>8}" for n in shots) + f"{'mean':>8}   by data set")
+    for way in ways:
         each = ", ".join(f"{name} {row.mean():.2f}" for name, row in zip(sets, cube[way], strict=True))
         means = "".join(f"{mean:8.2f}" for mean in cube[way].mean(axis=(0, 2)))
         print(f"{way:<10}{means}{cube[way].mean():8.2f}   {each}")
     out: dict[str, Any] = {}
-    print(f"\n{'minus peer':<10}" + "".join(f"{n:>15}" for n in SHOTS) + f"{'all':>15}   by data set")
-    for way in WAYS[1:]:
-        gap = cube[way] - cube["peer"]
-        by_shots = [interval(gap[:, i]) for i in range(len(SHOTS))]
+    print(f"\n{'minus ' + reference:<10}" + "".join(f"{n:>15}" for n in shots) + f"{'all':>15}   by data set")
+    for way in ways:
+        if way == reference:
+            continue
+        gap = cube[way] - cube[reference]
+        by_shots = [interval(gap[:, i]) for i in range(len(shots))]
         by_set = {name: interval(gap[i].mean(axis=0)[None]) for i, name in enumerate(sets)}
         whole = interval(gap.mean(axis=1))
         cells = "".join(f"{f'{mean:+.2f} ± {half:.2f}':>15}" for mean, half in (*by_shots, whole))
@@ -152,10 +168,7 @@ def main() -> None:
     if options.episodes < 2:
         parser.error("--episodes: at least 2, for intervals")
     views = parse_views(options.views)
-    layers = tuple(options.layer or ())
-    if not layers:
-        infos = describe_layers(load_backbone(options.backbone, weights="none").network())
-        layers = tuple(info.name for info in infos if info.suggested)
+    layers = tuple(options.layer or suggested_layers(options.backbone))
     plan = {
         "backbone": options.backbone, "views": list(views), "layers": list(layers), "episodes": options.episodes,
         "images_a_class": options.images, "shots": list(SHOTS),
@@ -172,7 +185,7 @@ def main() -> None:
         print(f"{folder.name}: {told}", flush=True)
         sets[folder.name] = {**told, "accuracy": measure(folder, stores, options.episodes, options.n_jobs)}
         publish_bytes(options.out, json.dumps({"plan": plan, "sets": sets}, indent=1).encode() + b"\n")
-    found = report({folder.name: sets[folder.name] for folder in options.sets})
+    found = report({folder.name: sets[folder.name] for folder in options.sets}, WAYS, "peer", SHOTS)
     publish_bytes(options.out, json.dumps({"plan": plan, "sets": sets, "minus_peer": found}, indent=1).encode() + b"\n")
 
 

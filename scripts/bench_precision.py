@@ -20,7 +20,7 @@ from typing import Any
 
 import joblib
 import numpy as np
-from bench_layers import interval, one, some_of
+from bench_layers import accuracies, interval, some_of
 from numpy.typing import NDArray
 
 from featx._files import publish_bytes
@@ -51,12 +51,11 @@ def compare(pair: dict[str, FeatureSet], precision: str, episodes: int, n_jobs: 
     groups = find_duplicates(exact.embeddings, exact.copies, by=exact.near_copies).groups
     data = {name: features.embeddings for name, features in pair.items()}
     heads = dict.fromkeys(pair, HEADS["ridge"])
-    tasks = [(n, e) for n in SHOTS for e in range(episodes)]
-    done = joblib.Parallel(n_jobs)(joblib.delayed(one)(data, heads, exact.labels, groups, *task) for task in tasks)
-    gap = [found[precision] - found["fp32"] for found in done]
+    found = accuracies(data, heads, exact.labels, groups, SHOTS, episodes, n_jobs)
+    gap = np.subtract(found[precision], found["fp32"])
     lengths = np.linalg.norm(exact.embeddings, axis=1) * np.linalg.norm(other.embeddings, axis=1)
     cosines = np.einsum("nd,nd->n", exact.embeddings, other.embeddings) / lengths
-    return {"gap": np.reshape(gap, (len(SHOTS), episodes)).tolist(), "cosines": cosines.tolist()}
+    return {"gap": gap.tolist(), "cosines": cosines.tolist()}
 
 
 def speeds(backbone: Backbone, precision: str, seconds: float) -> dict[str, float]:

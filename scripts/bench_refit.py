@@ -42,12 +42,8 @@ KINDS = ("right", "shuffled", "errors", "errors, shuffled", "one class")
 
 def some(features: FeatureSet, rows: Index, labels: Index) -> FeatureSet:
     """Images of a store, as if nobody had split them, with these labels."""
-    return replace(
-        features, embeddings=features.embeddings[rows], ids=features.ids[rows], labels=labels,
-        splits=np.full(len(rows), "", features.splits.dtype), digests=features.digests[rows], groups=np.empty(0, str),
-        metadata={}, pixels=None if features.pixels is None else features.pixels[rows],
-        hashes=None if features.hashes is None else features.hashes[rows],
-    )  # fmt: skip
+    splits = np.full(len(rows), "", features.splits.dtype)
+    return replace(features.some(rows), labels=labels, splits=splits, groups=np.empty(0, str), metadata={})
 
 
 def accuracy(fitted: FittedHead, features: FeatureSet, rows: Index) -> float:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from machine import processor
 from numpy.typing import NDArray
 
 K = 10
@@ -205,7 +206,7 @@ def main() -> None:
         print(f"{name:44} {value:8.2f}")
     report = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.platform(), "load_before": load},
+        "machine": {"cpu": processor(), "cores": os.cpu_count(), "system": platform.platform(), "load_before": load},
         "versions": {name: version(name) for name in ("featx", "numpy", "scikit-learn", "faiss-cpu")},
         "rows": options.rows,
         "dim": options.dim,
@@ -217,14 +218,7 @@ def main() -> None:
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=2) + "\n")
-    print(f"{report['date']}, {_cpu()}, {os.cpu_count()} cores, load before {load:.1f}; written to {options.out}")
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    print(f"{report['date']}, {processor()}, {os.cpu_count()} cores, load before {load:.1f}; written to {options.out}")
 
 
 if __name__ == "__main__":

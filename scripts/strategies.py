@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bench_layers import some_of, suggested_layers
 from numpy.typing import NDArray
 
 from featx._arrays import COMBINED, PENULTIMATE
@@ -40,7 +41,6 @@ from featx.adaptation.finetune import judge_episodes, open_tuning
 from featx.adaptation.training import recipe_for
 from featx.backbones.backbone import Backbone, load_backbone
 from featx.backbones.engines.torch import make_engine
-from featx.backbones.frozen import describe_layers
 from featx.evaluation.duplicates import find_duplicates
 from featx.evaluation.results import SweepResult
 from featx.evaluation.sweep import sweep_heads
@@ -63,20 +63,11 @@ class Photos:
     """One set: its images, and the stores of their embeddings."""
 
     def __init__(self, folder: Path, work: Path) -> None:
-        found = ImageSet.from_folder(folder)
-        each = max(40, 200 // len(found.class_names))
-        # As many of each class in all sets of ten classes; more of fewer classes, so that enough are judged.
-        order = np.random.default_rng(0).permutation(len(found.refs))
-        kept: dict[str | None, list[int]] = {}
-        for i in order.tolist():
-            rows = kept.setdefault(found.refs[i].label, [])
-            if len(rows) < each:
-                rows.append(i)
+        found = some_of(ImageSet.from_folder(folder), 40, least=200)
         # Without splits: the trained strategies keep out of `test`, and would judge other draws than the heads do.
-        chosen = sorted(i for rows in kept.values() for i in rows)
-        self.images = replace(found, refs=tuple(replace(found.refs[i], split="") for i in chosen))
+        self.images = replace(found, refs=tuple(replace(ref, split="") for ref in found.refs))
         self.name, self.work = folder.name, work
-        self.backbone = load_backbone(layers=suggested_layers())
+        self.backbone = load_backbone(layers=suggested_layers("efficientnet_lite0"))
 
     def store(self, views: tuple[str, ...]) -> tuple[FeatureSet, Layers]:
         """Embeddings of all layers: of the centre crop, or of the views."""
@@ -93,11 +84,6 @@ class Photos:
             found = Embedder(network, make_engine(network)).embed_files(by_id[str(name)] for name in features.ids)
             np.save(path, np.stack([embedding[0] for _, embedding in found if isinstance(embedding, tuple)]))
         return np.asarray(np.load(path))
-
-
-def suggested_layers() -> tuple[str, ...]:
-    """What ``featx layers`` suggests for the default backbone."""
-    return tuple(info.name for info in describe_layers(load_backbone(weights="none").network()) if info.suggested)
 
 
 def judged(rows: NDArray[Any], features: FeatureSet, groups: Any, n_shots: int, **options: Any) -> SweepResult:

@@ -18,6 +18,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -56,7 +57,7 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         work = Path(tempfile.mkdtemp(prefix="featx-label-studio-"))
         if not options.keep:
-            stack.callback(subprocess.run, ["rm", "-rf", str(work)], check=True)
+            stack.callback(shutil.rmtree, work)
         try:
             run(options.folder, options.studio or install(work), work, stack)
         except Different as error:
@@ -68,17 +69,14 @@ def main() -> None:
 
 
 def run(folder: Path, studio: Path, work: Path, stack: contextlib.ExitStack) -> None:
-    """Do and see everything."""
     photos = choose(folder)
     names = list(photos)
     seed, pool = ({name: each[part] for name, each in photos.items()} for part in (slice(SEED), slice(SEED, None)))
     link(seed, work / "seed")
     link(photos, work / "all")
     for name in ("seed", "all"):
-        subprocess.run(
-            [*FEATX, "extract", work / name, "--out", work / f"{name}.featx"], check=True, capture_output=True
-        )
-    subprocess.run([*FEATX, "fit", work / "seed.featx", "--out", work / "seed.model"], check=True, capture_output=True)
+        featx("extract", work / name, "--out", work / f"{name}.featx")
+    featx("fit", work / "seed.featx", "--out", work / "seed.model")
     api = stack.enter_context(label_studio(studio, work))
     version = api.call("GET", "/api/version")["label-studio-os-package"]["version"]
     see(True, f"Label Studio {version} at {api.url}")
@@ -103,7 +101,7 @@ def run(folder: Path, studio: Path, work: Path, stack: contextlib.ExitStack) -> 
         listed = project.by_score()
         see(
             [scores[number][1] for number in listed] == [scores[number][1] for number in rising],
-            f"the list by prediction score begins with the most uncertain: {numbers(scores, listed[:4])}",
+            f"the list by prediction score begins with the most uncertain ({scores[listed[0]][1]:.3f})",
         )
         following = api.call("GET", f"/api/projects/{project.number}/next")["id"]
         least = scores[rising[0]][1]
@@ -129,14 +127,12 @@ def run(folder: Path, studio: Path, work: Path, stack: contextlib.ExitStack) -> 
             second = project.new_version(work / "labels", first)
         see(bool(second), f"after {len(lines(journal))} records a refit was promoted: {second}")
         see(project.wait_for_order(first) == second, "Label Studio orders by its suggestions now")
-        after = project.predictions(second)
-        right = sum(after[number][0] == project.truth[number] for number in after)
-        see(len(after) == len(project.tasks), f"{right} of {len(after)} suggestions are right")
+        project.judge(second, "the refit")
     off = [number for number in project.tasks if number not in project.annotated]
     lone = off[0] if off else project.tasks[0]
     project.annotate(lone, project.truth[lone])
     before = len(lines(journal))
-    with backend(work, [work / "seed.model", "--feedback", work / "labels"], api.url, token, port_of(url)):
+    with backend(work, [work / "seed.model", "--feedback", work / "labels"], api.url, token, url.rpartition(":")[2]):
         api.call("POST", f"/api/ml/{project.backend}/train", {})
         see(len(lines(journal)) == before + 1, "a label that was given while featx was off came with Start training")
 
@@ -183,13 +179,7 @@ def wait(what: str, ready: Callable[[], T | None], seconds: float = 300.0) -> T:
     raise Different(f"{what} did not come within {seconds:g} s")
 
 
-def numbers(scores: dict[int, tuple[str, float]], tasks: Sequence[int]) -> str:
-    """The scores of some tasks."""
-    return ", ".join(f"{scores[number][1]:.3f}" for number in tasks)
-
-
 def lines(path: Path) -> list[str]:
-    """Of a file."""
     return path.read_text().splitlines()
 
 
@@ -200,7 +190,6 @@ def last(path: Path) -> dict[str, Any]:
 
 
 def other(names: Sequence[str], name: str) -> str:
-    """Another class."""
     return next(each for each in names if each != name)
 
 
@@ -396,20 +385,13 @@ def chosen(label: str) -> list[dict[str, Any]]:
 
 
 def featx(*command: object) -> None:
-    """Run a command of featx."""
     subprocess.run([*FEATX, *map(str, command)], check=True, capture_output=True)
 
 
 def free_port() -> str:
-    """Of the loopback address."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return str(found.getsockname()[1])
-
-
-def port_of(url: str) -> str:
-    """At the end of an address."""
-    return url.rpartition(":")[2]
 
 
 @contextlib.contextmanager

@@ -421,7 +421,7 @@ def open_tuning(
 
     with activations(folder, wanted, max_gib=max_gib, progress=step) as found:
         yield Tuning(
-            features=_rows(features, rows), backbone=network, halves=halves, activations=found, recipe=recipe,
+            features=features.some(rows), backbone=network, halves=halves, activations=found, recipe=recipe,
             head=SCRATCH if recipe.from_scratch else f"finetune:{unfreeze}", decode=decode, device=device,
             trunk_seconds=time.perf_counter() - started, cached_bytes=wanted.nbytes, say=say,
         )  # fmt: skip
@@ -439,10 +439,3 @@ def _origins(features: FeatureSet, rows: Index, images: ImageSet) -> list[Any]:
             hint="Name the SOURCE that the store was made from, or bring the store up to date with featx extract.",
         )  # fmt: skip
     return [known[str(name)] for name in features.ids[rows]]
-
-
-def _rows(features: FeatureSet, rows: Index) -> FeatureSet:
-    return replace(
-        features, embeddings=features.embeddings[rows], ids=features.ids[rows], labels=features.labels[rows],
-        splits=features.splits[rows], digests=features.digests[rows],
-    )  # fmt: skip

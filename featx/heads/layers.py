@@ -103,6 +103,11 @@ class Layers:
             weights += [self._weights((name,), (), 0.0) for name in self.references]
         return tuple(blocks_kind([(self.sizes[name], each[name]) for name in self.names]) for each in weights)
 
+    @property
+    def default_kind(self) -> str:
+        """The normaliser where none is chosen: unit length, of several blocks that of the first of :meth:`kinds`."""
+        return "l2" if len(self.names) == 1 else self.kinds()[0]
+
     def _weights(self, references: Sequence[str], others: Sequence[str], share: float) -> dict[str, float]:
         """The length that each block gets: of the squared length, the ``others`` have this share together."""
         squares = dict.fromkeys(self.names, 0.0)

@@ -42,7 +42,7 @@ class InstantModels:
         features, layers, _ = open_layers(store, None)
         self.embedder = Embedder.like(features.provenance, where=store, **options)
         self._features = features
-        self._kind = "l2" if len(layers.names) == 1 else layers.kinds()[0]
+        self._kind = layers.default_kind
         self.place = layer_place(features.layer, layers_of(features.provenance))
         self._rows = {digest.tobytes(): row for digest, row in zip(features.digests, features.embeddings, strict=True)}
         self._probe = encode(probe_pixels())

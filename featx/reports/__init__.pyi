@@ -1,7 +1,7 @@
 from .advice import render_advice as render_advice
 from .card import LIBRARY as LIBRARY, card_data as card_data, render_card as render_card
 from .explain import render_explanations as render_explanations
-from .heat import figure_png as figure_png, overlays as overlays, pair_jpeg as pair_jpeg
+from .heat import figure_png as figure_png, overlay_urls as overlay_urls, pair_jpeg as pair_jpeg
 from .offline import Examples as Examples, render_offline as render_offline
 from .page import hash_source as hash_source, render_template as render_template
 from .sheet import (

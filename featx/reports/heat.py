@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from featx.images import encode, written
 from featx.models import Explanation
+from featx.reports.page import data_url
 
 FOR, AGAINST = (230, 97, 1), (0, 90, 181)
 """Colours, of which neither is another's for people who see red, green or blue badly."""
@@ -26,6 +27,9 @@ LEGEND = (
     "Orange places speak for the class, blue ones against it; the stronger the colour, the more. Places without colour "
     "say nothing. Both maps of a photo have one scale. The network does not see what is veiled in grey."
 )
+
+OVERLAY_SIDE = 192
+"""Pixels of the longer side of an overlay for a page; a browser scales it up, as smooth as it is."""
 
 _VEIL = 0.7
 _CAPTION = 28
@@ -69,6 +73,13 @@ def overlays(explanation: Explanation, places: Sequence[int], width: int, height
         opacity = np.where(unseen, _VEIL, MOST * np.abs(value))
         made.append(np.dstack([colour, np.rint(255 * opacity)]).astype(np.uint8))
     return made
+
+
+def overlay_urls(explanation: Explanation, places: Sequence[int], size: tuple[int, int]) -> list[str]:
+    """Small PNGs of the overlays, for a page to lay over a photo of this (width, height), as addresses of images."""
+    scale = OVERLAY_SIDE / max(size)
+    width, height = (max(1, round(scale * length)) for length in size)
+    return [data_url(encode(each)) for each in overlays(explanation, places, width, height)]
 
 
 def painted(picture: NDArray[np.uint8], overlay: NDArray[np.uint8]) -> NDArray[np.uint8]:

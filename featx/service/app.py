@@ -8,28 +8,26 @@ searches the store, :mod:`featx.service.telemetry` tells what happens, :mod:`fea
 from __future__ import annotations
 
 import asyncio
-import json
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import cache, lru_cache, partial
+from functools import partial
 from importlib.metadata import version
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request, Security
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastapi.security import APIKeyHeader, HTTPBearer
-from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from featx.reports import hash_source, render_template
 from featx.service import schema
 from featx.service.docs import docs_page
 from featx.service.feedback import add_feedback
-from featx.service.guard import Guard, Refusal
+from featx.service.guard import Guard, Refusal, answer_errors
 from featx.service.inference import add_inference, paths
 from featx.service.label_studio import PATHS, LabelStudio, add_label_studio
+from featx.service.schema import Named
 from featx.service.telemetry import Metrics
 from featx.service.work import Repository, do_work, explain as explained
 
@@ -101,16 +99,13 @@ def create_app(
 # --- routes -------------------------------------------------------------------------------------------------------
 
 
-_Named = Annotated[str | None, Query(description="The name of the model; not needed where there is only one.")]
-
-
 def _add_work(app: FastAPI, repository: Repository, keyed: list[Any]) -> None:
     work_route = partial(app.post, openapi_extra=schema.image_body(), dependencies=keyed)
 
     @work_route("/predict", responses={200: {"model": schema.PredictReply}, **_WORK, **schema.errors(404)})
     async def predict(
         request: Request,
-        model: _Named = None,
+        model: Named = None,
         k: Annotated[int, Query(ge=0, le=100)] = 5,
         explain: bool = False,
         coverage: Annotated[float | None, Query(gt=0, lt=1)] = None,
@@ -145,7 +140,7 @@ def _add_work(app: FastAPI, repository: Repository, keyed: list[Any]) -> None:
         return work.reply({"predictions": predictions, "version": service.version})
 
     @work_route("/embed", responses={200: {"model": schema.EmbedReply}, **_WORK, **schema.errors(404)})
-    async def embed(request: Request, model: _Named = None) -> Response:
+    async def embed(request: Request, model: Named = None) -> Response:
         """The embeddings themselves, the same as a store's."""
         service = repository.named(model)
         bundle = service.bundle
@@ -160,7 +155,7 @@ def _add_work(app: FastAPI, repository: Repository, keyed: list[Any]) -> None:
         return work.reply(said)
 
     @work_route("/search", responses={200: {"model": schema.SearchReply}, **_WORK, **schema.errors(404)})
-    async def search(request: Request, model: _Named = None, k: Annotated[int, Query(ge=1, le=1000)] = 10) -> Response:
+    async def search(request: Request, model: Named = None, k: Annotated[int, Query(ge=1, le=1000)] = 10) -> Response:
         """The ``k`` most similar labelled images of the store, by cosine."""
         service = repository.named(model)
         if service.evidence is None:
@@ -177,18 +172,9 @@ def _add_work(app: FastAPI, repository: Repository, keyed: list[Any]) -> None:
 def _add_page(app: FastAPI, repository: Repository, keyed: list[Any]) -> None:
     page, policy = load_page()
 
-    @cache
-    def document() -> bytes:
-        # Once: many clients that ask again and again would have it spelled out anew each time.
-        return json.dumps(app.openapi(), separators=(",", ":")).encode()
-
-    @lru_cache(maxsize=4)  # not without bound: who asks chooses the name that the examples are written for
-    def docs_text(base: str) -> str:
-        return docs_page(app.openapi(), base)
-
     @app.get("/openapi.json", include_in_schema=False)
     async def openapi() -> Response:
-        return Response(document(), media_type="application/json")
+        return JSONResponse(app.openapi())
 
     @app.get("/", include_in_schema=False)
     async def index() -> Response:
@@ -198,7 +184,7 @@ def _add_page(app: FastAPI, repository: Repository, keyed: list[Any]) -> None:
     @app.get("/docs", include_in_schema=False)
     async def docs(request: Request) -> Response:
         only_style = "default-src 'none'; style-src 'unsafe-inline'"
-        text = docs_text(str(request.base_url).rstrip("/"))
+        text = docs_page(app.openapi(), str(request.base_url).rstrip("/"))
         return HTMLResponse(text, headers={"content-security-policy": only_style})
 
     pictures: dict[int | str, dict[str, Any]] = {200: {"content": {"image/jpeg": {}}}}
@@ -209,12 +195,16 @@ def _add_page(app: FastAPI, repository: Repository, keyed: list[Any]) -> None:
         responses={**pictures, **_READ, **schema.errors(404, 422)},
         dependencies=keyed,
     )
-    async def thumbnail(row: int, model: _Named = None) -> Response:
+    async def thumbnail(row: int, model: Named = None) -> Response:
         """A small picture of an image of the store, by the ``row`` that neighbours carry."""
         service = repository.named(model)
-        found = None if service.evidence is None else await asyncio.to_thread(service.evidence.thumbnail, row)
-        if found is None:
-            raise Refusal(404, "no_image", "There is no such image, or it is no longer where the store found it.")
+        try:
+            if service.evidence is None:
+                raise FileNotFoundError
+            found = await asyncio.to_thread(service.evidence.thumbnail, row)
+        except FileNotFoundError as error:
+            message = "There is no such image, or it is no longer where the store found it."
+            raise Refusal(404, "no_image", message) from error
         return Response(found, media_type="image/jpeg", headers={"cache-control": "private, max-age=3600"})
 
 
@@ -230,13 +220,13 @@ def _add_state(app: FastAPI, repository: Repository, keyed: list[Any]) -> None:
     }
 
     @app.get("/ready", responses={**unable, **schema.errors(403, 404)})
-    async def ready(model: _Named = None) -> Response:
+    async def ready(model: Named = None) -> Response:
         """Requests will be answered: those for this model, or, where none is named, for each of them."""
         problem = repository.problem() if model is None else repository.named(model).problem()
         return JSONResponse({"ready": not problem, "reason": problem}, 503 if problem else 200)
 
     @app.get("/info", responses={**_READ, **schema.errors(404)}, dependencies=keyed)
-    async def info(model: _Named = None) -> Response:
+    async def info(model: Named = None) -> Response:
         """What is served: classes, head, network, how good it was, limits.
 
         Where there are several models and none is named, ``models`` has all of this for each, with its ``name``.
@@ -255,35 +245,15 @@ def _add_state(app: FastAPI, repository: Repository, keyed: list[Any]) -> None:
 
 
 def _add_errors(app: FastAPI, metrics: Metrics) -> None:
-    def said(refusal: Refusal) -> JSONResponse:
+    def said(refusal: Refusal) -> Response:
         metrics.rejected(refusal.status, refusal.reason)
         return JSONResponse(refusal.to_json(), refusal.status, headers=refusal.headers)
-
-    async def refused(request: Request, error: Exception) -> Response:
-        assert isinstance(error, Refusal)
-        return said(error)
-
-    async def plain(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        reason = {404: "no_route", 405: "method"}.get(error.status_code, "request")
-        return said(Refusal(error.status_code, reason, f"{error.detail}.", error.headers))
-
-    async def invalid(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
-        return said(Refusal(422, "parameter", f"{'.'.join(map(str, first['loc']))}: {first['msg']}."))
 
     async def gone(request: Request, error: Exception) -> Response:
         return Response(status_code=499)  # nobody is there to read it; the log shows it
 
-    handlers: dict[type[Exception], Callable[[Request, Exception], Awaitable[Response]]] = {
-        Refusal: refused,
-        HTTPException: plain,
-        RequestValidationError: invalid,
-        ClientDisconnect: gone,
-    }
-    for kind, handler in handlers.items():
-        app.add_exception_handler(kind, handler)
+    answer_errors(app, said)
+    app.add_exception_handler(ClientDisconnect, gone)
 
 
 # --- the page -----------------------------------------------------------------------------------------------------

@@ -7,15 +7,11 @@ from typing import Any
 
 from featx.reports import render_template
 
+_BOUNDS = {"minimum": "from", "maximum": "to", "exclusiveMinimum": "above", "exclusiveMaximum": "below"}
+
 
 def docs_page(document: Mapping[str, Any], base: str) -> str:
-    """The page.
-
-    Parameters
-    ----------
-    document : of OpenAPI.
-    base : the URL that clients see, for the examples.
-    """
+    """The page; examples have the URL that clients see, ``base``."""
     routes = [
         _route(path, method.upper(), route, base)
         for path, methods in document["paths"].items()
@@ -27,7 +23,7 @@ def docs_page(document: Mapping[str, Any], base: str) -> str:
 def _route(path: str, method: str, route: Mapping[str, Any], base: str) -> dict[str, Any]:
     bodies = list(route.get("requestBody", {}).get("content", {}))
     file = ' -H "Content-Type: image/jpeg" --data-binary @photo.jpg' if bodies else ""
-    rows = [(each["name"], f"{each['in']}, {_schema(each['schema'])}") for each in route.get("parameters", [])]
+    rows = [(each["name"], _parameter(each)) for each in route.get("parameters", [])]
     rows += [(status, str(each["description"])) for status, each in sorted(route["responses"].items())]
     return {
         "path": path,
@@ -39,9 +35,12 @@ def _route(path: str, method: str, route: Mapping[str, Any], base: str) -> dict[
     }
 
 
-def _schema(schema: Mapping[str, Any]) -> str:
-    words = [str(schema.get("type", ""))]
-    words += [f"{word} {schema[key]}" for key, word in (("minimum", "from"), ("maximum", "to")) if key in schema]
-    if "default" in schema:
+def _parameter(parameter: Mapping[str, Any]) -> str:
+    schema = parameter["schema"]
+    kind = schema.get("anyOf", [schema])[0]  # of one that may be left out, what it is where it is given
+    words = [f"{parameter['in']}, {kind['type']}"]
+    words += [f"{word} {kind[key]:g}" for key, word in _BOUNDS.items() if key in kind]
+    if schema.get("default") not in (None, ""):
         words.append(f"(default {schema['default']})")
-    return " ".join(words)
+    description = parameter.get("description")
+    return " ".join(words) + (f". {description}" if description else "")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +41,13 @@ class Evidence:
     def __init__(self, store: Path, bundle: Bundle, images: Path | None = None) -> None:
         found = labelled_images(store, bundle)
         self.layer, self.notes = found.place, found.notes
-        self.path = store
         self.ids, self.labels, self._digests = found.ids, found.labels, found.digests
         self._index = GalleryIndex().fit(found.embeddings)
         self._folder = images or _said_folder(store)
         if images is not None and not images.is_dir():
             raise UsageError("no such folder of images", where=images)
-        self._kept: OrderedDict[int, bytes] = OrderedDict()
         self._thumbnails = Thumbnails()
-        self._lock = threading.Lock()
+        self.thumbnail = lru_cache(_KEPT)(self._thumbnail)  # of those that are there: it keeps no exception
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -71,29 +68,19 @@ class Evidence:
             for each_score, each_row in zip(scores, rows, strict=True)
         ]
 
-    def thumbnail(self, row: int) -> bytes | None:
-        """A small JPEG of an image of the store; None where it is not there, or is another one by now."""
+    def _thumbnail(self, row: int) -> bytes:
+        """A small JPEG of an image of the store; FileNotFoundError where it is not there, or is another one by now."""
         if self._folder is None or not 0 <= row < len(self.ids):
-            return None
-        with self._lock:
-            if row in self._kept:
-                self._kept.move_to_end(row)
-                return self._kept[row]
-            made = self._make(self._folder / str(self.ids[row]), self._digests[row].tobytes())
-            if made is not None:
-                self._kept[row] = made
-                if len(self._kept) > _KEPT:
-                    self._kept.popitem(last=False)
-            return made
-
-    def _make(self, path: Path, digest: bytes) -> bytes | None:
+            raise FileNotFoundError
         try:
             # Only the very bytes that were embedded: an id may not reach any other file.
-            (made,) = self._thumbnails.make([(path, digest)])
+            (made,) = self._thumbnails.make([(self._folder / str(self.ids[row]), self._digests[row].tobytes())])
         except NoDecoder as error:
             message = f"The system lacks what an image needs just now: {error.what}. Try again later."
             raise Refusal(503, "resources", message, {"Retry-After": "1"}) from error
-        return made if isinstance(made, bytes) else None
+        if not isinstance(made, bytes):
+            raise FileNotFoundError
+        return made
 
     def close(self) -> None:
         """End the decoding process."""

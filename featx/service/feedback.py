@@ -19,6 +19,7 @@ from featx.errors import StoreError, UsageError
 from featx.models import MAX_NAME, Answer, Corrections, Said, agreements, export_csv, vote
 from featx.service import schema
 from featx.service.guard import Refusal
+from featx.service.schema import Named
 from featx.service.telemetry import request_id
 from featx.service.work import Repository, Service, do_work
 
@@ -28,7 +29,6 @@ REMEMBERED = 64 * 2**20
 log = logging.getLogger("featx.service")
 
 # Of the module, where FastAPI finds what annotations name.
-_Named = Annotated[str | None, Query(description="The name of the model; it may be left out where there is one only.")]
 _Text = Annotated[str, Query(max_length=MAX_NAME)]
 
 
@@ -135,13 +135,7 @@ class Feedback:
         return digest
 
     def answered(self, digest: str) -> tuple[bytes, Said]:
-        """The photo of an answer, and what was said of it.
-
-        Raises
-        ------
-        Refusal
-            It is not remembered, or any more.
-        """
+        """The photo of an answer, and what was said of it; Refusal where it is not remembered, or any more."""
         with self._lock:
             found = self._answered.get(digest)
         if found is None:
@@ -159,12 +153,10 @@ class Feedback:
 
 
 def add_feedback(app: FastAPI, repository: Repository, keyed: list[Any], *, trusted: bool) -> None:
-    """Add the routes of corrections.
+    """Add the routes of corrections; ``trusted`` is whether a key shows who asks.
 
-    Parameters
-    ----------
-    trusted : whether a key shows who asks. Without one, a page of another site that somebody has open could send
-        corrections from his browser, which says where they come from.
+    Without one, a page of another site that somebody has open could send corrections from his browser, which says where
+    they come from.
     """
     refused = schema.errors(400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503, 504)
 
@@ -179,7 +171,7 @@ def add_feedback(app: FastAPI, repository: Repository, keyed: list[Any], *, trus
         label: _Text,
         by: _Text = "",
         answer: Annotated[str | None, Query(pattern="^[0-9a-f]{64}$")] = None,
-        model: _Named = None,
+        model: Named = None,
     ) -> Response:
         """Say what a photo shows: the photo is the body, or that of an earlier ``answer``, by its id.
 
@@ -191,7 +183,7 @@ def add_feedback(app: FastAPI, repository: Repository, keyed: list[Any], *, trus
         service = repository.named(model)
         feedback = _feedback(service)
         feedback.check(label, service.bundle.class_names)
-        if service.stopping:
+        if repository.stopping:
             raise Refusal(503, "not_ready", "The service stops.", {"Retry-After": "5", "Connection": "close"})
         if answer is not None:
             image, said = feedback.answered(answer)
@@ -222,7 +214,7 @@ def add_feedback(app: FastAPI, repository: Repository, keyed: list[Any], *, trus
         dependencies=keyed,
     )
     async def feedback(
-        model: _Named = None,
+        model: Named = None,
         after: Annotated[int, Query(ge=0)] = 0,
         limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
         form: Annotated[Literal["json", "csv"], Query(alias="format")] = "json",

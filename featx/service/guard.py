@@ -16,10 +16,15 @@ import re
 import time
 import uuid
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
 
 from featx.service.telemetry import Metrics, model_name, request_id
 
@@ -33,6 +38,13 @@ PROBES = frozenset({"/live", "/ready", "/metrics", "/v2/health/live", "/v2/healt
 """What is answered whatever the load."""
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
+
+SAFE_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+)
+"""What all answers carry."""
 
 LINGER_SECONDS = 30.0
 """How long a body may go on arriving after its request was refused; it is thrown away. A client that writes everything
@@ -99,10 +111,7 @@ class Guard:
 
     Parameters
     ----------
-    app : the application.
-    metrics : where requests are counted.
     routes : paths that are counted by name; all others are "other".
-    limits : sizes.
     models : names of the models, where there are several: each has a share of what may be buffered.
     api_key : what a client must show, or "" for none.
     hosts : names that may be in the header Host, or None for any. For a service without a key on the loopback
@@ -142,14 +151,14 @@ class Guard:
         own = given if _ID.fullmatch(given) else uuid.uuid4().hex.encode()
         token = request_id.set(own.decode())
         model_token = model_name.set(self._model_of(scope))
-        request = _Counted(self, receive, self.limits.body)
+        request = _Counted(self, receive)
         status, patience, seconds = 0, LINGER_SECONDS, 0.0
 
         async def stamped(message: Message) -> None:
             nonlocal status, patience, seconds
             if message["type"] == "http.response.start":
                 status, seconds = message["status"], time.perf_counter() - started
-                message["headers"] = [*message.get("headers", []), (b"x-request-id", own), *_SAFE]
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", own), *SAFE_HEADERS]
                 if (b"connection", b"close") in message["headers"]:
                     patience = SHORT_LINGER_SECONDS
             elif not request.complete and not message.get("more_body"):
@@ -159,21 +168,21 @@ class Guard:
                 message = {"type": "http.response.body", "body": b""}
             await send(message)
 
+        async def refuse(refusal: Refusal) -> None:
+            if not status:
+                self.metrics.rejected(refusal.status, refusal.reason)
+                await answer(refusal, stamped)
+
         self.in_flight += 1
         self.metrics.in_flight.inc()
         try:
-            refusal = self._check(scope, headers)
-            if refusal is None:
-                try:
-                    await self.app(scope, request.receive, stamped)
-                except Refusal as raised:
-                    refusal = raised
-                except Exception:  # outermost: the traceback is logged, and the client is told under which id
-                    log.exception("a bug")
-                    refusal = Refusal(500, "bug", "featx failed; the log has this request's id.")
-            if refusal is not None and not status:
-                self.metrics.rejected(refusal.status, refusal.reason)
-                await answer(refusal, stamped)
+            self._check(scope, headers)
+            await self.app(scope, request.receive, stamped)
+        except Refusal as refusal:
+            await refuse(refusal)
+        except Exception:  # outermost: the traceback is logged, and the client is told under which id
+            log.exception("a bug")
+            await refuse(Refusal(500, "bug", "featx failed; the log has this request's id."))
         finally:
             request.free()
             self.in_flight -= 1
@@ -190,12 +199,12 @@ class Guard:
         asked = name.partition("/")[0] or parse_qs(scope["query_string"].decode("latin-1")).get("model", [""])[-1]
         return asked if asked in self._models else ""
 
-    def _check(self, scope: Scope, headers: Mapping[bytes, bytes]) -> Refusal | None:
+    def _check(self, scope: Scope, headers: Mapping[bytes, bytes]) -> None:
         given = [value.decode("latin-1").lower() for name, value in scope["headers"] if name == b"host"] or [""]
         if self._hosts is not None and not all(re.sub(r":\d+$", "", host) in self._hosts for host in given):
             names = ", ".join(sorted(self._hosts))
             message = f"This service answers to {names} only; give it an API key to reach it under other names."
-            return Refusal(403, "host", message)
+            raise Refusal(403, "host", message)
         if self._key and scope["path"] not in OPEN_PATHS:
             shown = headers.get(b"x-api-key", b"")
             kind, _, bearer = headers.get(b"authorization", b"").partition(b" ")
@@ -205,13 +214,12 @@ class Guard:
                 shown = _password(bearer)
             if not hmac.compare_digest(shown, self._key):
                 message = "An API key is needed: Authorization: Bearer KEY, or X-API-Key: KEY."
-                return Refusal(401, "api_key", message, {"WWW-Authenticate": "Bearer"})
+                raise Refusal(401, "api_key", message, {"WWW-Authenticate": "Bearer"})
         length = headers.get(b"content-length", b"")
         if length.isdigit() and int(length) > self.limits.body:
-            return self._too_large()
+            raise self._too_large()
         if self._buffered[model_name.get()] > self._share and scope["path"] not in PROBES:
-            return self._too_many()
-        return None
+            raise self._too_many()
 
     def _too_many(self) -> Refusal:
         return Refusal(429, "busy", "Too many uploads at once; try again.", {"Retry-After": "1"})
@@ -250,18 +258,28 @@ def _password(credentials: bytes) -> bytes:
         return b""
 
 
-_SAFE = [
-    (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
-    (b"cross-origin-resource-policy", b"same-origin"),
-]
+def answer_errors(app: FastAPI, answer: Callable[[Refusal], Response]) -> None:
+    """Have an application answer refusals, FastAPI's own among them, by ``answer``."""
+
+    async def refused(request: Request, error: Exception) -> Response:
+        if isinstance(error, RequestValidationError):
+            first = error.errors()[0]
+            error = Refusal(422, "parameter", f"{'.'.join(map(str, first['loc']))}: {first['msg']}.")
+        elif isinstance(error, HTTPException):
+            reason = {404: "no_route", 405: "method"}.get(error.status_code, "request")
+            error = Refusal(error.status_code, reason, f"{error.detail}.", error.headers)
+        assert isinstance(error, Refusal)
+        return answer(error)
+
+    for kind in (Refusal, HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, refused)
 
 
 class _Counted:
     """The body of one request, which ends with a Refusal where it gets too large."""
 
-    def __init__(self, guard: Guard, receive: Receive, limit: int) -> None:
-        self._guard, self._receive, self._limit = guard, receive, limit
+    def __init__(self, guard: Guard, receive: Receive) -> None:
+        self._guard, self._receive = guard, receive
         self.size = 0
         self._held = 0
         self.complete = False
@@ -276,20 +294,23 @@ class _Counted:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while not self.complete:
-                    message = await self._receive()
-                    self.complete = message["type"] != "http.request" or not message.get("more_body", False)
+                    await self._next()
 
     async def receive(self) -> Message:
+        message = await self._next()
+        size = len(message.get("body", b""))
+        self.size += size
+        self._held += size
+        enough = self._guard.took(size)
+        too_large = self.size > self._guard.limits.body
+        if too_large or not enough:
+            self.free()
+            raise self._guard._too_large() if too_large else self._guard._too_many()
+        return message
+
+    async def _next(self) -> Message:
         message = await self._receive()
-        self.complete = message["type"] != "http.request" or not message.get("more_body", False)
-        if message["type"] == "http.request":
-            size = len(message.get("body", b""))
-            self.size += size
-            self._held += size
-            enough = self._guard.took(size)
-            if self.size > self._limit or not enough:
-                self.free()
-                raise self._guard._too_large() if self.size > self._limit else self._guard._too_many()
+        self.complete = not message.get("more_body")  # that the client has gone is the last that comes, too
         return message
 
 

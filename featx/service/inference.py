@@ -14,7 +14,6 @@ import json
 import struct
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -51,26 +50,22 @@ def paths(name: str) -> frozenset[str]:
     return frozenset({"/v2", "/v2/health/live", "/v2/health/ready", "/v2/repository/index", *whole})
 
 
-Answering = Callable[[str, Callable[[], tuple[int, dict[str, Any]]]], None]
-"""What adds a route that answers with a status and a body."""
+Answering = Callable[[str, Callable[[], dict[str, Any]]], None]
+"""What adds a route that answers with a body; its status is 503 where that says that something is not ready."""
 
 
 def add_inference(app: FastAPI, repository: Repository, keyed: list[Any]) -> None:
     """Add the routes of the protocol; they are in the protocol's own documents, not in featx's."""
-    get = partial(app.get, include_in_schema=False, dependencies=keyed)
 
-    def plain(path: str, answer: Callable[[], tuple[int, dict[str, Any]]]) -> None:
-        @get(path)
+    def plain(path: str, answer: Callable[[], dict[str, Any]]) -> None:
+        @app.get(path, include_in_schema=False, dependencies=keyed)
         async def route() -> Response:
-            status, body = answer()
-            return JSONResponse(body, status)
+            body = answer()
+            return JSONResponse(body, 200 if body.get("ready", True) else 503)
 
-    def ready() -> int:
-        return 503 if repository.problem() else 200
-
-    plain("/v2", lambda: (200, {"name": "featx", "version": version("featx"), "extensions": ["binary_tensor_data"]}))
-    plain("/v2/health/live", lambda: (200, {"live": True}))
-    plain("/v2/health/ready", lambda: (ready(), {"ready": ready() == 200}))
+    plain("/v2", lambda: {"name": "featx", "version": version("featx"), "extensions": ["binary_tensor_data"]})
+    plain("/v2/health/live", lambda: {"live": True})
+    plain("/v2/health/ready", lambda: {"ready": not repository.problem()})
 
     # Of Triton's extension for repositories, what its clients list models with; none is loaded or unloaded here.
     @app.post("/v2/repository/index", include_in_schema=False, dependencies=keyed)
@@ -93,7 +88,7 @@ async def _protocols(repository: Repository, answer: Awaitable[Response]) -> Res
 async def _index(repository: Repository, request: Request) -> Response:
     """Every model with its state; where the body asks for it, those that are ready only."""
     try:
-        said = json.loads(b"".join([chunk async for chunk in request.stream()]) or b"{}")
+        said = json.loads(await request.body() or b"{}")
     except (ValueError, RecursionError) as error:
         raise _wrong("The request is not JSON.") from error
     problems = {name: service.problem() for name, service in repository.services.items()}
@@ -124,12 +119,9 @@ def _add_model(app: FastAPI, repository: Repository, name: str, plain: Answering
             ],
         }
 
-    def ready() -> int:
-        return 503 if repository.named(name).problem() else 200
-
     for base in (f"/v2/models/{name}", f"/v2/models/{name}/versions/{_VERSION}"):
-        plain(base, lambda: (200, about()))
-        plain(f"{base}/ready", lambda: (ready(), {"name": name, "ready": ready() == 200}))
+        plain(base, about)
+        plain(f"{base}/ready", lambda: {"name": name, "ready": not repository.named(name).problem()})
 
         @app.post(f"{base}/infer", include_in_schema=False, dependencies=keyed)
         async def infer(request: Request) -> Response:
@@ -178,8 +170,8 @@ async def _infer(service: Service, outputs: dict[str, _Output], request: Request
     asked = _Asked()
 
     async def read(request: Request, limits: Limits) -> list[tuple[str, bytes]]:
-        body = b"".join([chunk async for chunk in request.stream()])
-        return await asyncio.to_thread(_images, request.headers.get(HEADER), body, limits, asked, set(outputs))
+        length, body = request.headers.get(HEADER), await request.body()
+        return await asyncio.to_thread(_images, length, body, limits, asked, set(outputs))
 
     work = await do_work(service, request, read=read)
     if work.refused:

@@ -38,7 +38,7 @@ from featx.service import schema
 from featx.service.feedback import Feedback, check_origin
 from featx.service.guard import Refusal, whole_text
 from featx.service.label_studio_host import LabelStudioHost, NotFetched
-from featx.service.work import Repository, Service, work_on
+from featx.service.work import Repository, Service, arriving, work_on
 
 PATHS = ("/health", "/setup", "/predict", "/webhook")
 
@@ -93,13 +93,7 @@ class Choices:
 
     @classmethod
     def of(cls, config: object) -> Choices:
-        """Read a labelling configuration: the first Choices for whole images, of which one is to be chosen.
-
-        Raises
-        ------
-        Refusal
-            It has none.
-        """
+        """Read a labelling configuration: the first Choices by which whole images get one choice; else a Refusal."""
         tree = _parse(config)
         images = {each.get("name"): each.get("value", "") for each in tree.iter("Image")}
         why = "it has no Choices whose toName is an Image"
@@ -245,13 +239,7 @@ class LabelStudio:
         return found
 
     def project(self, uid: object, config: object) -> Project:
-        """The project of this id and labelling configuration.
-
-        Raises
-        ------
-        Refusal
-            It does not classify images, or this is not an id.
-        """
+        """The project of this id and labelling configuration; Refusal where it does not classify images."""
         match = _PROJECT.fullmatch(uid) if isinstance(uid, str) else None
         if match is None:
             raise Refusal(422, "project", "The id of the project is not of the form that Label Studio uses.")
@@ -392,10 +380,7 @@ class LabelStudio:
     async def hear(self, action: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """The answer to ``/webhook``: labels that were given, changed or taken back are on the disk.
 
-        Raises
-        ------
-        Refusal
-            Some could not be kept. They are fetched later, where there is a token.
+        Refusal where some could not be kept. They are fetched later, where there is a token.
         """
         if action not in _ACTIONS:
             return {"ignored": action}
@@ -479,10 +464,7 @@ class LabelStudio:
     async def catch_up(self, project: Project) -> None:
         """Fetch the labels that a project has, and take back those that it has no more.
 
-        Raises
-        ------
-        NotFetched
-            They cannot be had, or not all of them kept.
+        NotFetched where they cannot be had, or not all of them kept.
         """
         corrections, beginning = self.feedback.corrections, f"{project.uid}/"
         before = corrections.standing(beginning)
@@ -623,12 +605,8 @@ async def _body(request: Request, seconds: float) -> dict[str, Any]:
     if kind != "application/json":
         raise Refusal(415, "content_type", "Label Studio sends application/json.")
     try:
-        async with asyncio.timeout(seconds):
-            raw = b"".join([chunk async for chunk in request.stream()])
-        body = json.loads(raw)
-    except TimeoutError:
-        message = f"The body did not arrive within {seconds:g} s."
-        raise Refusal(408, "slow", message, {"Connection": "close"}) from None
+        async with arriving(seconds):
+            body = json.loads(await request.body())
     except (ValueError, RecursionError) as error:
         raise Refusal(400, "json", "The body is not JSON.") from error
     if not isinstance(body, dict):
@@ -637,12 +615,7 @@ async def _body(request: Request, seconds: float) -> dict[str, Any]:
 
 
 def add_label_studio(app: FastAPI, backend: LabelStudio, keyed: list[Any], *, trusted: bool) -> None:
-    """Add the routes of the protocol.
-
-    Parameters
-    ----------
-    trusted : whether a key shows who asks; without one, pages of other sites are refused.
-    """
+    """Add the routes of the protocol; unless a key shows who asks (``trusted``), pages of other sites are refused."""
     refused = schema.errors(400, 401, 403, 408, 413, 415, 422, 429, 500, 503, 504)
 
     async def asked(request: Request) -> dict[str, Any]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from fastapi import Query
 from pydantic import BaseModel, ConfigDict, Field
 
 IMAGE_TYPES = (
     "image/jpeg", "image/png", "image/webp", "image/gif", "image/bmp", "image/tiff", "image/avif", "image/heic",
     "application/dicom",
 )  # fmt: skip
+
+
+Named = Annotated[str | None, Query(description="The name of the model; not needed where there is only one.")]
+"""The query by which a request says which model it is for."""
 
 
 class Neighbour(BaseModel):

@@ -206,10 +206,12 @@ class Protocol(HttpToolsProtocol):
 class Server(uvicorn.Server):
     """uvicorn's server, which ends in steps: not ready, requests done, closed."""
 
-    def __init__(self, config: uvicorn.Config, repository: Repository, guard: Guard) -> None:
+    def __init__(
+        self, config: uvicorn.Config, repository: Repository, guard: Guard, started: Callable[[], Any]
+    ) -> None:
         super().__init__(config)
-        self._repository, self._guard = repository, guard
-        self._ending: asyncio.Task[None] | None = None
+        self._repository, self._guard, self._started = repository, guard, started
+        self._tasks: list[asyncio.Task[None]] = []
         self.lost = ""
 
     @contextlib.contextmanager
@@ -222,18 +224,18 @@ class Server(uvicorn.Server):
         if self._repository.stopping:
             self.should_exit = True
             return
-        self._repository.refuse_more()
+        self._repository.stopping = True
         log.info("stopping: requests in flight are finished, new ones are refused")
-        self._ending = asyncio.get_running_loop().create_task(self._end())
+        self._tasks.append(asyncio.create_task(self._end()))
 
-    async def watch(self, say: Callable[[], Any]) -> None:
-        """Tell when requests are answered; end in order when they never will be again.
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Tell when requests are answered, and watch whether they still can be."""
+        await super().startup(sockets)
+        self._started()
+        self._tasks.append(asyncio.create_task(self._watch()))
 
-        A process that answers 503 for ever helps nobody: whoever supervises it starts it anew when it ends.
-        """
-        while not self.started:
-            await asyncio.sleep(0.02)
-        say()
+    async def _watch(self) -> None:
+        """End in order when nothing will ever be answered again, so that whoever supervises it may start it anew."""
         while not (self.lost or self._repository.stopping):
             await asyncio.sleep(0.1)
             self.lost = self._repository.lost()
@@ -242,12 +244,11 @@ class Server(uvicorn.Server):
             self._stop()
 
     async def _end(self) -> None:
-        loop = asyncio.get_running_loop()
-        started = loop.time()
-        while loop.time() - started < DRAIN_SECONDS:
-            if not self._guard.in_flight and loop.time() - started >= NOTICE_SECONDS:
-                break
-            await asyncio.sleep(0.05)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_SECONDS):
+                await asyncio.sleep(NOTICE_SECONDS)
+                while self._guard.in_flight:
+                    await asyncio.sleep(0.05)
         self.should_exit = True
 
 
@@ -320,20 +321,12 @@ def serve(
         # As many are accepted in one go, before any is counted; those that make room are closed two steps later.
         backlog=max(1, protocol.connections_at_most // 8),
     )
-    server = Server(config, repository, guard)
     bound, number = listener.getsockname()[:2]
     url = f"http://[{bound}]:{number}" if ":" in bound else f"http://{bound}:{number}"
-
-    async def run() -> None:
-        watching = asyncio.get_running_loop().create_task(server.watch(lambda: started(url)))
-        await server.serve(sockets=[listener])
-        watching.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await watching
-
+    server = Server(config, repository, guard, lambda: started(url))
     # Requests are what runs in parallel here: a search's threads that wait for each other would slow the engine.
     with listener, ThreadpoolController().select(internal_api="openblas").limit(limits=1):
-        asyncio.run(run())
+        asyncio.run(server.serve(sockets=[listener]))
     if server.lost:
         hint = "Start it again; its log says what happened."
         raise ServiceLost("the service ended: nothing can be computed any more", found=server.lost, hint=hint)

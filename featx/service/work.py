@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -25,9 +24,9 @@ from featx._system import available_cpus
 from featx.backbones import of_layer
 from featx.errors import FeatxError, ImageError, MismatchError, UsageError, plural
 from featx.extraction import Embedder, Seen
-from featx.images import REASONS, encode
+from featx.images import REASONS
 from featx.models import Answer, Bundle, Explainer, Versions, layer_number, read_current, version_of
-from featx.reports import overlays
+from featx.reports import overlay_urls
 from featx.service.batcher import Batcher, Embedded, Job, Line, OutOfResources, QueueFull, WorkerDied
 from featx.service.counts import Counts
 from featx.service.evidence import Evidence
@@ -40,10 +39,6 @@ if TYPE_CHECKING:
 
 ReadImages = Callable[[Request, Limits], Awaitable[list[tuple[str, bytes]]]]
 """What takes images out of a request: a name and a file each."""
-
-OVERLAY_SIDE = 192
-"""Pixels of an overlay's longer side; a browser scales it up, as smooth as it is."""
-
 
 FOLLOW_SECONDS = 0.5
 """Between two looks at which version of a model is current."""
@@ -82,6 +77,7 @@ class Repository:
 
     def __init__(self, models: Sequence[Model], limits: Limits | None = None, counts: Counts | None = None) -> None:
         self.limits, self.counts = limits or Limits(), counts
+        self.stopping = False
         self.metrics = Metrics(several=len(models) > 1)
         embedders = list({id(model.embedder): model.embedder for model in models}.values())
         # Of several networks each has a part of the cores to decode with, and two at least.
@@ -99,7 +95,7 @@ class Repository:
             if counts is not None:
                 counts.describe(model.bundle, model.name)
             line = batchers[id(model.embedder)].line(queue_size=self.limits.queue, on_batch=counted.batch)
-            self.services[model.name] = Service(model, line, self.limits, counted, counts)
+            self.services[model.name] = Service(self, model, line, counted)
 
     @property
     def several(self) -> bool:
@@ -107,13 +103,7 @@ class Repository:
         return len(self.services) > 1
 
     def named(self, name: str | None) -> Service:
-        """The model of this name; without one, the only model there is.
-
-        Raises
-        ------
-        Refusal
-            There are several, or none of this name.
-        """
+        """The model of this name, or without one the only model; Refusal where there are several, or no such one."""
         if name is None and not self.several:
             return next(iter(self.services.values()))
         names = ", ".join(self.services)
@@ -124,12 +114,7 @@ class Repository:
             raise Refusal(404, "no_model", f"There is no model {name[:40]!r}; there is {names}.")
         return self.services[name]
 
-    @property
-    def stopping(self) -> bool:
-        """Whether the service has been told to end."""
-        return any(service.stopping for service in self.services.values())
-
-    async def follow(self, seconds: float = FOLLOW_SECONDS) -> None:
+    async def follow(self) -> None:
         """Switch to the current version of each model that has a feedback folder, as long as this runs.
 
         A request that has begun is answered by the version that it began with: none waits, and none is lost. A version
@@ -137,7 +122,7 @@ class Repository:
         """
         failed: dict[str, str] = {}
         while True:
-            await asyncio.sleep(seconds)
+            await asyncio.sleep(FOLLOW_SECONDS)
             for name, service in list(self.services.items()):
                 if service.feedback is None:
                     continue
@@ -156,13 +141,7 @@ class Repository:
                     log.info("%s: version %s is served now", name, wanted)
 
     def switch(self, name: str, bundle: Bundle) -> None:
-        """Answer with another version of a model from now on.
-
-        Raises
-        ------
-        MismatchError
-            It is of another network than the one that runs.
-        """
+        """Answer with another version of a model from now on; MismatchError where it is of another network."""
         before = self.services[name]
         if before.fingerprint != bundle.provenance.get("fingerprint") or bundle.tail != before.bundle.tail:
             raise MismatchError(
@@ -172,14 +151,7 @@ class Repository:
         model = Model(bundle, before.embedder, before.evidence, name, before.feedback)
         if self.counts is not None:
             self.counts.describe(bundle, name)
-        after = Service(model, before.line, self.limits, before.metrics, self.counts)
-        after.stopping = before.stopping
-        self.services[name] = after
-
-    def refuse_more(self) -> None:
-        """Accept no further requests."""
-        for service in self.services.values():
-            service.stopping = True
+        self.services[name] = Service(self, model, before.line, before.metrics)
 
     def start(self) -> None:
         """Start what computes; when this returns, all networks are warm."""
@@ -211,23 +183,12 @@ class Repository:
 
 
 class Service:
-    """One model, as the application's routes see it.
+    """One model, as the application's routes see it; its images wait in ``line``."""
 
-    Parameters
-    ----------
-    model : which one.
-    line : where its images wait.
-    limits : what may be asked for.
-    metrics, counts : where it is counted what is done.
-    """
-
-    def __init__(
-        self, model: Model, line: Line, limits: Limits, metrics: ModelMetrics, counts: Counts | None = None
-    ) -> None:
+    def __init__(self, repository: Repository, model: Model, line: Line, metrics: ModelMetrics) -> None:
         self.bundle, self.embedder, self.evidence, self.name = model.bundle, model.embedder, model.evidence, model.name
         self.feedback = model.feedback
-        self.line, self.limits, self.metrics, self.counts = line, limits, metrics, counts
-        self.stopping = False
+        self.repository, self.limits, self.line, self.metrics = repository, repository.limits, line, metrics
         metrics.watch(lambda: line.waiting, lambda: not self.problem())
         self.layer = layer_number(self.bundle)
         self.explainer = Explainer(self.bundle.scorer, self.bundle.class_names, self.embedder, self.layer)
@@ -252,8 +213,8 @@ class Service:
         """What the model says of embeddings (n, d), as of :meth:`featx.models.Bundle.answer`; it is counted."""
         answers = self.bundle.answer(embeddings, coverage)
         self.metrics.answered(answers)
-        if self.counts is not None:
-            self.counts.add(self.bundle, answers)
+        if self.repository.counts is not None:
+            self.repository.counts.add(self.bundle, answers)
         return answers
 
     def problem(self) -> str:
@@ -262,7 +223,7 @@ class Service:
 
     def refusing(self) -> str:
         """Why no request is accepted, or ""."""
-        return self.line.batcher.refusing() or ("the service stops" if self.stopping else "")
+        return self.line.batcher.refusing() or ("the service stops" if self.repository.stopping else "")
 
     def info(self) -> dict[str, Any]:
         """What is served."""
@@ -322,39 +283,34 @@ class Work:
 async def do_work(service: Service, request: Request, *, keep: bool = False, read: ReadImages | None = None) -> Work:
     """Read the images of a request and embed them; with ``keep``, what the networks saw is kept.
 
-    ``read`` takes the images out of the request; by default they are its body, or the files of a form.
-
-    Raises
-    ------
-    Refusal
-        What the client is to be told instead.
-    ClientDisconnect
-        There is no client any more; its work is dropped.
+    ``read`` takes the images out of the request; by default they are its body, or the files of a form. Refusal is what
+    the client is to be told instead; ClientDisconnect, that there is none any more, and its work is dropped.
     """
     deadline = time.monotonic() + service.limits.deadline
     _check_able(service)
     # Before anything is read: who cannot be served should not have to send it all.
     if service.line.waiting >= service.limits.queue:
         raise _busy(service.line.retry_after())
-    try:
-        async with asyncio.timeout(service.limits.deadline):
-            images = await (read or _read_images)(request, service.limits)
-    except TimeoutError:
-        message = f"The body did not arrive within {service.limits.deadline:g} s."
-        raise Refusal(408, "slow", message, {"Connection": "close"}) from None
+    async with arriving(service.limits.deadline):
+        images = await (read or _read_images)(request, service.limits)
     return await work_on(service, images, deadline, request, keep=keep)
+
+
+@contextlib.asynccontextmanager
+async def arriving(seconds: float) -> AsyncIterator[None]:
+    """Give a request's body so much time; Refusal when it is over."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        message = f"The body did not arrive within {seconds:g} s."
+        raise Refusal(408, "slow", message, {"Connection": "close"}) from None
 
 
 async def work_on(
     service: Service, images: list[tuple[str, bytes]], deadline: float, request: Request | None, *, keep: bool = False
 ) -> Work:
-    """Embed images, each a name and a file, for as long as the client of the request is there; without one, anyway.
-
-    Raises
-    ------
-    Refusal, ClientDisconnect
-        As of :func:`do_work`.
-    """
+    """Embed images, each a name and a file, for as long as the client of the request is there; without one, anyway."""
     names, files, found, refused = [], [], [], []
     kept: list[tuple[Seen, tuple[int, int]]] = []
     results, jobs = await _embed(service, request, images, deadline, keep)
@@ -390,17 +346,9 @@ def _explanation(service: Service, seen: Seen, size: tuple[int, int]) -> dict[st
         found = service.explainer.explain(seen, size)
     except (UsageError, MismatchError) as error:
         return {"reason": error.hint or f"{error.what[:1].upper()}{error.what[1:]}.", "classes": []}
-    scale = OVERLAY_SIDE / max(size)
-    width, height = (max(1, round(scale * length)) for length in size)
     pair = found.ranked[:2]
-    shown = [
-        {
-            **found.to_json(place),
-            "overlay": f"data:image/png;base64,{base64.b64encode(encode(overlay)).decode()}",
-        }
-        for place, overlay in zip(pair, overlays(found, pair, width, height), strict=True)
-    ]
-    return {"reason": found.note or None, "classes": shown}
+    both = zip(pair, overlay_urls(found, pair, size), strict=True)
+    return {"reason": found.note or None, "classes": [{**found.to_json(each), "overlay": url} for each, url in both]}
 
 
 def _sentence(error: ImageError) -> str:
@@ -413,7 +361,7 @@ def _sentence(error: ImageError) -> str:
 def _check_able(service: Service) -> None:
     problem = service.refusing()
     if problem:
-        closing = {"Connection": "close"} if service.stopping else {}
+        closing = {"Connection": "close"} if service.repository.stopping else {}
         raise Refusal(503, "not_ready", f"Not able to compute: {problem}.", {"Retry-After": "5", **closing})
 
 
@@ -428,7 +376,7 @@ async def _read_images(request: Request, limits: Limits) -> list[tuple[str, byte
     if kind not in ("application/octet-stream", "application/dicom") and not kind.startswith("image/"):
         message = "Send an image as it is (Content-Type: image/jpeg), or a form (multipart/form-data) with images."
         raise Refusal(415, "content_type", message)
-    return [("image", b"".join([chunk async for chunk in request.stream()]))]
+    return [("image", await request.body())]
 
 
 async def _read_form(request: Request, limits: Limits) -> list[tuple[str, bytes]]:
@@ -461,10 +409,8 @@ async def _embed(
     _check_able(service)
     try:
         jobs = service.line.submit([data for _, data in images], deadline, keep=keep)
-    except QueueFull as full:
-        raise _busy(full.retry_after) from None
-    except WorkerDied as died:
-        raise Refusal(503, "not_ready", f"Not able to compute: {died}.") from None
+    except (QueueFull, WorkerDied) as error:
+        raise _refusal(service, error) from None
     everything: asyncio.Future[Any] = asyncio.gather(
         *(asyncio.wrap_future(job.future) for job in jobs), return_exceptions=True
     )
@@ -477,25 +423,27 @@ async def _embed(
             if gone.done():
                 raise ClientDisconnect
             raise _late(service)
-        results: list[Embedded | ImageError] = []
-        for result in everything.result():
-            if isinstance(result, WorkerDied):
-                raise Refusal(503, "not_ready", f"Not able to compute: {result}.")
-            if isinstance(result, OutOfResources):
-                message = f"The system lacks what an image needs just now: {result}. Try again later."
-                raise Refusal(503, "resources", message, {"Retry-After": "1"})
-            if isinstance(result, QueueFull):
-                raise _busy(result.retry_after)
-            if isinstance(result, TimeoutError):
-                raise _late(service)
+        results: list[Embedded | ImageError] = everything.result()
+        for result in results:
             if isinstance(result, BaseException) and not isinstance(result, ImageError):
-                raise result
-            results.append(result)
+                raise _refusal(service, result)
         return results, jobs
     finally:
         gone.cancel()
         everything.cancel()
         service.line.drop(jobs)
+
+
+def _refusal(service: Service, error: BaseException) -> BaseException:
+    """What to raise where an image was not computed."""
+    if isinstance(error, QueueFull):
+        return _busy(error.retry_after)
+    if isinstance(error, WorkerDied):
+        return Refusal(503, "not_ready", f"Not able to compute: {error}.")
+    if isinstance(error, OutOfResources):
+        message = f"The system lacks what an image needs just now: {error}. Try again later."
+        return Refusal(503, "resources", message, {"Retry-After": "1"})
+    return _late(service) if isinstance(error, TimeoutError) else error
 
 
 def _late(service: Service) -> Refusal:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
@@ -134,6 +134,11 @@ class FeatureSet:
         if self.hashes is not None and self.pixels is not None:
             return Pictures(self.hashes, self.pixels)
         return None if any(each.get("weights") == "none" for each in backbones_of(self.provenance)) else NEAR
+
+    def some(self, rows: NDArray[np.intp]) -> FeatureSet:
+        """Some of the images, in this order."""
+        arrays: dict[str, Any] = {name: each[rows] for name, each in vars(self).items() if isinstance(each, np.ndarray)}
+        return replace(self, **arrays, metadata={name: values[rows] for name, values in self.metadata.items()})
 
     def near_copies_of(self, rows: NDArray[np.intp]) -> Alike:
         """The same of some of the images."""

@@ -12,7 +12,7 @@ import hmac
 import shlex
 import struct
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from importlib.resources import files
@@ -22,18 +22,16 @@ from urllib.parse import parse_qs, quote
 
 import numpy as np
 from fastapi import FastAPI, Query, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
 from pydantic import BaseModel, Field
-from starlette.exceptions import HTTPException
 
 from featx.errors import FeatxError, ImageError, SourceError, StoreBusy, UsageError
 from featx.images import ImageRef
-from featx.service import LOOPBACK_NAMES, Refusal
+from featx.service import LOOPBACK_NAMES, SAFE_HEADERS, Refusal, answer_errors
 from featx.studio.events import Events
 from featx.studio.journal import Change, Journal
-from featx.studio.project import Project, folders
-from featx.studio.session import Session, Setup, make_source
+from featx.studio.project import Project, folders, make_source
+from featx.studio.session import Session, Setup
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -57,13 +55,7 @@ _NAMED = 6
 
 
 class Studio:
-    """The page's server side: at most one session at a time.
-
-    Parameters
-    ----------
-    setup : what it was started with.
-    folder : of the first project, where it is not to be beside the photos.
-    """
+    """The page's server side: at most one session at a time; the first may have a ``folder`` that is elsewhere."""
 
     def __init__(self, setup: Setup, folder: Path | None = None) -> None:
         self.setup, self.folder = setup, folder
@@ -71,13 +63,7 @@ class Studio:
         self.session: Session | None = None
 
     def open(self, source: Path, *, empty: bool = False) -> None:
-        """Open a folder or a list of photos in place of what is open.
-
-        Raises
-        ------
-        SourceError, StoreBusy, UsageError
-            As of :class:`featx.studio.project.Project`; what was open stays open then.
-        """
+        """Open a folder or a list of photos in place of what is open, which stays open where that fails."""
         before = self.session
         if before is not None and before.project.source == source.absolute():
             return
@@ -101,13 +87,7 @@ class Studio:
 
 
 def create_app(studio: Studio, token: str) -> ASGIApp:
-    """The application behind its gate.
-
-    Parameters
-    ----------
-    studio : what answers.
-    token : of the address.
-    """
+    """The application behind its gate, which asks for the token."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -138,37 +118,33 @@ class Gate:
             await self.app(scope, receive, send)
             return
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        answer = self._refused(scope, headers)
-        if answer is None and scope["path"] == "/" and scope["query_string"]:
-            answer = self._greeting(scope)
-        if answer is not None:
-            await answer(scope, receive, _with_headers(send))
-            return
+        query = parse_qs(scope["query_string"].decode("latin-1"))
+        token = query.get("token", [""])[0] if scope["path"] == "/" else ""
         limit = MOST_PHOTO if scope["path"] in _UPLOADS else MOST_JSON
-        await self.app(scope, _limited(receive, limit), _with_headers(send))
+        app: ASGIApp = self.app
+        try:
+            self._check(headers, token, limit)
+            if token:
+                app = self._greeting(scope)
+        except Refusal as refusal:
+            app = _error(refusal)
+        await app(scope, _limited(receive, limit), _with_headers(send))
 
-    def _refused(self, scope: Scope, headers: dict[str, str]) -> Response | None:
-        """The answer to who may not come in, or None."""
+    def _check(self, headers: dict[str, str], token: str, limit: int) -> None:
+        """Refusal for who may not come in."""
         host = headers.get("host", "").rpartition(":")[0] or headers.get("host", "")
         if host not in LOOPBACK_NAMES:
-            return _error(403, "host", "This address is for this machine only.")
+            raise Refusal(403, "host", "This address is for this machine only.")
         origin = headers.get("origin")
         if origin is not None and origin.partition("://")[2] != headers.get("host"):
-            return _error(403, "origin", "Another page asked; only the studio's own may.")
-        asked = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
-        if scope["path"] == "/" and asked and self._is_token(asked):
-            return None
-        if not any(map(self._is_token, _cookies(headers.get("cookie", "")))):
-            return _error(401, "token", "This window is not signed in: open the address that featx studio printed.")
-        limit = MOST_PHOTO if scope["path"] in _UPLOADS else MOST_JSON
+            raise Refusal(403, "origin", "Another page asked; only the studio's own may.")
+        if not any(map(self._is_token, [token, *_cookies(headers.get("cookie", ""))])):
+            raise Refusal(401, "token", "This window is not signed in: open the address that featx studio printed.")
         length = headers.get("content-length", "0")
         if not length.isascii() or not length.isdecimal() or int(length) > limit:
-            return _error(413, "too_large", f"At most {limit / 2**20:.0f} MB can be sent at a time.")
-        return None
+            raise _too_large(limit)
 
-    def _greeting(self, scope: Scope) -> Response | None:
-        if not parse_qs(scope["query_string"].decode("latin-1")).get("token"):
-            return None
+    def _greeting(self, scope: Scope) -> Response:
         answer = RedirectResponse("/", 303)
         answer.set_cookie(f"{COOKIE}-{scope['server'][1]}", self.token, httponly=True, samesite="strict")
         return answer
@@ -190,7 +166,7 @@ def _limited(receive: Receive, limit: int) -> Receive:
         message = await receive()
         taken += len(message.get("body", b""))
         if taken > limit:
-            raise Refusal(413, "too_large", f"At most {limit / 2**20:.0f} MB can be sent at a time.")
+            raise _too_large(limit)
         return message
 
     return limited
@@ -199,51 +175,34 @@ def _limited(receive: Receive, limit: int) -> Receive:
 def _with_headers(send: Send) -> Send:
     async def sending(message: Message) -> None:
         if message["type"] == "http.response.start":
-            message["headers"] = [
-                *message.get("headers", []),
-                (b"content-security-policy", POLICY.encode()),
-                (b"x-content-type-options", b"nosniff"),
-                (b"referrer-policy", b"no-referrer"),
-                (b"cross-origin-resource-policy", b"same-origin"),
-            ]
+            policy = (b"content-security-policy", POLICY.encode())
+            message["headers"] = [*message.get("headers", []), policy, *SAFE_HEADERS]
         await send(message)
 
     return sending
 
 
-def _error(status: int, reason: str, message: str) -> JSONResponse:
-    return JSONResponse({"error": {"reason": reason, "message": message}}, status)
+def _too_large(limit: int) -> Refusal:
+    return Refusal(413, "too_large", f"At most {limit / 2**20:.0f} MB can be sent at a time.")
+
+
+def _error(refusal: Refusal) -> Response:
+    return JSONResponse({"error": {"reason": refusal.reason, "message": refusal.message}}, refusal.status)
 
 
 def _add_errors(app: FastAPI) -> None:
-    async def refused(request: Request, error: Exception) -> Response:
-        assert isinstance(error, Refusal)
-        return _error(error.status, error.reason, error.message)
-
-    async def plain(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        return _error(error.status_code, "request", f"{error.detail}.")
-
-    async def invalid(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
-        return _error(422, "parameter", f"{'.'.join(map(str, first['loc']))}: {first['msg']}.")
-
     async def usage(request: Request, error: Exception) -> Response:
         assert isinstance(error, FeatxError)
         status = {StoreBusy: (409, "busy"), SourceError: (404, "no_folder")}.get(type(error), (422, "usage"))
-        return _error(*status, str(error))
+        return _error(Refusal(*status, str(error)))
 
     async def picture(request: Request, error: Exception) -> Response:
         assert isinstance(error, ImageError)
-        return _error(422, error.reason, f"This photo cannot be read: {error.what}.")
+        return _error(Refusal(422, error.reason, f"This photo cannot be read: {error.what}."))
 
-    handlers: list[tuple[type[Exception], Callable[..., Any]]] = [
-        (Refusal, refused), (HTTPException, plain), (RequestValidationError, invalid), (ImageError, picture),
-        (FeatxError, usage),
-    ]  # fmt: skip
-    for kind, handler in handlers:
-        app.add_exception_handler(kind, handler)
+    answer_errors(app, _error)
+    app.add_exception_handler(ImageError, picture)
+    app.add_exception_handler(FeatxError, usage)
 
 
 # --- the page -----------------------------------------------------------------------------------------------------
@@ -615,6 +574,12 @@ def _add_labels(app: FastAPI, studio: Studio) -> None:
 
 
 def _add_work(app: FastAPI, studio: Studio) -> None:
+    async def file_of(request: Request) -> bytes:
+        data = await request.body()
+        if not data:
+            raise Refusal(422, "empty", "This file is empty.")
+        return data
+
     @app.post("/api/open")
     def open_folder(asked: Open) -> Response:
         """Open a folder, or a list, of photos."""
@@ -641,16 +606,14 @@ def _add_work(app: FastAPI, studio: Studio) -> None:
     @app.post("/api/measure")
     def measure() -> Response:
         """Measure now how good it is."""
-        studio.now.measure_now()
+        studio.now.measuring.ask()
         return JSONResponse({})
 
     @app.post("/api/try")
     async def try_photo(request: Request) -> Response:
         """What a model of the labels says of a photo."""
         taking = studio.now.taking
-        data = await request.body()
-        if not data:
-            raise Refusal(422, "empty", "This file is empty.")
+        data = await file_of(request)
         try:
             return JSONResponse(await asyncio.to_thread(taking.try_photo, data))
         except UsageError as error:
@@ -669,10 +632,7 @@ def _add_work(app: FastAPI, studio: Studio) -> None:
     async def drop(request: Request, name: Annotated[str, Query(max_length=1000)] = "photo.jpg") -> Response:
         """Add a photo to the project."""
         session = studio.now
-        data = await request.body()
-        if not data:
-            raise Refusal(422, "empty", "This file is empty.")
-        return JSONResponse({"row": await asyncio.to_thread(session.add, name, data)})
+        return JSONResponse({"row": await asyncio.to_thread(session.add, name, await file_of(request))})
 
     @app.post("/api/take")
     def take(asked: Take) -> Response:

@@ -23,8 +23,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from featx._files import LineFile, csv_line, publish_bytes
-from featx.errors import StoreError, UsageError, plural
+from featx._files import LineFile, csv_line
+from featx.errors import UsageError, plural
 from featx.models import checked_name
 
 NOTHING, NONE_OF_THESE, UNSURE, LEFT_OUT = -1, -2, -3, -4
@@ -55,17 +55,9 @@ class Change:
 
 
 class Journal:
-    """The labels of photos, by the photos' ids; every method is safe to call from any thread.
+    """The labels of photos, by the photos' ids, in a file; every method is safe to call from any thread.
 
-    Parameters
-    ----------
-    path : of the journal; it is made where there is none.
-    by : whose actions these are.
-
-    Raises
-    ------
-    StoreError
-        The journal was altered.
+    ``by`` is whose actions these are. StoreError where the journal was altered.
     """
 
     def __init__(self, path: Path, by: str) -> None:
@@ -78,7 +70,10 @@ class Journal:
         self._done: list[dict[str, Any]] = []
         self._undone: list[dict[str, Any]] = []
         self._file = LineFile(path)
-        self._read()
+        hint = (
+            "Put back a copy of it. Or move it away: labels.csv beside it has the labels, and can be opened as a list."
+        )
+        self._file.read(self._replay, what="the journal of labels", hint=hint)
         self._file.open()
 
     def close(self) -> None:
@@ -86,19 +81,10 @@ class Journal:
         with self._lock:
             self._file.close()
 
-    def _read(self) -> None:
-        for number, line in enumerate(self._file.lines, start=1):
-            try:
-                record = json.loads(line)
-                if record["n"] != self.n + 1:
-                    raise ValueError("its number is not the next")
-                self._take(record)
-            except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-                raise StoreError(
-                    "the journal of labels was altered", where=f"{self.path}, line {number}", found=str(error),
-                    hint="Put back a copy of it. Or move it away: labels.csv beside it has the labels, and can be "
-                    "opened as a list.",
-                ) from error  # fmt: skip
+    def _replay(self, record: dict[str, Any], number: int) -> None:
+        if record["n"] != number:
+            raise ValueError("its number is not the next")
+        self._take(record)
 
     # --- reading --------------------------------------------------------------------------------------------------
 
@@ -136,20 +122,10 @@ class Journal:
                 lines.append(csv_line((photo, label, MARKS.get(code, ""), *self.who.get(photo, ("", "")))))
         return "".join(lines).encode("utf-8", errors="surrogateescape")
 
-    def write_csv(self, path: Path, photos: Iterable[str]) -> None:
-        """Publish :meth:`csv`."""
-        publish_bytes(path, self.csv(photos))
-
     # --- acting ---------------------------------------------------------------------------------------------------
 
     def label(self, photos: Sequence[str], code: int | str, *, how: str, by: str = "") -> Change:
-        """Call photos something: the number of a class, its name (made if it is new), or a mark.
-
-        Raises
-        ------
-        UsageError
-            There is no such class, or it cannot be called that.
-        """
+        """Call photos something: the number of a class, its name (made if it is new), or a mark; else UsageError."""
         with self._lock:
             made = []
             if isinstance(code, str):
@@ -187,13 +163,7 @@ class Journal:
             return Change(self.n, (), self._done[-1]["say"])
 
     def add_class(self, name: str) -> Change:
-        """Make a class without photos.
-
-        Raises
-        ------
-        UsageError
-            There is one of this name, or it is no name.
-        """
+        """Make a class without photos; UsageError where there is one of this name, or it is no name."""
         with self._lock:
             name = self._free_name(name)
             return self._act([], [[len(self.classes), None, name]], f"class {name}", "key", "")

@@ -105,30 +105,23 @@ class Project:
             )  # fmt: skip
         for part in (self.added, self.thumbnails):
             make_folder(part)
-        self._stack = contextlib.ExitStack()
-        try:
-            self._stack.enter_context(writer_lock(self.folder / ".lock"))
-        except StoreBusy as error:
-            url = LastAddress.of(self.folder).url
-            raise StoreBusy(
-                "another featx studio has this project open", where=self.folder, found=error.found,
-                hint=f"Use its window{url and f' ({url})'}, or end it first.",
-            ) from error  # fmt: skip
-        try:
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(writer_lock(self.folder / ".lock"))
+            except StoreBusy as error:
+                url = LastAddress.of(self.folder).url
+                raise StoreBusy(
+                    "another featx studio has this project open", where=self.folder, found=error.found,
+                    hint=f"Use its window{url and f' ({url})'}, or end it first.",
+                ) from error  # fmt: skip
             for part in (self.folder, self.added):
                 remove_leftovers(part)
             self.photos += self._added()
             self.journal = Journal(self.folder / "journal.jsonl", _user())
-            self._stack.callback(self.journal.close)
-        except BaseException:
-            self._stack.close()
-            raise
-        self.rows = {photo.ref.id: row for row, photo in enumerate(self.photos)}
-        try:
+            stack.callback(self.journal.close)
+            self.rows = {photo.ref.id: row for row, photo in enumerate(self.photos)}
             self.take_edits()
-        except BaseException:
-            self._stack.close()
-            raise
+            self._stack = stack.pop_all()
 
     @staticmethod
     def check(source: Path) -> None:
@@ -179,7 +172,7 @@ class Project:
 
     def write_labels(self) -> None:
         """Write ``labels.csv``, and into the store what photos are called, so that every command finds it there."""
-        self.journal.write_csv(self.labels, [photo.ref.id for photo in self.photos])
+        publish_bytes(self.labels, self.journal.csv([photo.ref.id for photo in self.photos]))
         if (self.store / "index.h5").exists():
             with StoreWriter(self.store, *stored_backbones(self.store).values()) as writer:
                 writer.relabel({ref.id: ref.label for ref in self.images().refs})
@@ -203,17 +196,11 @@ class Project:
             self.journal.label_each(labels, how="labels.csv", by="labels.csv")
 
     def add(self, name: str, data: bytes) -> int:
-        """Keep a photo that came through the page; its row.
-
-        Raises
-        ------
-        UsageError
-            It is another kind of file, by its name.
-        """
+        """Keep a photo that came through the page; its row. UsageError for another kind of file, by its name."""
         given = Path(name.replace("\\", "/"))
-        if given.suffix and given.suffix.lower() not in IMAGE_SUFFIXES:
+        suffix = given.suffix.lower() or ".jpg"
+        if suffix not in IMAGE_SUFFIXES:
             raise UsageError("not a photo, by its name", expected="a file such as .jpg or .png", found=given.suffix)
-        suffix = given.suffix.lower() if given.suffix.lower() in IMAGE_SUFFIXES else ".jpg"
         stem = _WEIRD.sub("-", given.stem).strip(" .-")[:80] or "photo"
         path = self.added / f"{stem}-{hashlib.sha256(data).hexdigest()[:8]}{suffix}"
         known = self.rows.get(self._id(path))
@@ -235,7 +222,7 @@ class Project:
                 found.append(replace(photo, ref=own, folder_label=ref.label, split=ref.split))
             return found
         every = sorted(relative for relative, _ in walk_folder(self.source))
-        names = [each for each in every if Path(each).suffix.lower() in IMAGE_SUFFIXES and not each.endswith("/")]
+        names = [each for each in every if _is_image(each) and not each.endswith("/")]
         try:
             labels = labels_from_folders(names)
         except SourceError:
@@ -268,14 +255,15 @@ class Project:
         return Path(os.path.relpath(path, self.folder)).as_posix()
 
 
-def folders(path: Path, root: Path) -> dict[str, object]:
-    """What of a folder the page shows, to choose one: its folders, which were begun before, and its photos.
+def make_source(path: Path) -> None:
+    """Make a folder for photos that come through the page; UsageError where there is one with something in it."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UsageError("there is something of this name already", where=path)
+    make_folder(path)
 
-    Raises
-    ------
-    SourceError
-        It cannot be listed.
-    """
+
+def folders(path: Path, root: Path) -> dict[str, object]:
+    """What of a folder the page shows, to choose one: its folders, which were begun before, and its photos."""
     inside: list[dict[str, object]] = []
     images = 0
     try:
@@ -287,7 +275,7 @@ def folders(path: Path, root: Path) -> dict[str, object]:
                     begun = Path(f"{entry.path}.studio", "journal.jsonl").exists()
                     images_in = _count(Path(entry.path))
                     inside.append({"name": entry.name, "path": entry.path, "images": images_in, "begun": begun})
-                elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES:
+                elif _is_image(entry.name):
                     images += 1
     except OSError as error:
         raise SourceError(f"cannot be listed ({error.strerror})", where=path) from error
@@ -300,9 +288,13 @@ def _count(folder: Path) -> int | None:
     """Photos right in a folder; None where it cannot be listed."""
     try:
         with os.scandir(folder) as entries:
-            return sum(Path(entry.name).suffix.lower() in IMAGE_SUFFIXES for entry in entries)
+            return sum(_is_image(entry.name) for entry in entries)
     except OSError:
         return None
+
+
+def _is_image(name: str) -> bool:
+    return Path(name).suffix.lower() in IMAGE_SUFFIXES
 
 
 def order(photos: Iterable[Photo]) -> list[int]:

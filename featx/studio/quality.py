@@ -63,6 +63,11 @@ class Labelled:
     drawn: Sequence[int]
     layers: Layers
 
+    @property
+    def sample(self) -> Index:
+        """The random sample, as of :func:`sample_of`."""
+        return sample_of(self.codes, self.drawn)
+
 
 def too_early(codes: Index) -> str:
     """Why nothing can be said yet of labels (n,), as a sentence; "" where it can."""
@@ -86,27 +91,21 @@ def sample_of(codes: Index, drawn: Sequence[int]) -> Index:
 
 
 def measure(data: Labelled, stop: Stop, tell: Callable[[str], None] = lambda what: None) -> dict[str, Any]:
-    """What the page shows under "How good?".
-
-    Parameters
-    ----------
-    stop : asked now and then; when it says yes, OutOfDate is raised.
-    tell : called with what is being done.
-    """
-    features, codes = data.features, data.codes
+    """What the page shows under "How good?"; ``tell`` hears what is done, and ``stop()`` ends it with OutOfDate."""
     tell("naming each labelled photo without its own label")
-    use = np.flatnonzero(features.labels >= 0)
-    judged = rank_labels(
-        features.embeddings[use], features.labels[use], class_names=features.class_names,
-        groups=features.copies[use], near_duplicates=features.near_copies_of(use), repeats=1, n_jobs=1,
-        sites=sites_of(features, use), progress=lambda *_: _check(stop),
-    )  # fmt: skip
+    use = np.flatnonzero(data.features.labels >= 0)
+    labelled = data.features.some(use)
+    both: dict[str, Any] = {
+        "class_names": labelled.class_names, "groups": labelled.copies, "near_duplicates": labelled.near_copies,
+        "sites": sites_of(data.features, use), "n_jobs": 1, "progress": lambda *_: _check(stop),
+    }  # fmt: skip
+    judged = rank_labels(labelled.embeddings, labelled.labels, repeats=1, **both)
     rows = data.photos[use[judged.rows]]
     right = judged.suggested == judged.labels
     _check(stop)
     out: dict[str, Any] = {
         "n": len(rows),
-        "accuracy": _accuracy(rows, right, codes, data.drawn),
+        "accuracy": _accuracy(rows, right, data),
         "majority": float(np.bincount(judged.labels).max() / len(rows)),
         "pixels": None,
         "curve": [],
@@ -123,13 +122,11 @@ def measure(data: Labelled, stop: Stop, tell: Callable[[str], None] = lambda wha
         "notes": _notes(judged, rows, data),
     }  # fmt: skip
     tell("learning curve")
+    several = len(data.layers.names) > 1
     swept = sweep_heads(
-        features.embeddings[use], features.labels[use], class_names=features.class_names,
-        groups=features.copies[use], near_duplicates=features.near_copies_of(use), heads=("auto",),
-        episodes=_EPISODES, n_jobs=1, seconds=_SECONDS, sites=sites_of(features, use),
-        layers=data.layers if len(data.layers.names) > 1 else None,
-        on=[data.layers.whole] if len(data.layers.names) > 1 else None,
-        pixels=None if features.pixels is None else features.pixels[use], progress=lambda *_: _check(stop),
+        labelled.embeddings, labelled.labels, heads=("auto",), episodes=_EPISODES, seconds=_SECONDS,
+        layers=data.layers if several else None, on=[data.layers.whole] if several else None, pixels=labelled.pixels,
+        **both,
     )  # fmt: skip
     return {**out, **_curve(swept)}
 
@@ -144,10 +141,10 @@ def _interval(right: int, of: int) -> dict[str, float]:
     return {"mean": right / of, "low": low, "high": high}
 
 
-def _accuracy(rows: Index, right: NDArray[np.bool_], codes: Index, drawn: Sequence[int]) -> dict[str, Any]:
-    sample = np.isin(rows, sample_of(codes, drawn))
+def _accuracy(rows: Index, right: NDArray[np.bool_], data: Labelled) -> dict[str, Any]:
+    sample = np.isin(rows, data.sample)
     enough = int(sample.sum()) >= LEAST
-    if enough and sample.all() and len(rows) == int((codes != LEFT_OUT).sum()):
+    if enough and sample.all() and len(rows) == int((data.codes != LEFT_OUT).sum()):
         on = f"all {len(rows)} photos"
     elif enough:
         on = f"{int(sample.sum())} photos that were drawn at random"
@@ -192,7 +189,7 @@ def _notes(judged: LabelRanking, rows: Index, data: Labelled) -> list[str]:
     if together < int((groups != "").sum()):
         name = data.features.group_name or "group"
         notes.append(f"No photo was judged by a classifier that knew others of its {name}: {plural(together, name)}.")
-    if not np.isin(rows, sample_of(data.codes, data.drawn)).all():
+    if not np.isin(rows, data.sample).all():
         notes.append(
             "Curve, classes and confusions are about all labelled photos. Many of them were labelled because they were "
             "in doubt, so they look worse than the folder as a whole."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,9 +19,9 @@ from featx.studio.app import Studio, create_app
 class Server(uvicorn.Server):
     """uvicorn's server, which lets windows go before it waits for their connections."""
 
-    def __init__(self, config: uvicorn.Config, studio: Studio) -> None:
+    def __init__(self, config: uvicorn.Config, studio: Studio, started: Callable[[], Any]) -> None:
         super().__init__(config)
-        self._studio = studio
+        self._studio, self._started = studio, started
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -32,26 +33,16 @@ class Server(uvicorn.Server):
         self._studio.events.close()
         self.should_exit = True
 
-    async def tell(self, say: Callable[[], Any]) -> None:
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Tell when requests are answered."""
-        while not self.started:
-            await asyncio.sleep(0.02)
-        await asyncio.to_thread(say)
+        await super().startup(sockets)
+        await asyncio.to_thread(self._started)
 
 
 def run(studio: Studio, *, port: int, started: Callable[[str], Any]) -> None:
-    """Serve until SIGTERM or Ctrl-C.
+    """Serve until SIGTERM or Ctrl-C, and close the studio; ``started`` gets the address once requests are answered.
 
-    Parameters
-    ----------
-    studio : what answers; it is closed in the end.
-    port : 0 takes a free one; after a crash the one of before, where that is free.
-    started : called with the address once requests are answered.
-
-    Raises
-    ------
-    UsageError
-        The port cannot be had.
+    Port 0 takes a free one; after a crash the one of before, where that is free. UsageError where it cannot be had.
     """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     last = LastAddress.of(studio.setup.root if studio.session is None else studio.session.project.folder)
@@ -60,18 +51,10 @@ def run(studio: Studio, *, port: int, started: Callable[[str], Any]) -> None:
         create_app(studio, last.token), ws="none", lifespan="on", log_config=None, access_log=False,
         server_header=False, timeout_graceful_shutdown=3,
     )  # fmt: skip
-    server = Server(config, studio)
-
-    async def serve() -> None:
-        telling = asyncio.get_running_loop().create_task(server.tell(lambda: started(last.url)))
-        await server.serve(sockets=[listener])
-        telling.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await telling
-
+    server = Server(config, studio, lambda: started(last.url))
     try:
         with listener:
-            asyncio.run(serve())
+            asyncio.run(server.serve(sockets=[listener]))
         last.forget()
     finally:
         studio.close()

@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx._arrays import Index
-from featx._files import make_folder
 from featx.errors import FeatxError, Interrupted, StoreBusy, UsageError, plural
 from featx.evaluation import find_duplicates
 from featx.extraction import extract_features
@@ -76,15 +75,7 @@ class Setup:
 
 
 class Session:
-    """An open project; methods are called from any thread.
-
-    Parameters
-    ----------
-    source, folder : as of :class:`featx.studio.project.Project`.
-    setup : what it was started with.
-    events : where what happens is told.
-    empty : whether there may be no photos yet.
-    """
+    """An open project, made of what :class:`featx.studio.project.Project` takes; methods are called from any thread."""
 
     def __init__(self, source: Path, folder: Path | None, setup: Setup, events: Events, *, empty: bool = False) -> None:
         self.project = Project(source, folder, root=setup.root, empty=empty)
@@ -109,7 +100,7 @@ class Session:
         self._writing = Again("write labels", self._write, self._failed("labels.csv"), _WRITE_SECONDS)
         self._suggesting = Again("suggest", self._suggest, self._failed("suggestions"), _SUGGEST_SECONDS)
         self._comparing = Again("unlike", self._compare, self._failed("suggestions"), 0.3)
-        self._measuring = Again("measure", self._measure, self._failed("quality"), _MEASURE_SECONDS)
+        self.measuring = Again("measure", self._measure, self._failed("quality"), _MEASURE_SECONDS)
         self._mapping = Again("map", self._make_map, self._failed("map"))
         self._shrinking = Again("thumbnails", self._shrink, self._failed("thumbnails"))
         if (self.project.store / "index.h5").exists():
@@ -128,7 +119,7 @@ class Session:
     def close(self) -> None:
         """End all work, write what is left to write, and let others open the project."""
         self.stop_embedding(wait=True)
-        work = (self._suggesting, self._comparing, self._measuring, self._mapping, self._shrinking)
+        work = (self._suggesting, self._comparing, self.measuring, self._mapping, self._shrinking)
         for each in work:
             each.end()
         self._shrinking.finish(10.0)
@@ -173,7 +164,7 @@ class Session:
         self._suggesting.ask()
         self._comparing.ask()
         self._writing.ask()
-        self._measuring.ask()
+        self.measuring.ask()
 
     def tell_labels(self) -> dict[str, Any]:
         """The state of the labels, for a window."""
@@ -187,10 +178,6 @@ class Session:
             "labelled": int((codes >= 0).sum()),
             "begun": journal.begun,
         }
-
-    def measure_now(self) -> None:
-        """Measure how good it is, whatever was measured."""
-        self._measuring.ask()
 
     def add(self, name: str, data: bytes) -> int:
         """Keep a photo that came through the page; its row. It is embedded with the others that came."""
@@ -266,19 +253,18 @@ class Session:
     def _read_store(self) -> None:
         """Take over what the store has now."""
         features, layers, _ = open_layers(self.project.store, None)
-        kind = "l2" if len(layers.names) == 1 else layers.kinds()[0]
         with self._lock:
             rows = self.project.rows
             kept = np.array([place for place, id in enumerate(features.ids.tolist()) if id in rows], dtype=np.intp)
             photos = np.array([rows[id] for id in features.ids[kept].tolist()], dtype=np.intp)
-        unit = unit_rows(features.embeddings[kept].astype(np.float64), kind).astype(np.float32)
+        unit = unit_rows(features.embeddings[kept].astype(np.float64), layers.default_kind).astype(np.float32)
         whole = len(kept) == len(features)
-        self.embedded = Embedded(features if whole else _some(features, kept), layers, photos, unit)
+        self.embedded = Embedded(features if whole else features.some(kept), layers, photos, unit)
         self.events.publish("photos", {"photos": len(self.project.photos)})
         self._suggesting.ask()
         self._comparing.ask()
         self._mapping.ask()
-        self._measuring.ask()
+        self.measuring.ask()
         self._shrinking.ask()
 
     def refused(self) -> list[dict[str, str]]:
@@ -315,13 +301,7 @@ class Session:
         return out
 
     def similar(self, row: int) -> list[int]:
-        """Rows from the most to the least similar to one, itself first.
-
-        Raises
-        ------
-        UsageError
-            The photo has no embedding yet.
-        """
+        """Rows from the most to the least similar to one, itself first; UsageError where it has no embedding yet."""
         embedded = self.embedded
         place = np.flatnonzero(embedded.photos == row) if embedded is not None else np.empty(0, np.intp)
         if embedded is None or not len(place):
@@ -369,8 +349,7 @@ class Session:
         if embedded is None:
             return
         seq, data = self.journal.n, self.labelled(embedded)
-        sample = quality.sample_of(data.codes, data.drawn)
-        self.suggestions = suggest(embedded.unit, embedded.photos, data.codes, self.unlike, data.drawn, sample)
+        self.suggestions = suggest(embedded.unit, embedded.photos, data.codes, self.unlike, data.drawn, data.sample)
         self.suggested = seq
         self._next("suggestions", seq=seq, ready=not self.suggestions.reason, reason=self.suggestions.reason)
         self._tell_early(seq, quality.too_early(data.codes[embedded.photos]))  # and measure it a little later
@@ -391,8 +370,7 @@ class Session:
         if embedded is None:
             return
         data = self.labelled(embedded)
-        sample = quality.sample_of(data.codes, data.drawn)
-        before, self._unlike = self._unlike, unlike_labelled(embedded.unit, embedded.photos, data.codes, sample)
+        before, self._unlike = self._unlike, unlike_labelled(embedded.unit, embedded.photos, data.codes, data.sample)
         if not np.array_equal(before, self._unlike):
             self._suggesting.ask()
 
@@ -439,7 +417,7 @@ class Session:
             self.events.publish("quality", {"status": "running", "version": self.versions["quality"], "message": what})
 
         try:
-            found = quality.measure(data, lambda: self._measuring.asked_again, tell)
+            found = quality.measure(data, lambda: self.measuring.asked_again, tell)
         except quality.OutOfDate:
             return  # it is measured again, with the labels that there are by then
         except UsageError as error:
@@ -462,27 +440,3 @@ def _equal(numbers: Index) -> list[Index]:
     """The places of each number that is there."""
     order = np.argsort(numbers, kind="stable")
     return np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1) if len(order) else []
-
-
-def _some(features: FeatureSet, rows: Index) -> FeatureSet:
-    """Some of the images of a store."""
-    return replace(
-        features, embeddings=features.embeddings[rows], ids=features.ids[rows], labels=features.labels[rows],
-        splits=features.splits[rows], digests=features.digests[rows], groups=features.groups[rows],
-        hashes=None if features.hashes is None else features.hashes[rows],
-        pixels=None if features.pixels is None else features.pixels[rows],
-        metadata={name: values[rows] for name, values in features.metadata.items()},
-    )  # fmt: skip
-
-
-def make_source(path: Path) -> None:
-    """Make a folder for photos that come through the page.
-
-    Raises
-    ------
-    UsageError
-        There is one already, with something in it.
-    """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UsageError("there is something of this name already", where=path)
-    make_folder(path)

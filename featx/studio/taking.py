@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import logging
 import subprocess
 import sys
@@ -20,17 +19,15 @@ from featx.backbones import of_layer
 from featx.errors import FeatxError, ImageError, MismatchError, UsageError
 from featx.extraction import Embedder
 from featx.heads import unit_rows
-from featx.images import DecoderPool, encode
+from featx.images import DecoderPool
 from featx.models import Bundle, Explainer, fit_bundle, layer_number, web_runtime, write_bundle
-from featx.reports import overlays
+from featx.reports import overlay_urls
 
 if TYPE_CHECKING:
     from featx.studio.session import Embedded, Session
 
-KINDS = ("model", "onnx", "html", "card", "labels")
-
-_OVERLAY = 192
-"""Pixels of an overlay's longer side."""
+SUFFIXES = {"model": ".model", "onnx": ".onnx", "html": ".html", "card": ".md", "labels": ".csv"}
+"""Of the files that can be taken along."""
 
 _KEPT = 50
 """Tried photos that can still be added."""
@@ -63,12 +60,7 @@ class Job:
 
 
 class Taking:
-    """The model of an open project; methods are called from any thread.
-
-    Parameters
-    ----------
-    session : whose labels it is fitted on.
-    """
+    """The model of the labels of an open project; methods are called from any thread."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -98,13 +90,7 @@ class Taking:
         return self.session.project.name or "photos"
 
     def model(self) -> tuple[Bundle, Embedder, Embedded]:
-        """The model of the labels as they are now.
-
-        Raises
-        ------
-        UsageError
-            There are too few labels, or no embeddings yet.
-        """
+        """The model of the labels as they are now; UsageError where there are too few, or no embeddings yet."""
         with self._fitting:
             embedded = self.session.embedded
             if embedded is None:
@@ -124,15 +110,7 @@ class Taking:
     # --- trying ---------------------------------------------------------------------------------------------------
 
     def try_photo(self, data: bytes) -> dict[str, Any]:
-        """What the model says of a photo.
-
-        Raises
-        ------
-        UsageError
-            There is no model yet.
-        ImageError
-            The photo cannot be read.
-        """
+        """What the model says of a photo; UsageError where there is no model yet, ImageError for no photo."""
         bundle, embedder, embedded = self.model()
         with self._fitting:
             if self._decoders is None:
@@ -149,10 +127,7 @@ class Taking:
         try:
             explainer = Explainer(bundle.scorer, bundle.class_names, embedder, layer_number(bundle))
             explanation = explainer.explain(seen, decoded.size)
-            scale = _OVERLAY / max(decoded.size)
-            width, height = (max(1, round(scale * length)) for length in decoded.size)
-            (picture,) = overlays(explanation, explanation.ranked[:1], width, height)
-            overlay = f"data:image/png;base64,{base64.b64encode(encode(picture)).decode()}"
+            (overlay,) = overlay_urls(explanation, explanation.ranked[:1], decoded.size)
         except (UsageError, MismatchError) as error:
             why_not = error.hint or str(error)
         self._number += 1
@@ -168,29 +143,18 @@ class Taking:
 
     def _near(self, embedded: Embedded, row: Any) -> list[dict[str, Any]]:
         """The labelled photos that are most like one, whose embedding is given."""
-        kind = "l2" if len(embedded.layers.names) == 1 else embedded.layers.kinds()[0]
-        own = unit_rows(np.asarray(row, dtype=np.float64)[None], kind)[0].astype(np.float32)
+        own = unit_rows(np.asarray(row, dtype=np.float64)[None], embedded.layers.default_kind)[0].astype(np.float32)
         codes = self.session.codes()
         places = np.flatnonzero(codes[embedded.photos] >= 0)
         cosines = embedded.unit[places] @ own
         best = np.argsort(-cosines, kind="stable")[:_NEAR]
         return [
-            {
-                "row": int(embedded.photos[places[place]]),
-                "label": self.session.journal.classes[int(codes[embedded.photos[places[place]]])],
-                "score": round(float(cosines[place]), 4),
-            }
-            for place in best.tolist()
+            {"row": photo, "label": self.session.journal.classes[codes[photo]], "score": round(float(cosine), 4)}
+            for photo, cosine in zip(embedded.photos[places[best]].tolist(), cosines[best], strict=True)
         ]
 
     def tried(self, name: str) -> bytes:
-        """The bytes of a photo that was tried.
-
-        Raises
-        ------
-        UsageError
-            It is too long ago, or there was none.
-        """
+        """The bytes of a photo that was tried; UsageError where that is too long ago, or there was none."""
         if name not in self._tried:
             raise UsageError("this photo is not kept any more", hint="Try it again.")
         return self._tried[name]
@@ -208,31 +172,18 @@ class Taking:
         ]
 
     def take(self, what: str) -> Job:
-        """Begin to make a file.
-
-        Raises
-        ------
-        UsageError
-            There is no such kind of file.
-        """
-        if what not in KINDS:
-            raise UsageError("there is no such file to take along", expected=", ".join(KINDS), found=what)
+        """Begin to make a file; UsageError where there is no such kind."""
+        if what not in SUFFIXES:
+            raise UsageError("there is no such file to take along", expected=", ".join(SUFFIXES), found=what)
         running = self.jobs.get(what)
         if running is not None and running.status == "running":
             return running
-        suffix = {"model": ".model", "onnx": ".onnx", "html": ".html", "card": ".md", "labels": ".csv"}[what]
-        job = self.jobs[what] = Job(what, f"{self.name}{suffix}")
+        job = self.jobs[what] = Job(what, f"{self.name}{SUFFIXES[what]}")
         threading.Thread(target=self._make, args=(job,), name=f"take {what}", daemon=True).start()
         return job
 
     def path(self, file: str) -> Path:
-        """Where a file is that was made.
-
-        Raises
-        ------
-        UsageError
-            None of this name was.
-        """
+        """Where a file is that was made; UsageError where none of this name was."""
         if not any(job.file == file and job.status == "done" for job in self.jobs.values()):
             raise UsageError("there is no such file", found=file)
         return self.folder / file
@@ -253,16 +204,16 @@ class Taking:
                 if bundle.threshold is None:
                     job.message = SILENT
                 if job.what == "card":
-                    self._run("card", str(model), "--out", str(out))
+                    self._run("card", model, "--out", out)
+                elif job.what == "onnx":
+                    self._run("export", model, "--format", "onnx", "--out", out)
                 elif job.what == "html":
                     runtime = self.session.setup.runtime
                     if runtime is None:
                         _check_runtime()
                     given = [] if runtime is None else ["--runtime", runtime]
-                    store = str(self.session.project.store)
-                    self._run("export", str(model), "--format", "html", "--out", str(out), "--store", store, *given)
-                elif job.what == "onnx":
-                    self._run("export", str(model), "--format", "onnx", "--out", str(out))
+                    store = self.session.project.store
+                    self._run("export", model, "--format", "html", "--out", out, "--store", store, *given)
             job.bytes, job.status = out.stat().st_size, "done"
         except FeatxError as error:
             job.status, job.message = "failed", str(error)
@@ -272,18 +223,11 @@ class Taking:
         job.seconds = round(time.monotonic() - started, 2)
         self.session.events.publish("job", job.to_json())
 
-    def _run(self, *arguments: str) -> None:
-        """Run a command of featx, in a process of its own: what it loads is gone with it.
-
-        Raises
-        ------
-        UsageError
-            It failed; with what it said.
-        """
+    def _run(self, *arguments: str | Path) -> None:
+        """Run a command of featx in a process of its own, to be rid of all that it loads; UsageError where it fails."""
         command = [sys.executable, "-m", "featx", *arguments]
-        with subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        ) as child:
+        none = subprocess.DEVNULL
+        with subprocess.Popen(command, stdin=none, stdout=none, stderr=subprocess.PIPE) as child:
             self._child = child
             try:
                 _, said = child.communicate()

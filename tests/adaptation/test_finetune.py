@@ -269,6 +269,18 @@ def test_activations_have_a_bound(features: FeatureSet, images: ImageSet, backbo
 # --- for keeps ----------------------------------------------------------------------------------------------------
 
 
+def test_only_labelled_images_outside_of_test_are_trained_on(
+    features: FeatureSet, images: ImageSet, backbone: Backbone, tmp_path: Path
+) -> None:
+    labels, splits = features.labels.copy(), features.splits.astype("U5")
+    labels[0], splits[1] = -1, "test"
+    some = replace(features, labels=labels, splits=splits)
+    with open_tuning(some, images, backbone, tmp_path / "t", unfreeze=2, recipe=QUICK, device="cpu") as tuning:
+        used = tuning.features
+        assert used.ids.tolist() == features.ids[2:].tolist()
+        assert len(used.groups) == len(used) == len(used.near_copies.hashes)  # type: ignore[union-attr]
+
+
 @pytest.mark.slow
 def test_the_kept_model_is_the_trained_one(
     features: FeatureSet, images: ImageSet, backbone: Backbone, tmp_path: Path

@@ -132,6 +132,8 @@ def test_what_it_says_of_itself(server: Running) -> None:
     assert "multipart/form-data" in document["paths"]["/predict"]["post"]["requestBody"]["content"]
     docs = server.get("/docs")
     assert (docs.status, "/predict" in docs.body.decode()) == (200, True)
+    assert "query, number above 0 below 1<" in docs.body.decode()
+    assert "query, string. The name of the model" in docs.body.decode()
     assert b"http://" not in docs.body.replace(b"http://127.0.0.1", b"") and b"https://" not in docs.body
 
 

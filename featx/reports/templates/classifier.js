@@ -13,6 +13,17 @@ const make = (tag, kind, text) => {
 const SHOWN = 5, PAGE = 20;
 const plural = (n, one, many) => `${n} ${n === 1 ? one : many}`;
 
+// A picture made smaller: the canvas, and a JPEG of it, or null where the browser makes none.
+function jpeg(bitmap, scale, quality) {
+  const canvas = make("canvas");
+  canvas.width = Math.max(1, Math.round(scale * bitmap.width));
+  canvas.height = Math.max(1, Math.round(scale * bitmap.height));
+  const drawing = canvas.getContext("2d");
+  drawing.imageSmoothingQuality = "high";
+  drawing.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  return new Promise((done) => canvas.toBlob((blob) => done({blob, canvas}), "image/jpeg", quality));
+}
+
 // --- showing ---
 
 function bars(prediction) {

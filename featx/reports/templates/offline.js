@@ -35,13 +35,7 @@ function smaller(photo, by) {
 
 // The picture of a card, small: a phone could not hold twenty photos as they are.
 async function shrink(bitmap, image) {
-  const scale = Math.min(1, PREVIEW / Math.min(bitmap.width, bitmap.height)), canvas = make("canvas");
-  canvas.width = Math.max(1, Math.round(scale * bitmap.width));
-  canvas.height = Math.max(1, Math.round(scale * bitmap.height));
-  const drawing = canvas.getContext("2d");
-  drawing.imageSmoothingQuality = "high";
-  drawing.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
-  const blob = await new Promise((done) => canvas.toBlob(done, "image/jpeg", .9));
+  const {blob} = await jpeg(bitmap, Math.min(1, PREVIEW / Math.min(bitmap.width, bitmap.height)), .9);
   if (blob) image.src = URL.createObjectURL(blob);
 }
 

@@ -8,11 +8,11 @@ const H = 260, LEFT = 52, RIGHT = 84, TOP = 14, BOTTOM = 44;
 export function learningCurve(points, chance) {
   const W = matchMedia("(max-width: 40rem)").matches ? 390 : 560;  // so that its words can be read on a phone
   const most = Math.max(...points.map(({shots}) => shots)), least = Math.min(...points.map(({shots}) => shots));
-  const bottom = Math.max(0, Math.floor(10 * Math.min(chance ?? 1, ...points.map(({low, pixels}) => Math.min(low, pixels ?? 1))) - .01) / 10);
+  const bottom = Math.max(0, Math.floor(10 * Math.min(chance, ...points.map(({low, pixels}) => Math.min(low, pixels ?? 1))) - .01) / 10);
   const wide = Math.log2(most / least) || 1;
   const x = (shots) => LEFT + (W - LEFT - RIGHT) * Math.log2(shots / least) / wide;
   const y = (part) => TOP + (H - TOP - BOTTOM) * (1 - part) / (1 - bottom);
-  const line = (key) => points.filter((each) => each[key] !== null && each[key] !== undefined).map((each) => `${x(each.shots)},${y(each[key])}`).join(" ");
+  const line = (some, key) => some.map((each) => `${x(each.shots)},${y(each[key])}`);
   const svg = draw("svg", {viewBox: `0 0 ${W} ${H}`, class: "curve", role: "img",
     "aria-label": `Learning curve: ${points.map(({shots, mean, low, high}) => `${shots} of each class ${percent(mean)}, ${percent(low)} to ${percent(high)}`).join("; ")}`});
   const text = (content, attributes) => {
@@ -27,19 +27,16 @@ export function learningCurve(points, chance) {
   }
   for (const {shots} of points) svg.append(text(shots, {x: x(shots), y: H - BOTTOM + 18, "text-anchor": "middle"}));
   svg.append(text("labelled photos of each class", {x: (LEFT + W - RIGHT) / 2, y: H - 6, "text-anchor": "middle"}));
-  if (chance !== undefined && chance !== null && chance >= bottom) {
-    svg.append(draw("line", {class: "chance", x1: LEFT, x2: W - RIGHT, y1: y(chance), y2: y(chance)}), text("guessing", {x: W - RIGHT + 8, y: y(chance) + 4}));
-  }
-  const band = [...points.map(({shots, high}) => `${x(shots)},${y(high)}`), ...[...points].reverse().map(({shots, low}) => `${x(shots)},${y(low)}`)];
-  svg.append(draw("polygon", {class: "range", points: band.join(" ")}));
-  const withPixels = points.filter(({pixels}) => pixels !== null && pixels !== undefined);
+  svg.append(draw("line", {class: "chance", x1: LEFT, x2: W - RIGHT, y1: y(chance), y2: y(chance)}), text("guessing", {x: W - RIGHT + 8, y: y(chance) + 4}));
+  svg.append(draw("polygon", {class: "range", points: [...line(points, "high"), ...line(points, "low").reverse()].join(" ")}));
+  const withPixels = points.filter(({pixels}) => pixels !== null);
   if (withPixels.length) {
-    svg.append(draw("polyline", {class: "pixels", points: line("pixels")}));
+    svg.append(draw("polyline", {class: "pixels", points: line(withPixels, "pixels").join(" ")}));
     const end = withPixels.at(-1);
-    const near = chance !== null && chance !== undefined && Math.abs(y(end.pixels) - y(chance)) < 14 ? (end.pixels >= chance ? -12 : 12) : 0;
+    const near = Math.abs(y(end.pixels) - y(chance)) < 14 ? (end.pixels >= chance ? -12 : 12) : 0;
     svg.append(text("pixels only", {x: x(end.shots) + 8, y: y(end.pixels) + 4 + near}));
   }
-  svg.append(draw("polyline", {class: "main", points: line("mean")}));
+  svg.append(draw("polyline", {class: "main", points: line(points, "mean").join(" ")}));
   for (const {shots, mean} of points) svg.append(draw("circle", {class: "dot", cx: x(shots), cy: y(mean), r: 4}));
   svg.append(text(percent(points.at(-1).mean), {class: "strong", x: x(points.at(-1).shots) + 8, y: y(points.at(-1).mean) + 4}));
   return svg;

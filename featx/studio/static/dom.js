@@ -31,6 +31,8 @@ export const percent = (part) => `${Math.round(100 * part)}\u00a0%`;
 
 export const interval = ({mean, low, high}) => `${percent(mean)} (${Math.round(100 * low)} to ${percent(high)})`;
 
+export const likely = ({low, high}) => `most likely between ${Math.round(100 * low)} and ${percent(high)}`;
+
 export function bytes(n) {
   if (n < 1e6) return `${Math.max(1, Math.round(n / 1e3))} kB`;
   return `${(n / 1e6).toFixed(n < 1e7 ? 1 : 0)} MB`;
@@ -44,6 +46,11 @@ export function duration(seconds) {
 /** What a view shows while it has nothing to show: one sentence, and what to do first. */
 export const empty = (title, text, ...actions) =>
   make("div", {class: "empty"}, make("h2", {text: title}), make("p", {text}), ...actions);
+
+/** What stands in the middle of such a view: the way to another step. */
+export const leadTo = (step, text) => make("a", {class: "button primary", href: `#${step}`, text});
+
+export const noPhotos = () => empty("No photos yet", "Choose a folder of photos first.", leadTo("photos", "Choose a folder"));
 
 /** Do something once a frame, however often it is asked for. */
 export function onceAFrame(work) {

@@ -239,9 +239,8 @@ export class Grid {
   /** What a key does to the grid: moving, selecting. */
   press(event) {
     if (event.altKey || !this.rows.length) return;
-    const jumps = {ArrowLeft: -1, ArrowRight: 1, ArrowUp: -this.columns, ArrowDown: this.columns,
-      PageUp: -this.columns * Math.max(1, Math.floor(this.height / this.step)),
-      PageDown: this.columns * Math.max(1, Math.floor(this.height / this.step))};
+    const page = this.columns * Math.max(1, Math.floor(this.height / this.step));
+    const jumps = {ArrowLeft: -1, ArrowRight: 1, ArrowUp: -this.columns, ArrowDown: this.columns, PageUp: -page, PageDown: page};
     const last = this.rows.length - 1;
     const here = this.places.get(this.cursor) ?? -1;
     if (event.key in jumps || event.key === "Home" || event.key === "End") {

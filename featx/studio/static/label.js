@@ -3,7 +3,7 @@
 import {get} from "./api.js";
 import {signs} from "./chips.js";
 import {classPanel} from "./classes.js";
-import {button, empty, make, onceAFrame, plural} from "./dom.js";
+import {button, empty, leadTo, make, noPhotos, onceAFrame, plural} from "./dom.js";
 import {Grid} from "./grid.js";
 import {labelOfKey, typing} from "./keys.js";
 import {swatch} from "./palette.js";
@@ -23,7 +23,7 @@ export function build(section) {
   const note = make("p", {class: "lead-in"});
   const nothing = make("div", {class: "nothing", hidden: true});
   const grid = new Grid({label: "Photos", decorate: signs, open: (row) => view(row, grid.rows), changed});
-  const panel = classPanel({selected: () => grid.selected(), after: moveOn, filter: (value) => filter(String(value))});
+  const panel = classPanel({selected: () => grid.selected(), after: (rows) => { after = moveOn(rows); }, filter: (value) => filter(String(value))});
   const batches = make("section", {class: "batches", "aria-label": "Sure suggestions"});
   const work = make("div", {class: "label-work"},
     make("div", {class: "grid-side"},
@@ -98,13 +98,13 @@ export function build(section) {
 
   // --- labelling goes on to the next photo ---
 
-  /** Called before these rows get a label: choose the photo that comes next. */
+  /** Choose the photo that comes next, before these rows get a label; what comes back goes there when they have it. */
   function moveOn(rows) {
     const going = new Set(rows);
     const from = Math.max(...rows.map((row) => grid.places.get(row) ?? -1));
     const next = grid.rows.slice(from + 1).find((row) => !going.has(row)) ?? grid.rows.findLast((row) => !going.has(row));
     const atTop = grid.top < grid.step;
-    after = () => {
+    return () => {
       // With a new order, what is worth most now comes first; further down, nothing moves under the eyes.
       if (order.value === "worth" && shown.value === "todo" && ordered !== store.suggestions.version && atTop) {
         arrange();
@@ -116,7 +116,7 @@ export function build(section) {
     };
   }
 
-  let after = null;
+  let after = null;  // what to do when the labels that the panel gives are shown
 
   /** Take photos out that are no longer wanted, without sorting anew. */
   function leave() {
@@ -130,9 +130,7 @@ export function build(section) {
       say(store.suggestions.ready ? "Nothing is suggested for the selection." : store.suggestions.reason || "No suggestions yet: label a photo of each of two classes first.");
       return;
     }
-    moveOn(rows);
-    const next = after;
-    after = null;
+    const next = moveOn(rows);
     for (const [suggested, photos] of groups) label(photos, suggested);
     next();
   }
@@ -161,9 +159,7 @@ export function build(section) {
         texts.size > 1 ? told(error) : null,
         make("div", {class: "row"},
           button(`Accept all ${rows.length.toLocaleString("en")}`, () => {
-            moveOn(grid.selected().length ? grid.selected() : rows);
-            const next = after;
-            after = null;
+            const next = moveOn(grid.selected().length ? grid.selected() : rows);
             label(rows, each, "batch");
             next();
           }, error ? "primary" : "", {"aria-label": `Accept all ${rows.length} suggestions of ${nameOf(each)} above ${least} %`}),
@@ -203,7 +199,7 @@ export function build(section) {
     nothing.hidden = grid.rows.length > 0;
     if (!grid.rows.length) {
       nothing.replaceChildren(shown.value === "todo" && howMany()
-        ? empty("All photos are labelled", "See how good the classifier is now, or take it along.", make("a", {class: "button primary", href: "#quality", text: "How good?"}))
+        ? empty("All photos are labelled", "See how good the classifier is now, or take it along.", leadTo("quality", "How good?"))
         : empty("No photo here", "No photo fits what is to be shown.", button("Show those to label", () => filter("todo"))));
     }
   }
@@ -216,7 +212,7 @@ export function build(section) {
   function hasPhotos() {
     const photos = store.state?.open && store.ids.length;
     work.hidden = !photos;
-    first.replaceChildren(...(photos ? [] : [empty("No photos yet", "Choose a folder of photos first.", make("a", {class: "button primary", href: "#photos", text: "Choose a folder"}))]));
+    first.replaceChildren(...(photos ? [] : [noPhotos()]));
     return photos;
   }
 

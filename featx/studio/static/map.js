@@ -2,10 +2,10 @@
 
 import {signs} from "./chips.js";
 import {classPanel} from "./classes.js";
-import {button, empty, make, onceAFrame, plural} from "./dom.js";
+import {button, empty, leadTo, make, noPhotos, onceAFrame, plural} from "./dom.js";
 import {Grid} from "./grid.js";
 import {labelOfKey, typing} from "./keys.js";
-import {colourOf, swatch, trace} from "./palette.js";
+import {colourOf, shapeOf, swatch} from "./palette.js";
 import {bySuggestion, label, LEFT_OUT, nameOf, NO_LABEL, on, read, say, store, suggestionOf, thumb} from "./store.js";
 import {view} from "./viewer.js";
 
@@ -87,14 +87,14 @@ export function build(section) {
       pencil.translate(SPRITE / 2, SPRITE / 2);
       const size = (mark === NO_LABEL ? 2.2 : 4.2) * grown() * ratio;
       pencil.scale(size, size);
-      trace(pencil, mark);
+      const shape = new Path2D(shapeOf(mark));
       pencil.fillStyle = colourOf(mark);
       pencil.globalAlpha = faint ? .25 : mark === NO_LABEL ? .65 : 1;
-      pencil.fill();
+      pencil.fill(shape);
       if (mark !== NO_LABEL && !faint) {
         pencil.lineWidth = 1 / size;
         pencil.strokeStyle = dark.matches ? "#000" : "#fff";
-        pencil.stroke();
+        pencil.stroke(shape);
       }
       sprites.set(key, made);
     }
@@ -372,10 +372,10 @@ export function build(section) {
       return;
     }
     first.replaceChildren(!open
-      ? empty("No photos yet", "Choose a folder of photos first.", make("a", {class: "button primary", href: "#photos", text: "Choose a folder"}))
+      ? noPhotos()
       : about.status === "failed" ? empty("The map could not be drawn", about.message)
         : about.status === "few" ? empty("Too few photos for a map", about.message)
-        : empty("The map is on its way", about.message || "It is drawn when the photos have been read. You can label meanwhile.", make("a", {class: "button primary", href: "#label", text: "Label"})));
+        : empty("The map is on its way", about.message || "It is drawn when the photos have been read. You can label meanwhile.", leadTo("label", "Label")));
   }
 
   on("opened", () => {

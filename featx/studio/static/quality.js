@@ -3,7 +3,7 @@
 import {post} from "./api.js";
 import {signs} from "./chips.js";
 import {bar, learningCurve} from "./chart.js";
-import {button, dialog, empty, interval, make, percent, plural} from "./dom.js";
+import {button, dialog, empty, interval, leadTo, likely, make, noPhotos, percent, plural} from "./dom.js";
 import {Grid} from "./grid.js";
 import {labelOfKey} from "./keys.js";
 import {swatch} from "./palette.js";
@@ -19,7 +19,7 @@ export function build(section) {
 
   function head({accuracy, majority, pixels, n}) {
     return make("section", {class: "card headline", "aria-label": "Accuracy"},
-      make("p", {class: "big"}, make("strong", {text: percent(accuracy.mean)}), make("span", {class: "soft", text: ` right, most likely between ${Math.round(100 * accuracy.low)} and ${percent(accuracy.high)}`})),
+      make("p", {class: "big"}, make("strong", {text: percent(accuracy.mean)}), make("span", {class: "soft", text: ` right, ${likely(accuracy)}`})),
       bar(accuracy, "Accuracy"),
       make("p", {text: `Each photo was named by a classifier that did not know its label. Measured on ${accuracy.on.replace(/\.+$/, "")}.`}),
       make("dl", {class: "compare"},
@@ -105,7 +105,7 @@ export function build(section) {
   function draw() {
     const {state, quality} = store;
     if (!state || !state.open) {
-      page.replaceChildren(empty("No photos yet", "Choose a folder of photos first.", make("a", {class: "button primary", href: "#photos", text: "Choose a folder"})));
+      page.replaceChildren(noPhotos());
       return;
     }
     const running = state.quality.status === "running" || quality?.status === "running";
@@ -117,7 +117,7 @@ export function build(section) {
       const why = quality?.reason || "";
       page.replaceChildren(running ? empty("Measuring …", `${labelled()} labels are being looked at. This takes a little while.`)
         : empty("Cannot tell yet", why.replace(/^Cannot tell yet:\s*(.)/, (_, letter) => letter.toUpperCase()) || "It takes a few labelled photos of each class.",
-          make("a", {class: "button primary", href: "#label", text: "Label more photos"})));
+          leadTo("label", "Label more photos")));
       return;
     }
     const focused = document.activeElement && page.contains(document.activeElement) ? document.activeElement.getAttribute("aria-label") : null;
@@ -125,7 +125,7 @@ export function build(section) {
       make("p", {class: "soft small status", role: "status", text: running ? "Measuring anew …" : ""}),
       head(quality), progress(quality), perClass(quality), confusion(quality), doubtful(quality),
       quality.notes && quality.notes.length ? card("Good to know", "", make("ul", {class: "plain"}, ...quality.notes.map((text) => make("li", {text})))) : null,
-      make("p", {class: "next"}, make("a", {class: "button", href: "#label", text: "Label more"}), make("a", {class: "button primary", href: "#take", text: "Take it along"})),
+      make("p", {class: "next"}, make("a", {class: "button", href: "#label", text: "Label more"}), leadTo("take", "Take it along")),
     ].filter(Boolean));
     if (focused) [...page.querySelectorAll("[aria-label]")].find((each) => each.getAttribute("aria-label") === focused)?.focus();
   }

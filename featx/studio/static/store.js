@@ -364,19 +364,13 @@ export function listen() {
   events.addEventListener("error", async () => {
     lost = true;
     if (!store.trouble) await read("/api/state");  // says whether the connection is lost, or this window signed out
-    if (events.readyState === EventSource.CLOSED) {
-      await pause(2000);
-      if (await load()) listen();
-      else if (!store.trouble.startsWith("This window")) retry();
-    }
+    if (events.readyState === EventSource.CLOSED) retry();
   });
 }
 
 /** Ask until the server is back. */
 async function retry() {
-  for (;;) {
-    await pause(2000);
-    if (await load()) return listen();
-    if (store.trouble.startsWith("This window")) return undefined;
-  }
+  await pause(2000);
+  if (await load()) listen();
+  else if (!store.trouble.startsWith("This window")) retry();
 }

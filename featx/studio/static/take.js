@@ -1,7 +1,7 @@
 // Take it along: the model and its kin as files, and the commands that do the same.
 
 import {post} from "./api.js";
-import {button, bytes, duration, empty, make, percent, plural} from "./dom.js";
+import {button, bytes, duration, empty, leadTo, likely, make, noPhotos, percent, plural} from "./dom.js";
 import {on, read, say, store} from "./store.js";
 
 const KINDS = [
@@ -18,21 +18,24 @@ export function build(section) {
   const work = make("div", {class: "sheet"}, lead, list, commands);
   section.append(first, work);
 
-  async function produce(what) {
-    const asked = {id: what, what, status: "running", message: "", file: "", bytes: null, seconds: null};
-    store.state.jobs = [...store.state.jobs.filter((job) => job.what !== what), asked];
-    draw();
-    try {
-      const job = await post("/api/take", {what});
-      if (store.state.jobs.find((each) => each.what === what) === asked) store.state.jobs = [...store.state.jobs.filter((each) => each.what !== what), job];
-    } catch (error) {
-      store.state.jobs = [...store.state.jobs.filter((each) => each.what !== what), {...asked, status: "failed", message: error.message}];
-    }
+  function put(job) {
+    store.state.jobs = [...store.state.jobs.filter((each) => each.what !== job.what), job];
     draw();
   }
 
+  async function produce(what) {
+    const asked = {id: what, what, status: "running", message: "", file: "", bytes: null, seconds: null};
+    put(asked);
+    try {
+      const job = await post("/api/take", {what});
+      if (store.state.jobs.includes(asked)) put(job);  // else an event has told more meanwhile
+    } catch (error) {
+      put({...asked, status: "failed", message: error.message});
+    }
+  }
+
   function card([what, title, text]) {
-    const job = store.state.jobs.filter((each) => each.what === what).at(-1);
+    const job = store.state.jobs.find((each) => each.what === what);
     const made = make("section", {class: "card take", "aria-label": title}, make("h2", {text: title}), make("p", {class: "soft", text}));
     if (!job) made.append(button("Make it", () => produce(what), "", {"aria-label": `Make it: ${title}`}));
     else if (job.status === "running") made.append(make("div", {class: "row"}, make("progress", {"aria-label": `${title} is being made`}), make("span", {class: "small soft", text: job.message || "Working …"})));
@@ -54,11 +57,11 @@ export function build(section) {
     first.replaceChildren();
     if (!ready) {
       first.append(state && state.open
-        ? empty("Nothing to take along yet", state.suggestions.reason || "Label a few photos of two classes first.", make("a", {class: "button primary", href: "#label", text: "Label"}))
-        : empty("No photos yet", "Choose a folder of photos first.", make("a", {class: "button primary", href: "#photos", text: "Choose a folder"})));
+        ? empty("Nothing to take along yet", state.suggestions.reason || "Label a few photos of two classes first.", leadTo("label", "Label"))
+        : noPhotos());
       return;
     }
-    lead.textContent = `Your classifier, from ${plural(store.state.labelled, "label")}${quality && quality.accuracy ? `: ${percent(quality.accuracy.mean)} right, most likely between ${Math.round(100 * quality.accuracy.low)} and ${percent(quality.accuracy.high)}` : ""}.`;
+    lead.textContent = `Your classifier, from ${plural(store.state.labelled, "label")}${quality && quality.accuracy ? `: ${percent(quality.accuracy.mean)} right, ${likely(quality.accuracy)}` : ""}.`;
     const focused = list.contains(document.activeElement) ? [...list.children].indexOf(document.activeElement.closest(".take")) : -1;
     list.replaceChildren(...KINDS.map(card));
     if (focused >= 0) list.children[focused].querySelector("a, button")?.focus();

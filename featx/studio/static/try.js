@@ -1,7 +1,7 @@
 // Try: a new photo, from a file or the camera: its label, why, its neighbours; one click corrects it and adds it.
 
 import {post, send} from "./api.js";
-import {button, empty, make, percent} from "./dom.js";
+import {button, empty, leadTo, make, noPhotos, percent} from "./dom.js";
 import {swatch} from "./palette.js";
 import {classNumbers, nameOf, on, say, store, thumb} from "./store.js";
 
@@ -164,8 +164,8 @@ export function build(section) {
     const ready = Boolean(open && suggestions.ready);
     work.hidden = !ready && !tries.firstChild;
     first.replaceChildren(...(work.hidden ? [!open
-      ? empty("No photos yet", "Choose a folder of photos first.", make("a", {class: "button primary", href: "#photos", text: "Choose a folder"}))
-      : empty("Nothing to try yet", suggestions.reason || "Label a few photos of two classes first.", make("a", {class: "button primary", href: "#label", text: "Label"}))] : []));
+      ? noPhotos()
+      : empty("Nothing to try yet", suggestions.reason || "Label a few photos of two classes first.", leadTo("label", "Label"))] : []));
   }
 
   addEventListener("hashchange", () => { if (location.hash !== "#try") close(); });  // the camera is on only where it is seen
