@@ -141,13 +141,20 @@ class Line:
         return self.batcher.seconds_for(self)
 
     def submit(self, images: Sequence[bytes], deadline: float, *, keep: bool = False) -> list[Job]:
-        """Accept images, all or none; QueueFull where there is no room, WorkerDied where nothing can be computed.
+        """Accept images, all or none.
 
         Parameters
         ----------
         images : bytes of image files.
         deadline : of ``time.monotonic()``; what has not begun by then is not computed.
         keep : whether the jobs keep their pixels.
+
+        Raises
+        ------
+        QueueFull
+            There is no room for all of them.
+        WorkerDied
+            Nothing can be computed at all.
         """
         jobs = [Job(self, data, deadline, keep) for data in images]
         self.batcher.accept(self, jobs)

@@ -102,7 +102,13 @@ class _Tally:
 
 
 class Counts:
-    """Counts answers in a folder, which is made where there is none; every method is safe to call from any thread."""
+    """Counts answers in a folder; every method is safe to call from any thread.
+
+    Parameters
+    ----------
+    folder : is made where there is none.
+    clock : seconds since 1970.
+    """
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time.time) -> None:
         self.folder, self._clock = folder, clock
@@ -115,7 +121,10 @@ class Counts:
     def open(self) -> Counts:
         """Take the folder, for this process alone, and go on with what it has.
 
-        FeatxError where it cannot be written to, another service counts in it, or its files were altered.
+        Raises
+        ------
+        FeatxError
+            It cannot be written to, another service counts in it, or its files were altered.
         """
         make_folder(self.folder)
         try:
@@ -176,7 +185,13 @@ class Counts:
             self._changed = True
 
     def write(self) -> None:
-        """Write what has been counted since; FeatxError where that fails: it is all written the next time then."""
+        """Write what has been counted since the last time.
+
+        Raises
+        ------
+        FeatxError
+            It cannot be written; nothing is lost then, and the next time it is all written.
+        """
         with self._writing:
             with self._lock:
                 now = int(self._clock() // 3600)
@@ -277,7 +292,10 @@ def _check(line: Any) -> None:
 def read_counts(folder: Path) -> list[Counted]:
     """What was counted in a folder, of each model that answered, in the order in which they were put up.
 
-    StoreError where there are no counts, or where they were altered.
+    Raises
+    ------
+    StoreError
+        There are no counts, or they were altered.
     """
     if not (folder / _DONE).exists():
         raise StoreError(

@@ -11,7 +11,13 @@ _BOUNDS = {"minimum": "from", "maximum": "to", "exclusiveMinimum": "above", "exc
 
 
 def docs_page(document: Mapping[str, Any], base: str) -> str:
-    """The page; examples have the URL that clients see, ``base``."""
+    """The page.
+
+    Parameters
+    ----------
+    document : of OpenAPI.
+    base : the URL that clients see, for the examples.
+    """
     routes = [
         _route(path, method.upper(), route, base)
         for path, methods in document["paths"].items()

@@ -135,7 +135,13 @@ class Feedback:
         return digest
 
     def answered(self, digest: str) -> tuple[bytes, Said]:
-        """The photo of an answer, and what was said of it; Refusal where it is not remembered, or any more."""
+        """The photo of an answer, and what was said of it.
+
+        Raises
+        ------
+        Refusal
+            It is not remembered, or any more.
+        """
         with self._lock:
             found = self._answered.get(digest)
         if found is None:
@@ -153,10 +159,12 @@ class Feedback:
 
 
 def add_feedback(app: FastAPI, repository: Repository, keyed: list[Any], *, trusted: bool) -> None:
-    """Add the routes of corrections; ``trusted`` is whether a key shows who asks.
+    """Add the routes of corrections.
 
-    Without one, a page of another site that somebody has open could send corrections from his browser, which says where
-    they come from.
+    Parameters
+    ----------
+    trusted : whether a key shows who asks. Without one, a page of another site that somebody has open could send
+        corrections from his browser, which says where they come from.
     """
     refused = schema.errors(400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503, 504)
 

@@ -111,7 +111,10 @@ class Guard:
 
     Parameters
     ----------
+    app : the application.
+    metrics : where requests are counted.
     routes : paths that are counted by name; all others are "other".
+    limits : sizes.
     models : names of the models, where there are several: each has a share of what may be buffered.
     api_key : what a client must show, or "" for none.
     hosts : names that may be in the header Host, or None for any. For a service without a key on the loopback

@@ -93,7 +93,13 @@ class Choices:
 
     @classmethod
     def of(cls, config: object) -> Choices:
-        """Read a labelling configuration: the first Choices by which whole images get one choice; else a Refusal."""
+        """Read a labelling configuration: the first Choices for whole images, of which one is to be chosen.
+
+        Raises
+        ------
+        Refusal
+            It has none.
+        """
         tree = _parse(config)
         images = {each.get("name"): each.get("value", "") for each in tree.iter("Image")}
         why = "it has no Choices whose toName is an Image"
@@ -239,7 +245,13 @@ class LabelStudio:
         return found
 
     def project(self, uid: object, config: object) -> Project:
-        """The project of this id and labelling configuration; Refusal where it does not classify images."""
+        """The project of this id and labelling configuration.
+
+        Raises
+        ------
+        Refusal
+            It does not classify images, or this is not an id.
+        """
         match = _PROJECT.fullmatch(uid) if isinstance(uid, str) else None
         if match is None:
             raise Refusal(422, "project", "The id of the project is not of the form that Label Studio uses.")
@@ -380,7 +392,10 @@ class LabelStudio:
     async def hear(self, action: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """The answer to ``/webhook``: labels that were given, changed or taken back are on the disk.
 
-        Refusal where some could not be kept. They are fetched later, where there is a token.
+        Raises
+        ------
+        Refusal
+            Some could not be kept. They are fetched later, where there is a token.
         """
         if action not in _ACTIONS:
             return {"ignored": action}
@@ -464,7 +479,10 @@ class LabelStudio:
     async def catch_up(self, project: Project) -> None:
         """Fetch the labels that a project has, and take back those that it has no more.
 
-        NotFetched where they cannot be had, or not all of them kept.
+        Raises
+        ------
+        NotFetched
+            They cannot be had, or not all of them kept.
         """
         corrections, beginning = self.feedback.corrections, f"{project.uid}/"
         before = corrections.standing(beginning)
@@ -615,7 +633,12 @@ async def _body(request: Request, seconds: float) -> dict[str, Any]:
 
 
 def add_label_studio(app: FastAPI, backend: LabelStudio, keyed: list[Any], *, trusted: bool) -> None:
-    """Add the routes of the protocol; unless a key shows who asks (``trusted``), pages of other sites are refused."""
+    """Add the routes of the protocol.
+
+    Parameters
+    ----------
+    trusted : whether a key shows who asks; without one, pages of other sites are refused.
+    """
     refused = schema.errors(400, 401, 403, 408, 413, 415, 422, 429, 500, 503, 504)
 
     async def asked(request: Request) -> dict[str, Any]:

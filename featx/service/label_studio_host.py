@@ -108,7 +108,13 @@ class LabelStudioHost:
     # --- images -----------------------------------------------------------------------------------------------------
 
     def image(self, url: str) -> bytes:
-        """The file of an image, as a task names it; NotFetched where it may not be fetched, or did not come."""
+        """The file of an image, as a task names it.
+
+        Raises
+        ------
+        NotFetched
+            It is at no place that images are fetched from, or did not come.
+        """
         if url[:5].lower() == "data:":
             return _inline(url)
         place = self._place(url)
@@ -157,7 +163,13 @@ class LabelStudioHost:
     # --- the rest ---------------------------------------------------------------------------------------------------
 
     def call(self, method: str, path: str, body: Any = None) -> Any:
-        """Ask its API; what it answers, read from JSON. NotFetched where it does not answer, or refuses."""
+        """Ask its API; what it answers, read from JSON.
+
+        Raises
+        ------
+        NotFetched
+            It does not answer, or refuses.
+        """
         data = None if body is None else json.dumps(body).encode()
         status, _, raw = self._ask(
             method, self.url + path, own=True, most=MAX_ANSWER, seconds=LONG_SECONDS, data=data, patience=LONG_SECONDS
@@ -180,8 +192,15 @@ class LabelStudioHost:
         """Fetch suggestions of a version for all tasks of a project, and let it order its tasks by them.
 
         A project orders by the predictions of the version that its settings name. Where they name something else than a
-        version of featx (``is_ours``) or its backend, somebody wants them to, and they stay. False where the project
-        has no backend of featx.
+        version of featx or its backend, somebody wants them to, and they stay.
+
+        Parameters
+        ----------
+        is_ours : what versions of featx are called.
+
+        Returns
+        -------
+        Whether the project has a backend of featx.
         """
         try:
             backends = self.call("GET", f"/api/ml/?project={project}")

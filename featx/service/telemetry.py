@@ -76,7 +76,12 @@ def set_up_logging(*, as_json: bool) -> None:
 
 
 class Metrics:
-    """Counters of one service, in a registry of their own; of ``several`` models, each has a label."""
+    """Counters of one service, in a registry of their own; of several models, each has a label.
+
+    Parameters
+    ----------
+    several : whether there are several models.
+    """
 
     def __init__(self, *, several: bool = False) -> None:
         self.several = several

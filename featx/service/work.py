@@ -103,7 +103,13 @@ class Repository:
         return len(self.services) > 1
 
     def named(self, name: str | None) -> Service:
-        """The model of this name, or without one the only model; Refusal where there are several, or no such one."""
+        """The model of this name; without one, the only model there is.
+
+        Raises
+        ------
+        Refusal
+            There are several, or none of this name.
+        """
         if name is None and not self.several:
             return next(iter(self.services.values()))
         names = ", ".join(self.services)
@@ -141,7 +147,13 @@ class Repository:
                     log.info("%s: version %s is served now", name, wanted)
 
     def switch(self, name: str, bundle: Bundle) -> None:
-        """Answer with another version of a model from now on; MismatchError where it is of another network."""
+        """Answer with another version of a model from now on.
+
+        Raises
+        ------
+        MismatchError
+            It is of another network than the one that runs.
+        """
         before = self.services[name]
         if before.fingerprint != bundle.provenance.get("fingerprint") or bundle.tail != before.bundle.tail:
             raise MismatchError(
@@ -183,7 +195,15 @@ class Repository:
 
 
 class Service:
-    """One model, as the application's routes see it; its images wait in ``line``."""
+    """One model, as the application's routes see it.
+
+    Parameters
+    ----------
+    model : which one.
+    line : where its images wait.
+    limits : what may be asked for.
+    metrics, counts : where it is counted what is done.
+    """
 
     def __init__(self, repository: Repository, model: Model, line: Line, metrics: ModelMetrics) -> None:
         self.bundle, self.embedder, self.evidence, self.name = model.bundle, model.embedder, model.evidence, model.name
@@ -283,8 +303,14 @@ class Work:
 async def do_work(service: Service, request: Request, *, keep: bool = False, read: ReadImages | None = None) -> Work:
     """Read the images of a request and embed them; with ``keep``, what the networks saw is kept.
 
-    ``read`` takes the images out of the request; by default they are its body, or the files of a form. Refusal is what
-    the client is to be told instead; ClientDisconnect, that there is none any more, and its work is dropped.
+    ``read`` takes the images out of the request; by default they are its body, or the files of a form.
+
+    Raises
+    ------
+    Refusal
+        What the client is to be told instead.
+    ClientDisconnect
+        There is no client any more; its work is dropped.
     """
     deadline = time.monotonic() + service.limits.deadline
     _check_able(service)
@@ -310,7 +336,13 @@ async def arriving(seconds: float) -> AsyncIterator[None]:
 async def work_on(
     service: Service, images: list[tuple[str, bytes]], deadline: float, request: Request | None, *, keep: bool = False
 ) -> Work:
-    """Embed images, each a name and a file, for as long as the client of the request is there; without one, anyway."""
+    """Embed images, each a name and a file, for as long as the client of the request is there; without one, anyway.
+
+    Raises
+    ------
+    Refusal, ClientDisconnect
+        As of :func:`do_work`.
+    """
     names, files, found, refused = [], [], [], []
     kept: list[tuple[Seen, tuple[int, int]]] = []
     results, jobs = await _embed(service, request, images, deadline, keep)

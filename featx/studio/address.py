@@ -24,7 +24,9 @@ HOST = "127.0.0.1"
 class LastAddress:
     """The port and the token of a project: with them again, a window that is still open after a crash goes on.
 
-    They are in a file that only its owner can read; any other is not believed.
+    Parameters
+    ----------
+    path : a file that only its owner can read; any other is not believed.
     """
 
     def __init__(self, path: Path) -> None:

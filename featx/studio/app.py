@@ -63,7 +63,13 @@ class Studio:
         self.session: Session | None = None
 
     def open(self, source: Path, *, empty: bool = False) -> None:
-        """Open a folder or a list of photos in place of what is open, which stays open where that fails."""
+        """Open a folder or a list of photos in place of what is open.
+
+        Raises
+        ------
+        SourceError, StoreBusy, UsageError
+            As of :class:`featx.studio.project.Project`; what was open stays open then.
+        """
         before = self.session
         if before is not None and before.project.source == source.absolute():
             return
@@ -87,7 +93,13 @@ class Studio:
 
 
 def create_app(studio: Studio, token: str) -> ASGIApp:
-    """The application behind its gate, which asks for the token."""
+    """The application behind its gate.
+
+    Parameters
+    ----------
+    studio : what answers.
+    token : of the address.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

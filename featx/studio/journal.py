@@ -55,9 +55,17 @@ class Change:
 
 
 class Journal:
-    """The labels of photos, by the photos' ids, in a file; every method is safe to call from any thread.
+    """The labels of photos, by the photos' ids; every method is safe to call from any thread.
 
-    ``by`` is whose actions these are. StoreError where the journal was altered.
+    Parameters
+    ----------
+    path : of the journal; it is made where there is none.
+    by : whose actions these are.
+
+    Raises
+    ------
+    StoreError
+        The journal was altered.
     """
 
     def __init__(self, path: Path, by: str) -> None:
@@ -125,7 +133,13 @@ class Journal:
     # --- acting ---------------------------------------------------------------------------------------------------
 
     def label(self, photos: Sequence[str], code: int | str, *, how: str, by: str = "") -> Change:
-        """Call photos something: the number of a class, its name (made if it is new), or a mark; else UsageError."""
+        """Call photos something: the number of a class, its name (made if it is new), or a mark.
+
+        Raises
+        ------
+        UsageError
+            There is no such class, or it cannot be called that.
+        """
         with self._lock:
             made = []
             if isinstance(code, str):
@@ -163,7 +177,13 @@ class Journal:
             return Change(self.n, (), self._done[-1]["say"])
 
     def add_class(self, name: str) -> Change:
-        """Make a class without photos; UsageError where there is one of this name, or it is no name."""
+        """Make a class without photos.
+
+        Raises
+        ------
+        UsageError
+            There is one of this name, or it is no name.
+        """
         with self._lock:
             name = self._free_name(name)
             return self._act([], [[len(self.classes), None, name]], f"class {name}", "key", "")

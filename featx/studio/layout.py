@@ -27,7 +27,12 @@ _PERPLEXITY = 30.0
 
 
 def maps(unit: NDArray[np.float32], kept: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """Names and places (m, 2) in -1 .. 1 of maps of embeddings (m, d), the better one later; ``kept`` is its file."""
+    """Names and places (m, 2) in -1 .. 1 of maps of embeddings (m, d), the better one later.
+
+    Parameters
+    ----------
+    kept : a file that the last one is kept in, for the next time.
+    """
     key = hashlib.sha256(f"tsne {unit.shape}".encode() + unit.tobytes()).hexdigest()
     found = _read(kept, key, len(unit))
     if found is not None:

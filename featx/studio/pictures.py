@@ -22,7 +22,12 @@ _END = b"\xff\xd9"  # of every JPEG
 
 
 class Pictures:
-    """JPEGs of photos, small ones kept in a folder; every method may be called from several threads."""
+    """JPEGs of photos; every method may be called from several threads.
+
+    Parameters
+    ----------
+    folder : where small ones are kept.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -196,7 +196,13 @@ class Project:
             self.journal.label_each(labels, how="labels.csv", by="labels.csv")
 
     def add(self, name: str, data: bytes) -> int:
-        """Keep a photo that came through the page; its row. UsageError for another kind of file, by its name."""
+        """Keep a photo that came through the page; its row.
+
+        Raises
+        ------
+        UsageError
+            It is another kind of file, by its name.
+        """
         given = Path(name.replace("\\", "/"))
         suffix = given.suffix.lower() or ".jpg"
         if suffix not in IMAGE_SUFFIXES:
@@ -256,14 +262,26 @@ class Project:
 
 
 def make_source(path: Path) -> None:
-    """Make a folder for photos that come through the page; UsageError where there is one with something in it."""
+    """Make a folder for photos that come through the page.
+
+    Raises
+    ------
+    UsageError
+        There is one already, with something in it.
+    """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UsageError("there is something of this name already", where=path)
     make_folder(path)
 
 
 def folders(path: Path, root: Path) -> dict[str, object]:
-    """What of a folder the page shows, to choose one: its folders, which were begun before, and its photos."""
+    """What of a folder the page shows, to choose one: its folders, which were begun before, and its photos.
+
+    Raises
+    ------
+    SourceError
+        It cannot be listed.
+    """
     inside: list[dict[str, object]] = []
     images = 0
     try:

@@ -91,7 +91,13 @@ def sample_of(codes: Index, drawn: Sequence[int]) -> Index:
 
 
 def measure(data: Labelled, stop: Stop, tell: Callable[[str], None] = lambda what: None) -> dict[str, Any]:
-    """What the page shows under "How good?"; ``tell`` hears what is done, and ``stop()`` ends it with OutOfDate."""
+    """What the page shows under "How good?".
+
+    Parameters
+    ----------
+    stop : asked now and then; when it says yes, OutOfDate is raised.
+    tell : called with what is being done.
+    """
     tell("naming each labelled photo without its own label")
     use = np.flatnonzero(data.features.labels >= 0)
     labelled = data.features.some(use)

@@ -40,9 +40,18 @@ class Server(uvicorn.Server):
 
 
 def run(studio: Studio, *, port: int, started: Callable[[str], Any]) -> None:
-    """Serve until SIGTERM or Ctrl-C, and close the studio; ``started`` gets the address once requests are answered.
+    """Serve until SIGTERM or Ctrl-C.
 
-    Port 0 takes a free one; after a crash the one of before, where that is free. UsageError where it cannot be had.
+    Parameters
+    ----------
+    studio : what answers; it is closed in the end.
+    port : 0 takes a free one; after a crash the one of before, where that is free.
+    started : called with the address once requests are answered.
+
+    Raises
+    ------
+    UsageError
+        The port cannot be had.
     """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     last = LastAddress.of(studio.setup.root if studio.session is None else studio.session.project.folder)

@@ -75,7 +75,15 @@ class Setup:
 
 
 class Session:
-    """An open project, made of what :class:`featx.studio.project.Project` takes; methods are called from any thread."""
+    """An open project; methods are called from any thread.
+
+    Parameters
+    ----------
+    source, folder : as of :class:`featx.studio.project.Project`.
+    setup : what it was started with.
+    events : where what happens is told.
+    empty : whether there may be no photos yet.
+    """
 
     def __init__(self, source: Path, folder: Path | None, setup: Setup, events: Events, *, empty: bool = False) -> None:
         self.project = Project(source, folder, root=setup.root, empty=empty)
@@ -301,7 +309,13 @@ class Session:
         return out
 
     def similar(self, row: int) -> list[int]:
-        """Rows from the most to the least similar to one, itself first; UsageError where it has no embedding yet."""
+        """Rows from the most to the least similar to one, itself first.
+
+        Raises
+        ------
+        UsageError
+            The photo has no embedding yet.
+        """
         embedded = self.embedded
         place = np.flatnonzero(embedded.photos == row) if embedded is not None else np.empty(0, np.intp)
         if embedded is None or not len(place):

@@ -60,7 +60,12 @@ class Job:
 
 
 class Taking:
-    """The model of the labels of an open project; methods are called from any thread."""
+    """The model of an open project; methods are called from any thread.
+
+    Parameters
+    ----------
+    session : whose labels it is fitted on.
+    """
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -90,7 +95,13 @@ class Taking:
         return self.session.project.name or "photos"
 
     def model(self) -> tuple[Bundle, Embedder, Embedded]:
-        """The model of the labels as they are now; UsageError where there are too few, or no embeddings yet."""
+        """The model of the labels as they are now.
+
+        Raises
+        ------
+        UsageError
+            There are too few labels, or no embeddings yet.
+        """
         with self._fitting:
             embedded = self.session.embedded
             if embedded is None:
@@ -110,7 +121,15 @@ class Taking:
     # --- trying ---------------------------------------------------------------------------------------------------
 
     def try_photo(self, data: bytes) -> dict[str, Any]:
-        """What the model says of a photo; UsageError where there is no model yet, ImageError for no photo."""
+        """What the model says of a photo.
+
+        Raises
+        ------
+        UsageError
+            There is no model yet.
+        ImageError
+            The photo cannot be read.
+        """
         bundle, embedder, embedded = self.model()
         with self._fitting:
             if self._decoders is None:
@@ -154,7 +173,13 @@ class Taking:
         ]
 
     def tried(self, name: str) -> bytes:
-        """The bytes of a photo that was tried; UsageError where that is too long ago, or there was none."""
+        """The bytes of a photo that was tried.
+
+        Raises
+        ------
+        UsageError
+            It is too long ago, or there was none.
+        """
         if name not in self._tried:
             raise UsageError("this photo is not kept any more", hint="Try it again.")
         return self._tried[name]
@@ -172,7 +197,13 @@ class Taking:
         ]
 
     def take(self, what: str) -> Job:
-        """Begin to make a file; UsageError where there is no such kind."""
+        """Begin to make a file.
+
+        Raises
+        ------
+        UsageError
+            There is no such kind of file.
+        """
         if what not in SUFFIXES:
             raise UsageError("there is no such file to take along", expected=", ".join(SUFFIXES), found=what)
         running = self.jobs.get(what)
@@ -183,7 +214,13 @@ class Taking:
         return job
 
     def path(self, file: str) -> Path:
-        """Where a file is that was made; UsageError where none of this name was."""
+        """Where a file is that was made.
+
+        Raises
+        ------
+        UsageError
+            None of this name was.
+        """
         if not any(job.file == file and job.status == "done" for job in self.jobs.values()):
             raise UsageError("there is no such file", found=file)
         return self.folder / file
@@ -224,7 +261,13 @@ class Taking:
         self.session.events.publish("job", job.to_json())
 
     def _run(self, *arguments: str | Path) -> None:
-        """Run a command of featx in a process of its own, to be rid of all that it loads; UsageError where it fails."""
+        """Run a command of featx, in a process of its own: what it loads is gone with it.
+
+        Raises
+        ------
+        UsageError
+            It failed; with what it said.
+        """
         command = [sys.executable, "-m", "featx", *arguments]
         none = subprocess.DEVNULL
         with subprocess.Popen(command, stdin=none, stdout=none, stderr=subprocess.PIPE) as child:
