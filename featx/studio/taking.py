@@ -6,7 +6,6 @@ import logging
 import subprocess
 import sys
 import threading
-import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,14 +44,19 @@ SILENT = (
 
 @dataclass
 class Job:
-    """A file that is being made, or was."""
+    """A file that is being made, or was; ``made`` is when, in seconds since 1970."""
 
     what: str
     file: str
     status: str = "running"
     message: str = ""
     bytes: int | None = None
-    seconds: float = 0.0
+    made: float | None = None
+
+    def done(self, path: Path) -> None:
+        """It is there."""
+        found = path.stat()
+        self.bytes, self.made, self.status = found.st_size, found.st_mtime, "done"
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -71,6 +75,11 @@ class Taking:
         self.session = session
         self.folder = session.project.folder / "models"
         self.jobs: dict[str, Job] = {}
+        for what, suffix in SUFFIXES.items():
+            path = self.folder / f"{self.name}{suffix}"
+            if path.is_file():  # made when the project was open before
+                self.jobs[what] = Job(what, path.name)
+                self.jobs[what].done(path)
         self._fitting = threading.Lock()
         self._fitted: tuple[int, int, Bundle] | None = None
         self._embedder: Embedder | None = None
@@ -226,7 +235,6 @@ class Taking:
         return self.folder / file
 
     def _make(self, job: Job) -> None:
-        started = time.monotonic()
         self.session.events.publish("job", job.to_json())
         out = self.folder / job.file
         try:
@@ -251,13 +259,12 @@ class Taking:
                     given = [] if runtime is None else ["--runtime", runtime]
                     store = self.session.project.store
                     self._run("export", model, "--format", "html", "--out", out, "--store", store, *given)
-            job.bytes, job.status = out.stat().st_size, "done"
+            job.done(out)
         except FeatxError as error:
             job.status, job.message = "failed", str(error)
         except Exception as error:
             job.status, job.message = "failed", f"{type(error).__name__}: {error}"
             log.exception("%s failed", job.what)
-        job.seconds = round(time.monotonic() - started, 2)
         self.session.events.publish("job", job.to_json())
 
     def _run(self, *arguments: str | Path) -> None:

@@ -258,6 +258,9 @@ def test_a_second_process_is_refused_and_a_killed_one_has_left_everything(
     window.server.process.send_signal(signal.SIGKILL)
     window.server.process.wait()
     with open_studio(photos.parent, photos, "--root", photos.parent) as again:
+        (kept,) = again.get("/api/state")["jobs"]  # what was taken along in the loop above is still there
+        assert (kept["what"], kept["status"]) == ("model", "done")
+        assert len(again.raw("/api/take/photos.model").body) == kept["bytes"]
         found = again.get("/api/labels")
         names = [found["classes"][code] if code >= 0 else code for code in found["labels"]]
         assert sorted(map(str, names)) == sorted(

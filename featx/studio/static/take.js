@@ -1,7 +1,7 @@
 // Take it along: the model and its kin as files, and the commands that do the same.
 
 import {post} from "./api.js";
-import {button, bytes, duration, empty, leadTo, likely, make, noPhotos, percent, plural} from "./dom.js";
+import {button, bytes, empty, leadTo, likely, make, noPhotos, percent, plural} from "./dom.js";
 import {on, read, say, store} from "./store.js";
 
 const KINDS = [
@@ -24,7 +24,7 @@ export function build(section) {
   }
 
   async function produce(what) {
-    const asked = {id: what, what, status: "running", message: "", file: "", bytes: null, seconds: null};
+    const asked = {id: what, what, status: "running", message: "", file: "", bytes: null, made: null};
     put(asked);
     try {
       const job = await post("/api/take", {what});
@@ -45,7 +45,7 @@ export function build(section) {
         make("a", {class: "button primary", href: `/api/take/${encodeURIComponent(job.file)}`, download: job.file, text: "Download", "aria-label": `Download ${job.file}`}),
         button("Make it anew", () => produce(what), "quiet", {"aria-label": `Make it anew: ${title}`})),
       job.message ? make("p", {class: "warn", text: job.message}) : "",
-      make("p", {class: "small soft", text: [job.file, job.bytes && bytes(job.bytes), job.seconds && `made in ${duration(job.seconds)}`].filter(Boolean).join(" · ")}));
+      make("p", {class: "small soft", text: [job.file, job.bytes && bytes(job.bytes), job.made && `made ${new Date(1000 * job.made).toLocaleString([], {dateStyle: "medium", timeStyle: "short"})}`].filter(Boolean).join(" · ")}));
     }
     return made;
   }
