@@ -68,10 +68,10 @@ def serve(handle: int) -> None:
 
 
 def _answer(parent: Connection, path: str, row: int | None, column: str | None = None) -> None:
-    """What is in a table, or the image of one row.
+    """The image of one row, or what is in a table: something about it, the number of values that follow, and those.
 
-    That is the number of rows, and then, where there are any, their labels; of a ``column``, the number of rows, its
-    name and then its values; of the column "", the names of all.
+    Without a ``column`` these are the number of rows and their labels, where there are any; of a column, its name and
+    its values; of the column "", the names of all, and no values.
     """
     state = signature(Path(path))
     try:
@@ -83,18 +83,16 @@ def _answer(parent: Connection, path: str, row: int | None, column: str | None =
                     raise too_many_bytes(len(data), MAX_FETCHED)
                 parent.send_bytes(NONE if data is None else IMAGE + data)
                 return
+            about: Any = table.rows
+            values: Iterator[list[Any]] | None = table.labels()
             if column == "":
-                parent.send_bytes(json.dumps(table.columns).encode())
-                return
-            if column is not None:
-                name = column_of(column, dict.fromkeys(table.columns))
-                parent.send_bytes(json.dumps([table.rows, name]).encode())
-                for texts in table.texts(name):
-                    parent.send_bytes(json.dumps(texts).encode())
-                return
-            parent.send_bytes(json.dumps([table.rows, table.labelled]).encode())
-            for labels in table.labels():
-                parent.send_bytes(json.dumps(labels).encode())
+                about, values = table.columns, None
+            elif column is not None:
+                about = column_of(column, dict.fromkeys(table.columns))
+                values = table.texts(about)
+            parent.send_bytes(json.dumps([about, 0 if values is None else table.rows]).encode())
+            for some in values or ():
+                parent.send_bytes(json.dumps(some).encode())
     except FeatxError as error:
         slots = {name: getattr(error, name) for name in ("what", "where", "expected", "found", "hint")}
         told = {name: None if value is None else str(value)[:2000] for name, value in slots.items()}
@@ -134,15 +132,9 @@ class Table:
         except self._errors as error:
             raise SourceError(f"not a table that pyarrow reads ({_short(error)})", where=path) from error
 
-    @property
-    def labelled(self) -> bool:
-        """Whether there is a column of labels."""
-        return self._label is not None
-
-    def labels(self) -> Iterator[list[str | None]]:
-        """The class name of each row, some at a time; nothing where there is no such column."""
-        if self._label is not None:
-            yield from self._values(self._label, self._class_of)
+    def labels(self) -> Iterator[list[str | None]] | None:
+        """The class name of each row, some at a time; None where there is no such column."""
+        return None if self._label is None else self._values(self._label, self._class_of)
 
     @property
     def columns(self) -> list[str]:
@@ -157,7 +149,7 @@ class Table:
         SourceError
             One is no short text, number or date.
         """
-        yield from self._values(column, partial(self._text_of, column))
+        return self._values(column, partial(self._text_of, column))
 
     def _values(self, column: str, read: Callable[[int, Any, list[str] | None], T]) -> Iterator[list[T]]:
         """What ``read`` makes of each row's number, value, and the names that the table has for the column's values."""
