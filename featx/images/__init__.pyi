@@ -1,3 +1,4 @@
+from .child import start_process as start_process
 from .dicom import rules_of as rules_of
 from .grouping import TAKEN as TAKEN
 from .listing import list_refs as list_refs
