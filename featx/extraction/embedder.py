@@ -31,7 +31,7 @@ from featx.backbones import (
     quantised_of,
 )
 from featx.errors import ImageError, UsageError, WeightsError
-from featx.images import CENTER, Decoded, DecoderPool, Looks, Origin, Together, decode, parse_views
+from featx.images import CENTER, Decoded, DecoderPool, Looks, Origin, decode, parse_views
 from featx.store import check_same
 
 Seen = tuple[NDArray[np.uint8], ...]
@@ -216,8 +216,7 @@ class Embedder:
     def pixels(self, data: bytes) -> Seen:
         """What the engines are to see of an image file's bytes."""
         looks = [each.looks for each in self.members]
-        image = decode(data, enough_for=Together(looks) if self.decode == "scaled" else None)
-        return self.cut(image)
+        return self.cut(decode(data, enough_for=looks if self.decode == "scaled" else ()))
 
     def cut(self, image: Any) -> Seen:
         """What the engines are to see of an upright RGB image of Pillow's."""

@@ -3,8 +3,10 @@ from .dicom import rules_of as rules_of
 from .grouping import TAKEN as TAKEN
 from .listing import list_refs as list_refs
 from .origin import (
+    IMAGE_SUFFIXES as IMAGE_SUFFIXES,
     MAX_BYTES as MAX_BYTES,
     Held as Held,
+    ImageRef as ImageRef,
     Origin as Origin,
     Unreadable as Unreadable,
     file_ref as file_ref,
@@ -38,8 +40,6 @@ from .pool import (
     TooHeavy as TooHeavy,
 )
 from .source import (
-    IMAGE_SUFFIXES as IMAGE_SUFFIXES,
-    ImageRef as ImageRef,
     ImageSet as ImageSet,
     count_labels as count_labels,
     finder as finder,
@@ -56,7 +56,6 @@ from .views import (
     CENTER as CENTER,
     VIEWS as VIEWS,
     Looks as Looks,
-    Together as Together,
     View as View,
     parse_views as parse_views,
 )

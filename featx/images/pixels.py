@@ -23,7 +23,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -220,13 +220,13 @@ class Resized(Protocol):
         ...
 
 
-def decode(data: bytes, *, enough_for: Resized | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode(data: bytes, *, enough_for: Sequence[Resized] = (), max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode one file's bytes to an upright RGB image.
 
     Parameters
     ----------
     enough_for : decode a JPEG at a half, a quarter or an eighth of its size, as long as that is no smaller than what
-        this resizes to (decode mode "scaled"). By default the image has its full size.
+        each of these resizes to (decode mode "scaled"). By default the image has its full size.
     max_pixels : a larger image is refused by its header.
 
     Raises
@@ -237,8 +237,9 @@ def decode(data: bytes, *, enough_for: Resized | None = None, max_pixels: int = 
     image, _ = _admit(data, max_pixels)
     try:
         # Of HEIC, draft would take an embedded preview, which need not be of the same picture.
-        if enough_for is not None and image.format != HEIF:
-            image.draft("RGB", enough_for.resized(*image.size))
+        if enough_for and image.format != HEIF:
+            widths, heights = zip(*(each.resized(*image.size) for each in enough_for), strict=True)
+            image.draft("RGB", (max(widths), max(heights)))
         image.load()
         return _to_rgb(image if image.format == HEIF else _upright(image))
     except ImageError:
@@ -337,11 +338,6 @@ def as_rgb(value: object) -> Image.Image:
     if min(width, height) < MIN_SIDE:
         raise ImageError("too_small", f"{width}x{height} pixels; at least {MIN_SIDE} a side are needed")
     return _to_rgb(_upright(value))
-
-
-def pixels(data: bytes, preprocess: Preprocess, *, mode: str = "full") -> NDArray[np.uint8]:
-    """Decode, resize and centre-crop one file's bytes: uint8 ``(height, width, 3)``, not normalised."""
-    return resize_crop(decode(data, enough_for=preprocess if mode == "scaled" else None), preprocess)
 
 
 def encode(array: NDArray[np.uint8], *, form: str = "PNG") -> bytes:

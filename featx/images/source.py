@@ -26,8 +26,6 @@ from featx.errors import SourceError, did_you_mean, plural
 from featx.images.grouping import Grouping, column_of
 from featx.images.origin import IMAGE_SUFFIXES, ImageRef, Origin, Unreadable, file_ref, labels_from_folders, no_images
 
-__all__ = ["IMAGE_SUFFIXES", "ImageRef", "ImageSet", "count_labels", "finder", "is_local"]
-
 Progress = Callable[[int], None]
 
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/+)(.*)", re.DOTALL)

@@ -24,7 +24,8 @@ from featx.backbones.provenance import provenance_of
 from featx.errors import FeatxError, Interrupted, MismatchError, StoreBusy, StoreError, TooManyBadImages, UsageError
 from featx.extraction.parts import Part, extract_part, finish_parts, parts_of, unfinished
 from featx.extraction.run import ExtractSummary
-from featx.images.source import ImageRef, ImageSet
+from featx.images.origin import ImageRef
+from featx.images.source import ImageSet
 from featx.store import manifest, writer as store_writer
 from featx.store.reader import read_features
 from featx.store.tools import content_hash, info, verify

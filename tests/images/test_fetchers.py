@@ -13,10 +13,10 @@ from typing import ClassVar
 import numpy as np
 import pytest
 from conftest import TINY, picture
+from imagekit import pixels
 
 from featx.errors import SourceError
 from featx.images.origin import Fetched
-from featx.images.pixels import pixels
 from featx.images.pool import FETCH_AHEAD, DecoderPool
 
 

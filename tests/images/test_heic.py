@@ -126,7 +126,7 @@ def test_an_embedded_preview_is_never_taken_for_the_photo() -> None:
     image = picture(3, (800, 600))
     data = heic(image, thumbnails=[320])
     small = Preprocess(64, (64, 64), "bilinear", (0.5,) * 3, (0.5,) * 3)
-    assert decode(data, enough_for=small).tobytes() == decode(data).tobytes()
+    assert decode(data, enough_for=[small]).tobytes() == decode(data).tobytes()
 
 
 @pytest.mark.parametrize(("width", "height"), [(10_000, 9_000), (60_000, 60_000), (2**31 - 1, 2)])

@@ -16,12 +16,12 @@ import numpy as np
 import psutil  # type: ignore[import-untyped]
 import pytest
 from conftest import TINY, Featx, TinyEngine, picture, tiny_backbone
+from imagekit import pixels
 
 from featx.errors import FeatxError, ImageError, SourceError, UsageError
 from featx.extraction.run import extract_features
 from featx.images import table as sources_table
 from featx.images.origin import Unreadable
-from featx.images.pixels import pixels
 from featx.images.source import ImageSet, finder
 from featx.images.table import Row, _reader
 from featx.images.table_reader import Table

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import TINY, Featx, TinyEngine, class_folders, picture, tiny_backbone
+from imagekit import pixels
 from PIL import Image
 
 from featx.errors import SourceError
 from featx.extraction.run import extract_features
 from featx.images.origin import MAX_BYTES, Part
-from featx.images.pixels import pixels
 from featx.images.pool import DecoderPool
 from featx.images.source import ImageSet, finder
 from featx.store.reader import read_features

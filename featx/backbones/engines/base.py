@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from featx._arrays import COMBINED, JOINED
 
 Batch = NDArray[np.uint8]
-"""Pixels of shape (n, height, width, 3), as :func:`featx.images.pixels.pixels` gives them."""
+"""Pixels of shape (n, height, width, 3), as :class:`featx.images.views.Looks` cuts them."""
 
 Embeddings = tuple[NDArray[np.float32], ...]
 """One array (n, d) per layer."""
