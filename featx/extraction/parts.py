@@ -112,22 +112,21 @@ class Part:
 
 
 def extract_part(
-    images: ImageSet,
+    cut: ImageSet,
+    total: int,
     backbone: Backbone | Sequence[Backbone],
     store: str | Path,
     part: Part,
-    *,
     engine: Engine | Start | None = None,
-    progress: Progress | None = None,
     **options: Any,
 ) -> ExtractSummary:
-    """Extract one part of ``images``; what the store or an earlier run of the part has is not computed again.
+    """Extract one part of ``total`` images; what the store or an earlier run of the part has is not computed again.
 
     Parameters
     ----------
-    images : all images of the source, the same for every part.
-    backbone, engine, progress, options : as for :func:`featx.extraction.run.extract_features`; ``max_bad`` is a share
-        of all images, and a part fails only where it alone has more bad ones than the whole may have.
+    cut : the images of the part.
+    backbone, engine, options : as for :func:`featx.extraction.run.extract_features`; ``max_bad`` is a share of all
+        images, and a part fails only where it alone has more bad ones than the whole may have.
     store : folder of the store that the parts are for.
     part : which part.
 
@@ -138,19 +137,6 @@ def extract_part(
     MismatchError
         Another part, or the store, was made with other settings.
     """
-    return extract_cut(part.cut(images), len(images), backbone, store, part, engine, progress=progress, **options)
-
-
-def extract_cut(
-    cut: ImageSet,
-    total: int,
-    backbone: Backbone | Sequence[Backbone],
-    store: str | Path,
-    part: Part,
-    engine: Engine | Start | None = None,
-    **options: Any,
-) -> ExtractSummary:
-    """:func:`extract_part` for images that are cut already, out of ``total``."""
     store = Path(store)
     how = {name: options.pop(name) for name in ("views", "decode", "recipe") if name in options}
     folder = part.folder(store)

@@ -12,7 +12,7 @@ import contextlib
 import time
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,24 +112,13 @@ class ExtractSummary:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types; the refused images stay in the store's quarantine."""
+        said = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "refused"}
+        said |= {name: list(said[name]) for name in ("backbones", "views", "notes")}
         return {
-            "images": self.images,
-            "embedded": self.embedded,
-            "reused": self.reused,
-            "copies": self.copies,
-            "quarantined": self.quarantined,
+            **said,
             "seconds": round(self.seconds, 3),
             "images_per_second": round(self.images_per_second, 2),
-            "fingerprint": self.fingerprint,
-            "backbone": self.backbone,
-            "backbones": list(self.backbones),
-            "engine": self.engine,
-            "precision": self.precision,
-            "device": self.device,
-            "views": list(self.views),
-            "pruned": self.pruned,
             "stages": {name: round(seconds, 4) for name, seconds in self.stages.items()},
-            "notes": list(self.notes),
         }
 
 
@@ -148,8 +137,6 @@ def extract_features(
     recipe: str = "",
     decode_timeout: float = TIMEOUT,
     progress: Progress | None = None,
-    total: int | None = None,
-    known: Path | None = None,
     rehash: bool = False,
     small: SmallPicture | None = None,
 ) -> ExtractSummary:
@@ -173,9 +160,6 @@ def extract_features(
     recipe : of :data:`featx.backbones.recipes.RECIPES`, from which the given backbones are; their provenance says so.
     decode_timeout : seconds after which a decoder counts as hanging.
     progress : called as ``progress(done, total)``.
-    total : number of images of the whole extraction that ``images`` are a part of (:mod:`featx.extraction.parts`); it
-        decides how many may be refused, and how long an id may be. By default ``images`` are the whole.
-    known : another store, whose embeddings are taken over before anything is computed.
     rehash : read every image, those too that look unchanged; only new content is embedded all the same.
     small : given each image that is embedded, and its thumbnail; nothing where ``decode`` is "scaled".
 
@@ -191,11 +175,10 @@ def extract_features(
     Interrupted
         KeyboardInterrupt came; what was computed is published, and the same call goes on from there.
     """
-    recorded = known if known is not None and not stored_backbones(Path(store)) else Path(store)
-    lanes = make_lanes(backbone, engine, (recorded,), views=views, decode=decode, recipe=recipe)
+    lanes = make_lanes(backbone, engine, (Path(store),), views=views, decode=decode, recipe=recipe)
     return extract_lanes(
         images, lanes, store, workers=workers, max_bad=max_bad, prune=prune, replace_images=replace_images,
-        decode_timeout=decode_timeout, progress=progress, total=total, known=known, rehash=rehash, small=small,
+        decode_timeout=decode_timeout, progress=progress, rehash=rehash, small=small,
     )  # fmt: skip
 
 
@@ -285,7 +268,14 @@ def extract_lanes(
     rehash: bool = False,
     small: SmallPicture | None = None,
 ) -> ExtractSummary:
-    """:func:`extract_features` with what embeds the images; its own backbone first."""
+    """:func:`extract_features` with what embeds the images; its own backbone first.
+
+    Parameters
+    ----------
+    total : number of images of the whole extraction that ``images`` are a part of (:mod:`featx.extraction.parts`); it
+        decides how many may be refused, and how long an id may be. By default ``images`` are the whole.
+    known : another store, whose embeddings are taken over before anything is computed.
+    """
     started = time.perf_counter()
     run: _Run | None = None
     with StoreWriter(store, *(lane.provenance for lane in lanes)) as writer:

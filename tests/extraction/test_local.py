@@ -17,11 +17,11 @@ import pytest
 import storekit
 from conftest import Featx, class_folders
 from partkit import TWO, assert_same, computed, computed_by, fail_once, job_for
-from storekit import light_backbone, start_light
+from storekit import extract_part, light_backbone, start_light
 
 from featx.backbones.backbone import Backbone
 from featx.errors import FeatxError, Interrupted, MismatchError, UsageError
-from featx.extraction.parts import Part, extract_part, parts_of
+from featx.extraction.parts import Part, parts_of
 from featx.extraction.runners import local as runners
 from featx.extraction.runners.local import Job, pack, parse_devices, run_local
 from featx.images.source import ImageSet

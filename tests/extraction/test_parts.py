@@ -16,13 +16,13 @@ import pytest
 import storekit
 from hypothesis import given, strategies as st
 from partkit import assert_same
-from storekit import LightEngine, light_backbone, refused_of
+from storekit import LightEngine, extract_part, light_backbone, refused_of
 
 from featx import _files
 from featx._files import writer_lock
 from featx.backbones.provenance import provenance_of
 from featx.errors import FeatxError, Interrupted, MismatchError, StoreBusy, StoreError, TooManyBadImages, UsageError
-from featx.extraction.parts import Part, extract_part, finish_parts, parts_of, unfinished
+from featx.extraction.parts import Part, finish_parts, parts_of, unfinished
 from featx.extraction.run import ExtractSummary
 from featx.images.origin import ImageRef
 from featx.images.source import ImageSet

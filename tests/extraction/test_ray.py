@@ -21,11 +21,11 @@ import pytest
 import storekit
 from conftest import TESTS, Featx, class_folders
 from partkit import assert_same, computed, computed_by, fail_once, job_for
-from storekit import light_backbone, start_light
+from storekit import extract_part, light_backbone, start_light
 
 from featx.errors import FeatxError, Interrupted, MismatchError, UsageError
 from featx.evaluation.sweep import sweep_heads
-from featx.extraction.parts import Part, extract_part, parts_of
+from featx.extraction.parts import Part, parts_of
 from featx.extraction.runners.local import Job
 from featx.extraction.runners.ray import connected, joblib_on_ray, run_ray
 from featx.images.source import ImageSet

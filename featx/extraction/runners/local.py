@@ -27,7 +27,7 @@ from featx._arrays import PIXELS
 from featx._system import available_cpus
 from featx.backbones import Backbone, Engine, cuda_devices, make_engine
 from featx.errors import FeatxError, Interrupted, UsageError, plural
-from featx.extraction.parts import Part, extract_cut, finish_parts, parts_of, unfinished
+from featx.extraction.parts import Part, extract_part, finish_parts, parts_of, unfinished
 from featx.extraction.run import ExtractSummary, Progress, Start, recorded_precision
 from featx.images import ImageSet, start_process
 from featx.store import stored_backbones
@@ -97,7 +97,7 @@ class Job:
 
     def do(self, part: Part, cut: ImageSet, start: Start, progress: Progress | None = None) -> ExtractSummary:
         """Extract one part, whose images are ``cut``."""
-        return extract_cut(
+        return extract_part(
             cut, self.total, self.backbones, self.store, part, start, progress=progress, **dict(self.options)
         )
 
