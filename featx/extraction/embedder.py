@@ -7,7 +7,6 @@ here, or has changed, this is an error that names it, never a silent near miss.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -84,22 +83,6 @@ def network_like(
     return load_backbone(backbone or recorded, weights=weights or named, layers=tuple(provenance["layers"]))
 
 
-def _load(
-    provenance: Mapping[str, Any],
-    where: Path,
-    backbone: str | Provider | None,
-    weights: str | Path | None,
-    tail: bytes | None,
-) -> Backbone:
-    """The network of a provenance with its weights, and with the trained part of a fine-tuned one."""
-    network = network_like(provenance, where=where, backbone=backbone, weights=weights)
-    if tail is None:
-        return network
-    from featx.backbones import tuned
-
-    return tuned(network, tail)
-
-
 class Embedder:
     """A backbone on an engine, checked against the provenance of what its embeddings will be compared with.
 
@@ -174,7 +157,15 @@ class Embedder:
             first.others = tuple(others)
             return first
         precision = str(provenance.get("precision", "auto"))
-        load = partial(_load, provenance, where, backbone, weights, tail)
+
+        def load() -> Backbone:
+            network = network_like(provenance, where=where, backbone=backbone, weights=weights)
+            if tail is None:
+                return network
+            from featx.backbones import tuned
+
+            return tuned(network, tail)
+
         sha256 = provenance.get("quantised_sha256") or (graphs or {}).get(str(provenance.get("backbone")))
         brought = (networks or {}).get(str(sha256))
         network = None
@@ -256,22 +247,14 @@ class Embedder:
 
         ``paths`` may be other origins of images, too.
         """
-        waiting: list[Somewhere] = []
-        images: list[Seen] = []
-        refused: dict[int, ImageError] = {}
+        waiting: list[tuple[Somewhere, Seen | ImageError]] = []
 
         def flush() -> Iterator[tuple[Somewhere, tuple[NDArray[np.float32], ...] | ImageError]]:
-            layers = self.embed_pixels(images) if images else ()
-            row = 0
-            for place, path in enumerate(waiting):
-                if place in refused:
-                    yield path, refused[place]
-                else:
-                    yield path, tuple(layer[row] for layer in layers)
-                    row += 1
+            images = [seen for _, seen in waiting if not isinstance(seen, ImageError)]
+            rows = zip(*self.embed_pixels(images), strict=True) if images else iter(())
+            for path, seen in waiting:
+                yield path, seen if isinstance(seen, ImageError) else next(rows)
             waiting.clear()
-            images.clear()
-            refused.clear()
 
         given = list(paths)
         if not given:
@@ -279,12 +262,13 @@ class Embedder:
         workers = min(available_cpus(), len(given))
         with self.decoders(workers=workers) as pool:
             stream = pool.run(given, lambda digest: False, ahead=2 * self.engine.batch_size + workers)
+            ready = 0
             for path, decoded in zip(given, stream, strict=True):
-                waiting.append(path)
-                if decoded.refusal is not None:
-                    refused[len(waiting) - 1] = decoded.refusal
-                elif (picture := self.seen(decoded)) is not None:
-                    images.append(picture)
-                if len(images) == self.engine.batch_size:
+                seen = decoded.refusal or self.seen(decoded)
+                assert seen is not None
+                waiting.append((path, seen))
+                ready += not isinstance(seen, ImageError)
+                if ready == self.engine.batch_size:
                     yield from flush()
+                    ready = 0
             yield from flush()
