@@ -81,7 +81,7 @@ def unseal(raw: bytes) -> dict[str, Any]:
 
 def publish(
     path: Path,
-    write: Callable[[Path], None],
+    write: Callable[[Path], object],
     verify: Callable[[Path], str | None] | None = None,
 ) -> Path:
     """Make ``path`` appear with its whole content, or not at all, whatever happens meanwhile.
@@ -167,11 +167,7 @@ def without_replacing(path: Path, new: Path) -> None:
 
 def publish_bytes(path: Path, data: bytes) -> Path:
     """:func:`publish` for content that is at hand."""
-
-    def write(temp: Path) -> None:
-        temp.write_bytes(data)
-
-    return publish(path, write)
+    return publish(path, lambda temp: temp.write_bytes(data))
 
 
 def publish_text(path: Path, text: str) -> Path:

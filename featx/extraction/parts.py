@@ -52,6 +52,7 @@ from featx.store import (
     Refused,
     StoreWriter,
     check_backbones,
+    digest_bytes,
     digest_keys,
     name_of,
     read_index,
@@ -418,11 +419,10 @@ def _names(done: Sequence[_Done]) -> tuple[dict[str, bytes], dict[str, int], dic
     stamps: dict[str, int] = {}
     taken: dict[bytes, str] = {}
     for each in done:
-        flat = each.index.digests.tobytes()
-        digests |= {name: flat[32 * row : 32 * row + 32] for row, name in enumerate(each.index.ids)}
-        stamps |= dict(zip(each.index.ids, each.index.stamps.tolist(), strict=True))
-        dates = each.index.metadata.get(TAKEN, ())
-        taken |= {flat[32 * row : 32 * row + 32]: date for row, date in enumerate(dates)}
+        contents = digest_bytes(each.index.digests)
+        digests |= zip(each.index.ids, contents, strict=True)
+        stamps |= zip(each.index.ids, each.index.stamps.tolist(), strict=True)
+        taken |= zip(contents, each.index.metadata.get(TAKEN, ()), strict=False)
     return digests, stamps, taken
 
 

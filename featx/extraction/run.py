@@ -32,6 +32,7 @@ from featx.store import (
     Index,
     Refused,
     StoreWriter,
+    digest_bytes,
     digest_keys,
     fingerprint,
     longest_id,
@@ -436,8 +437,7 @@ class _Run:
         dated = self.images.grouping is not None and self.images.grouping.dated
         if dated and self.writer.index is not None:
             known_dates = self.writer.index.metadata.get(TAKEN, ())
-            contents = digest_keys(self.writer.index.digests).tolist()
-            self._taken = dict(zip((key.ljust(32, b"\0") for key in contents), known_dates, strict=False))
+            self._taken = dict(zip(digest_bytes(self.writer.index.digests), known_dates, strict=False))
         named, digests = [], []
         for ref in self.images.refs:
             problem = _name_problem(ref, longest)
@@ -531,9 +531,8 @@ class _Run:
         index = self.writer.index
         if index is None:
             return {}
-        flat = index.digests.tobytes()
         keys = zip(index.ids, index.sizes.tolist(), index.stamps.tolist(), strict=True)
-        return {key: flat[32 * row : 32 * row + 32] for row, key in enumerate(keys) if key[2] >= 0}
+        return {key: digest for key, digest in zip(keys, digest_bytes(index.digests), strict=True) if key[2] >= 0}
 
     def _refuse(self, ref: ImageRef, digest: bytes | None, refusal: ImageError) -> None:
         self.refused.append(Refused(ref.id, digest.hex() if digest else "", refusal.reason, refusal.what))
@@ -586,8 +585,7 @@ def index_of(
         groups = grouping.of_dates(metadata[TAKEN])
     elif grouping is None and before is not None and before.grouping:
         rule, group_name = before.grouping, before.group_name
-        flat = before.digests.tobytes()
-        had = {flat[32 * row : 32 * row + 32]: group for row, group in enumerate(before.groups)}
+        had = dict(zip(digest_bytes(before.digests), before.groups, strict=False))
         groups = [had.get(digests[ref.id], "") for ref in refs]
     names = tuple(name for name in images.class_names if not _text_problem(name))
     number = {name: i for i, name in enumerate(names)}

@@ -257,7 +257,7 @@ def stored_backbones(path: Path) -> dict[str, Mapping[str, Any]]:
 
 
 def iter_features(
-    path: str | Path, *, layer: str = "penultimate", block_rows: int = 4096
+    path: str | Path, *, layer: str = "penultimate", block_rows: int = _BLOCK_ROWS
 ) -> Iterator[tuple[slice, NDArray[np.float32]]]:
     """Stream embeddings in the order of the index, for stores larger than memory.
 
@@ -265,10 +265,7 @@ def iter_features(
     ------
     The slice of index rows, and their embeddings, float32 (at most ``block_rows``, d).
     """
-    reader = FeatureReader(path)
-    for start in range(0, len(reader.index), block_rows):
-        stop = min(start + block_rows, len(reader.index))
-        yield slice(start, stop), reader.read(np.arange(start, stop), layer=layer)
+    yield from FeatureReader(path).stream(layer, block_rows)
 
 
 class FeatureReader:
@@ -413,6 +410,12 @@ class FeatureReader:
             out = np.empty((len(rows), width_of(file, column)), np.float32)
             read_rows(file, column, np.asarray(rows, np.int64), out)
         return out
+
+    def stream(self, layer: str, block_rows: int = _BLOCK_ROWS) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+        """The embeddings of all rows in the order of the index, some at a time; ``layer`` as of :meth:`block`."""
+        for start in range(0, len(self.index), block_rows):
+            rows = slice(start, min(start + block_rows, len(self.index)))
+            yield rows, self.read(np.arange(rows.start, rows.stop), layer=layer)
 
     def read_hashes(self, rows: NDArray[np.integer[Any]]) -> NDArray[np.uint8] | None:
         """Perceptual hashes of index rows, uint8 (len(rows), 32); None where the store has not one of each image."""

@@ -22,9 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx._files import csv_line, publish
-from featx.errors import StoreError, UsageError, not_installed
+from featx.errors import UsageError, not_installed
 from featx.store.manifest import fingerprint
 from featx.store.reader import FeatureReader
+from featx.store.tools import check_new
 
 if TYPE_CHECKING:
     import pyarrow
@@ -74,13 +75,8 @@ def export_table(
             found=form or "no suffix",
             hint="Name it with --format.",
         )
-    if out.exists():
-        raise StoreError("there is a file of this name already", where=out, hint="Delete it, or choose another name.")
-    if not out.parent.is_dir():
-        raise StoreError("no such folder", where=out.parent)
+    check_new(out, Path(store))
     reader = FeatureReader(store)
-    if out.resolve().is_relative_to(Path(store).resolve()):
-        raise StoreError("the file would lie inside the store", where=out, hint="Choose a place beside it, not in it.")
     table = _Rows(reader, layer, progress)
     write = {"parquet": _parquet, "csv": _csv, "npz": _npz}[form]
     publish(out, lambda temp: write(table, temp))
@@ -93,12 +89,11 @@ class _Rows:
     def __init__(self, reader: FeatureReader, layer: str, progress: Progress | None) -> None:
         self.reader, self.layer, self._progress = reader, layer, progress
         self.index, self.rows = reader.index, len(reader.index)
-        self.dims = int(reader.read(np.arange(0), layer=layer).shape[1])
+        self.dims = reader.dims(layer)
 
     def blocks(self) -> Iterator[Block]:
-        for start in range(0, self.rows, BLOCK_ROWS):
-            rows = slice(start, min(start + BLOCK_ROWS, self.rows))
-            yield rows, self.reader.read(np.arange(rows.start, rows.stop), layer=self.layer)
+        for rows, block in self.reader.stream(self.layer, BLOCK_ROWS):
+            yield rows, block
             if self._progress is not None:
                 self._progress(rows.stop, self.rows)
 

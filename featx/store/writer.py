@@ -55,7 +55,7 @@ from featx.store.manifest import (
     write_manifest,
 )
 from featx.store.reader import steady
-from featx.store.shards import Contents, digest_keys, open_shard, shard_path
+from featx.store.shards import Contents, digest_bytes, digest_keys, open_shard, shard_path
 
 SHARD_ROWS = 4096
 SHARD_SECONDS = 30.0
@@ -232,7 +232,7 @@ class StoreWriter:
                     self._published[backbone].add(rows.digests)
                 del self._pending[backbones, hashed]
                 for backbone in backbones:
-                    self._fresh[backbone].difference_update(map(bytes, rows.digests))
+                    self._fresh[backbone].difference_update(digest_bytes(rows.digests))
             self._since = time.monotonic()
 
     def _next_number(self) -> int:
@@ -285,7 +285,7 @@ class StoreWriter:
                     for backbone, rows in new.items():
                         if rows.any():
                             taken = _Rows.read(file, shard, [backbone]).some(rows)
-                            self.add([row.tobytes() for row in taken.digests], taken.embeddings, taken.hashes)
+                            self.add(digest_bytes(taken.digests), taken.embeddings, taken.hashes)
                     self.flush()
             if linked:
                 with uninterrupted():
@@ -297,15 +297,12 @@ class StoreWriter:
     def _link_shard(self, path: Path, shard: Shard) -> None:
         mine = replace(shard, name=f"{self._next_number():05d}-{shard.sha256[:8]}.h5")
 
-        def write(temp: Path) -> None:
-            link_or_copy(path, temp)
-
         def verify(temp: Path) -> None:
             if not temp.samefile(path) and sha256_file(temp) != shard.sha256:
                 raise StoreError("the disk did not keep what was written", where=temp)
 
         self._write_manifest(in_flux=(*self.manifest.in_flux, mine.name))
-        publish(shard_path(self.path, mine), write, verify)
+        publish(shard_path(self.path, mine), lambda temp: link_or_copy(path, temp), verify)
         shards = (*self.manifest.shards, mine)
         self._write_manifest(shards=shards, in_flux=self._in_flux(shards))
 
@@ -322,9 +319,6 @@ class StoreWriter:
                 columns.append(hdf5.Column.of(name, block.astype("<f4", copy=False)))
         shards = list(self.manifest.shards)
 
-        def write(temp: Path) -> None:
-            hdf5.write(temp, columns, {"fingerprint": self.manifest.fingerprint})
-
         def verify(temp: Path) -> str:
             """Read back what was written, then announce the name that it will have."""
             with hdf5.open_checked(temp, new.columns()) as file:
@@ -337,7 +331,8 @@ class StoreWriter:
             self._write_manifest(in_flux=(*self.manifest.in_flux, shard.name))
             return shard.name
 
-        publish(self.path / "shards" / "shard.h5", write, verify)
+        about = {"fingerprint": self.manifest.fingerprint}
+        publish(self.path / "shards" / "shard.h5", lambda temp: hdf5.write(temp, columns, about), verify)
         if replaces is None:
             self._write_manifest(shards=tuple(shards), in_flux=self._in_flux(shards))
         else:
@@ -394,13 +389,11 @@ class StoreWriter:
             self._write_manifest(**changes, quarantine=self.manifest.quarantine[-1:])
 
     def _publish_index(self, index: Index, fingerprint: str) -> None:
-        def write(temp: Path) -> None:
-            write_index(temp, index, fingerprint)
-
-        def verify(temp: Path) -> None:
-            check_index(temp, index, self.manifest)
-
-        publish(self.path / "index.h5", write, verify)
+        publish(
+            self.path / "index.h5",
+            lambda temp: write_index(temp, index, fingerprint),
+            lambda temp: check_index(temp, index, self.manifest),
+        )
 
     def relabel(self, labels: Mapping[str, str | None]) -> None:
         """Publish the index with the labels that ``labels`` has for ids, where that changes anything."""
