@@ -23,7 +23,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -235,19 +235,13 @@ def decode(data: bytes, *, enough_for: Sequence[Resized] = (), max_pixels: int =
         With the reason code of what is wrong with the file.
     """
     image, _ = _admit(data, max_pixels)
-    try:
+    with _refusing():
         # Of HEIC, draft would take an embedded preview, which need not be of the same picture.
         if enough_for and image.format != HEIF:
             widths, heights = zip(*(each.resized(*image.size) for each in enough_for), strict=True)
             image.draft("RGB", (max(widths), max(heights)))
         image.load()
         return _to_rgb(image if image.format == HEIF else _upright(image))
-    except ImageError:
-        raise
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise _refusal(error) from error
 
 
 def weigh(data: bytes, *, max_pixels: int = MAX_PIXELS) -> int:
@@ -431,20 +425,17 @@ def _open(data: bytes) -> Image.Image:
     # Before the others: in the 128 bytes before its mark, many programs write the start of a TIFF.
     if is_dicom(data):
         return _DicomImage(DicomFile(data))
-    try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise _too_large(str(error)) from error
-    except UnidentifiedImageError as error:
-        if _is_heif(data):
-            return _open_heif(data)
-        if found := _unsupported(data):
-            raise ImageError("unsupported_format", f"{found} is not read; export it as JPEG") from error
-        raise ImageError("not_an_image", f"not one of {', '.join(FORMATS)}{_what_it_is(data)}") from error
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise _refusal(error) from error
+    with _refusing():
+        try:
+            return Image.open(io.BytesIO(data), formats=FORMATS)
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            raise _too_large(str(error)) from error
+        except UnidentifiedImageError as error:
+            if _is_heif(data):
+                return _open_heif(data)
+            if found := _unsupported(data):
+                raise ImageError("unsupported_format", f"{found} is not read; export it as JPEG") from error
+            raise ImageError("not_an_image", f"not one of {', '.join(FORMATS)}{_what_it_is(data)}") from error
 
 
 def _is_heif(data: bytes) -> bool:
@@ -459,12 +450,7 @@ def _open_heif(data: bytes) -> HeifImageFile:
         raise ImageError("unsupported_format", f"HEIC, the iPhone's format, needs pillow-heif: {hint}") from error
     # Photos are decoded side by side already, and the tiles of one on four threads take three times the memory.
     options.DECODE_THREADS = 1
-    try:
-        return HeifImageFile(io.BytesIO(data))  # type: ignore[no-untyped-call]
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise _refusal(error) from error
+    return HeifImageFile(io.BytesIO(data))  # type: ignore[no-untyped-call]
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -513,10 +499,17 @@ def _too_large(found: str, most: int = MAX_PIXELS) -> ImageError:
     return ImageError("too_large", f"more than {most:,} pixels are declared ({found})")
 
 
-def _refusal(error: Exception) -> ImageError:
-    said = str(error).lower()
-    reason = "truncated" if "truncated" in said or "unexpected end of file" in said else "corrupt"
-    return ImageError(reason, f"it cannot be decoded ({in_words(error)})")
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """An ImageError for whatever a decoder says of a file; a lack of memory is the process's."""
+    try:
+        yield
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:
+        said = str(error).lower()
+        reason = "truncated" if "truncated" in said or "unexpected end of file" in said else "corrupt"
+        raise ImageError(reason, f"it cannot be decoded ({in_words(error)})") from error
 
 
 def _unsupported(data: bytes) -> str:

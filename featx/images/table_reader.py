@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from featx._files import signature
 from featx._system import confine, limited_memory
-from featx.errors import FeatxError, ImageError, SourceError
+from featx.errors import FeatxError, ImageError, SourceError, in_words
 from featx.images.child import READY, speak_to_nobody
 from featx.images.grouping import MAX_TEXT, column_of
 from featx.images.origin import MAX_FETCHED, too_many_bytes
@@ -130,7 +130,7 @@ class Table:
             self._image = self._image_column()
             self._label = self._label_column()
         except self._errors as error:
-            raise SourceError(f"not a table that pyarrow reads ({_short(error)})", where=path) from error
+            raise SourceError(f"not a table that pyarrow reads ({in_words(error)})", where=path) from error
 
     def labels(self) -> Iterator[list[str | None]] | None:
         """The class name of each row, some at a time; None where there is no such column."""
@@ -162,7 +162,7 @@ class Table:
                     yield [read(row + i, value, names) for i, value in enumerate(values)]
                     row += len(values)
         except self._errors as error:
-            raise self._damaged(error) from error
+            raise self._damaged(in_words(error)) from error
         if row != self.rows:
             raise self._damaged(f"{row:,} values for {self.rows:,} rows")
 
@@ -197,7 +197,7 @@ class Table:
             return self._seek(row)
         except self._errors as error:
             self._group = -1
-            raise ImageError("corrupt", f"the table cannot be read here: {_short(error)}") from error
+            raise ImageError("corrupt", f"the table cannot be read here: {in_words(error)}") from error
 
     def _seek(self, row: int) -> bytes | None:
         group = next(i for i, stop in enumerate(self._file.starts[1:]) if row < stop)
@@ -248,9 +248,9 @@ class Table:
     def _at(self, row: int) -> str:
         return f"{self.path}, row {row}, column {self._label}"
 
-    def _damaged(self, error: Exception | str) -> SourceError:
+    def _damaged(self, how: str) -> SourceError:
         return SourceError(
-            f"the table cannot be read ({_short(error)})", where=self.path, hint="Fetch it again, or make it anew."
+            f"the table cannot be read ({how})", where=self.path, hint="Fetch it again, or make it anew."
         )
 
 
@@ -305,7 +305,7 @@ def _features(path: Path, schema: pyarrow.Schema) -> dict[str, dict[str, Any]]:
             if not all(isinstance(name, str) for name in feature.get("names") or ()):
                 raise ValueError("class names that are not text")
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise SourceError(f"metadata that datasets would not write ({_short(error)})", where=path) from error
+        raise SourceError(f"metadata that datasets would not write ({in_words(error)})", where=path) from error
     return checked
 
 
@@ -326,7 +326,3 @@ def _sound(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
 def _bytes_of(value: Any) -> bytes | None:
     found = value.get("bytes") if isinstance(value, dict) else value
     return found if isinstance(found, bytes) else None
-
-
-def _short(error: Exception | str) -> str:
-    return " ".join(str(error).split())[:200]

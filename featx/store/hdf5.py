@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx._files import LatchedFile
-from featx.errors import StoreError
+from featx.errors import StoreError, in_words
 
 USER_BLOCK = 512
 MAX_STRING = 4_096
@@ -338,5 +338,4 @@ def _reading(path: Path) -> Iterator[None]:
     except PermissionError as error:
         raise StoreError("no permission to read", where=path) from error
     except (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, OverflowError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise StoreError(f"damaged, or not HDF5 ({reason})", where=path, hint=RESTORE) from error
+        raise StoreError(f"damaged, or not HDF5 ({in_words(error)})", where=path, hint=RESTORE) from error
