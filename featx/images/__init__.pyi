@@ -41,7 +41,7 @@ from .pool import (
 )
 from .source import (
     ImageSet as ImageSet,
-    count_labels as count_labels,
+    count_names as count_names,
     finder as finder,
     is_local as is_local,
     walk_folder as walk_folder,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -75,10 +74,6 @@ class Index:
 
     def __len__(self) -> int:
         return len(self.ids)
-
-    def counts(self, values: Sequence[str]) -> dict[str, int]:
-        """How often each value occurs, sorted by value; empty ones are left out."""
-        return {name: count for name, count in sorted(Counter(values).items()) if name}
 
     @property
     def labels_as_text(self) -> list[str]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from featx._arrays import PIXELS
 from featx._files import canonical_json, publish
 from featx.errors import StoreError, UsageError, plural
-from featx.images import HASH_BYTES
+from featx.images import HASH_BYTES, count_names
 from featx.store import hdf5
 from featx.store.hdf5 import RESTORE
 from featx.store.index import Further, Index, name_columns, read_index, read_quarantine
@@ -58,9 +58,9 @@ def info(path: str | Path) -> dict[str, Any]:
         "backbone": provenance.get("backbone", ""),
         "backbones": {name_of(each): _backbone(each, unfinished) for each in backbones},
         "fingerprint": fingerprint(provenance),
-        "classes": index.counts(index.labels_as_text),
+        "classes": count_names(index.labels_as_text),
         "unlabelled": int((index.labels < 0).sum()),
-        "splits": index.counts(index.split),
+        "splits": count_names(index.split),
         **_groups(index),
         "shards": shards,
         "quarantined": quarantined,
@@ -76,7 +76,7 @@ def _groups(index: Index) -> dict[str, Any]:
     """What there is to say of groups and metadata; no groups, and nothing else, in stores that have none."""
     out: dict[str, Any] = {"groups": {}}
     if index.groups or index.grouping:
-        counts = index.counts(index.groups)
+        counts = count_names(index.groups)
         largest = sorted(counts, key=lambda name: -counts[name])[:_NAMED_GROUPS]
         out = {
             "groups": {name: counts[name] for name in largest}, "group_count": len(counts),

@@ -32,6 +32,7 @@ from featx._files import (
     writer_lock,
 )
 from featx.errors import StoreError, UsageError
+from featx.images import count_names
 from featx.store import hdf5
 from featx.store.index import (
     Index,
@@ -375,7 +376,7 @@ class StoreWriter:
         changes: dict[str, Any] = {
             "backbones": tuple({**each, **(rules or {})} for each in self.manifest.backbones),
             "class_names": index.class_names,
-            "splits": index.counts(index.split),
+            "splits": count_names(index.split),
             "counts": {"images": len(index), "embeddings": self.rows, "quarantined": len(refused)},
             "source": source,
         }
