@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import storekit
 from hypothesis import given, strategies as st
-from partkit import assert_same
+from partkit import assert_same, store, whole
 from storekit import LightEngine, extract_part, light_backbone, refused_of
 
 from featx import _files
@@ -30,6 +30,8 @@ from featx.store import manifest, writer as store_writer
 from featx.store.reader import read_features
 from featx.store.tools import content_hash, info, verify
 from featx.store.writer import StoreWriter
+
+__all__ = ["store", "whole"]  # fixtures
 
 
 def run_part(source: Path, store: Path, part: str, **options: Any) -> ExtractSummary:
@@ -57,18 +59,6 @@ def source(tmp_path: Path) -> Path:
         (root / name).write_bytes(b"this is no image " + name.encode())
         os.utime(root / name, ns=(10**18, 10**18))
     return root
-
-
-@pytest.fixture
-def whole(source: Path, tmp_path: Path) -> Path:
-    """What a single process makes of the images."""
-    storekit.extract(source, tmp_path / "whole.featx")
-    return tmp_path / "whole.featx"
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Path:
-    return tmp_path / "photos.featx"
 
 
 @given(total=st.integers(0, 500), of=st.integers(1, 60))

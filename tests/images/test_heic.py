@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Featx, picture, without
+from imagekit import refused
 from PIL import Image
 from storekit import PREPROCESS
 
 from featx.errors import ImageError
-from featx.images.pixels import MAX_PIXELS, REASONS, Preprocess, decode, encode, weigh
+from featx.images.pixels import MAX_PIXELS, Preprocess, decode, encode, weigh
 from featx.images.pool import Decoded, DecoderPool
 
 pillow_heif = pytest.importorskip("pillow_heif")
@@ -43,13 +44,6 @@ def with_orientation(orientation: int) -> bytes:
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     return exif.tobytes()
-
-
-def refused(data: bytes) -> ImageError:
-    with pytest.raises(ImageError) as caught:
-        decode(data)
-    assert caught.value.reason in REASONS
-    return caught.value
 
 
 def apart(data: bytes, image: Image.Image) -> float:

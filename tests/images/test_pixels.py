@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 import struct
 import zlib
@@ -13,28 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import picture
-from imagekit import pixels
+from imagekit import encoded, pixels, refused
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 from featx.errors import ImageError
-from featx.images.pixels import FORMATS, MAX_SCANS, REASONS, Preprocess, decode, encode, resize_crop, weigh
+from featx.images.pixels import FORMATS, MAX_SCANS, Preprocess, decode, encode, resize_crop, weigh
 
 HALF = (0.5, 0.5, 0.5)
 IMAGENET = Preprocess(256, (224, 224), "bilinear", HALF, HALF)
-
-
-def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
-    out = io.BytesIO()
-    image.save(out, format=kind, **options)
-    return out.getvalue()
-
-
-def refused(data: bytes) -> ImageError:
-    with pytest.raises(ImageError) as caught:
-        decode(data)
-    assert caught.value.reason in REASONS
-    return caught.value
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF", "AVIF"])

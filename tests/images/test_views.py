@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import storekit
 from conftest import TINY, Featx, TinyEngine, class_folders, picture, tiny_backbone
-from imagekit import pixels
+from imagekit import encoded, pixels
 from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
@@ -31,12 +30,6 @@ from featx.store.reader import read_features
 
 HALF = (0.5, 0.5, 0.5)
 WIDE = Preprocess(resize=60, crop=(50, 40), interpolation="bicubic", mean=HALF, std=HALF)
-
-
-def encoded(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
-    out = io.BytesIO()
-    image.save(out, format=form, **options)
-    return out.getvalue()
 
 
 # --- names --------------------------------------------------------------------------------------------------------
