@@ -116,8 +116,16 @@ class _Rows:
         return json.dumps({**made, "class_names": list(self.index.class_names)}, sort_keys=True)
 
 
-def schema(dims: int, told: str = "{}", further: Sequence[str] = ()) -> pyarrow.Schema:
-    """The columns of the Parquet file, for embeddings of length ``dims``, with ``further`` columns of text."""
+def record_batches(store: str | Path, *, layer: str = "penultimate") -> pyarrow.RecordBatchReader:
+    """The rows of the Parquet file as a stream of Arrow record batches, for databases that take one."""
+    table = _Rows(FeatureReader(store), layer, None)
+    columns = _schema(table)
+    import pyarrow
+
+    return pyarrow.RecordBatchReader.from_batches(columns, _batches(table, columns))
+
+
+def _schema(table: _Rows) -> pyarrow.Schema:
     try:
         import pyarrow
     except ModuleNotFoundError as error:
@@ -129,17 +137,11 @@ def schema(dims: int, told: str = "{}", further: Sequence[str] = ()) -> pyarrow.
             pyarrow.field("label", text),
             pyarrow.field("split", text, nullable=False),
             pyarrow.field("digest", text, nullable=False),
-            *(pyarrow.field(name, text, nullable=False) for name in further),
-            pyarrow.field("embedding", pyarrow.list_(pyarrow.float32(), dims), nullable=False),
+            *(pyarrow.field(name, text, nullable=False) for name in table.further),
+            pyarrow.field("embedding", pyarrow.list_(pyarrow.float32(), table.dims), nullable=False),
         ],
-        metadata={"featx": told},
+        metadata={"featx": table.told()},
     )
-
-
-def record_batches(store: str | Path, *, layer: str = "penultimate") -> Iterator[pyarrow.RecordBatch]:
-    """The rows of the Parquet file as Arrow record batches, for databases that take a stream of them."""
-    table = _Rows(FeatureReader(store), layer, None)
-    yield from _batches(table, schema(table.dims, table.told(), [*table.further]))
 
 
 def _batches(table: _Rows, columns: pyarrow.Schema) -> Iterator[pyarrow.RecordBatch]:
@@ -147,15 +149,15 @@ def _batches(table: _Rows, columns: pyarrow.Schema) -> Iterator[pyarrow.RecordBa
 
     for rows, block in table.blocks():
         flat = pyarrow.array(np.ascontiguousarray(block).reshape(-1))
-        about = [list(table.index.ids[rows]), table.labels(rows), list(table.index.split[rows]), table.digests(rows)]
-        about += [list(values[rows]) for values in table.further.values()]
-        arrays = [pyarrow.array(values, pyarrow.string()) for values in about]
+        about = [table.index.ids[rows], table.labels(rows), table.index.split[rows], table.digests(rows)]
+        about += [values[rows] for values in table.further.values()]
+        arrays = [pyarrow.array(list(values), pyarrow.string()) for values in about]
         arrays.append(pyarrow.FixedSizeListArray.from_arrays(flat, table.dims))
         yield pyarrow.RecordBatch.from_arrays(arrays, schema=columns)
 
 
 def _parquet(table: _Rows, path: Path) -> None:
-    columns = schema(table.dims, table.told(), [*table.further])
+    columns = _schema(table)
     from pyarrow import parquet
 
     # Embeddings are noise to a compressor, and no value of theirs occurs twice.
