@@ -186,13 +186,12 @@ def seeded(random_state: int | None, *, device: str = "cpu") -> Iterator[None]:
         yield
 
 
-def catalogue_body(network: Network, preprocess: Preprocess, random_state: int | None = None) -> nn.Module:
-    """A catalogue network whole, with its 1,000-class layer; without a seed torch's generator is used as it is."""
+def catalogue_body(network: Network, preprocess: Preprocess) -> nn.Module:
+    """A catalogue network whole, with its 1,000-class layer."""
     if network.source == "featx":
         from featx.backbones.timm import create
 
-        with seeded(random_state):
-            return create(network.architecture, num_classes=1000)
+        return create(network.architecture, num_classes=1000)
     import torchvision.models
 
     options: dict[str, Any] = {}
@@ -202,8 +201,7 @@ def catalogue_body(network: Network, preprocess: Preprocess, random_state: int |
         options = {"aux_logits": False, "init_weights": True, "transform_input": True}
     elif network.name.startswith("vit_"):
         options = {"image_size": preprocess.crop[0]}  # the position embedding has the size of the weights
-    with seeded(random_state):
-        body: nn.Module = torchvision.models.get_model(network.name, weights=None, **options)
+    body: nn.Module = torchvision.models.get_model(network.name, weights=None, **options)
     return body
 
 

@@ -37,10 +37,7 @@ class Thumbnail(Provider):
 class ThumbnailEngine:
     """Runs the pixels baseline: a row is the picture's numbers from 0 to 1, by rows, pixels and channels."""
 
-    name, device, precision = "numpy", "cpu", "fp32"
-
-    def __init__(self, batch_size: int = 64) -> None:
-        self.batch_size = batch_size
+    name, device, precision, batch_size = "numpy", "cpu", "fp32", 64
 
     def embed(self, batches: Iterable[Batch]) -> Iterator[Embeddings]:
         """See :meth:`featx.backbones.engines.base.Engine.embed`."""

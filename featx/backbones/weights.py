@@ -267,33 +267,33 @@ def add_weights(
         known = {entry.name: _recognised(entry, networks[entry.name], bool(sha256), pack) for entry in entries}
         for folder in {network.carried.parent for network in networks.values()}:
             make_folder(folder)
-        with contextlib.ExitStack() as stack:
-            ready: list[tuple[_Entry, Path, Path]] = []
-            done: dict[str, Path] = {}
-            for entry in entries:
-                network = networks[entry.name]
-                here = _already(network, entry, pack)
-                if here is not None:
-                    done[entry.name] = here
-                    continue
-                temp = stack.enter_context(_room(network.carried))
-                _extract(file, entry, temp, pack, advance)
-                if isinstance(network, _Quantised):
-                    _check_quantised(temp, entry, {other.sha256 for other in entries}, pack)
-                elif not isinstance(network, CatalogueNetwork):
-                    if progress is not None:
-                        progress(f"checking that the weights fill {entry.name}")
-                    _check_fits(network, temp, entry, pack)
-                ready.append((entry, temp, network.carried))
-            try:
+        ready: list[tuple[_Entry, Path, Path]] = []
+        done: dict[str, Path] = {}
+        try:
+            with contextlib.ExitStack() as stack:
+                for entry in entries:
+                    network = networks[entry.name]
+                    here = _already(network, entry, pack)
+                    if here is not None:
+                        done[entry.name] = here
+                        continue
+                    temp = stack.enter_context(temporary(network.carried))
+                    _extract(file, entry, temp, pack, advance)
+                    if isinstance(network, _Quantised):
+                        _check_quantised(temp, entry, {other.sha256 for other in entries}, pack)
+                    elif not isinstance(network, CatalogueNetwork):
+                        if progress is not None:
+                            progress(f"checking that the weights fill {entry.name}")
+                        _check_fits(network, temp, entry, pack)
+                    ready.append((entry, temp, network.carried))
                 with uninterrupted():
                     for entry, temp, path in ready:
                         temp.replace(path)
                         done[entry.name] = path
                     for folder in {path.parent for _, _, path in ready}:
                         fsync_path(folder)
-            except OSError as error:
-                raise cannot_write(hub_folder(), error) from error
+        except OSError as error:
+            raise cannot_write(network.carried, error) from error
     new = {entry.name for entry, _, _ in ready}
     return [
         Carried(entry.name, done[entry.name], entry.size, entry.sha256, known[entry.name], entry.name in new)
@@ -507,16 +507,6 @@ def _already(network: CatalogueNetwork | TimmModel | _Quantised, entry: _Entry, 
         found=f"{here} with another",
         hint="Delete that file first if you want these.",
     )
-
-
-@contextlib.contextmanager
-def _room(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path``; OSErrors of whatever is done with it in words."""
-    try:
-        with temporary(path) as temp:
-            yield temp
-    except OSError as error:
-        raise cannot_write(path, error) from error
 
 
 def _extract(file: BinaryIO, entry: _Entry, temp: Path, pack: Path, advance: Advance | None) -> None:

@@ -79,7 +79,7 @@ def lite0(files: list[bytes]) -> tuple[Backbone, Array]:
 
     backbone = load_backbone()
     assert backbone.file is not None
-    model: Any = catalogue_body(NETWORKS[backbone.name], backbone.preprocess, 0)
+    model: Any = catalogue_body(NETWORKS[backbone.name], backbone.preprocess)
     load_checkpoint(model, backbone.file, network=backbone.name, classifiers=())
     model.reset_classifier(0)
     data: Any = timm.data
