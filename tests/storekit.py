@@ -23,6 +23,7 @@ from warm import Started, shared
 import featx.extraction.parts
 import featx.extraction.run
 from featx.backbones.backbone import Backbone, load_backbone
+from featx.backbones.engines.base import Engine
 from featx.errors import Interrupted
 from featx.extraction.parts import Part, finish_parts
 from featx.extraction.run import ExtractSummary, extract_features
@@ -123,7 +124,7 @@ def make_store(
     return path
 
 
-class LightEngine:
+class LightEngine(Engine):
     """Means over a grid of the pixels, times a fixed matrix; each batch that is computed leaves a line in a log."""
 
     name = "torch"

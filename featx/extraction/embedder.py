@@ -20,14 +20,11 @@ from featx.backbones import (
     Provider,
     carried,
     for_views,
-    graph_sha256,
     is_for_openvino,
     is_own,
     load_backbone,
     make_engine,
-    network_to_keep,
     provenance_of,
-    quantised_of,
 )
 from featx.errors import ImageError, UsageError, WeightsError
 from featx.images import CENTER, Decoded, DecoderPool, Looks, Origin, decode, parse_views
@@ -187,16 +184,16 @@ class Embedder:
     @property
     def networks(self) -> dict[str, bytes]:
         """The graphs of networks that can travel with a model, by their sha256; those that featx has are left out."""
-        found = {graph_sha256(each.engine): network_to_keep(each.engine) for each in self.members}
+        found = {each.engine.graph_sha256: each.engine.network_to_keep for each in self.members}
         return {sha256: content for sha256, content in found.items() if content}
 
     @property
     def graphs(self) -> dict[str, str]:
         """The sha256 of the graph of each backbone that runs as one and is not quantised, by its name."""
         return {
-            each.backbone.name: graph_sha256(each.engine)
+            each.backbone.name: each.engine.graph_sha256
             for each in self.members
-            if graph_sha256(each.engine) and not quantised_of(each.engine)
+            if each.engine.graph_sha256 and not each.engine.quantised_sha256
         }
 
     @property

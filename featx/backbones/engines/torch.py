@@ -152,7 +152,7 @@ def cuda_devices() -> int:
     return torch.cuda.device_count()
 
 
-class TorchEngine:
+class TorchEngine(Engine):
     """Plain torch: the reference on a CPU, and the fast path on CUDA.
 
     On CUDA uint8 pixels travel from pinned memory on a stream of their own, are normalised on the device, and run
