@@ -370,7 +370,7 @@ def _entries(file: BinaryIO, size: int, pack: Path) -> list[_Entry]:
     if length > MAX_HEADER or length > size - _LENGTH.size:
         raise _no_pack(pack, f"a header of {length:,} bytes in a file of {size:,}")
     try:
-        header = json.loads(file.read(length), object_pairs_hook=_once, parse_constant=_refuse, parse_int=_integer)
+        header = json.loads(file.read(length))
     except (ValueError, RecursionError) as error:
         raise _no_pack(pack, f"a header that is not JSON ({in_words(error)})") from error
     metadata = header.pop("__metadata__", None) if isinstance(header, dict) else None
@@ -411,23 +411,6 @@ def _entries(file: BinaryIO, size: int, pack: Path) -> list[_Entry]:
     if first + end != size:
         raise _no_pack(pack, f"{plural(size - first - end, 'byte')} behind the last file")
     return entries
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name is there twice")
-    return found
-
-
-def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is not a number here")
-
-
-def _integer(digits: str) -> int:
-    if len(digits) > 20:
-        raise ValueError("a number is too large")
-    return int(digits)
 
 
 def _known_network(name: str, pack: Path) -> CatalogueNetwork | TimmModel | _Quantised:

@@ -239,7 +239,9 @@ NO_PACKS: dict[str, Callable[[Path], object]] = {
     "no hash": lambda path: write_pack(path, {LITE1: b"x"}, metadata={LITE1: 7}),
     "short hash": lambda path: write_pack(path, {LITE1: b"x"}, metadata={LITE1: "77cc7160"}),
     "a name twice": lambda path: write_pack(
-        path, {LITE1: b"x"}, text=b'{"__metadata__": {"format": "featx-weights", "format": "featx-weights"}}'
+        path,
+        {LITE1: b"x"},
+        text=b'{"__metadata__": {"format": "featx-weights", "format_version": "1"}, "a": 1, "a": 2}',
     ),
     "no number": lambda path: write_pack(path, {}, text=b'{"a": NaN}'),
     "a long number": lambda path: write_pack(path, {}, text=b'{"a": ' + b"9" * 5_000 + b"}"),
