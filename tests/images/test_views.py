@@ -20,6 +20,7 @@ from featx.backbones.backbone import load_backbone
 from featx.backbones.engines.base import ViewsEngine, for_views
 from featx.errors import MismatchError, UsageError
 from featx.extraction.embedder import Embedder
+from featx.extraction.lanes import Lane
 from featx.extraction.run import extract_features
 from featx.images.pixels import Preprocess, decode
 from featx.images.pool import DecoderPool
@@ -151,6 +152,14 @@ def test_embeddings_are_averaged_image_by_image(batch_size: int, views: int) -> 
 def test_one_view_is_left_to_the_engine_itself() -> None:
     engine = TinyEngine()
     assert for_views(engine, 1) is engine
+
+
+def test_an_engine_that_averages_views_is_not_put_into_another() -> None:
+    embedder = Embedder(tiny_backbone(), TinyEngine(), views=("center", "flip"))
+    lane = Lane.of(embedder.backbone, embedder.engine, embedder.looks.views, "full")  # as a refit does
+    (found,) = next(iter(lane.engine.embed([stacks(3, 2)])))
+    (expected,) = embedder.embed_pixels([(stack,) for stack in stacks(3, 2)])
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_an_engine_that_works_ahead_keeps_images_and_means_together() -> None:

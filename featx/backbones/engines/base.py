@@ -152,8 +152,12 @@ What maps add up to is judged on scores (:mod:`featx.models.explain`)."""
 
 
 def for_views(engine: Engine, views: int) -> Engine:
-    """The engine for images of so many views each: itself for one, or one that averages."""
-    return engine if views == 1 else ViewsEngine(engine, views)
+    """The engine for images of so many views each: itself for one, or if it averages them already; else one that does.
+
+    An engine that averages is never put into another: a lane is made of an embedder's engine, too.
+    """
+    averages = isinstance(engine, ViewsEngine) and engine.views == views
+    return engine if views == 1 or averages else ViewsEngine(engine, views)
 
 
 class ViewsEngine(Engine):
