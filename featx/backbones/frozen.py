@@ -169,15 +169,12 @@ def state_sha256(body: nn.Module) -> str:
 
 
 @contextlib.contextmanager
-def seeded(random_state: int | None, *, device: str = "cpu") -> Iterator[None]:
-    """Let torch draw from a seed, and then go on as if nothing had been drawn; None changes nothing.
+def seeded(random_state: int, *, device: str = "cpu") -> Iterator[None]:
+    """Let torch draw from a seed, and then go on as if nothing had been drawn.
 
     One thread at a time: torch's generators belong to the process, so of two threads that draw from them at once,
     neither gets the numbers of its seed.
     """
-    if random_state is None:
-        yield
-        return
     devices = [torch.cuda.current_device()] if device == "cuda" else []
     with _drawing, torch.random.fork_rng(devices=devices):
         torch.default_generator.manual_seed(random_state)

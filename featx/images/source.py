@@ -230,12 +230,11 @@ class ImageSet:
                 found.append((relative, stat))
             else:
                 ignored.append(relative)
-        labels = {label for label, _ in labels_from_folders([name for name, _ in found])} - {None}
-        if closed and (len(labels) == 1 or not found):
+        named = labels_from_folders([name for name, _ in found])
+        if closed and (not found or len({label for label, _ in named} - {None}) == 1):
             raise _closed(root / closed[0])  # what is left is not what the user means
         if not found:
             raise no_images("in this folder", root, ignored)
-        named = labels_from_folders([relative for relative, _ in found])
         refs = [
             file_ref(relative, root / relative, label, split, stat)
             for (relative, stat), (label, split) in zip(found, named, strict=True)

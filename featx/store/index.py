@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from urllib.parse import quote as quote_name
 
@@ -115,10 +115,11 @@ def read_index(store: Path, manifest: Manifest) -> Index:
 
 def _read_index(path: Path, manifest: Manifest) -> Index:
     hdf5.check_seal(path)
-    further = Further.read(path)
+    said = hdf5.read_attributes(path)
+    if said.get("fingerprint", "") not in map(fingerprint, manifest.backbones):
+        raise StoreError("the index of another store, made with other settings", where=path, hint=RESTORE)
+    further = Further.parse(path, said)
     with hdf5.open_checked(path, {**INDEX_COLUMNS, **further.columns}) as file:
-        if file.attribute("fingerprint") not in map(fingerprint, manifest.backbones):
-            raise StoreError("the index of another store, made with other settings", where=path, hint=RESTORE)
         return read_names(file, further, sizes=file.read("sizes"), stamps=file.read(STAMPS))
 
 
@@ -137,13 +138,12 @@ class Further:
         return cls(bool(index.groups), index.grouping, index.group_name, tuple(index.metadata))
 
     @classmethod
-    def read(cls, path: Path) -> Further:
-        """What a file says; StoreError where it says it in no way that featx does."""
-        text = hdf5.optional_attribute(path, FURTHER)
-        if text is None:
+    def parse(cls, path: Path, attributes: Mapping[str, str]) -> Further:
+        """What a file says in its attributes; StoreError where it says it in no way that featx does."""
+        if FURTHER not in attributes:
             return cls()
         try:
-            said = json.loads(text)
+            said = json.loads(attributes[FURTHER])
             names = tuple(said["metadata"])
             found = cls(said["grouped"], said["grouping"], said["group_name"], names)
             sound = all(isinstance(name, str) for name in (found.grouping, found.group_name, *names))
@@ -265,8 +265,8 @@ def spell_quarantine(refused: Sequence[Refused]) -> bytes:
     """The quarantine's bytes."""
     lines = []
     for item in refused:
-        fields = {"id": item.id, "digest": item.digest, "reason": item.reason, "message": item.message}
-        lines.append(canonical_json({**fields, "checksum": hashlib.sha256(canonical_json(fields)).hexdigest()[:16]}))
+        said = asdict(item)
+        lines.append(canonical_json({**said, "checksum": hashlib.sha256(canonical_json(said)).hexdigest()[:16]}))
     return b"".join(line + b"\n" for line in lines)
 
 

@@ -141,8 +141,17 @@ class FeatureSet:
         return every.some(rows) if isinstance(every, Pictures) else every
 
     def to_numpy(self) -> dict[str, NDArray[Any]]:
-        """Plain arrays by name: embeddings, ids, labels, class_names, splits, digests; if any, groups and meta/NAME."""
-        return frames.to_numpy(self)
+        """Plain arrays by name, which ``numpy.savez`` keeps and ``numpy.load`` reads without pickle."""
+        return {
+            "embeddings": self.embeddings,
+            "ids": self.ids,
+            "labels": self.labels,
+            "class_names": np.array(self.class_names, dtype=np.str_),
+            "splits": self.splits,
+            "digests": self.digests,
+            **({"groups": self.groups} if (self.groups != "").any() else {}),
+            **{f"meta/{name}": values for name, values in self.metadata.items()},
+        }
 
     def to_pandas(self) -> pandas.DataFrame:
         """A frame with the ids as its index: label, split, digest, and ``e0``, ``e1``, ... of the embedding.
@@ -285,27 +294,27 @@ class FeatureReader:
     def _open_packed(self) -> None:
         self._state = signature(self.path)
         self._seal = hdf5.check_seal(self.path)
-        said = hdf5.read_attributes(self.path, ("format", "format_version", "provenance", "fingerprint"))
-        if said["format"] != PACKED_FORMAT:
+        said = hdf5.read_attributes(self.path)
+        if said.get("format") != PACKED_FORMAT:
             raise damaged(self.path, f"its format is not {PACKED_FORMAT!r}")
         try:
             version = json.loads(said["format_version"])
             check_version(self.path, version)
             listed = [{"provenance": json.loads(said["provenance"]), "fingerprint": said["fingerprint"]}]
             if version > 1:
-                listed += json.loads(hdf5.read_attributes(self.path, ("more",))["more"])
+                listed += json.loads(said["more"])
             backbones = [parse_backbone(self.path, each) for each in listed]
-        except (TypeError, ValueError, RecursionError) as error:
-            raise damaged(self.path, "its attributes are not JSON") from error
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise damaged(self.path, "attributes are missing, or are not JSON") from error
         self._know(backbones)
         if len(self.backbones) < len(backbones):
             raise damaged(self.path, "a backbone is listed twice")
         held = [Block(name, layer) for name, each in self.backbones.items() for layer in each["layers"]]
         # The layers of version 1 go without the name of the one backbone that there is.
         self._columns = {block: f"embeddings/{block.layer}" if version == 1 else column_of(block) for block in held}
-        further = Further.read(self.path)
+        further = Further.parse(self.path, said)
         self._expected = {**NAME_COLUMNS, **further.columns, **dict.fromkeys(self._columns.values(), "float32 matrix")}
-        if version > 1 and hdf5.read_attributes(self.path, ("phash",))["phash"] == "true":
+        if version > 1 and said.get("phash") == "true":
             self._expected["phash"] = "uint8 matrix"
         with hdf5.open_checked(self.path, self._expected) as file:
             unknown = np.full(file.rows, -1, dtype=np.int64)

@@ -2,8 +2,7 @@
 
 Every form has the same rows, one an image, in the order of the ids: ``id``, ``label`` (the class name; null or empty
 where there is none), ``split``, ``digest`` (hex sha256 of the image file), ``group`` and ``meta/NAME`` where the store
-has any, and the embedding. Memory holds the index and
-one block, however large the store is.
+has any, and the embedding. Memory holds the index and one block, however large the store is.
 
 Parquet has the embedding as a fixed-size list of float32, which Arrow, DuckDB, Polars, LanceDB and pandas read, and
 how it was made in the schema's metadata (``featx``). CSV has a column for each dimension, with the nine digits that

@@ -152,10 +152,7 @@ What maps add up to is judged on scores (:mod:`featx.models.explain`)."""
 
 
 def for_views(engine: Engine, views: int) -> Engine:
-    """The engine for images of so many views each: itself for one, or if it averages them already; else one that does.
-
-    An engine that averages is never put into another: a lane is made of an embedder's engine, too.
-    """
+    """The engine for images of so many views each: one that averages, if it is not one already; itself for one view."""
     averages = isinstance(engine, ViewsEngine) and engine.views == views
     return engine if views == 1 or averages else ViewsEngine(engine, views)
 
