@@ -181,19 +181,19 @@ def _verify_store(
     seen: dict[str, list[tuple[NDArray[np.bytes_], tuple[int, ...]]]] = {
         name_of(each): [] for each in manifest.backbones
     }
-    sound = set()
+    sound = 0
     for done, shard in enumerate(shards, 1):
-
-        def look(shard: Shard = shard) -> None:
+        try:
             keys, widths = _verify_shard(path, shard)
-            sound.add(shard.name)
+        except StoreError as error:
+            problems.append(str(error))
+        else:
+            sound += 1
             for backbone in shard.blocks:
                 seen[backbone].append((keys, widths[backbone]))
-
-        problems += _problems(look)
         if progress is not None:
             progress(done, len(shards))
-    complete = len(sound) == len(manifest.shards)
+    complete = sound == len(manifest.shards)
     known = {name: np.concatenate([np.empty(0, "S32"), *(keys for keys, _ in each)]) for name, each in seen.items()}
     for backbone, keys in known.items():
         if len(np.unique(keys)) != len(keys):

@@ -279,10 +279,9 @@ class StoreWriter:
                         embedded.append(digest_keys(digests[rows]))
                 # A shard of version 1 does not say whose it is: of the store's own backbone.
                 named = shard.version > 1 or self.names[0] in shard.blocks
-                if named and not shard.dropped and len(mine) == len(shard.blocks) and all(map(np.all, new.values())):
-                    linked = True
-                else:
-                    linked = False
+                every = len(mine) == len(shard.blocks) and all(map(np.all, new.values()))
+                linked = named and not shard.dropped and every
+                if not linked:
                     for backbone, rows in new.items():
                         if rows.any():
                             taken = _Rows.read(file, shard, [backbone]).some(rows)
@@ -337,13 +336,15 @@ class StoreWriter:
         if replaces is None:
             self._write_manifest(shards=tuple(shards), in_flux=self._in_flux(shards))
         else:
-            self._unlink(replaces, tuple(shard for shard in shards if shard != replaces))
+            self._unlink([replaces], [shard for shard in shards if shard != replaces])
 
-    def _unlink(self, shard: Shard, rest: tuple[Shard, ...]) -> None:
-        """Take one shard out: off the list, off the disk, forgotten, in this order."""
-        self._write_manifest(shards=rest, in_flux=(*self._in_flux(rest), shard.name))
+    def _unlink(self, gone: Sequence[Shard], rest: Sequence[Shard], **changes: Any) -> None:
+        """Take shards out: off the list (with other ``changes``), off the disk, forgotten, in this order."""
+        names = (*self._in_flux(rest), *(shard.name for shard in gone))
+        self._write_manifest(shards=tuple(rest), in_flux=names, **changes)
         with _changing(self.path):
-            shard_path(self.path, shard).unlink(missing_ok=True)
+            for shard in gone:
+                shard_path(self.path, shard).unlink(missing_ok=True)
             fsync_path(self.path / "shards")
         self._write_manifest(in_flux=self._in_flux(rest))
 
@@ -379,9 +380,8 @@ class StoreWriter:
             "splits": count_names(index.split),
             "counts": {"images": len(index), "embeddings": self.rows, "quarantined": len(refused)},
             "source": source,
+            "unfinished": tuple(name for name, has in self._published.items() if not has.has(index.digests).all()),
         }
-        unfinished = [backbone for backbone, has in self._published.items() if not has.has(index.digests).all()]
-        changes["unfinished"] = tuple(unfinished)
         spell_manifest(self.path, replace(self.manifest, **changes))  # it may be too long: before anything is changed
         with uninterrupted():
             self._publish_quarantine(refused)
@@ -419,7 +419,7 @@ class StoreWriter:
                 if keep.any():
                     self._publish_shard(rows, replaces=shard)
                 else:
-                    self._unlink(shard, tuple(other for other in self.manifest.shards if other != shard))
+                    self._unlink([shard], [other for other in self.manifest.shards if other != shard])
         dropped = before - self.rows
         if dropped:
             self._write_manifest(counts={**(self.manifest.counts or {}), "embeddings": self.rows})
@@ -458,14 +458,8 @@ class StoreWriter:
                     )
                 else:
                     gone.append(shard)
-            names = (*self._in_flux(kept), *(shard.name for shard in gone))
             unfinished = tuple(name for name in self.manifest.unfinished if name != backbone)
-            self._write_manifest(backbones=rest, shards=tuple(kept), in_flux=names, unfinished=unfinished)
-            with _changing(self.path):
-                for shard in gone:
-                    shard_path(self.path, shard).unlink(missing_ok=True)
-                fsync_path(self.path / "shards")
-            self._write_manifest(in_flux=self._in_flux(kept))
+            self._unlink(gone, kept, backbones=rest, unfinished=unfinished)
             del self._published[backbone], self._fresh[backbone]
 
 
