@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from featx._arrays import PENULTIMATE
-from featx._files import canonical_json
+from featx._files import sha256_json
 from featx.backbones.backbone import Backbone, find
 from featx.backbones.frozen import FrozenNetwork, Pooling
 from featx.backbones.provider import Provider
@@ -250,7 +250,7 @@ def tuned(backbone: Backbone, tail: bytes) -> Backbone:
     Its ``weights_sha256`` is of the tail and of the weights below it (of the tail alone, where that is all of it).
     """
     below = backbone.weights_sha256 if tail_cut(tail) else None
-    sha256 = hashlib.sha256(canonical_json({"below": below, "tail": hashlib.sha256(tail).hexdigest()})).hexdigest()
+    sha256 = sha256_json({"below": below, "tail": hashlib.sha256(tail).hexdigest()})
     return replace(backbone, weights_sha256=sha256, provider=Tuned(backbone.provider or find(backbone.name), tail))
 
 

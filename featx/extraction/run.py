@@ -345,7 +345,7 @@ def _notes(images: ImageSet, writer: StoreWriter) -> tuple[str, ...]:
     if writer.index is not None:
         gone = [name for name in writer.index.class_names if name not in images.class_names]
         if gone and earlier_source == images.source:
-            notes.append(f"not there any more: {plural(len(gone), 'class').partition(' ')[2]} {', '.join(gone[:10])}")
+            notes.append(f"not there any more: {'class' if len(gone) == 1 else 'classes'} {', '.join(gone[:10])}")
     if (writer.path / PARTS).is_dir():
         notes.append("parts of an extraction are waiting in this store; --finish takes over what they have")
     return tuple(notes)
@@ -432,26 +432,8 @@ class _Run:
     def embed(self, workers: int, timeout: float, progress: Progress | None, of: int, *, rehash: bool) -> None:
         """Find the digest of every image, and publish the embedding of every new content; ``of`` as ``total``."""
         total = len(self.images)
-        longest = longest_id(of)
-        remembered = {} if rehash else self._remembered()
         dated = self.images.grouping is not None and self.images.grouping.dated
-        if dated and self.writer.index is not None:
-            known_dates = self.writer.index.metadata.get(TAKEN, ())
-            self._taken = dict(zip(digest_bytes(self.writer.index.digests), known_dates, strict=False))
-        named, digests = [], []
-        for ref in self.images.refs:
-            problem = _name_problem(ref, longest)
-            if problem:
-                self._refuse(ref, None, ImageError("bad_name", problem))
-                continue
-            # Nothing is remembered of an image whose source has no times, or that may have changed while it was read.
-            named.append(ref)
-            digests.append(remembered.get((ref.id, ref.size, ref.stamp), b""))
-        there = self.writer.has_all(digests)
-        if dated:  # an unchanged file is read once more where its date is not known
-            there = [known and digest in self._taken for known, digest in zip(there, digests, strict=True)]
-        pending = [ref for ref, known in zip(named, there, strict=True) if not known]
-        self._digests |= {ref.id: digest for ref, digest, known in zip(named, digests, there, strict=True) if known}
+        pending = self._to_read(longest_id(of), {} if rehash else self._remembered(), dated=dated)
         self.done = total - len(pending)
         if progress is not None:
             progress(self.done, total)
@@ -493,7 +475,7 @@ class _Run:
                     self.stages[stage] += seconds
                 self.done += 1
                 if progress is not None:
-                    progress(self.done, len(self.images))
+                    progress(self.done, total)
                 if decoded.refusal is not None:
                     self._refuse(ref, decoded.digest, decoded.refusal)
                     continue
@@ -518,6 +500,28 @@ class _Run:
         self.stages["write"] = self._writing + done - before
         # This thread decodes nothing: when it neither waits for pixels nor writes, it waits for the engines.
         self.stages["network"] = self.seconds - self.stages["wait for pixels"] - self.stages["write"]
+
+    def _to_read(
+        self, longest: int, remembered: Mapping[tuple[str, int, int], bytes], *, dated: bool
+    ) -> list[ImageRef]:
+        """The images whose content is not known, or is new; those whose name cannot be kept are refused."""
+        index = self.writer.index
+        if dated and index is not None:
+            self._taken = dict(zip(digest_bytes(index.digests), index.metadata.get(TAKEN, ()), strict=False))
+        named, digests = [], []
+        for ref in self.images.refs:
+            problem = _name_problem(ref, longest)
+            if problem:
+                self._refuse(ref, None, ImageError("bad_name", problem))
+                continue
+            # Nothing is remembered of an image whose source has no times, or that may have changed while it was read.
+            named.append(ref)
+            digests.append(remembered.get((ref.id, ref.size, ref.stamp), b""))
+        there = self.writer.has_all(digests)
+        if dated:  # an unchanged file is read once more where its date is not known
+            there = [known and digest in self._taken for known, digest in zip(there, digests, strict=True)]
+        self._digests |= {ref.id: digest for ref, digest, known in zip(named, digests, there, strict=True) if known}
+        return [ref for ref, known in zip(named, there, strict=True) if not known]
 
     def _write(self, ready: Embedded) -> None:
         before = time.perf_counter()

@@ -20,7 +20,7 @@ from joblib import effective_n_jobs
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 
-from featx._files import canonical_json
+from featx._files import sha256_json
 from featx.backbones import DEFAULT_BACKBONE, NETWORKS, Backbone, Provider, load_backbone, make_engine, provenance_of
 from featx.errors import ImageError, MismatchError, SourceError, StoreBusy, UsageError
 from featx.extraction.embedder import Embedder, Seen
@@ -176,7 +176,7 @@ class _Run:
         if self.given.precision != "auto":
             wanted["precision"] = self.given.precision
         name = re.sub(r"[^A-Za-z0-9_.-]", "_", self.backbone.name)
-        own = root / _OTHERS / f"{name}-{hashlib.sha256(canonical_json(wanted)).hexdigest()[:12]}"
+        own = root / _OTHERS / f"{name}-{sha256_json(wanted)[:12]}"
         for self.cache in (root, own):
             held = stored_backbones(self.cache)
             if not held:

@@ -27,7 +27,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL
@@ -55,6 +55,8 @@ from featx.images.dicom import DicomFile, is_dicom, load as load_pydicom
 
 if TYPE_CHECKING:
     from pillow_heif import HeifImageFile
+
+    from featx.images.views import Looks
 
 _READERS = (
     JpegImagePlugin.JpegImageFile,
@@ -212,15 +214,7 @@ class _DicomImage(Image.Image):
         return super().load()
 
 
-class Resized(Protocol):
-    """What says how large an image has to be: a :class:`Preprocess`, or several views of one."""
-
-    def resized(self, width: int, height: int) -> tuple[int, int]:
-        """``(width, height)`` that an image of this size is resized to."""
-        ...
-
-
-def decode(data: bytes, *, enough_for: Sequence[Resized] = (), max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode(data: bytes, *, enough_for: Sequence[Preprocess | Looks] = (), max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode one file's bytes to an upright RGB image.
 
     Parameters

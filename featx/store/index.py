@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx._arrays import SPLITS
-from featx._files import canonical_json, read_regular
+from featx._files import canonical_json, read_regular, sha256_json
 from featx.errors import StoreError, UsageError
 from featx.store import hdf5
 from featx.store.hdf5 import RESTORE
@@ -266,7 +266,7 @@ def spell_quarantine(refused: Sequence[Refused]) -> bytes:
     lines = []
     for item in refused:
         said = asdict(item)
-        lines.append(canonical_json({**said, "checksum": hashlib.sha256(canonical_json(said)).hexdigest()[:16]}))
+        lines.append(canonical_json({**said, "checksum": sha256_json(said)[:16]}))
     return b"".join(line + b"\n" for line in lines)
 
 

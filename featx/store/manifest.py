@@ -6,7 +6,6 @@ its layers go by their bare names, and its fingerprint is the store's.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import Any, TypeGuard
 from urllib.parse import quote as quote_name
 
 from featx._arrays import PENULTIMATE, PIXELS
-from featx._files import canonical_json, publish_bytes, read_regular, seal, unseal
+from featx._files import publish_bytes, read_regular, seal, sha256_json, unseal
 from featx.errors import MismatchError, StoreError, did_you_mean
 from featx.store.hdf5 import RESTORE, is_sealed
 
@@ -197,10 +196,10 @@ def blocks_of(backbones: Sequence[Mapping[str, Any]]) -> dict[str, Block]:
 def fingerprint(provenance: Mapping[str, Any]) -> str:
     """Hex sha256 of the fields that change the numbers; of several backbones, of those of each in turn."""
     if "backbones" in provenance:
-        return hashlib.sha256(canonical_json([fingerprint(each) for each in provenance["backbones"]])).hexdigest()
+        return sha256_json([fingerprint(each) for each in provenance["backbones"]])
     fields = {name: provenance.get(name) for name in FINGERPRINTED}
     fields |= {name: provenance[name] for name in FINGERPRINTED_IF_THERE if name in provenance}
-    return hashlib.sha256(canonical_json(fields)).hexdigest()
+    return sha256_json(fields)
 
 
 def check_same(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: Path, *, whose: str = "this run's") -> None:

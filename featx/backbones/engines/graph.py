@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from featx._files import canonical_json, publish_bytes
+from featx._files import canonical_json, publish_bytes, sha256_json
 from featx.backbones.backbone import Backbone
 from featx.backbones.engines.base import without_telemetry
 from featx.backbones.hub import cache_folder
@@ -246,7 +246,7 @@ def quantised_here(weights_sha256: str) -> Iterator[tuple[Path, Graph]]:
 
 
 def _cached(kind: str, backbone: Backbone, decides: dict[str, Any]) -> Path:
-    key = hashlib.sha256(canonical_json(decides)).hexdigest()[:24]
+    key = sha256_json(decides)[:24]
     return cache_folder() / kind / f"{re.sub(r'[^A-Za-z0-9_.-]', '-', backbone.name)}-{key}.ir"
 
 

@@ -336,7 +336,7 @@ def _cuda() -> bool:
 
 
 def _has_driver() -> bool:
-    for name in ("libcuda.so.1", "nvcuda.dll", "libamdhip64.so"):
+    for name in ("libcuda.so.1", "libamdhip64.so"):
         try:
             ctypes.CDLL(name)
         except OSError:
