@@ -28,7 +28,7 @@ from featx._files import sha256_json
 from featx.backbones.backbone import Backbone, find
 from featx.backbones.frozen import FrozenNetwork, Pooling
 from featx.backbones.provider import Provider
-from featx.errors import BundleError, UsageError, plural
+from featx.errors import BundleError, UsageError, made_by_newer, plural
 from featx.images import Preprocess
 
 Unfreeze: TypeAlias = int | Literal["all"]
@@ -267,7 +267,7 @@ def tail_cut(tail: bytes) -> str:
     except (ValueError, KeyError, TypeError, RecursionError, struct.error) as error:
         raise BundleError(f"the trained part cannot be read ({error})") from error
     if version > FORMAT_VERSION:
-        raise BundleError("made by a newer featx", found=f"tail version {version}", hint="pip install -U featx")
+        raise made_by_newer(BundleError, "the trained part", FORMAT_VERSION, version)
     return cut
 
 

@@ -17,7 +17,7 @@ from urllib.parse import quote as quote_name
 
 from featx._arrays import PENULTIMATE, PIXELS
 from featx._files import publish_bytes, read_regular, seal, sha256_json, unseal
-from featx.errors import MismatchError, StoreError, did_you_mean
+from featx.errors import MismatchError, StoreError, did_you_mean, made_by_newer
 from featx.store.hdf5 import RESTORE, is_sealed
 
 FORMAT = "featx-store"
@@ -320,13 +320,7 @@ def check_version(path: Path, version: Any) -> None:
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise damaged(path, "it has no format_version")
     if version > FORMAT_VERSION:
-        raise StoreError(
-            "made by a newer featx",
-            where=path,
-            expected=f"format_version up to {FORMAT_VERSION}",
-            found=version,
-            hint="Update featx: pip install -U featx",
-        )
+        raise made_by_newer(StoreError, path, FORMAT_VERSION, version)
 
 
 def _parse_manifest(path: Path, fields: dict[str, Any]) -> Manifest:
