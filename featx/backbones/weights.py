@@ -394,7 +394,8 @@ def _entries(file: BinaryIO, size: int, pack: Path) -> list[_Entry]:
         if not (isinstance(offsets, list) and [type(n) for n in offsets] == [int, int]):
             raise _no_pack(pack, f"no place of {name!r}")
         low, high = offsets
-        if low != end or high <= low or tensor != {"dtype": "U8", "shape": [high - low], "data_offsets": offsets}:
+        place = {"dtype": "U8", "shape": [high - low], "data_offsets": offsets}
+        if low != end or not low < high < 1 << 63 or tensor != place:
             raise _no_pack(pack, f"a place of {name!r} that is not the next one")
         if high > size - first:
             raise _refused(
