@@ -57,9 +57,14 @@ def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
 
 
+def sha256_json(value: Any) -> str:
+    """Hex sha256 of a JSON value."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
 def seal(fields: Mapping[str, Any]) -> bytes:
     """JSON of the fields with a checksum of them, in the one spelling that :func:`unseal` takes."""
-    checksum = hashlib.sha256(canonical_json(fields)).hexdigest()
+    checksum = sha256_json(fields)
     return (json.dumps({**fields, "checksum": checksum}, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
@@ -72,7 +77,7 @@ def unseal(raw: bytes) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise ValueError("not a JSON object")
     claimed = fields.pop("checksum", None)
-    if claimed != hashlib.sha256(canonical_json(fields)).hexdigest():
+    if claimed != sha256_json(fields):
         raise ValueError("its checksum does not match")
     if raw != seal(fields):
         raise ValueError("bytes were changed")
@@ -81,7 +86,7 @@ def unseal(raw: bytes) -> dict[str, Any]:
 
 def publish(
     path: Path,
-    write: Callable[[Path], None],
+    write: Callable[[Path], object],
     verify: Callable[[Path], str | None] | None = None,
 ) -> Path:
     """Make ``path`` appear with its whole content, or not at all, whatever happens meanwhile.
@@ -167,11 +172,7 @@ def without_replacing(path: Path, new: Path) -> None:
 
 def publish_bytes(path: Path, data: bytes) -> Path:
     """:func:`publish` for content that is at hand."""
-
-    def write(temp: Path) -> None:
-        temp.write_bytes(data)
-
-    return publish(path, write)
+    return publish(path, lambda temp: temp.write_bytes(data))
 
 
 def publish_text(path: Path, text: str) -> Path:

@@ -123,6 +123,12 @@ class Interrupted(FeatxError):
     exit_code = 130
 
 
+def made_by_newer(kind: type[FeatxError], where: object, newest: int, found: object) -> FeatxError:
+    """The error of this kind for a file whose format is younger than this featx, which reads up to ``newest``."""
+    expected, hint = f"format_version up to {newest}", "Update featx: pip install -U featx"
+    return kind("made by a newer featx", where=where, expected=expected, found=found, hint=hint)
+
+
 def in_words(error: BaseException) -> str:
     """What an error of another library says, in one line and without the name of its class.
 

@@ -15,8 +15,7 @@ from typing import Any
 
 import lancedb
 
-from featx.store.reader import FeatureReader
-from featx.store.tables import record_batches, schema
+from featx.store.tables import record_batches
 
 
 def main() -> None:
@@ -28,10 +27,8 @@ def main() -> None:
     parser.add_argument("-k", type=int, default=5, help="how many to find")
     arguments = parser.parse_args()
 
-    dims = FeatureReader(arguments.store).dims("penultimate")
-    table: Any = lancedb.connect(arguments.database).create_table(
-        "images", record_batches(arguments.store), schema=schema(dims), mode="overwrite"
-    )
+    database: Any = lancedb.connect(arguments.database)
+    table = database.create_table("images", record_batches(arguments.store), mode="overwrite")
     print(f"{table.count_rows()} images are in {arguments.database}")
     if arguments.like:
         name = arguments.like.replace("'", "''")

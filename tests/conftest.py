@@ -19,6 +19,7 @@ from PIL import Image
 from warm import Warm, end_shared, let_children_be_counted, shared
 
 from featx.backbones.backbone import Backbone
+from featx.backbones.engines.base import Engine
 from featx.images.pixels import Preprocess
 
 TESTS = Path(__file__).parent
@@ -189,7 +190,7 @@ def bad_images(folder: Path) -> dict[str, str]:
     return {"text.jpg": "not_an_image", "truncated.jpg": "truncated", "pixel.png": "too_small"}
 
 
-class TinyEngine:
+class TinyEngine(Engine):
     """A real engine of the smallest kind: a fixed random projection of the pixels."""
 
     name = "torch"

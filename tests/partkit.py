@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from storekit import LightEngine, light_backbones, start_light
+import pytest
+from storekit import LightEngine, extract, light_backbones, png_folders, start_light
 
 from featx.backbones.backbone import Backbone
 from featx.extraction.runners.local import Job
@@ -20,6 +21,23 @@ from featx.store.manifest import read_manifest
 from featx.store.tools import content_hash, verify
 
 TWO = ("cpu", "cpu")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return png_folders(tmp_path / "photos", 40)
+
+
+@pytest.fixture
+def whole(source: Path, tmp_path: Path) -> Path:
+    """What a single process makes of the images."""
+    extract(source, tmp_path / "whole.featx")
+    return tmp_path / "whole.featx"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return tmp_path / "photos.featx"
 
 
 def job_for(

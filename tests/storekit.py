@@ -20,10 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 from warm import Started, shared
 
+import featx.extraction.parts
 import featx.extraction.run
 from featx.backbones.backbone import Backbone, load_backbone
+from featx.backbones.engines.base import Engine
 from featx.errors import Interrupted
-from featx.extraction.parts import Part, extract_part, finish_parts
+from featx.extraction.parts import Part, finish_parts
 from featx.extraction.run import ExtractSummary, extract_features
 from featx.images.pixels import Preprocess
 from featx.images.source import ImageSet
@@ -122,7 +124,7 @@ def make_store(
     return path
 
 
-class LightEngine:
+class LightEngine(Engine):
     """Means over a grid of the pixels, times a fixed matrix; each batch that is computed leaves a line in a log."""
 
     name = "torch"
@@ -273,6 +275,14 @@ def begin(**job: object) -> Started:
     """
     told = json.dumps({name: str(value) if isinstance(value, Path) else value for name, value in job.items()})
     return shared().begin([told], script=__file__)
+
+
+def extract_part(
+    images: ImageSet, backbone: Backbone | Sequence[Backbone], store: Path, part: Part, **options: Any
+) -> ExtractSummary:
+    """One part of all the images of a source."""
+    cut = part.cut(images)
+    return featx.extraction.parts.extract_part(cut, len(images), backbone, store, part, **options)
 
 
 def _run_job(job: dict[str, Any]) -> int:

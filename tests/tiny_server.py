@@ -27,13 +27,14 @@ from typing import Any
 
 import numpy as np
 from conftest import TINY, TinyEngine, tiny_backbone
+from imagekit import pixels
 from numpy.typing import NDArray
 
 from featx.errors import FeatxError
 from featx.extraction.embedder import Embedder
 from featx.heads.catalogue import make_head
 from featx.heads.scorer import Scorer
-from featx.images.pixels import encode, pixels
+from featx.images.pixels import encode
 from featx.models.bundle import Bundle, bundle_bytes
 from featx.models.corrections import Corrections
 from featx.models.fit import probe_pixels

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featx._files import cannot_write, canonical_json, make_folder, publish_bytes, uninterrupted, writer_lock
+from featx._files import cannot_write, make_folder, publish_bytes, sha256_json, uninterrupted, writer_lock
 from featx._system import available_cpus
 from featx.backbones import Engine
 from featx.errors import MismatchError, SourceError, UsageError
@@ -90,7 +90,7 @@ class Wanted:
             "engine": None if engine is None else [engine.name, engine.device, engine.precision],
             "digests": hashlib.sha256(np.ascontiguousarray(self.digests).data).hexdigest(),
         }
-        return hashlib.sha256(canonical_json(decides)).hexdigest()[:24]
+        return sha256_json(decides)[:24]
 
 
 def _check_room(folder: Path, nbytes: int, max_gib: float) -> None:

@@ -28,11 +28,8 @@ from .engines.base import (
     Engine as Engine,
     feature_maps as feature_maps,
     for_views as for_views,
-    graph_sha256 as graph_sha256,
     layer_place as layer_place,
-    network_to_keep as network_to_keep,
     of_layer as of_layer,
-    quantised_of as quantised_of,
 )
 from .engines.graph import (
     Graph as Graph,

@@ -14,7 +14,7 @@ from torch import nn
 from featx.backbones.checkpoint import read_file
 from featx.backbones.hub import Progress
 from featx.backbones.provider import Provider
-from featx.errors import UsageError, WeightsError
+from featx.errors import UsageError, WeightsError, made_by_newer
 from featx.images import Preprocess
 
 NAME = "autoencoder"
@@ -88,10 +88,7 @@ class AutoencoderNetwork(Provider):
                 "not the checkpoint of an autoencoder", where=file, hint="Make one: featx autoencoder SOURCE --out FILE"
             )
         if not isinstance(content.get("format_version"), int) or content["format_version"] > FORMAT_VERSION:
-            raise WeightsError(
-                "made by a newer featx", where=file, expected=f"format_version up to {FORMAT_VERSION}",
-                found=content.get("format_version"), hint="Update featx: pip install -U featx",
-            )  # fmt: skip
+            raise made_by_newer(WeightsError, file, FORMAT_VERSION, content.get("format_version"))
         try:
             dim, size = int(content["config"]["dim"]), int(content["config"]["size"])
             check_shape(dim, size)

@@ -245,18 +245,16 @@ def load_backbone(
         raise UsageError("name one layer or more, each once", where="layers", found=", ".join(layers) or "none")
     provider = Own.of(name) if isinstance(name, Provider) else find(name)
     code_sha256 = provider.code_sha256 if isinstance(provider, Own) else ""
-    if weights == "none":
-        if isinstance(provider, Own) and not provider.has_file:
-            raise UsageError(
-                "build() of this network brings its weights along, so there is no network without them",
-                where=provider.name,
-                hint="Let its weights() name their file, which build() then does not load.",
-            )
-        return _seeded(provider, "none", layers, random_state, code_sha256)
+    if weights == "none" and isinstance(provider, Own) and not provider.has_file:
+        raise UsageError(
+            "build() of this network brings its weights along, so there is no network without them",
+            where=provider.name,
+            hint="Let its weights() name their file, which build() then does not load.",
+        )
     default = weights == "default"
-    found = provider.weights(progress) if default else Path(weights)
+    found = provider.weights(progress) if default else None if weights == "none" else Path(weights)
     if found is None:
-        return _seeded(provider, "default", layers, random_state, code_sha256)
+        return _seeded(provider, str(weights), layers, random_state, code_sha256)
     file = _existing(found)
     sha256 = sha256_file(file)
     provider = provider.with_weights(file, sha256, default=default)

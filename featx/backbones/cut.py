@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from featx._arrays import PENULTIMATE
-from featx._files import canonical_json
+from featx._files import sha256_json
 from featx.backbones.backbone import Backbone, find
 from featx.backbones.frozen import FrozenNetwork, Pooling
 from featx.backbones.provider import Provider
-from featx.errors import BundleError, UsageError, plural
+from featx.errors import BundleError, UsageError, made_by_newer, plural
 from featx.images import Preprocess
 
 Unfreeze: TypeAlias = int | Literal["all"]
@@ -250,7 +250,7 @@ def tuned(backbone: Backbone, tail: bytes) -> Backbone:
     Its ``weights_sha256`` is of the tail and of the weights below it (of the tail alone, where that is all of it).
     """
     below = backbone.weights_sha256 if tail_cut(tail) else None
-    sha256 = hashlib.sha256(canonical_json({"below": below, "tail": hashlib.sha256(tail).hexdigest()})).hexdigest()
+    sha256 = sha256_json({"below": below, "tail": hashlib.sha256(tail).hexdigest()})
     return replace(backbone, weights_sha256=sha256, provider=Tuned(backbone.provider or find(backbone.name), tail))
 
 
@@ -267,7 +267,7 @@ def tail_cut(tail: bytes) -> str:
     except (ValueError, KeyError, TypeError, RecursionError, struct.error) as error:
         raise BundleError(f"the trained part cannot be read ({error})") from error
     if version > FORMAT_VERSION:
-        raise BundleError("made by a newer featx", found=f"tail version {version}", hint="pip install -U featx")
+        raise made_by_newer(BundleError, "the trained part", FORMAT_VERSION, version)
     return cut
 
 

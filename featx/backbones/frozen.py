@@ -169,15 +169,12 @@ def state_sha256(body: nn.Module) -> str:
 
 
 @contextlib.contextmanager
-def seeded(random_state: int | None, *, device: str = "cpu") -> Iterator[None]:
-    """Let torch draw from a seed, and then go on as if nothing had been drawn; None changes nothing.
+def seeded(random_state: int, *, device: str = "cpu") -> Iterator[None]:
+    """Let torch draw from a seed, and then go on as if nothing had been drawn.
 
     One thread at a time: torch's generators belong to the process, so of two threads that draw from them at once,
     neither gets the numbers of its seed.
     """
-    if random_state is None:
-        yield
-        return
     devices = [torch.cuda.current_device()] if device == "cuda" else []
     with _drawing, torch.random.fork_rng(devices=devices):
         torch.default_generator.manual_seed(random_state)
@@ -186,13 +183,12 @@ def seeded(random_state: int | None, *, device: str = "cpu") -> Iterator[None]:
         yield
 
 
-def catalogue_body(network: Network, preprocess: Preprocess, random_state: int | None = None) -> nn.Module:
-    """A catalogue network whole, with its 1,000-class layer; without a seed torch's generator is used as it is."""
+def catalogue_body(network: Network, preprocess: Preprocess) -> nn.Module:
+    """A catalogue network whole, with its 1,000-class layer."""
     if network.source == "featx":
         from featx.backbones.timm import create
 
-        with seeded(random_state):
-            return create(network.architecture, num_classes=1000)
+        return create(network.architecture, num_classes=1000)
     import torchvision.models
 
     options: dict[str, Any] = {}
@@ -202,8 +198,7 @@ def catalogue_body(network: Network, preprocess: Preprocess, random_state: int |
         options = {"aux_logits": False, "init_weights": True, "transform_input": True}
     elif network.name.startswith("vit_"):
         options = {"image_size": preprocess.crop[0]}  # the position embedding has the size of the weights
-    with seeded(random_state):
-        body: nn.Module = torchvision.models.get_model(network.name, weights=None, **options)
+    body: nn.Module = torchvision.models.get_model(network.name, weights=None, **options)
     return body
 
 

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from featx.backbones.backbone import Backbone
-from featx.backbones.engines.base import Engine, quantised_of
+from featx.backbones.engines.base import Engine
 from featx.images import CENTER, decode_settings, decoder_version, parse_views
 
 
@@ -20,7 +20,7 @@ def provenance_of(
         "views": ",".join(parse_views(",".join(views))),
         "decode": decode_settings(decode),
         "precision": engine.precision,
-        **({"quantised_sha256": quantised_of(engine)} if quantised_of(engine) else {}),
+        **({"quantised_sha256": engine.quantised_sha256} if engine.quantised_sha256 else {}),
         "decoder": decoder_version(),
         "engine": engine.name,
         "device": engine.device,

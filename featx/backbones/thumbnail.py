@@ -12,7 +12,7 @@ from typing import NoReturn
 import numpy as np
 
 from featx._arrays import PIXELS
-from featx.backbones.engines.base import Batch, Embeddings
+from featx.backbones.engines.base import Batch, Embeddings, Engine
 from featx.backbones.provider import Provider
 from featx.errors import UsageError
 from featx.images import THUMBNAIL_SIDE, Preprocess
@@ -34,13 +34,10 @@ class Thumbnail(Provider):
         raise UsageError("pixels is a baseline without a network", where="backbone", hint="Name another backbone.")
 
 
-class ThumbnailEngine:
+class ThumbnailEngine(Engine):
     """Runs the pixels baseline: a row is the picture's numbers from 0 to 1, by rows, pixels and channels."""
 
-    name, device, precision = "numpy", "cpu", "fp32"
-
-    def __init__(self, batch_size: int = 64) -> None:
-        self.batch_size = batch_size
+    name, device, precision, batch_size = "numpy", "cpu", "fp32", 64
 
     def embed(self, batches: Iterable[Batch]) -> Iterator[Embeddings]:
         """See :meth:`featx.backbones.engines.base.Engine.embed`."""

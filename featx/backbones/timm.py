@@ -169,20 +169,14 @@ def preprocess(data: Mapping[str, Any], name: str) -> Preprocess:
     """What :func:`timm.data.create_transform` does in evaluation, as a :class:`~featx.images.pixels.Preprocess`."""
     _, height, width = data["input_size"]
     scaled = (math.floor(height / data["crop_pct"]), math.floor(width / data["crop_pct"]))
-    mode = data["crop_mode"]
-    if mode not in ("center", "squash") or (mode == "center" and height != width):
+    mode, interpolation = data["crop_mode"], data["interpolation"]
+    cropped = mode == "squash" or (mode == "center" and height == width)
+    if not cropped or interpolation not in ("nearest", "bilinear", "bicubic", "lanczos"):
         raise UsageError(
             "the preprocessing of these weights is not supported",
             where=name,
-            expected="crop mode center (square) or squash",
-            found=f"{mode} {height}x{width}",
-        )
-    if data["interpolation"] not in ("nearest", "bilinear", "bicubic", "lanczos"):
-        raise UsageError(
-            "the preprocessing of these weights is not supported",
-            where=name,
-            expected="interpolation nearest, bilinear, bicubic or lanczos",
-            found=data["interpolation"],
+            expected="crop mode center (square) or squash, and interpolation nearest, bilinear, bicubic or lanczos",
+            found=f"{mode} {height}x{width}, {interpolation}",
         )
     resize = scaled[0] if mode == "center" else scaled
-    return Preprocess(resize, (height, width), data["interpolation"], tuple(data["mean"]), tuple(data["std"]))
+    return Preprocess(resize, (height, width), interpolation, tuple(data["mean"]), tuple(data["std"]))

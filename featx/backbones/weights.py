@@ -267,33 +267,33 @@ def add_weights(
         known = {entry.name: _recognised(entry, networks[entry.name], bool(sha256), pack) for entry in entries}
         for folder in {network.carried.parent for network in networks.values()}:
             make_folder(folder)
-        with contextlib.ExitStack() as stack:
-            ready: list[tuple[_Entry, Path, Path]] = []
-            done: dict[str, Path] = {}
-            for entry in entries:
-                network = networks[entry.name]
-                here = _already(network, entry, pack)
-                if here is not None:
-                    done[entry.name] = here
-                    continue
-                temp = stack.enter_context(_room(network.carried))
-                _extract(file, entry, temp, pack, advance)
-                if isinstance(network, _Quantised):
-                    _check_quantised(temp, entry, {other.sha256 for other in entries}, pack)
-                elif not isinstance(network, CatalogueNetwork):
-                    if progress is not None:
-                        progress(f"checking that the weights fill {entry.name}")
-                    _check_fits(network, temp, entry, pack)
-                ready.append((entry, temp, network.carried))
-            try:
+        ready: list[tuple[_Entry, Path, Path]] = []
+        done: dict[str, Path] = {}
+        try:
+            with contextlib.ExitStack() as stack:
+                for entry in entries:
+                    network = networks[entry.name]
+                    here = _already(network, entry, pack)
+                    if here is not None:
+                        done[entry.name] = here
+                        continue
+                    temp = stack.enter_context(temporary(network.carried))
+                    _extract(file, entry, temp, pack, advance)
+                    if isinstance(network, _Quantised):
+                        _check_quantised(temp, entry, {other.sha256 for other in entries}, pack)
+                    elif not isinstance(network, CatalogueNetwork):
+                        if progress is not None:
+                            progress(f"checking that the weights fill {entry.name}")
+                        _check_fits(network, temp, entry, pack)
+                    ready.append((entry, temp, network.carried))
                 with uninterrupted():
                     for entry, temp, path in ready:
                         temp.replace(path)
                         done[entry.name] = path
                     for folder in {path.parent for _, _, path in ready}:
                         fsync_path(folder)
-            except OSError as error:
-                raise cannot_write(hub_folder(), error) from error
+        except OSError as error:
+            raise cannot_write(network.carried, error) from error
     new = {entry.name for entry, _, _ in ready}
     return [
         Carried(entry.name, done[entry.name], entry.size, entry.sha256, known[entry.name], entry.name in new)
@@ -370,7 +370,7 @@ def _entries(file: BinaryIO, size: int, pack: Path) -> list[_Entry]:
     if length > MAX_HEADER or length > size - _LENGTH.size:
         raise _no_pack(pack, f"a header of {length:,} bytes in a file of {size:,}")
     try:
-        header = json.loads(file.read(length), object_pairs_hook=_once, parse_constant=_refuse, parse_int=_integer)
+        header = json.loads(file.read(length))
     except (ValueError, RecursionError) as error:
         raise _no_pack(pack, f"a header that is not JSON ({in_words(error)})") from error
     metadata = header.pop("__metadata__", None) if isinstance(header, dict) else None
@@ -394,7 +394,8 @@ def _entries(file: BinaryIO, size: int, pack: Path) -> list[_Entry]:
         if not (isinstance(offsets, list) and [type(n) for n in offsets] == [int, int]):
             raise _no_pack(pack, f"no place of {name!r}")
         low, high = offsets
-        if low != end or high <= low or tensor != {"dtype": "U8", "shape": [high - low], "data_offsets": offsets}:
+        place = {"dtype": "U8", "shape": [high - low], "data_offsets": offsets}
+        if low != end or not low < high < 1 << 63 or tensor != place:
             raise _no_pack(pack, f"a place of {name!r} that is not the next one")
         if high > size - first:
             raise _refused(
@@ -411,23 +412,6 @@ def _entries(file: BinaryIO, size: int, pack: Path) -> list[_Entry]:
     if first + end != size:
         raise _no_pack(pack, f"{plural(size - first - end, 'byte')} behind the last file")
     return entries
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name is there twice")
-    return found
-
-
-def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is not a number here")
-
-
-def _integer(digits: str) -> int:
-    if len(digits) > 20:
-        raise ValueError("a number is too large")
-    return int(digits)
 
 
 def _known_network(name: str, pack: Path) -> CatalogueNetwork | TimmModel | _Quantised:
@@ -507,16 +491,6 @@ def _already(network: CatalogueNetwork | TimmModel | _Quantised, entry: _Entry, 
         found=f"{here} with another",
         hint="Delete that file first if you want these.",
     )
-
-
-@contextlib.contextmanager
-def _room(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path``; OSErrors of whatever is done with it in words."""
-    try:
-        with temporary(path) as temp:
-            yield temp
-    except OSError as error:
-        raise cannot_write(path, error) from error
 
 
 def _extract(file: BinaryIO, entry: _Entry, temp: Path, pack: Path, advance: Advance | None) -> None:

@@ -177,7 +177,7 @@ def extract(
     on where it stopped.
     """
     from featx.extraction import UNREAD
-    from featx.images import ImageSet, count_labels
+    from featx.images import ImageSet, count_names
     from featx.store import stored_backbones
 
     how = Spread.of(part, finish, runner, devices, prune=prune, rehash=rehash, device=device)
@@ -232,7 +232,7 @@ def extract(
         say(f"Note: {note}.", err=True)
     refused = {item.id for item in summary.refused}
     labels = [ref.label for ref in own.refs if ref.id not in refused]
-    classes, nameless = count_labels(labels), labels.count(None)
+    classes, nameless = count_names(labels), labels.count(None)
     if as_json:
         print_json({**summary.to_json(), "classes": classes, "unlabelled": nameless})
     rate = f", {summary.images_per_second:.0f} images/s" if summary.images_per_second else ""

@@ -7,7 +7,6 @@ here, or has changed, this is an error that names it, never a silent near miss.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,17 +20,14 @@ from featx.backbones import (
     Provider,
     carried,
     for_views,
-    graph_sha256,
     is_for_openvino,
     is_own,
     load_backbone,
     make_engine,
-    network_to_keep,
     provenance_of,
-    quantised_of,
 )
 from featx.errors import ImageError, UsageError, WeightsError
-from featx.images import CENTER, Decoded, DecoderPool, Looks, Origin, Together, decode, parse_views
+from featx.images import CENTER, Decoded, DecoderPool, Looks, Origin, decode, parse_views
 from featx.store import check_same
 
 Seen = tuple[NDArray[np.uint8], ...]
@@ -82,22 +78,6 @@ def network_like(
             hint=hint,
         )
     return load_backbone(backbone or recorded, weights=weights or named, layers=tuple(provenance["layers"]))
-
-
-def _load(
-    provenance: Mapping[str, Any],
-    where: Path,
-    backbone: str | Provider | None,
-    weights: str | Path | None,
-    tail: bytes | None,
-) -> Backbone:
-    """The network of a provenance with its weights, and with the trained part of a fine-tuned one."""
-    network = network_like(provenance, where=where, backbone=backbone, weights=weights)
-    if tail is None:
-        return network
-    from featx.backbones import tuned
-
-    return tuned(network, tail)
 
 
 class Embedder:
@@ -174,7 +154,15 @@ class Embedder:
             first.others = tuple(others)
             return first
         precision = str(provenance.get("precision", "auto"))
-        load = partial(_load, provenance, where, backbone, weights, tail)
+
+        def load() -> Backbone:
+            network = network_like(provenance, where=where, backbone=backbone, weights=weights)
+            if tail is None:
+                return network
+            from featx.backbones import tuned
+
+            return tuned(network, tail)
+
         sha256 = provenance.get("quantised_sha256") or (graphs or {}).get(str(provenance.get("backbone")))
         brought = (networks or {}).get(str(sha256))
         network = None
@@ -196,16 +184,16 @@ class Embedder:
     @property
     def networks(self) -> dict[str, bytes]:
         """The graphs of networks that can travel with a model, by their sha256; those that featx has are left out."""
-        found = {graph_sha256(each.engine): network_to_keep(each.engine) for each in self.members}
+        found = {each.engine.graph_sha256: each.engine.network_to_keep for each in self.members}
         return {sha256: content for sha256, content in found.items() if content}
 
     @property
     def graphs(self) -> dict[str, str]:
         """The sha256 of the graph of each backbone that runs as one and is not quantised, by its name."""
         return {
-            each.backbone.name: graph_sha256(each.engine)
+            each.backbone.name: each.engine.graph_sha256
             for each in self.members
-            if graph_sha256(each.engine) and not quantised_of(each.engine)
+            if each.engine.graph_sha256 and not each.engine.quantised_sha256
         }
 
     @property
@@ -216,8 +204,7 @@ class Embedder:
     def pixels(self, data: bytes) -> Seen:
         """What the engines are to see of an image file's bytes."""
         looks = [each.looks for each in self.members]
-        image = decode(data, enough_for=Together(looks) if self.decode == "scaled" else None)
-        return self.cut(image)
+        return self.cut(decode(data, enough_for=looks if self.decode == "scaled" else ()))
 
     def cut(self, image: Any) -> Seen:
         """What the engines are to see of an upright RGB image of Pillow's."""
@@ -257,22 +244,14 @@ class Embedder:
 
         ``paths`` may be other origins of images, too.
         """
-        waiting: list[Somewhere] = []
-        images: list[Seen] = []
-        refused: dict[int, ImageError] = {}
+        waiting: list[tuple[Somewhere, Seen | ImageError]] = []
 
         def flush() -> Iterator[tuple[Somewhere, tuple[NDArray[np.float32], ...] | ImageError]]:
-            layers = self.embed_pixels(images) if images else ()
-            row = 0
-            for place, path in enumerate(waiting):
-                if place in refused:
-                    yield path, refused[place]
-                else:
-                    yield path, tuple(layer[row] for layer in layers)
-                    row += 1
+            images = [seen for _, seen in waiting if not isinstance(seen, ImageError)]
+            rows = zip(*self.embed_pixels(images), strict=True) if images else iter(())
+            for path, seen in waiting:
+                yield path, seen if isinstance(seen, ImageError) else next(rows)
             waiting.clear()
-            images.clear()
-            refused.clear()
 
         given = list(paths)
         if not given:
@@ -280,12 +259,13 @@ class Embedder:
         workers = min(available_cpus(), len(given))
         with self.decoders(workers=workers) as pool:
             stream = pool.run(given, lambda digest: False, ahead=2 * self.engine.batch_size + workers)
+            ready = 0
             for path, decoded in zip(given, stream, strict=True):
-                waiting.append(path)
-                if decoded.refusal is not None:
-                    refused[len(waiting) - 1] = decoded.refusal
-                elif (picture := self.seen(decoded)) is not None:
-                    images.append(picture)
-                if len(images) == self.engine.batch_size:
+                seen = decoded.refusal or self.seen(decoded)
+                assert seen is not None
+                waiting.append((path, seen))
+                ready += not isinstance(seen, ImageError)
+                if ready == self.engine.batch_size:
                     yield from flush()
+                    ready = 0
             yield from flush()

@@ -160,7 +160,7 @@ class Lanes:
         images, pixels = [image for image, _ in batch], np.stack([each for _, each in batch])
         while not self._running[number].send(images, pixels):
             self._collect()
-            if not self._running[number].alive:
+            if not self._running[number].is_alive():
                 self._collect()  # its error, if it has one
                 raise RuntimeError("an engine ended before the images did")
 
@@ -205,26 +205,15 @@ class Lanes:
 _Result = tuple[list[_Image], Sequence[NDArray[np.float32]]]
 
 
-class _Thread:
+class _Thread(threading.Thread):
     """The thread of one lane: batches in, results out, in order; an error of the engine comes out as itself."""
 
     def __init__(self, engine: Engine, name: str) -> None:
+        super().__init__(name=name, daemon=True)
         self._engine = engine
         self._inbox: queue.Queue[tuple[list[_Image], NDArray[np.uint8]] | None] = queue.Queue(_AHEAD)
         self._outbox: queue.SimpleQueue[_Result | BaseException | None] = queue.SimpleQueue()
-        self._stopped = self._over = False
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def join(self) -> None:
-        self._thread.join()
-
-    @property
-    def alive(self) -> bool:
-        """Whether it may still give results."""
-        return self._thread.is_alive()
+        self._given_up = self._over = False
 
     def send(self, images: list[_Image], pixels: NDArray[np.uint8]) -> bool:
         """Whether there was room for the batch within a moment."""
@@ -240,12 +229,12 @@ class _Thread:
             with contextlib.suppress(queue.Full):
                 self._inbox.put(None, timeout=_STEP)
                 return
-            if not self._thread.is_alive():
+            if not self.is_alive():
                 return
 
     def stop(self) -> None:
         """Give up what waits."""
-        self._stopped = True
+        self._given_up = True
         with contextlib.suppress(queue.Empty):
             while True:
                 self._inbox.get_nowait()
@@ -276,11 +265,11 @@ class _Thread:
             if isinstance(result, tuple):
                 yield result
 
-    def _run(self) -> None:
+    def run(self) -> None:
         under_way: deque[list[_Image]] = deque()
 
         def batches() -> Iterator[NDArray[np.uint8]]:
-            while (item := self._inbox.get()) is not None and not self._stopped:
+            while (item := self._inbox.get()) is not None and not self._given_up:
                 under_way.append(item[0])
                 yield item[1]
 

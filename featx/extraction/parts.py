@@ -52,6 +52,7 @@ from featx.store import (
     Refused,
     StoreWriter,
     check_backbones,
+    digest_bytes,
     digest_keys,
     name_of,
     read_index,
@@ -112,22 +113,21 @@ class Part:
 
 
 def extract_part(
-    images: ImageSet,
+    cut: ImageSet,
+    total: int,
     backbone: Backbone | Sequence[Backbone],
     store: str | Path,
     part: Part,
-    *,
     engine: Engine | Start | None = None,
-    progress: Progress | None = None,
     **options: Any,
 ) -> ExtractSummary:
-    """Extract one part of ``images``; what the store or an earlier run of the part has is not computed again.
+    """Extract one part of ``total`` images; what the store or an earlier run of the part has is not computed again.
 
     Parameters
     ----------
-    images : all images of the source, the same for every part.
-    backbone, engine, progress, options : as for :func:`featx.extraction.run.extract_features`; ``max_bad`` is a share
-        of all images, and a part fails only where it alone has more bad ones than the whole may have.
+    cut : the images of the part.
+    backbone, engine, options : as for :func:`featx.extraction.run.extract_features`; ``max_bad`` is a share of all
+        images, and a part fails only where it alone has more bad ones than the whole may have.
     store : folder of the store that the parts are for.
     part : which part.
 
@@ -138,19 +138,6 @@ def extract_part(
     MismatchError
         Another part, or the store, was made with other settings.
     """
-    return extract_cut(part.cut(images), len(images), backbone, store, part, engine, progress=progress, **options)
-
-
-def extract_cut(
-    cut: ImageSet,
-    total: int,
-    backbone: Backbone | Sequence[Backbone],
-    store: str | Path,
-    part: Part,
-    engine: Engine | Start | None = None,
-    **options: Any,
-) -> ExtractSummary:
-    """:func:`extract_part` for images that are cut already, out of ``total``."""
     store = Path(store)
     how = {name: options.pop(name) for name in ("views", "decode", "recipe") if name in options}
     folder = part.folder(store)
@@ -432,11 +419,10 @@ def _names(done: Sequence[_Done]) -> tuple[dict[str, bytes], dict[str, int], dic
     stamps: dict[str, int] = {}
     taken: dict[bytes, str] = {}
     for each in done:
-        flat = each.index.digests.tobytes()
-        digests |= {name: flat[32 * row : 32 * row + 32] for row, name in enumerate(each.index.ids)}
-        stamps |= dict(zip(each.index.ids, each.index.stamps.tolist(), strict=True))
-        dates = each.index.metadata.get(TAKEN, ())
-        taken |= {flat[32 * row : 32 * row + 32]: date for row, date in enumerate(dates)}
+        contents = digest_bytes(each.index.digests)
+        digests |= zip(each.index.ids, contents, strict=True)
+        stamps |= zip(each.index.ids, each.index.stamps.tolist(), strict=True)
+        taken |= zip(contents, each.index.metadata.get(TAKEN, ()), strict=False)
     return digests, stamps, taken
 
 

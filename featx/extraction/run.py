@@ -12,7 +12,7 @@ import contextlib
 import time
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from featx.store import (
     Index,
     Refused,
     StoreWriter,
+    digest_bytes,
     digest_keys,
     fingerprint,
     longest_id,
@@ -112,24 +113,13 @@ class ExtractSummary:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types; the refused images stay in the store's quarantine."""
+        said = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "refused"}
+        said |= {name: list(said[name]) for name in ("backbones", "views", "notes")}
         return {
-            "images": self.images,
-            "embedded": self.embedded,
-            "reused": self.reused,
-            "copies": self.copies,
-            "quarantined": self.quarantined,
+            **said,
             "seconds": round(self.seconds, 3),
             "images_per_second": round(self.images_per_second, 2),
-            "fingerprint": self.fingerprint,
-            "backbone": self.backbone,
-            "backbones": list(self.backbones),
-            "engine": self.engine,
-            "precision": self.precision,
-            "device": self.device,
-            "views": list(self.views),
-            "pruned": self.pruned,
             "stages": {name: round(seconds, 4) for name, seconds in self.stages.items()},
-            "notes": list(self.notes),
         }
 
 
@@ -148,8 +138,6 @@ def extract_features(
     recipe: str = "",
     decode_timeout: float = TIMEOUT,
     progress: Progress | None = None,
-    total: int | None = None,
-    known: Path | None = None,
     rehash: bool = False,
     small: SmallPicture | None = None,
 ) -> ExtractSummary:
@@ -173,9 +161,6 @@ def extract_features(
     recipe : of :data:`featx.backbones.recipes.RECIPES`, from which the given backbones are; their provenance says so.
     decode_timeout : seconds after which a decoder counts as hanging.
     progress : called as ``progress(done, total)``.
-    total : number of images of the whole extraction that ``images`` are a part of (:mod:`featx.extraction.parts`); it
-        decides how many may be refused, and how long an id may be. By default ``images`` are the whole.
-    known : another store, whose embeddings are taken over before anything is computed.
     rehash : read every image, those too that look unchanged; only new content is embedded all the same.
     small : given each image that is embedded, and its thumbnail; nothing where ``decode`` is "scaled".
 
@@ -191,11 +176,10 @@ def extract_features(
     Interrupted
         KeyboardInterrupt came; what was computed is published, and the same call goes on from there.
     """
-    recorded = known if known is not None and not stored_backbones(Path(store)) else Path(store)
-    lanes = make_lanes(backbone, engine, (recorded,), views=views, decode=decode, recipe=recipe)
+    lanes = make_lanes(backbone, engine, (Path(store),), views=views, decode=decode, recipe=recipe)
     return extract_lanes(
         images, lanes, store, workers=workers, max_bad=max_bad, prune=prune, replace_images=replace_images,
-        decode_timeout=decode_timeout, progress=progress, total=total, known=known, rehash=rehash, small=small,
+        decode_timeout=decode_timeout, progress=progress, rehash=rehash, small=small,
     )  # fmt: skip
 
 
@@ -285,7 +269,14 @@ def extract_lanes(
     rehash: bool = False,
     small: SmallPicture | None = None,
 ) -> ExtractSummary:
-    """:func:`extract_features` with what embeds the images; its own backbone first."""
+    """:func:`extract_features` with what embeds the images; its own backbone first.
+
+    Parameters
+    ----------
+    total : number of images of the whole extraction that ``images`` are a part of (:mod:`featx.extraction.parts`); it
+        decides how many may be refused, and how long an id may be. By default ``images`` are the whole.
+    known : another store, whose embeddings are taken over before anything is computed.
+    """
     started = time.perf_counter()
     run: _Run | None = None
     with StoreWriter(store, *(lane.provenance for lane in lanes)) as writer:
@@ -354,7 +345,7 @@ def _notes(images: ImageSet, writer: StoreWriter) -> tuple[str, ...]:
     if writer.index is not None:
         gone = [name for name in writer.index.class_names if name not in images.class_names]
         if gone and earlier_source == images.source:
-            notes.append(f"not there any more: {plural(len(gone), 'class').partition(' ')[2]} {', '.join(gone[:10])}")
+            notes.append(f"not there any more: {'class' if len(gone) == 1 else 'classes'} {', '.join(gone[:10])}")
     if (writer.path / PARTS).is_dir():
         notes.append("parts of an extraction are waiting in this store; --finish takes over what they have")
     return tuple(notes)
@@ -441,27 +432,8 @@ class _Run:
     def embed(self, workers: int, timeout: float, progress: Progress | None, of: int, *, rehash: bool) -> None:
         """Find the digest of every image, and publish the embedding of every new content; ``of`` as ``total``."""
         total = len(self.images)
-        longest = longest_id(of)
-        remembered = {} if rehash else self._remembered()
         dated = self.images.grouping is not None and self.images.grouping.dated
-        if dated and self.writer.index is not None:
-            known_dates = self.writer.index.metadata.get(TAKEN, ())
-            contents = digest_keys(self.writer.index.digests).tolist()
-            self._taken = dict(zip((key.ljust(32, b"\0") for key in contents), known_dates, strict=False))
-        named, digests = [], []
-        for ref in self.images.refs:
-            problem = _name_problem(ref, longest)
-            if problem:
-                self._refuse(ref, None, ImageError("bad_name", problem))
-                continue
-            # Nothing is remembered of an image whose source has no times, or that may have changed while it was read.
-            named.append(ref)
-            digests.append(remembered.get((ref.id, ref.size, ref.stamp), b""))
-        there = self.writer.has_all(digests)
-        if dated:  # an unchanged file is read once more where its date is not known
-            there = [known and digest in self._taken for known, digest in zip(there, digests, strict=True)]
-        pending = [ref for ref, known in zip(named, there, strict=True) if not known]
-        self._digests |= {ref.id: digest for ref, digest, known in zip(named, digests, there, strict=True) if known}
+        pending = self._to_read(longest_id(of), {} if rehash else self._remembered(), dated=dated)
         self.done = total - len(pending)
         if progress is not None:
             progress(self.done, total)
@@ -503,7 +475,7 @@ class _Run:
                     self.stages[stage] += seconds
                 self.done += 1
                 if progress is not None:
-                    progress(self.done, len(self.images))
+                    progress(self.done, total)
                 if decoded.refusal is not None:
                     self._refuse(ref, decoded.digest, decoded.refusal)
                     continue
@@ -529,6 +501,28 @@ class _Run:
         # This thread decodes nothing: when it neither waits for pixels nor writes, it waits for the engines.
         self.stages["network"] = self.seconds - self.stages["wait for pixels"] - self.stages["write"]
 
+    def _to_read(
+        self, longest: int, remembered: Mapping[tuple[str, int, int], bytes], *, dated: bool
+    ) -> list[ImageRef]:
+        """The images whose content is not known, or is new; those whose name cannot be kept are refused."""
+        index = self.writer.index
+        if dated and index is not None:
+            self._taken = dict(zip(digest_bytes(index.digests), index.metadata.get(TAKEN, ()), strict=False))
+        named, digests = [], []
+        for ref in self.images.refs:
+            problem = _name_problem(ref, longest)
+            if problem:
+                self._refuse(ref, None, ImageError("bad_name", problem))
+                continue
+            # Nothing is remembered of an image whose source has no times, or that may have changed while it was read.
+            named.append(ref)
+            digests.append(remembered.get((ref.id, ref.size, ref.stamp), b""))
+        there = self.writer.has_all(digests)
+        if dated:  # an unchanged file is read once more where its date is not known
+            there = [known and digest in self._taken for known, digest in zip(there, digests, strict=True)]
+        self._digests |= {ref.id: digest for ref, digest, known in zip(named, digests, there, strict=True) if known}
+        return [ref for ref, known in zip(named, there, strict=True) if not known]
+
     def _write(self, ready: Embedded) -> None:
         before = time.perf_counter()
         self.writer.add(ready.digests, ready.embeddings, ready.hashes)
@@ -541,9 +535,8 @@ class _Run:
         index = self.writer.index
         if index is None:
             return {}
-        flat = index.digests.tobytes()
         keys = zip(index.ids, index.sizes.tolist(), index.stamps.tolist(), strict=True)
-        return {key: flat[32 * row : 32 * row + 32] for row, key in enumerate(keys) if key[2] >= 0}
+        return {key: digest for key, digest in zip(keys, digest_bytes(index.digests), strict=True) if key[2] >= 0}
 
     def _refuse(self, ref: ImageRef, digest: bytes | None, refusal: ImageError) -> None:
         self.refused.append(Refused(ref.id, digest.hex() if digest else "", refusal.reason, refusal.what))
@@ -596,8 +589,7 @@ def index_of(
         groups = grouping.of_dates(metadata[TAKEN])
     elif grouping is None and before is not None and before.grouping:
         rule, group_name = before.grouping, before.group_name
-        flat = before.digests.tobytes()
-        had = {flat[32 * row : 32 * row + 32]: group for row, group in enumerate(before.groups)}
+        had = dict(zip(digest_bytes(before.digests), before.groups, strict=False))
         groups = [had.get(digests[ref.id], "") for ref in refs]
     names = tuple(name for name in images.class_names if not _text_problem(name))
     number = {name: i for i, name in enumerate(names)}

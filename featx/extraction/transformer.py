@@ -20,12 +20,12 @@ from joblib import effective_n_jobs
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 
-from featx._files import canonical_json
+from featx._files import sha256_json
 from featx.backbones import DEFAULT_BACKBONE, NETWORKS, Backbone, Provider, load_backbone, make_engine, provenance_of
 from featx.errors import ImageError, MismatchError, SourceError, StoreBusy, UsageError
 from featx.extraction.embedder import Embedder, Seen
 from featx.images import DecoderPool, as_rgb, decode_settings, is_image, parse_views
-from featx.store import ShardReader, StoreWriter, check_same, name_of, read_manifest, steady, stored_backbones
+from featx.store import ShardReader, StoreWriter, check_same, read_manifest, steady, stored_backbones
 
 _AT_A_TIME = 1024
 """Images that are embedded between two visits to the store: a crash costs no more."""
@@ -176,11 +176,11 @@ class _Run:
         if self.given.precision != "auto":
             wanted["precision"] = self.given.precision
         name = re.sub(r"[^A-Za-z0-9_.-]", "_", self.backbone.name)
-        own = root / _OTHERS / f"{name}-{hashlib.sha256(canonical_json(wanted)).hexdigest()[:12]}"
+        own = root / _OTHERS / f"{name}-{sha256_json(wanted)[:12]}"
         for self.cache in (root, own):
-            if not (self.cache / "manifest.json").exists():
+            held = stored_backbones(self.cache)
+            if not held:
                 return
-            held = {name_of(each): each for each in read_manifest(self.cache).backbones}
             stored = dict(held.get(self.backbone.name, next(iter(held.values()))))
             layers = tuple(stored["layers"])
             same = {"layers": stored["layers"]} if self.given.layer in layers else {}
@@ -227,8 +227,6 @@ class _Run:
     def _look_up(self, digests: NDArray[np.uint8]) -> tuple[ShardReader | None, NDArray[np.int64]]:
         cache = self.cache
         assert cache is not None
-        if not (cache / "manifest.json").exists():
-            return None, np.full(len(digests), -1, np.int64)
         if self.backbone.name not in stored_backbones(cache):
             return None, np.full(len(digests), -1, np.int64)
         reader = steady(cache, lambda: ShardReader(cache, read_manifest(cache), self.backbone.name))

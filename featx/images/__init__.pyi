@@ -1,9 +1,12 @@
+from .child import start_process as start_process
 from .dicom import rules_of as rules_of
 from .grouping import TAKEN as TAKEN
 from .listing import list_refs as list_refs
 from .origin import (
+    IMAGE_SUFFIXES as IMAGE_SUFFIXES,
     MAX_BYTES as MAX_BYTES,
     Held as Held,
+    ImageRef as ImageRef,
     Origin as Origin,
     Unreadable as Unreadable,
     file_ref as file_ref,
@@ -37,10 +40,8 @@ from .pool import (
     TooHeavy as TooHeavy,
 )
 from .source import (
-    IMAGE_SUFFIXES as IMAGE_SUFFIXES,
-    ImageRef as ImageRef,
     ImageSet as ImageSet,
-    count_labels as count_labels,
+    count_names as count_names,
     finder as finder,
     is_local as is_local,
     walk_folder as walk_folder,
@@ -55,7 +56,6 @@ from .views import (
     CENTER as CENTER,
     VIEWS as VIEWS,
     Looks as Looks,
-    Together as Together,
     View as View,
     parse_views as parse_views,
 )

@@ -37,6 +37,37 @@ _ENVIRONMENT = (
 """All that a child learns of the parent's environment."""
 
 
+def start_process(module: str, **options: Any) -> tuple[subprocess.Popen[bytes], Connection]:
+    """A Python process that runs ``serve(handle)`` of a module of featx, and the socket to it.
+
+    Parameters
+    ----------
+    options : as of Popen.
+
+    Raises
+    ------
+    OSError
+        There can be none.
+    """
+    main = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
+    main += f"from {module} import serve; serve(int(sys.argv[1]))"
+    ours, theirs = socket.socketpair()
+    try:
+        with theirs:
+            process = subprocess.Popen(
+                # -P: a numpy.py in the working folder must not become part of it.
+                [sys.executable, "-P", "-c", main, str(theirs.fileno()), json.dumps([*map(str, sys.path)])],
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                process_group=0,  # Ctrl-C is for the parent, which then ends the child
+                **options,
+            )
+    except OSError:
+        ours.close()
+        raise
+    return process, Connection(ours.detach())
+
+
 class Child:
     """One process, and the socket to it.
 
@@ -66,35 +97,15 @@ class Child:
     def _start(self) -> None:
         self._ready = False
         try:
-            ours, theirs = socket.socketpair()
-            with theirs:
-                handle = theirs.fileno()
-                try:
-                    self._process = subprocess.Popen(
-                        # -P: a numpy.py in the working folder must not become part of it.
-                        [
-                            sys.executable,
-                            "-P",
-                            "-c",
-                            _main(self.module),
-                            str(handle),
-                            json.dumps([*map(str, sys.path)]),
-                        ],
-                        pass_fds=(handle,),
-                        stdin=subprocess.DEVNULL,
-                        stderr=subprocess.PIPE,  # what it says before it is ready, for the error message
-                        env=_environment(),
-                        # A group of its own: Ctrl-C is for the parent, which then ends the child.
-                        process_group=0,
-                    )
-                except OSError:
-                    ours.close()
-                    raise
+            self._process, self._socket = start_process(
+                self.module,
+                stderr=subprocess.PIPE,  # what it says before it is ready, for the error message
+                env=_environment(),
+            )
         except OSError as error:
             raise self.missing(
                 f"{self.what} cannot be started ({error.strerror})", where=sys.executable, hint=self.fewer
             ) from error
-        self._socket = Connection(ours.detach())
         with contextlib.suppress(OSError):  # it has ended already: wait_until_ready says why
             self._socket.send_bytes(json.dumps(self._settings).encode())
 
@@ -161,12 +172,3 @@ def speak_to_nobody() -> None:
 def _environment() -> dict[str, str]:
     kept = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
     return {**kept, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-
-
-def _main(module: str) -> str:
-    return f"""\
-import json, sys
-sys.path[:] = json.loads(sys.argv[2])
-from {module} import serve
-serve(int(sys.argv[1]))
-"""

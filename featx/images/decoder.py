@@ -29,7 +29,7 @@ from featx.images.exif import taken_at
 from featx.images.origin import MAX_BYTES, too_many_bytes
 from featx.images.phash import perceptual_hash
 from featx.images.pixels import BYTES_PER_PIXEL, Preprocess, decode, prepare, weigh
-from featx.images.views import Looks, Together
+from featx.images.views import Looks
 
 READ, PART, HERE, DECODE, DECODE_LIGHT = b"R", b"P", b"H", b"G", b"L"
 """What the parent asks: read a file, read a part of one, take these bytes; then, decode them, or decode them within
@@ -104,7 +104,7 @@ def _decode(data: bytes, looks: list[Looks], settings: dict[str, Any]) -> tuple[
     """The answer, and the pixels that follow it."""
     started = time.perf_counter()
     with limited_memory(BYTES_PER_PIXEL * settings["max_pixels"] + _SPARE):
-        enough_for = Together(looks) if settings["mode"] == "scaled" else None
+        enough_for = looks if settings["mode"] == "scaled" else ()
         image = decode(data, enough_for=enough_for, max_pixels=settings["max_pixels"])
         decoded = time.perf_counter()
         pixels = [np.ascontiguousarray(each.cut(image)) for each in looks]

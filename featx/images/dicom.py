@@ -16,6 +16,7 @@ its warnings and errors: its warnings and its log are switched off here, and no 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import struct
@@ -133,12 +134,8 @@ class DicomFile:
         pydicom = load()
         syntax = _transfer_syntax(data)
         _check_syntax(syntax)
-        try:
+        with _without_its_words():
             self._dataset = pydicom.dcmread(io.BytesIO(data), specific_tags=list(_ELEMENTS))
-        except MemoryError:
-            raise
-        except Exception:  # noqa: BLE001 - of many kinds, and its words may be a patient's
-            raise _corrupt() from None
         found = self._dataset
         if "Rows" not in found and "Columns" not in found:
             raise ImageError("not_an_image", "DICOM without an image: a report, a plan, or a measurement")
@@ -146,14 +143,10 @@ class DicomFile:
         self._samples, self._stored = self._number("SamplesPerPixel", 1), self._number("BitsStored")
         self._kind = str(self._value("PhotometricInterpretation"))
         if "PixelData" not in found:
-            floats = "FloatPixelData" in found or "DoubleFloatPixelData" in found
-            if floats:
+            if "FloatPixelData" in found or "DoubleFloatPixelData" in found:
                 raise ImageError("unsupported_mode", "floating-point pixels have no defined range; save as 16 bits")
             raise _truncated()
-        if (self._samples, self._kind) not in [
-            *((1, each) for each in (*_GREY, _PALETTE)),
-            *((3, c) for c in _COLOURS),
-        ]:
+        if self._kind not in {1: (*_GREY, _PALETTE), 3: _COLOURS}.get(self._samples, ()):
             raise ImageError("unsupported_mode", "DICOM with colours of a kind that is not read; export it as PNG")
         allocated = self._number("BitsAllocated")
         if min(self.size) < 1 or not 1 <= self._stored <= allocated <= 32:
@@ -171,22 +164,13 @@ class DicomFile:
             They cannot be decoded.
         """
         pydicom = load()
-        try:
-            with np.errstate(all="ignore"):
-                raw = pydicom.pixels.pixel_array(self._dataset, index=0)
-                return self._grey(raw) if self._kind in _GREY else self._coloured(raw)
-        except (ImageError, MemoryError):
-            raise
-        except Exception:  # noqa: BLE001 - as above
-            raise _corrupt() from None
+        with _without_its_words(), np.errstate(all="ignore"):
+            raw = pydicom.pixels.pixel_array(self._dataset, index=0)
+            return self._grey(raw) if self._kind in _GREY else self._coloured(raw)
 
     def _value(self, name: str) -> Any:
-        try:
+        with _without_its_words():
             return self._dataset.get(name)
-        except MemoryError:
-            raise
-        except Exception:  # noqa: BLE001 - as above
-            raise _corrupt() from None
 
     def _number(self, name: str, default: int = -1) -> int:
         value = self._value(name)
@@ -290,6 +274,17 @@ def _transfer_syntax(data: bytes) -> str:
     except struct.error:
         raise _truncated() from None
     raise _corrupt()
+
+
+@contextlib.contextmanager
+def _without_its_words() -> Iterator[None]:
+    """An ImageError for whatever pydicom says of a file, since that may be a patient's name."""
+    try:
+        yield
+    except (ImageError, MemoryError):
+        raise
+    except Exception:  # noqa: BLE001
+        raise _corrupt() from None
 
 
 def _truncated() -> ImageError:

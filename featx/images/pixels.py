@@ -23,11 +23,11 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL
@@ -55,6 +55,8 @@ from featx.images.dicom import DicomFile, is_dicom, load as load_pydicom
 
 if TYPE_CHECKING:
     from pillow_heif import HeifImageFile
+
+    from featx.images.views import Looks
 
 _READERS = (
     JpegImagePlugin.JpegImageFile,
@@ -212,21 +214,13 @@ class _DicomImage(Image.Image):
         return super().load()
 
 
-class Resized(Protocol):
-    """What says how large an image has to be: a :class:`Preprocess`, or several views of one."""
-
-    def resized(self, width: int, height: int) -> tuple[int, int]:
-        """``(width, height)`` that an image of this size is resized to."""
-        ...
-
-
-def decode(data: bytes, *, enough_for: Resized | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode(data: bytes, *, enough_for: Sequence[Preprocess | Looks] = (), max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode one file's bytes to an upright RGB image.
 
     Parameters
     ----------
     enough_for : decode a JPEG at a half, a quarter or an eighth of its size, as long as that is no smaller than what
-        this resizes to (decode mode "scaled"). By default the image has its full size.
+        each of these resizes to (decode mode "scaled"). By default the image has its full size.
     max_pixels : a larger image is refused by its header.
 
     Raises
@@ -235,18 +229,13 @@ def decode(data: bytes, *, enough_for: Resized | None = None, max_pixels: int = 
         With the reason code of what is wrong with the file.
     """
     image, _ = _admit(data, max_pixels)
-    try:
+    with _refusing():
         # Of HEIC, draft would take an embedded preview, which need not be of the same picture.
-        if enough_for is not None and image.format != HEIF:
-            image.draft("RGB", enough_for.resized(*image.size))
+        if enough_for and image.format != HEIF:
+            widths, heights = zip(*(each.resized(*image.size) for each in enough_for), strict=True)
+            image.draft("RGB", (max(widths), max(heights)))
         image.load()
         return _to_rgb(image if image.format == HEIF else _upright(image))
-    except ImageError:
-        raise
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise _refusal(error) from error
 
 
 def weigh(data: bytes, *, max_pixels: int = MAX_PIXELS) -> int:
@@ -337,11 +326,6 @@ def as_rgb(value: object) -> Image.Image:
     if min(width, height) < MIN_SIDE:
         raise ImageError("too_small", f"{width}x{height} pixels; at least {MIN_SIDE} a side are needed")
     return _to_rgb(_upright(value))
-
-
-def pixels(data: bytes, preprocess: Preprocess, *, mode: str = "full") -> NDArray[np.uint8]:
-    """Decode, resize and centre-crop one file's bytes: uint8 ``(height, width, 3)``, not normalised."""
-    return resize_crop(decode(data, enough_for=preprocess if mode == "scaled" else None), preprocess)
 
 
 def encode(array: NDArray[np.uint8], *, form: str = "PNG") -> bytes:
@@ -435,21 +419,18 @@ def _open(data: bytes) -> Image.Image:
     # Before the others: in the 128 bytes before its mark, many programs write the start of a TIFF.
     if is_dicom(data):
         return _DicomImage(DicomFile(data))
-    try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise _too_large(str(error)) from error
-    except UnidentifiedImageError as error:
-        if _is_heif(data):
-            return _open_heif(data)
-        if found := _unsupported(data):
-            raise ImageError("unsupported_format", f"{found} is not read; export it as JPEG") from error
-        known = ", ".join((*FORMATS, "HEIC", "DICOM"))
-        raise ImageError("not_an_image", f"not one of {known}{_what_it_is(data)}") from error
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise _refusal(error) from error
+    with _refusing():
+        try:
+            return Image.open(io.BytesIO(data), formats=FORMATS)
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            raise _too_large(str(error)) from error
+        except UnidentifiedImageError as error:
+            if _is_heif(data):
+                return _open_heif(data)
+            if found := _unsupported(data):
+                raise ImageError("unsupported_format", f"{found} is not read; export it as JPEG") from error
+            known = ", ".join((*FORMATS, "HEIC", "DICOM"))
+            raise ImageError("not_an_image", f"not one of {known}{_what_it_is(data)}") from error
 
 
 def _is_heif(data: bytes) -> bool:
@@ -464,12 +445,7 @@ def _open_heif(data: bytes) -> HeifImageFile:
         raise ImageError("unsupported_format", f"HEIC, the iPhone's format, needs pillow-heif: {hint}") from error
     # Photos are decoded side by side already, and the tiles of one on four threads take three times the memory.
     options.DECODE_THREADS = 1
-    try:
-        return HeifImageFile(io.BytesIO(data))  # type: ignore[no-untyped-call]
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise _refusal(error) from error
+    return HeifImageFile(io.BytesIO(data))  # type: ignore[no-untyped-call]
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -518,10 +494,17 @@ def _too_large(found: str, most: int = MAX_PIXELS) -> ImageError:
     return ImageError("too_large", f"more than {most:,} pixels are declared ({found})")
 
 
-def _refusal(error: Exception) -> ImageError:
-    said = str(error).lower()
-    reason = "truncated" if "truncated" in said or "unexpected end of file" in said else "corrupt"
-    return ImageError(reason, f"it cannot be decoded ({in_words(error)})")
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """An ImageError for whatever a decoder says of a file; a lack of memory is the process's."""
+    try:
+        yield
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:
+        said = str(error).lower()
+        reason = "truncated" if "truncated" in said or "unexpected end of file" in said else "corrupt"
+        raise ImageError(reason, f"it cannot be decoded ({in_words(error)})") from error
 
 
 def _unsupported(data: bytes) -> str:

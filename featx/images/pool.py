@@ -21,11 +21,12 @@ import os
 import queue
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -133,14 +134,21 @@ class DecoderPool:
     ) -> None:
         self.preprocess, self.workers, self.timeout = preprocess, workers, timeout
         looks = (Looks(preprocess, views), *others)
+        settings = {
+            "looks": [{"preprocess": each.preprocess.to_json(), "views": each.views} for each in looks],
+            "timeout": timeout,
+            "mode": mode,
+            "max_pixels": max_pixels,
+            "background": background,
+            "hashed": hashed,
+            "dated": dated,
+        }
         every = tuple(range(len(looks)))
         self._idle: queue.SimpleQueue[_Child] = queue.SimpleQueue()
         self._children: list[_Child] = []
         try:
             for _ in range(workers):
-                child = _Child(
-                    looks, timeout, mode, max_pixels, wanted or (lambda digest: every), background, hashed, dated
-                )
+                child = _Child(settings, [each.shape for each in looks], wanted or (lambda digest: every))
                 self._children.append(child)
         except BaseException:
             for child in self._children:
@@ -318,25 +326,11 @@ class _Child(Child):
 
     def __init__(
         self,
-        looks: Sequence[Looks],
-        timeout: float,
-        mode: str,
-        max_pixels: int,
+        settings: Mapping[str, Any],
+        shapes: Sequence[tuple[int, ...]],
         places: Callable[[bytes], Sequence[int]],
-        background: bool,
-        hashed: bool,
-        dated: bool,
     ) -> None:
-        self.timeout, self._shapes, self._places = timeout, [each.shape for each in looks], places
-        settings = {
-            "looks": [{"preprocess": each.preprocess.to_json(), "views": each.views} for each in looks],
-            "timeout": timeout,
-            "mode": mode,
-            "max_pixels": max_pixels,
-            "background": background,
-            "hashed": hashed,
-            "dated": dated,
-        }
+        self.timeout, self._shapes, self._places = settings["timeout"], shapes, places
         super().__init__(settings)
 
     def decode(self, request: bytes, known: Callable[[bytes], bool]) -> Decoded:

@@ -117,7 +117,7 @@ def _system(url: str) -> tuple[Any, str]:
             raise not_installed(package, extra, f"{protocol}://") from error
         raise UsageError(f"{protocol}:// needs a package that is not installed", where=url, found=str(error)) from error
     except Exception as error:
-        raise SourceError(f"not an address that fsspec knows ({_short(error)})", where=url) from error
+        raise SourceError(f"not an address that fsspec knows ({in_words(error)})", where=url) from error
 
 
 def _no_answer(error: Exception, url: str) -> FeatxError:
@@ -127,7 +127,7 @@ def _no_answer(error: Exception, url: str) -> FeatxError:
         return SourceError("nothing is at this address", where=url)
     if isinstance(error, PermissionError) or "credentials" in str(error).lower():
         return SourceError(
-            f"no permission ({_short(error)})", where=url, hint="Are the credentials set, and for this address?"
+            f"no permission ({in_words(error)})", where=url, hint="Are the credentials set, and for this address?"
         )
     return SourceError(
         f"no answer ({in_words(error)})",
@@ -160,7 +160,3 @@ def _time_ns(about: Mapping[str, Any]) -> int:
         if isinstance(value, int | float):
             return int(value * 10**9)
     return -1
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

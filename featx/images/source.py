@@ -18,15 +18,13 @@ import errno
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from featx.errors import SourceError, did_you_mean, plural
 from featx.images.grouping import Grouping, column_of
 from featx.images.origin import IMAGE_SUFFIXES, ImageRef, Origin, Unreadable, file_ref, labels_from_folders, no_images
-
-__all__ = ["IMAGE_SUFFIXES", "ImageRef", "ImageSet", "count_labels", "finder", "is_local"]
 
 Progress = Callable[[int], None]
 
@@ -118,20 +116,18 @@ class ImageSet:
         UsageError
             The rule cannot be read, or no image has a group by it.
         """
-        grouping = Grouping.parse(rule, name)
+        images, grouping = self, Grouping.parse(rule, name)
         if grouping.kind == "column":
             if grouping.value.lower() == "group" and any(ref.group for ref in self.refs):
                 return replace(self, grouping=grouping)
             images = self._with_column(grouping.value)
             column = column_of(grouping.value, dict.fromkeys(images.columns))
             groups = [dict(ref.metadata).get(column, "") for ref in images.refs]
-            refs = tuple(replace(ref, group=group) for ref, group in zip(images.refs, groups, strict=True))
-            return replace(self, refs=refs, grouping=grouping)
-        if grouping.kind == "none" or grouping.dated:  # dates are in the files, which the extraction reads
+        elif grouping.kind == "none" or grouping.dated:  # dates are in the files, which the extraction reads
             groups = [""] * len(self.refs)
         else:
             groups = grouping.of_paths([ref.id for ref in self.refs], some=some)
-        refs = tuple(replace(ref, group=group) for ref, group in zip(self.refs, groups, strict=True))
+        refs = tuple(replace(ref, group=group) for ref, group in zip(images.refs, groups, strict=True))
         return replace(self, refs=refs, grouping=grouping)
 
     def has_column(self, name: str) -> bool:
@@ -234,12 +230,11 @@ class ImageSet:
                 found.append((relative, stat))
             else:
                 ignored.append(relative)
-        labels = {label for label, _ in labels_from_folders([name for name, _ in found])} - {None}
-        if closed and (len(labels) == 1 or not found):
+        named = labels_from_folders([name for name, _ in found])
+        if closed and (not found or len({label for label, _ in named} - {None}) == 1):
             raise _closed(root / closed[0])  # what is left is not what the user means
         if not found:
             raise no_images("in this folder", root, ignored)
-        named = labels_from_folders([relative for relative, _ in found])
         refs = [
             file_ref(relative, root / relative, label, split, stat)
             for (relative, stat), (label, split) in zip(found, named, strict=True)
@@ -352,9 +347,9 @@ def _one_level_up(root: Path, images: ImageSet) -> str:
     return f"For images without labels, give the folder that holds them: {root / images.class_names[0]}"
 
 
-def count_labels(labels: Sequence[str | None]) -> dict[str, int]:
-    """Number of images of each class, sorted by name; unlabelled ones are left out."""
-    return dict(sorted(Counter(label for label in labels if label is not None).items()))
+def count_names(names: Iterable[str | None]) -> dict[str, int]:
+    """How often each name occurs, sorted by name; None and "" are left out."""
+    return dict(sorted(Counter(name for name in names if name).items()))
 
 
 def is_local(source: str) -> bool:

@@ -21,7 +21,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from featx.errors import FeatxError, ImageError, SourceError, not_installed
 from featx.images.child import ATTEMPTS, Child
@@ -117,38 +117,16 @@ class _Reader(Child):
 
     def labels(self, path: Path) -> list[str | None]:
         """The class name of each row, None for those without."""
-
-        def take() -> list[str | None]:
-            rows, labelled = json.loads(self._answer(path))
-            if not labelled:
-                return [None] * rows
-            known: dict[str | None, str | None] = {}
-            found: list[str | None] = []
-            while len(found) < rows:
-                found += [known.setdefault(label, label) for label in json.loads(self._answer(path))]
-            return found
-
-        return self._ask(take, path)
+        rows, found = self._list(path)
+        return found or [None] * rows
 
     def columns(self, path: Path) -> list[str]:
         """The names of the columns beside image and label."""
-
-        def take() -> list[str]:
-            return list(json.loads(self._answer(path)))
-
-        return self._ask(take, path, column="")
+        return list(self._list(path, "")[0])
 
     def texts(self, path: Path, column: str) -> tuple[str, list[str]]:
         """The name of a column, as the table spells it, and its value in each row."""
-
-        def take() -> tuple[str, list[str]]:
-            rows, name = json.loads(self._answer(path))
-            found: list[str] = []
-            while len(found) < rows:
-                found += json.loads(self._answer(path))
-            return name, found
-
-        return self._ask(take, path, column=column)
+        return self._list(path, column)
 
     def image(self, path: Path, row: int) -> bytes | None:
         """The bytes of one row's image, or None where it has none."""
@@ -157,7 +135,20 @@ class _Reader(Child):
             answer = self._answer(path)
             return None if answer == NONE else answer.removeprefix(IMAGE)
 
-        return self._ask(take, path, row)
+        return self._ask(take, path, row=row)
+
+    def _list(self, path: Path, column: str | None = None) -> tuple[Any, list[Any]]:
+        """What the reader says of a table, and then of each row, if anything."""
+
+        def take() -> tuple[Any, list[Any]]:
+            about, count = json.loads(self._answer(path))
+            known: dict[Any, Any] = {}  # one string for each value, however many rows have it
+            found: list[Any] = []
+            while len(found) < count:
+                found += [known.setdefault(value, value) for value in json.loads(self._answer(path))]
+            return about, found
+
+        return self._ask(take, path, column=column)
 
     def _ask(self, take: Callable[[], T], path: Path, row: int | None = None, column: str | None = None) -> T:
         with self._turn:

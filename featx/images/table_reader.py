@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from featx._files import signature
 from featx._system import confine, limited_memory
-from featx.errors import FeatxError, ImageError, SourceError
+from featx.errors import FeatxError, ImageError, SourceError, in_words
 from featx.images.child import READY, speak_to_nobody
 from featx.images.grouping import MAX_TEXT, column_of
 from featx.images.origin import MAX_FETCHED, too_many_bytes
@@ -68,10 +68,10 @@ def serve(handle: int) -> None:
 
 
 def _answer(parent: Connection, path: str, row: int | None, column: str | None = None) -> None:
-    """What is in a table, or the image of one row.
+    """The image of one row, or what is in a table: something about it, the number of values that follow, and those.
 
-    That is the number of rows, and then, where there are any, their labels; of a ``column``, the number of rows, its
-    name and then its values; of the column "", the names of all.
+    Without a ``column`` these are the number of rows and their labels, where there are any; of a column, its name and
+    its values; of the column "", the names of all, and no values.
     """
     state = signature(Path(path))
     try:
@@ -83,18 +83,16 @@ def _answer(parent: Connection, path: str, row: int | None, column: str | None =
                     raise too_many_bytes(len(data), MAX_FETCHED)
                 parent.send_bytes(NONE if data is None else IMAGE + data)
                 return
+            about: Any = table.rows
+            values: Iterator[list[Any]] | None = table.labels()
             if column == "":
-                parent.send_bytes(json.dumps(table.columns).encode())
-                return
-            if column is not None:
-                name = column_of(column, dict.fromkeys(table.columns))
-                parent.send_bytes(json.dumps([table.rows, name]).encode())
-                for texts in table.texts(name):
-                    parent.send_bytes(json.dumps(texts).encode())
-                return
-            parent.send_bytes(json.dumps([table.rows, table.labelled]).encode())
-            for labels in table.labels():
-                parent.send_bytes(json.dumps(labels).encode())
+                about, values = table.columns, None
+            elif column is not None:
+                about = column_of(column, dict.fromkeys(table.columns))
+                values = table.texts(about)
+            parent.send_bytes(json.dumps([about, 0 if values is None else table.rows]).encode())
+            for some in values or ():
+                parent.send_bytes(json.dumps(some).encode())
     except FeatxError as error:
         slots = {name: getattr(error, name) for name in ("what", "where", "expected", "found", "hint")}
         told = {name: None if value is None else str(value)[:2000] for name, value in slots.items()}
@@ -132,17 +130,11 @@ class Table:
             self._image = self._image_column()
             self._label = self._label_column()
         except self._errors as error:
-            raise SourceError(f"not a table that pyarrow reads ({_short(error)})", where=path) from error
+            raise SourceError(f"not a table that pyarrow reads ({in_words(error)})", where=path) from error
 
-    @property
-    def labelled(self) -> bool:
-        """Whether there is a column of labels."""
-        return self._label is not None
-
-    def labels(self) -> Iterator[list[str | None]]:
-        """The class name of each row, some at a time; nothing where there is no such column."""
-        if self._label is not None:
-            yield from self._values(self._label, self._class_of)
+    def labels(self) -> Iterator[list[str | None]] | None:
+        """The class name of each row, some at a time; None where there is no such column."""
+        return None if self._label is None else self._values(self._label, self._class_of)
 
     @property
     def columns(self) -> list[str]:
@@ -157,7 +149,7 @@ class Table:
         SourceError
             One is no short text, number or date.
         """
-        yield from self._values(column, partial(self._text_of, column))
+        return self._values(column, partial(self._text_of, column))
 
     def _values(self, column: str, read: Callable[[int, Any, list[str] | None], T]) -> Iterator[list[T]]:
         """What ``read`` makes of each row's number, value, and the names that the table has for the column's values."""
@@ -170,7 +162,7 @@ class Table:
                     yield [read(row + i, value, names) for i, value in enumerate(values)]
                     row += len(values)
         except self._errors as error:
-            raise self._damaged(error) from error
+            raise self._damaged(in_words(error)) from error
         if row != self.rows:
             raise self._damaged(f"{row:,} values for {self.rows:,} rows")
 
@@ -205,7 +197,7 @@ class Table:
             return self._seek(row)
         except self._errors as error:
             self._group = -1
-            raise ImageError("corrupt", f"the table cannot be read here: {_short(error)}") from error
+            raise ImageError("corrupt", f"the table cannot be read here: {in_words(error)}") from error
 
     def _seek(self, row: int) -> bytes | None:
         group = next(i for i, stop in enumerate(self._file.starts[1:]) if row < stop)
@@ -256,9 +248,9 @@ class Table:
     def _at(self, row: int) -> str:
         return f"{self.path}, row {row}, column {self._label}"
 
-    def _damaged(self, error: Exception | str) -> SourceError:
+    def _damaged(self, how: str) -> SourceError:
         return SourceError(
-            f"the table cannot be read ({_short(error)})", where=self.path, hint="Fetch it again, or make it anew."
+            f"the table cannot be read ({how})", where=self.path, hint="Fetch it again, or make it anew."
         )
 
 
@@ -313,7 +305,7 @@ def _features(path: Path, schema: pyarrow.Schema) -> dict[str, dict[str, Any]]:
             if not all(isinstance(name, str) for name in feature.get("names") or ()):
                 raise ValueError("class names that are not text")
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise SourceError(f"metadata that datasets would not write ({_short(error)})", where=path) from error
+        raise SourceError(f"metadata that datasets would not write ({in_words(error)})", where=path) from error
     return checked
 
 
@@ -334,7 +326,3 @@ def _sound(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
 def _bytes_of(value: Any) -> bytes | None:
     found = value.get("bytes") if isinstance(value, dict) else value
     return found if isinstance(found, bytes) else None
-
-
-def _short(error: Exception | str) -> str:
-    return " ".join(str(error).split())[:200]

@@ -37,6 +37,10 @@ _MAX_HEADER = 2**20
 _MAX_LABEL = 2**16
 _LABEL_KEYS = ("label", "class_name", "class", "cls")
 _BLOCK = 512
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"(\xb5/\xfd")
+"""How gzip, bzip2, xz and zstd begin."""
+
+_AGAIN = "Fetch it again, or make it anew."
 
 
 @dataclass(frozen=True)
@@ -145,19 +149,10 @@ def _members(path: Path) -> Iterator[_Member]:
     except (tarfile.TarError, ValueError) as error:  # ValueError is what tarfile makes of numbers that are none
         with path.open("rb") as file:
             start = file.read(6)
-        compressed = (
-            start[:2] == b"\x1f\x8b" or start[:3] == b"BZh" or start == b"\xfd7zXZ\0" or start[:4] == b"(\xb5/\xfd"
-        )
-        what = (
-            "a compressed archive, in which nothing can be found at random"
-            if compressed
-            else f"not a valid tar file ({error})"
-        )
-        raise SourceError(
-            what,
-            where=path,
-            hint="Unpack it, or make a plain .tar of it." if compressed else "Fetch it again, or make it anew.",
-        ) from error
+        if start.startswith(_COMPRESSED):
+            what = "a compressed archive, in which nothing can be found at random"
+            raise SourceError(what, where=path, hint="Unpack it, or make a plain .tar of it.") from error
+        raise SourceError(f"not a valid tar file ({error})", where=path, hint=_AGAIN) from error
     except OSError as error:
         raise SourceError(f"cannot be read ({error.strerror or error})", where=path) from error
 
@@ -184,7 +179,7 @@ def _checked(path: Path, tar: tarfile.TarFile, size: int) -> Iterator[_Member]:
                     where=path,
                     expected=f"{info.offset_data + info.size:,} bytes or more",
                     found=f"{size:,}",
-                    hint="Fetch it again, or make it anew.",
+                    hint=_AGAIN,
                 )
             part = regular[name] = Part(path, info.offset_data, info.size)
             yield _Member(name, part, info.size)
@@ -201,10 +196,9 @@ def _check_end(path: Path, file: BinaryIO) -> None:
     end = file.read(_BLOCK)
     if end == b"\0" * _BLOCK and not file.read(2**20).strip(b"\0"):
         return
-    what = (
-        "something follows its end, as when archives are joined with cat" if end == b"\0" * _BLOCK else "it has no end"
-    )
-    raise SourceError(f"not a valid tar file ({what})", where=path, hint="Fetch it again, or make it anew.")
+    joined = end == b"\0" * _BLOCK
+    what = "something follows its end, as when archives are joined with cat" if joined else "it has no end"
+    raise SourceError(f"not a valid tar file ({what})", where=path, hint=_AGAIN)
 
 
 class _Headers:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx.errors import UsageError, did_you_mean
-from featx.images.pixels import Preprocess, crop_box, decode, resize_box, resize_crop
+from featx.images.pixels import Preprocess, crop_box, resize_box, resize_crop
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -157,24 +157,3 @@ class Looks:
     def _cut(self, image: Image, view: View) -> NDArray[np.uint8]:
         box = view.box(*image.size, self.preprocess.crop)
         return resize_crop(image, self.preprocess) if box is None else resize_box(image, self.preprocess, box)
-
-    def pixels(self, data: bytes, *, mode: str = "full") -> NDArray[np.uint8]:
-        """Pixels uint8 of ``shape`` of an image file's bytes; ImageError when they are refused."""
-        return self.cut(decode(data, enough_for=self if mode == "scaled" else None))
-
-
-class Together:
-    """Several ways to look at an image, as one thing that says how large it has to be.
-
-    Parameters
-    ----------
-    looks : one or more.
-    """
-
-    def __init__(self, looks: Sequence[Looks]) -> None:
-        self.looks = looks
-
-    def resized(self, width: int, height: int) -> tuple[int, int]:
-        """``(width, height)`` that an image of this size must not be decoded smaller than."""
-        sizes = [each.resized(width, height) for each in self.looks]
-        return max(w for w, _ in sizes), max(h for _, h in sizes)

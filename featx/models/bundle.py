@@ -66,7 +66,7 @@ from numpy.typing import NDArray
 from featx._arrays import COMBINED, JOINED
 from featx._files import publish_bytes, read_regular
 from featx.backbones import check_network
-from featx.errors import BundleError, FeatxError, StoreError, UsageError
+from featx.errors import BundleError, FeatxError, StoreError, UsageError, made_by_newer
 from featx.heads import Array, Scorer, is_kind, margins, softmax
 from featx.models.novelty import Familiarity, is_unknown
 from featx.models.sets import Conformity, among_known, check_coverage, label_sets
@@ -455,10 +455,7 @@ def _check_version(fields: Any, where: Path) -> None:
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise ValueError("it has no format_version")
     if version > FORMAT_VERSION:
-        raise BundleError(
-            "made by a newer featx", where=where, expected=f"format_version up to {FORMAT_VERSION}", found=version,
-            hint="Update featx: pip install -U featx",
-        )  # fmt: skip
+        raise made_by_newer(BundleError, where, FORMAT_VERSION, version)
 
 
 def _members(raw: bytes) -> dict[str, bytes]:

@@ -30,7 +30,7 @@ from .reader import (
     steady as steady,
     stored_backbones as stored_backbones,
 )
-from .shards import ShardReader as ShardReader, digest_keys as digest_keys
+from .shards import ShardReader as ShardReader, digest_bytes as digest_bytes, digest_keys as digest_keys
 from .tables import export_table as export_table
 from .tools import content_hash as content_hash, info as info, pack as pack, verify as verify
 from .writer import SHARD_ROWS as SHARD_ROWS, StoreWriter as StoreWriter

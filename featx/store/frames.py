@@ -1,12 +1,9 @@
-"""A FeatureSet as what other libraries take: plain arrays, a pandas frame, an AnnData. Pandas' and anndata's door."""
+"""A FeatureSet as what other libraries take: a pandas frame, an AnnData. Pandas' and anndata's door."""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from featx.errors import not_installed
 
@@ -15,20 +12,6 @@ if TYPE_CHECKING:
     import pandas
 
     from featx.store.reader import FeatureSet
-
-
-def to_numpy(features: FeatureSet) -> dict[str, NDArray[Any]]:
-    """Plain arrays by name, which ``numpy.savez`` keeps and ``numpy.load`` reads without pickle."""
-    return {
-        "embeddings": features.embeddings,
-        "ids": features.ids,
-        "labels": features.labels,
-        "class_names": np.array(features.class_names, dtype=np.str_),
-        "splits": features.splits,
-        "digests": features.digests,
-        **({"groups": features.groups} if (features.groups != "").any() else {}),
-        **{f"meta/{name}": values for name, values in features.metadata.items()},
-    }
 
 
 def to_pandas(features: FeatureSet) -> pandas.DataFrame:

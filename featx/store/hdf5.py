@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx._files import LatchedFile
-from featx.errors import StoreError
+from featx.errors import StoreError, in_words
 
 USER_BLOCK = 512
 MAX_STRING = 4_096
@@ -144,15 +144,8 @@ def check_seal(path: Path) -> str:
 class CheckedFile:
     """An open HDF5 file whose structure has been checked; every read is checked as well."""
 
-    def __init__(self, path: Path, file: h5py.File, columns: Mapping[str, h5py.Dataset], rows: int) -> None:
-        self.path, self.rows = path, rows
-        self.columns = columns
-        self._file = file
-
-    def attribute(self, name: str) -> str:
-        """One text attribute of the file."""
-        with _reading(self.path):
-            return _attribute(self.path, self._file, name)
+    def __init__(self, path: Path, columns: Mapping[str, h5py.Dataset], rows: int) -> None:
+        self.path, self.columns, self.rows = path, columns, rows
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Rows ``start`` to ``stop`` of one column; embeddings are checked to be finite."""
@@ -175,21 +168,13 @@ class CheckedFile:
             raise StoreError(f"{name} is not UTF-8", where=self.path) from error
 
 
-def read_attributes(path: Path, names: Iterable[str]) -> dict[str, str]:
-    """Text attributes of a file, before anything else in it is looked at: what it is decides what it must hold."""
+def read_attributes(path: Path) -> dict[str, str]:
+    """The attributes of a file, before anything else in it is looked at: what it is decides what it must hold."""
     with _reading(path), _open(path) as file:
-        return {name: _attribute(path, file, name) for name in names}
-
-
-def optional_attribute(path: Path, name: str) -> str | None:
-    """One text attribute of a file, or None where it has none of this name."""
-    with _reading(path), _open(path) as file:
-        return _attribute(path, file, name) if name in file.attrs else None
+        return {name: _attribute(path, file, name) for name in file.attrs}
 
 
 def _attribute(path: Path, file: h5py.File, name: str) -> str:
-    if name not in file.attrs:
-        raise StoreError(f"no attribute {name!r}", where=path, hint="It is not a file that featx wrote.")
     described = file.attrs.get_id(name)
     kind = described.get_type()
     if not _is_text(kind) or described.shape != ():
@@ -239,7 +224,7 @@ def open_checked(path: Path, expected: Mapping[str, str]) -> Iterator[CheckedFil
         lengths = {int(column.shape[0]) for name, column in columns.items() if name != "class_names"}
         if len(lengths) > 1:
             raise StoreError("the datasets have different numbers of rows", where=path, found=sorted(lengths))
-        yield CheckedFile(path, file, columns, lengths.pop() if lengths else 0)
+        yield CheckedFile(path, columns, lengths.pop() if lengths else 0)
     finally:
         file.close()
 
@@ -338,5 +323,4 @@ def _reading(path: Path) -> Iterator[None]:
     except PermissionError as error:
         raise StoreError("no permission to read", where=path) from error
     except (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, OverflowError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise StoreError(f"damaged, or not HDF5 ({reason})", where=path, hint=RESTORE) from error
+        raise StoreError(f"damaged, or not HDF5 ({in_words(error)})", where=path, hint=RESTORE) from error

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from urllib.parse import quote as quote_name
 
@@ -14,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx._arrays import SPLITS
-from featx._files import canonical_json, read_regular
+from featx._files import canonical_json, read_regular, sha256_json
 from featx.errors import StoreError, UsageError
 from featx.store import hdf5
 from featx.store.hdf5 import RESTORE
@@ -76,10 +75,6 @@ class Index:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def counts(self, values: Sequence[str]) -> dict[str, int]:
-        """How often each value occurs, sorted by value; empty ones are left out."""
-        return {name: count for name, count in sorted(Counter(values).items()) if name}
-
     @property
     def labels_as_text(self) -> list[str]:
         """The class name of each image, "" where there is none."""
@@ -120,10 +115,11 @@ def read_index(store: Path, manifest: Manifest) -> Index:
 
 def _read_index(path: Path, manifest: Manifest) -> Index:
     hdf5.check_seal(path)
-    further = Further.read(path)
+    said = hdf5.read_attributes(path)
+    if said.get("fingerprint", "") not in map(fingerprint, manifest.backbones):
+        raise StoreError("the index of another store, made with other settings", where=path, hint=RESTORE)
+    further = Further.parse(path, said)
     with hdf5.open_checked(path, {**INDEX_COLUMNS, **further.columns}) as file:
-        if file.attribute("fingerprint") not in map(fingerprint, manifest.backbones):
-            raise StoreError("the index of another store, made with other settings", where=path, hint=RESTORE)
         return read_names(file, further, sizes=file.read("sizes"), stamps=file.read(STAMPS))
 
 
@@ -142,13 +138,12 @@ class Further:
         return cls(bool(index.groups), index.grouping, index.group_name, tuple(index.metadata))
 
     @classmethod
-    def read(cls, path: Path) -> Further:
-        """What a file says; StoreError where it says it in no way that featx does."""
-        text = hdf5.optional_attribute(path, FURTHER)
-        if text is None:
+    def parse(cls, path: Path, attributes: Mapping[str, str]) -> Further:
+        """What a file says in its attributes; StoreError where it says it in no way that featx does."""
+        if FURTHER not in attributes:
             return cls()
         try:
-            said = json.loads(text)
+            said = json.loads(attributes[FURTHER])
             names = tuple(said["metadata"])
             found = cls(said["grouped"], said["grouping"], said["group_name"], names)
             sound = all(isinstance(name, str) for name in (found.grouping, found.group_name, *names))
@@ -270,8 +265,8 @@ def spell_quarantine(refused: Sequence[Refused]) -> bytes:
     """The quarantine's bytes."""
     lines = []
     for item in refused:
-        fields = {"id": item.id, "digest": item.digest, "reason": item.reason, "message": item.message}
-        lines.append(canonical_json({**fields, "checksum": hashlib.sha256(canonical_json(fields)).hexdigest()[:16]}))
+        said = asdict(item)
+        lines.append(canonical_json({**said, "checksum": sha256_json(said)[:16]}))
     return b"".join(line + b"\n" for line in lines)
 
 

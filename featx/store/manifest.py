@@ -6,7 +6,6 @@ its layers go by their bare names, and its fingerprint is the store's.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -17,8 +16,8 @@ from typing import Any, TypeGuard
 from urllib.parse import quote as quote_name
 
 from featx._arrays import PENULTIMATE, PIXELS
-from featx._files import canonical_json, publish_bytes, read_regular, seal, unseal
-from featx.errors import MismatchError, StoreError, did_you_mean
+from featx._files import publish_bytes, read_regular, seal, sha256_json, unseal
+from featx.errors import MismatchError, StoreError, did_you_mean, made_by_newer
 from featx.store.hdf5 import RESTORE, is_sealed
 
 FORMAT = "featx-store"
@@ -197,10 +196,10 @@ def blocks_of(backbones: Sequence[Mapping[str, Any]]) -> dict[str, Block]:
 def fingerprint(provenance: Mapping[str, Any]) -> str:
     """Hex sha256 of the fields that change the numbers; of several backbones, of those of each in turn."""
     if "backbones" in provenance:
-        return hashlib.sha256(canonical_json([fingerprint(each) for each in provenance["backbones"]])).hexdigest()
+        return sha256_json([fingerprint(each) for each in provenance["backbones"]])
     fields = {name: provenance.get(name) for name in FINGERPRINTED}
     fields |= {name: provenance[name] for name in FINGERPRINTED_IF_THERE if name in provenance}
-    return hashlib.sha256(canonical_json(fields)).hexdigest()
+    return sha256_json(fields)
 
 
 def check_same(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: Path, *, whose: str = "this run's") -> None:
@@ -321,13 +320,7 @@ def check_version(path: Path, version: Any) -> None:
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise damaged(path, "it has no format_version")
     if version > FORMAT_VERSION:
-        raise StoreError(
-            "made by a newer featx",
-            where=path,
-            expected=f"format_version up to {FORMAT_VERSION}",
-            found=version,
-            hint="Update featx: pip install -U featx",
-        )
+        raise made_by_newer(StoreError, path, FORMAT_VERSION, version)
 
 
 def _parse_manifest(path: Path, fields: dict[str, Any]) -> Manifest:

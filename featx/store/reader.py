@@ -146,8 +146,17 @@ class FeatureSet:
         return every.some(rows) if isinstance(every, Pictures) else every
 
     def to_numpy(self) -> dict[str, NDArray[Any]]:
-        """Plain arrays by name: embeddings, ids, labels, class_names, splits, digests; if any, groups and meta/NAME."""
-        return frames.to_numpy(self)
+        """Plain arrays by name, which ``numpy.savez`` keeps and ``numpy.load`` reads without pickle."""
+        return {
+            "embeddings": self.embeddings,
+            "ids": self.ids,
+            "labels": self.labels,
+            "class_names": np.array(self.class_names, dtype=np.str_),
+            "splits": self.splits,
+            "digests": self.digests,
+            **({"groups": self.groups} if (self.groups != "").any() else {}),
+            **{f"meta/{name}": values for name, values in self.metadata.items()},
+        }
 
     def to_pandas(self) -> pandas.DataFrame:
         """A frame with the ids as its index: label, split, digest, and ``e0``, ``e1``, ... of the embedding.
@@ -262,7 +271,7 @@ def stored_backbones(path: Path) -> dict[str, Mapping[str, Any]]:
 
 
 def iter_features(
-    path: str | Path, *, layer: str = "penultimate", block_rows: int = 4096
+    path: str | Path, *, layer: str = "penultimate", block_rows: int = _BLOCK_ROWS
 ) -> Iterator[tuple[slice, NDArray[np.float32]]]:
     """Stream embeddings in the order of the index, for stores larger than memory.
 
@@ -270,10 +279,7 @@ def iter_features(
     ------
     The slice of index rows, and their embeddings, float32 (at most ``block_rows``, d).
     """
-    reader = FeatureReader(path)
-    for start in range(0, len(reader.index), block_rows):
-        stop = min(start + block_rows, len(reader.index))
-        yield slice(start, stop), reader.read(np.arange(start, stop), layer=layer)
+    yield from FeatureReader(path).stream(layer, block_rows)
 
 
 class FeatureReader:
@@ -293,27 +299,27 @@ class FeatureReader:
     def _open_packed(self) -> None:
         self._state = signature(self.path)
         self._seal = hdf5.check_seal(self.path)
-        said = hdf5.read_attributes(self.path, ("format", "format_version", "provenance", "fingerprint"))
-        if said["format"] != PACKED_FORMAT:
+        said = hdf5.read_attributes(self.path)
+        if said.get("format") != PACKED_FORMAT:
             raise damaged(self.path, f"its format is not {PACKED_FORMAT!r}")
         try:
             version = json.loads(said["format_version"])
             check_version(self.path, version)
             listed = [{"provenance": json.loads(said["provenance"]), "fingerprint": said["fingerprint"]}]
             if version > 1:
-                listed += json.loads(hdf5.read_attributes(self.path, ("more",))["more"])
+                listed += json.loads(said["more"])
             backbones = [parse_backbone(self.path, each) for each in listed]
-        except (TypeError, ValueError, RecursionError) as error:
-            raise damaged(self.path, "its attributes are not JSON") from error
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise damaged(self.path, "attributes are missing, or are not JSON") from error
         self._know(backbones)
         if len(self.backbones) < len(backbones):
             raise damaged(self.path, "a backbone is listed twice")
         held = [Block(name, layer) for name, each in self.backbones.items() for layer in each["layers"]]
         # The layers of version 1 go without the name of the one backbone that there is.
         self._columns = {block: f"embeddings/{block.layer}" if version == 1 else column_of(block) for block in held}
-        further = Further.read(self.path)
+        further = Further.parse(self.path, said)
         self._expected = {**NAME_COLUMNS, **further.columns, **dict.fromkeys(self._columns.values(), "float32 matrix")}
-        if version > 1 and hdf5.read_attributes(self.path, ("phash",))["phash"] == "true":
+        if version > 1 and said.get("phash") == "true":
             self._expected["phash"] = "uint8 matrix"
         with hdf5.open_checked(self.path, self._expected) as file:
             unknown = np.full(file.rows, -1, dtype=np.int64)
@@ -418,6 +424,12 @@ class FeatureReader:
             out = np.empty((len(rows), width_of(file, column)), np.float32)
             read_rows(file, column, np.asarray(rows, np.int64), out)
         return out
+
+    def stream(self, layer: str, block_rows: int = _BLOCK_ROWS) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+        """The embeddings of all rows in the order of the index, some at a time; ``layer`` as of :meth:`block`."""
+        for start in range(0, len(self.index), block_rows):
+            rows = slice(start, min(start + block_rows, len(self.index)))
+            yield rows, self.read(np.arange(rows.start, rows.stop), layer=layer)
 
     def read_hashes(self, rows: NDArray[np.integer[Any]]) -> NDArray[np.uint8] | None:
         """Perceptual hashes of index rows, uint8 (len(rows), 32); None where the store has not one of each image."""

@@ -58,6 +58,12 @@ def digest_keys(digests: NDArray[np.uint8]) -> NDArray[np.bytes_]:
     return np.ascontiguousarray(digests).view("S32").reshape(-1)
 
 
+def digest_bytes(digests: NDArray[np.uint8]) -> list[bytes]:
+    """Digests (n, 32) as 32 bytes each; those of :func:`digest_keys` lose the zeros at their ends in a list."""
+    flat = digests.tobytes()
+    return [flat[start : start + 32] for start in range(0, len(flat), 32)]
+
+
 def _prefixes(digests: NDArray[np.uint8]) -> NDArray[np.uint64]:
     """The first eight bytes of digests (n, 32), as numbers."""
     return np.ascontiguousarray(digests[:, :8]).view(np.uint64).reshape(-1)

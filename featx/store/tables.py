@@ -2,8 +2,7 @@
 
 Every form has the same rows, one an image, in the order of the ids: ``id``, ``label`` (the class name; null or empty
 where there is none), ``split``, ``digest`` (hex sha256 of the image file), ``group`` and ``meta/NAME`` where the store
-has any, and the embedding. Memory holds the index and
-one block, however large the store is.
+has any, and the embedding. Memory holds the index and one block, however large the store is.
 
 Parquet has the embedding as a fixed-size list of float32, which Arrow, DuckDB, Polars, LanceDB and pandas read, and
 how it was made in the schema's metadata (``featx``). CSV has a column for each dimension, with the nine digits that
@@ -22,9 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx._files import csv_line, publish
-from featx.errors import StoreError, UsageError, not_installed
+from featx.errors import UsageError, not_installed
 from featx.store.manifest import fingerprint
 from featx.store.reader import FeatureReader
+from featx.store.tools import check_new
 
 if TYPE_CHECKING:
     import pyarrow
@@ -74,13 +74,8 @@ def export_table(
             found=form or "no suffix",
             hint="Name it with --format.",
         )
-    if out.exists():
-        raise StoreError("there is a file of this name already", where=out, hint="Delete it, or choose another name.")
-    if not out.parent.is_dir():
-        raise StoreError("no such folder", where=out.parent)
+    check_new(out, Path(store))
     reader = FeatureReader(store)
-    if out.resolve().is_relative_to(Path(store).resolve()):
-        raise StoreError("the file would lie inside the store", where=out, hint="Choose a place beside it, not in it.")
     table = _Rows(reader, layer, progress)
     write = {"parquet": _parquet, "csv": _csv, "npz": _npz}[form]
     publish(out, lambda temp: write(table, temp))
@@ -93,12 +88,11 @@ class _Rows:
     def __init__(self, reader: FeatureReader, layer: str, progress: Progress | None) -> None:
         self.reader, self.layer, self._progress = reader, layer, progress
         self.index, self.rows = reader.index, len(reader.index)
-        self.dims = int(reader.read(np.arange(0), layer=layer).shape[1])
+        self.dims = reader.dims(layer)
 
     def blocks(self) -> Iterator[Block]:
-        for start in range(0, self.rows, BLOCK_ROWS):
-            rows = slice(start, min(start + BLOCK_ROWS, self.rows))
-            yield rows, self.reader.read(np.arange(rows.start, rows.stop), layer=self.layer)
+        for rows, block in self.reader.stream(self.layer, BLOCK_ROWS):
+            yield rows, block
             if self._progress is not None:
                 self._progress(rows.stop, self.rows)
 
@@ -121,8 +115,16 @@ class _Rows:
         return json.dumps({**made, "class_names": list(self.index.class_names)}, sort_keys=True)
 
 
-def schema(dims: int, told: str = "{}", further: Sequence[str] = ()) -> pyarrow.Schema:
-    """The columns of the Parquet file, for embeddings of length ``dims``, with ``further`` columns of text."""
+def record_batches(store: str | Path, *, layer: str = "penultimate") -> pyarrow.RecordBatchReader:
+    """The rows of the Parquet file as a stream of Arrow record batches, for databases that take one."""
+    table = _Rows(FeatureReader(store), layer, None)
+    columns = _schema(table)
+    import pyarrow
+
+    return pyarrow.RecordBatchReader.from_batches(columns, _batches(table, columns))
+
+
+def _schema(table: _Rows) -> pyarrow.Schema:
     try:
         import pyarrow
     except ModuleNotFoundError as error:
@@ -134,17 +136,11 @@ def schema(dims: int, told: str = "{}", further: Sequence[str] = ()) -> pyarrow.
             pyarrow.field("label", text),
             pyarrow.field("split", text, nullable=False),
             pyarrow.field("digest", text, nullable=False),
-            *(pyarrow.field(name, text, nullable=False) for name in further),
-            pyarrow.field("embedding", pyarrow.list_(pyarrow.float32(), dims), nullable=False),
+            *(pyarrow.field(name, text, nullable=False) for name in table.further),
+            pyarrow.field("embedding", pyarrow.list_(pyarrow.float32(), table.dims), nullable=False),
         ],
-        metadata={"featx": told},
+        metadata={"featx": table.told()},
     )
-
-
-def record_batches(store: str | Path, *, layer: str = "penultimate") -> Iterator[pyarrow.RecordBatch]:
-    """The rows of the Parquet file as Arrow record batches, for databases that take a stream of them."""
-    table = _Rows(FeatureReader(store), layer, None)
-    yield from _batches(table, schema(table.dims, table.told(), [*table.further]))
 
 
 def _batches(table: _Rows, columns: pyarrow.Schema) -> Iterator[pyarrow.RecordBatch]:
@@ -152,15 +148,15 @@ def _batches(table: _Rows, columns: pyarrow.Schema) -> Iterator[pyarrow.RecordBa
 
     for rows, block in table.blocks():
         flat = pyarrow.array(np.ascontiguousarray(block).reshape(-1))
-        about = [list(table.index.ids[rows]), table.labels(rows), list(table.index.split[rows]), table.digests(rows)]
-        about += [list(values[rows]) for values in table.further.values()]
-        arrays = [pyarrow.array(values, pyarrow.string()) for values in about]
+        about = [table.index.ids[rows], table.labels(rows), table.index.split[rows], table.digests(rows)]
+        about += [values[rows] for values in table.further.values()]
+        arrays = [pyarrow.array(list(values), pyarrow.string()) for values in about]
         arrays.append(pyarrow.FixedSizeListArray.from_arrays(flat, table.dims))
         yield pyarrow.RecordBatch.from_arrays(arrays, schema=columns)
 
 
 def _parquet(table: _Rows, path: Path) -> None:
-    columns = schema(table.dims, table.told(), [*table.further])
+    columns = _schema(table)
     from pyarrow import parquet
 
     # Embeddings are noise to a compressor, and no value of theirs occurs twice.

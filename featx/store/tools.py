@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from featx._arrays import PIXELS
 from featx._files import canonical_json, publish
 from featx.errors import StoreError, UsageError, plural
-from featx.images import HASH_BYTES
+from featx.images import HASH_BYTES, count_names
 from featx.store import hdf5
 from featx.store.hdf5 import RESTORE
 from featx.store.index import Further, Index, name_columns, read_index, read_quarantine
@@ -58,9 +58,9 @@ def info(path: str | Path) -> dict[str, Any]:
         "backbone": provenance.get("backbone", ""),
         "backbones": {name_of(each): _backbone(each, unfinished) for each in backbones},
         "fingerprint": fingerprint(provenance),
-        "classes": _class_counts(index),
+        "classes": count_names(index.labels_as_text),
         "unlabelled": int((index.labels < 0).sum()),
-        "splits": index.counts(index.split),
+        "splits": count_names(index.split),
         **_groups(index),
         "shards": shards,
         "quarantined": quarantined,
@@ -76,7 +76,7 @@ def _groups(index: Index) -> dict[str, Any]:
     """What there is to say of groups and metadata; no groups, and nothing else, in stores that have none."""
     out: dict[str, Any] = {"groups": {}}
     if index.groups or index.grouping:
-        counts = index.counts(index.groups)
+        counts = count_names(index.groups)
         largest = sorted(counts, key=lambda name: -counts[name])[:_NAMED_GROUPS]
         out = {
             "groups": {name: counts[name] for name in largest}, "group_count": len(counts),
@@ -102,11 +102,6 @@ def _facts(path: Path) -> tuple[Manifest, Index, dict[str, int], int]:
                 own = {name: block for name, block in blocks.items() if block.backbone == backbone}
                 dims |= {name: width_of(file, shard.column(block)) for name, block in own.items()}
     return manifest, index, dims, len(refused)
-
-
-def _class_counts(index: Index) -> dict[str, int]:
-    counts = np.bincount(index.labels[index.labels >= 0], minlength=len(index.class_names)).tolist()
-    return {name: count for name, count in sorted(zip(index.class_names, counts, strict=True)) if count}
 
 
 def verify(
@@ -165,11 +160,11 @@ def _problems(check: Callable[[], object]) -> list[str]:
 
 def _verify_packed(path: Path) -> None:
     reader = FeatureReader(path)
-    for start in range(0, len(reader.index), _BLOCK_ROWS):
-        rows = np.arange(start, min(start + _BLOCK_ROWS, len(reader.index)))
-        for layer in reader.blocks:
-            reader.read(rows, layer=layer)
-        reader.read_hashes(rows)
+    for layer in reader.blocks:
+        for _ in reader.stream(layer, _BLOCK_ROWS):
+            pass
+    for _ in _hashes(reader):
+        pass
 
 
 def _drawn(manifest: Manifest, sample: int | None, random_state: int) -> tuple[Shard, ...]:
@@ -186,19 +181,19 @@ def _verify_store(
     seen: dict[str, list[tuple[NDArray[np.bytes_], tuple[int, ...]]]] = {
         name_of(each): [] for each in manifest.backbones
     }
-    sound = set()
+    sound = 0
     for done, shard in enumerate(shards, 1):
-
-        def look(shard: Shard = shard) -> None:
+        try:
             keys, widths = _verify_shard(path, shard)
-            sound.add(shard.name)
+        except StoreError as error:
+            problems.append(str(error))
+        else:
+            sound += 1
             for backbone in shard.blocks:
                 seen[backbone].append((keys, widths[backbone]))
-
-        problems += _problems(look)
         if progress is not None:
             progress(done, len(shards))
-    complete = len(sound) == len(manifest.shards)
+    complete = sound == len(manifest.shards)
     known = {name: np.concatenate([np.empty(0, "S32"), *(keys for keys, _ in each)]) for name, each in seen.items()}
     for backbone, keys in known.items():
         if len(np.unique(keys)) != len(keys):
@@ -284,6 +279,16 @@ def content_hash(path: str | Path) -> str:
     return total.hexdigest()
 
 
+def check_new(out: Path, store: Path) -> None:
+    """StoreError unless a file of this name can be made from a store."""
+    if out.exists():
+        raise StoreError("there is a file of this name already", where=out, hint="Delete it, or choose another name.")
+    if not out.parent.is_dir():
+        raise StoreError("no such folder", where=out.parent)
+    if out.resolve().is_relative_to(store.resolve()):
+        raise StoreError("the file would lie inside the store", where=out, hint="Choose a place beside it, not in it.")
+
+
 def pack(store: str | Path, out: str | Path) -> Path:
     """Make one plain HDF5 file of a store, one row an image, that h5py alone can read.
 
@@ -293,31 +298,16 @@ def pack(store: str | Path, out: str | Path) -> Path:
         The store is damaged, or ``out`` exists.
     """
     out = Path(out)
-    if out.exists():
-        raise StoreError("there is a file of this name already", where=out, hint="Delete it, or choose another name.")
-    if not out.parent.is_dir():
-        raise StoreError("no such folder", where=out.parent)
-    if out.resolve().is_relative_to(Path(store).resolve()):
-        raise StoreError("the file would lie inside the store", where=out, hint="Choose a place beside it, not in it.")
+    check_new(out, Path(store))
     reader = FeatureReader(store)
     rows = len(reader.index)
-
-    def blocks(layer: str) -> Iterator[NDArray[np.float32]]:
-        for start in range(0, rows, _BLOCK_ROWS):
-            yield reader.read(np.arange(start, min(start + _BLOCK_ROWS, rows)), layer=layer)
-
-    def hashes() -> Iterator[NDArray[np.uint8]]:
-        for start in range(0, rows, _BLOCK_ROWS):
-            found = reader.read_hashes(np.arange(start, min(start + _BLOCK_ROWS, rows)))
-            assert found is not None
-            yield found
-
     columns = name_columns(reader.index)
     for layer, block in reader.blocks.items():
-        columns.append(hdf5.Column(column_of(block), np.dtype("<f4"), (reader.dims(layer),), rows, blocks(layer)))
+        embeddings = (some for _, some in reader.stream(layer, _BLOCK_ROWS))
+        columns.append(hdf5.Column(column_of(block), np.dtype("<f4"), (reader.dims(layer),), rows, embeddings))
     hashed = reader.read_hashes(np.arange(0)) is not None
     if hashed:
-        columns.append(hdf5.Column("phash", np.dtype("u1"), (HASH_BYTES,), rows, hashes()))
+        columns.append(hdf5.Column("phash", np.dtype("u1"), (HASH_BYTES,), rows, _hashes(reader)))
     more = [{"provenance": dict(each), "fingerprint": fingerprint(each)} for each in reader.backbones.values()][1:]
     attributes = {
         "format": PACKED_FORMAT,
@@ -329,10 +319,15 @@ def pack(store: str | Path, out: str | Path) -> Path:
         **Further.of(reader.index).attributes,
     }
 
-    def write(temp: Path) -> None:
-        hdf5.write(temp, columns, attributes, seal=True)
-
     def verify(temp: Path) -> None:
         FeatureReader(temp)
 
-    return publish(out, write, verify)
+    return publish(out, lambda temp: hdf5.write(temp, columns, attributes, seal=True), verify)
+
+
+def _hashes(reader: FeatureReader) -> Iterator[NDArray[np.uint8]]:
+    """The perceptual hashes of all rows, some at a time; nothing where there are none."""
+    for start in range(0, len(reader.index), _BLOCK_ROWS):
+        found = reader.read_hashes(np.arange(start, min(start + _BLOCK_ROWS, len(reader.index))))
+        if found is not None:
+            yield found

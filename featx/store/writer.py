@@ -32,6 +32,7 @@ from featx._files import (
     writer_lock,
 )
 from featx.errors import StoreError, UsageError
+from featx.images import count_names
 from featx.store import hdf5
 from featx.store.index import (
     Index,
@@ -55,7 +56,7 @@ from featx.store.manifest import (
     write_manifest,
 )
 from featx.store.reader import steady
-from featx.store.shards import Contents, digest_keys, open_shard, shard_path
+from featx.store.shards import Contents, digest_bytes, digest_keys, open_shard, shard_path
 
 SHARD_ROWS = 4096
 SHARD_SECONDS = 30.0
@@ -232,7 +233,7 @@ class StoreWriter:
                     self._published[backbone].add(rows.digests)
                 del self._pending[backbones, hashed]
                 for backbone in backbones:
-                    self._fresh[backbone].difference_update(map(bytes, rows.digests))
+                    self._fresh[backbone].difference_update(digest_bytes(rows.digests))
             self._since = time.monotonic()
 
     def _next_number(self) -> int:
@@ -278,14 +279,13 @@ class StoreWriter:
                         embedded.append(digest_keys(digests[rows]))
                 # A shard of version 1 does not say whose it is: of the store's own backbone.
                 named = shard.version > 1 or self.names[0] in shard.blocks
-                if named and not shard.dropped and len(mine) == len(shard.blocks) and all(map(np.all, new.values())):
-                    linked = True
-                else:
-                    linked = False
+                every = len(mine) == len(shard.blocks) and all(map(np.all, new.values()))
+                linked = named and not shard.dropped and every
+                if not linked:
                     for backbone, rows in new.items():
                         if rows.any():
                             taken = _Rows.read(file, shard, [backbone]).some(rows)
-                            self.add([row.tobytes() for row in taken.digests], taken.embeddings, taken.hashes)
+                            self.add(digest_bytes(taken.digests), taken.embeddings, taken.hashes)
                     self.flush()
             if linked:
                 with uninterrupted():
@@ -297,15 +297,12 @@ class StoreWriter:
     def _link_shard(self, path: Path, shard: Shard) -> None:
         mine = replace(shard, name=f"{self._next_number():05d}-{shard.sha256[:8]}.h5")
 
-        def write(temp: Path) -> None:
-            link_or_copy(path, temp)
-
         def verify(temp: Path) -> None:
             if not temp.samefile(path) and sha256_file(temp) != shard.sha256:
                 raise StoreError("the disk did not keep what was written", where=temp)
 
         self._write_manifest(in_flux=(*self.manifest.in_flux, mine.name))
-        publish(shard_path(self.path, mine), write, verify)
+        publish(shard_path(self.path, mine), lambda temp: link_or_copy(path, temp), verify)
         shards = (*self.manifest.shards, mine)
         self._write_manifest(shards=shards, in_flux=self._in_flux(shards))
 
@@ -322,9 +319,6 @@ class StoreWriter:
                 columns.append(hdf5.Column.of(name, block.astype("<f4", copy=False)))
         shards = list(self.manifest.shards)
 
-        def write(temp: Path) -> None:
-            hdf5.write(temp, columns, {"fingerprint": self.manifest.fingerprint})
-
         def verify(temp: Path) -> str:
             """Read back what was written, then announce the name that it will have."""
             with hdf5.open_checked(temp, new.columns()) as file:
@@ -337,17 +331,20 @@ class StoreWriter:
             self._write_manifest(in_flux=(*self.manifest.in_flux, shard.name))
             return shard.name
 
-        publish(self.path / "shards" / "shard.h5", write, verify)
+        about = {"fingerprint": self.manifest.fingerprint}
+        publish(self.path / "shards" / "shard.h5", lambda temp: hdf5.write(temp, columns, about), verify)
         if replaces is None:
             self._write_manifest(shards=tuple(shards), in_flux=self._in_flux(shards))
         else:
-            self._unlink(replaces, tuple(shard for shard in shards if shard != replaces))
+            self._unlink([replaces], [shard for shard in shards if shard != replaces])
 
-    def _unlink(self, shard: Shard, rest: tuple[Shard, ...]) -> None:
-        """Take one shard out: off the list, off the disk, forgotten, in this order."""
-        self._write_manifest(shards=rest, in_flux=(*self._in_flux(rest), shard.name))
+    def _unlink(self, gone: Sequence[Shard], rest: Sequence[Shard], **changes: Any) -> None:
+        """Take shards out: off the list (with other ``changes``), off the disk, forgotten, in this order."""
+        names = (*self._in_flux(rest), *(shard.name for shard in gone))
+        self._write_manifest(shards=tuple(rest), in_flux=names, **changes)
         with _changing(self.path):
-            shard_path(self.path, shard).unlink(missing_ok=True)
+            for shard in gone:
+                shard_path(self.path, shard).unlink(missing_ok=True)
             fsync_path(self.path / "shards")
         self._write_manifest(in_flux=self._in_flux(rest))
 
@@ -380,12 +377,11 @@ class StoreWriter:
         changes: dict[str, Any] = {
             "backbones": tuple({**each, **(rules or {})} for each in self.manifest.backbones),
             "class_names": index.class_names,
-            "splits": index.counts(index.split),
+            "splits": count_names(index.split),
             "counts": {"images": len(index), "embeddings": self.rows, "quarantined": len(refused)},
             "source": source,
+            "unfinished": tuple(name for name, has in self._published.items() if not has.has(index.digests).all()),
         }
-        unfinished = [backbone for backbone, has in self._published.items() if not has.has(index.digests).all()]
-        changes["unfinished"] = tuple(unfinished)
         spell_manifest(self.path, replace(self.manifest, **changes))  # it may be too long: before anything is changed
         with uninterrupted():
             self._publish_quarantine(refused)
@@ -394,13 +390,11 @@ class StoreWriter:
             self._write_manifest(**changes, quarantine=self.manifest.quarantine[-1:])
 
     def _publish_index(self, index: Index, fingerprint: str) -> None:
-        def write(temp: Path) -> None:
-            write_index(temp, index, fingerprint)
-
-        def verify(temp: Path) -> None:
-            check_index(temp, index, self.manifest)
-
-        publish(self.path / "index.h5", write, verify)
+        publish(
+            self.path / "index.h5",
+            lambda temp: write_index(temp, index, fingerprint),
+            lambda temp: check_index(temp, index, self.manifest),
+        )
 
     def relabel(self, labels: Mapping[str, str | None]) -> None:
         """Publish the index with the labels that ``labels`` has for ids, where that changes anything."""
@@ -425,7 +419,7 @@ class StoreWriter:
                 if keep.any():
                     self._publish_shard(rows, replaces=shard)
                 else:
-                    self._unlink(shard, tuple(other for other in self.manifest.shards if other != shard))
+                    self._unlink([shard], [other for other in self.manifest.shards if other != shard])
         dropped = before - self.rows
         if dropped:
             self._write_manifest(counts={**(self.manifest.counts or {}), "embeddings": self.rows})
@@ -464,14 +458,8 @@ class StoreWriter:
                     )
                 else:
                     gone.append(shard)
-            names = (*self._in_flux(kept), *(shard.name for shard in gone))
             unfinished = tuple(name for name in self.manifest.unfinished if name != backbone)
-            self._write_manifest(backbones=rest, shards=tuple(kept), in_flux=names, unfinished=unfinished)
-            with _changing(self.path):
-                for shard in gone:
-                    shard_path(self.path, shard).unlink(missing_ok=True)
-                fsync_path(self.path / "shards")
-            self._write_manifest(in_flux=self._in_flux(kept))
+            self._unlink(gone, kept, backbones=rest, unfinished=unfinished)
             del self._published[backbone], self._fresh[backbone]
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Featx, class_folders
+from imagekit import pixels
 from tuningkit import small, striped_folders
 from warm import Warm
 
@@ -26,7 +27,6 @@ from featx.errors import MismatchError, SourceError, UsageError
 from featx.evaluation.sweep import sweep_heads
 from featx.extraction.run import extract_features
 from featx.heads.scorer import softmax
-from featx.images.pixels import pixels
 from featx.images.source import ImageSet
 from featx.models.bundle import read_bundle, write_bundle
 from featx.models.finetuned import finetune_bundle

@@ -17,7 +17,7 @@ from torch import nn
 from featx.backbones.backbone import list_backbones, load_backbone
 from featx.backbones.catalogue import HUB, NETWORKS, TORCHVISION_URL, WEIGHTS
 from featx.backbones.checkpoint import load_checkpoint
-from featx.backbones.frozen import FrozenNetwork, catalogue_body, last_layer
+from featx.backbones.frozen import FrozenNetwork, catalogue_body, last_layer, seeded
 from featx.backbones.hub import hub_folder
 from featx.errors import UsageError
 from featx.images.pixels import Preprocess
@@ -70,7 +70,7 @@ def test_row_agrees_with_torchvision(name: str, no_initialisation: None) -> None
         assert len(weights.sha256_prefix) >= 8
 
     preprocess = WEIGHTS[network.default].preprocess
-    body = catalogue_body(network, preprocess, 0).to("meta")
+    body = catalogue_body(network, preprocess).to("meta")
     classifier = last_layer(body)
     assert sum(p.numel() for p in body.parameters()) == network.parameters
     if name != "inception_v3":  # whose published number counts the auxiliary classifier
@@ -95,7 +95,8 @@ def test_the_classification_layer_turns_the_embedding_into_the_networks_own_logi
     preprocess = WEIGHTS[network.default].preprocess
     # Small images where the network takes any size, for speed.
     size = preprocess.crop if name in ("vit_b_32", "maxvit_t") else (96, 96)
-    body = catalogue_body(network, preprocess, 0).eval()
+    with seeded(0):
+        body = catalogue_body(network, preprocess).eval()
     classifier = body.get_submodule(last_layer(body))
     assert isinstance(classifier, nn.Linear)
     nn.init.normal_(classifier.weight)  # ViT's starts as zeros, which would hide everything
@@ -123,7 +124,7 @@ def test_lite_rows_agree_with_timm(name: str) -> None:
     weights = WEIGHTS[network.default]
     model = timm_models.find(f"timm:{network.architecture}")
     assert weights.preprocess == model.preprocess
-    body = catalogue_body(network, weights.preprocess, 0)
+    body = catalogue_body(network, weights.preprocess)
     assert sum(p.numel() for p in body.parameters()) == network.parameters
     assert body.get_submodule(last_layer(body)).in_features == network.embedding_dim
     assert weights.sha256.startswith(weights.file.rpartition("-")[2].removesuffix(".pth"))
@@ -223,7 +224,7 @@ def test_default_weights_fill_the_network_in_the_right_places() -> None:
 
     backbone = load_backbone()
     assert backbone.file is not None
-    body = catalogue_body(NETWORKS[backbone.name], backbone.preprocess, 0).eval()
+    body = catalogue_body(NETWORKS[backbone.name], backbone.preprocess).eval()
     load_checkpoint(body, backbone.file, network=backbone.name, classifiers=())
     scores = []
     for image in load_sample_images().images:

@@ -168,4 +168,4 @@ def _lite(name: str) -> dict[str, Tensor]:
     from featx.backbones.catalogue import NETWORKS, WEIGHTS
     from featx.backbones.frozen import catalogue_body
 
-    return dict(catalogue_body(NETWORKS[name], WEIGHTS[NETWORKS[name].default].preprocess, 0).state_dict())
+    return dict(catalogue_body(NETWORKS[name], WEIGHTS[NETWORKS[name].default].preprocess).state_dict())

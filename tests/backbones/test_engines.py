@@ -16,6 +16,7 @@ import pytest
 import torch
 import torchvision.models as tv
 from enginekit import ON_CPU, Array, cosines, on_cpu, random_batches, small
+from imagekit import pixels
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
@@ -29,7 +30,7 @@ from featx.backbones.engines.torch import BATCH_SIZES, TorchEngine, make_engine
 from featx.backbones.frozen import catalogue_body
 from featx.backbones.provider import Provider
 from featx.errors import UsageError
-from featx.images.pixels import Preprocess, pixels
+from featx.images.pixels import Preprocess
 
 __all__ = ["small"]  # a fixture
 
@@ -78,7 +79,7 @@ def lite0(files: list[bytes]) -> tuple[Backbone, Array]:
 
     backbone = load_backbone()
     assert backbone.file is not None
-    model: Any = catalogue_body(NETWORKS[backbone.name], backbone.preprocess, 0)
+    model: Any = catalogue_body(NETWORKS[backbone.name], backbone.preprocess)
     load_checkpoint(model, backbone.file, network=backbone.name, classifiers=())
     model.reset_classifier(0)
     data: Any = timm.data

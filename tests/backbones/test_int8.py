@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from enginekit import cosines, on_cpu, small
+from imagekit import pixels
 
 from featx.backbones.backbone import Backbone, load_backbone
 from featx.backbones.catalogue import INT8, INT8_LOSS
@@ -22,7 +23,6 @@ from featx.backbones.engines.torch import make_engine
 from featx.backbones.provenance import provenance_of
 from featx.backbones.recipes import RECIPES
 from featx.errors import UsageError
-from featx.images.pixels import pixels
 from featx.store.manifest import fingerprint
 
 __all__ = ["small"]  # a fixture

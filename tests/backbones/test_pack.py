@@ -239,10 +239,13 @@ NO_PACKS: dict[str, Callable[[Path], object]] = {
     "no hash": lambda path: write_pack(path, {LITE1: b"x"}, metadata={LITE1: 7}),
     "short hash": lambda path: write_pack(path, {LITE1: b"x"}, metadata={LITE1: "77cc7160"}),
     "a name twice": lambda path: write_pack(
-        path, {LITE1: b"x"}, text=b'{"__metadata__": {"format": "featx-weights", "format": "featx-weights"}}'
+        path,
+        {LITE1: b"x"},
+        text=b'{"__metadata__": {"format": "featx-weights", "format_version": "1"}, "a": 1, "a": 2}',
     ),
     "no number": lambda path: write_pack(path, {}, text=b'{"a": NaN}'),
     "a long number": lambda path: write_pack(path, {}, text=b'{"a": ' + b"9" * 5_000 + b"}"),
+    "a far place": lambda path: write_pack(path, {LITE1: b"x"}, header={LITE1: _tensor([0, int("9" * 4_300)])}),
     "a long name": lambda path: write_pack(path, {"x" * 100_000: b"x"}),
     "bytes behind": lambda path: path.write_bytes(write_pack(path, {LITE1: b"x"}).read_bytes() + b"more"),
     "floats": lambda path: write_pack(path, {LITE1: b"x"}, header={LITE1: _tensor([0.0, 1.0])}),

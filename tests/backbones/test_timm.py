@@ -77,7 +77,7 @@ def test_timm_preprocessing_is_timms_own(name: str) -> None:
     ("changes", "says"),
     [
         ({"crop_mode": "border"}, "found border"),
-        ({"interpolation": "hamming"}, "found hamming"),
+        ({"interpolation": "hamming"}, "hamming"),
         ({"input_size": (3, 128, 256)}, "found center 128x256"),
     ],
 )

@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import TINY, TinyEngine, bad_images, class_folders, picture, tiny_backbone
+from imagekit import pixels
 from numpy.typing import NDArray
 from storekit import refused_of
 
 from featx.errors import Interrupted, MismatchError, SourceError, TooManyBadImages
 from featx.extraction.run import ExtractSummary, extract_features
-from featx.images.pixels import pixels
-from featx.images.source import ImageRef, ImageSet
+from featx.images.origin import ImageRef
+from featx.images.source import ImageSet
 from featx.images.thumbnails import THUMBNAIL
 from featx.models.predictor import image_files
 from featx.store import index

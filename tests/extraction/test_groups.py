@@ -10,9 +10,10 @@ import h5py
 import numpy as np
 import pytest
 from conftest import TINY, TinyEngine, class_folders, picture, tiny_backbone
+from storekit import extract_part
 
 from featx.errors import StoreError, UsageError
-from featx.extraction.parts import Part, extract_part, finish_parts
+from featx.extraction.parts import Part, finish_parts
 from featx.extraction.run import ExtractSummary, extract_features
 from featx.images.source import ImageSet
 from featx.store import hdf5, index as store_index

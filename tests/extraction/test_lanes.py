@@ -14,11 +14,11 @@ import pytest
 import storekit
 from numpy.typing import NDArray
 from partkit import assert_same
-from storekit import LightEngine, check_published, light_backbones, light_like, png_folders, start_light
+from storekit import LightEngine, check_published, extract_part, light_backbones, light_like, png_folders, start_light
 
 from featx.errors import FeatxError, Interrupted, StoreError
 from featx.extraction import run
-from featx.extraction.parts import Part, extract_part, finish_parts
+from featx.extraction.parts import Part, finish_parts
 from featx.extraction.run import ExtractSummary
 from featx.images.source import ImageSet
 from featx.store.manifest import name_of, read_manifest

@@ -16,35 +16,21 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 import storekit
 from conftest import Featx, class_folders
-from partkit import TWO, assert_same, computed, computed_by, fail_once, job_for
-from storekit import light_backbone, start_light
+from partkit import TWO, assert_same, computed, computed_by, fail_once, job_for, source, store, whole
+from storekit import extract_part, light_backbone, start_light
 
 from featx.backbones.backbone import Backbone
 from featx.errors import FeatxError, Interrupted, MismatchError, UsageError
-from featx.extraction.parts import Part, extract_part, parts_of
+from featx.extraction.parts import Part, parts_of
 from featx.extraction.runners import local as runners
 from featx.extraction.runners.local import Job, pack, parse_devices, run_local
 from featx.images.source import ImageSet
 from featx.store.reader import FeatureReader
 from featx.store.tools import content_hash, verify
 
+__all__ = ["source", "store", "whole"]  # fixtures
+
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return storekit.png_folders(tmp_path / "photos", 40)
-
-
-@pytest.fixture
-def whole(source: Path, tmp_path: Path) -> Path:
-    storekit.extract(source, tmp_path / "whole.featx")
-    return tmp_path / "whole.featx"
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Path:
-    return tmp_path / "photos.featx"
 
 
 def workers() -> list[psutil.Process]:

@@ -15,20 +15,23 @@ from typing import Any
 import pytest
 import storekit
 from hypothesis import given, strategies as st
-from partkit import assert_same
-from storekit import LightEngine, light_backbone, refused_of
+from partkit import assert_same, store, whole
+from storekit import LightEngine, extract_part, light_backbone, refused_of
 
 from featx import _files
 from featx._files import writer_lock
 from featx.backbones.provenance import provenance_of
 from featx.errors import FeatxError, Interrupted, MismatchError, StoreBusy, StoreError, TooManyBadImages, UsageError
-from featx.extraction.parts import Part, extract_part, finish_parts, parts_of, unfinished
+from featx.extraction.parts import Part, finish_parts, parts_of, unfinished
 from featx.extraction.run import ExtractSummary
-from featx.images.source import ImageRef, ImageSet
+from featx.images.origin import ImageRef
+from featx.images.source import ImageSet
 from featx.store import manifest, writer as store_writer
 from featx.store.reader import read_features
 from featx.store.tools import content_hash, info, verify
 from featx.store.writer import StoreWriter
+
+__all__ = ["store", "whole"]  # fixtures
 
 
 def run_part(source: Path, store: Path, part: str, **options: Any) -> ExtractSummary:
@@ -56,18 +59,6 @@ def source(tmp_path: Path) -> Path:
         (root / name).write_bytes(b"this is no image " + name.encode())
         os.utime(root / name, ns=(10**18, 10**18))
     return root
-
-
-@pytest.fixture
-def whole(source: Path, tmp_path: Path) -> Path:
-    """What a single process makes of the images."""
-    storekit.extract(source, tmp_path / "whole.featx")
-    return tmp_path / "whole.featx"
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Path:
-    return tmp_path / "photos.featx"
 
 
 @given(total=st.integers(0, 500), of=st.integers(1, 60))

@@ -20,16 +20,18 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 import storekit
 from conftest import TESTS, Featx, class_folders
-from partkit import assert_same, computed, computed_by, fail_once, job_for
-from storekit import light_backbone, start_light
+from partkit import assert_same, computed, computed_by, fail_once, job_for, source, store, whole
+from storekit import extract_part, light_backbone, start_light
 
 from featx.errors import FeatxError, Interrupted, MismatchError, UsageError
 from featx.evaluation.sweep import sweep_heads
-from featx.extraction.parts import Part, extract_part, parts_of
+from featx.extraction.parts import Part, parts_of
 from featx.extraction.runners.local import Job
 from featx.extraction.runners.ray import connected, joblib_on_ray, run_ray
 from featx.images.source import ImageSet
 from featx.store.tools import content_hash
+
+__all__ = ["source", "store", "whole"]  # fixtures
 
 ray: Any = pytest.importorskip("ray", reason="Ray is not installed: pip install 'featx[ray]'")
 
@@ -57,22 +59,6 @@ def cluster() -> Iterator[str]:
             yield ray.get_runtime_context().gcs_address
         finally:
             ray.shutdown()
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return storekit.png_folders(tmp_path / "photos", 40)
-
-
-@pytest.fixture
-def whole(source: Path, tmp_path: Path) -> Path:
-    storekit.extract(source, tmp_path / "whole.featx")
-    return tmp_path / "whole.featx"
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Path:
-    return tmp_path / "photos.featx"
 
 
 def busy_workers() -> list[psutil.Process]:

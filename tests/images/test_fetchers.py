@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import subprocess
 import sys
 import threading
@@ -12,18 +11,12 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
-from conftest import TINY, picture
+from conftest import TINY
+from imagekit import pixels, png
 
 from featx.errors import SourceError
 from featx.images.origin import Fetched
-from featx.images.pixels import pixels
 from featx.images.pool import FETCH_AHEAD, DecoderPool
-
-
-def png(seed: int) -> bytes:
-    out = io.BytesIO()
-    picture(seed).save(out, format="PNG")
-    return out.getvalue()
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 import struct
 import zlib
@@ -13,27 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import picture
+from imagekit import encoded, pixels, refused
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 from featx.errors import ImageError
-from featx.images.pixels import FORMATS, MAX_SCANS, REASONS, Preprocess, decode, encode, pixels, resize_crop, weigh
+from featx.images.pixels import FORMATS, MAX_SCANS, Preprocess, decode, encode, resize_crop, weigh
 
 HALF = (0.5, 0.5, 0.5)
 IMAGENET = Preprocess(256, (224, 224), "bilinear", HALF, HALF)
-
-
-def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
-    out = io.BytesIO()
-    image.save(out, format=kind, **options)
-    return out.getvalue()
-
-
-def refused(data: bytes) -> ImageError:
-    with pytest.raises(ImageError) as caught:
-        decode(data)
-    assert caught.value.reason in REASONS
-    return caught.value
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF", "AVIF"])
@@ -233,7 +220,7 @@ def test_preprocess_survives_json() -> None:
 
 def test_scaled_decoding_gives_nearly_the_same_pixels() -> None:
     data = encoded(picture(7, (2400, 1800)), "JPEG", quality=92)
-    assert decode(data, enough_for=IMAGENET).size == (600, 450)
+    assert decode(data, enough_for=[IMAGENET]).size == (600, 450)
     assert decode(data).size == (2400, 1800)
     full, scaled = pixels(data, IMAGENET).astype(int), pixels(data, IMAGENET, mode="scaled").astype(int)
     assert np.abs(full - scaled).mean() < 1.5
@@ -243,7 +230,7 @@ def test_scaled_decoding_gives_nearly_the_same_pixels() -> None:
 
 def test_scaled_decoding_never_goes_below_what_the_resize_needs() -> None:
     for size in ((511, 400), (512, 512), (2048, 300), (1030, 1025), (5000, 260)):
-        image = decode(encoded(picture(1, size), "JPEG"), enough_for=IMAGENET)
+        image = decode(encoded(picture(1, size), "JPEG"), enough_for=[IMAGENET])
         assert min(image.size) >= 256 or image.size == size
 
 

@@ -23,11 +23,12 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 import storekit
 from conftest import TESTS, Featx, picture
+from imagekit import pixels
 from storekit import PREPROCESS, light_backbone, png_folders, refused_of
 
 from featx.errors import FeatxError
 from featx.extraction.run import extract_features
-from featx.images.pixels import encode, pixels
+from featx.images.pixels import encode
 from featx.images.pool import Decoded, DecoderPool, TooHeavy, _Child
 from featx.images.source import ImageSet
 from featx.store.reader import read_features

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import io
 import json
 import os
 import signal
@@ -16,12 +15,12 @@ import numpy as np
 import psutil  # type: ignore[import-untyped]
 import pytest
 from conftest import TINY, Featx, TinyEngine, picture, tiny_backbone
+from imagekit import pixels, png
 
 from featx.errors import FeatxError, ImageError, SourceError, UsageError
 from featx.extraction.run import extract_features
 from featx.images import table as sources_table
 from featx.images.origin import Unreadable
-from featx.images.pixels import pixels
 from featx.images.source import ImageSet, finder
 from featx.images.table import Row, _reader
 from featx.images.table_reader import Table
@@ -30,12 +29,6 @@ from featx.store.reader import read_features
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
-
-
-def png(seed: int) -> bytes:
-    out = io.BytesIO()
-    picture(seed).save(out, format="PNG")
-    return out.getvalue()
 
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

@@ -13,21 +13,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import TINY, Featx, TinyEngine, class_folders, picture, tiny_backbone
+from imagekit import encoded, pixels
 from PIL import Image
 
 from featx.errors import SourceError
 from featx.extraction.run import extract_features
 from featx.images.origin import MAX_BYTES, Part
-from featx.images.pixels import pixels
 from featx.images.pool import DecoderPool
 from featx.images.source import ImageSet, finder
 from featx.store.reader import read_features
 
 
 def jpeg(seed: int) -> bytes:
-    out = io.BytesIO()
-    picture(seed, (60, 40)).save(out, format="JPEG")
-    return out.getvalue()
+    return encoded(picture(seed, (60, 40)), "JPEG")
 
 
 def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import storekit
 from conftest import TINY, Featx, TinyEngine, class_folders, picture, tiny_backbone
+from imagekit import encoded, pixels
 from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
@@ -20,6 +20,7 @@ from featx.backbones.backbone import load_backbone
 from featx.backbones.engines.base import ViewsEngine, for_views
 from featx.errors import MismatchError, UsageError
 from featx.extraction.embedder import Embedder
+from featx.extraction.lanes import Lane
 from featx.extraction.run import extract_features
 from featx.images.pixels import Preprocess, decode
 from featx.images.pool import DecoderPool
@@ -30,12 +31,6 @@ from featx.store.reader import read_features
 
 HALF = (0.5, 0.5, 0.5)
 WIDE = Preprocess(resize=60, crop=(50, 40), interpolation="bicubic", mean=HALF, std=HALF)
-
-
-def encoded(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
-    out = io.BytesIO()
-    image.save(out, format=form, **options)
-    return out.getvalue()
 
 
 # --- names --------------------------------------------------------------------------------------------------------
@@ -82,11 +77,11 @@ def test_each_view_is_what_pillow_and_torchvision_cut() -> None:
 
 def test_one_view_is_a_picture_and_several_are_a_stack() -> None:
     data = encoded(picture(1, (90, 70)))
-    assert Looks(WIDE).pixels(data).shape == Looks(WIDE).shape == (50, 40, 3)
-    assert Looks(WIDE, ("full",)).pixels(data).flags.c_contiguous
+    assert pixels(data, Looks(WIDE)).shape == Looks(WIDE).shape == (50, 40, 3)
+    assert pixels(data, Looks(WIDE, ("full",))).flags.c_contiguous
     both = Looks(WIDE, ("flip", "center"))
-    assert both.pixels(data).shape == both.shape == (2, 50, 40, 3)
-    np.testing.assert_array_equal(both.pixels(data)[0], Looks(WIDE).pixels(data))
+    assert pixels(data, both).shape == both.shape == (2, 50, 40, 3)
+    np.testing.assert_array_equal(pixels(data, both)[0], pixels(data, Looks(WIDE)))
 
 
 @pytest.mark.parametrize("views", [("center",), ("full",), ("center", "top-left"), tuple(VIEWS)])
@@ -94,10 +89,10 @@ def test_scaled_decoding_never_goes_below_what_a_view_needs(views: tuple[str, ..
     looks = Looks(replace(WIDE, crop=(60, 60)), views)
     for size in ((4000, 300), (300, 4000), (900, 800), (2400, 1800)):
         data = encoded(picture(1, size), "JPEG")
-        width, height = decode(data, enough_for=looks).size
+        width, height = decode(data, enough_for=[looks]).size
         need = 100 if any(name.startswith(("top", "bottom", "zoom")) for name in views) else 60
         assert min(width, height) >= need, (size, views)
-    small = np.abs(looks.pixels(data).astype(int) - looks.pixels(data, mode="scaled").astype(int))
+    small = np.abs(pixels(data, looks).astype(int) - pixels(data, looks, mode="scaled").astype(int))
     assert small.mean() < 2
 
 
@@ -114,7 +109,7 @@ def test_odd_images_have_every_view(size: tuple[int, int]) -> None:
     looks = Looks(WIDE, tuple(VIEWS))
     data = encoded(picture(2, size), "JPEG")
     for mode in ("full", "scaled"):
-        assert looks.pixels(data, mode=mode).shape == (len(VIEWS), 50, 40, 3)
+        assert pixels(data, looks, mode=mode).shape == (len(VIEWS), 50, 40, 3)
 
 
 def test_decoding_processes_give_the_same_views(tmp_path: Path) -> None:
@@ -128,7 +123,7 @@ def test_decoding_processes_give_the_same_views(tmp_path: Path) -> None:
             found = list(pool.run(paths, lambda digest: False, ahead=2))
         for path, decoded in zip(paths, found, strict=True):
             assert decoded.pixels is not None
-            np.testing.assert_array_equal(decoded.pixels, looks.pixels(path.read_bytes(), mode=mode))
+            np.testing.assert_array_equal(decoded.pixels, pixels(path.read_bytes(), looks, mode=mode))
 
 
 # --- the mean -----------------------------------------------------------------------------------------------------
@@ -157,6 +152,14 @@ def test_embeddings_are_averaged_image_by_image(batch_size: int, views: int) -> 
 def test_one_view_is_left_to_the_engine_itself() -> None:
     engine = TinyEngine()
     assert for_views(engine, 1) is engine
+
+
+def test_an_engine_that_averages_views_is_not_put_into_another() -> None:
+    embedder = Embedder(tiny_backbone(), TinyEngine(), views=("center", "flip"))
+    lane = Lane.of(embedder.backbone, embedder.engine, embedder.looks.views, "full")  # as a refit does
+    (found,) = next(iter(lane.engine.embed([stacks(3, 2)])))
+    (expected,) = embedder.embed_pixels([(stack,) for stack in stacks(3, 2)])
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_an_engine_that_works_ahead_keeps_images_and_means_together() -> None:
@@ -199,7 +202,7 @@ def test_a_store_of_views_says_so_and_is_not_mixed_with_another(tmp_path: Path) 
     features = read_features(store)
     assert features.provenance["views"] == "center,flip,full"
     for row, name in enumerate(features.ids):
-        stack = Looks(TINY, asked).pixels((source / name).read_bytes())
+        stack = pixels((source / name).read_bytes(), Looks(TINY, asked))
         each = [next(iter(TinyEngine(1).embed([view[None]])))[0][0] for view in stack]
         np.testing.assert_allclose(features.embeddings[row], np.mean(each, axis=0), rtol=1e-5, atol=1e-5)
     again = extract_features(images, tiny_backbone(), store, engine=TinyEngine(), views=("flip", "full", "center"))

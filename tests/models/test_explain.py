@@ -15,7 +15,7 @@ from modelkit import clusters
 from numpy.typing import NDArray
 from PIL import Image
 
-from featx.backbones import feature_maps, load_backbone, make_engine
+from featx.backbones import Engine, feature_maps, load_backbone, make_engine
 from featx.backbones.engines import torch as engines
 from featx.errors import MismatchError, UsageError
 from featx.extraction import Embedder
@@ -316,7 +316,7 @@ def test_several_networks_and_views_each_add_their_maps(models: Path) -> None:
         assert ("root" in found.note) == (kind == "power_l2")
 
     # A root of what is partly less than nothing is not shared out.
-    class Signed:
+    class Signed(Engine):
         name, device, precision, batch_size = "torch", "cpu", "fp32", 4
 
         def embed(self, batches: Any) -> Any:

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import TINY, TinyEngine, picture
+from imagekit import pixels
 from numpy.typing import NDArray
 from servicekit import plain
 
-from featx.images.pixels import encode, pixels
+from featx.images.pixels import encode
 from featx.images.pool import Decoded, DecoderPool, NoDecoder
 from featx.service.batcher import Batcher, QueueFull
 

@@ -23,12 +23,12 @@ pytest.importorskip("fastapi", reason="the extra serve is not installed")
 pytest.importorskip("uvicorn")
 
 from conftest import TINY, Featx, TinyEngine, class_folders
+from imagekit import pixels
 from servicekit import Connection, Running, form, plain, png, start, start_tiny
 from tiny_server import GREEN, tiny_bundle
 
 from featx._system import available_cpus
 from featx.extraction import Embedder
-from featx.images.pixels import pixels
 from featx.models import open_embedder, read_bundle
 
 NAMES = ["cats", "dogs", "birds"]

@@ -24,10 +24,9 @@ pytest.importorskip("fastapi", reason="the extra serve is not installed")
 pytest.importorskip("uvicorn")
 
 from conftest import TINY, Featx, TinyEngine
+from imagekit import pixels
 from servicekit import Running, form, plain, png, start_tiny
 from tiny_server import BLUE, GREEN, RED, tiny_bundle
-
-from featx.images.pixels import pixels
 
 
 @pytest.fixture(scope="module")

@@ -184,6 +184,9 @@ def test_an_interrupted_export_leaves_nothing(store: Path, tmp_path: Path) -> No
 @pytest.mark.slow
 def test_the_vector_database(store: Path, tmp_path: Path) -> None:
     pytest.importorskip("lancedb")
+    images = ImageSet.from_source(store.with_name("list.csv")).grouped(r"regex:(\d)\.")
+    store = tmp_path / "s.featx"
+    extract_features(images, tiny_backbone(), store, engine=TinyEngine(), workers=1)
     features = read_features(store)
     like = str(features.ids[3])
     unit = features.embeddings / np.linalg.norm(features.embeddings, axis=1, keepdims=True)

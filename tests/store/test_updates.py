@@ -18,6 +18,7 @@ import storekit
 from storekit import (
     assert_rows,
     digests_of,
+    extract_part,
     index_of,
     light_backbone,
     make_store,
@@ -32,7 +33,7 @@ from featx.backbones.backbone import load_backbone
 from featx.backbones.engines.torch import make_engine
 from featx.backbones.provenance import provenance_of
 from featx.errors import MismatchError
-from featx.extraction.parts import Part, extract_part, finish_parts
+from featx.extraction.parts import Part, finish_parts
 from featx.images.origin import Origin
 from featx.images.pool import DecoderPool
 from featx.images.source import ImageSet

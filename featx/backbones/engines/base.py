@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from featx._arrays import COMBINED, JOINED
 
 Batch = NDArray[np.uint8]
-"""Pixels of shape (n, height, width, 3), as :func:`featx.images.pixels.pixels` gives them."""
+"""Pixels of shape (n, height, width, 3), as :class:`featx.images.views.Looks` cuts them."""
 
 Embeddings = tuple[NDArray[np.float32], ...]
 """One array (n, d) per layer."""
@@ -30,18 +30,23 @@ efficientnet_lite0 (mobilenet_v2 0.976) with all of it at bf16, and 0.9994 (0.99
 
 
 class Engine(Protocol):
-    """Runs one backbone on one device at one precision.
+    """Runs one backbone on one device at one precision; engines are made of this class.
 
     Attributes
     ----------
     name, device, precision, batch_size : as :func:`featx.backbones.engines.torch.make_engine` was asked for them.
-    quantised_sha256 : of the quantised network; an engine that runs none need not have it.
+    graph_sha256 : hex sha256 of the graph that it runs; empty where it has none, as with torch.
+    quantised_sha256 : the same, where the graph is a quantised one.
+    network_to_keep : the file of the graph; empty where there is none, or every featx has it.
     """
 
     name: str
     device: str
     precision: str
     batch_size: int
+    graph_sha256: str = ""
+    quantised_sha256: str = ""
+    network_to_keep: bytes = b""
 
     def embed(self, batches: Iterable[Batch]) -> Iterator[Embeddings]:
         """Embed each batch of 1 to ``batch_size`` images; results come in order.
@@ -92,21 +97,6 @@ def fill(padded: Batch, batch: Batch) -> int:
     padded[:n] = batch
     padded[n:] = 0
     return n
-
-
-def quantised_of(engine: Engine) -> str:
-    """Hex sha256 of the quantised network that an engine runs; "" where it is not quantised."""
-    return str(getattr(engine, "quantised_sha256", ""))
-
-
-def graph_sha256(engine: Engine) -> str:
-    """The hash of the graph that an engine runs; empty where it has none, as with torch."""
-    return str(getattr(engine, "graph_sha256", ""))
-
-
-def network_to_keep(engine: Engine) -> bytes:
-    """The file of the graph that an engine runs; empty where every featx has it, or the engine has none."""
-    return bytes(getattr(engine, "network_to_keep", b""))
 
 
 FeatureMap = NDArray[np.float32] | str
@@ -162,11 +152,12 @@ What maps add up to is judged on scores (:mod:`featx.models.explain`)."""
 
 
 def for_views(engine: Engine, views: int) -> Engine:
-    """The engine for images of so many views each: itself for one, or one that averages."""
-    return engine if views == 1 else ViewsEngine(engine, views)
+    """The engine for images of so many views each: one that averages, if it is not one already; itself for one view."""
+    averages = isinstance(engine, ViewsEngine) and engine.views == views
+    return engine if views == 1 or averages else ViewsEngine(engine, views)
 
 
-class ViewsEngine:
+class ViewsEngine(Engine):
     """Embeds batches (n, v, h, w, 3) of images in ``v`` views: the mean of an image's embeddings, one row for each.
 
     Parameters
@@ -179,8 +170,8 @@ class ViewsEngine:
         self.engine, self.views = engine, views
         self.name, self.device, self.precision = engine.name, engine.device, engine.precision
         self.batch_size = engine.batch_size
-        self.quantised_sha256, self.network_to_keep = quantised_of(engine), network_to_keep(engine)
-        self.graph_sha256 = graph_sha256(engine)
+        self.graph_sha256, self.quantised_sha256 = engine.graph_sha256, engine.quantised_sha256
+        self.network_to_keep = engine.network_to_keep
 
     def embed(self, batches: Iterable[Batch]) -> Iterator[Embeddings]:
         """See :meth:`Engine.embed`."""

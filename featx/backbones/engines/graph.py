@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from featx._files import canonical_json, publish_bytes
+from featx._files import canonical_json, publish_bytes, sha256_json
 from featx.backbones.backbone import Backbone
 from featx.backbones.engines.base import without_telemetry
 from featx.backbones.hub import cache_folder
-from featx.errors import FeatxError, UsageError, WeightsError
+from featx.errors import FeatxError, UsageError, WeightsError, in_words
 
 CARRIED = Path(__file__).parent.parent / "quantised"
 """Folder of the graphs that come with featx."""
@@ -246,7 +246,7 @@ def quantised_here(weights_sha256: str) -> Iterator[tuple[Path, Graph]]:
 
 
 def _cached(kind: str, backbone: Backbone, decides: dict[str, Any]) -> Path:
-    key = hashlib.sha256(canonical_json(decides)).hexdigest()[:24]
+    key = sha256_json(decides)[:24]
     return cache_folder() / kind / f"{re.sub(r'[^A-Za-z0-9_.-]', '-', backbone.name)}-{key}.ir"
 
 
@@ -338,22 +338,19 @@ def saved(model: Any) -> Graph:
 
 def _convert(backbone: Backbone, batch_size: int) -> tuple[int | None, Graph]:
     """The network's graph, and the size of its batches (None: any)."""
-    try:
-        return None, _exported(backbone, None)
-    except ModuleNotFoundError:  # torch is not installed
-        raise
-    except Exception:  # noqa: BLE001 - whatever torch says of a network that looks at the number of its images
+    for size in (None, batch_size):
         try:
-            return batch_size, _exported(backbone, batch_size)
-        except Exception as error:  # whatever the two say of a network whose steps depend on its input
-            raise UsageError(
-                "the network cannot be converted for OpenVINO",
-                where=backbone.name,
-                found=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-                if str(error)
-                else type(error).__name__,
-                hint="Use --engine torch.",
-            ) from error
+            return size, _exported(backbone, size)
+        except ModuleNotFoundError:  # torch is not installed
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever torch and OpenVINO say of a network that looks at its input
+            problem = error
+    raise UsageError(
+        "the network cannot be converted for OpenVINO",
+        where=backbone.name,
+        found=f"{type(problem).__name__}: {in_words(problem)}",
+        hint="Use --engine torch.",
+    ) from problem
 
 
 def _exported(backbone: Backbone, batch_size: int | None) -> Graph:

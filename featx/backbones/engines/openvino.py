@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx.backbones.backbone import Backbone
-from featx.backbones.engines.base import EXACT_START, Batch, Embeddings, fill, laid_out, sizes_of
+from featx.backbones.engines.base import EXACT_START, Batch, Embeddings, Engine, fill, laid_out, sizes_of
 from featx.backbones.engines.graph import Graph, add_maps, carried, converted, import_openvino, quantised
 
 REQUESTS = 2
@@ -25,7 +25,7 @@ _HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
 """What OpenVINO is to compute what is not quantised in."""
 
 
-class OpenVINOEngine:
+class OpenVINOEngine(Engine):
     """The fast engine on a CPU.
 
     Parameters
@@ -50,7 +50,6 @@ class OpenVINOEngine:
     ) -> None:
         self.precision = precision
         self.batch_size = batch_size
-        self.quantised_sha256 = ""
         self._layers, self._threads = backbone.layers, threads
         if precision == "int8":
             self._graph = quantised(backbone, network)

@@ -82,9 +82,10 @@ def make_engine(
         from featx.backbones.thumbnail import ThumbnailEngine
 
         return ThumbnailEngine()
-    for value, allowed, what in ((engine, ENGINES, "engine"), (device, DEVICES, "device")):
-        _check_choice(value, allowed, what)
-    _check_choice(precision, PRECISIONS, "precision")
+    choices = ((engine, ENGINES, "engine"), (device, DEVICES, "device"), (precision, PRECISIONS, "precision"))
+    for value, allowed, what in choices:
+        if value not in allowed:
+            raise UsageError("not one of the choices", where=what, expected=" or ".join(allowed), found=value)
     if batch_size is None:
         batch_size = BATCH_SIZES
     sizes = batch_size if isinstance(batch_size, Mapping) else dict.fromkeys(BATCH_SIZES, batch_size)
@@ -102,9 +103,7 @@ def make_engine(
     if precision == "int8" and (device == "cuda" or engine == "torch" or not _installed("openvino")):
         raise UsageError("int8 is for OpenVINO on a CPU", where="precision", hint="Use bf16, or fp32.")
     if engine != "openvino" and device != "cpu" and precision != "int8" and _cuda():
-        return TorchEngine(
-            backbone, device="cuda", precision=precision, batch_size=sizes["cuda"], threads=threads, pad=pad
-        )
+        return TorchEngine(backbone, "cuda", precision, sizes["cuda"], threads=threads, pad=pad)
     if device == "cuda":
         raise UsageError(
             "torch finds no CUDA device here",
@@ -114,9 +113,7 @@ def make_engine(
     if precision == "fp16":
         raise UsageError("fp16 is for CUDA", where="precision", hint="On a CPU use fp32 or bf16.")
     if engine == "torch" or not _installed("openvino"):
-        return TorchEngine(
-            backbone, device="cpu", precision=precision, batch_size=sizes["cpu"], threads=threads, pad=pad
-        )
+        return TorchEngine(backbone, "cpu", precision, sizes["cpu"], threads=threads, pad=pad)
     from featx.backbones.engines.openvino import OpenVINOEngine
 
     return OpenVINOEngine(
@@ -150,7 +147,7 @@ def _cpu_precision(backbone: Backbone) -> str:
 
 
 def cuda_devices() -> int:
-    """How many GPUs torch can use here."""
+    """How many GPUs torch can use here. Where there is no driver, torch (seconds to import) is not asked."""
     if not _has_driver():
         return 0
     import torch
@@ -158,7 +155,7 @@ def cuda_devices() -> int:
     return torch.cuda.device_count()
 
 
-class TorchEngine:
+class TorchEngine(Engine):
     """Plain torch: the reference on a CPU, and the fast path on CUDA.
 
     On CUDA uint8 pixels travel from pinned memory on a stream of their own, are normalised on the device, and run
@@ -170,20 +167,19 @@ class TorchEngine:
     def __init__(
         self,
         backbone: Backbone,
+        device: str,
+        precision: str,
+        batch_size: int,
         *,
-        device: str = "cpu",
-        precision: str = "auto",
-        batch_size: int | None = None,
         threads: int | None = None,
         pad: bool = True,
     ) -> None:
         import torch
 
-        self.device = device
-        self.batch_size = batch_size or BATCH_SIZES[device]
+        self.device, self.batch_size = device, batch_size
         self.precision = _cuda_precision(precision) if device == "cuda" else precision.replace("auto", "fp32")
-        self._shape = (self.batch_size, *backbone.preprocess.crop, 3)
-        self._sizes = sizes_of(self.batch_size, pad=pad)
+        self._shape = (batch_size, *backbone.preprocess.crop, 3)
+        self._sizes = sizes_of(batch_size, pad=pad)
         if threads is not None:
             torch.set_num_threads(threads)
         network = backbone.network()
@@ -339,16 +335,11 @@ def _cuda_precision(precision: str) -> str:
 
 
 def _cuda() -> bool:
-    """Whether torch can use a GPU. Where there is no driver, torch (seconds to import) is not asked."""
-    if not _has_driver():
-        return False
-    import torch
-
-    return torch.cuda.is_available()
+    return cuda_devices() > 0
 
 
 def _has_driver() -> bool:
-    for name in ("libcuda.so.1", "nvcuda.dll", "libamdhip64.so"):
+    for name in ("libcuda.so.1", "libamdhip64.so"):
         try:
             ctypes.CDLL(name)
         except OSError:
@@ -359,8 +350,3 @@ def _has_driver() -> bool:
 
 def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
-
-
-def _check_choice(value: str, allowed: tuple[str, ...], what: str) -> None:
-    if value not in allowed:
-        raise UsageError("not one of the choices", where=what, expected=" or ".join(allowed), found=value)

@@ -8,11 +8,9 @@ finish: all that must be safe is safe without them.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import pickle
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -29,9 +27,9 @@ from featx._arrays import PIXELS
 from featx._system import available_cpus
 from featx.backbones import Backbone, Engine, cuda_devices, make_engine
 from featx.errors import FeatxError, Interrupted, UsageError, plural
-from featx.extraction.parts import Part, extract_cut, finish_parts, parts_of, unfinished
+from featx.extraction.parts import Part, extract_part, finish_parts, parts_of, unfinished
 from featx.extraction.run import ExtractSummary, Progress, Start, recorded_precision
-from featx.images import ImageSet
+from featx.images import ImageSet, start_process
 from featx.store import stored_backbones
 
 RESTARTS = 2
@@ -99,7 +97,7 @@ class Job:
 
     def do(self, part: Part, cut: ImageSet, start: Start, progress: Progress | None = None) -> ExtractSummary:
         """Extract one part, whose images are ``cut``."""
-        return extract_cut(
+        return extract_part(
             cut, self.total, self.backbones, self.store, part, start, progress=progress, **dict(self.options)
         )
 
@@ -299,26 +297,15 @@ class _Worker:
         self.said: int | ExtractSummary | FeatxError | str | None = None
         job = replace(job, options={**job.options, "workers": place.decoders})
         packed = pack(job, part, cut, place.engine)
-        ours, theirs = socket.socketpair()
-        with theirs:
-            try:
-                self._process = subprocess.Popen(
-                    # -P: as for decoders, a numpy.py in the working folder must not become part of it.
-                    [sys.executable, "-P", "-c", _MAIN, str(theirs.fileno()), json.dumps([*map(str, sys.path)])],
-                    pass_fds=[theirs.fileno()],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    env={**os.environ, **place.environment},
-                    # Ctrl-C is for the parent, which then tells its processes once.
-                    process_group=0,
-                )
-            except OSError as error:
-                ours.close()
-                hint = "Try fewer of them: --devices."
-                raise FeatxError(
-                    f"a process cannot be started ({error.strerror})", where=sys.executable, hint=hint
-                ) from error
-        self.connection = Connection(ours.detach())
+        try:
+            self._process, self.connection = start_process(
+                __name__, stdout=subprocess.DEVNULL, env={**os.environ, **place.environment}
+            )
+        except OSError as error:
+            hint = "Try fewer of them: --devices."
+            raise FeatxError(
+                f"a process cannot be started ({error.strerror})", where=sys.executable, hint=hint
+            ) from error
         with contextlib.suppress(OSError):  # it has ended already: that is found out by listening
             self.connection.send_bytes(packed)
 
@@ -385,14 +372,6 @@ class _Stage:
     def end(self, worker: _Worker) -> None:
         self.busy.remove(worker)
         worker.close(PATIENCE)
-
-
-_MAIN = """\
-import json, sys
-sys.path[:] = json.loads(sys.argv[2])
-from featx.extraction.runners.local import serve
-serve(int(sys.argv[1]))
-"""
 
 
 def serve(handle: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import logging
 import os
 import pickle
@@ -17,7 +18,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +194,7 @@ def _do_part(packed: bytes, part: Part, images: bytes, where: dict[str, Any], co
     try:
         job, start = _job(packed, tuple(where.items()))
         (cut,) = pickle.loads(images)  # noqa: S301 - from the driver, by way of Ray, which unpickles all it moves
-        return job.do(part, cut, start, seldom(partial(counter.report.remote, part), _REPORT_SECONDS))
+        return job.do(part, cut, start, seldom(functools.partial(counter.report.remote, part), _REPORT_SECONDS))
     except StoreBusy:
         time.sleep(_BUSY_SECONDS)  # an earlier attempt that Ray lost sight of may still be ending
         raise
@@ -202,16 +202,11 @@ def _do_part(packed: bytes, part: Part, images: bytes, where: dict[str, Any], co
         return error
 
 
-_kept: dict[tuple[Any, ...], tuple[Job, Any]] = {}
-
-
+@functools.lru_cache(maxsize=1)
 def _job(packed: bytes, where: tuple[tuple[str, Any], ...]) -> tuple[Job, Any]:
     """The job with what starts its engines, kept for the next task of this process."""
-    if (packed, where) not in _kept:
-        _kept.clear()
-        (job,) = pickle.loads(packed)  # noqa: S301 - as above
-        _kept[packed, where] = job, job.starter(**dict(where))
-    return _kept[packed, where]
+    (job,) = pickle.loads(packed)  # noqa: S301 - as above
+    return job, job.starter(**dict(where))
 
 
 def _outcome(ray: Any, ref: Any, part: Part, store: Path) -> Any:
