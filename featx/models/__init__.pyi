@@ -29,7 +29,12 @@ from .examples import Labelled as Labelled, labelled_images as labelled_images
 from .explain import MIDDLE as MIDDLE, Explainer as Explainer, Explanation as Explanation, in_middle as in_middle
 from .export import Pickled as Pickled, export_bundle as export_bundle
 from .finetuned import finetune_bundle as finetune_bundle
-from .fit import by_recall as by_recall, fit_bundle as fit_bundle, summary as summary
+from .fit import (
+    by_recall as by_recall,
+    check_promises as check_promises,
+    fit_bundle as fit_bundle,
+    summary as summary,
+)
 from .instant import InstantModels as InstantModels
 from .novelty import (
     is_unknown as is_unknown,

@@ -14,9 +14,9 @@ from featx.errors import UsageError
 from featx.evaluation import LabelledRows
 from featx.extraction import Embedder
 from featx.models.bundle import Bundle
-from featx.models.fit import judged_head, pack_bundle
+from featx.models.fit import check_promises, judged_head, pack_bundle
 from featx.models.prior import Prior, prior_shares
-from featx.models.unknown import check_max_unknown, learn_from_folds, similarity_to
+from featx.models.unknown import learn_from_folds, similarity_to
 from featx.store import fingerprint
 
 OUT_OF_FOLD = 3
@@ -38,9 +38,7 @@ def finetune_bundle(
     Calibration and the accuracy to be expected come from models that have not seen the images they judge. With a
     ``prior``, in the shares of which classes will be met, all of it is about such photos, as of :func:`fit_head`.
     """
-    if not 0 < max_error < 1:
-        raise UsageError("--max-error is a share of the answers", expected="between 0 and 1", found=max_error)
-    check_max_unknown(max_unknown)
+    check_promises(max_error, max_unknown)
     data = LabelledRows.of_features(tuning.features)
     use, y, names, copies = data.rows, data.labels, data.class_names, data.groups
     shares = prior_shares(prior, names)

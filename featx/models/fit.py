@@ -45,7 +45,7 @@ from featx.models.calibrate import clopper_pearson, fit_sharpness, fit_threshold
 from featx.models.novelty import Familiarity
 from featx.models.prior import Prior, class_weights, moved, prior_shares
 from featx.models.sets import COVERAGE, Conformity, among_known, cross_sets, label_sets, measure_sets, true_scores
-from featx.models.unknown import Measured, check_max_unknown, learn, metrics_of, warnings_of_unknown
+from featx.models.unknown import Measured, learn, metrics_of, warnings_of_unknown
 from featx.store import Alike, FeatureSet, layers_of, title_of
 
 N_GOLDEN = 16
@@ -147,11 +147,7 @@ def fit_head(
     UsageError
         Fewer than two classes with images, no such head, or no such device.
     """
-    if not 0 < max_error < 1:
-        raise UsageError(
-            "--max-error is a share of the answers", expected="more than 0 and less than 1", found=max_error
-        )
-    check_max_unknown(max_unknown)
+    check_promises(max_error, max_unknown)
     if device is not None:
         check_device(device)
     data = LabelledRows.of(
@@ -232,6 +228,18 @@ def fit_head(
         notes=(*notes, *fitted.notes, *data.duplicates.notes),
         held_out=None if scores is None else HeldOut(data, folds, scores, together, views),
     )
+
+
+def check_promises(max_error: float, max_unknown: float) -> None:
+    """UsageError where what a model is to promise are no shares."""
+    if not 0 < max_error < 1:
+        raise UsageError(
+            "--max-error is a share of the answers", expected="more than 0 and less than 1", found=max_error
+        )
+    if not 0 <= max_unknown < 1:
+        raise UsageError(
+            "--max-unknown is a share of the photos", expected="at least 0 (off) and less than 1", found=max_unknown
+        )
 
 
 def _fit(

@@ -17,7 +17,7 @@ from scipy.stats import t as student
 from threadpoolctl import threadpool_limits
 
 from featx._arrays import Index
-from featx.errors import UsageError, plural
+from featx.errors import plural
 from featx.heads import Array, fold_numbers
 from featx.models.calibrate import clopper_pearson
 from featx.models.novelty import N_NEAREST, Familiarity, Single, is_unknown, kept_rows, nearest_mean, shares_among
@@ -57,14 +57,6 @@ class Measured:
     left_out: dict[int, NDArray[np.bool_]] | None
 
 
-def check_max_unknown(share: float) -> None:
-    """Refuse what is no share of own photos that may be called unknown."""
-    if not 0 <= share < 1:
-        raise UsageError(
-            "--max-unknown is a share of the photos", expected="at least 0 (off) and less than 1", found=share
-        )
-
-
 def learn(
     embeddings: NDArray[np.floating],
     labels: NDArray[np.integer],
@@ -94,7 +86,6 @@ def learn(
     -------
     Nothing, twice, where ``max_unknown`` is 0 or there is one image only.
     """
-    check_max_unknown(max_unknown)
     one = np.unique(groups, return_index=True)[1]
     if max_unknown == 0 or len(one) < 2:
         return None, None
@@ -163,7 +154,6 @@ def learn_from_folds(
     similarity : (n,) of each image, by :func:`similarity_to` and a network that has not seen its fold.
     folds : (n,) the fold of each image.
     """
-    check_max_unknown(max_unknown)
     one = np.unique(groups, return_index=True)[1]
     if max_unknown == 0 or len(one) < 2:
         return None, None
