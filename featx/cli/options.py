@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from featx.errors import UsageError
+from featx.cli.terminal import say
+from featx.errors import UsageError, one_line, plural
 
 if TYPE_CHECKING:
     from featx.backbones import Own
@@ -137,3 +138,21 @@ def let_scipy_take_tensors() -> None:
 def stem(store: Path) -> str:
     """The name that files beside a store begin with."""
     return store.name.removesuffix(".featx").removesuffix(".h5")
+
+
+def end_refused(refused: Sequence[dict[str, Any]], of: int) -> None:
+    """Say which images were refused and why, and end the command, if any were.
+
+    Parameters
+    ----------
+    refused : of each its name, the code of the reason, and the reason in words.
+    of : how many images there were.
+    """
+    if not refused:
+        return
+    for name, reason, message in (each.values() for each in refused):
+        say(f"  refused {one_line(name)}: {reason}, {message}", err=True)
+    count = len(refused)
+    counted = "the image" if of == 1 else "none of the images" if count == of else f"{count} of {plural(of, 'image')}"
+    say(f"Error: {counted} could {'not ' if of == 1 or count < of else ''}be read.", err=True)
+    raise typer.Exit(QUARANTINED)
