@@ -56,16 +56,8 @@ DevicesOption = Annotated[
 ]
 
 
-Decode = Literal["full", "scaled"]
-"""How much of a JPEG is decoded."""
-
-
 RecipeName = Literal["fast", "balanced", "best"]
 """Of :data:`featx.backbones.recipes.RECIPES`."""
-
-
-Precision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
-"""Of the network's arithmetic."""
 
 
 def register(app: typer.Typer) -> None:
@@ -120,7 +112,7 @@ def extract(
     device: DeviceOption = "auto",
     engine: EngineOption = "auto",
     precision: Annotated[
-        Precision,
+        Literal["auto", "fp32", "bf16", "fp16", "int8"],
         typer.Option(
             help="auto is that of the store, or else bf16 on a GPU; on a CPU int8, where it has instructions for it "
             "and the network bears it (see: featx backbones NAME), or fp32."
@@ -128,7 +120,8 @@ def extract(
     ] = "auto",
     batch_size: Annotated[int | None, typer.Option(min=1, max=4096, help="(default: measured for the engine)")] = None,
     decode: Annotated[
-        Decode, typer.Option(help="scaled decodes large JPEGs only as far as the resize needs.")
+        Literal["full", "scaled"],
+        typer.Option(help="scaled decodes large JPEGs only as far as the resize needs."),
     ] = "full",
     workers: Annotated[int | None, typer.Option(min=1, max=256, help="Decoding processes. (default: cores)")] = None,
     max_bad: Annotated[

@@ -31,17 +31,13 @@ _SHOWN = 200
 _LISTED = 10
 
 
-RuleName = Literal["majority", "unanimous"]
-"""Which label a photo has that several people have labelled."""
-
-
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The feedback folder of a served model.")]
 FolderOption = Annotated[
     Path, typer.Option("--feedback", metavar="DIR", help="The feedback folder of featx serve --feedback.")
 ]
 Who = Annotated[str | None, typer.Option(help="Who does this, for the audit log. (default: your login)")]
 RuleOption = Annotated[
-    RuleName,
+    Literal["majority", "unanimous"],
     typer.Option(
         "--disagreements",
         help="Of photos that people label differently: learn the majority's label, or leave them out (unanimous). "

@@ -31,22 +31,6 @@ if TYPE_CHECKING:
     from featx.store import FeatureSet
 
 
-Backend = Literal["local", "ray"]
-"""Where the workers of a sweep run."""
-
-
-Split = Literal["val", "test"]
-"""A split that may judge the winner."""
-
-
-Across = Literal["groups"]
-"""What draws may keep apart besides copies."""
-
-
-Where = Literal["cpu", "cuda"]
-"""Where large fits are solved."""
-
-
 def register(app: typer.Typer) -> None:
     """Add the command of this module."""
     app.command(
@@ -70,10 +54,11 @@ def sweep(
     ] = None,
     episodes: Annotated[int, typer.Option(min=2, max=10_000, help="Random draws for each number of shots.")] = 20,
     test: Annotated[
-        Split | None, typer.Option(help="Judge the winner once on this split, which takes no part in choosing.")
+        Literal["val", "test"] | None,
+        typer.Option(help="Judge the winner once on this split, which takes no part in choosing."),
     ] = None,
     across: Annotated[
-        Across | None,
+        Literal["groups"] | None,
         typer.Option(
             help="Compare on photos of groups never seen, too: a new patient, camera or day (featx extract --group-by)."
         ),
@@ -104,11 +89,12 @@ def sweep(
     ] = None,
     n_jobs: Jobs = None,
     backend: Annotated[
-        Backend,
+        Literal["local", "ray"],
         typer.Option(help="Where the workers run: here, or on the Ray cluster that runs here or RAY_ADDRESS names."),
     ] = "local",
     device: Annotated[
-        Where, typer.Option(help="Where logistic regression on very many images is solved; the rest runs on the CPU.")
+        Literal["cpu", "cuda"],
+        typer.Option(help="Where logistic regression on very many images is solved; the rest runs on the CPU."),
     ] = "cpu",
     seed: Seed = 0,
     seconds: Annotated[
@@ -349,7 +335,7 @@ def _features(features: FeatureSet) -> str:
     return str(features.provenance.get("backbone", features.layer))
 
 
-def _rows(features: FeatureSet, store: Path, test: Split | None) -> Index:
+def _rows(features: FeatureSet, store: Path, test: str | None) -> Index:
     """The rows that may be chosen on, with notes of those that may not."""
     import numpy as np
 
@@ -422,7 +408,7 @@ _SETTINGS = ("heads", "shots", "episodes", "random_state", "classes")
 
 
 @contextmanager
-def _workers(backend: Backend) -> Iterator[int | None]:
+def _workers(backend: str) -> Iterator[int | None]:
     """Let joblib use the backend; what its ``n_jobs`` is for all workers of it."""
     if backend == "local":
         yield None
