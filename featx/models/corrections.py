@@ -151,12 +151,6 @@ class Corrections:
         with self._lock:
             return _last(self._words)
 
-    @property
-    def labels(self) -> set[str]:
-        """The names of all classes that were ever said."""
-        with self._lock:
-            return {each.label for each in self.all}
-
     def since(self, n: int, limit: int) -> list[Correction]:
         """The next ``limit`` corrections behind number ``n``."""
         with self._lock:

@@ -502,12 +502,11 @@ def fit_bundle(features: FeatureSet, embedder: Embedder, *, with_network: bool =
 def fit_features(features: FeatureSet, *, pool: NDArray[np.floating] | None = None, **options: Any) -> FittedHead:
     """:func:`fit_head` on a store's images, but not on its split ``test``; options as there."""
     use = np.flatnonzero((features.splits != "test") & ((features.labels >= 0) | (pool is None)))
-    groups = features.copies
     return fit_head(
         taken(features.embeddings, use),
         features.labels[use],
         class_names=features.class_names,
-        groups=groups[use],
+        groups=features.copies[use],
         near_duplicates=features.near_copies_of(use),
         pool=pool,
         sites=sites_of(features, use),
@@ -542,7 +541,6 @@ def pack_bundle(
         networks = {sha256: content for sha256, content in networks.items() if sha256 not in graphs.values()}
         graphs = {}
     use = np.flatnonzero(features.splits != "test")
-    groups = features.copies
     probe = encode(probe_pixels())
     place = layer_place(features.layer, layers_of(features.provenance))
     golden = np.sort(np.random.default_rng(_SEED_OF_GOLDEN).permutation(use)[:N_GOLDEN])
@@ -558,34 +556,27 @@ def pack_bundle(
         networks=networks,
         graphs=graphs,
     )
-    judged = _test(bundle, features, groups)
-    notes = _notes_on_test(features, groups)
+    judged, notes = _test(bundle, features)
     return replace(bundle, metrics={**bundle.metrics, "test": judged}, notes=(*bundle.notes, *notes))
 
 
-def _notes_on_test(features: FeatureSet, groups: Index) -> list[str]:
-    """A sentence on images of the split ``test`` whose groups were learnt from, or none."""
-    test = features.splits == "test"
-    if sites_of(features, groups) is None:
-        return []
-    copied = np.isin(groups, groups[~test])
-    sites = joined_sites(features.groups, groups)
-    shared = test & ~copied & np.isin(sites, sites[~test])
-    if not shared.any():
-        return []
-    name = features.group_name or "group"
-    return [f"Left out of the judgement: {plural(int(shared.sum()), 'test image')} of a {name} that was learnt from."]
-
-
-def _test(bundle: Bundle, features: FeatureSet, groups: Index) -> dict[str, Any] | None:
-    """How the finished head does on the split ``test``, less copies and groups of what it was fitted on."""
-    test = features.splits == "test"
+def _test(bundle: Bundle, features: FeatureSet) -> tuple[dict[str, Any] | None, list[str]]:
+    """How the finished head does on the split ``test``, less copies and groups of what it was fitted on; and notes."""
+    together, test = features.copies, features.splits == "test"
+    learnt, notes = np.isin(together, together[~test]), []
+    if (features.groups != "").any():
+        together = joined_sites(features.groups, together)
+        of_groups = test & ~learnt & np.isin(together, together[~test])
+        if of_groups.any():
+            shared = plural(int(of_groups.sum()), "test image")
+            name = features.group_name or "group"
+            notes.append(f"Left out of the judgement: {shared} of a {name} that was learnt from.")
+        learnt |= of_groups
     place = {name: i for i, name in enumerate(bundle.class_names)}
     known = np.array([name in place for name in features.class_names] + [False])  # label -1 is the last
-    together = groups if sites_of(features, groups) is None else joined_sites(features.groups, groups)
-    use = np.flatnonzero(test & known[features.labels] & ~np.isin(together, together[~test]))
+    use = np.flatnonzero(test & known[features.labels] & ~learnt)
     if not len(use) or bundle.sharpness is None:
-        return None
+        return None, notes
     labels = np.array([place[features.class_names[int(i)]] for i in features.labels[use]])
     scores = bundle.scorer.scores(features.embeddings[use])
     probabilities = softmax(scores, bundle.sharpness)
@@ -597,12 +588,12 @@ def _test(bundle: Bundle, features: FeatureSet, groups: Index) -> dict[str, Any]
         sets = label_sets(probabilities, bundle.set_limit(COVERAGE))
         found["sets"] = measure_sets(sets, labels, bundle.class_names, coverage=COVERAGE, weights=weights)
     unknown = [each.reason == "unknown" for each in bundle.answer(features.embeddings[use])]
-    return {**found, "unknown": float(np.average(unknown, weights=weights))}
+    return {**found, "unknown": float(np.average(unknown, weights=weights))}, notes
 
 
-def probe_pixels(height: int = 240, width: int = 320) -> NDArray[np.uint8]:
-    """A picture of nobody's, uint8 (height, width, 3): waves of every direction and several lengths."""
-    y, x = np.mgrid[0:height, 0:width].astype(np.float64)
+def probe_pixels() -> NDArray[np.uint8]:
+    """A picture of nobody's, uint8 (240, 320, 3): waves of every direction and several lengths."""
+    y, x = np.mgrid[0:240, 0:320].astype(np.float64)
     channels = []
     for phase in (0.0, 2.1, 4.2):
         waves = np.sin(x / 9 + phase) + np.sin(y / 23 - phase) + np.sin((x + y) / 41 + 2 * phase)

@@ -20,9 +20,6 @@ from featx.store import fingerprint, layers_of
 
 Somewhere = TypeVar("Somewhere", bound=Origin)
 
-PROBE_COSINE = {"fp32": 0.9999}
-"""What the engines promise of each other; 0.999 at the precisions that are not named."""
-
 
 class Model(Protocol):
     """What answers for embeddings (n, d): a bundle, or what was exported from one."""
@@ -78,8 +75,7 @@ def open_embedder(
     )
     found = of_layer(embedder.embed_bytes(bundle.probe), layer_number(bundle))[0].astype(np.float64)
     expected = bundle.probe_embedding.astype(np.float64)
-    precision = str(bundle.provenance.get("precision"))
-    wanted = PROBE_COSINE.get(precision, 0.999)
+    wanted = 0.9999 if bundle.provenance.get("precision") == "fp32" else 0.999  # what engines promise of each other
     length = float(np.linalg.norm(found) * np.linalg.norm(expected))
     cosine = float(found @ expected) / length if length else 0.0
     gap = float(np.linalg.norm(found - expected) / max(float(np.linalg.norm(expected)), 1e-12))

@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from featx._files import LineFile, canonical_json, make_folder, publish_bytes, read_regular, writer_lock
 from featx.errors import BundleError, StoreBusy, StoreError, UsageError, plural
@@ -189,15 +189,9 @@ class Versions:
                 waiting.pop(each["batch"], None)
         return waiting
 
-    @property
-    def discarded(self) -> set[int]:
-        """Numbers of the corrections that nothing is ever learnt from."""
-        return {n for each in self.records if each["what"] == "discarded" for n in each["held"]}
-
-    @property
-    def released(self) -> set[int]:
-        """Numbers of the corrections that somebody has looked at and found right."""
-        return {n for each in self.records if each["what"] == "released" for n in each["held"]}
+    def settled(self, what: Literal["released", "discarded"]) -> set[int]:
+        """Numbers of the corrections that somebody has looked at and found right, or wrong."""
+        return {n for each in self.records if each["what"] == what for n in each["held"]}
 
     @property
     def considered(self) -> int:
@@ -219,13 +213,13 @@ class Versions:
         UsageError
             The folder has versions, and this is none of them.
         """
-        bundle = parse_bundle(raw, where)
+        name = version_of(parse_bundle(raw, where))
         if self.current is None:
             with self.changing():
                 if self.current is None:
-                    self._keep(raw, version_of(bundle))
-                    self._switch("began", version_of(bundle), who)
-        if version_of(bundle) not in {each.name for each in self.all()}:
+                    self._keep(raw, name)
+                    self._switch("began", name, who)
+        if name not in {each.name for each in self.all()}:
             raise UsageError(
                 "the feedback folder belongs to another model", where=self.folder, expected=f"a version of {where}",
                 found=", ".join(each.name for each in self.all()[:5]),
@@ -256,14 +250,10 @@ class Versions:
         self._switch("promoted", name, who, corrections=sorted(corrections), evidence=evidence, **extra)
         return name
 
-    def note(self, what: str, who: str, **fields: Any) -> dict[str, Any]:
-        """Add to the audit log what switches nothing; call it inside :meth:`changing`."""
-        return self._log(what, who, **fields)
-
     def hold(self, corrections: Sequence[int], evidence: dict[str, Any], who: str) -> str:
         """Hold corrections until somebody has looked at them; the name of the batch."""
         batch = f"batch-{len(self.records) + 1}"
-        self._log("held", who, batch=batch, held=list(corrections), evidence=evidence)
+        self.log("held", who, batch=batch, held=list(corrections), evidence=evidence)
         return batch
 
     def settle_batch(self, batch: str, what: str, who: str) -> int:
@@ -279,7 +269,7 @@ class Versions:
             if batch not in waiting:
                 known = ", ".join(waiting) or "none"
                 raise UsageError("no such batch is held", where=self.folder, expected=known, found=batch)
-            self._log(what, who, batch=batch, held=waiting[batch])
+            self.log(what, who, batch=batch, held=waiting[batch])
             return len(waiting[batch])
 
     def roll_back(self, who: str, to: str | None = None) -> tuple[str, str | None]:
@@ -318,7 +308,7 @@ class Versions:
         path.chmod(0o444)
 
     def _switch(self, what: str, name: str, who: str, **fields: Any) -> None:
-        self._log(what, who, version=name, before=self.current, **fields)
+        self.log(what, who, version=name, before=self.current, **fields)
         self._settle()
 
     def _settle(self) -> None:
@@ -326,13 +316,13 @@ class Versions:
         if self.current is not None and read_current(self.folder) != self.current:
             publish_bytes(self.folder / "current", f"{self.current}\n".encode())
 
-    def _log(self, what: str, who: str, **fields: Any) -> dict[str, Any]:
+    def log(self, what: str, who: str, **fields: Any) -> None:
+        """Add to the audit log; call it inside :meth:`changing`."""
         assert self._file is not None, "only inside changing()"
         when = datetime.now(UTC).isoformat(timespec="seconds")
         record = {"n": len(self.records) + 1, "when": when, "who": who, "what": what, **fields}
         self._file.append(canonical_json(record))
         self.records.append(record)
-        return record
 
 
 def read_current(folder: Path) -> str | None:

@@ -56,7 +56,7 @@ def test_a_model_is_begun_with_promoted_and_gone_back_to(versions: Versions, bun
     assert again.held == {"batch-4": [3], "batch-5": [1, 2]}
     assert again.settle_batch("batch-4", "released", "kim") == 1
     assert again.settle_batch("batch-5", "discarded", "kim") == 2
-    assert (again.held, again.released, again.discarded) == ({}, {3}, {1, 2})
+    assert (again.held, again.settled("released"), again.settled("discarded")) == ({}, {3}, {1, 2})
     assert [(each["who"], each["what"]) for each in again.records] == [
         ("mia", "began"), ("mia", "promoted"), ("mia", "promoted"), ("leo", "rolled back"), ("leo", "rolled back"),
         ("kim", "released"), ("kim", "discarded"),
