@@ -155,10 +155,11 @@ def refit(
     with ProgressLine("fitting") as line:
         current, options = versions.path(str(versions.current)), network_options(backbone, weights, engine, device)
         embedder = open_embedder(bundle, current, **options, batch_sizes=batch_sizes(versions))
-        done = refitted(
-            versions, store, embedder, who=person, rule=disagreements, force=force, random_state=seed,
-            progress=line.update,
-        )  # fmt: skip
+        with versions.changing():
+            done = refitted(
+                versions, store, embedder, who=person, rule=disagreements, force=force, random_state=seed,
+                progress=line.update,
+            )  # fmt: skip
     sheet = None if done.batch is None else write_batch(versions, done)
     if as_json:
         print_json({**done.to_json(), "sheet": None if sheet is None else str(sheet)})

@@ -214,6 +214,8 @@ def refit(
 ) -> Refit:
     """Fit the current version again with the corrections that it has not learnt, and switch to it on evidence.
 
+    Call it inside :meth:`Versions.changing`.
+
     Parameters
     ----------
     versions : of the feedback folder.
@@ -230,14 +232,7 @@ def refit(
     UsageError, MismatchError
         The store is not one that the model can have been fitted on.
     """
-    with versions.changing():
-        return _refit(versions, store, embedder, who, rule, force, random_state, progress or (lambda *_: None))
-
-
-def _refit(
-    versions: Versions, store: Path, embedder: Embedder, who: str, rule: Rule, force: bool, random_state: int,
-    progress: Progress,
-) -> Refit:  # fmt: skip
+    tell = progress or (lambda *_: None)
     current = versions.current
     assert current is not None, "there is a version to fit again"
     bundle = versions.read(current)
@@ -257,9 +252,9 @@ def _refit(
     fresh = [each for each in voted if any(word.n not in learnt for word in each.said)]
     if not any(each.label is not None for each in fresh):
         return Refit("nothing", current, notes=tuple(notes))
-    progress(0, 1, "embedding new photos")
+    tell(0, 1, "embedding new photos")
     embedded, own = _embed(versions.folder, voted, embedder)
-    progress(1, 1, "embedding new photos")
+    tell(1, 1, "embedding new photos")
     names = blocks_of(bundle)
     old, layers = read_layers(store, names)
     for ours, theirs in zip(backbones_of(old.provenance), backbones_of(bundle.provenance), strict=True):
@@ -274,7 +269,7 @@ def _refit(
     fitted = fit_features(
         joined, heads=(bundle.head,), max_error=bundle.max_error, max_unknown=bundle.max_unknown or 0.0,
         prior=None if bundle.prior is None else dict(bundle.prior), random_state=random_state, layers=columns,
-        progress=progress,
+        progress=tell,
     )  # fmt: skip
     use = np.flatnonzero(joined.splits != "test")  # as fit_features does
     compared = compare(fitted.held_out, is_new[use], fitted.head, columns, random_state)
@@ -298,7 +293,7 @@ def _refit(
     if outcome != "promoted" and not force:
         versions.log(outcome, who, corrections=batch, evidence=evidence)
         return told(outcome)
-    progress(0, 1, "packing")
+    tell(0, 1, "packing")
     made = pack_bundle(fitted, joined, embedder, with_network=bool(bundle.graphs))
     about = {"before": current, "corrections": len(numbers), **evidence}
     made = replace(made, metrics={**made.metrics, "refit": about})
