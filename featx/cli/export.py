@@ -65,8 +65,7 @@ def export(
         Literal["model", "head"] | None,
         typer.Option(
             help="model takes photos, head takes embeddings. (default: model for onnx and html; joblib and skops hold "
-            "a head)",
-            show_default=False,
+            "a head)"
         ),
     ] = None,
     check: Annotated[

@@ -99,7 +99,6 @@ def serve(
             metavar="DIR",
             help="Count answers by the hour in this folder: labels, abstentions, familiarity; no photo and no name. "
             "featx drift DIR then says whether photos have changed.",
-            show_default=False,
         ),
     ] = None,
     backbone: OwnBackbone = None,

@@ -20,7 +20,7 @@ _MARK = b"featx-weights"
 
 _MEGABYTE = 1_000_000
 
-Names = Annotated[list[str], typer.Argument(metavar="NAME", help="Networks; see: featx backbones.", show_default=False)]
+Names = Annotated[list[str], typer.Argument(metavar="NAME", help="Networks; see: featx backbones.")]
 
 
 def register(app: typer.Typer) -> None:
