@@ -20,10 +20,6 @@ QUARANTINED = 3
 """Exit code: done, but some images were refused."""
 
 
-EngineName = Literal["auto", "torch", "openvino"]
-"""What runs the network."""
-
-
 Device = Literal["auto", "cpu", "cuda"]
 """Where the network runs."""
 
@@ -36,7 +32,9 @@ Jobs = Annotated[int | None, typer.Option(min=1, max=1024, help="Parallel worker
 SourceOption = Annotated[
     str | None, typer.Option(help="Where the images of the store are, for the sheet. (default: as at extraction)")
 ]
-EngineOption = Annotated[EngineName, typer.Option(help="auto is torch on cuda, or else openvino.")]
+EngineOption = Annotated[
+    Literal["auto", "torch", "openvino"], typer.Option(help="auto is torch on cuda, or else openvino.")
+]
 DeviceOption = Annotated[Device, typer.Option(help="auto is cuda if there is a GPU.")]
 Weights = Annotated[
     Path | None, typer.Option(help="The weights file, if the features were made with weights of your own.")
@@ -108,7 +106,7 @@ def own_network(name: str | None) -> Own | None:
     return import_provider(name)
 
 
-def network_options(backbone: str | None, weights: Path | None, engine: EngineName, device: Device) -> dict[str, Any]:
+def network_options(backbone: str | None, weights: Path | None, engine: str, device: str) -> dict[str, Any]:
     """What ``--backbone``, ``--weights``, ``--engine`` and ``--device`` say, as ``Embedder.like`` takes it."""
     return {"backbone": own_network(backbone), "weights": weights, "engine": engine, "device": device}
 
