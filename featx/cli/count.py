@@ -152,7 +152,7 @@ def _store_or_images(images: str) -> Path | ImageSet:
     if is_local(images) and ((path / "manifest.json").is_file() or (path.is_file() and is_packed(path))):
         return path
     with ProgressLine("listing images") as line:
-        return ImageSet.from_source(images, progress=line.count)
+        return ImageSet.from_source(images, progress=line.update)
 
 
 def _ids(source: Path | ImageSet, bundle: Bundle) -> list[str]:

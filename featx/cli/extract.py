@@ -174,12 +174,13 @@ def extract(
     from featx.store import stored_backbones
 
     how = Spread.of(part, finish, runner, devices, prune=prune, rehash=rehash, device=device)
-    source = how.source(source)
+    if runner == "ray" and Path(source).exists():
+        source = str(Path(source).absolute())  # which other hosts understand, too
     _check_output(out, Path(source), alone=how.part is None)
     with ProgressLine("listing") as line:
         if "://" in source:
             line.say(f"Listing {source} ...")
-        images = ImageSet.from_source(source, progress=line.count).without_labels(unlabelled or ())
+        images = ImageSet.from_source(source, progress=line.update).without_labels(unlabelled or ())
     if group_by is not None:
         images = images.grouped(group_by, group_name)
     elif group_name is not None:
@@ -243,7 +244,8 @@ def extract(
     for item in [each for each in summary.refused if each.reason != UNREAD][:10]:
         say(f"  refused {item.id}: {item.reason}, {item.message}", err=True)
     if summary.quarantined:
-        say(f"All refused images: {how.folder(out) / 'quarantine.jsonl'}", err=True)
+        folder = out if how.part is None else how.part.folder(out)
+        say(f"All refused images: {folder / 'quarantine.jsonl'}", err=True)
     if not as_json:
         labelled = len(images.class_names) > 1
         say(f"Next: {how.next_step(out, source, labelled=labelled, unlabelled=unlabelled or ())}")
@@ -318,16 +320,6 @@ class Spread:
             )
         return cls(None if part is None else Part.parse(part), finish, runner, devices)
 
-    @property
-    def whole(self) -> bool:
-        """Whether it is an ordinary extraction, by this process alone."""
-        return self == Spread()
-
-    def source(self, source: str) -> str:
-        """Where the images are, in a way that other hosts understand too."""
-        path = Path(source)
-        return str(path.absolute()) if self.runner == "ray" and path.exists() else source
-
     def run(
         self,
         images: ImageSet,
@@ -349,7 +341,7 @@ class Spread:
             chosen = {name: options[name] for name in ("max_bad", "replace_images")}
             return finish_parts(images, store, prune=prune, progress=progress, **chosen)
         job = Job(store, len(images), load, partial(make_engine, **engine), precision, options)
-        if self.whole:
+        if self == Spread():  # an ordinary extraction, by this process alone
             return extract_features(
                 images, job.backbones, store, engine=job.starter(device=device), prune=prune, progress=progress,
                 **options,
@@ -362,11 +354,7 @@ class Spread:
             return run_ray(images, replace(job, store=store.absolute()), device=device, prune=prune, progress=progress)
         return run_local(images, job, parse_devices(self.devices or "all"), prune=prune, progress=progress)
 
-    def folder(self, store: Path) -> Path:
-        """Where this command's list of refused images is."""
-        return store if self.part is None else self.part.folder(store)
-
-    def next_step(self, store: Path, source: str, *, labelled: bool, unlabelled: Sequence[str] = ()) -> str:
+    def next_step(self, store: Path, source: str, *, labelled: bool, unlabelled: Sequence[str]) -> str:
         """What to do after this command."""
         if self.part is not None:
             nameless = [word for name in unlabelled for word in ("--unlabelled", name)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any, Literal, TypeAlias
 
@@ -85,9 +85,7 @@ class Agreement:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types."""
-        return {
-            "a": self.a, "b": self.b, "images": self.images, "agreed": self.agreed, "kappa": self.kappa.to_json()
-        }  # fmt: skip
+        return asdict(self)
 
 
 def agreements(voted: Iterable[Voted]) -> list[Agreement]:

@@ -197,9 +197,7 @@ class Corrections:
             before = self._of_source.get(source or "")
             if before is not None and (before.sha256, before.by) != (digest, by):
                 self._withdraw(before)
-            fields: dict[str, Any] = {} if said is None else {
-                "said": said.label, "score": said.score, "version": said.version,
-            }  # fmt: skip
+            fields = {} if said is None else {"said": said.label, "score": said.score, "version": said.version}
             return self._write(sha256=digest, by=by, file=file.name, label=label, source=source, **fields), True
 
     def withdraw(self, source: str) -> Correction | None:

@@ -90,7 +90,7 @@ def learn(
     if max_unknown == 0 or len(one) < 2:
         return None, None
     order = np.random.default_rng(random_state).permutation(one)
-    kept = _in_turn(order, labels, room(embeddings.shape[1], labels))
+    kept = _in_turn(order, labels, embeddings.shape[1])
     judged = order[:_MOST_JUDGED]
     rows = kept_rows(embeddings, kept, kind)
     with threadpool_limits(limits=1, user_api="blas"):
@@ -120,18 +120,12 @@ def learn(
     return Familiarity(rows, own, kind), Measured(len(judged), refused, left_out)
 
 
-def room(dims: int, labels: NDArray[np.integer]) -> int:
-    """Own images that a model keeps at most, of embeddings of this length and of these classes."""
-    wanted = max(_MOST_ROWS, N_NEAREST * len(np.unique(labels)))
-    return min(wanted, max(_ROOM // (4 * dims), 2 * N_NEAREST))
-
-
 def similarity_to(
     embeddings: NDArray[np.floating], own: NDArray[np.floating], labels: NDArray[np.integer], *, random_state: int = 0
 ) -> Array:
     """Similarity (n,) of embeddings (n, d) to images (m, d) that they are not among, of classes ``labels`` (m,)."""
     order = np.random.default_rng(random_state).permutation(len(own))
-    rows = kept_rows(own, _in_turn(order, labels, room(own.shape[1], labels)), "l2")
+    rows = kept_rows(own, _in_turn(order, labels, own.shape[1]), "l2")
     return Familiarity(rows, np.zeros(0), "l2").similarity(embeddings)
 
 
@@ -158,7 +152,7 @@ def learn_from_folds(
     if max_unknown == 0 or len(one) < 2:
         return None, None
     order = np.random.default_rng(random_state).permutation(one)
-    rows = kept_rows(embeddings, _in_turn(order, labels, room(embeddings.shape[1], labels)), "l2")
+    rows = kept_rows(embeddings, _in_turn(order, labels, embeddings.shape[1]), "l2")
     refused = np.zeros(len(one), bool)
     for fold in np.unique(folds[one]):
         held = folds[one] == fold
@@ -175,10 +169,12 @@ def _judge(cosines: Single, images: NDArray[np.bool_], rows: NDArray[np.bool_], 
     return is_unknown(shares_among(np.sort(similarity[~images]), similarity[images]), max_unknown)
 
 
-def _in_turn(order: Index, labels: NDArray[np.integer], most: int) -> Index:
-    """At most so many of the rows ``order``, of each class in turn, so that a rare one keeps its images; ascending."""
+def _in_turn(order: Index, labels: NDArray[np.integer], dims: int) -> Index:
+    """The rows of ``order`` that a model keeps, ascending: of each class in turn, so that a rare one keeps its own."""
+    classes = np.unique(labels)
+    most = min(max(_MOST_ROWS, N_NEAREST * len(classes)), max(_ROOM // (4 * dims), 2 * N_NEAREST))
     rank = np.empty(len(order), dtype=np.intp)
-    for c in np.unique(labels[order]):
+    for c in classes:
         of_class = np.flatnonzero(labels[order] == c)
         rank[of_class] = np.arange(len(of_class))
     return np.sort(order[np.argsort(rank, kind="stable")[:most]])
