@@ -93,7 +93,7 @@ def fit(
     if layer is not None and len(on) > 1:
         raise UsageError("a model is on one layer, or on combined", where="--layer", found=layer)
     pool = None
-    if unlabelled or unlabelled_from:
+    if pooled:
         own = np.flatnonzero(features.splits != "test") if unlabelled else np.arange(0)
         pool = unlabelled_rows(features, own, unlabelled_from)
     catalogue = heads_for(None if pool is None else unlabelled_centre(pool), pool)

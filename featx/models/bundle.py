@@ -56,7 +56,6 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -97,23 +96,21 @@ _ENCRYPTED = 0x1
 """The flag of a ZIP member that only a password opens."""
 
 _AGAIN = "Copy it again, or make it again with: featx fit STORE --out MODEL"
-_ARRAYS: Mapping[str, tuple[str, int]] = MappingProxyType(
-    {
-        "mean": ("f8", 1),
-        "scale": ("f8", 1),
-        "coef": ("f8", 2),
-        "intercept": ("f8", 1),
-        "rows": ("f8", 2),
-        "targets": ("i8", 1),
-        "golden": ("f4", 2),
-        "golden_scores": ("f8", 2),
-        "probe_embedding": ("f4", 1),
-        "own_rows": ("f2", 2),
-        "own_similarity": ("f8", 1),
-        "conformity": ("f8", 1),
-        "conformity_weights": ("f8", 1),
-    }
-)
+_ARRAYS = {
+    "mean": ("f8", 1),
+    "scale": ("f8", 1),
+    "coef": ("f8", 2),
+    "intercept": ("f8", 1),
+    "rows": ("f8", 2),
+    "targets": ("i8", 1),
+    "golden": ("f4", 2),
+    "golden_scores": ("f8", 2),
+    "probe_embedding": ("f4", 1),
+    "own_rows": ("f2", 2),
+    "own_similarity": ("f8", 1),
+    "conformity": ("f8", 1),
+    "conformity_weights": ("f8", 1),
+}
 """Type and number of dimensions of each array that may be in a bundle."""
 
 
