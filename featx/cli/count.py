@@ -218,7 +218,7 @@ def _predict(
     embedder = open_embedder(bundle, model, **options)
     ids, answers, lost = [], [], []
     found = predict_files(bundle, embedder, layer_number(bundle), [ref.path for ref in source.refs])
-    for done, (ref, (_, answer)) in enumerate(zip(source.refs, found, strict=True), 1):
+    for done, (ref, answer) in enumerate(zip(source.refs, found, strict=True), 1):
         if isinstance(answer, ImageError):
             lost.append({"id": ref.id, "reason": answer.reason, "message": answer.what})
         else:

@@ -49,10 +49,10 @@ def explain(
         list[Path], typer.Argument(metavar="IMAGE...", help="Files, folders, or - for an image on standard input.")
     ],
     html: Annotated[
-        Path | None, typer.Option("--html", metavar="FILE.html", help="Write a page with the photos, as one file.")
+        Path | None, typer.Option(metavar="FILE.html", help="Write a page with the photos, as one file.")
     ] = None,
     png: Annotated[
-        Path | None, typer.Option("--png", metavar="FOLDER", help="Write a picture of each photo, NAME.why.png.")
+        Path | None, typer.Option(metavar="FOLDER", help="Write a picture of each photo, NAME.why.png.")
     ] = None,
     backbone: OwnBackbone = None,
     weights: Weights = None,
@@ -82,7 +82,7 @@ def explain(
         explained: list[tuple[str, Path, Answer, Explanation]] = []
         refused: list[dict[str, Any]] = []
         with ProgressLine("explaining") as line:
-            for (name, path), (_, found) in zip(named, explainer.explain_files(path for _, path in named), strict=True):
+            for (name, path), found in zip(named, explainer.explain_files(path for _, path in named), strict=True):
                 if isinstance(found, ImageError):
                     refused.append({"id": name, "reason": found.reason, "message": found.what})
                 else:

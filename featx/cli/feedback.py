@@ -75,8 +75,7 @@ def feedback(
     for each in corrections.latest:
         people[each.by] = people.get(each.by, 0) + 1
     if csv is not None:
-        rows = [(each.file, each.label or "", each.said) for each in voted]
-        publish_bytes(csv, export_csv(folder, rows))
+        publish_bytes(csv, export_csv(voted))
     if as_json:
         print_json(
             {

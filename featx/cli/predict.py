@@ -99,7 +99,7 @@ def predict(
         paths = [path for _, path in named]
         with ProgressLine("predicting") as line:
             found = predict_files(kept, embedder, layer, paths, coverage=coverage)
-            for (name, _), (_, answer) in zip(named, found, strict=True):
+            for (name, _), answer in zip(named, found, strict=True):
                 if isinstance(answer, ImageError):
                     refused.append({"id": name, "reason": answer.reason, "message": answer.what})
                 else:

@@ -1,4 +1,4 @@
-from .agreement import Voted as Voted, agreements as agreements, vote as vote
+from .agreement import Voted as Voted, agreements as agreements, export_csv as export_csv, vote as vote
 from .bundle import Answer as Answer, Bundle as Bundle, read_bundle as read_bundle, write_bundle as write_bundle
 from .calibrate import clopper_pearson as clopper_pearson
 from .corrections import (
@@ -6,7 +6,6 @@ from .corrections import (
     Corrections as Corrections,
     Said as Said,
     checked_name as checked_name,
-    export_csv as export_csv,
 )
 from .count import (
     LEAST_CHECKED as LEAST_CHECKED,

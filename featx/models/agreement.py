@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from featx._files import csv_text
 from featx.evaluation import Interval, unseen_share
 from featx.models.corrections import Correction
 
@@ -64,6 +65,19 @@ def vote(latest: Iterable[Correction], rule: Rule = "majority") -> list[Voted]:
     for each in latest:
         said[each.sha256].append(each)
     return [Voted(sha256, words[0].file, tuple(words), _label(words, rule)) for sha256, words in said.items()]
+
+
+def export_csv(voted: Iterable[Voted]) -> bytes:
+    """A list that ``featx extract`` takes: ``path`` (in the feedback folder), ``label``, ``by`` and ``when``.
+
+    Photos on which people disagree have no label.
+    """
+    rows = []
+    for each in voted:
+        people = ", ".join(dict.fromkeys(word.by for word in each.said if word.by))
+        when = max(word.when for word in each.said)
+        rows.append({"path": f"images/{each.file}", "label": each.label or "", "by": people, "when": when})
+    return csv_text(("path", "label", "by", "when"), rows).encode()
 
 
 def _label(said: Sequence[Correction], rule: Rule) -> str | None:
