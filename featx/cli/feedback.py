@@ -20,7 +20,7 @@ from featx.cli.options import (
     network_options,
 )
 from featx.cli.terminal import ProgressLine, print_json, say
-from featx.errors import StoreError, UsageError, plural
+from featx.errors import UsageError, plural
 
 if TYPE_CHECKING:
     from featx.models import Refit, Versions, Voted
@@ -140,7 +140,7 @@ def refit(
     if release and discard:
         raise UsageError("--release and --discard do not go together", hint="Decide about one batch at a time.")
     versions = Versions(feedback)
-    versions.begin(read_model(model), model, person)
+    versions.begin(model, person)
     for batch, what in ((release, "released"), (discard, "discarded")):
         if batch is not None:
             count = versions.settle_batch(batch, what, person)
@@ -195,7 +195,7 @@ def models(
     if rollback and add is not None:
         raise UsageError("--rollback and --add do not go together", hint="Do one after the other.")
     if add is not None:
-        versions.add(read_model(add), add, person)
+        versions.add(add, person)
     if rollback:
         name, batch = versions.roll_back(person, to)
         say(f"Current is {name} again.", err=as_json)
@@ -229,16 +229,6 @@ def check_folder(folder: Path) -> None:
             where=folder,
             hint="featx serve MODEL --feedback DIR makes one, and keeps corrections.",
         )
-
-
-def read_model(path: Path) -> bytes:
-    """The content of a model's file; whether it is a model, is looked at later."""
-    from featx._files import read_regular
-
-    try:
-        return read_regular(path)
-    except FileNotFoundError as error:
-        raise StoreError("no such model", where=path, hint="featx fit STORE --out MODEL makes one.") from error
 
 
 def login() -> str:

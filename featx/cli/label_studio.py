@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from featx.cli.feedback import login, read_model
+from featx.cli.feedback import login
 from featx.cli.options import (
     ApiKeyFile,
     DeviceOption,
@@ -163,11 +163,10 @@ def of_model(
     from featx.models import Versions, open_embedder, read_bundle
     from featx.service import BATCH_SIZES, Feedback, Model
 
-    content = read_model(path)
     read_bundle(path)  # before anything is written for it
     corrections.open()
     versions = Versions(corrections.folder)
-    file = versions.path(versions.begin(content, path, login()))
+    file = versions.path(versions.begin(path, login()))
     bundle = read_bundle(file)
     embedder = open_embedder(bundle, file, batch_sizes=BATCH_SIZES, **options)
     refitter = None

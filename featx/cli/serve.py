@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from featx.cli.feedback import login, read_model
+from featx.cli.feedback import login
 from featx.cli.options import (
     ApiKeyFile,
     DeviceOption,
@@ -141,7 +141,7 @@ def serve(
     named = dict(files)
     for name, folder in kept.items():
         versions = Versions(folder)
-        files[name] = versions.path(versions.begin(read_model(files[name]), files[name], login()))
+        files[name] = versions.path(versions.begin(files[name], login()))
     bundles = {name: read_bundle(path) for name, path in files.items()}
     evidence = {name: Evidence(path, bundles[name], folders.get(name)) for name, path in stores.items()}
     for name, bundle in bundles.items():

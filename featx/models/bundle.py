@@ -364,9 +364,13 @@ def read_bundle(path: str | Path) -> Bundle:
     BundleError
         No such file, foreign, damaged, altered, of a newer version, or the head does not give its golden values.
     """
-    where = Path(path)
+    return parse_bundle(bundle_content(Path(path)), Path(path))
+
+
+def bundle_content(where: Path) -> bytes:
+    """A file's content, which need not be that of a bundle; BundleError where it cannot be."""
     try:
-        raw = read_regular(where, _MAX_BYTES)
+        return read_regular(where, _MAX_BYTES)
     except FileNotFoundError as error:
         hint = "Make it with: featx fit STORE --out MODEL"
         raise BundleError("no such model", where=where, hint=hint) from error
@@ -377,7 +381,6 @@ def read_bundle(path: str | Path) -> Bundle:
         elif where.is_dir():
             what, advice = "this is a folder, not a model", "Make one with: featx fit STORE --out MODEL"
         raise BundleError(what, where=where, expected="a file made by featx fit", hint=advice) from error
-    return parse_bundle(raw, where)
 
 
 def parse_bundle(raw: bytes, where: Path) -> Bundle:

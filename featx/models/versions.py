@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 from featx._files import LineFile, canonical_json, make_folder, publish_bytes, read_regular, writer_lock
 from featx.errors import BundleError, StoreBusy, StoreError, UsageError, plural
-from featx.models.bundle import Bundle, bundle_bytes, parse_bundle, read_bundle
+from featx.models.bundle import Bundle, bundle_bytes, bundle_content, parse_bundle, read_bundle
 
 VERSION_DIGITS = 8
 """Of a model's sha256, which its version is called by."""
@@ -201,19 +201,18 @@ class Versions:
 
     # --- changing ---------------------------------------------------------------------------------------------------
 
-    def begin(self, raw: bytes, where: Path, who: str) -> str:
+    def begin(self, model: Path, who: str) -> str:
         """Make a file the first version, where there is none; the name of the current version, which the file has then.
-
-        Parameters
-        ----------
-        raw, where : the content of a model's file, and its path for messages.
 
         Raises
         ------
+        BundleError
+            It is no model.
         UsageError
             The folder has versions, and this is none of them.
         """
-        name = version_of(parse_bundle(raw, where))
+        raw = bundle_content(model)
+        name = version_of(parse_bundle(raw, model))
         if self.current is None:
             with self.changing():
                 if self.current is None:
@@ -221,9 +220,9 @@ class Versions:
                     self._switch("began", name, who)
         if name not in {each.name for each in self.all()}:
             raise UsageError(
-                "the feedback folder belongs to another model", where=self.folder, expected=f"a version of {where}",
+                "the feedback folder belongs to another model", where=self.folder, expected=f"a version of {model}",
                 found=", ".join(each.name for each in self.all()[:5]),
-                hint=f"Choose another folder, or make it a version: featx models {self.folder} --add {where}",
+                hint=f"Choose another folder, or make it a version: featx models {self.folder} --add {model}",
             )  # fmt: skip
         if read_current(self.folder) != self.current:
             with suppress(StoreBusy), self.changing():  # a crash left the two at odds, unless somebody is just at it
@@ -231,9 +230,10 @@ class Versions:
         assert self.current is not None
         return self.current
 
-    def add(self, raw: bytes, where: Path, who: str) -> str:
+    def add(self, model: Path, who: str) -> str:
         """Make a model of somebody's own the current version; it is taken to have learnt from no correction."""
-        name = version_of(parse_bundle(raw, where))
+        raw = bundle_content(model)
+        name = version_of(parse_bundle(raw, model))
         with self.changing():
             self._keep(raw, name)
             self._switch("added", name, who)
