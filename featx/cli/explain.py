@@ -13,6 +13,7 @@ import typer
 from featx.cli.options import (
     DeviceOption,
     EngineOption,
+    ImagesArgument,
     Json,
     ModelArgument,
     OwnBackbone,
@@ -45,9 +46,7 @@ def register(app: typer.Typer) -> None:
 
 def explain(
     model: ModelArgument,
-    images: Annotated[
-        list[Path], typer.Argument(metavar="IMAGE...", help="Files, folders, or - for an image on standard input.")
-    ],
+    images: ImagesArgument,
     html: Annotated[
         Path | None, typer.Option(metavar="FILE.html", help="Write a page with the photos, as one file.")
     ] = None,

@@ -26,6 +26,9 @@ Device = Literal["auto", "cpu", "cuda"]
 
 StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="A store, or a file made by featx pack.")]
 ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help="A file made by featx fit.")]
+ImagesArgument = Annotated[
+    list[Path], typer.Argument(metavar="IMAGE...", help="Files, folders, or - for an image on standard input.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every random draw.")]
 Jobs = Annotated[int | None, typer.Option(min=1, max=1024, help="Parallel workers. (default: cores)")]

@@ -14,6 +14,7 @@ import typer
 from featx.cli.options import (
     DeviceOption,
     EngineOption,
+    ImagesArgument,
     Json,
     ModelArgument,
     OwnBackbone,
@@ -45,9 +46,7 @@ def register(app: typer.Typer) -> None:
 
 def predict(
     model: ModelArgument,
-    images: Annotated[
-        list[Path], typer.Argument(metavar="IMAGE...", help="Files, folders, or - for an image on standard input.")
-    ],
+    images: ImagesArgument,
     allow_pickle: Annotated[
         bool,
         typer.Option("--allow-pickle", help="MODEL is a joblib export. Loading it runs code, so trust its source."),

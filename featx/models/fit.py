@@ -128,7 +128,7 @@ def fit_head(
     near_duplicates : what makes two images copies: their pictures, or a cosine from which on; None looks for exact
         copies only.
     heads : names of :data:`featx.heads.catalogue.HEADS`; of several, the sweep's winner when all images but a fifth are
-    shots.
+        shots.
     max_error : share of answers that may be wrong; below the threshold that follows the head abstains.
     max_unknown : share of photos like these that may be called unknown; with 0 none ever is.
     prior : in which shares classes will be met, by name, or "equal"; by default as in these rows.
