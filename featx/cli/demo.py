@@ -30,6 +30,7 @@ def register(app: typer.Typer) -> None:
 
 
 def demo(
+    context: typer.Context,
     folder: Annotated[Path, typer.Option(help="Where images, stores, report and model go.")] = Path("data/demo"),
     open_report: Annotated[bool, typer.Option("--open", help="Open the report in the browser at the end.")] = False,
     seed: Seed = 0,
@@ -41,7 +42,7 @@ def demo(
     from featx.cli import demo_images
     from featx.images import PHOTOGRAPHS
 
-    steps = _Steps(as_json=as_json)
+    steps = _Steps(context.find_root().command, as_json=as_json)
     photographs, new, digits = folder / "photographs", folder / "new", folder / "digits"
     counts = {
         "photographs": demo_images.write_photographs(photographs, new),
@@ -93,21 +94,19 @@ def demo(
 class _Steps:
     """Runs commands as a user would, each after the line that would run it."""
 
-    def __init__(self, *, as_json: bool) -> None:
-        self.as_json = as_json
+    def __init__(self, featx: Any, *, as_json: bool) -> None:
+        self.featx, self.as_json = featx, as_json
         self.commands: list[str] = []
 
     def run(self, *words: object) -> tuple[Any, dict[str, Any]]:
         """Run a command; what it returns, and with ``--json`` its object, else {}."""
-        from featx.cli.main import app
-
         arguments = [str(word) for word in words]
         self.commands.append(shlex.join(["featx", *arguments]))
         say("", f"$ {self.commands[-1]}", err=self.as_json)
         if not self.as_json:
-            return app(arguments, standalone_mode=False), {}
+            return self.featx.main(arguments, standalone_mode=False), {}
         with redirect_stdout(StringIO()) as out:
-            returned = app([*arguments, "--json"], standalone_mode=False)
+            returned = self.featx.main([*arguments, "--json"], standalone_mode=False)
         return returned, json.loads(out.getvalue())
 
 
