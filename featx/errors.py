@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 from unicodedata import category
 
-LEFT_OUT = ("torch", "torchvision", "timm", "huggingface_hub", "joblib", "matplotlib")
+MAY_BE_MISSING = ("torch", "torchvision", "timm", "huggingface_hub", "joblib", "matplotlib")
 """What of featx's packages may be missing: where it is installed without torch, or only to use models."""
 
 

@@ -35,7 +35,7 @@ from featx.extraction.embedder import Embedder
 from featx.heads.catalogue import make_head
 from featx.heads.scorer import Scorer
 from featx.images.pixels import encode
-from featx.models.bundle import Bundle, bundle_bytes
+from featx.models.bundle import Bundle, write_bundle
 from featx.models.corrections import Corrections
 from featx.models.fit import probe_pixels
 from featx.models.sets import Conformity
@@ -111,7 +111,7 @@ def main() -> None:
         corrections = Corrections(Path(folder))
         corrections.open()
         versions = Versions(Path(folder))
-        bundle = versions.read(versions.begin(bundle_bytes(bundle), Path("tiny.model"), "test"))
+        bundle = versions.read(versions.begin(write_bundle(bundle, Path(folder).parent / "tiny.model"), "test"))
         refitter = Refitter(studio["refit"], studio["every"]) if "refit" in studio else None
         feedback = Feedback(corrections, new_classes=new_classes, refitter=refitter)
     models = [Model(_for(bundle, name, len(names)), embedders[number], None, name, feedback) for name, number in names]

@@ -27,7 +27,16 @@ from featx.advice.domain import Domain, measure_domain, size_by_similarity
 from featx.advice.labelling import Simulation, plan_simulation, rank_unlabelled, simulate
 from featx.advice.shortcuts import MOST, Shortcuts, find_shortcuts, sample
 from featx.backbones import RECIPES, Backbone, load_backbone, make_engine
-from featx.errors import LEFT_OUT, FeatxError, ImageError, MismatchError, SourceError, UsageError, WeightsError, plural
+from featx.errors import (
+    MAY_BE_MISSING,
+    FeatxError,
+    ImageError,
+    MismatchError,
+    SourceError,
+    UsageError,
+    WeightsError,
+    plural,
+)
 from featx.evaluation import Forecast, Shots, SweepResult, forecast_site, plan_shots, reached, sweep_heads
 from featx.extraction import Embedder
 from featx.heads import HEADS, Layers
@@ -109,7 +118,7 @@ class _Run:
             clauses = str(error).rstrip(".").split(". ")
             self.skipped.append(Skipped(what, "; ".join([clauses[0], *(c[0].lower() + c[1:] for c in clauses[1:])])))
         except ModuleNotFoundError as error:
-            if error.name not in LEFT_OUT:
+            if error.name not in MAY_BE_MISSING:
                 raise
             self.skipped.append(Skipped(what, f"{error.name} is not installed"))
 

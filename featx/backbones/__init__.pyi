@@ -43,7 +43,7 @@ from .engines.torch import (
     is_for_openvino as is_for_openvino,
     make_engine as make_engine,
 )
-from .frozen import LayerInfo as LayerInfo, describe_layers as describe_layers, seeded as seeded
+from .frozen import describe_layers as describe_layers, seeded as seeded
 from .hub import cache_folder as cache_folder
 from .pretrained import pretrained_classes as pretrained_classes
 from .provenance import provenance_of as provenance_of

@@ -14,7 +14,7 @@ from featx.cli.terminal import ProgressLine, print_json, say, show
 from featx.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
-    from featx.backbones import BackboneInfo, LayerInfo, Speed
+    from featx.backbones import BackboneInfo, Speed
 
 _POOLED = {
     "none": "as it is",
@@ -60,7 +60,8 @@ def layers(
         chosen = load_backbone(backbone, weights=weights, progress=line.say)
         found = describe_layers(chosen.network())
     if as_json:
-        print_json({"backbone": chosen.name, "input_size": list(chosen.preprocess.crop), "layers": _plain(found)})
+        listed = [{**asdict(info), "shape": list(info.shape)} for info in found]
+        print_json({"backbone": chosen.name, "input_size": list(chosen.preprocess.crop), "layers": listed})
         return
     from rich.table import Column, Table
 
@@ -76,10 +77,6 @@ def layers(
     say("", f"Shapes are of one image of {height} x {width} pixels.{more}")
     named = " ".join(f"--layer {info.name}" for info in found if info.suggested)
     say(f"Next: featx extract photos --out photos.featx --backbone {backbone} {named}")
-
-
-def _plain(found: list[LayerInfo]) -> list[dict[str, object]]:
-    return [{**asdict(info), "shape": list(info.shape)} for info in found]
 
 
 def backbones(

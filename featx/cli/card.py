@@ -20,13 +20,7 @@ def card(
     model: ModelArgument,
     out: Annotated[
         Path | None,
-        typer.Option(
-            "--out",
-            "-o",
-            metavar="FILE",
-            help="The file to make, such as README.md. (default: print it)",
-            show_default=False,
-        ),
+        typer.Option("--out", "-o", metavar="FILE", help="The file to make, such as README.md. (default: print it)"),
     ] = None,
     licence: Annotated[
         str | None,
@@ -34,7 +28,6 @@ def card(
             metavar="ID",
             help="The licence that you give the model, as Hugging Face calls it, such as cc-by-4.0. "
             "(default: that of the network's weights)",
-            show_default=False,
         ),
     ] = None,
     as_json: Json = False,

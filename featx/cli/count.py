@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from featx.cli.options import (
-    QUARANTINED,
     DeviceOption,
     EngineOption,
     Json,
@@ -17,6 +16,7 @@ from featx.cli.options import (
     OwnBackbone,
     Seed,
     Weights,
+    end_refused,
     network_options,
 )
 from featx.cli.terminal import ProgressLine, check_file, print_json, say, show
@@ -141,10 +141,7 @@ def count(
     say(f"Estimated by {method}; shares are of {of}.", err=as_json)
     for note in notes:
         say(f"Note: {note}", err=True)
-    for item in refused:
-        say(f"  refused {one_line(item['id'])}: {item['reason']}, {item['message']}", err=True)
-    if refused:
-        raise typer.Exit(QUARANTINED)
+    end_refused(refused, len(pile.ids) + len(refused))
 
 
 def _store_or_images(images: str) -> Path | ImageSet:
@@ -155,7 +152,7 @@ def _store_or_images(images: str) -> Path | ImageSet:
     if is_local(images) and ((path / "manifest.json").is_file() or (path.is_file() and is_packed(path))):
         return path
     with ProgressLine("listing images") as line:
-        return ImageSet.from_source(images, progress=line.count)
+        return ImageSet.from_source(images, progress=line.update)
 
 
 def _ids(source: Path | ImageSet, bundle: Bundle) -> list[str]:
@@ -221,7 +218,7 @@ def _predict(
     embedder = open_embedder(bundle, model, **options)
     ids, answers, lost = [], [], []
     found = predict_files(bundle, embedder, layer_number(bundle), [ref.path for ref in source.refs])
-    for done, (ref, (_, answer)) in enumerate(zip(source.refs, found, strict=True), 1):
+    for done, (ref, answer) in enumerate(zip(source.refs, found, strict=True), 1):
         if isinstance(answer, ImageError):
             lost.append({"id": ref.id, "reason": answer.reason, "message": answer.what})
         else:
@@ -255,26 +252,19 @@ def _notes_of_checked(
 
 
 def _table(found: dict[str, ClassCount], photos: int, level: float) -> Table:
-    from rich.table import Table
-    from rich.text import Text
+    from rich.table import Column, Table
 
     from featx.evaluation import limits
 
-    table = Table("class", box=None)
     checked = any(each.checked is not None for each in found.values())
-    for name in (
-        "named",
-        *(["checked"] if checked else []),
-        "share, %",
-        f"{100 * level:g} %",
-        "photos",
-        f"{100 * level:g} %",
-    ):
-        table.add_column(name, justify="right", no_wrap=True)
+    sure = f"{100 * level:g} %"
+    names = ["named", *(["checked"] if checked else []), "share, %", sure, "photos", sure]
+    numbers = [Column(name, justify="right", no_wrap=True) for name in names]
+    table = Table(Column("class", overflow="fold"), *numbers, box=None)
     for name, each in sorted(found.items(), key=lambda item: -item[1].share.mean):
         share = each.share
         table.add_row(
-            Text(one_line(name), overflow="fold"),
+            one_line(name),
             f"{each.named}",
             *([f"{each.checked}"] if checked else []),
             f"{100 * share.mean:.1f}",

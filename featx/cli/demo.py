@@ -6,7 +6,6 @@ import json
 import shlex
 import time
 import webbrowser
-from collections.abc import Callable
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -14,12 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from featx.cli.extract import extract
-from featx.cli.fit import fit
 from featx.cli.options import Json, Seed
-from featx.cli.predict import predict
-from featx.cli.search import search
-from featx.cli.sweep import sweep
 from featx.cli.terminal import check_writable, print_json, say, show
 
 if TYPE_CHECKING:
@@ -36,6 +30,7 @@ def register(app: typer.Typer) -> None:
 
 
 def demo(
+    context: typer.Context,
     folder: Annotated[Path, typer.Option(help="Where images, stores, report and model go.")] = Path("data/demo"),
     open_report: Annotated[bool, typer.Option("--open", help="Open the report in the browser at the end.")] = False,
     seed: Seed = 0,
@@ -47,7 +42,7 @@ def demo(
     from featx.cli import demo_images
     from featx.images import PHOTOGRAPHS
 
-    steps = _Steps(as_json=as_json)
+    steps = _Steps(context.find_root().command, as_json=as_json)
     photographs, new, digits = folder / "photographs", folder / "new", folder / "digits"
     counts = {
         "photographs": demo_images.write_photographs(photographs, new),
@@ -58,14 +53,21 @@ def demo(
         f"{counts['digits']} scanned digits in {digits}: a folder for each class.",
         err=as_json,
     )
+    seeded = ("--seed", seed) if seed else ()
     jobs = []
-    for images, shots, heads in ((photographs, "1,2,5", "all"), (digits, "1,2,5,20", "auto")):
-        jobs.append(_job(steps, images, shots, heads, seed))
+    for images, options in (
+        (photographs, ("--shots", "1,2,5")),
+        (digits, ("--heads", "auto", "--shots", "1,2,5,20")),
+    ):
+        store = images.with_suffix(".featx")
+        steps.run("extract", images, "--out", store)
+        swept, _ = steps.run("sweep", store, *options, "--episodes", EPISODES, *seeded)
+        jobs.append(demo_images.compare_with_pixels(images.name, swept))
     store, model, report = (photographs.with_suffix(end) for end in (".featx", ".model", ".report"))
     tiles = [new / f"{name}.png" for name in demo_images.NEW]
-    steps.run(_line("fit", store, "--out", model, *_seed(seed)), fit, store, model, seed=seed)
-    predicted = steps.run(_line("predict", model, *tiles), predict, model, tiles)
-    found = steps.run(_line("search", store, tiles[0], "-k", 3), search, store, [str(tiles[0])], k=3)
+    steps.run("fit", store, "--out", model, *seeded)
+    _, predicted = steps.run("predict", model, *tiles)
+    _, found = steps.run("search", store, tiles[0], "-k", 3)
     page = report / "report.html"
     if as_json:
         print_json(
@@ -92,45 +94,20 @@ def demo(
 class _Steps:
     """Runs commands as a user would, each after the line that would run it."""
 
-    def __init__(self, *, as_json: bool) -> None:
-        self.as_json = as_json
+    def __init__(self, featx: Any, *, as_json: bool) -> None:
+        self.featx, self.as_json = featx, as_json
         self.commands: list[str] = []
 
-    def run(self, line: str, command: Callable[..., Any], *arguments: Any, **options: Any) -> dict[str, Any]:
-        """Run a command; with ``--json`` its object, else {}."""
-        self.commands.append(line)
-        say("", f"$ {line}", err=self.as_json)
+    def run(self, *words: object) -> tuple[Any, dict[str, Any]]:
+        """Run a command; what it returns, and with ``--json`` its object, else {}."""
+        arguments = [str(word) for word in words]
+        self.commands.append(shlex.join(["featx", *arguments]))
+        say("", f"$ {self.commands[-1]}", err=self.as_json)
         if not self.as_json:
-            command(*arguments, **options)
-            return {}
+            return self.featx.main(arguments, standalone_mode=False), {}
         with redirect_stdout(StringIO()) as out:
-            command(*arguments, **options, as_json=True)
-        answer = json.loads(out.getvalue())
-        assert isinstance(answer, dict)
-        return answer
-
-
-def _job(steps: _Steps, images: Path, shots: str, heads: str, seed: int) -> Job:
-    from featx.cli.demo_images import compare_with_pixels
-
-    store = images.with_suffix(".featx")
-    steps.run(_line("extract", images, "--out", store), extract, str(images), store)
-    results = []
-
-    def compare(**options: Any) -> None:
-        results.append(sweep([store], heads=heads, shots=shots, episodes=EPISODES, seed=seed, **options))
-
-    chosen = () if heads == "all" else ("--heads", heads)
-    steps.run(_line("sweep", store, *chosen, "--shots", shots, "--episodes", EPISODES, *_seed(seed)), compare)
-    return compare_with_pixels(images.name, results[0])
-
-
-def _seed(seed: int) -> tuple[object, ...]:
-    return ("--seed", seed) if seed else ()
-
-
-def _line(command: str, *arguments: object) -> str:
-    return shlex.join(["featx", command, *map(str, arguments)])
+            returned = self.featx.main([*arguments, "--json"], standalone_mode=False)
+        return returned, json.loads(out.getvalue())
 
 
 def _table(jobs: list[Job]) -> Table:

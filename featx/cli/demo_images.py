@@ -118,11 +118,6 @@ class Job:
     embeddings: dict[Shots, float]
     pixels: dict[Shots, float]
 
-    @property
-    def gain(self) -> float:
-        """What the network adds to raw pixels with five images per class, as a share."""
-        return self.embeddings[5] - self.pixels[5]
-
     def to_json(self) -> dict[str, Any]:
         """One row for each kind of features and number of images per class."""
         return {
@@ -137,13 +132,10 @@ class Job:
 
 def compare_with_pixels(name: str, result: SweepResult) -> Job:
     """What a sweep says of embeddings and of the pixels baseline, both with the recommended head."""
+    head = result.recommended
+    embeddings = {each.n_shots: each.accuracy.mean for each in result.results if each.head == head}
     pixels = {n_shots: result.pixels_accuracy(n_shots).mean for n_shots in result.shots}
-    return Job(name, result.recommended, means_of(result, result.recommended), pixels)
-
-
-def means_of(result: SweepResult, head: str) -> dict[Shots, float]:
-    """Mean accuracy of a head by images per class."""
-    return {each.n_shots: each.accuracy.mean for each in result.results if each.head == head}
+    return Job(name, head, embeddings, pixels)
 
 
 def verdict(jobs: Sequence[Job]) -> list[str]:
@@ -153,11 +145,7 @@ def verdict(jobs: Sequence[Job]) -> list[str]:
         points = round(100 * shown_gap(job.embeddings[5], job.pixels[5], digits=0))
         numbers = f"{100 * job.embeddings[5]:.0f} % right, raw pixels {100 * job.pixels[5]:.0f} %"
         words = (
-            f"is worth {points} points"
-            if points > 0
-            else f"costs {-points} points"
-            if points < 0
-            else "is worth nothing"
+            f"is worth {points} points" if points > 0 else f"costs {-points} points" if points else "is worth nothing"
         )
         parts.append(f"On {job.name} the frozen network {words} ({numbers}, with 5 images per class).")
     return [*parts, "Only a measurement can tell which of the two your photos are like."]

@@ -73,7 +73,7 @@ def evidence_of(
         explained = explainer.explain_files(origins.values())
         made: dict[int, bytes] = {}
         pairs = {row: pair for row, *pair in wanted}
-        for number, (row, picture, (_, found)) in enumerate(zip(origins, pictures, explained, strict=True), 1):
+        for number, (row, picture, found) in enumerate(zip(origins, pictures, explained, strict=True), 1):
             progress(number, len(origins), "photos explained")
             if isinstance(picture, str) or isinstance(found, Exception) or not set(pairs[row]) <= set(classes):
                 continue

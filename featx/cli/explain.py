@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from featx.cli.options import (
-    QUARANTINED,
     DeviceOption,
     EngineOption,
+    ImagesArgument,
     Json,
     ModelArgument,
     OwnBackbone,
     Weights,
+    end_refused,
     network_options,
 )
-from featx.cli.predict import name_files, say_refused
+from featx.cli.predict import name_files
 from featx.cli.terminal import PAGE_MARK, ProgressLine, check_file, check_writable, print_json, say, show
 from featx.errors import ImageError, one_line
 
@@ -45,14 +46,12 @@ def register(app: typer.Typer) -> None:
 
 def explain(
     model: ModelArgument,
-    images: Annotated[
-        list[Path], typer.Argument(metavar="IMAGE...", help="Files, folders, or - for an image on standard input.")
-    ],
+    images: ImagesArgument,
     html: Annotated[
-        Path | None, typer.Option("--html", metavar="FILE.html", help="Write a page with the photos, as one file.")
+        Path | None, typer.Option(metavar="FILE.html", help="Write a page with the photos, as one file.")
     ] = None,
     png: Annotated[
-        Path | None, typer.Option("--png", metavar="FOLDER", help="Write a picture of each photo, NAME.why.png.")
+        Path | None, typer.Option(metavar="FOLDER", help="Write a picture of each photo, NAME.why.png.")
     ] = None,
     backbone: OwnBackbone = None,
     weights: Weights = None,
@@ -82,7 +81,7 @@ def explain(
         explained: list[tuple[str, Path, Answer, Explanation]] = []
         refused: list[dict[str, Any]] = []
         with ProgressLine("explaining") as line:
-            for (name, path), (_, found) in zip(named, explainer.explain_files(path for _, path in named), strict=True):
+            for (name, path), found in zip(named, explainer.explain_files(path for _, path in named), strict=True):
                 if isinstance(found, ImageError):
                     refused.append({"id": name, "reason": found.reason, "message": found.what})
                 else:
@@ -121,15 +120,11 @@ def explain(
         print_json({"explanations": about, "refused": refused, "page": page_at, "pictures": written})
     else:
         _tell(explained)
-    for item in refused:
-        say(f"  refused {one_line(item['id'])}: {item['reason']}, {item['message']}", err=True)
     if png is not None:
         say(f"Pictures: {len(written)} in {png}", err=True)
     if html is not None:
         say(f"Page: {html}", err=True)
-    if refused:
-        say_refused(len(refused), len(named))
-        raise typer.Exit(QUARANTINED)
+    end_refused(refused, len(named))
 
 
 def _names(explained: Sequence[tuple[str, Path, Answer, Explanation]]) -> list[str]:
@@ -159,20 +154,29 @@ def _json(name: str, answer: Answer, found: Explanation) -> dict[str, Any]:
 
 def _tell(explained: Sequence[tuple[str, Path, Answer, Explanation]]) -> None:
     """How far each label is ahead, and how much of that lies in the photo's middle; in a pipe by lines with tabs."""
-    from rich.table import Table
-    from rich.text import Text
+    from rich.table import Column, Table
 
-    table = Table("image", "label", "score", "runner-up", "ahead by", "in the middle", "outside it", box=None)
+    table = Table(
+        Column("image", overflow="fold"),
+        "label",
+        "score",
+        "runner-up",
+        "ahead by",
+        "in the middle",
+        "outside it",
+        box=None,
+    )
     left_out: dict[str, str] = {}
     for name, _, answer, found in explained:
         label, other = found.ranked[:2]
         inside, outside = found.shares(label) - found.shares(other)
-        words = [one_line(each) for each in (name, answer.label, found.class_names[other])]
         ahead = found.scores[label] - found.scores[other]
-        numbers = [f"{answer.score:.3f}", f"{ahead:.3f}", f"{inside:+.3f}", f"{outside:+.3f}"]
-        row = [words[0], words[1], numbers[0], words[2], *numbers[1:]]
+        row = [
+            one_line(name), one_line(answer.label), f"{answer.score:.3f}", one_line(found.class_names[other]),
+            f"{ahead:.3f}", f"{inside:+.3f}", f"{outside:+.3f}",
+        ]  # fmt: skip
         if sys.stdout.isatty():
-            table.add_row(Text(row[0], overflow="fold"), *map(Text, row[1:]))
+            table.add_row(*row)
         else:
             say("\t".join(row))
         left_out |= {each.layer: each.reason for each in found.left_out}

@@ -27,14 +27,6 @@ if TYPE_CHECKING:
     from featx.reports import Examples
 
 
-ExportFormat = Literal["joblib", "skops", "onnx", "html"]
-"""What a model is written for."""
-
-
-Part = Literal["model", "head"]
-"""How much of a model is written."""
-
-
 _MARKS = {"joblib": b"sklearn", "skops": b"schema.json", "onnx": b"featx", "html": PAGE_MARK}
 _MOST_PHOTOS = 1000
 """Photos that an export is compared on at most."""
@@ -62,7 +54,7 @@ def export(
     model: ModelArgument,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The file to make.")],
     form: Annotated[
-        ExportFormat,
+        Literal["joblib", "skops", "onnx", "html"],
         typer.Option(
             "--format",
             help="onnx is a graph for any runtime, html a page that runs it in a browser; joblib is a pickle, skops "
@@ -70,11 +62,10 @@ def export(
         ),
     ],
     part: Annotated[
-        Part | None,
+        Literal["model", "head"] | None,
         typer.Option(
             help="model takes photos, head takes embeddings. (default: model for onnx and html; joblib and skops hold "
-            "a head)",
-            show_default=False,
+            "a head)"
         ),
     ] = None,
     check: Annotated[

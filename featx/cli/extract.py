@@ -56,16 +56,8 @@ DevicesOption = Annotated[
 ]
 
 
-Decode = Literal["full", "scaled"]
-"""How much of a JPEG is decoded."""
-
-
 RecipeName = Literal["fast", "balanced", "best"]
 """Of :data:`featx.backbones.recipes.RECIPES`."""
-
-
-Precision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
-"""Of the network's arithmetic."""
 
 
 def register(app: typer.Typer) -> None:
@@ -120,7 +112,7 @@ def extract(
     device: DeviceOption = "auto",
     engine: EngineOption = "auto",
     precision: Annotated[
-        Precision,
+        Literal["auto", "fp32", "bf16", "fp16", "int8"],
         typer.Option(
             help="auto is that of the store, or else bf16 on a GPU; on a CPU int8, where it has instructions for it "
             "and the network bears it (see: featx backbones NAME), or fp32."
@@ -128,7 +120,8 @@ def extract(
     ] = "auto",
     batch_size: Annotated[int | None, typer.Option(min=1, max=4096, help="(default: measured for the engine)")] = None,
     decode: Annotated[
-        Decode, typer.Option(help="scaled decodes large JPEGs only as far as the resize needs.")
+        Literal["full", "scaled"],
+        typer.Option(help="scaled decodes large JPEGs only as far as the resize needs."),
     ] = "full",
     workers: Annotated[int | None, typer.Option(min=1, max=256, help="Decoding processes. (default: cores)")] = None,
     max_bad: Annotated[
@@ -181,12 +174,13 @@ def extract(
     from featx.store import stored_backbones
 
     how = Spread.of(part, finish, runner, devices, prune=prune, rehash=rehash, device=device)
-    source = how.source(source)
+    if runner == "ray" and Path(source).exists():
+        source = str(Path(source).absolute())  # which other hosts understand, too
     _check_output(out, Path(source), alone=how.part is None)
     with ProgressLine("listing") as line:
         if "://" in source:
             line.say(f"Listing {source} ...")
-        images = ImageSet.from_source(source, progress=line.count).without_labels(unlabelled or ())
+        images = ImageSet.from_source(source, progress=line.update).without_labels(unlabelled or ())
     if group_by is not None:
         images = images.grouped(group_by, group_name)
     elif group_name is not None:
@@ -250,7 +244,8 @@ def extract(
     for item in [each for each in summary.refused if each.reason != UNREAD][:10]:
         say(f"  refused {item.id}: {item.reason}, {item.message}", err=True)
     if summary.quarantined:
-        say(f"All refused images: {how.folder(out) / 'quarantine.jsonl'}", err=True)
+        folder = out if how.part is None else how.part.folder(out)
+        say(f"All refused images: {folder / 'quarantine.jsonl'}", err=True)
     if not as_json:
         labelled = len(images.class_names) > 1
         say(f"Next: {how.next_step(out, source, labelled=labelled, unlabelled=unlabelled or ())}")
@@ -331,16 +326,6 @@ class Spread:
             )
         return cls(None if part is None else Part.parse(part), finish, runner, devices)
 
-    @property
-    def whole(self) -> bool:
-        """Whether it is an ordinary extraction, by this process alone."""
-        return self == Spread()
-
-    def source(self, source: str) -> str:
-        """Where the images are, in a way that other hosts understand too."""
-        path = Path(source)
-        return str(path.absolute()) if self.runner == "ray" and path.exists() else source
-
     def run(
         self,
         images: ImageSet,
@@ -362,7 +347,7 @@ class Spread:
             chosen = {name: options[name] for name in ("max_bad", "replace_images")}
             return finish_parts(images, store, prune=prune, progress=progress, **chosen)
         job = Job(store, len(images), load, partial(make_engine, **engine), precision, options)
-        if self.whole:
+        if self == Spread():  # an ordinary extraction, by this process alone
             return extract_features(
                 images, job.backbones, store, engine=job.starter(device=device), prune=prune, progress=progress,
                 **options,
@@ -375,11 +360,7 @@ class Spread:
             return run_ray(images, replace(job, store=store.absolute()), device=device, prune=prune, progress=progress)
         return run_local(images, job, parse_devices(self.devices or "all"), prune=prune, progress=progress)
 
-    def folder(self, store: Path) -> Path:
-        """Where this command's list of refused images is."""
-        return store if self.part is None else self.part.folder(store)
-
-    def next_step(self, store: Path, source: str, *, labelled: bool, unlabelled: Sequence[str] = ()) -> str:
+    def next_step(self, store: Path, source: str, *, labelled: bool, unlabelled: Sequence[str]) -> str:
         """What to do after this command."""
         if self.part is not None:
             nameless = [word for name in unlabelled for word in ("--unlabelled", name)]

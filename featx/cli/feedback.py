@@ -20,7 +20,7 @@ from featx.cli.options import (
     network_options,
 )
 from featx.cli.terminal import ProgressLine, print_json, say
-from featx.errors import StoreError, UsageError, plural
+from featx.errors import UsageError, plural
 
 if TYPE_CHECKING:
     from featx.models import Refit, Versions, Voted
@@ -31,17 +31,13 @@ _SHOWN = 200
 _LISTED = 10
 
 
-RuleName = Literal["majority", "unanimous"]
-"""Which label a photo has that several people have labelled."""
-
-
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The feedback folder of a served model.")]
 FolderOption = Annotated[
     Path, typer.Option("--feedback", metavar="DIR", help="The feedback folder of featx serve --feedback.")
 ]
 Who = Annotated[str | None, typer.Option(help="Who does this, for the audit log. (default: your login)")]
 RuleOption = Annotated[
-    RuleName,
+    Literal["majority", "unanimous"],
     typer.Option(
         "--disagreements",
         help="Of photos that people label differently: learn the majority's label, or leave them out (unanimous). "
@@ -79,8 +75,7 @@ def feedback(
     for each in corrections.latest:
         people[each.by] = people.get(each.by, 0) + 1
     if csv is not None:
-        rows = [(each.file, each.label or "", each.said) for each in voted]
-        publish_bytes(csv, export_csv(folder, rows))
+        publish_bytes(csv, export_csv(voted))
     if as_json:
         print_json(
             {
@@ -145,7 +140,7 @@ def refit(
     if release and discard:
         raise UsageError("--release and --discard do not go together", hint="Decide about one batch at a time.")
     versions = Versions(feedback)
-    versions.begin(read_model(model), model, person)
+    versions.begin(model, person)
     for batch, what in ((release, "released"), (discard, "discarded")):
         if batch is not None:
             count = versions.settle_batch(batch, what, person)
@@ -159,10 +154,11 @@ def refit(
     with ProgressLine("fitting") as line:
         current, options = versions.path(str(versions.current)), network_options(backbone, weights, engine, device)
         embedder = open_embedder(bundle, current, **options, batch_sizes=batch_sizes(versions))
-        done = refitted(
-            versions, store, embedder, who=person, rule=disagreements, force=force, random_state=seed,
-            progress=line.update,
-        )  # fmt: skip
+        with versions.changing():
+            done = refitted(
+                versions, store, embedder, who=person, rule=disagreements, force=force, random_state=seed,
+                progress=line.update,
+            )  # fmt: skip
     sheet = None if done.batch is None else write_batch(versions, done)
     if as_json:
         print_json({**done.to_json(), "sheet": None if sheet is None else str(sheet)})
@@ -199,7 +195,7 @@ def models(
     if rollback and add is not None:
         raise UsageError("--rollback and --add do not go together", hint="Do one after the other.")
     if add is not None:
-        versions.add(read_model(add), add, person)
+        versions.add(add, person)
     if rollback:
         name, batch = versions.roll_back(person, to)
         say(f"Current is {name} again.", err=as_json)
@@ -233,16 +229,6 @@ def check_folder(folder: Path) -> None:
             where=folder,
             hint="featx serve MODEL --feedback DIR makes one, and keeps corrections.",
         )
-
-
-def read_model(path: Path) -> bytes:
-    """The content of a model's file; whether it is a model, is looked at later."""
-    from featx._files import read_regular
-
-    try:
-        return read_regular(path)
-    except FileNotFoundError as error:
-        raise StoreError("no such model", where=path, hint="featx fit STORE --out MODEL makes one.") from error
 
 
 def login() -> str:

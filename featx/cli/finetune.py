@@ -106,9 +106,10 @@ def finetune(
     from featx.evaluation import LabelledRows
     from featx.extraction import network_like
     from featx.images import ImageSet
-    from featx.models import finetune_bundle, prior_shares, read_prior
+    from featx.models import check_promises, finetune_bundle, prior_shares, read_prior
     from featx.store import check_same, read_features
 
+    check_promises(max_error, max_unknown)
     recipe = recipe_for(
         from_scratch=from_scratch, whole=blocks == "all", epochs=epochs, learning_rate=learning_rate,
         early_stop=early_stop, augment=augment,

@@ -93,7 +93,7 @@ def fit(
     if layer is not None and len(on) > 1:
         raise UsageError("a model is on one layer, or on combined", where="--layer", found=layer)
     pool = None
-    if unlabelled or unlabelled_from:
+    if pooled:
         own = np.flatnonzero(features.splits != "test") if unlabelled else np.arange(0)
         pool = unlabelled_rows(features, own, unlabelled_from)
     catalogue = heads_for(None if pool is None else unlabelled_centre(pool), pool)
@@ -144,8 +144,13 @@ def _head_on(head: str, layer: str | None) -> tuple[str, str | None]:
 _CLASSES_TOLD = 12
 
 
-def _story(bundle: Bundle, how: str = "") -> list[str]:
+def _percent(found: Mapping[str, Any], name: str = "mean") -> str:
     from featx.evaluation import Interval, percent
+
+    return percent(Interval(found[name], found["low"], found["high"]))
+
+
+def _story(bundle: Bundle, how: str) -> list[str]:
     from featx.models import by_recall
 
     metrics: Any = bundle.metrics
@@ -169,14 +174,13 @@ def _story(bundle: Bundle, how: str = "") -> list[str]:
             error = found["error_among_answered"]
             wrong = "" if error is None else f", {100 * error:.1f} % of these answers wrong"
             lines.append(
-                f"{where}: accuracy {percent(Interval(**found['accuracy']))}, "
+                f"{where}: accuracy {_percent(found['accuracy'])}, "
                 f"macro-F1 {100 * found['macro_f1']:.1f} %, calibration error {100 * found['ece']:.1f} %; "
                 f"answers {100 * found['answered']:.1f} %{wrong}."
             )
             classes = by_recall(found)
             recalls = [
-                f"{name} {percent(Interval(each['recall'], each['low'], each['high']))} of {each['images']}"
-                for name, each in classes[:_CLASSES_TOLD]
+                f"{name} {_percent(each, 'recall')} of {each['images']}" for name, each in classes[:_CLASSES_TOLD]
             ]
             rest = len(classes) - len(recalls)
             more = f", and {rest} better ones (--json lists all)" if rest else ""
@@ -197,29 +201,23 @@ def _shares(prior: Mapping[str, float]) -> str:
 
 
 def _story_of_sets(found: Any) -> list[str]:
-    from featx.evaluation import Interval, percent
-
     if not found:
         return []
     name, least = min(found["per_class"].items(), key=lambda item: item[1]["mean"])
     return [
-        f"  Sets of labels (predict --coverage {found['asked']:g}): {percent(Interval(**found['coverage']))} hold "
-        f"the truth, {found['mean_size']:.2f} labels on average; of {name} "
-        f"{percent(Interval(least['mean'], least['low'], least['high']))}, the fewest (--json lists all)."
+        f"  Sets of labels (predict --coverage {found['asked']:g}): {_percent(found['coverage'])} hold the truth, "
+        f"{found['mean_size']:.2f} labels on average; of {name} {_percent(least)}, the fewest (--json lists all)."
     ]
 
 
 def _story_of_unknown(found: Any, most: float | None) -> list[str]:
-    from featx.evaluation import Interval, percent
-
     if not most or found is None or found["smallest_max_unknown"] > most:
         return []
     lines = [
         f"Calls photos unknown that are unlike its own (--max-unknown {most:g}): "
-        f"{percent(Interval(**found['own_refused']))} of its own that it had not seen."
+        f"{_percent(found['own_refused'])} of its own that it had not seen."
     ]
-    left = found["class_left_out"]
-    if left:
-        share = percent(Interval(**{name: left[name] for name in ("mean", "low", "high")}))
+    if left := found["class_left_out"]:
+        share = _percent(left)
         lines.append(f"  Of the photos of a class that it was not fitted on (each in turn), it called {share} unknown.")
     return lines

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping
 from importlib.resources import files
-from types import MappingProxyType
 from typing import Annotated
 
 import typer
@@ -15,25 +13,23 @@ from featx.cli.options import Json
 from featx.cli.terminal import print_json, say
 from featx.errors import UsageError, did_you_mean
 
-TOPICS: Mapping[str, str] = MappingProxyType(
-    {
-        "getting-started": "From a folder of photos to a classifier that answers, and what a source may be.",
-        "studio": "Label photos in a browser, see how good a classifier is, and take it along; without programming.",
-        "honest-numbers": "What the accuracy means: labels, groups, duplicates, intervals, and what is promised.",
-        "heads": "The classifiers, how they are compared, and how good the recommended one is.",
-        "features": "Other networks, weights, layers and views, a network of your own, working offline.",
-        "training": "Fine-tuning, the autoencoder, and whether they pay.",
-        "retrieval": "Search, duplicates, and how to measure a search.",
-        "serving": "Keep a model, predict, serve it over HTTP with keys and limits.",
-        "feedback": "Corrections of a served model: kept, learnt on evidence, versions, several people, Label Studio.",
-        "shipping": "A model in other software: one ONNX graph from photo to answer, or the head alone.",
-        "many-machines": "Parts, runners, Ray, and stores of millions of images.",
-        "store-format": "The format of a store, with MUST and MAY, and how to take embeddings elsewhere.",
-        "benchmarks": "Every measured number, with its command, machine and date.",
-        "inside": "How featx is built: the rooms, and what they must not know.",
-        "python": "The Python API, one short example for each name.",
-    }
-)
+TOPICS = {
+    "getting-started": "From a folder of photos to a classifier that answers, and what a source may be.",
+    "studio": "Label photos in a browser, see how good a classifier is, and take it along; without programming.",
+    "honest-numbers": "What the accuracy means: labels, groups, duplicates, intervals, and what is promised.",
+    "heads": "The classifiers, how they are compared, and how good the recommended one is.",
+    "features": "Other networks, weights, layers and views, a network of your own, working offline.",
+    "training": "Fine-tuning, the autoencoder, and whether they pay.",
+    "retrieval": "Search, duplicates, and how to measure a search.",
+    "serving": "Keep a model, predict, serve it over HTTP with keys and limits.",
+    "feedback": "Corrections of a served model: kept, learnt on evidence, versions, several people, Label Studio.",
+    "shipping": "A model in other software: one ONNX graph from photo to answer, or the head alone.",
+    "many-machines": "Parts, runners, Ray, and stores of millions of images.",
+    "store-format": "The format of a store, with MUST and MAY, and how to take embeddings elsewhere.",
+    "benchmarks": "Every measured number, with its command, machine and date.",
+    "inside": "How featx is built: the rooms, and what they must not know.",
+    "python": "The Python API, one short example for each name.",
+}
 """Name of each page, in reading order, and what it is about."""
 
 _LINK = re.compile(r"\[([^\]]+)\]\(([a-z-]+)\.md\)")

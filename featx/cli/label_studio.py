@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from featx.cli.feedback import login, read_model
+from featx.cli.feedback import login
 from featx.cli.options import (
     ApiKeyFile,
     DeviceOption,
@@ -58,8 +58,7 @@ def label_studio(
     token_file: Annotated[
         Path | None,
         typer.Option(
-            help="A file with the access token of one of its users, if it is not in FEATX_LABEL_STUDIO_TOKEN.",
-            show_default=False,
+            help="A file with the access token of one of its users, if it is not in FEATX_LABEL_STUDIO_TOKEN."
         ),
     ] = None,
     feedback: Annotated[
@@ -67,12 +66,11 @@ def label_studio(
         typer.Option(
             metavar="DIR",
             help="Keep labels with their photos in this folder. (default: beside MODEL or STORE, as NAME.labels)",
-            show_default=False,
         ),
     ] = None,
     store: Annotated[
         Path | None,
-        typer.Option(metavar="STORE", help="The store that the model was fitted on, for --every.", show_default=False),
+        typer.Option(metavar="STORE", help="The store that the model was fitted on, for --every."),
     ] = None,
     every: Annotated[
         int | None,
@@ -81,7 +79,6 @@ def label_studio(
             metavar="N",
             help="Fit again after every N labels: a model by featx refit, on evidence. (default: a model never, else "
             f"{EVERY})",
-            show_default=False,
         ),
     ] = None,
     order: Annotated[
@@ -166,11 +163,10 @@ def of_model(
     from featx.models import Versions, open_embedder, read_bundle
     from featx.service import BATCH_SIZES, Feedback, Model
 
-    content = read_model(path)
     read_bundle(path)  # before anything is written for it
     corrections.open()
     versions = Versions(corrections.folder)
-    file = versions.path(versions.begin(content, path, login()))
+    file = versions.path(versions.begin(path, login()))
     bundle = read_bundle(file)
     embedder = open_embedder(bundle, file, batch_sizes=BATCH_SIZES, **options)
     refitter = None

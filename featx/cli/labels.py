@@ -9,7 +9,7 @@ import typer
 
 from featx.cli.options import Jobs, Json, Seed, SourceOption, StoreArgument
 from featx.cli.terminal import PAGE_MARK, ProgressLine, check_file, print_json, say, show
-from featx.errors import UsageError, plural, visible
+from featx.errors import UsageError, plural
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -131,15 +131,9 @@ def _row(ranking: LabelRanking, i: int) -> dict[str, Any]:
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    from rich.table import Table
-    from rich.text import Text
+    from rich.table import Column, Table
 
-    table = Table("image", "label", "suggested", "confidence", box=None)
+    table = Table(Column("image", overflow="fold"), "label", "suggested", "confidence", box=None)
     for row in rows:
-        table.add_row(
-            Text(visible(row["id"]), overflow="fold"),
-            Text(visible(row["label"])),
-            Text(visible(row["suggested"])),
-            f"{row['confidence']:.2f}",
-        )
+        table.add_row(row["id"], row["label"], row["suggested"], f"{row['confidence']:.2f}")
     return table

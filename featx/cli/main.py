@@ -41,7 +41,7 @@ from featx.cli import (
     weights,
 )
 from featx.cli.terminal import print_json, say
-from featx.errors import LEFT_OUT, FeatxError, Interrupted, visible
+from featx.errors import MAY_BE_MISSING, FeatxError, Interrupted, visible
 
 _INTERRUPTED = 130
 
@@ -159,7 +159,7 @@ def main() -> None:
         if isinstance(error, Interrupted) or not _by_ctrl_c(error):
             if isinstance(error, FeatxError):
                 _fail(str(error), error.exit_code)
-            if isinstance(error, ModuleNotFoundError) and error.name in LEFT_OUT:
+            if isinstance(error, ModuleNotFoundError) and error.name in MAY_BE_MISSING:
                 _fail(_NOT_INSTALLED.format(error.name), 2)
             raise
         code = _INTERRUPTED

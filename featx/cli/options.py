@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from featx.errors import UsageError
+from featx.cli.terminal import say
+from featx.errors import UsageError, one_line, plural
 
 if TYPE_CHECKING:
     from featx.backbones import Own
@@ -19,23 +20,24 @@ QUARANTINED = 3
 """Exit code: done, but some images were refused."""
 
 
-EngineName = Literal["auto", "torch", "openvino"]
-"""What runs the network."""
-
-
 Device = Literal["auto", "cpu", "cuda"]
 """Where the network runs."""
 
 
 StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="A store, or a file made by featx pack.")]
 ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help="A file made by featx fit.")]
+ImagesArgument = Annotated[
+    list[Path], typer.Argument(metavar="IMAGE...", help="Files, folders, or - for an image on standard input.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every random draw.")]
 Jobs = Annotated[int | None, typer.Option(min=1, max=1024, help="Parallel workers. (default: cores)")]
 SourceOption = Annotated[
     str | None, typer.Option(help="Where the images of the store are, for the sheet. (default: as at extraction)")
 ]
-EngineOption = Annotated[EngineName, typer.Option(help="auto is torch on cuda, or else openvino.")]
+EngineOption = Annotated[
+    Literal["auto", "torch", "openvino"], typer.Option(help="auto is torch on cuda, or else openvino.")
+]
 DeviceOption = Annotated[Device, typer.Option(help="auto is cuda if there is a GPU.")]
 Weights = Annotated[
     Path | None, typer.Option(help="The weights file, if the features were made with weights of your own.")
@@ -107,7 +109,7 @@ def own_network(name: str | None) -> Own | None:
     return import_provider(name)
 
 
-def network_options(backbone: str | None, weights: Path | None, engine: EngineName, device: Device) -> dict[str, Any]:
+def network_options(backbone: str | None, weights: Path | None, engine: str, device: str) -> dict[str, Any]:
     """What ``--backbone``, ``--weights``, ``--engine`` and ``--device`` say, as ``Embedder.like`` takes it."""
     return {"backbone": own_network(backbone), "weights": weights, "engine": engine, "device": device}
 
@@ -137,3 +139,21 @@ def let_scipy_take_tensors() -> None:
 def stem(store: Path) -> str:
     """The name that files beside a store begin with."""
     return store.name.removesuffix(".featx").removesuffix(".h5")
+
+
+def end_refused(refused: Sequence[dict[str, Any]], of: int) -> None:
+    """Say which images were refused and why, and end the command, if any were.
+
+    Parameters
+    ----------
+    refused : of each its name, the code of the reason, and the reason in words.
+    of : how many images there were.
+    """
+    if not refused:
+        return
+    for name, reason, message in (each.values() for each in refused):
+        say(f"  refused {one_line(name)}: {reason}, {message}", err=True)
+    count = len(refused)
+    counted = "the image" if of == 1 else "none of the images" if count == of else f"{count} of {plural(of, 'image')}"
+    say(f"Error: {counted} could {'not ' if of == 1 or count < of else ''}be read.", err=True)
+    raise typer.Exit(QUARANTINED)

@@ -12,17 +12,18 @@ from zipfile import is_zipfile
 import typer
 
 from featx.cli.options import (
-    QUARANTINED,
     DeviceOption,
     EngineOption,
+    ImagesArgument,
     Json,
     ModelArgument,
     OwnBackbone,
     Weights,
+    end_refused,
     network_options,
 )
 from featx.cli.terminal import ProgressLine, check_file, check_writable, print_json, say, show
-from featx.errors import ImageError, UsageError, one_line, plural
+from featx.errors import ImageError, UsageError, one_line
 
 if TYPE_CHECKING:
     from featx.cli.sorting import Sorted
@@ -45,9 +46,7 @@ def register(app: typer.Typer) -> None:
 
 def predict(
     model: ModelArgument,
-    images: Annotated[
-        list[Path], typer.Argument(metavar="IMAGE...", help="Files, folders, or - for an image on standard input.")
-    ],
+    images: ImagesArgument,
     allow_pickle: Annotated[
         bool,
         typer.Option("--allow-pickle", help="MODEL is a joblib export. Loading it runs code, so trust its source."),
@@ -99,7 +98,7 @@ def predict(
         paths = [path for _, path in named]
         with ProgressLine("predicting") as line:
             found = predict_files(kept, embedder, layer, paths, coverage=coverage)
-            for (name, _), (_, answer) in zip(named, found, strict=True):
+            for (name, _), answer in zip(named, found, strict=True):
                 if isinstance(answer, ImageError):
                     refused.append({"id": name, "reason": answer.reason, "message": answer.what})
                 else:
@@ -119,27 +118,16 @@ def predict(
         _table(predictions, kept.score_kind)
     else:
         for each in predictions:
-            line_of = [*map(one_line, (each["id"], each["label"])), f"{each['score']:.3f}", _doubt(each)]
-            say("\t".join([*line_of, *([one_line(_set_of(each))] if _SET in each else [])]))
+            say("\t".join(_cells(each)))
     for caution in cautions:
         say(f"Note: {caution}", err=True)
-    for item in refused:
-        say(f"  refused {one_line(item['id'])}: {item['reason']}, {item['message']}", err=True)
     if filed is not None:
         into = ", ".join(f"{name} {count}" for name, count in filed.copied.items())
         there = f"; {filed.there} already there" if filed.there else ""
         say(f"Copied into {sort_into}: {into or 'nothing'}{there}.", err=True)
     if csv is not None:
         say(f"CSV: {csv}", err=True)
-    if refused:
-        say_refused(len(refused), len(named))
-        raise typer.Exit(QUARANTINED)
-
-
-def say_refused(count: int, of: int) -> None:
-    """Say how many images were refused, below the reasons."""
-    counted = "the image" if of == 1 else "none of the images" if count == of else f"{count} of {plural(of, 'image')}"
-    say(f"Error: {counted} could {'not ' if of == 1 or count < of else ''}be read.", err=True)
+    end_refused(refused, len(named))
 
 
 def _open(model: Path, options: dict[str, Any], *, pickled: bool) -> tuple[Bundle | Pickled, Embedder, int | None]:
@@ -179,26 +167,22 @@ def name_files(images: list[Path], folder: Path) -> list[tuple[str, Path]]:
     return named
 
 
-def _doubt(prediction: dict[str, Any]) -> str:
-    return {None: "", "unsure": "abstains", "unknown": "unknown"}[prediction["reason"]]
-
-
-def _set_of(prediction: dict[str, Any]) -> str:
-    return " | ".join(prediction[_SET])
+def _cells(prediction: dict[str, Any]) -> list[str]:
+    """What a line or a row of the table says: image, label, score, doubt, and the set if one was asked for."""
+    doubt = {None: "", "unsure": "abstains", "unknown": "unknown"}[prediction["reason"]]
+    more = [one_line(" | ".join(prediction[_SET]))] if _SET in prediction else []
+    return [one_line(prediction["id"]), one_line(prediction["label"]), f"{prediction['score']:.3f}", doubt, *more]
 
 
 def _table(predictions: list[dict[str, Any]], kind: str) -> None:
-    from rich.table import Table
-    from rich.text import Text
+    from rich.table import Column, Table
 
-    table = Table("image", "label", "ahead of the next by" if kind == "margin" else kind, "", box=None)
-    sets = any(_SET in each for each in predictions)
-    if sets:
+    score = "ahead of the next by" if kind == "margin" else kind
+    table = Table(Column("image", overflow="fold"), "label", score, "", box=None)
+    if any(_SET in each for each in predictions):
         table.add_column(_SET, overflow="fold")
     for each in predictions:
-        name, label = Text(one_line(each["id"]), overflow="fold"), Text(one_line(each["label"]))
-        more = [Text(one_line(_set_of(each)))] if sets else []
-        table.add_row(name, label, f"{each['score']:.3f}", _doubt(each), *more)
+        table.add_row(*_cells(each))
     if predictions:
         show(table)
 
@@ -216,7 +200,9 @@ def _write_csv(
     columns = [*_CSV_COLUMNS, *([_SET] if sets else []), *(f"probability of {name}" for name in class_names)]
     rows: list[dict[str, Any]] = []
     for each in predictions:
-        row = {name: each[name] for name in _CSV_COLUMNS if name in each} | ({_SET: _set_of(each)} if sets else {})
+        row = {name: each[name] for name in _CSV_COLUMNS if name in each} | (
+            {_SET: " | ".join(each[_SET])} if sets else {}
+        )
         shares = {f"probability of {name}": share for name, share in each["probabilities"].items()}
         rows.append({**row, **shares, "abstain": "yes" if each["abstain"] else "no"})
     rows += [{"id": each["id"], "refused": f"{each['reason']}: {each['message']}"} for each in refused]

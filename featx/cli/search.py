@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from featx.cli.options import (
-    QUARANTINED,
     DeviceOption,
     EngineOption,
     Json,
@@ -17,24 +17,21 @@ from featx.cli.options import (
     SourceOption,
     StoreArgument,
     Weights,
+    end_refused,
     network_options,
 )
-from featx.cli.predict import say_refused
 from featx.cli.terminal import PAGE_MARK, ProgressLine, check_file, print_json, say, show
-from featx.errors import ImageError, plural, visible
+from featx.errors import ImageError, plural
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from rich.table import Table
 
-    from featx.evaluation import Interval
     from featx.extraction import Embedder
     from featx.reports import Found
-    from featx.retrieval import DuplicateGroup, ImageSearch, RetrievalResult, Scores
+    from featx.retrieval import DuplicateGroup, ImageSearch, RetrievalResult
     from featx.store import FeatureSet
-
-
-MethodName = Literal["auto", "exact", "approximate"]
-"""How neighbours are found."""
 
 
 Layer = Annotated[str, typer.Option(help="Which of the store's layers.")]
@@ -69,7 +66,8 @@ def search(
     whiten: Whiten = None,
     expand: Expand = 0,
     method: Annotated[
-        MethodName, typer.Option(help="auto is exact up to a million images, or where faiss is not installed.")
+        Literal["auto", "exact", "approximate"],
+        typer.Option(help="auto is exact up to a million images, or where faiss is not installed."),
     ] = "auto",
     include_self: Annotated[
         bool, typer.Option("--include-self", help="Let an image of the store be in its own answer.")
@@ -103,15 +101,21 @@ def search(
             expand=expand,
             say=lambda sentence: line.say(f"{sentence} ..."),
         )
-        asked = _Queries(gallery, images)
-        if asked.files:
+        asked = _queries(gallery, images)
+        refused: list[dict[str, Any]] = []
+        if files := [query for query in asked if query.vector is None]:
             options = network_options(backbone, weights, engine, device)
             embedder = Embedder.like(gallery.features.provenance, where=store, **options)
-            asked.embed(embedder, line)
-    found = asked.answer(k, include_self=include_self)
+            refused = _embed(files, gallery.features, embedder, line)
+    good = [query for query in asked if query.vector is not None]
+    # A row of the store is not in its own answer.
+    own = [-1 if include_self or isinstance(query.origin, Path) else query.origin for query in good]
+    vectors = [query.vector for query in asked if query.vector is not None]
+    matches = gallery.query(vectors, k, exclude=own) if good else []
+    found = [(query.name, query.origin, each) for query, each in zip(good, matches, strict=True)]
     answer = {
         "results": [{"query": name, "matches": [match.to_json() for match in matches]} for name, _, matches in found],
-        "refused": asked.refused,
+        "refused": refused,
         "method": gallery.index.method_,
         "recall": gallery.index.recall_,
         "options": {"center": center, "whiten": whiten, "expand": expand},
@@ -124,79 +128,57 @@ def search(
         show(_match_table(found))
     if html is not None:
         say(f"Sheet: {html}", err=as_json)
-    for item in asked.refused:
-        say(f"  refused {item['query']}: {item['reason']}, {item['message']}", err=True)
-    if asked.refused:
-        say_refused(len(asked.refused), len(asked.names))
-        raise typer.Exit(QUARANTINED)
+    end_refused(refused, len(asked))
 
 
-class _Queries:
-    """What was asked for, in order: rows of the store, and files that have to be embedded."""
+@dataclass
+class _Query:
+    """What was asked for: a file, or a row of the store; ``vector`` is None until it is embedded."""
 
-    def __init__(self, gallery: ImageSearch, arguments: list[str]) -> None:
-        self.gallery = gallery
-        self.names: list[str] = []
-        self.origins: list[Path | int] = []
-        self.rows: dict[int, int] = {}
-        self.files: dict[int, Path] = {}
-        self.vectors: dict[int, Any] = {}
-        self.refused: list[dict[str, Any]] = []
-        for argument in arguments:
-            self._add(argument)
+    name: str
+    origin: Path | int
+    vector: NDArray[np.float32] | None
 
-    def _add(self, argument: str) -> None:
-        from featx.models import named_files
 
+def _queries(gallery: ImageSearch, arguments: list[str]) -> list[_Query]:
+    """What was asked for, in order; of files that the store has, too, the embeddings are known."""
+    from featx.models import named_files
+
+    embeddings = gallery.features.embeddings
+    found = []
+    for argument in arguments:
         try:
             files = named_files(Path(argument))
         except (OSError, ValueError):  # too long, or not a path at all: it may still be an id
             files = []
         for file in files:
-            self._add_file(file)
+            digest = _digest(file)
+            row = None if digest is None else gallery.row_of_content(digest)
+            found.append(_Query(str(file), file, None if row is None else embeddings[row]))
         if not files:
-            row = self.gallery.row_of(argument)
+            row = gallery.row_of(argument)
             if row is None:
-                raise self.gallery.no_such_image(argument)
-            self.rows[len(self.names)] = row
-            self.names.append(argument)
-            self.origins.append(row)
+                raise gallery.no_such_image(argument)
+            found.append(_Query(argument, row, embeddings[row]))
+    return found
 
-    def _add_file(self, path: Path) -> None:
-        known = self.gallery.row_of_content(digest) if (digest := _digest(path)) is not None else None
-        if known is not None:
-            self.vectors[len(self.names)] = self.gallery.features.embeddings[known]
+
+def _embed(files: list[_Query], features: FeatureSet, embedder: Embedder, line: ProgressLine) -> list[dict[str, Any]]:
+    """Embed files; those that cannot be decoded, and why."""
+    from featx.backbones import layer_place, of_layer
+    from featx.store import layers_of
+
+    layer = layer_place(features.layer, layers_of(features.provenance))
+    refused = []
+    for done, (query, (_, result)) in enumerate(
+        zip(files, embedder.embed_files(Path(query.name) for query in files), strict=True), 1
+    ):
+        if isinstance(result, ImageError):
+            refused.append({"query": query.name, "reason": result.reason, "message": result.what})
         else:
-            self.files[len(self.names)] = path
-        self.names.append(str(path))
-        self.origins.append(path)
-
-    def embed(self, embedder: Embedder, line: ProgressLine) -> None:
-        """Embed the files; those that cannot be decoded go to ``refused``."""
-        from featx.backbones import layer_place, of_layer
-        from featx.store import layers_of
-
-        layer = layer_place(self.gallery.features.layer, layers_of(self.gallery.features.provenance))
-        found = embedder.embed_files(self.files.values())
-        for done, (number, (_, result)) in enumerate(zip(self.files, found, strict=True), 1):
-            if isinstance(result, ImageError):
-                self.refused.append({"query": self.names[number], "reason": result.reason, "message": result.what})
-            else:
-                self.vectors[number] = of_layer(result, layer)
-            line.update(done, len(self.files))
-
-    def answer(self, k: int, *, include_self: bool) -> Found:
-        """What was found for each query that could be read, in the order of the command line."""
-        import numpy as np
-
-        good = sorted({*self.vectors, *self.rows})
-        if not good:
-            return []
-        embeddings = self.gallery.features.embeddings
-        queries = np.stack([embeddings[self.rows[i]] if i in self.rows else self.vectors[i] for i in good])
-        exclude = [-1 if include_self else self.rows.get(i, -1) for i in good]
-        matches = self.gallery.query(queries, k, exclude=exclude)
-        return [(self.names[i], self.origins[i], each) for i, each in zip(good, matches, strict=True)]
+            query.vector = of_layer(result, layer)
+        line.update(done, len(files))
+    return refused
 
 
 def _digest(path: Path) -> bytes | None:
@@ -213,20 +195,13 @@ def _digest(path: Path) -> bytes | None:
 
 
 def _match_table(found: Found) -> Table:
-    from rich.table import Table
-    from rich.text import Text
+    from rich.table import Column, Table
 
-    table = Table("query", "", "match", "label", "cosine", box=None)
+    table = Table(Column("query", overflow="fold"), "", Column("match", overflow="fold"), "label", "cosine", box=None)
     for name, _, matches in found:
         for rank, match in enumerate(matches, 1):
-            table.add_row(
-                Text(visible(name) if rank == 1 else "", overflow="fold"),
-                str(rank),
-                Text(visible(match.id), overflow="fold"),
-                Text(visible(match.label or "")),
-                f"{match.score:.3f}",
-                end_section=rank == len(matches),
-            )
+            cells = [name if rank == 1 else "", str(rank), match.id, match.label or "", f"{match.score:.3f}"]
+            table.add_row(*cells, end_section=rank == len(matches))
     return table
 
 
@@ -274,35 +249,22 @@ def evaluate_retrieval(
 
 
 def _metrics_table(result: RetrievalResult) -> Table:
-    from rich.table import Table
-    from rich.text import Text
+    from rich.table import Column, Table
 
     from featx.evaluation import limits
 
-    table = Table(box=None)
-    table.add_column("class", no_wrap=True)
-    for name in ("queries", "recall@1", "recall@5", "recall@10", "P@10", "mAP", "95 % interval"):
-        table.add_column(name, justify="right", no_wrap=True)
+    names = ("queries", "recall@1", "recall@5", "recall@10", "P@10", "mAP", "95 % interval")
+    numbers = [Column(name, justify="right", no_wrap=True) for name in names]
+    table = Table(Column("class", no_wrap=True), *numbers, box=None)
 
-    def row(name: str, scores: Scores, style: str = "") -> None:
+    for name, scores in [("all", result.overall), *result.per_class.items()]:
         precision = scores.mean_average_precision
+        shares = [*(scores.recall_at_k[k] for k in (1, 5, 10)), scores.precision_at_k[10], precision]
         table.add_row(
-            Text(visible(name), style=style),
-            str(scores.queries),
-            *(_points(scores.recall_at_k[k]) for k in (1, 5, 10)),
-            _points(scores.precision_at_k[10]),
-            _points(precision),
-            limits(precision),
-        )
-
-    row("all", result.overall, "bold")
-    for name, scores in result.per_class.items():
-        row(name, scores)
+            name, str(scores.queries), *(f"{100 * share.mean:.1f}" for share in shares), limits(precision),
+            style="bold" if scores is result.overall else "",
+        )  # fmt: skip
     return table
-
-
-def _points(value: Interval) -> str:
-    return f"{100 * value.mean:.1f}"
 
 
 def _notes(result: RetrievalResult) -> list[str]:

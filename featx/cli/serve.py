@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from featx.cli.feedback import login, read_model
+from featx.cli.feedback import login
 from featx.cli.options import (
     ApiKeyFile,
     DeviceOption,
@@ -99,7 +99,6 @@ def serve(
             metavar="DIR",
             help="Count answers by the hour in this folder: labels, abstentions, familiarity; no photo and no name. "
             "featx drift DIR then says whether photos have changed.",
-            show_default=False,
         ),
     ] = None,
     backbone: OwnBackbone = None,
@@ -113,8 +112,10 @@ def serve(
     """
     with extra_packages("the service", "serve"):
         import featx.service.server
+    from featx.backbones import is_own
     from featx.models import Corrections, Versions, open_embedder, read_bundle
     from featx.service import BATCH_SIZES, Counts, Evidence, Feedback, Limits, Model, Repository
+    from featx.store import backbones_of, name_of
 
     key = read_key(api_key_file)
     featx.service.server.check_address(host, key, insecure=insecure)
@@ -140,7 +141,7 @@ def serve(
     named = dict(files)
     for name, folder in kept.items():
         versions = Versions(folder)
-        files[name] = versions.path(versions.begin(read_model(files[name]), files[name], login()))
+        files[name] = versions.path(versions.begin(files[name], login()))
     bundles = {name: read_bundle(path) for name, path in files.items()}
     evidence = {name: Evidence(path, bundles[name], folders.get(name)) for name, path in stores.items()}
     for name, bundle in bundles.items():
@@ -151,13 +152,15 @@ def serve(
     opened: dict[str, Embedder] = {}
     served = []
     for name, bundle in bundles.items():
-        alone = len(files) == 1
+        # What one of several models needs is not for the others.
+        alone, networks = len(files) == 1, backbones_of(bundle.provenance)
+        own_name = alone or any(is_own(name_of(each)) for each in networks)
+        own_weights = alone or any(each.get("weights") not in ("default", "none") for each in networks)
         embedder = open_embedder(
             bundle,
             files[name],
-            # What one of several models needs is not for the others.
-            backbone=own_network(backbone) if alone or _has_own_network(bundle) else None,
-            weights=weights if alone or _has_own_weights(bundle) else None,
+            backbone=own_network(backbone) if own_name else None,
+            weights=weights if own_weights else None,
             engine=engine,
             device=device,
             batch_sizes=BATCH_SIZES,
@@ -245,19 +248,6 @@ def _belonging(given: Sequence[str] | None, models: Mapping[str, Path], option: 
             )
         found[name] = path
     return found
-
-
-def _has_own_network(bundle: Bundle) -> bool:
-    from featx.backbones import is_own
-    from featx.store import backbones_of, name_of
-
-    return any(is_own(name_of(each)) for each in backbones_of(bundle.provenance))
-
-
-def _has_own_weights(bundle: Bundle) -> bool:
-    from featx.store import backbones_of
-
-    return any(each.get("weights") not in ("default", "none") for each in backbones_of(bundle.provenance))
 
 
 def _serving(

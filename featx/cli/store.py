@@ -11,9 +11,6 @@ from featx.cli.options import Json, Seed, StoreArgument
 from featx.cli.terminal import ProgressLine, check_writable, print_json, say, show
 from featx.errors import plural
 
-TableFormat = Literal["parquet", "csv", "npz"]
-"""What a table is written as."""
-
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
@@ -31,7 +28,10 @@ def register(app: typer.Typer) -> None:
 def export_features(
     store: StoreArgument,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The file to make.")],
-    form: Annotated[TableFormat | None, typer.Option("--format", help="(default: by the suffix of --out)")] = None,
+    form: Annotated[
+        Literal["parquet", "csv", "npz"] | None,
+        typer.Option("--format", help="(default: by the suffix of --out)"),
+    ] = None,
     layer: Annotated[str, typer.Option(help="Which of the store's layers.")] = "penultimate",
     as_json: Json = False,
 ) -> None:

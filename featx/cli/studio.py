@@ -34,22 +34,18 @@ def studio(
     ] = None,
     project: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR", help="Where labels, embeddings and models go. (default: FOLDER.studio)", show_default=False
-        ),
+        typer.Option(metavar="DIR", help="Where labels, embeddings and models go. (default: FOLDER.studio)"),
     ] = None,
     root: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR", help="The page opens folders below this one only. (default: your home)", show_default=False
-        ),
+        typer.Option(metavar="DIR", help="The page opens folders below this one only. (default: your home)"),
     ] = None,
     recipe: Annotated[
         RecipeName | None, typer.Option(help="What embeds the photos: see featx backbones. (default: fast)")
     ] = None,
     backbone: Annotated[
         list[str] | None,
-        typer.Option(help="A network by name, instead of a recipe; more than once joins several.", show_default=False),
+        typer.Option(help="A network by name, instead of a recipe; more than once joins several."),
     ] = None,
     weights: Annotated[list[str] | None, typer.Option(help="Its weights, as of featx extract.")] = None,
     runtime: Annotated[
@@ -57,7 +53,6 @@ def studio(
         typer.Option(
             metavar="npm|URL|DIR",
             help="What runs a model in a page to take along, as of featx export. (default: the one it kept)",
-            show_default=False,
         ),
     ] = None,
     port: PortOption = 0,

@@ -6,8 +6,8 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -29,22 +29,6 @@ if TYPE_CHECKING:
     from featx.evaluation import Forecast, Shots, SweepResult
     from featx.heads import Layers
     from featx.store import FeatureSet
-
-
-Backend = Literal["local", "ray"]
-"""Where the workers of a sweep run."""
-
-
-Split = Literal["val", "test"]
-"""A split that may judge the winner."""
-
-
-Across = Literal["groups"]
-"""What draws may keep apart besides copies."""
-
-
-Where = Literal["cpu", "cuda"]
-"""Where large fits are solved."""
 
 
 def register(app: typer.Typer) -> None:
@@ -70,10 +54,11 @@ def sweep(
     ] = None,
     episodes: Annotated[int, typer.Option(min=2, max=10_000, help="Random draws for each number of shots.")] = 20,
     test: Annotated[
-        Split | None, typer.Option(help="Judge the winner once on this split, which takes no part in choosing.")
+        Literal["val", "test"] | None,
+        typer.Option(help="Judge the winner once on this split, which takes no part in choosing."),
     ] = None,
     across: Annotated[
-        Across | None,
+        Literal["groups"] | None,
         typer.Option(
             help="Compare on photos of groups never seen, too: a new patient, camera or day (featx extract --group-by)."
         ),
@@ -104,11 +89,12 @@ def sweep(
     ] = None,
     n_jobs: Jobs = None,
     backend: Annotated[
-        Backend,
+        Literal["local", "ray"],
         typer.Option(help="Where the workers run: here, or on the Ray cluster that runs here or RAY_ADDRESS names."),
     ] = "local",
     device: Annotated[
-        Where, typer.Option(help="Where logistic regression on very many images is solved; the rest runs on the CPU.")
+        Literal["cpu", "cuda"],
+        typer.Option(help="Where logistic regression on very many images is solved; the rest runs on the CPU."),
     ] = "cpu",
     seed: Seed = 0,
     seconds: Annotated[
@@ -133,6 +119,7 @@ def sweep(
         let_scipy_take_tensors()
 
     from featx.evaluation import judge, sweep_heads
+    from featx.extraction import joblib_on_ray
     from featx.heads import heads_for, left_out, open_layers, taken, unlabelled_centre, unlabelled_rows
     from featx.images import Originals
     from featx.reports import TABLE_WIDTH, render, render_provisional, write_report
@@ -150,7 +137,7 @@ def sweep(
     check_writable(out)
     rows = _rows(features, store, test)
     pool = None
-    if unlabelled or unlabelled_from:
+    if one:
         pool = unlabelled_rows(features, rows if unlabelled else rows[:0], unlabelled_from)
         rows = rows[features.labels[rows] >= 0]
     centre = None if pool is None else unlabelled_centre(pool)
@@ -168,6 +155,7 @@ def sweep(
             f"near copies are images with a cosine of {copies:g} or more, which copies saved anew may not reach"
         )  # fmt: skip
         say(f"Note: without perceptual hashes, {by}. To add the hashes, run featx extract again.", err=True)
+    network = str(features.provenance.get("backbone", features.layer))
     latest: SweepResult | None = None
     ordinary: SweepResult | None = None
     found: tuple[SweepResult, Forecast] | None = None
@@ -177,11 +165,13 @@ def sweep(
         return None if seconds is None else max(0.0, seconds - (time.monotonic() - started)) * part
 
     try:
-        with _workers(backend) as all_of_them, ProgressLine("comparing heads") as line:
+        workers = joblib_on_ray() if backend == "ray" else nullcontext()
+        n_jobs = n_jobs or (-1 if backend == "ray" else None)
+        with workers, ProgressLine("comparing heads") as line:
 
             def keep(known: SweepResult) -> None:
                 nonlocal latest
-                latest = replace(known, features=_features(features))
+                latest = replace(known, features=network)
                 if not as_json and known.missing:
                     line.table(lambda: render_provisional(known))
 
@@ -191,7 +181,7 @@ def sweep(
                 "shots": wanted_shots,
                 "episodes": episodes,
                 "random_state": seed,
-                "n_jobs": n_jobs or all_of_them,
+                "n_jobs": n_jobs,
                 "centre": centre,
                 "pool": pool,
                 "layers": columns,
@@ -211,7 +201,7 @@ def sweep(
                 **options,
             )
             line.clear()
-            result = replace(result, features=_features(features))
+            result = replace(result, features=network)
             if apart is not None:
                 ordinary = result
                 found = apart.compare(features, rows, result, out, left, columns, on, options)
@@ -220,11 +210,12 @@ def sweep(
             judged = None
             if test:
                 winner = columns.heads(heads_for(centre, pool), wanted_heads, on)[result.winner]
-                judged = judge(features, test, winner, _ledger(store), random_state=seed)
+                ledger = store.with_name(stem(store) + ".test-uses.jsonl")
+                judged = judge(features, test, winner, ledger, random_state=seed)
                 result = replace(result, notes=(*result.notes, judged.sentence))
             labels = None
             if not result.missing:
-                labels = _rank_labels(features, rows, result, columns, n_jobs or all_of_them, line.update)
+                labels = _rank_labels(features, rows, result, columns, n_jobs, line.update)
             replaced = _replaced(out, result, features.fingerprint)
             with Originals(source_of(store), features.ids[rows].tolist(), features.digests[rows]) as originals:
                 why = None
@@ -344,12 +335,7 @@ class Apart:
         return replace(result, rows=ordinary.rows[result.rows], features=ordinary.features), forecast
 
 
-def _features(features: FeatureSet) -> str:
-    """What the embeddings of the usual layer are called: as their network."""
-    return str(features.provenance.get("backbone", features.layer))
-
-
-def _rows(features: FeatureSet, store: Path, test: Split | None) -> Index:
+def _rows(features: FeatureSet, store: Path, test: str | None) -> Index:
     """The rows that may be chosen on, with notes of those that may not."""
     import numpy as np
 
@@ -419,22 +405,6 @@ def _replaced(out: Path, result: SweepResult, fingerprint: str) -> str:
 
 _SETTINGS = ("heads", "shots", "episodes", "random_state", "classes")
 """Fields of ``summary.json`` in which two reports on one store may differ."""
-
-
-@contextmanager
-def _workers(backend: Backend) -> Iterator[int | None]:
-    """Let joblib use the backend; what its ``n_jobs`` is for all workers of it."""
-    if backend == "local":
-        yield None
-        return
-    from featx.extraction import joblib_on_ray
-
-    with joblib_on_ray():
-        yield -1
-
-
-def _ledger(store: Path) -> Path:
-    return store.with_name(stem(store) + ".test-uses.jsonl")
 
 
 def parse_heads(text: str) -> tuple[str, ...] | None:

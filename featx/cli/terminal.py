@@ -8,7 +8,6 @@ import re
 import sys
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from featx.errors import UsageError, visible
@@ -153,19 +152,20 @@ class ProgressLine:
             self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 
-    def update(self, done: int, total: int, what: str = "") -> None:
-        """Show that ``done`` of ``total`` are done."""
-        self._show(what or self.what, done, total)
-
-    def count(self, done: int) -> None:
-        """Show that ``done`` are done, of a number that is not known yet."""
-        self._show(self.what, done, None)
+    def update(self, done: int, total: int | None = None, what: str = "") -> None:
+        """Show that ``done`` of ``total`` are done; None where that is not known yet."""
+        what = what or self.what
+        if self._bar is not None:
+            if self._task is None:
+                self._task = self._bar.add_task(what, total=total)
+            self._bar.update(self._task, completed=done, total=total, description=what)
+        elif time.monotonic() - self._logged >= LOG_SECONDS:
+            self._logged = time.monotonic()
+            say(f"{what}: {done}" + ("" if total is None else f" of {total}"), err=True)
 
     def table(self, make: Callable[[], RenderableType]) -> None:
         """Show what is known so far above the bar, in place of what was; in a file again after ten seconds."""
@@ -185,12 +185,3 @@ class ProgressLine:
             self._bar.console.print(sentence, highlight=False)
         else:
             say(sentence, err=True)
-
-    def _show(self, what: str, done: int, total: int | None) -> None:
-        if self._bar is not None:
-            if self._task is None:
-                self._task = self._bar.add_task(what, total=total)
-            self._bar.update(self._task, completed=done, total=total, description=what)
-        elif time.monotonic() - self._logged >= LOG_SECONDS:
-            self._logged = time.monotonic()
-            say(f"{what}: {done}" + ("" if total is None else f" of {total}"), err=True)

@@ -20,7 +20,7 @@ _MARK = b"featx-weights"
 
 _MEGABYTE = 1_000_000
 
-Names = Annotated[list[str], typer.Argument(metavar="NAME", help="Networks; see: featx backbones.", show_default=False)]
+Names = Annotated[list[str], typer.Argument(metavar="NAME", help="Networks; see: featx backbones.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -45,7 +45,7 @@ def list_weights(as_json: Json = False) -> None:
 
     found = find()
     if as_json:
-        print_json({"weights": [{**asdict(weights), "path": str(weights.path)} for weights in found]})
+        print_json({"weights": [_plain(weights) for weights in found]})
         return
     from rich.table import Column, Table
 
@@ -134,7 +134,7 @@ def _megabytes(line: ProgressLine) -> Any:
     return advance
 
 
-def _plain(weights: Carried) -> dict[str, Any]:
+def _plain(weights: Any) -> dict[str, Any]:
     return {**asdict(weights), "path": str(weights.path)}
 
 

@@ -1,4 +1,4 @@
-from .agreement import Voted as Voted, agreements as agreements, vote as vote
+from .agreement import Voted as Voted, agreements as agreements, export_csv as export_csv, vote as vote
 from .bundle import Answer as Answer, Bundle as Bundle, read_bundle as read_bundle, write_bundle as write_bundle
 from .calibrate import clopper_pearson as clopper_pearson
 from .corrections import (
@@ -6,7 +6,6 @@ from .corrections import (
     Corrections as Corrections,
     Said as Said,
     checked_name as checked_name,
-    export_csv as export_csv,
 )
 from .count import (
     LEAST_CHECKED as LEAST_CHECKED,
@@ -29,7 +28,12 @@ from .examples import Labelled as Labelled, labelled_images as labelled_images
 from .explain import MIDDLE as MIDDLE, Explainer as Explainer, Explanation as Explanation, in_middle as in_middle
 from .export import Pickled as Pickled, export_bundle as export_bundle
 from .finetuned import finetune_bundle as finetune_bundle
-from .fit import by_recall as by_recall, fit_bundle as fit_bundle, summary as summary
+from .fit import (
+    by_recall as by_recall,
+    check_promises as check_promises,
+    fit_bundle as fit_bundle,
+    summary as summary,
+)
 from .instant import InstantModels as InstantModels
 from .novelty import (
     is_unknown as is_unknown,

@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from featx._files import csv_text
 from featx.evaluation import Interval, unseen_share
 from featx.models.corrections import Correction
 
@@ -66,6 +67,19 @@ def vote(latest: Iterable[Correction], rule: Rule = "majority") -> list[Voted]:
     return [Voted(sha256, words[0].file, tuple(words), _label(words, rule)) for sha256, words in said.items()]
 
 
+def export_csv(voted: Iterable[Voted]) -> bytes:
+    """A list that ``featx extract`` takes: ``path`` (in the feedback folder), ``label``, ``by`` and ``when``.
+
+    Photos on which people disagree have no label.
+    """
+    rows = []
+    for each in voted:
+        people = ", ".join(dict.fromkeys(word.by for word in each.said if word.by))
+        when = max(word.when for word in each.said)
+        rows.append({"path": f"images/{each.file}", "label": each.label or "", "by": people, "when": when})
+    return csv_text(("path", "label", "by", "when"), rows).encode()
+
+
 def _label(said: Sequence[Correction], rule: Rule) -> str | None:
     (first, most), *others = Counter(each.label for each in said).most_common()
     if others and (rule == "unanimous" or others[0][1] == most):
@@ -85,9 +99,7 @@ class Agreement:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types."""
-        return {
-            "a": self.a, "b": self.b, "images": self.images, "agreed": self.agreed, "kappa": self.kappa.to_json()
-        }  # fmt: skip
+        return asdict(self)
 
 
 def agreements(voted: Iterable[Voted]) -> list[Agreement]:

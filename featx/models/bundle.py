@@ -56,7 +56,6 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -97,23 +96,21 @@ _ENCRYPTED = 0x1
 """The flag of a ZIP member that only a password opens."""
 
 _AGAIN = "Copy it again, or make it again with: featx fit STORE --out MODEL"
-_ARRAYS: Mapping[str, tuple[str, int]] = MappingProxyType(
-    {
-        "mean": ("f8", 1),
-        "scale": ("f8", 1),
-        "coef": ("f8", 2),
-        "intercept": ("f8", 1),
-        "rows": ("f8", 2),
-        "targets": ("i8", 1),
-        "golden": ("f4", 2),
-        "golden_scores": ("f8", 2),
-        "probe_embedding": ("f4", 1),
-        "own_rows": ("f2", 2),
-        "own_similarity": ("f8", 1),
-        "conformity": ("f8", 1),
-        "conformity_weights": ("f8", 1),
-    }
-)
+_ARRAYS = {
+    "mean": ("f8", 1),
+    "scale": ("f8", 1),
+    "coef": ("f8", 2),
+    "intercept": ("f8", 1),
+    "rows": ("f8", 2),
+    "targets": ("i8", 1),
+    "golden": ("f4", 2),
+    "golden_scores": ("f8", 2),
+    "probe_embedding": ("f4", 1),
+    "own_rows": ("f2", 2),
+    "own_similarity": ("f8", 1),
+    "conformity": ("f8", 1),
+    "conformity_weights": ("f8", 1),
+}
 """Type and number of dimensions of each array that may be in a bundle."""
 
 
@@ -367,9 +364,13 @@ def read_bundle(path: str | Path) -> Bundle:
     BundleError
         No such file, foreign, damaged, altered, of a newer version, or the head does not give its golden values.
     """
-    where = Path(path)
+    return parse_bundle(bundle_content(Path(path)), Path(path))
+
+
+def bundle_content(where: Path) -> bytes:
+    """A file's content, which need not be that of a bundle; BundleError where it cannot be."""
     try:
-        raw = read_regular(where, _MAX_BYTES)
+        return read_regular(where, _MAX_BYTES)
     except FileNotFoundError as error:
         hint = "Make it with: featx fit STORE --out MODEL"
         raise BundleError("no such model", where=where, hint=hint) from error
@@ -380,7 +381,6 @@ def read_bundle(path: str | Path) -> Bundle:
         elif where.is_dir():
             what, advice = "this is a folder, not a model", "Make one with: featx fit STORE --out MODEL"
         raise BundleError(what, where=where, expected="a file made by featx fit", hint=advice) from error
-    return parse_bundle(raw, where)
 
 
 def parse_bundle(raw: bytes, where: Path) -> Bundle:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.stats import beta
 
-from featx.heads import Array, softmax
+from featx.heads import Array
 
 _MIN_SHARPNESS, _MAX_SHARPNESS = 1e-4, 1e6
 
@@ -92,16 +92,10 @@ def _error_rates(
     return ranked, np.where(last_of_ties, rates, np.inf)
 
 
-def calibrated(scores: Array, sharpness: float | None) -> Array | None:
-    """Probabilities (n, c), or None where there was nothing to calibrate on."""
-    return None if sharpness is None else softmax(scores, sharpness)
-
-
-def clopper_pearson(right: float, n: float, level: float = 0.95) -> tuple[float, float]:
-    """The exact interval of a share, of which ``right`` of ``n`` were seen."""
-    tail = (1 - level) / 2
-    low = float(beta.ppf(tail, right, n - right + 1)) if right else 0.0
-    high = float(beta.ppf(1 - tail, right + 1, n - right)) if right < n else 1.0
+def clopper_pearson(right: float, n: float) -> tuple[float, float]:
+    """The exact 95 % interval of a share, of which ``right`` of ``n`` were seen."""
+    low = float(beta.ppf(0.025, right, n - right + 1)) if right else 0.0
+    high = float(beta.ppf(0.975, right + 1, n - right)) if right < n else 1.0
     return low, high
 
 

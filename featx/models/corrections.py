@@ -25,14 +25,14 @@ import hashlib
 import math
 import re
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from featx._files import LineFile, canonical_json, csv_text, fsync_path, make_folder, publish_bytes, writer_lock
+from featx._files import LineFile, canonical_json, fsync_path, make_folder, publish_bytes, writer_lock
 from featx.errors import StoreError, UsageError
 
 MAX_NAME = 200
@@ -151,12 +151,6 @@ class Corrections:
         with self._lock:
             return _last(self._words)
 
-    @property
-    def labels(self) -> set[str]:
-        """The names of all classes that were ever said."""
-        with self._lock:
-            return {each.label for each in self.all}
-
     def since(self, n: int, limit: int) -> list[Correction]:
         """The next ``limit`` corrections behind number ``n``."""
         with self._lock:
@@ -203,9 +197,7 @@ class Corrections:
             before = self._of_source.get(source or "")
             if before is not None and (before.sha256, before.by) != (digest, by):
                 self._withdraw(before)
-            fields: dict[str, Any] = {} if said is None else {
-                "said": said.label, "score": said.score, "version": said.version,
-            }  # fmt: skip
+            fields = {} if said is None else {"said": said.label, "score": said.score, "version": said.version}
             return self._write(sha256=digest, by=by, file=file.name, label=label, source=source, **fields), True
 
     def withdraw(self, source: str) -> Correction | None:
@@ -286,21 +278,6 @@ def _checked(fields: Any, number: int) -> Correction:
 
 def _ending(image: bytes) -> str:
     return next((end for place, mark, end in _KINDS if image[place : place + len(mark)] == mark), ".img")
-
-
-def export_csv(folder: Path, labels: Iterable[tuple[str, str, Sequence[Correction]]]) -> bytes:
-    """A list that ``featx extract`` takes: ``path`` (below the folder), ``label``, ``by``, ``when``, a line a photo.
-
-    Parameters
-    ----------
-    folder : the paths are relative to it.
-    labels : of each photo its file, its label ("" where people disagree), and what was said of it.
-    """
-    rows = []
-    for file, label, said in labels:
-        people = ", ".join(dict.fromkeys(each.by for each in said if each.by))
-        rows.append({"path": f"images/{file}", "label": label, "by": people, "when": max(each.when for each in said)})
-    return csv_text(("path", "label", "by", "when"), rows).encode()
 
 
 def checked_name(name: str, what: str = "a class") -> str:

@@ -24,7 +24,6 @@ class Labelled:
 
     Parameters
     ----------
-    store : where they are from.
     ids, labels : (n,) of each image.
     digests : uint8 (n, 32), sha256 of the files.
     embeddings : float32 (n, d).
@@ -32,16 +31,12 @@ class Labelled:
     notes : sentences about classes that only one of store and model has.
     """
 
-    store: Path
     ids: NDArray[np.str_]
     labels: list[str]
     digests: NDArray[np.uint8]
     embeddings: NDArray[np.float32]
     place: int
     notes: list[str]
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
     def examples(self, each: int, class_names: Sequence[str]) -> list[int]:
         """Rows of images that stand for their class: ``each`` of every class, or as many as it has.
@@ -100,7 +95,7 @@ def labelled_images(store: Path, bundle: Bundle) -> Labelled:
         raise UsageError("the store has no labelled image", where=store)
     labels = [features.class_names[int(label)] for label in features.labels[rows]]
     return Labelled(
-        store, features.ids[rows], labels, features.digests[rows], features.embeddings[rows], layers.index(name),
+        features.ids[rows], labels, features.digests[rows], features.embeddings[rows], layers.index(name),
         _class_differences(store, set(labels), bundle.class_names),
     )  # fmt: skip
 
@@ -115,7 +110,9 @@ def _class_differences(store: Path, stored: set[str], known: tuple[str, ...]) ->
             found=listed(strange),
             hint="Give the store that the model was fitted on, or none.",
         )
-    notes = (
-        [f"{store} has classes that the model can never answer: {listed(strange)}. Fit it again."] if strange else []
-    )
-    return [*notes, f"{store} has no images of classes that the model can answer: {listed(gone)}."] if gone else notes
+    notes = []
+    if strange:
+        notes.append(f"{store} has classes that the model can never answer: {listed(strange)}. Fit it again.")
+    if gone:
+        notes.append(f"{store} has no images of classes that the model can answer: {listed(gone)}.")
+    return notes

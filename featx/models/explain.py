@@ -249,20 +249,19 @@ class Explainer:
             return "what it averages has no rows and columns"
         return _ROOTS if self.scorer.takes_roots and found.min() < 0 else ""
 
-    def explain_files(self, paths: Iterable[Origin]) -> Iterator[tuple[Origin, Explanation | ImageError]]:
+    def explain_files(self, paths: Iterable[Origin]) -> Iterator[Explanation | ImageError]:
         """The explanation of each file, or why it was refused, in order; decoded in processes of their own."""
         given = list(paths)
         workers = min(available_cpus(), len(given))
         if not given:
             return
         with self.embedder.decoders(workers=workers) as pool:
-            stream = pool.run(given, lambda digest: False, ahead=2 * workers)
-            for path, decoded in zip(given, stream, strict=True):
+            for decoded in pool.run(given, lambda digest: False, ahead=2 * workers):
                 seen = self.embedder.seen(decoded)
                 if decoded.refusal is not None:
-                    yield path, decoded.refusal
+                    yield decoded.refusal
                 elif seen is not None:
-                    yield path, self.explain(seen, decoded.size)
+                    yield self.explain(seen, decoded.size)
 
     @property
     def tolerance(self) -> float:

@@ -14,10 +14,9 @@ from featx.errors import UsageError
 from featx.evaluation import LabelledRows
 from featx.extraction import Embedder
 from featx.models.bundle import Bundle
-from featx.models.calibrate import fit_sharpness
-from featx.models.fit import FittedHead, judge_scores, pack_bundle, warnings_of
-from featx.models.prior import Prior, moved, prior_shares
-from featx.models.unknown import check_max_unknown, learn_from_folds, metrics_of, similarity_to, warnings_of_unknown
+from featx.models.fit import check_promises, judged_head, pack_bundle
+from featx.models.prior import Prior, prior_shares
+from featx.models.unknown import learn_from_folds, similarity_to
 from featx.store import fingerprint
 
 OUT_OF_FOLD = 3
@@ -39,9 +38,7 @@ def finetune_bundle(
     Calibration and the accuracy to be expected come from models that have not seen the images they judge. With a
     ``prior``, in the shares of which classes will be met, all of it is about such photos, as of :func:`fit_head`.
     """
-    if not 0 < max_error < 1:
-        raise UsageError("--max-error is a share of the answers", expected="between 0 and 1", found=max_error)
-    check_max_unknown(max_unknown)
+    check_promises(max_error, max_unknown)
     data = LabelledRows.of_features(tuning.features)
     use, y, names, copies = data.rows, data.labels, data.class_names, data.groups
     shares = prior_shares(prior, names)
@@ -55,52 +52,34 @@ def finetune_bundle(
             found=names[int(data.counts.argmin())],
             hint="Add images of it, or leave it out.",
         )
+
+    def train(kept: Index, seed: int, number: int) -> training.Trained:
+        return training.train(
+            tuning.halves.tail, tuning.activations, use[kept], y[kept], np.unique(copies[kept], return_inverse=True)[1],
+            recipe=tuning.recipe, seeds=(random_state, seed), device=tuning.device,
+            sites=None if together is None else together[kept],
+            tick=lambda what: tell(number, total, f"the model to keep: {what}"),
+        )  # fmt: skip
+
     scores, similarity = np.zeros((len(use), len(names))), np.zeros(len(use))
     for fold in range(total - 1):
-        held = folds == fold
-        trained = _train(
-            tuning,
-            use[~held],
-            y[~held],
-            copies[~held],
-            None if together is None else together[~held],
-            (random_state, fold),
-            tell,
-            fold,
-            total,
-        )
+        held, others = np.flatnonzero(folds == fold), np.flatnonzero(folds != fold)
+        trained = train(others, fold, fold)
         scores[held] = training.scores(trained.classifier, tuning.activations, use[held])
         if max_unknown:
             seen = training.embed(trained.classifier.tail, tuning.activations, use, device=tuning.device)
-            similarity[held] = similarity_to(seen[held], seen[~held], y[~held], random_state=random_state)
-    trained = _train(tuning, use, y, copies, together, (random_state, total), tell, total - 1, total)
+            similarity[held] = similarity_to(seen[held], seen[others], y[others], random_state=random_state)
+    trained = train(np.arange(len(use)), total, total - 1)
     tell(total, total, "packing")
-    sharpness, scorer = fit_sharpness(scores, y), trained.classifier.scorer()
-    if shares is not None:
-        sharpness, added, scores = moved(scores, y, folds, copies, shares)
-        scorer = scorer.shifted(added)
-    threshold, metrics, conformity = judge_scores(
-        scores,
-        sharpness,
-        y,
-        copies,
-        max_error,
-        names,
-        folds=folds,
-        max_unknown=max_unknown,
-        shares=shares,
-        sites=together,
-    )
     every = np.arange(len(tuning.features))
     embeddings = training.embed(trained.classifier.tail, tuning.activations, every, device=tuning.device)
-    familiarity, measured = learn_from_folds(
+    known = learn_from_folds(
         embeddings[use], y, copies, similarity, folds, max_unknown=max_unknown, random_state=random_state
     )
-    metrics["unknown"] = measured and metrics_of(measured, names)
-    notes = (
-        *warnings_of(metrics, threshold, max_error, weighted=shares is not None),
-        *warnings_of_unknown(metrics["unknown"], max_unknown),
-    )
+    fitted = judged_head(
+        data, trained.classifier.scorer(), scores, folds, together, known, head=tuning.head,
+        params={"epochs": trained.epochs}, max_error=max_error, max_unknown=max_unknown, shares=shares,
+    )  # fmt: skip
     tail = tail_bytes(trained.classifier.tail, tuning.halves.cut)
     network = tuned(tuning.backbone, tail)
     runner = make_engine(network, engine=engine, device=tuning.device, precision="fp32")
@@ -115,35 +94,11 @@ def finetune_bundle(
         }
     }
     return pack_bundle(
-        FittedHead(
-            scorer=scorer, class_names=names, head=tuning.head,
-            params={"epochs": trained.epochs}, sharpness=sharpness, threshold=threshold, max_error=max_error,
-            max_unknown=max_unknown, familiarity=familiarity, metrics=metrics, conformity=conformity,
-            prior=None if shares is None else dict(zip(names, shares.tolist(), strict=True)),
-            notes=(*tuning.notes, *notes_on_groups, *notes),
-        ),
+        replace(fitted, notes=(*tuning.notes, *notes_on_groups, *fitted.notes)),
         replace(
-            tuning.features,
-            embeddings=embeddings, layer="penultimate", provenance=provenance, fingerprint=fingerprint(provenance),
+            tuning.features, embeddings=embeddings, layer="penultimate", provenance=provenance,
+            fingerprint=fingerprint(provenance),
         ),
         embedder,
         tail=tail,
-    )  # fmt: skip
-
-
-def _train(
-    tuning: Tuning,
-    rows: Index,
-    y: Index,
-    copies: Index,
-    sites: Index | None,
-    seeds: tuple[int, ...],
-    tell: Progress,
-    number: int,
-    total: int,
-) -> training.Trained:
-    return training.train(
-        tuning.halves.tail, tuning.activations, rows, y, np.unique(copies, return_inverse=True)[1].reshape(-1),
-        recipe=tuning.recipe, seeds=seeds, device=tuning.device, sites=sites,
-        tick=lambda what: tell(number, total, f"the model to keep: {what}"),
     )  # fmt: skip

@@ -45,7 +45,7 @@ from featx.models.calibrate import clopper_pearson, fit_sharpness, fit_threshold
 from featx.models.novelty import Familiarity
 from featx.models.prior import Prior, class_weights, moved, prior_shares
 from featx.models.sets import COVERAGE, Conformity, among_known, cross_sets, label_sets, measure_sets, true_scores
-from featx.models.unknown import check_max_unknown, learn, metrics_of, warnings_of_unknown
+from featx.models.unknown import Measured, learn, metrics_of, warnings_of_unknown
 from featx.store import Alike, FeatureSet, layers_of, title_of
 
 N_GOLDEN = 16
@@ -128,7 +128,7 @@ def fit_head(
     near_duplicates : what makes two images copies: their pictures, or a cosine from which on; None looks for exact
         copies only.
     heads : names of :data:`featx.heads.catalogue.HEADS`; of several, the sweep's winner when all images but a fifth are
-    shots.
+        shots.
     max_error : share of answers that may be wrong; below the threshold that follows the head abstains.
     max_unknown : share of photos like these that may be called unknown; with 0 none ever is.
     prior : in which shares classes will be met, by name, or "equal"; by default as in these rows.
@@ -147,11 +147,7 @@ def fit_head(
     UsageError
         Fewer than two classes with images, no such head, or no such device.
     """
-    if not 0 < max_error < 1:
-        raise UsageError(
-            "--max-error is a share of the answers", expected="more than 0 and less than 1", found=max_error
-        )
-    check_max_unknown(max_unknown)
+    check_promises(max_error, max_unknown)
     if device is not None:
         check_device(device)
     data = LabelledRows.of(
@@ -219,51 +215,31 @@ def fit_head(
         )
     if not converged:
         notes.append("A fit stopped before its optimum.")
-    held_out = None if scores is None else HeldOut(data, folds, scores, together, views)
-    sharpness = None if scores is None else fit_sharpness(scores, y)
-    if scores is not None and shares is not None:
-        say(total, total, "moving to other shares of the classes")
-        sharpness, added, scores = moved(scores, y, folds, copies, shares)
-        scorer = scorer.shifted(added)
-    threshold, metrics, conformity = judge_scores(
-        scores,
-        sharpness,
-        y,
-        copies,
-        max_error,
-        names,
-        folds=folds,
-        max_unknown=max_unknown,
-        shares=shares,
-        sites=together,
-    )
-    notes += warnings_of(metrics, threshold, max_error, weighted=shares is not None)
     say(total, total, "measuring what is unknown")
-    familiarity, measured = learn(
-        rows, y, copies, kind=scorer.kind, max_unknown=max_unknown, random_state=random_state, sites=together
+    known = learn(rows, y, copies, kind=scorer.kind, max_unknown=max_unknown, random_state=random_state, sites=together)
+    fitted = judged_head(
+        data, scorer, scores, folds, together, known, head=head.name, params=params, max_error=max_error,
+        max_unknown=max_unknown, shares=shares,
+    )  # fmt: skip
+    about = {"unlabelled_images": 0 if pool is None else len(pool), "chosen_among": compared_heads}
+    return replace(
+        fitted,
+        metrics={**fitted.metrics, **about},
+        notes=(*notes, *fitted.notes, *data.duplicates.notes),
+        held_out=None if scores is None else HeldOut(data, folds, scores, together, views),
     )
-    metrics["unknown"] = measured and metrics_of(measured, names)
-    notes += warnings_of_unknown(metrics["unknown"], max_unknown)
-    return FittedHead(
-        scorer=scorer,
-        class_names=names,
-        head=head.name,
-        params=params,
-        sharpness=sharpness,
-        threshold=threshold,
-        max_error=max_error,
-        max_unknown=max_unknown,
-        familiarity=familiarity,
-        metrics={
-            **metrics,
-            "unlabelled_images": 0 if pool is None else len(pool),
-            "chosen_among": compared_heads,
-        },
-        notes=(*notes, *data.duplicates.notes),
-        conformity=conformity,
-        prior=None if shares is None else dict(zip(names, shares.tolist(), strict=True)),
-        held_out=held_out,
-    )
+
+
+def check_promises(max_error: float, max_unknown: float) -> None:
+    """UsageError where what a model is to promise are no shares."""
+    if not 0 < max_error < 1:
+        raise UsageError(
+            "--max-error is a share of the answers", expected="more than 0 and less than 1", found=max_error
+        )
+    if not 0 <= max_unknown < 1:
+        raise UsageError(
+            "--max-unknown is a share of the photos", expected="at least 0 (off) and less than 1", found=max_unknown
+        )
 
 
 def _fit(
@@ -323,38 +299,69 @@ def _spread(scorer: Scorer, rows: NDArray[np.floating]) -> float:
     return float((scores.max(axis=1) - scores.min(axis=1)).mean()) or 1.0
 
 
-def judge_scores(
+def judged_head(
+    data: LabelledRows,
+    scorer: Scorer,
     scores: Array | None,
-    sharpness: float | None,
-    labels: NDArray[np.int64],
-    groups: Index,
-    max_error: float,
-    class_names: Sequence[str],
-    *,
     folds: Index,
+    sites: Index | None,
+    known: tuple[Familiarity | None, Measured | None],
+    *,
+    head: str,
+    params: dict[str, Any],
+    max_error: float,
     max_unknown: float,
-    shares: Array | None = None,
-    sites: Index | None = None,
-) -> tuple[float | None, dict[str, Any], Conformity | None]:
-    """The threshold, what is to be expected of new images, and what sets of labels go by, from scores out of fold.
+    shares: Array | None,
+) -> FittedHead:
+    """A fitted head with what follows from scores of images that it had not seen; its notes are warnings.
 
     Parameters
     ----------
-    scores, sharpness, labels : (n, c), of their softmax, and (n,); None where nothing could be validated.
-    groups, folds : (n,) which rows are copies of each other, and which are judged by the same head.
-    max_error, max_unknown, class_names : as of :func:`fit_head`.
-    shares : (c,) in which the classes will be met, if not as here.
+    data : the images.
+    scorer, head, params : fitted on all of them.
+    scores : (n, c) out of fold; None where nothing could be validated.
+    folds : (n,) which images are judged by the same head.
     sites : (n,) groups that were whole in each fold: what is to be expected is of new groups, with intervals over them.
+    known : what it takes to know own images again, and what was measured of it.
+    max_error, max_unknown : as of :func:`fit_head`.
+    shares : (c,) in which the classes will be met, if not as here.
     """
-    counts = {"images": len(labels), "duplicates": len(labels) - len(np.unique(groups))}
-    counts["classes"] = int(labels.max()) + 1
+    names, labels = data.class_names, data.labels
+    counts = {"images": len(labels), "duplicates": len(labels) - len(np.unique(data.groups)), "classes": len(names)}
     if sites is not None:
         counts["groups"] = len(np.unique(sites))
-    if scores is None or sharpness is None:
-        return None, {**counts, "out_of_fold": None, "smallest_max_error": None}, None
+    familiarity, measured = known
+    metrics: dict[str, Any] = {**counts, "out_of_fold": None, "smallest_max_error": None}
+    sharpness = threshold = conformity = None
+    if scores is not None:
+        if shares is None:
+            sharpness = fit_sharpness(scores, labels)
+        else:
+            sharpness, added, scores = moved(scores, labels, folds, data.groups, shares)
+            scorer = scorer.shifted(added)
+        threshold, found, conformity = _judge(data, scores, sharpness, folds, sites, max_error, max_unknown, shares)
+        metrics |= found
+    metrics["unknown"] = measured and metrics_of(measured, names)
+    return FittedHead(
+        scorer=scorer, class_names=names, head=head, params=params, sharpness=sharpness, threshold=threshold,
+        max_error=max_error, max_unknown=max_unknown, familiarity=familiarity, metrics=metrics, conformity=conformity,
+        prior=None if shares is None else dict(zip(names, shares.tolist(), strict=True)),
+        notes=(
+            *warnings_of(metrics, threshold, max_error, weighted=shares is not None),
+            *warnings_of_unknown(metrics["unknown"], max_unknown),
+        ),
+    )  # fmt: skip
+
+
+def _judge(
+    data: LabelledRows, scores: Array, sharpness: float, folds: Index, sites: Index | None, max_error: float,
+    max_unknown: float, shares: Array | None,
+) -> tuple[float | None, dict[str, Any], Conformity]:  # fmt: skip
+    """The threshold, what is to be expected of new images, and what sets of labels go by."""
+    class_names = data.class_names
     # Copies of an image are not evidence of their own: one of each group counts.
-    one = np.unique(groups, return_index=True)[1]
-    labels, scores, folds = labels[one], scores[one], folds[one]
+    one = np.unique(data.groups, return_index=True)[1]
+    labels, scores, folds = data.labels[one], scores[one], folds[one]
     probabilities = softmax(scores, sharpness)
     predicted = scores.argmax(axis=1)
     confidence, correct = probabilities[np.arange(len(labels)), predicted], predicted == labels
@@ -374,7 +381,7 @@ def judge_scores(
     # Rounded up, so that what is said can be asked for.
     least = math.ceil(1000 * smallest_error(confidence, correct, weights, heaviest)) / 1000
     conformity = Conformity.of(true_scores(probabilities, labels), weights, heaviest)
-    return threshold, {**counts, "out_of_fold": measured, "smallest_max_error": least}, conformity
+    return threshold, {"out_of_fold": measured, "smallest_max_error": least}, conformity
 
 
 def _confusion(
@@ -479,46 +486,27 @@ def measure(
 # --- the bundle ---------------------------------------------------------------------------------------------------
 
 
-def fit_bundle(
-    features: FeatureSet,
-    embedder: Embedder,
-    *,
-    heads: Sequence[str] = ("auto",),
-    max_error: float = 0.05,
-    max_unknown: float = 0.05,
-    prior: Prior = None,
-    random_state: int = 0,
-    pool: NDArray[np.floating] | None = None,
-    layers: Layers | None = None,
-    device: str | None = None,
-    with_network: bool = True,
-    progress: Progress | None = None,
-) -> Bundle:
+def fit_bundle(features: FeatureSet, embedder: Embedder, *, with_network: bool = True, **options: Any) -> Bundle:
     """Fit a head on a store's images, but not on its split ``test``, and pack it with its backbone's provenance.
 
     Parameters
     ----------
     features : of the store.
     embedder : what made them (:meth:`Embedder.like`); it embeds the probe image.
-    heads, max_error, max_unknown, prior, random_state, pool, layers, device, progress : as of :func:`fit_head`.
     with_network : as of :func:`pack_bundle`.
+    options : as of :func:`fit_head`.
     """
-    fitted = fit_features(
-        features, heads=heads, max_error=max_error, max_unknown=max_unknown, prior=prior, random_state=random_state,
-        pool=pool, layers=layers, device=device, progress=progress,
-    )  # fmt: skip
-    return pack_bundle(fitted, features, embedder, with_network=with_network)
+    return pack_bundle(fit_features(features, **options), features, embedder, with_network=with_network)
 
 
 def fit_features(features: FeatureSet, *, pool: NDArray[np.floating] | None = None, **options: Any) -> FittedHead:
     """:func:`fit_head` on a store's images, but not on its split ``test``; options as there."""
     use = np.flatnonzero((features.splits != "test") & ((features.labels >= 0) | (pool is None)))
-    groups = features.copies
     return fit_head(
         taken(features.embeddings, use),
         features.labels[use],
         class_names=features.class_names,
-        groups=groups[use],
+        groups=features.copies[use],
         near_duplicates=features.near_copies_of(use),
         pool=pool,
         sites=sites_of(features, use),
@@ -553,62 +541,42 @@ def pack_bundle(
         networks = {sha256: content for sha256, content in networks.items() if sha256 not in graphs.values()}
         graphs = {}
     use = np.flatnonzero(features.splits != "test")
-    groups = features.copies
     probe = encode(probe_pixels())
     place = layer_place(features.layer, layers_of(features.provenance))
     golden = np.sort(np.random.default_rng(_SEED_OF_GOLDEN).permutation(use)[:N_GOLDEN])
     bundle = Bundle(
-        scorer=fitted.scorer,
-        class_names=fitted.class_names,
-        head=fitted.head,
-        params=fitted.params,
+        **{name: value for name, value in vars(fitted).items() if name != "held_out"},
         layer=features.layer,
         provenance={**features.provenance, "fingerprint": features.fingerprint},
-        sharpness=fitted.sharpness,
-        threshold=fitted.threshold,
-        max_error=fitted.max_error,
-        max_unknown=fitted.max_unknown,
-        familiarity=fitted.familiarity,
-        conformity=fitted.conformity,
-        prior=fitted.prior,
         golden=features.embeddings[golden],
         probe=probe,
         probe_embedding=of_layer(embedder.embed_bytes(probe), place)[0],
-        metrics=fitted.metrics,
         versions={name: version(name) for name in ("featx", "numpy", "scikit-learn")},
-        notes=fitted.notes,
         tail=tail,
         networks=networks,
         graphs=graphs,
     )
-    judged = _test(bundle, features, groups)
-    notes = _notes_on_test(features, groups)
+    judged, notes = _test(bundle, features)
     return replace(bundle, metrics={**bundle.metrics, "test": judged}, notes=(*bundle.notes, *notes))
 
 
-def _notes_on_test(features: FeatureSet, groups: Index) -> list[str]:
-    """A sentence on images of the split ``test`` whose groups were learnt from, or none."""
-    test = features.splits == "test"
-    if sites_of(features, groups) is None:
-        return []
-    copied = np.isin(groups, groups[~test])
-    sites = joined_sites(features.groups, groups)
-    shared = test & ~copied & np.isin(sites, sites[~test])
-    if not shared.any():
-        return []
-    name = features.group_name or "group"
-    return [f"Left out of the judgement: {plural(int(shared.sum()), 'test image')} of a {name} that was learnt from."]
-
-
-def _test(bundle: Bundle, features: FeatureSet, groups: Index) -> dict[str, Any] | None:
-    """How the finished head does on the split ``test``, less copies and groups of what it was fitted on."""
-    test = features.splits == "test"
+def _test(bundle: Bundle, features: FeatureSet) -> tuple[dict[str, Any] | None, list[str]]:
+    """How the finished head does on the split ``test``, less copies and groups of what it was fitted on; and notes."""
+    together, test = features.copies, features.splits == "test"
+    learnt, notes = np.isin(together, together[~test]), []
+    if (features.groups != "").any():
+        together = joined_sites(features.groups, together)
+        of_groups = test & ~learnt & np.isin(together, together[~test])
+        if of_groups.any():
+            shared = plural(int(of_groups.sum()), "test image")
+            name = features.group_name or "group"
+            notes.append(f"Left out of the judgement: {shared} of a {name} that was learnt from.")
+        learnt |= of_groups
     place = {name: i for i, name in enumerate(bundle.class_names)}
     known = np.array([name in place for name in features.class_names] + [False])  # label -1 is the last
-    together = groups if sites_of(features, groups) is None else joined_sites(features.groups, groups)
-    use = np.flatnonzero(test & known[features.labels] & ~np.isin(together, together[~test]))
+    use = np.flatnonzero(test & known[features.labels] & ~learnt)
     if not len(use) or bundle.sharpness is None:
-        return None
+        return None, notes
     labels = np.array([place[features.class_names[int(i)]] for i in features.labels[use]])
     scores = bundle.scorer.scores(features.embeddings[use])
     probabilities = softmax(scores, bundle.sharpness)
@@ -620,12 +588,12 @@ def _test(bundle: Bundle, features: FeatureSet, groups: Index) -> dict[str, Any]
         sets = label_sets(probabilities, bundle.set_limit(COVERAGE))
         found["sets"] = measure_sets(sets, labels, bundle.class_names, coverage=COVERAGE, weights=weights)
     unknown = [each.reason == "unknown" for each in bundle.answer(features.embeddings[use])]
-    return {**found, "unknown": float(np.average(unknown, weights=weights))}
+    return {**found, "unknown": float(np.average(unknown, weights=weights))}, notes
 
 
-def probe_pixels(height: int = 240, width: int = 320) -> NDArray[np.uint8]:
-    """A picture of nobody's, uint8 (height, width, 3): waves of every direction and several lengths."""
-    y, x = np.mgrid[0:height, 0:width].astype(np.float64)
+def probe_pixels() -> NDArray[np.uint8]:
+    """A picture of nobody's, uint8 (240, 320, 3): waves of every direction and several lengths."""
+    y, x = np.mgrid[0:240, 0:320].astype(np.float64)
     channels = []
     for phase in (0.0, 2.1, 4.2):
         waves = np.sin(x / 9 + phase) + np.sin(y / 23 - phase) + np.sin((x + y) / 41 + 2 * phase)

@@ -7,7 +7,7 @@ promise anything, so every answer abstains; ``featx fit`` makes the model that i
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,6 @@ class InstantModels:
         self._probe = encode(probe_pixels())
         self._probe_embedding = of_layer(self.embedder.embed_bytes(self._probe), self.place)[0]
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
     def row(self, digest: bytes) -> NDArray[np.float32] | None:
         """The embedding (d,) of the photo whose file has this sha256, if it is known."""
         return self._rows.get(digest)
@@ -83,9 +80,8 @@ class InstantModels:
         )  # fmt: skip
         content = hashlib.sha256("\0".join(names).encode())
         content.update(np.ascontiguousarray(np.column_stack([coef, intercept])).tobytes())
-        params: Mapping[str, float] = {"alpha": 1.0}
         return Bundle(
-            scorer=scorer, class_names=names, head="ridge", params=params, layer=self._features.layer,
+            scorer=scorer, class_names=names, head="ridge", params={"alpha": 1.0}, layer=self._features.layer,
             provenance={**self._features.provenance, "fingerprint": self._features.fingerprint}, sharpness=sharpness,
             threshold=None, max_error=0.0, golden=self._features.embeddings[:0], probe=self._probe,
             probe_embedding=self._probe_embedding, metrics={"images": len(known)}, sha256=content.hexdigest(),

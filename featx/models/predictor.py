@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from featx._files import canonical_json
 from featx.backbones import Provider, layer_place, of_layer
@@ -18,18 +17,8 @@ from featx.images import IMAGE_SUFFIXES, Origin, walk_folder
 from featx.models.bundle import Answer, Bundle
 from featx.store import fingerprint, layers_of
 
-Somewhere = TypeVar("Somewhere", bound=Origin)
-
-PROBE_COSINE = {"fp32": 0.9999}
-"""What the engines promise of each other; 0.999 at the precisions that are not named."""
-
-
-class Model(Protocol):
-    """What answers for embeddings (n, d): a bundle, or what was exported from one."""
-
-    def answer(self, embeddings: NDArray[np.floating], coverage: float | None = None) -> list[Answer]:
-        """Label, score and abstention of each row, and with a ``coverage`` its set of labels."""
-        ...
+if TYPE_CHECKING:
+    from featx.models.export import Pickled
 
 
 def open_embedder(
@@ -78,8 +67,7 @@ def open_embedder(
     )
     found = of_layer(embedder.embed_bytes(bundle.probe), layer_number(bundle))[0].astype(np.float64)
     expected = bundle.probe_embedding.astype(np.float64)
-    precision = str(bundle.provenance.get("precision"))
-    wanted = PROBE_COSINE.get(precision, 0.999)
+    wanted = 0.9999 if bundle.provenance.get("precision") == "fp32" else 0.999  # what engines promise of each other
     length = float(np.linalg.norm(found) * np.linalg.norm(expected))
     cosine = float(found @ expected) / length if length else 0.0
     gap = float(np.linalg.norm(found - expected) / max(float(np.linalg.norm(expected)), 1e-12))
@@ -109,11 +97,16 @@ def layer_number(bundle: Bundle) -> int | None:
 
 
 def predict_files(
-    model: Model, embedder: Embedder, layer: int | None, paths: Iterable[Somewhere], *, coverage: float | None = None
-) -> Iterator[tuple[Somewhere, Answer | ImageError]]:
+    model: Bundle | Pickled,
+    embedder: Embedder,
+    layer: int | None,
+    paths: Iterable[Origin],
+    *,
+    coverage: float | None = None,
+) -> Iterator[Answer | ImageError]:
     """The answer about each file (with its set of labels, for a ``coverage``), or why it was refused, in order."""
-    for path, found in embedder.embed_files(paths):
-        yield path, found if isinstance(found, ImageError) else model.answer(of_layer(found, layer)[None], coverage)[0]
+    for _, found in embedder.embed_files(paths):
+        yield found if isinstance(found, ImageError) else model.answer(of_layer(found, layer)[None], coverage)[0]
 
 
 def image_files(folder: Path) -> list[Path]:

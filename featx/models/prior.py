@@ -182,20 +182,9 @@ def moved(
     """
     one = np.unique(copies, return_index=True)[1]
     sharpness, added = shift(scores[one], labels[one], shares)
-    counted = np.isin(np.arange(len(labels)), one)
-    return sharpness, added, cross_shifted(scores, labels, folds, counted, shares) / sharpness
-
-
-def cross_shifted(
-    scores: Array, labels: NDArray[np.integer], folds: Index, counted: NDArray[np.bool_], shares: Array
-) -> Array:
-    """Log-probabilities (n, c), up to a constant a row, of each image by a shift that its fold had no part in.
-
-    ``counted`` (n,) are the images to learn from: one of those that are copies of each other.
-    """
     out = np.zeros(scores.shape)
     for fold in np.unique(folds):
-        held = folds == fold
-        sharpness, added = shift(scores[counted & ~held], labels[counted & ~held], shares)
-        out[held] = sharpness * (scores[held] + added)
-    return out
+        held, others = folds == fold, one[folds[one] != fold]
+        own, more = shift(scores[others], labels[others], shares)
+        out[held] = own * (scores[held] + more)
+    return sharpness, added, out / sharpness

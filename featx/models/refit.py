@@ -32,7 +32,7 @@ Permutation tests of classifiers: Ojala and Garriga, "Permutation Tests for Stud
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -54,7 +54,7 @@ from featx.models.calibrate import fit_sharpness
 from featx.models.corrections import Correction, Corrections, last_words
 from featx.models.fit import HeldOut, fit_features, pack_bundle, scores_without
 from featx.models.versions import Versions, held_words
-from featx.store import FeatureSet, Pictures, check_same
+from featx.store import FeatureSet, Pictures, backbones_of, check_same
 
 Verdict: TypeAlias = Literal["better", "cannot tell", "worse"]
 Outcome: TypeAlias = Literal["promoted", "waits", "refused", "held", "nothing"]
@@ -214,6 +214,8 @@ def refit(
 ) -> Refit:
     """Fit the current version again with the corrections that it has not learnt, and switch to it on evidence.
 
+    Call it inside :meth:`Versions.changing`.
+
     Parameters
     ----------
     versions : of the feedback folder.
@@ -230,14 +232,7 @@ def refit(
     UsageError, MismatchError
         The store is not one that the model can have been fitted on.
     """
-    with versions.changing():
-        return _refit(versions, store, embedder, who, rule, force, random_state, progress or (lambda *_: None))
-
-
-def _refit(
-    versions: Versions, store: Path, embedder: Embedder, who: str, rule: Rule, force: bool, random_state: int,
-    progress: Progress,
-) -> Refit:  # fmt: skip
+    tell = progress or (lambda *_: None)
     current = versions.current
     assert current is not None, "there is a version to fit again"
     bundle = versions.read(current)
@@ -257,12 +252,12 @@ def _refit(
     fresh = [each for each in voted if any(word.n not in learnt for word in each.said)]
     if not any(each.label is not None for each in fresh):
         return Refit("nothing", current, notes=tuple(notes))
-    progress(0, 1, "embedding new photos")
+    tell(0, 1, "embedding new photos")
     embedded, own = _embed(versions.folder, voted, embedder)
-    progress(1, 1, "embedding new photos")
+    tell(1, 1, "embedding new photos")
     names = blocks_of(bundle)
     old, layers = read_layers(store, names)
-    for ours, theirs in zip(_parts(old.provenance), _parts(bundle.provenance), strict=True):
+    for ours, theirs in zip(backbones_of(old.provenance), backbones_of(bundle.provenance), strict=True):
         check_same(ours, theirs, store, whose="the model's")
     added, _ = read_layers(own, names)
     joined, is_new, waiting = join(old, added, voted, fresh)
@@ -274,7 +269,7 @@ def _refit(
     fitted = fit_features(
         joined, heads=(bundle.head,), max_error=bundle.max_error, max_unknown=bundle.max_unknown or 0.0,
         prior=None if bundle.prior is None else dict(bundle.prior), random_state=random_state, layers=columns,
-        progress=progress,
+        progress=tell,
     )  # fmt: skip
     use = np.flatnonzero(joined.splits != "test")  # as fit_features does
     compared = compare(fitted.held_out, is_new[use], fitted.head, columns, random_state)
@@ -283,7 +278,7 @@ def _refit(
     evidence = compared.to_json()
     numbers = [word.n for each in voted if each.label not in waiting for word in each.said]
     batch = sorted(word.n for each in fresh if each.label not in waiting for word in each.said if word.n not in learnt)
-    if set(batch) <= versions.released:
+    if set(batch) <= versions.settled("released"):
         compared = compared.without_doubt()
 
     def told(outcome: Outcome, **fields: Any) -> Refit:
@@ -296,9 +291,9 @@ def _refit(
     if outcome == "held" and not force:
         return told("held", batch=versions.hold(batch, evidence, who))
     if outcome != "promoted" and not force:
-        versions.note(outcome, who, corrections=batch, evidence=evidence)
+        versions.log(outcome, who, corrections=batch, evidence=evidence)
         return told(outcome)
-    progress(0, 1, "packing")
+    tell(0, 1, "packing")
     made = pack_bundle(fitted, joined, embedder, with_network=bool(bundle.graphs))
     about = {"before": current, "corrections": len(numbers), **evidence}
     made = replace(made, metrics={**made.metrics, "refit": about})
@@ -316,21 +311,16 @@ def batch_sizes(versions: Versions) -> dict[str, int] | None:
 
 def usable(corrections: Iterable[Correction], versions: Versions) -> list[Correction]:
     """The last word of each person on each photo, of the corrections that are neither held nor discarded."""
-    out = versions.discarded.union(*versions.held.values())
+    out = versions.settled("discarded").union(*versions.held.values())
     return last_words(each for each in corrections if each.n not in out)
 
 
 def blocks_of(bundle: Bundle) -> list[str]:
     """The blocks that a model's embeddings are made of, as stores call them."""
-    parts = _parts(bundle.provenance)
+    parts = backbones_of(bundle.provenance)
     if len(parts) == 1 and bundle.layer in parts[0]["layers"]:
         return [f"{parts[0]['backbone']}/{bundle.layer}"]
     return [f"{each['backbone']}/{layer}" for each in parts for layer in each["layers"]]
-
-
-def _parts(provenance: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    found: Sequence[Mapping[str, Any]] = provenance.get("backbones", [provenance])
-    return found
 
 
 def _embed(folder: Path, voted: Sequence[Voted], embedder: Embedder) -> tuple[int, Path]:

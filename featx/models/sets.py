@@ -77,13 +77,11 @@ class Conformity:
         return total / (total + self.heaviest)
 
     @classmethod
-    def of(
-        cls, scores: Array, weights: Array | None = None, heaviest: float = 1.0, *, random_state: int = 0
-    ) -> Conformity:
+    def of(cls, scores: Array, weights: Array | None = None, heaviest: float = 1.0) -> Conformity:
         """Of scores in any order, of which a part is kept where they are very many."""
         kept = np.arange(len(scores))
         if len(kept) > _MOST_KEPT:
-            kept = np.random.default_rng(random_state).permutation(kept)[:_MOST_KEPT]
+            kept = np.random.default_rng(0).permutation(kept)[:_MOST_KEPT]
         kept = kept[np.argsort(scores[kept], kind="stable")]
         return cls(scores[kept], None if weights is None else weights[kept], heaviest)
 

@@ -17,7 +17,7 @@ from scipy.stats import t as student
 from threadpoolctl import threadpool_limits
 
 from featx._arrays import Index
-from featx.errors import UsageError, plural
+from featx.errors import plural
 from featx.heads import Array, fold_numbers
 from featx.models.calibrate import clopper_pearson
 from featx.models.novelty import N_NEAREST, Familiarity, Single, is_unknown, kept_rows, nearest_mean, shares_among
@@ -57,14 +57,6 @@ class Measured:
     left_out: dict[int, NDArray[np.bool_]] | None
 
 
-def check_max_unknown(share: float) -> None:
-    """Refuse what is no share of own photos that may be called unknown."""
-    if not 0 <= share < 1:
-        raise UsageError(
-            "--max-unknown is a share of the photos", expected="at least 0 (off) and less than 1", found=share
-        )
-
-
 def learn(
     embeddings: NDArray[np.floating],
     labels: NDArray[np.integer],
@@ -94,12 +86,11 @@ def learn(
     -------
     Nothing, twice, where ``max_unknown`` is 0 or there is one image only.
     """
-    check_max_unknown(max_unknown)
     one = np.unique(groups, return_index=True)[1]
     if max_unknown == 0 or len(one) < 2:
         return None, None
     order = np.random.default_rng(random_state).permutation(one)
-    kept = _in_turn(order, labels, room(embeddings.shape[1], labels))
+    kept = _in_turn(order, labels, embeddings.shape[1])
     judged = order[:_MOST_JUDGED]
     rows = kept_rows(embeddings, kept, kind)
     with threadpool_limits(limits=1, user_api="blas"):
@@ -129,18 +120,12 @@ def learn(
     return Familiarity(rows, own, kind), Measured(len(judged), refused, left_out)
 
 
-def room(dims: int, labels: NDArray[np.integer]) -> int:
-    """Own images that a model keeps at most, of embeddings of this length and of these classes."""
-    wanted = max(_MOST_ROWS, N_NEAREST * len(np.unique(labels)))
-    return min(wanted, max(_ROOM // (4 * dims), 2 * N_NEAREST))
-
-
 def similarity_to(
     embeddings: NDArray[np.floating], own: NDArray[np.floating], labels: NDArray[np.integer], *, random_state: int = 0
 ) -> Array:
     """Similarity (n,) of embeddings (n, d) to images (m, d) that they are not among, of classes ``labels`` (m,)."""
     order = np.random.default_rng(random_state).permutation(len(own))
-    rows = kept_rows(own, _in_turn(order, labels, room(own.shape[1], labels)), "l2")
+    rows = kept_rows(own, _in_turn(order, labels, own.shape[1]), "l2")
     return Familiarity(rows, np.zeros(0), "l2").similarity(embeddings)
 
 
@@ -163,12 +148,11 @@ def learn_from_folds(
     similarity : (n,) of each image, by :func:`similarity_to` and a network that has not seen its fold.
     folds : (n,) the fold of each image.
     """
-    check_max_unknown(max_unknown)
     one = np.unique(groups, return_index=True)[1]
     if max_unknown == 0 or len(one) < 2:
         return None, None
     order = np.random.default_rng(random_state).permutation(one)
-    rows = kept_rows(embeddings, _in_turn(order, labels, room(embeddings.shape[1], labels)), "l2")
+    rows = kept_rows(embeddings, _in_turn(order, labels, embeddings.shape[1]), "l2")
     refused = np.zeros(len(one), bool)
     for fold in np.unique(folds[one]):
         held = folds[one] == fold
@@ -185,10 +169,12 @@ def _judge(cosines: Single, images: NDArray[np.bool_], rows: NDArray[np.bool_], 
     return is_unknown(shares_among(np.sort(similarity[~images]), similarity[images]), max_unknown)
 
 
-def _in_turn(order: Index, labels: NDArray[np.integer], most: int) -> Index:
-    """At most so many of the rows ``order``, of each class in turn, so that a rare one keeps its images; ascending."""
+def _in_turn(order: Index, labels: NDArray[np.integer], dims: int) -> Index:
+    """The rows of ``order`` that a model keeps, ascending: of each class in turn, so that a rare one keeps its own."""
+    classes = np.unique(labels)
+    most = min(max(_MOST_ROWS, N_NEAREST * len(classes)), max(_ROOM // (4 * dims), 2 * N_NEAREST))
     rank = np.empty(len(order), dtype=np.intp)
-    for c in np.unique(labels[order]):
+    for c in classes:
         of_class = np.flatnonzero(labels[order] == c)
         rank[of_class] = np.arange(len(of_class))
     return np.sort(order[np.argsort(rank, kind="stable")[:most]])

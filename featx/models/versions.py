@@ -24,11 +24,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from featx._files import LineFile, canonical_json, make_folder, publish_bytes, read_regular, writer_lock
 from featx.errors import BundleError, StoreBusy, StoreError, UsageError, plural
-from featx.models.bundle import Bundle, bundle_bytes, parse_bundle, read_bundle
+from featx.models.bundle import Bundle, bundle_bytes, bundle_content, parse_bundle, read_bundle
 
 VERSION_DIGITS = 8
 """Of a model's sha256, which its version is called by."""
@@ -189,15 +189,9 @@ class Versions:
                 waiting.pop(each["batch"], None)
         return waiting
 
-    @property
-    def discarded(self) -> set[int]:
-        """Numbers of the corrections that nothing is ever learnt from."""
-        return {n for each in self.records if each["what"] == "discarded" for n in each["held"]}
-
-    @property
-    def released(self) -> set[int]:
-        """Numbers of the corrections that somebody has looked at and found right."""
-        return {n for each in self.records if each["what"] == "released" for n in each["held"]}
+    def settled(self, what: Literal["released", "discarded"]) -> set[int]:
+        """Numbers of the corrections that somebody has looked at and found right, or wrong."""
+        return {n for each in self.records if each["what"] == what for n in each["held"]}
 
     @property
     def considered(self) -> int:
@@ -207,29 +201,28 @@ class Versions:
 
     # --- changing ---------------------------------------------------------------------------------------------------
 
-    def begin(self, raw: bytes, where: Path, who: str) -> str:
+    def begin(self, model: Path, who: str) -> str:
         """Make a file the first version, where there is none; the name of the current version, which the file has then.
-
-        Parameters
-        ----------
-        raw, where : the content of a model's file, and its path for messages.
 
         Raises
         ------
+        BundleError
+            It is no model.
         UsageError
             The folder has versions, and this is none of them.
         """
-        bundle = parse_bundle(raw, where)
+        raw = bundle_content(model)
+        name = version_of(parse_bundle(raw, model))
         if self.current is None:
             with self.changing():
                 if self.current is None:
-                    self._keep(raw, version_of(bundle))
-                    self._switch("began", version_of(bundle), who)
-        if version_of(bundle) not in {each.name for each in self.all()}:
+                    self._keep(raw, name)
+                    self._switch("began", name, who)
+        if name not in {each.name for each in self.all()}:
             raise UsageError(
-                "the feedback folder belongs to another model", where=self.folder, expected=f"a version of {where}",
+                "the feedback folder belongs to another model", where=self.folder, expected=f"a version of {model}",
                 found=", ".join(each.name for each in self.all()[:5]),
-                hint=f"Choose another folder, or make it a version: featx models {self.folder} --add {where}",
+                hint=f"Choose another folder, or make it a version: featx models {self.folder} --add {model}",
             )  # fmt: skip
         if read_current(self.folder) != self.current:
             with suppress(StoreBusy), self.changing():  # a crash left the two at odds, unless somebody is just at it
@@ -237,9 +230,10 @@ class Versions:
         assert self.current is not None
         return self.current
 
-    def add(self, raw: bytes, where: Path, who: str) -> str:
+    def add(self, model: Path, who: str) -> str:
         """Make a model of somebody's own the current version; it is taken to have learnt from no correction."""
-        name = version_of(parse_bundle(raw, where))
+        raw = bundle_content(model)
+        name = version_of(parse_bundle(raw, model))
         with self.changing():
             self._keep(raw, name)
             self._switch("added", name, who)
@@ -256,14 +250,10 @@ class Versions:
         self._switch("promoted", name, who, corrections=sorted(corrections), evidence=evidence, **extra)
         return name
 
-    def note(self, what: str, who: str, **fields: Any) -> dict[str, Any]:
-        """Add to the audit log what switches nothing; call it inside :meth:`changing`."""
-        return self._log(what, who, **fields)
-
     def hold(self, corrections: Sequence[int], evidence: dict[str, Any], who: str) -> str:
         """Hold corrections until somebody has looked at them; the name of the batch."""
         batch = f"batch-{len(self.records) + 1}"
-        self._log("held", who, batch=batch, held=list(corrections), evidence=evidence)
+        self.log("held", who, batch=batch, held=list(corrections), evidence=evidence)
         return batch
 
     def settle_batch(self, batch: str, what: str, who: str) -> int:
@@ -279,7 +269,7 @@ class Versions:
             if batch not in waiting:
                 known = ", ".join(waiting) or "none"
                 raise UsageError("no such batch is held", where=self.folder, expected=known, found=batch)
-            self._log(what, who, batch=batch, held=waiting[batch])
+            self.log(what, who, batch=batch, held=waiting[batch])
             return len(waiting[batch])
 
     def roll_back(self, who: str, to: str | None = None) -> tuple[str, str | None]:
@@ -318,7 +308,7 @@ class Versions:
         path.chmod(0o444)
 
     def _switch(self, what: str, name: str, who: str, **fields: Any) -> None:
-        self._log(what, who, version=name, before=self.current, **fields)
+        self.log(what, who, version=name, before=self.current, **fields)
         self._settle()
 
     def _settle(self) -> None:
@@ -326,13 +316,13 @@ class Versions:
         if self.current is not None and read_current(self.folder) != self.current:
             publish_bytes(self.folder / "current", f"{self.current}\n".encode())
 
-    def _log(self, what: str, who: str, **fields: Any) -> dict[str, Any]:
+    def log(self, what: str, who: str, **fields: Any) -> None:
+        """Add to the audit log; call it inside :meth:`changing`."""
         assert self._file is not None, "only inside changing()"
         when = datetime.now(UTC).isoformat(timespec="seconds")
         record = {"n": len(self.records) + 1, "when": when, "who": who, "what": what, **fields}
         self._file.append(canonical_json(record))
         self.records.append(record)
-        return record
 
 
 def read_current(folder: Path) -> str | None:

@@ -1,4 +1,4 @@
-from .metrics import RetrievalResult as RetrievalResult, Scores as Scores, evaluate_retrieval as evaluate_retrieval
+from .metrics import RetrievalResult as RetrievalResult, evaluate_retrieval as evaluate_retrieval
 from .neighbours import GalleryIndex as GalleryIndex
 from .search import (
     DuplicateGroup as DuplicateGroup,

@@ -236,8 +236,7 @@ def add_feedback(app: FastAPI, repository: Repository, keyed: list[Any], *, trus
         corrections = _feedback(service).corrections
         voted = await asyncio.to_thread(lambda: vote(corrections.latest))
         if form == "csv":
-            rows = [(each.file, each.label or "", each.said) for each in voted]
-            text = await asyncio.to_thread(export_csv, corrections.folder, rows)
+            text = await asyncio.to_thread(export_csv, voted)
             headers = {"content-disposition": 'attachment; filename="feedback.csv"'}
             return Response(text, media_type="text/csv; charset=utf-8", headers=headers)
         found = corrections.since(after, limit)

@@ -374,6 +374,7 @@ def test_finetune_from_the_command_line(featx: Featx, tmp_path: Path) -> None:
         (["--weights", "other.pt"], "no such weights file"),
         (["--prior", "equal"], "only a model that is kept uses it"),
         (["--prior", "none.csv", "--out", "m.model"], "no such file"),
+        (["--max-error", "2", "--out", "m.model"], "--max-error is a share of the answers"),
     ],
 )
 def test_usage_errors_exit_with_2(featx: Featx, store_of_photos: Path, options: list[str], message: str) -> None:

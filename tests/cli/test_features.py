@@ -64,7 +64,7 @@ def test_a_store_of_two_networks_is_swept_joined_kept_and_served(store: Path, fe
     paths = [store.parent / "photos" / name for name in features.ids]
     found_rows = [np.concatenate(rows) for _, rows in embedder.embed_files(paths)]  # type: ignore[arg-type]
     np.testing.assert_allclose(np.stack(found_rows), features.embeddings, rtol=1e-3, atol=1e-3)
-    answers = [answer for _, answer in predict_files(bundle, embedder, layer_number(bundle), paths)]
+    answers = list(predict_files(bundle, embedder, layer_number(bundle), paths))
     named = featx("predict", model, *paths, "--json").json["predictions"]
     assert [each["label"] for each in named] == [answer.label for answer in answers]  # type: ignore[union-attr]
     assert Evidence(store, bundle).layer == 0
@@ -233,7 +233,7 @@ def test_a_model_takes_its_quantised_network_along(
     monkeypatch.setenv("FEATX_CACHE", str(tmp_path / "elsewhere"))
     monkeypatch.setitem(sys.modules, "nncf", None)
     embedder = open_embedder(bundle, model)
-    (_, answer), *_ = predict_files(bundle, embedder, layer_number(bundle), [photo])
+    answer, *_ = predict_files(bundle, embedder, layer_number(bundle), [photo])
     assert isinstance(answer, Answer)
     assert answer.score == pytest.approx(here.json["predictions"][0]["score"], abs=1e-6)
     assert list((tmp_path / "elsewhere").rglob("*.ir")) == []

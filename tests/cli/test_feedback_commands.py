@@ -164,7 +164,7 @@ def test_what_cannot_be_done_is_said(featx: Featx, made: Path, folder: Path) -> 
         (REFIT[:4], "the store that it was fitted on is needed"),
         ((*REFIT, "--release", "batch-7"), "no such batch is held"),
         ((*REFIT, "--release", "a", "--discard", "b"), "do not go together"),
-        (("refit", "s.featx", *REFIT[2:]), "not a regular file"),
+        (("refit", "s.featx", *REFIT[2:]), "this is a store, not a model"),
         (("models", "kept", "--rollback"), "no version before"),
         (("models", "kept", "--to", "x"), "Add --rollback"),
         (("serve", "m.model", "--new-classes"), "corrections are not kept"),

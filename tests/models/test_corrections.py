@@ -11,8 +11,8 @@ from servicekit import png
 from sklearn.metrics import cohen_kappa_score
 
 from featx.errors import StoreBusy, StoreError, UsageError
-from featx.models.agreement import agreements, cohens_kappa, vote
-from featx.models.corrections import Corrections, Said, export_csv
+from featx.models.agreement import agreements, cohens_kappa, export_csv, vote
+from featx.models.corrections import Corrections, Said
 
 
 @pytest.fixture
@@ -118,8 +118,7 @@ def test_majority_and_unanimity(kept: Corrections) -> None:
     assert [each.disputed for each in vote(kept.latest)] == [True, True, False, False]
     found = {(each.a, each.b): (each.agreed, each.images) for each in agreements(vote(kept.latest))}
     assert found == {("leo", "mia"): (2, 3)}
-    rows = [(each.file, each.label or "", each.said) for each in vote(kept.latest)]
-    lines = export_csv(kept.folder, rows).decode().splitlines()
+    lines = export_csv(vote(kept.latest)).decode().splitlines()
     assert lines[0] == "path,label,by,when"
     assert [line.split(",")[1] for line in lines[1:]] == ["ants", "", "bees", "ants"]
 

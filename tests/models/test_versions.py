@@ -11,7 +11,7 @@ from modelkit import clusters, make_bundle
 
 from featx.errors import BundleError, FeatxError, StoreBusy, StoreError, UsageError
 from featx.heads import make_head
-from featx.models.bundle import Bundle, bundle_bytes
+from featx.models.bundle import Bundle, bundle_bytes, write_bundle
 from featx.models.corrections import Corrections
 from featx.models.refit import batch_sizes
 from featx.models.versions import Versions, read_current
@@ -30,7 +30,7 @@ def other(bundle: Bundle, number: int) -> Bundle:
 @pytest.fixture
 def versions(tmp_path: Path, bundle: Bundle) -> Versions:
     made = Versions(tmp_path / "feedback")
-    made.begin(bundle_bytes(bundle), tmp_path / "first.model", "mia")
+    made.begin(write_bundle(bundle, tmp_path / "first.model"), "mia")
     return made
 
 
@@ -56,7 +56,7 @@ def test_a_model_is_begun_with_promoted_and_gone_back_to(versions: Versions, bun
     assert again.held == {"batch-4": [3], "batch-5": [1, 2]}
     assert again.settle_batch("batch-4", "released", "kim") == 1
     assert again.settle_batch("batch-5", "discarded", "kim") == 2
-    assert (again.held, again.released, again.discarded) == ({}, {3}, {1, 2})
+    assert (again.held, again.settled("released"), again.settled("discarded")) == ({}, {3}, {1, 2})
     assert [(each["who"], each["what"]) for each in again.records] == [
         ("mia", "began"), ("mia", "promoted"), ("mia", "promoted"), ("leo", "rolled back"), ("leo", "rolled back"),
         ("kim", "released"), ("kim", "discarded"),
@@ -86,13 +86,14 @@ def test_what_cannot_be_done_is_said(versions: Versions, bundle: Bundle, tmp_pat
     with pytest.raises(UsageError, match="no such batch"):
         versions.settle_batch("batch-9", "released", "mia")
     with pytest.raises(UsageError, match="belongs to another model"):
-        versions.begin(bundle_bytes(other(bundle, 9)), tmp_path / "other.model", "mia")
+        versions.begin(write_bundle(other(bundle, 9), tmp_path / "other.model"), "mia")
+    (tmp_path / "x.model").write_bytes(b"nonsense")
     with pytest.raises(FeatxError, match="not a model"):
-        versions.add(b"nonsense", tmp_path / "x.model", "mia")
+        versions.add(tmp_path / "x.model", "mia")
     assert len(versions.records) == 1
 
 
-def test_versions_are_never_written_to_again(versions: Versions, bundle: Bundle) -> None:
+def test_versions_are_never_written_to_again(versions: Versions, tmp_path: Path, bundle: Bundle) -> None:
     path = versions.path(str(versions.current))
     assert path.stat().st_mode & 0o222 == 0
     path.chmod(0o644)
@@ -100,10 +101,12 @@ def test_versions_are_never_written_to_again(versions: Versions, bundle: Bundle)
     with pytest.raises(BundleError, match="altered"):
         versions.read(str(versions.current))
     with pytest.raises(StoreError, match="another model has this name"):
-        versions.add(bundle_bytes(bundle), path, "mia")
+        versions.add(tmp_path / "first.model", "mia")
 
 
-def test_a_crash_between_the_log_and_the_switch_is_made_good(versions: Versions, bundle: Bundle) -> None:
+def test_a_crash_between_the_log_and_the_switch_is_made_good(
+    versions: Versions, tmp_path: Path, bundle: Bundle
+) -> None:
     first = versions.current
     second = promote(versions, other(bundle, 2), [1])
     (versions.folder / "current").write_text(f"{first}\n")  # as a crash leaves it
@@ -113,7 +116,7 @@ def test_a_crash_between_the_log_and_the_switch_is_made_good(versions: Versions,
     assert read_current(versions.folder) == second
     (versions.folder / "current").write_text(f"{first}\n")
     # A server answers with what this says, and then follows the file.
-    assert Versions(versions.folder).begin(bundle_bytes(bundle), versions.folder / "first.model", "mia") == second
+    assert Versions(versions.folder).begin(tmp_path / "first.model", "mia") == second
     assert read_current(versions.folder) == second
     log = versions.folder / "audit.jsonl"
     whole = log.read_bytes()

@@ -420,7 +420,7 @@ def test_examples_stand_for_their_class() -> None:
     labels = ["a"] * 20 + ["b"] * 2
     digests = rng.integers(0, 256, (22, 32), dtype=np.uint8)
     digests[1] = digests[0]  # a copy
-    made: Any = Labelled(Path(), np.arange(22).astype(str), labels, digests, embeddings.astype(np.float32), 0, [])
+    made: Any = Labelled(np.arange(22).astype(str), labels, digests, embeddings.astype(np.float32), 0, [])
     chosen = made.examples(3, ["a", "b", "c"])
     assert [labels[row] for row in chosen] == ["a", "a", "a", "b", "b"]
     parts = np.repeat(np.arange(4), (12, 5, 3, 2))

@@ -22,7 +22,7 @@ from labelkit import CONFIG, PERSONAL, TOKEN, UID, Studio, annotation, hook, pos
 from servicekit import Reply, Running, png, start_tiny
 from tiny_server import tiny_bundle
 
-from featx.models.bundle import Answer, bundle_bytes
+from featx.models.bundle import Answer, write_bundle
 from featx.models.corrections import Correction, Corrections
 from featx.models.versions import Versions
 from featx.service.guard import Refusal
@@ -404,7 +404,7 @@ def test_a_refit_leads_to_a_new_version_by_which_tasks_are_ordered(keyed: tuple[
 
 def add_version(folder: Path, number: int) -> str:
     other = replace(tiny_bundle(), metrics={"number": number})
-    return Versions(folder).add(bundle_bytes(other), Path("tiny.model"), "test")
+    return Versions(folder).add(write_bundle(other, folder.parent / "tiny.model"), "test")
 
 
 def test_what_was_acknowledged_survives_a_killed_server(keyed: tuple[Running, Studio, Path]) -> None:

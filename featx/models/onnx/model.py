@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from featx.backbones import layer_place, list_backbones, of_layer, quantised
+from featx.backbones import list_backbones, of_layer, quantised
 from featx.errors import UsageError, not_installed
 from featx.extraction import Embedder
 from featx.images import decode
@@ -22,7 +22,8 @@ from featx.models.onnx.builder import Builder
 from featx.models.onnx.head import add_scores, add_shares
 from featx.models.onnx.network import add_network
 from featx.models.onnx.pixels import add_pixels
-from featx.store import backbones_of, fingerprint, layers_of
+from featx.models.predictor import layer_number
+from featx.store import backbones_of, fingerprint
 
 Photo: TypeAlias = Any
 """An upright RGB image, as :func:`featx.images.decode` gives it."""
@@ -157,7 +158,7 @@ def _add_embedding(graph: Builder, bundle: Bundle, embedder: Embedder) -> str:
         if len(each.looks.views) > 1:
             layers = [graph.add("ReduceMean", layer, graph.integers(0), keepdims=1) for layer in layers]
         found += layers
-    place = layer_place(bundle.layer, layers_of(bundle.provenance))
+    place = layer_number(bundle)
     if place is not None:
         return found[place]
     return found[0] if len(found) == 1 else graph.add("Concat", *found, axis=1)
@@ -191,8 +192,7 @@ def _proof(bundle: Bundle, embedder: Embedder, probe: Photo) -> dict[str, Any]:
 
 
 def _embed(bundle: Bundle, embedder: Embedder, photos: Sequence[Photo]) -> NDArray[np.float32]:
-    place = layer_place(bundle.layer, layers_of(bundle.provenance))
-    return of_layer(embedder.embed_pixels([embedder.cut(photo) for photo in photos]), place)
+    return of_layer(embedder.embed_pixels([embedder.cut(photo) for photo in photos]), layer_number(bundle))
 
 
 def session(content: bytes) -> Any:
