@@ -62,7 +62,8 @@ def light(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     assert {"torch", "torchvision", "timm", "onnx", "pandas"} <= names
     site = tmp_path_factory.mktemp("light")
     (site / "sitecustomize.py").write_text(BLOCK.format(names=names))
-    return {**os.environ, "PYTHONPATH": str(site), "COLUMNS": "120"}
+    # A cache of its own: a network that another test has converted needs no torch any more.
+    return {**os.environ, "PYTHONPATH": str(site), "COLUMNS": "120", "FEATX_CACHE": str(site / "cache")}
 
 
 @pytest.mark.slow

@@ -62,7 +62,7 @@ def start_process(module: str, **options: Any) -> tuple[subprocess.Popen[bytes],
                 process_group=0,  # Ctrl-C is for the parent, which then ends the child
                 **options,
             )
-    except OSError:
+    except BaseException:  # of Ctrl-C, too: a process that has begun reads its end, and ends
         ours.close()
         raise
     return process, Connection(ours.detach())

@@ -231,8 +231,9 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Tell when requests are answered, and watch whether they still can be."""
         await super().startup(sockets)
-        self._started()
-        self._tasks.append(asyncio.create_task(self._watch()))
+        if self.started:  # older versions of uvicorn return from a start that fails
+            self._started()
+            self._tasks.append(asyncio.create_task(self._watch()))
 
     async def _watch(self) -> None:
         """End in order when nothing will ever be answered again, so that whoever supervises it may start it anew."""

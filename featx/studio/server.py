@@ -36,7 +36,8 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Tell when requests are answered."""
         await super().startup(sockets)
-        await asyncio.to_thread(self._started)
+        if self.started:  # older versions of uvicorn return from a start that fails
+            await asyncio.to_thread(self._started)
 
 
 def run(studio: Studio, *, port: int, started: Callable[[str], Any]) -> None:

@@ -70,7 +70,8 @@ def test_row_agrees_with_torchvision(name: str, no_initialisation: None) -> None
         assert len(weights.sha256_prefix) >= 8
 
     preprocess = WEIGHTS[network.default].preprocess
-    body = catalogue_body(network, preprocess).to("meta")
+    with torch.device("cpu" if name.startswith("regnet") else "meta"):  # regnet looks at numbers while it is made
+        body = catalogue_body(network, preprocess).to("meta")
     classifier = last_layer(body)
     assert sum(p.numel() for p in body.parameters()) == network.parameters
     if name != "inception_v3":  # whose published number counts the auxiliary classifier

@@ -17,6 +17,8 @@ from featx.images.pixels import encode
 from featx.models.corrections import Corrections
 from featx.models.versions import Versions
 
+pytestmark = pytest.mark.slow
+
 COLOURS = {"red": (190, 70, 70), "blue": (70, 70, 190), "green": (70, 190, 70)}
 
 
@@ -60,7 +62,6 @@ def correct(folder: Path, label: Callable[[str, int], str], number: int = 15, by
 REFIT = ("refit", "m.model", "--feedback", "kept", "--store", "s.featx")
 
 
-@pytest.mark.slow
 def test_right_corrections_are_promoted_and_gone_back_from(featx: Featx, made: Path, folder: Path) -> None:
     correct(folder, lambda name, seed: name)
     ran = featx(*REFIT, "--json", "--who", "mia", cwd=folder)
@@ -103,7 +104,6 @@ def test_right_corrections_are_promoted_and_gone_back_from(featx: Featx, made: P
     assert "leo: rolled back" in featx("models", "kept", "--log", cwd=folder).out
 
 
-@pytest.mark.slow
 def test_wrong_corrections_are_held_with_their_photos(featx: Featx, folder: Path) -> None:
     rng = np.random.default_rng(3)
     correct(folder, lambda name, seed: str(rng.choice(["red", "blue"])))
@@ -123,7 +123,6 @@ def test_wrong_corrections_are_held_with_their_photos(featx: Featx, folder: Path
         assert forced["version"] != before
 
 
-@pytest.mark.slow
 def test_swapped_labels_make_the_old_photos_worse(featx: Featx, folder: Path) -> None:
     correct(folder, lambda name, seed: "blue" if name == "red" else "red")
     ran = featx(*REFIT, cwd=folder)
@@ -176,7 +175,6 @@ def test_what_cannot_be_done_is_said(featx: Featx, made: Path, folder: Path) -> 
         assert message in " ".join(ran.err.split()), ran.err
 
 
-@pytest.mark.slow
 def test_a_server_learns_by_itself_after_so_many_corrections(folder: Path) -> None:
     command = ("-m", "featx", "serve", folder / "m.model", "--store", folder / "s.featx", "--feedback", folder / "kept")
     with start(folder, *command, "--every", 30, "--port", 0) as server:

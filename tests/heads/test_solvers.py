@@ -152,7 +152,7 @@ def test_ridge_equals_ridge_and_its_held_out_predictions(d: int, known: str) -> 
             left = SkRidge(alpha=alpha, fit_intercept=False, solver="svd").fit(design[~held], targets[~held])
             np.testing.assert_allclose(held_out[held], left.predict(design[held]), atol=1e-8)
         nothing = ridge_held_out(space, targets, alpha, np.zeros_like(folds))  # of no rows at all
-        np.testing.assert_allclose(nothing, 0.0, atol=1e-8)
+        np.testing.assert_allclose(nothing, 0.0, atol=1e-6)
 
 
 @settings(max_examples=25, deadline=None)

@@ -232,6 +232,7 @@ def test_the_evidence_lies_where_the_disc_is(name: str, models: Path) -> None:
             assert np.hypot(300 * x - 300 * at[0], 200 * y - 200 * at[1]) < 70
 
 
+@pytest.mark.slow
 def test_a_turned_photo_is_explained_upright(models: Path, featx: Featx, tmp_path: Path) -> None:
     image = disc((300, 200), np.array([0.4, 0.35]), COLOURS["red"], np.random.default_rng(3))
     image.save(tmp_path / "upright.png")
@@ -258,6 +259,7 @@ def test_both_engines_explain_alike(models: Path) -> None:
     np.testing.assert_allclose(one, two, atol=1e-3 * np.abs(one).max())
 
 
+@pytest.mark.slow
 def test_what_has_no_map_says_so(models: Path, featx: Featx, tmp_path: Path) -> None:
     photo = models / "photos/red/00.png"
     done = featx("explain", models / "knn.model", photo)
@@ -292,6 +294,7 @@ def test_what_has_no_map_says_so(models: Path, featx: Featx, tmp_path: Path) -> 
     np.testing.assert_allclose(found.parts[0].adds + found.left_out[0].adds + found.intercepts, found.scores, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_several_networks_and_views_each_add_their_maps(models: Path) -> None:
     image = Image.open(models / "photos/red/00.png")
     first, second = load_backbone(), load_backbone("squeezenet1_1", weights="none")
@@ -334,6 +337,7 @@ def test_several_networks_and_views_each_add_their_maps(models: Path) -> None:
         Explainer(Scorer("power_l2", n_classes=3, **three), "abc", signed, 0).explain(signed.cut(image), image.size)
 
 
+@pytest.mark.slow
 def test_maps_that_do_not_add_up_are_refused(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = models / "plain.model"
     bundle = read_bundle(model)
@@ -385,6 +389,7 @@ def test_the_page_and_the_pictures(models: Path, featx: Featx, tmp_path: Path) -
     assert precious.read_text() == "<p>mine</p>"
 
 
+@pytest.mark.slow
 def test_errors_are_objects_with_json(models: Path, featx: Featx) -> None:
     done = featx("explain", models / "knn.model", models / "photos/red/00.png", "--json")
     assert done.code == 2
