@@ -52,6 +52,7 @@ def test_planted_mistakes_come_first(share: float) -> None:
     assert np.array_equal(load_digits().target[found.rows[:5]], found.suggested[:5])
 
 
+@pytest.mark.slow
 def test_copies_do_not_vouch_for_a_wrong_label() -> None:
     """The mistakes three times over: in one fold none is learnt from, spread over several they defend each other."""
     rows, labels, wrong = planted(0.03, 300)

@@ -185,6 +185,7 @@ def test_results_come_in_order_and_little_is_taken_ahead(engine: str, small: Bac
         np.testing.assert_array_equal(next(running.embed([batch]))[0], result)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ON_CPU)
 def test_an_engine_survives_a_consumer_that_stops_and_a_source_that_fails(engine: str, small: Backbone) -> None:
     running = on_cpu(small, engine)
@@ -392,6 +393,7 @@ class _InPlace(_Counting):
         return _AddsWhatWasWrittenOver(self.inplace)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not engines._installed("openvino"), reason="no openvino")
 def test_a_network_that_counts_its_images_is_converted_for_one_number(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("FEATX_CACHE", str(tmp_path))
@@ -404,6 +406,7 @@ def test_a_network_that_counts_its_images_is_converted_for_one_number(tmp_path: 
             np.testing.assert_allclose(found[0], expected, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not engines._installed("openvino"), reason="no openvino")
 @pytest.mark.parametrize("inplace", [True, False])
 def test_what_a_network_writes_over_stays_written_over(tmp_path: Path, monkeypatch: Any, inplace: bool) -> None:

@@ -102,6 +102,7 @@ def test_all_x86_cpus_give_the_same_numbers(tmp_path: Path, pictures: np.ndarray
         assert cosines(here, _on_cpu_with(instructions, pictures, tmp_path)).min() > 0.99999
 
 
+@pytest.mark.slow
 def test_a_cpu_with_amx_is_near_if_a_user_asks_for_it(tmp_path: Path, pictures: np.ndarray) -> None:
     amx, without = (_on_cpu_with(name, pictures, tmp_path) for name in ("AVX512_CORE_AMX", "AVX512_CORE_FP16"))
     assert cosines(amx, without).min() > 0.998

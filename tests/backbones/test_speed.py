@@ -53,6 +53,7 @@ def test_weights_that_are_here_are_used_and_their_converted_copy_stays(folder: P
     assert bool(list((folder / "openvino").glob("*.ir"))) == (found.engine == "openvino" and found.precision != "int8")
 
 
+@pytest.mark.slow
 def test_without_openvino_torch_is_measured(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.util.find_spec
     monkeypatch.setattr(

@@ -119,6 +119,7 @@ def test_a_model_answers_as_its_current_version_and_is_fitted_again(folder: Path
     kept.close()
 
 
+@pytest.mark.slow
 def test_the_labels_are_a_list_for_featx_extract(folder: Path, featx: Featx, tmp_path: Path) -> None:
     kept = Corrections(tmp_path / "kept")
     kept.open()

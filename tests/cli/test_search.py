@@ -237,6 +237,7 @@ def test_the_sheet_shows_queries_and_matches(source: Path, store: Path, tmp_path
     assert np.abs(np.asarray(page.pictures[0], float) - own).mean() < 8
 
 
+@pytest.mark.slow
 def test_what_cannot_be_shown_says_why(source: Path, tmp_path: Path, here: Featx) -> None:
     photos = tmp_path / "photos"
     shutil.copytree(source / "train", photos)

@@ -79,6 +79,7 @@ def test_no_changed_byte_of_a_journal_changes_a_number(journal: bytes, whole: Sw
         assert len(result.notes) == 1
 
 
+@pytest.mark.slow
 def test_a_line_that_is_cut_short_is_done_again(journal: bytes, whole: SweepResult, tmp_path: Path) -> None:
     result, kept = resumed(journal, tmp_path / "j")
     assert (kept, result.notes) == (KILLED, ())

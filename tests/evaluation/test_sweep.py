@@ -53,6 +53,7 @@ def test_intervals_and_comparisons_count_what_supports_teach(result: Any) -> Non
         assert pair.difference.p == pytest.approx(stats.paired_difference(scores, images, *sizes, taught).p)
 
 
+@pytest.mark.slow
 def test_json_has_what_the_design_lists_in_plain_types(result: Any) -> None:
     found = result.to_json()
     assert json.loads(json.dumps(found, allow_nan=False)) == found

@@ -28,6 +28,7 @@ def features(source: Path) -> FeatureSet:
     return read_features(store)
 
 
+@pytest.mark.slow
 def test_files_are_embedded_as_the_store_was(source: Path, features: FeatureSet, tmp_path: Path) -> None:
     (tmp_path / "bad.jpg").write_text("no picture")
     embedder = Embedder.like(features.provenance, where=source)

@@ -57,6 +57,7 @@ def test_every_image_gets_its_own_embedding(source: Path, store: Path) -> None:
     assert verify(store) == []
 
 
+@pytest.mark.slow
 def test_thumbnails_come_of_the_same_decoding(source: Path, store: Path, tmp_path: Path) -> None:
     made: dict[str, NDArray[np.uint8]] = {}
 

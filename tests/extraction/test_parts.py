@@ -208,6 +208,7 @@ def test_a_damaged_part_is_named(source: Path, store: Path, what: str) -> None:
     assert verify(store) == []
 
 
+@pytest.mark.slow
 def test_readers_see_what_was_there_before(source: Path, store: Path, whole: Path) -> None:
     run_part(source, store, "1/2")
     with pytest.raises(StoreError, match=r"has not finished. Run the missing parts .*--part\), then .*--finish"):

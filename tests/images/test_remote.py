@@ -116,6 +116,7 @@ def test_a_bucket_is_read_as_the_folder_is(bucket: Bucket, tmp_path: Path) -> No
         assert all(originals.thumbnail(row) for row in range(len(one)))
 
 
+@pytest.mark.slow
 def test_what_has_not_changed_is_not_fetched_again(
     bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -315,6 +315,7 @@ def test_serve_says_what_to_open_what_is_served_and_where_the_key_is(kept: Path)
     ]
 
 
+@pytest.mark.slow
 def test_copies_are_told_and_no_note_is_said_twice(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bundle = read_bundle(kept / "photos.model")
     metrics = {**bundle.metrics, "images": 83, "duplicates": 2}

@@ -68,6 +68,7 @@ def test_no_image_is_left_to_a_thread_that_has_no_process(batcher: Batcher, monk
     assert line.waiting == 0
 
 
+@pytest.mark.slow
 def test_clients_that_come_and_go_are_answered_rightly_while_decoders_are_killed(batcher: Batcher) -> None:
     lines = [batcher.line(queue_size=16), batcher.line(queue_size=32)]
     batcher.start()

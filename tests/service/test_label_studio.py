@@ -407,6 +407,7 @@ def add_version(folder: Path, number: int) -> str:
     return Versions(folder).add(write_bundle(other, folder.parent / "tiny.model"), "test")
 
 
+@pytest.mark.slow
 def test_what_was_acknowledged_survives_a_killed_server(keyed: tuple[Running, Studio, Path]) -> None:
     server, labels, folder = keyed
     before = len(Corrections(folder / "kept"))

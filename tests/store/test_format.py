@@ -60,6 +60,7 @@ def test_golden_files_are_read_for_ever(name: str, tmp_path: Path) -> None:
         assert_rows(tmp_path / "copy", 20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["v2-store", "v2-packed.h5"])
 def test_golden_files_of_several_backbones_are_read_for_ever(name: str, tmp_path: Path, featx: Featx) -> None:
     path = tmp_path / f"kept-{name}"
