@@ -50,7 +50,7 @@ ELSEWHERE = {
     "python scripts/bench_refit.py hymenoptera.featx cats_dogs.featx dtd10.featx": "takes minutes, and three stores",
     "python scripts/bench_refit.py joined.featx --time new_photos": "takes minutes, and a store of three networks",
     "python scripts/bench_extract.py --linear 10000,50000": "takes an hour",
-    "python scripts/bench_search.py --rows 1000000 --adding": "takes minutes, and 10 GB",
+    "python scripts/bench_search.py --rows 1000000": "takes minutes, and 10 GB",
     "python scripts/bench_growth.py --rows 10000000 --dims 32": "takes an hour; test_growth runs it with few rows",
 }
 """Commands that this test does not run, and why."""
