@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from featx._files import publish_bytes
 from featx.backbones.backbone import Backbone, load_backbone
-from featx.backbones.engines.torch import make_engine
+from featx.backbones.engines.choice import make_engine
 from featx.backbones.speed import rate
 from featx.evaluation.duplicates import find_duplicates
 from featx.extraction.run import extract_features

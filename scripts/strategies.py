@@ -40,7 +40,7 @@ from featx._files import publish_bytes
 from featx.adaptation.finetune import judge_episodes, open_tuning
 from featx.adaptation.training import recipe_for
 from featx.backbones.backbone import Backbone, load_backbone
-from featx.backbones.engines.torch import make_engine
+from featx.backbones.engines.choice import make_engine
 from featx.evaluation.duplicates import find_duplicates
 from featx.evaluation.results import SweepResult
 from featx.evaluation.sweep import sweep_heads

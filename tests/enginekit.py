@@ -9,9 +9,9 @@ import pytest
 from numpy.typing import NDArray
 
 from featx.backbones.backbone import Backbone, load_backbone
-from featx.backbones.engines import torch as engines
+from featx.backbones.engines import choice as engines
 from featx.backbones.engines.base import Engine
-from featx.backbones.engines.torch import make_engine
+from featx.backbones.engines.choice import make_engine
 
 SMALL = "squeezenet1_1"
 OPENVINO = pytest.param("openvino", marks=pytest.mark.skipif(not engines._installed("openvino"), reason="no openvino"))

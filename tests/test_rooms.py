@@ -21,7 +21,7 @@ PACKAGE = Path(featx.__file__).parent
 DOORS = {
     "fcntl": {"_system"},
     "resource": {"_system"},
-    "ctypes": {"_system", "backbones.engines.torch"},
+    "ctypes": {"_system", "backbones.engines.choice"},
     "PIL": {"images.pixels"},
     "pillow_heif": {"images.pixels"},
     "pydicom": {"images.dicom"},

@@ -31,20 +31,21 @@ from .engines.base import (
     layer_place as layer_place,
     of_layer as of_layer,
 )
+from .engines.choice import (
+    BATCH_SIZES as BATCH_SIZES,
+    cuda_devices as cuda_devices,
+    is_for_openvino as is_for_openvino,
+    make_engine as make_engine,
+)
 from .engines.graph import (
     Graph as Graph,
     carried as carried,
     check_network as check_network,
     quantised as quantised,
 )
-from .engines.torch import (
-    BATCH_SIZES as BATCH_SIZES,
-    cuda_devices as cuda_devices,
-    is_for_openvino as is_for_openvino,
-    make_engine as make_engine,
-)
 from .frozen import describe_layers as describe_layers, seeded as seeded
 from .hub import cache_folder as cache_folder
+from .pixels_baseline import thumbnail_preprocess as thumbnail_preprocess
 from .pretrained import pretrained_classes as pretrained_classes
 from .provenance import provenance_of as provenance_of
 from .provider import (
@@ -56,7 +57,6 @@ from .provider import (
 )
 from .recipes import RECIPES as RECIPES
 from .speed import Speed as Speed, measure_speed as measure_speed, measured_speeds as measured_speeds
-from .thumbnail import thumbnail_preprocess as thumbnail_preprocess
 from .weights import (
     Carried as Carried,
     add_weights as add_weights,

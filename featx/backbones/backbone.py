@@ -32,8 +32,8 @@ from featx.backbones.catalogue import (
     published,
 )
 from featx.backbones.hub import Advance, Progress, fetch, hub_folder, in_hub_cache
+from featx.backbones.pixels_baseline import Thumbnail, thumbnail_preprocess
 from featx.backbones.provider import Own, Provider
-from featx.backbones.thumbnail import Thumbnail, thumbnail_preprocess
 from featx.errors import UsageError, WeightsError, did_you_mean
 from featx.images import Preprocess
 

@@ -22,7 +22,7 @@ from featx._files import make_folder, publish_bytes, read_regular, seal, unseal
 from featx._system import available_cpus
 from featx.backbones.backbone import Backbone, find, load_backbone
 from featx.backbones.engines.base import Batch, Engine
-from featx.backbones.engines.torch import make_engine
+from featx.backbones.engines.choice import make_engine
 from featx.backbones.hub import Advance, Progress, cache_folder
 from featx.errors import StoreError
 
@@ -124,8 +124,8 @@ def _converted(backbone: Backbone) -> list[Path]:
     """Where OpenVINO's engine would keep a converted copy of this network, if there is none yet."""
     if importlib.util.find_spec("openvino") is None:
         return []
+    from featx.backbones.engines.choice import BATCH_SIZES
     from featx.backbones.engines.graph import cache_file
-    from featx.backbones.engines.torch import BATCH_SIZES
 
     files = (cache_file(backbone), cache_file(backbone, BATCH_SIZES["cpu"]))
     return [file for file in files if not file.exists()]

@@ -128,7 +128,7 @@ class Embedder:
         where : the store or bundle, for messages.
         backbone, weights : as of :func:`network_like`, for the one that needs them.
         tail : the trained part of a fine-tuned network, which a bundle brings along.
-        device, engine, batch_size : as of :func:`featx.backbones.engines.torch.make_engine`.
+        device, engine, batch_size : as of :func:`featx.backbones.engines.choice.make_engine`.
         networks : graphs that a bundle brings along, by their sha256. With one of these, or one that comes with featx,
             OpenVINO needs neither weights nor torch.
         graphs : the sha256 of the graph of each backbone that is not quantised, by its name.

@@ -18,7 +18,6 @@ from .phash import (
     mirrored_hashes as mirrored_hashes,
     mirrored_thumbnails as mirrored_thumbnails,
 )
-from .photographs import PHOTOGRAPHS as PHOTOGRAPHS, photographs as photographs
 from .pixels import (
     REASONS as REASONS,
     Preprocess as Preprocess,
@@ -39,6 +38,7 @@ from .pool import (
     NoDecoder as NoDecoder,
     TooHeavy as TooHeavy,
 )
+from .sample_photos import PHOTOGRAPHS as PHOTOGRAPHS, photographs as photographs
 from .source import (
     ImageSet as ImageSet,
     count_names as count_names,

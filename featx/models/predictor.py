@@ -39,7 +39,7 @@ def open_embedder(
     bundle, path : the model, and where it is from, for messages.
     backbone : the network, where the bundle names one of the user's own.
     weights : the weights file, where the bundle names one of the user's own.
-    device, engine : as of :func:`featx.backbones.engines.torch.make_engine`.
+    device, engine : as of :func:`featx.backbones.engines.choice.make_engine`.
     batch_sizes : images per batch by device ("cpu", "cuda"); by default what suits many images at once.
     opened : networks that were opened before, with the same options. One that is there is taken, and one that is not
         is added: models that were fitted on the same features share it.

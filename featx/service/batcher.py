@@ -182,7 +182,7 @@ class Batcher:
         embedder: Embedder,
         known_good: Seen,
         *,
-        max_pixels: int = 50_000_000,
+        max_pixels: int,
         workers: int | None = None,
         lanes: int | None = None,
     ) -> None:

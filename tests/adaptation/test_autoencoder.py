@@ -12,7 +12,7 @@ from tuningkit import striped_folders, stripes
 
 from featx.adaptation.autoencoder import Autoencoder, held_out_rows, read_pixels, train_autoencoder
 from featx.backbones.backbone import load_backbone
-from featx.backbones.engines.torch import make_engine
+from featx.backbones.engines.choice import make_engine
 from featx.errors import UsageError, WeightsError
 from featx.images.source import ImageSet
 from featx.store.reader import read_features

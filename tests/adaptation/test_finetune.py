@@ -22,7 +22,7 @@ from featx.adaptation.finetune import FinetuneResult, finetune_episodes, open_tu
 from featx.adaptation.training import Recipe
 from featx.backbones.backbone import Backbone
 from featx.backbones.cut import Trunk, cut_network
-from featx.backbones.engines.torch import make_engine
+from featx.backbones.engines.choice import make_engine
 from featx.errors import MismatchError, SourceError, UsageError
 from featx.evaluation.sweep import sweep_heads
 from featx.extraction.run import extract_features

@@ -10,7 +10,7 @@ import torch
 
 from featx.advice.domain import chance_standout, measure_domain, size_by_similarity, standouts
 from featx.backbones.backbone import load_backbone
-from featx.backbones.engines.torch import make_engine
+from featx.backbones.engines.choice import make_engine
 from featx.backbones.pretrained import pretrained_classes
 from featx.errors import UsageError
 from featx.extraction.embedder import Embedder

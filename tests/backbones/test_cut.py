@@ -14,7 +14,7 @@ from tuningkit import small
 
 from featx.backbones.backbone import Backbone, load_backbone
 from featx.backbones.cut import Halves, Tail, Trunk, Unfreeze, blocks, cut_network, tail_bytes, tuned
-from featx.backbones.engines.torch import make_engine
+from featx.backbones.engines.choice import make_engine
 from featx.errors import BundleError, UsageError
 
 FAMILIES = ["efficientnet_lite0", "mobilenet_v2", "resnet18"]

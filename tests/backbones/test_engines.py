@@ -24,9 +24,10 @@ from featx._system import available_cpus
 from featx.backbones.backbone import Backbone, load_backbone
 from featx.backbones.catalogue import NETWORKS
 from featx.backbones.checkpoint import load_checkpoint
-from featx.backbones.engines import torch as engines
+from featx.backbones.engines import choice as engines
 from featx.backbones.engines.base import sizes_of
-from featx.backbones.engines.torch import BATCH_SIZES, TorchEngine, make_engine
+from featx.backbones.engines.choice import BATCH_SIZES, make_engine
+from featx.backbones.engines.torch import TorchEngine
 from featx.backbones.frozen import catalogue_body
 from featx.backbones.provider import Provider
 from featx.errors import UsageError
@@ -303,7 +304,7 @@ def test_auto_is_openvino_on_a_cpu(monkeypatch: pytest.MonkeyPatch, small: Backb
 
 def test_no_driver_means_no_torch() -> None:
     code = (
-        "import sys, featx.backbones.engines.torch as e\n"
+        "import sys, featx.backbones.engines.choice as e\n"
         "assert e._has_driver() or (not e._cuda() and 'torch' not in sys.modules)"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)

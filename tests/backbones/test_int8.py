@@ -17,9 +17,9 @@ from imagekit import pixels
 
 from featx.backbones.backbone import Backbone, load_backbone
 from featx.backbones.catalogue import INT8, INT8_LOSS
-from featx.backbones.engines import graph as graphs, torch as engines
+from featx.backbones.engines import choice as engines, graph as graphs
+from featx.backbones.engines.choice import make_engine
 from featx.backbones.engines.graph import Graph, carried, check_network, quantised_file
-from featx.backbones.engines.torch import make_engine
 from featx.backbones.provenance import provenance_of
 from featx.backbones.recipes import RECIPES
 from featx.errors import UsageError

@@ -14,7 +14,7 @@ import pytest
 from enginekit import Array, on_cpu, random_batches, small
 
 from featx.backbones.backbone import Backbone, load_backbone
-from featx.backbones.engines import graph as graphs, torch as engines
+from featx.backbones.engines import choice as engines, graph as graphs
 from featx.backbones.engines.graph import Graph
 from featx.backbones.hub import cache_folder
 

@@ -28,8 +28,8 @@ from weightskit import TINY, tiny_weights, write_pack
 from featx.backbones import backbone as backbones, weights as packs
 from featx.backbones.backbone import load_backbone
 from featx.backbones.catalogue import NETWORKS, WEIGHTS
+from featx.backbones.engines.choice import make_engine
 from featx.backbones.engines.graph import CARRIED, Graph, quantised_file, quantised_folder
-from featx.backbones.engines.torch import make_engine
 from featx.backbones.hub import hub_folder
 from featx.backbones.provenance import provenance_of
 from featx.backbones.weights import add_weights, list_weights, pack_weights

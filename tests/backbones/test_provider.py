@@ -226,7 +226,7 @@ def test_on_the_command_line_it_is_a_backbone_like_any_other(featx: Featx, plank
 
 @pytest.mark.slow
 def test_openvino_runs_it_too(plankton: Path) -> None:
-    from featx.backbones.engines.torch import make_engine
+    from featx.backbones.engines.choice import make_engine
 
     backbone = load_backbone(import_provider(f"{plankton}:Plankton"))
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
@@ -240,7 +240,7 @@ def test_openvino_runs_it_too(plankton: Path) -> None:
 
 
 def test_a_network_that_openvino_cannot_take_is_for_torch() -> None:
-    from featx.backbones.engines.torch import make_engine
+    from featx.backbones.engines.choice import make_engine
 
     class Deciding(nn.Module):
         def forward(self, images: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,7 @@ from torch import nn
 
 from featx.backbones.backbone import load_backbone
 from featx.backbones.catalogue import NETWORKS
-from featx.backbones.engines.torch import make_engine
+from featx.backbones.engines.choice import make_engine
 from featx.backbones.provider import Provider
 from featx.errors import FeatxError, SourceError, UsageError, WeightsError
 from featx.extraction import transformer as estimator

@@ -246,7 +246,7 @@ def test_embeddings_are_means_of_plain_torch_over_plain_transforms(tmp_path: Pat
 
 
 def _engine(backbone: Any, name: str) -> Any:
-    from featx.backbones.engines.torch import make_engine
+    from featx.backbones.engines.choice import make_engine
 
     return make_engine(backbone, engine=name, device="cpu", precision="fp32", batch_size=4, threads=1)
 

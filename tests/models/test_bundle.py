@@ -23,7 +23,7 @@ from modelkit import PROVENANCE, clusters, make_bundle
 
 from featx.backbones.backbone import load_backbone
 from featx.backbones.cut import tail_cut
-from featx.backbones.engines.torch import make_engine
+from featx.backbones.engines.choice import make_engine
 from featx.backbones.provenance import provenance_of
 from featx.errors import BundleError, MismatchError
 from featx.heads.catalogue import HEADS, make_head

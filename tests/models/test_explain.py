@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from featx.backbones import Engine, feature_maps, load_backbone, make_engine
-from featx.backbones.engines import torch as engines
+from featx.backbones.engines import choice as engines
 from featx.errors import MismatchError, UsageError
 from featx.extraction import Embedder
 from featx.heads import HEADS, NotLinear, Scorer, make_head

@@ -20,7 +20,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, recall_score
 
 from featx.backbones.engines.base import Engine
-from featx.backbones.engines.torch import make_engine
+from featx.backbones.engines.choice import make_engine
 from featx.cli.fit import AUTO, tell_model
 from featx.cli.serve import _serving
 from featx.errors import MismatchError, UsageError

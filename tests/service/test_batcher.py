@@ -46,7 +46,7 @@ class Light:
 @pytest.fixture
 def batcher() -> Iterator[Batcher]:
     known_good = (np.zeros((*TINY.crop, 3), np.uint8),)
-    found = Batcher(Light(), known_good, workers=2, lanes=2)  # type: ignore[arg-type]
+    found = Batcher(Light(), known_good, max_pixels=10**6, workers=2, lanes=2)  # type: ignore[arg-type]
     yield found
     found.stop()
 

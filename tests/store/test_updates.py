@@ -30,7 +30,7 @@ from storekit import (
 )
 
 from featx.backbones.backbone import load_backbone
-from featx.backbones.engines.torch import make_engine
+from featx.backbones.engines.choice import make_engine
 from featx.backbones.provenance import provenance_of
 from featx.errors import MismatchError
 from featx.extraction.parts import Part, finish_parts

@@ -34,7 +34,7 @@ class Engine(Protocol):
 
     Attributes
     ----------
-    name, device, precision, batch_size : as :func:`featx.backbones.engines.torch.make_engine` was asked for them.
+    name, device, precision, batch_size : as :func:`featx.backbones.engines.choice.make_engine` was asked for them.
     graph_sha256 : hex sha256 of the graph that it runs; empty where it has none, as with torch.
     quantised_sha256 : the same, where the graph is a quantised one.
     network_to_keep : the file of the graph; empty where there is none, or every featx has it.

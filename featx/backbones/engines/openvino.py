@@ -32,7 +32,7 @@ class OpenVINOEngine(Engine):
     ----------
     backbone : the network to run.
     precision : "fp32", "bf16" or "int8"; a CPU without instructions for it emulates them, slowly.
-    batch_size, threads, pad, network : as in :func:`featx.backbones.engines.torch.make_engine`.
+    batch_size, threads, pad, network : as in :func:`featx.backbones.engines.choice.make_engine`.
     """
 
     name = "openvino"
@@ -70,7 +70,7 @@ class OpenVINOEngine(Engine):
             self._network(1)
 
     def embed(self, batches: Iterable[Batch]) -> Iterator[Embeddings]:
-        """See :meth:`featx.backbones.engines.torch.Engine.embed`."""
+        """See :meth:`featx.backbones.engines.base.Engine.embed`."""
         # Requests of this call's own: two threads can share an engine.
         free: dict[int, deque[Any]] = {}
         busy: deque[tuple[Any, int, int]] = deque()
