@@ -31,7 +31,7 @@ export function build(section) {
       make("div", {class: "toolbar"}, make("label", {}, "Colour ", by), make("div", {class: "row"}, button("+", () => zoom(1.4), "", {"aria-label": "Zoom in"}),
         button("−", () => zoom(1 / 1.4), "", {"aria-label": "Zoom out"}), button("All", fit, "", {"aria-label": "All: the whole map"}), pan,
         button("Select what is in view", inView)), note),
-      stage, legend),
+      legend, stage),
     make("aside", {class: "side"}, panel.element, make("section", {class: "class-panel picked", "aria-label": "Selection"},
       make("h2", {text: "Selection"}), chosen, make("div", {class: "grid-box"}, grid.element))));
   const first = make("div");
