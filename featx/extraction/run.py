@@ -138,6 +138,8 @@ def extract_features(
     recipe: str = "",
     decode_timeout: float = TIMEOUT,
     progress: Progress | None = None,
+    total: int | None = None,
+    known: Path | None = None,
     rehash: bool = False,
     small: SmallPicture | None = None,
 ) -> ExtractSummary:
@@ -161,6 +163,8 @@ def extract_features(
     recipe : of :data:`featx.backbones.recipes.RECIPES`, from which the given backbones are; their provenance says so.
     decode_timeout : seconds after which a decoder counts as hanging.
     progress : called as ``progress(done, total)``.
+    total : number of images of the whole extraction that ``images`` are a part of; ``max_bad`` is a share of it.
+    known : another store, whose embeddings are taken over before anything is computed.
     rehash : read every image, those too that look unchanged; only new content is embedded all the same.
     small : given each image that is embedded, and its thumbnail; nothing where ``decode`` is "scaled".
 
@@ -176,10 +180,11 @@ def extract_features(
     Interrupted
         KeyboardInterrupt came; what was computed is published, and the same call goes on from there.
     """
-    lanes = make_lanes(backbone, engine, (Path(store),), views=views, decode=decode, recipe=recipe)
+    recorded = known if known is not None and not stored_backbones(Path(store)) else Path(store)
+    lanes = make_lanes(backbone, engine, (recorded,), views=views, decode=decode, recipe=recipe)
     return extract_lanes(
         images, lanes, store, workers=workers, max_bad=max_bad, prune=prune, replace_images=replace_images,
-        decode_timeout=decode_timeout, progress=progress, rehash=rehash, small=small,
+        decode_timeout=decode_timeout, progress=progress, total=total, known=known, rehash=rehash, small=small,
     )  # fmt: skip
 
 

@@ -43,6 +43,13 @@ def store(tmp_path: Path) -> Path:
     return tmp_path / "photos.featx"
 
 
+def test_embeddings_of_another_store_are_taken_over(source: Path, store: Path, tmp_path: Path) -> None:
+    run(source, store)
+    summary = run(source, tmp_path / "new.featx", known=store, total=20)  # both are of the public API since 0.1.0
+    assert (summary.embedded, summary.reused) == (0, 10)
+    np.testing.assert_array_equal(read_features(tmp_path / "new.featx").embeddings, read_features(store).embeddings)
+
+
 def test_every_image_gets_its_own_embedding(source: Path, store: Path) -> None:
     summary = run(source, store)
     assert (summary.images, summary.embedded, summary.reused, summary.quarantined) == (10, 10, 0, 0)
